@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, LoRAError
-from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.base import note_changed
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
@@ -233,7 +232,7 @@ class LoRACallback(Callback):
         view.follow_base()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.set_layers(view.layers)
-        view.adapter.was_trained()
+        view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))

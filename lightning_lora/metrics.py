@@ -18,7 +18,7 @@ from torchmetrics.utilities import plot
 
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.subspace import precise
 from lightning_lora.functional.update import magnitude_scale, wide
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, matrix_factors

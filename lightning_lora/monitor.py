@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.metrics import measured
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.training.compatibility import join_other_package
 
 

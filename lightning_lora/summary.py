@@ -13,7 +13,7 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.errors import listed, shortened
 from lightning_lora.layers import LoRALayer, LoRAParameters, count
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import without_base
 from lightning_lora.tables import fitting_console, grouped, layer_table
@@ -194,7 +194,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
     trained, base = [p for p in parameters if p.requires_grad], [p for p in parameters if p not in added]
     state = without_base(view, state_dict(view.model)) if view.is_adapted else view.model.state_dict()
     return LoRASummary(
-        title=type(view.model).__name__,
+        title=view.title,
         groups=groups,
         trained=sum(map(count, trained)),
         frozen=sum(map(count, parameters)) - sum(map(count, trained)),

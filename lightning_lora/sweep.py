@@ -16,7 +16,7 @@ from rich.table import Table
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import callbacks_of

@@ -39,13 +39,12 @@ def cells(page: str, table: str) -> dict[str, list[str]]:
 
 
 def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_files(tmp_path: Path) -> None:
-    main(["--fast", "--output", str(tmp_path)])
+    main(["--fast", "--only", "table2", "--only", "table6", "--output", str(tmp_path)])
     page = (tmp_path / "fast-tables.md").read_text(encoding="utf-8")
-    left_out = {"table3", "table3-rates", "costs-e2e"}  # they need data from elsewhere
-    for table in TABLES.keys() - left_out:
+    for table in ("table2", "table2-rates", "table6", "table7", "costs-reviews"):
         assert len(cells(page, table)) >= 3, table  # a header, a line, and rows
     files = [json.loads(path.read_text()) for path in (tmp_path / "fast-results").glob("reviews_*.json")]
-    assert len({tuple(each["test"]["nll"]) for each in files}) > 50  # each job is another
+    assert len({tuple(each["test"]["nll"]) for each in files}) == len(files) > 20  # each job is another
     for method in MAIN:
         row = cells(page, "table2")[method]
         found = [each for each in files if each["method"] == method and each["epochs"] == 2]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError, adapters, inject_adapters
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import StopError
 from tests.support.models import LitTiny, data, is_plain, same, state, trainer
 

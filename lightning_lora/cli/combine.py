@@ -12,7 +12,7 @@ examples::
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.storage.offline.combine import combine_files
+from lightning_lora.storage.offline.combine_files import combine_files
 
 
 def add_arguments(parser: Any) -> None:

@@ -13,7 +13,8 @@ examples::
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.storage.formats.peft_write import export_peft
+from lightning_lora.storage.files import export_peft
+from lightning_lora.storage.formats.registry import WRITTEN
 
 
 def add_arguments(parser: Any) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("file", help="a file with adapters")
     parser.add_argument("folder", type=Path, help="the folder to write the files into")
     parser.add_argument("--root", help="the module that the reader has; by default, the one model inside")
-    parser.add_argument("--format", choices=("peft", "diffusers"), default="peft", help="whose files to write")
+    parser.add_argument("--format", choices=tuple(WRITTEN), default="peft", help="whose files to write")
     parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 
 Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, singular values, right ones as columns
 

@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens, adapter_for, attach, repacks, tie_layers, unpack
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
-from lightning_lora.model.state import forget_record, keep_record, records_in
+from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.names import named_modules, own_parameter, submodule
+from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 
-def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
-    modules = named_modules(model, remove_duplicate=False)
     for name, adapter in adapters.items():
-        attach(modules[name], adapter)
-    tie_layers(modules.values())
-    _switch_paths(modules)
+        attach(view.modules[name], adapter)
+    _layers_have_changed(view)
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
@@ -35,9 +33,15 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
     for name, layer in view.layers.items():
         if names is None or name in names:
             adapters[name] = layer.lora_detach()
+    _layers_have_changed(view)
+    return adapters
+
+
+def _layers_have_changed(view: View) -> None:
+    """Follow that layers have other adapters, or none."""
     tie_layers(view.modules.values())
     _switch_paths(view.modules)
-    return adapters
+    view.look_again()
 
 
 def follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype | None, undo: ExitStack) -> None:
@@ -60,19 +64,20 @@ def follow(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
 
 def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Move the adapters of layers that were replaced since to the new layers."""
+    view = View(model)
     for name, layer in layers.items():
-        new = submodule(model, name)
+        new = view.modules[name]
         if isinstance(new, LoRALayer):  # not replaced, or its adapter has already moved
             continue
         kind = adapter_for(new)
         if kind is None or kind.lora_refusal(new):
             raise AdapterStateError(
-                f"{name!r} of {type(model).__name__} was replaced by a {type(new).__name__}, which cannot be adapted. "
+                f"{name!r} of {view.title} was replaced by a {type(new).__name__}, which cannot be adapted. "
                 "Leave it out of the conversion, or of the adapters: exclude_modules."
             )
         adapter = layer.lora_detach()
         adapter.kind = kind
-        attach_adapters(model, {name: adapter})
+        attach_adapters(view, {name: adapter})
 
 
 def weights_have_changed(view: View) -> None:
@@ -91,7 +96,7 @@ def check_weights(view: View) -> None:
             changed.append(name)
     if changed:
         raise AdapterStateError(
-            f"Since it was adapted, the weight of {listed(changed)} of {type(view.model).__name__} is computed (by "
+            f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed (by "
             "prune, parametrize, weight_norm or the like), so no update can be merged into it or removed from it. Undo "
             "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
         )
@@ -103,7 +108,7 @@ def check_no_rows(view: View, call: str) -> None:
         runs = getattr(vars(module).get("forward"), "__func__", None)
         if getattr(getattr(runs, "__self__", None), "module", None) is module:  # a copy of one has that of the other
             raise AdapterStateError(
-                f"{call} is not possible in a block of adapter_names: each row of {type(view.model).__name__} has its "
+                f"{call} is not possible in a block of adapter_names: each row of {view.title} has its "
                 "own adapter there. Do it before the block, or after it."
             )
 
@@ -117,7 +122,7 @@ def check_as_adapted(view: View) -> None:
         if is_resized or owner is not vars(module).get("lora_tied_to", (module,))[0]:
             was = "resized" if is_resized else "tied to an embedding whose rows train, or untied,"
             raise AdapterStateError(
-                f"{name!r} of {type(view.model).__name__} was {was} after inject_adapters. Call inject_adapters(model, "
+                f"{name!r} of {view.title} was {was} after inject_adapters. Call inject_adapters(model, "
                 "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
             )
 
@@ -198,23 +203,22 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def undone_on_error(before: View) -> Iterator[None]:
-    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad`` as in ``before``."""
-    model = before.model
-    flags = {p: p.requires_grad for p in before.parameters.values()}
-    layers = set(before.layers)
-    norms = {module for module in before.modules.values() if isinstance(module, FrozenNorm)}
-    records = {name: record.snapshot() for name, record in records_in(before.modules).items()}
+def undone_on_error(view: View) -> Iterator[None]:
+    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
+    flags = {p: p.requires_grad for p in view.parameters.values()}
+    layers = set(view.layers)
+    norms = {module for module in view.modules.values() if isinstance(module, FrozenNorm)}
+    records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
     try:
         yield
     except BaseException:
-        now = View(model)
-        detach_adapters(now, now.layers.keys() - layers)
-        for module in {*now.modules.values(), *norms}:
+        view.look_again()
+        detach_adapters(view, view.layers.keys() - layers)
+        for module in view.modules.values():
             set_frozen(module, module in norms)
         for p, flag in flags.items():
             set_requires_grad(p, flag)
-        forget_record(model)
+        forget_record(view.model)
         for name, record in records.items():
-            keep_record(submodule(model, name), record)
+            keep_record(view.modules[name], record)
         raise

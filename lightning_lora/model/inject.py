@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError, listed, warn
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, LoRAParameters, LoRATokens, Settings, new_adapter
-from lightning_lora.model import attach, state
+from lightning_lora.model import attach
+from lightning_lora.model import record as records
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
@@ -68,7 +69,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
             + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
         )
     names = inject(model, config, name=name)
-    if still := state.record_of(model).adapter.networks.still:
+    if still := records.record_of(model).adapter.networks.still:
         warn(left_still(still, type(model).__name__))
     return names
 
@@ -83,7 +84,7 @@ def left_still(still: Collection[str], title: str) -> str:
 
 def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds: bool = True) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. Without ``finds``, ``config`` says which networks stand still."""
-    record = state.find_record(model) and state.record_of(model)  # raises an error if the base is shown
+    record = records.find_record(model) and records.record_of(model)  # raises an error if the base is shown
     if record and not record.is_merged:
         with show(model, name, config) as undo:
             names = _inject(model, config, name, finds)
@@ -97,36 +98,35 @@ def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds
 def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tuple[str, ...]:
     if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
         config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
-    before = View(model, config)
-    attach.check_no_rows(before, "inject_adapters")
-    if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
+    view = View(model, config)
+    attach.check_no_rows(view, "inject_adapters")
+    if others := [name for name, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
-            f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
+            f"{view.title} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
-    _note_flags(before)
+    _note_flags(view)
     choices = select(model, config)
     kinds = {name: choice.kind for name, choice in choices.items()}
-    found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
+    found = _networks(view, kinds, {view.base[name] for name in view.frozen_by_user}, finds=finds)
     choices = {name: choice for name, choice in choices.items() if not is_in_any(name, found.left)}
     if not choices:
         raise TargetError(
             f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "
             f"{config.target_modules!r}: what trains has no layers of that kind."
         )
-    loose = [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
-    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_in_any(n, found.left))]
+    loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
+    loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
     if loose:
-        attach.detach_adapters(before, loose)
-        before = View(model, config)
-    _check_same(before, choices)
+        attach.detach_adapters(view, loose)
+        view.look_again(config)
+    _check_same(view, choices)
     adapters = _new_adapters(choices)
     if adapters:
         _check_not_parallel(model)
-    with attach.undone_on_error(before):
-        record = state.begin_record(model, config, name)
+    with attach.undone_on_error(view):
+        record = records.begin_record(model, config, name)
         record.adapter.set_networks(found)
-        attach.attach_adapters(model, adapters)
-        view = View(model)
+        attach.attach_adapters(view, adapters)
         view.follow_base()
         follow_originals(view)
         attach.freeze(view)
@@ -138,11 +138,11 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
 
 def _note_flags(view: View) -> None:
     """Note what the user has frozen or thawed since the adapters came, and refuse a frozen network that has its own."""
-    for prefix, record in state.records_in(view.modules).items():
+    for prefix, record in records.records_in(view.modules).items():
         inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
         if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
             raise AdapterStateError(
-                f"{prefix!r} of {type(view.model).__name__} has adapters of its own, and is frozen. Merge them first: "
+                f"{prefix!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
                 f"merge_adapters(model.get_submodule({prefix!r}))."
             )
     if not view.is_adapted or view.is_merged:
@@ -207,7 +207,6 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     if len(off) == len(view.layers):
         raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
-    view = View(model)
     adapter.set_layers(view.layers)
     adapter.set_networks(now)
     attach.freeze(view)
@@ -290,7 +289,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = state.find_record(model) or state.record_of(model)
+    record = records.find_record(model) or records.record_of(model)
     check_known(record, name, model)
     attach.check_no_rows(View(model), "remove_adapters")
     if name is not None and record.others:
@@ -298,11 +297,11 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             with show(model, next(iter(record.others))) as undo:
                 set_adapter(model, None)
                 undo.pop_all()
-        record.was_dropped(name)
+        del record.others[name]
         return
     set_adapter(model, record.adapter.name)
     record = view_of(model).record
-    state.absorb_inner_records(model, record)
+    records.absorb_inner_records(model, record)
     if not record.is_merged:
         view = View(model)
         attach.check_weights(view)
@@ -311,11 +310,11 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             attach.unfreeze(view)
             undo.pop_all()
         attach.detach_adapters(view)
-    state.forget_record(model)
+    records.forget_record(model)
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    title, name = type(view.model).__name__, f", {view.adapter.name!r}" if view.is_adapted else ""
+    title, name = view.title, f", {view.adapter.name!r}" if view.is_adapted else ""
     instead = f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
     for name, layer in view.layers.items():
         if name not in choices:
@@ -335,7 +334,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"this configuration asks for {there}. Use the same one, or {instead} (after "
                 "unmerge_adapters(model) if the updates are merged)."
             )
-    for prefix, record in state.records_in(view.modules).items():
+    for prefix, record in records.records_in(view.modules).items():
         if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 
@@ -347,7 +346,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
     ours = {name for name in view.trained if name.startswith(inside)}
     if theirs != ours:
         raise AdapterMismatchError(
-            f"{type(view.model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
+            f"{view.title} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
             f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
             "give another name=..., or call remove_adapters(model) first."
         )
@@ -357,7 +356,7 @@ def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, An
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
-    if not settings.inits_from_base:
+    if not settings.is_difference:
         del named["init"]  # otherwise it makes no difference later
     own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]
     return {**named, "matrices": own}

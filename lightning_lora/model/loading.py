@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
-from lightning_lora.model.state import on_load, record_of
+from lightning_lora.model.record import on_load, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRATokens
 from lightning_lora.model import attach
-from lightning_lora.model.adapter_state import Merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
-from lightning_lora.model.state import Record, find_record, forget_record, record_of
+from lightning_lora.model.record import Merge, Record, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
+from lightning_lora.tensors.names import join, own_parameter, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 
@@ -58,7 +57,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
         >>> model[0], list(model.state_dict())
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
-    warn_of_merge(model, *(merge(model) if keep_base else _merge_for_good(model)))
+    warn_of_merge(model, *(merge(model) if keep_base else _merge_for_good(view_of(model))))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -74,15 +73,15 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
-    check_as_merged(model)
-    unmerge(model)
+    record_of(model)
+    _unmerge(View(model))
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
-    check_as_merged(model)
-    was_merged = unmerge(model)
+    was_merged = record_of(model).is_merged
+    _unmerge(View(model))
     try:
         yield
     finally:
@@ -102,13 +101,14 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
-        undo.callback(lambda: attach.freeze(View(model)))
+        undo.callback(attach.freeze, view)
+        undo.callback(view.look_again)
         for name in view.layers:
             lost[name] = _merge_layer(view, name, tied[name], bases[name], undo)
         attach.weights_have_changed(view)
-        now = View(model)
-        attach.unfreeze(now)  # tied weights have new parameters
-        seen = _see(now, bases)
+        view.look_again()  # tied weights have new parameters
+        attach.unfreeze(view)
+        seen = _see(view, bases)
         adapters = attach.detach_adapters(view)
         undo.pop_all()
     for name, adapter in adapters.items():
@@ -117,10 +117,9 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     return lost, list(filter(tied.get, tied))
 
 
-def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
+def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
-    view, lost = view_of(model), dict[str, float]()
-    tied: dict[str, list[str]] = {}
+    lost, tied = dict[str, float](), dict[str, list[str]]()
     if not view.is_merged:
         tied = _check(view)
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
@@ -131,10 +130,10 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             layer.lora_detach()
             view.adapter.set_layers(filter(name.__ne__, view.adapter.layers))
         torch.clear_autocast_cache()
-        now = View(model)
-        attach.unfreeze(now)
-        attach.detach_adapters(now)  # there are none any more: inference paths are switched on again
-    forget_record(model)
+        view.look_again()
+        attach.unfreeze(view)
+        attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
+    forget_record(view.model)
     return {name: lost[name] for name in tied}, list(filter(tied.get, tied))
 
 
@@ -231,7 +230,7 @@ def check_mergeable(view: View) -> None:
         ),
     ):
         if names:
-            raise AdapterStateError(f"The weights of {listed(names)} in {type(view.model).__name__} {why}")
+            raise AdapterStateError(f"The weights of {listed(names)} in {view.title} {why}")
 
 
 def quantised_layers(view: View) -> list[str]:
@@ -248,29 +247,38 @@ def unmerge(model: nn.Module) -> bool:
     if record is None or record.merge is None:
         return False
     record_of(model)  # refuses a model whose adapters are disabled
-    if not is_as_merged(model):
+    view = View(model)
+    if not is_as_merged(view):
         forget_record(model)
         warn(
-            f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
-            "taken as a new base, and the adapters of the earlier fine-tune are dropped."
+            f"The weights of {view.title} were replaced after its adapters were merged into them: they are taken as a "
+            "new base, and the adapters of the earlier fine-tune are dropped."
         )
         return False
-    adapters, weights, plain = record.merged, record.merge.weights, View(model)
-    with attach.undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    _unmerge(view)
+    return True
+
+
+def _unmerge(view: View) -> None:
+    """Undo a merge, if there was one."""
+    check_as_merged(view)
+    record = view.record
+    if record.merge is None:
+        return
+    adapters, weights = record.merged, record.merge.weights
+    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
-            layer = submodule(model, name)
+            layer = view.modules[name]
             attach.follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
-        record.was_unmerged(plain.parameters)
-        attach.attach_adapters(model, adapters)
-        view = View(model)
+        record.was_unmerged(view.parameters)
+        attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)
         view.follow_base()  # it may have been converted
         undo.pop_all()
     for adapter in adapters.values():
         adapter.bases = {}
-    return True
 
 
 def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:

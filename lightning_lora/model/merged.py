@@ -8,8 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
 from lightning_lora.layers import LoRALayer, attach
-from lightning_lora.model.adapter_state import Merge
-from lightning_lora.model.state import find_record, record_of
+from lightning_lora.model.record import Merge
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
@@ -17,24 +16,22 @@ from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
-def check_as_merged(model: nn.Module) -> None:
-    """Raise an error if a merged model's weights have changed, or if the model has no adapters."""
-    record_of(model)
-    if not is_as_merged(model):
+def check_as_merged(view: View) -> None:
+    """Raise an error if a merged model's weights have changed."""
+    if not is_as_merged(view):
         raise AdapterStateError(
-            f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
+            f"The weights of {view.title} were changed since its adapters were merged into them (replaced, "
             "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
             "restored. Load both again, or call remove_adapters(model) to continue from the weights as they are."
         )
 
 
-def is_as_merged(model: nn.Module) -> bool:
+def is_as_merged(view: View) -> bool:
     """Whether a model has its merged weights, perhaps converted, or is not merged. Collective for a sharded one."""
-    record = find_record(model)
-    if record is None or record.merge is None:
+    merge = view.record.merge if view.is_merged else None
+    if merge is None:
         return True
-    view = View(model)
-    return not any(agreed([not _is_as_merged_here(view, record.merge)], list(view.parameters.values())))
+    return not any(agreed([not _is_as_merged_here(view, merge)], list(view.parameters.values())))
 
 
 def check_own(view: View) -> None:
@@ -42,7 +39,7 @@ def check_own(view: View) -> None:
     taken = [name for name in view.record.merged if isinstance(view.modules.get(name), LoRALayer)]
     if taken:
         raise AdapterStateError(
-            f"{listed(taken)} of {type(view.model).__name__} have the adapters of another model that shares them, and "
+            f"{listed(taken)} of {view.title} have the adapters of another model that shares them, and "
             "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
         )
 
@@ -106,7 +103,7 @@ def warn_of_divergence(view: View) -> None:
     """Warn of adapters that hold NaN or infinite values."""
     if broken := view.diverged():
         warn(
-            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
             "learning rate."
         )

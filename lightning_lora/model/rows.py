@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.functional.combine import Factors
-from lightning_lora.functional.rows import add_to_rows, put_back, stacked, taken
+from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
-from lightning_lora.model.state import record_of
+from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase, version_of
@@ -134,7 +134,7 @@ def _check_has_rows(name: str, view: View, around: Collection[str], adapters: It
     if any(issubclass(adapter.kind, LoRAParameters) or adapter.matrices[0].tokens for adapter in adapters):
         about = "an adapter of experts, parameters or tokens, which all rows of a batch share"
     if about:
-        about = f"{name!r} of {type(view.model).__name__} has {about}. So no row can have its own adapter."
+        about = f"{name!r} of {view.title} has {about}. So no row can have its own adapter."
         raise AdapterStateError(f"{about} Run the rows of each adapter in a batch of their own, with set_adapter.")
 
 

@@ -14,9 +14,8 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
-from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.state import Record, find_record, record_of
+from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -31,11 +30,13 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     check_known(record, name, model)
     before, active = record.shown, record.adapter.name
     if name is None and before is not None:
-        _show_base(model)
+        view = view_of(model)
+        check_as_merged(view)
+        _show_base(view)
     elif name in record.others:
-        change(model, record.others[name])
+        change(View(model), record.others[name])
     elif name != before:
-        _show_adapter(model)
+        _show_adapter(View(model))
     return Shown(model, name, before, active)
 
 
@@ -124,7 +125,7 @@ def check_known(record: Record, name: str | None, model: nn.Module) -> None:
 
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
-    title = type(view.model).__name__
+    title = view.title
     if view.is_merged:
         raise AdapterStateError(
             f"The adapter {view.adapter.name!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
@@ -145,7 +146,7 @@ def follow_model(view: View, state: AdapterState) -> None:
     names = (*state.resting, *state.own)
     if absent := [name for name in names if name not in view.modules and name not in present]:
         raise AdapterStateError(
-            f"{type(view.model).__name__} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
+            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
             f"Give the model its layers back, or call remove_adapters(model, {state.name!r})."
         )
     for name, adapter in state.resting.items():
@@ -154,7 +155,7 @@ def follow_model(view: View, state: AdapterState) -> None:
             adapter.kind = adapter_for(layer) or adapter.kind
         if is_resized(layer, adapter):
             raise AdapterStateError(
-                f"{name!r} of {type(view.model).__name__} was resized since it got the adapter {state.name!r}. Give "
+                f"{name!r} of {view.title} was resized since it got the adapter {state.name!r}. Give "
                 f"it its size back, or call remove_adapters(model, {state.name!r})."
             )
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
@@ -167,26 +168,25 @@ def follow_model(view: View, state: AdapterState) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def change(model: nn.Module, coming: AdapterState) -> None:
+def change(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
-    view = View(model)
     follow_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     if view.record.is_disabled:
-        _show_adapter(model)
-    view = view_of(model)
+        _show_adapter(view)
+    view.check_present()
     record, own = view.record, view.kept
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
         if name not in own:
             record.base[name] = {**view.parameters, **view.buffers}[name]
         set_parameter(view.model, name, tensor)
-    attach.attach_adapters(view.model, coming.resting)
-    now = View(model, coming.config)
-    for inner in chain.from_iterable(map(nn.Module.modules, now.saved)):
+    attach.attach_adapters(view, coming.resting)
+    view.look_again(coming.config)
+    for inner in chain.from_iterable(map(nn.Module.modules, view.saved)):
         set_frozen(inner, False)
-    freeze_norms(now.modules.values(), now.saved)
-    attach.weights_have_changed(now)
+    freeze_norms(view.modules.values(), view.saved)
+    attach.weights_have_changed(view)
     record.was_switched(resting, own, coming)
 
 
@@ -219,8 +219,8 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
     if config is None or name in names:
         set_adapter(model, name)
     else:
-        change(model, AdapterState(config, name))
-        undo.callback(lambda: record_of(model).was_dropped(name))
+        change(View(model), AdapterState(config, name))
+        undo.callback(lambda: record_of(model).others.pop(name))
     undo.callback(set_adapter, model, names[0])
     return undo
 
@@ -229,10 +229,8 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
 
 
 @torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
-def _show_base(model: nn.Module) -> None:
+def _show_base(view: View) -> None:
     """Turn the updates off, and let the base's values be in merged weights, and in what was trained beside them."""
-    check_as_merged(model)
-    view = view_of(model)
     record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
     for name, tensor in view.kept.items():
         original = view.adapter.originals[name].to(tensor, copy=True)
@@ -258,10 +256,9 @@ def _show_base(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
-def _show_adapter(model: nn.Module) -> None:
+def _show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
-    reshard(model)  # so that the next forward pass gathers what is put back
-    view = View(model)
+    reshard(view.model)  # so that the next forward pass gathers what is put back
     present: dict[str, Tensor] = {**view.buffers, **view.parameters}
     aside = {name: each for name, each in view.record.aside.items() if name in present}
     moved = [values.to(present[name]) for name, (values, _) in aside.items()]  # it may have been converted since

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.state import Record, find_record, record_of, records_in
-from lightning_lora.private import EXTRA_STATE, is_persistent
+from lightning_lora.model.record import AdapterState, Record, find_record, record_of, records_in
+from lightning_lora.private import EXTRA_STATE, NOT_STORED
 from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
@@ -35,21 +34,33 @@ class MergedWeight(NamedTuple):
 class View:
     """The layers, adapters, parameters and buffers of a model, by name. A shared one has several names.
 
-    Make a view for one call, and a new one after classes or parameters of the model have changed. ``config`` is that of
-    the adapters, if it differs from the one in the record.
+    A call makes one view, and looks again after classes or parameters have changed. Where modules were replaced, a new
+    one is needed. ``config`` is that of the adapters, if it differs from the one in the record.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
         self.model = plain_module(model)
         self.modules = named_modules(model, remove_duplicate=False)
-        self._record = find_record(model)
         self._config = config
+
+    def look_again(self, config: LoRAConfig | None = None) -> None:
+        """Forget what was seen of the layers and the parameters. The modules are the same objects."""
+        self._config = config
+        for name, value in vars(View).items():
+            if isinstance(value, cached_property):
+                vars(self).pop(name, None)
+
+    @property
+    def title(self) -> str:
+        """The name of the model's class, for messages."""
+        return type(self.model).__name__
 
     @property
     def record(self) -> Record:
         """The record of the model, which must be adapted."""
-        assert self._record is not None
-        return self._record
+        record = find_record(self.model)
+        assert record is not None
+        return record
 
     @property
     def adapter(self) -> AdapterState:
@@ -64,12 +75,12 @@ class View:
     @property
     def is_adapted(self) -> bool:
         """Whether the model has adapters, merged or not."""
-        return self._record is not None
+        return find_record(self.model) is not None
 
     @property
     def is_merged(self) -> bool:
         """Whether the updates are merged into the weights."""
-        return self._record is not None and self._record.is_merged
+        return self.is_adapted and self.record.is_merged
 
     # Modules
 
@@ -169,7 +180,7 @@ class View:
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
-        flags = self._record.requires_grad if self._record and not self.is_merged else {}
+        flags = self.record.requires_grad if self.is_adapted and not self.is_merged else {}
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
         frozen = {name for name in plain if not flags.get(name, self.parameters[name].requires_grad)}
@@ -183,7 +194,7 @@ class View:
         found = {}
         for prefix, module in self.modules.items():
             for name, buffer in module._buffers.items():
-                if buffer is not None and is_persistent(module, name):
+                if buffer is not None and name not in getattr(module, NOT_STORED):
                     found[join(prefix, name)] = buffer
         return found
 
@@ -227,6 +238,18 @@ class View:
                 values[name] = self.adapter.originals[name].to(tensor.dtype)
         return {**values, **self.entries}
 
+    def check_present(self) -> None:
+        """Refuse a model in which layers have lost their adapters."""
+        present = [name for name in self.adapter.layers if name in self.modules]
+        merged = self.record.merged
+        lost = [name for name in present if not isinstance(self.modules[name], LoRALayer) and name not in merged]
+        if lost:
+            raise AdapterStateError(
+                f"{listed(lost)} of {self.title} no longer have their adapters: the layers were replaced, or merged by "
+                "a call on another module that shares them. Call unmerge_adapters on that module, or "
+                "inject_adapters(model, config) to give the layers new adapters."
+            )
+
     def is_fresh(self) -> bool:
         """Whether all updates are still zero."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
@@ -243,15 +266,9 @@ class View:
 
 def view_of(model: nn.Module) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
-    record, view = record_of(model), View(model)
-    present = [name for name in record.adapter.layers if name in view.modules]
-    lost = [name for name in present if not isinstance(view.modules[name], LoRALayer) and name not in record.merged]
-    if lost:
-        raise AdapterStateError(
-            f"{listed(lost)} of {type(view.model).__name__} no longer have their adapters: the layers were replaced, "
-            "or merged by a call on another module that shares them. Call unmerge_adapters on that module, or "
-            "inject_adapters(model, config) to give the layers new adapters."
-        )
+    record_of(model)
+    view = View(model)
+    view.check_present()
     return view
 
 

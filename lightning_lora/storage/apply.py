@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.layers import FROM_BASE, LoRALayer
+from lightning_lora.layers import INITIALISATIONS, LoRALayer
 from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.state import find_record, keep_record
+from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.storage.base import base_value, check_base
-from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
+from lightning_lora.storage.fingerprint import base_value, check_base
+from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare
@@ -47,10 +47,9 @@ def apply(
             set_adapter(model, before.name)
         return
     with _unmerged_and_undone(model) as view:
-        record = find_record(model)
-        stored, is_new = read(view), record is None or not record.adapter.layers
+        stored, is_new = read(view), not (view.is_adapted and view.adapter.layers)
         if is_new:  # no adapters, or only those of a submodule
-            known = record.adapter.name if record else name
+            known = view.adapter.name if view.is_adapted else name
             inject(model, stored.config, name="default" if known is None else known, finds=False)
         view = view_of(model)
         if not stored.base:
@@ -100,8 +99,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             was written.
         AdapterStateError: ``model`` has no adapters.
     """
-    check_as_merged(model)
     view = view_of(model)
+    check_as_merged(view)
     entries = entries_of(view, random_weights(view))
     state = without_notes(state)
     check_names(view, entries, state)
@@ -140,7 +139,7 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters of a file of this package by the names of a model, if they differ by one prefix."""
-    title = type(view.model).__name__
+    title = view.title
     found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
     if len(found) == 1 and all(is_inside(name, found[0].here) for name in (*view.parameters, *view.buffers)):
         stored = stored if found[0] == stored.renaming else _renamed(view, replace(stored, renaming=found[0]))
@@ -154,7 +153,7 @@ def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 
 def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
-    title, renaming = type(view.model).__name__, stored.renaming
+    title, renaming = view.title, stored.renaming
     outside = dict.fromkeys(owner_of(name) or name for name in stored.state if not is_inside(name, renaming.there))
     if outside:
         raise AdapterMismatchError(
@@ -174,7 +173,7 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 def _check_present(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with modules that the model lacks, before it is adapted."""
-    present, title = {**view.parameters, **view.buffers}, type(view.model).__name__
+    present, title = {**view.parameters, **view.buffers}, view.title
     owners = dict.fromkeys(map(owner_of, stored.state))
     absent = [owner for owner in owners if owner not in view.modules]
     absent += [name for name in stored.state if name not in present and stored.config.is_saved(name)]
@@ -206,7 +205,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - set(stored.changed)):
         raise BaseMismatchError(
-            f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
+            f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
@@ -216,10 +215,10 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
     """Refuse adapters that were trained with another rank, scaling or start: they would give another update."""
+    is_difference = INITIALISATIONS[config.init].is_difference
     for name, layer in view.layers.items():
         settings = layer.lora_settings
-        starts = {settings.init, config.init}
-        is_same_start = len(starts) == 1 or starts.isdisjoint(FROM_BASE)
+        is_same_start = settings.init == config.init or not (settings.is_difference or is_difference)
         for matrix in layer.lora_matrices:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
@@ -273,8 +272,7 @@ def check_names(
     found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
     trained = f"with {_selecting(config)}" if config else "with the same targets, modules_to_save and bias"
     raise AdapterMismatchError(
-        f"These adapters do not fit {type(view.model).__name__}: {found}. Adapt the model as they were trained: "
-        f"{trained}."
+        f"These adapters do not fit {view.title}: {found}. Adapt the model as they were trained: {trained}."
     )
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_lora.errors import BaseMismatchError, LoRAError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.state import on_load, record_of
+from lightning_lora.model.record import on_load, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.apply import check_fits, write_state
-from lightning_lora.storage.base import base_tensors, fingerprint, is_same_form, note_changed, with_halves
+from lightning_lora.storage.fingerprint import base_tensors, fingerprint, is_same_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out

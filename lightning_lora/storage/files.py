@@ -1,11 +1,11 @@
-"""Save and load adapters without a Trainer."""
+"""Save, export and load adapters without a Trainer."""
 
 import warnings
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace, new_class
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,34 +15,33 @@ from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.view import view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
-from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.disk import check_path, local_path
-from lightning_lora.storage.formats import diffusers, loralib, peft_read
-from lightning_lora.storage.formats.lightning import VERSION, check_readable
+from lightning_lora.storage.disk import check_output, check_path, local_path
+from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
     leave_adapters,
+    read_adapter_file,
     read_checkpoint,
     read_contents,
     show_base,
     write_adapter_file,
 )
 from lightning_lora.storage.formats.reading import Asked, Reader
-from lightning_lora.storage.state import adapter_state_dict, check_not_diverged, without_extra
-from lightning_lora.storage.stored import KEY, StoredAdapters, is_plain
+from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
+from lightning_lora.storage.formats.writing import source_of
+from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
+from lightning_lora.storage.stored import StoredAdapters, is_plain
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
-
-READERS = (loralib.reader, diffusers.reader, peft_read.reader)
-"""Readers of other libraries' files. Each returns None for the contents of a file of another format."""
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -66,22 +65,91 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     check_place(path)
     view = view_of(model)
-    held = without_extra(view, adapter_state_dict(model))
+    held = _state_of(view)
     state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if odd := held.keys() - state.keys():
         warn(
-            f"{listed(sorted(odd))} of {type(view.model).__name__} changed in training (get_extra_state) and are not "
+            f"{listed(sorted(odd))} of {view.title} changed in training (get_extra_state) and are not "
             "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
         )
     check_not_diverged(view)
-    if any(value.is_meta for value in state.values()):
-        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
     is_shared = any(map(is_dtensor, view.parameters.values()))
     if not is_shared or dist.get_rank() == 0:
         write_adapter_file(path, stored)
     if is_shared:
         dist.barrier()
+
+
+def export_peft(
+    model_or_file: nn.Module | str | Path,
+    directory: str | Path,
+    *,
+    root: str | None = None,
+    uniform: bool = False,
+    format: Literal["peft", "diffusers"] = "peft",
+) -> None:
+    """Write adapters in PEFT's format, or in that of diffusers, into a directory.
+
+    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged, and compute what the
+    adapted model computes here. What they would compute otherwise is refused, and nothing is written.
+
+    Args:
+        model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
+            with ``LoRACallback`` wrote.
+        directory: The directory for PEFT's two files, or for ``pytorch_lora_weights.safetensors`` of diffusers. It is
+            made if only the last folder is missing. Other files in it stay.
+        root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
+            ``""`` is the whole module. By default it is the one model inside, if there is one.
+        uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
+            llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
+        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: all adapted parts of a pipeline
+            in the module. Names begin with the part: its own name if it is one, such as ``text_encoder_2``; else
+            ``unet``, ``transformer`` or ``text_encoder``, by the class of the model.
+
+    Raises:
+        ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
+            outside of ``root``, or the pipeline would refuse it.
+        AdapterStateError: the model has no adapters.
+        AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
+        ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
+        FileNotFoundError: the file, or the folder of ``directory``, does not exist.
+
+    Warns:
+        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
+            layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
+            untrained, which PEFT's format cannot hold; or vLLM or llama.cpp would scale a language model otherwise.
+
+    Example:
+        >>> import json, tempfile
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> names = inject_adapters(model, LoRAConfig(r=2, alpha=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(model, folder)
+        ...     config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        >>> config["r"], config["lora_alpha"], config["target_modules"]
+        (2, 4, ['0', '2'])
+    """
+    chosen = WRITTEN.get(format)
+    if chosen is None or chosen.write is None:
+        raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
+    if isinstance(model_or_file, nn.Module):
+        view = view_of(model_or_file)
+        stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
+    else:
+        stored, model = read_adapter_file(model_or_file), None
+    source = source_of(stored, model, root)
+    check_output(directory, [model_or_file], chosen.files[:1])
+    chosen.write(source, Path(directory).expanduser(), uniform=uniform)
+
+
+def _state_of(view: View) -> dict[str, Any]:
+    """All that training changed, if it has values."""
+    state = without_extra(view, adapter_state(view))
+    if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
+    return state
 
 
 def load_adapter(
@@ -144,26 +212,19 @@ def load_adapter(
     """
     check_path(path, may_be_open=True)
     local = local_path(path)
-    file = path if local is None else peft_read.weights_of(local)
-    contents = read_contents(file)
-    read = _reader(contents, file, Asked(alpha, target_slices))
-    apply(model, read or _reader_of(adapters_in(contents, path)), check_base=check_base, name=name)
-
-
-def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
-    """How to read these contents of a file, if another library wrote them."""
-    names = contents if isinstance(contents, dict) else {}
-    is_foreign = KEY not in names and VERSION not in names
-    found = ((reader, read) for reader in READERS if is_foreign and (read := reader(names, path, asked)))
-    reader, read = next(found, (None, None))
-    if reader is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
+    file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
+    contents = read_contents(file, asked)
+    format, reader = find_format(contents, file, asked) or (None, None)
+    if (format is None or format.name != "loralib") and asked != Asked():
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
-    if read is not None:
+    if reader is None:
+        reader = _reader_of(adapters_in(contents, path))
+    else:
         _check_plain(contents, path)
-    return read
+    apply(model, reader, check_base=check_base, name=name)
 
 
 def _check_plain(contents: dict[Any, Any], path: Any) -> None:

@@ -85,7 +85,7 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
     if is_folder and untied and getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(
-            f"The weight of {listed(untied)} in {type(view.model).__name__} is tied to another layer's and has its own "
+            f"The weight of {listed(untied)} in {view.title} is tied to another layer's and has its own "
             "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
         )
     state, lost = merged_state(view, given)
@@ -147,7 +147,7 @@ def _write_safetensors(view: View, path: Path) -> None:
 
 def _write_folder(view: View, path: Path) -> None:
     root = root_of(view.model)
-    inner, title = submodule(view.model, root), type(view.model).__name__
+    inner, title = submodule(view.model, root), view.title
     save = getattr(inner, "save_pretrained", None)
     if save is None:
         raise AdapterFileError(
@@ -211,7 +211,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     """Return the state dict that a model has after ``merge_adapters``, with merged weights in the host's memory."""
     model = plain_module(view.model)
     if view.is_merged:
-        check_as_merged(view.model)
+        check_as_merged(view)
         return _noted(view, model.state_dict()), {}
     changed = {plain_name(name): value for name, value in (changed or {}).items()}
     if any(is_dtensor(changed.get(name, p)) for name, p in view.parameters.items()):

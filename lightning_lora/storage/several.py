@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
-from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.state import find_record, record_of
+from lightning_lora.model.record import AdapterState, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
-from lightning_lora.storage.offline.combine import combined
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.offline.combine_files import combined
+from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_module
 
@@ -76,7 +75,7 @@ def set_adapter(
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]
     for each in sums[:-_KEPT] if title not in sums else [title]:  # some are shown again after a block
-        record.was_dropped(each)
+        del record.others[each]
     _add(model, stored, title)
     record.others[title].becomes_a_sum(weights)
     shown = switch.set_adapter(model, title)
@@ -144,7 +143,7 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     """What a file of one adapter would hold, without the base's own values."""
     with switch.show(model, name):
         view = view_of(model)
-        stored = StoredAdapters.from_view(view, adapter_state_dict(model), [])
+        stored = StoredAdapters.from_view(view, adapter_state(view), [])
     state = dict(stored.state)
     for key, value in stored.state.items():
         if key in stored.random:

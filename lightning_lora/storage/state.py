@@ -46,9 +46,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    check_as_merged(model)
-    view = view_of(model)
-    state = without_base(view, state_dict(model), random_weights(view))
+    return adapter_state(view_of(model))
+
+
+def adapter_state(view: View) -> dict[str, Any]:
+    """Return what :func:`adapter_state_dict` does."""
+    check_as_merged(view)
+    state = without_base(view, state_dict(view.model), random_weights(view))
     return {name: full_tensor(value) for name, value in state.items()}
 
 
@@ -98,7 +102,7 @@ def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
     if broken := view.diverged():
         raise AdapterStateError(
-            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."
         )
 

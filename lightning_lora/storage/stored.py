@@ -15,9 +15,9 @@ from lightning_lora.errors import AdapterFileError, ConfigError, listed
 from lightning_lora.layers import adapter_parameters
 from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.state import HALVES
+from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.names import Renaming, by_whole_names
+from lightning_lora.storage.renaming import Renaming, by_whole_names
 from lightning_lora.storage.schema import fits, slow_expressions
 from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest
@@ -72,7 +72,7 @@ class StoredAdapters:
             random=list(random_weights(view)),
             saved={module: [name for name in held if name.startswith(f"{module}.")] for module in outer},
             root=root_of(view.model),
-            source=type(view.model).__name__,
+            source=view.title,
         )
 
     @classmethod

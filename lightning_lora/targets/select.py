@@ -12,7 +12,7 @@ from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
-from lightning_lora.targets.tokens import token_rows
+from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.names import starts_of, submodule
 
 

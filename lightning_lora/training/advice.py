@@ -21,7 +21,7 @@ from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
-from lightning_lora.storage.base import rows_of
+from lightning_lora.storage.fingerprint import rows_of
 from lightning_lora.storage.formats.peft_layers import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
@@ -55,7 +55,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         return
     if fresh.share > MOST:
         rank_zero_info(
-            f"{fresh.share:.0%} of the weights of {type(view.model).__name__} look untrained. If they are, adapters "
+            f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
             "learn little: load pretrained weights first, or train without LoRACallback."
         )
     elif fresh.random:
@@ -101,7 +101,7 @@ def _few(rates: list[float]) -> str:
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
-    title, remedy = type(view.model).__name__, f"Train them in full: {_to_save(view, fresh.random)}"
+    title, remedy = view.title, f"Train them in full: {_to_save(view, fresh.random)}"
     found = f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so."
     if fresh.adapted:
         found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
@@ -122,7 +122,7 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
     left = [name for name in left_trainable(view) if name not in fresh.random]
     if left:
         _warn(
-            f"You have frozen most of {type(view.model).__name__}, but not {listed(left)}. Now these are frozen too, "
+            f"You have frozen most of {view.title}, but not {listed(left)}. Now these are frozen too, "
             f"because no adapter is inside them. To train them in full: {_to_save(view, left)}."
         )
 
@@ -181,7 +181,7 @@ def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:
     layers, kinds = dict.fromkeys(owner_of(name) or name for name in left), dict.fromkeys(left.values())
     _warn(
         f'target_modules="{view.config.target_modules}" leaves {share:.0%} of the weights of '
-        f"{type(view.model).__name__} without adapters. They are in {shortened(kinds)} layers: {listed(layers)}. Use "
+        f"{view.title} without adapters. They are in {shortened(kinds)} layers: {listed(layers)}. Use "
         f"{' and '.join(use)} to train them too, or name the layers to adapt."
     )
 
@@ -223,7 +223,7 @@ def _warn_of_computed(view: View, word: str) -> None:
     layers = names.first_names({layer for layer in meant if is_computed(layer)})
     if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
         _warn(
-            f"No adapter for {listed(left)} of {type(view.model).__name__}, because the weight is {COMPUTED}: no "
+            f"No adapter for {listed(left)} of {view.title}, because the weight is {COMPUTED}: no "
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "
             f"{_to_save(view, left)}."
         )

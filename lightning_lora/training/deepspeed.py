@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
-from lightning_lora.model.state import find_record, keep_record
+from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import own_place
 from lightning_lora.training.compatibility import refuse_strategy

@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import DeadAdapterWarning, listed, warn
+from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
-from lightning_lora.model.state import Record
+from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import function_of, tree_leaves
+from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 
@@ -108,6 +108,17 @@ class Gradients:
         self.hooks = []
 
 
+def check_loss(model: nn.Module, loss: object) -> None:
+    """Refuse a loss that depends on nothing that trains."""
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        view = view_of(model)
+        raise TargetError(
+            f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
+            "run without gradients (torch.no_grad, detach). Adapt layers that the loss depends on (target_modules, for "
+            "example 'all'), or train modules in full (modules_to_save)."
+        )
+
+
 class Feeding:
     """Notes which frozen networks feed what trains, by the graphs behind the inputs of the layers that do.
 
@@ -167,7 +178,7 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
         found.add(id(getattr(node, "variable", None)))
-        if issubclass(function_of(node), _OWN):
+        if issubclass(getattr(type(node), NODE_FUNCTION, object), _OWN):
             found.add(_UNKNOWN)
     return found
 

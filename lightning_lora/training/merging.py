@@ -21,7 +21,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.state import find_record, forget_record, keep_record
+from lightning_lora.model.record import find_record, forget_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state

@@ -107,7 +107,7 @@ def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             layouts[getattr(p, "device_mesh", None)].append(names.get(p, "a parameter"))
-    title = f"{type(optimizer).__name__} of {type(view.model).__name__}"
+    title = f"{type(optimizer).__name__} of {view.title}"
     if isinstance(optimizer, torch.optim.LBFGS) and layouts.keys() - {None}:
         raise OptimizerError(
             f"{title} joins all parameters to one vector, and some are sharded. Use another optimizer."
@@ -181,13 +181,13 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
             )
     elif rest and not groups:
         raise OptimizerError(
-            f"configure_optimizers of {type(view.model).__name__} returns no optimizer, so nothing would train. Return "
+            f"configure_optimizers of {view.title} returns no optimizer, so nothing would train. Return "
             "one of self.parameters(), also for manual optimisation."
         )
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "
-            f"holds them or the weights that they adapt. Give {type(view.model).__name__}.parameters() to one of its "
+            f"holds them or the weights that they adapt. Give {view.title}.parameters() to one of its "
             "optimizers, or target only layers whose weights an optimizer holds."
         )
 

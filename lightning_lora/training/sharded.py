@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.base import note_changed
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
@@ -53,7 +53,7 @@ class LoRAShardedStrategy(LateStrategy):
             with super().model_sharded_context():
                 yield
         finally:
-            attach_adapters(self.lora_module, adapters)
+            attach_adapters(View(self.lora_module), adapters)
 
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""

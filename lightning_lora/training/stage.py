@@ -13,11 +13,11 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own
-from lightning_lora.model.state import find_record, keep_record, records_in
+from lightning_lora.model.record import find_record, keep_record, records_in
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.storage.base import note_changed
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, owner_of
 from lightning_lora.tensors.shards import is_dtensor

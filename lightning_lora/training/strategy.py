@@ -19,11 +19,11 @@ from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
-from lightning_lora.model.state import find_record
-from lightning_lora.model.view import view_of
+from lightning_lora.model.record import find_record
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.base import base_dtypes, fingerprint
+from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.schema import check_named
@@ -33,7 +33,7 @@ from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.compatibility import drop_averages, keeping_adapters, refuse_strategy, states_are_read
-from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.randomness import RANDOM, check_states
@@ -137,7 +137,7 @@ class LoRAStrategy(Strategy, InPlace):
         view = view_of(self.lora_module)
         known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
         if known and all(form["dtypes"] != dtypes for form in known):
-            view.record.base_was_converted(fingerprint(view))
+            known.append(fingerprint(view))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters."""
@@ -303,7 +303,7 @@ class LoRAStrategy(Strategy, InPlace):
     def _lora_saves(self) -> bool:
         """Whether there is anything of this package to write."""
         module = self.lora_module
-        if self.lora_stage.save == "model" and not is_as_merged(module):  # other code loaded a file into it
+        if self.lora_stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
             unmerge(module)  # drops the record, and says so
             drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
@@ -324,9 +324,10 @@ class LoRAStrategy(Strategy, InPlace):
             self.lora_stage.dropout.end_step()
         return output
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        loss = super().backward(*args, **kwargs)
+        check_loss(self.lora_module, closure_loss)
+        loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
         return loss

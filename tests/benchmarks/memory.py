@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, save_adapter
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from tests.benchmarks.life import QUIET, Stack
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Llama, Projections, step

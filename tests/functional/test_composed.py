@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.functional import linear
-from lightning_lora.functional.linear import adapted_linear
+from lightning_lora.functional import adapted_linear as linear
+from lightning_lora.functional.adapted_linear import adapted_linear
 from tests.functional.test_linear import composed, goes_by_hand, inputs
 from tests.support.models import randomise
 from tests.support.ranks import has_shards

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_lora.functional import linear
+from lightning_lora.functional import adapted_linear as linear
+from lightning_lora.functional.adapted_linear import adapted_linear
 from lightning_lora.functional.dropout import drops
-from lightning_lora.functional.linear import adapted_linear
 
 
 def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora import ConfigError
-from lightning_lora.functional.rows import add_to_rows, put_back, stacked
+from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked
 
 RANKS = (2, 0, 3)
 

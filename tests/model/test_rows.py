@@ -26,7 +26,7 @@ from lightning_lora import (
     save_adapter,
     set_adapter,
 )
-from lightning_lora.functional.rows import taken
+from lightning_lora.functional.batch_rows import taken
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM

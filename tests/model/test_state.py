@@ -11,8 +11,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.state import Record, find_record
+from lightning_lora.model.record import AdapterState, Record, find_record
 from lightning_lora.tensors import names
 from lightning_lora.tensors.digests import digest
 from tests.support.models import LitTiny, best, data, flags, lora, randomise, same, state, trainer, unfreezable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.faults import FailsAt
 from tests.support.models import same, state
 

@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
-from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from tests.support import faults
 from tests.support.cases import held
@@ -261,11 +261,11 @@ def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, name: st
     faults.refused(tmp_path / "a.safetensors", "load_adapter")
 
 
-MANY = 1_000_000
+MANY = 300_000
 
 
 @pytest.mark.processes
-def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, good: Path) -> None:
+def test_very_many_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, good: Path) -> None:
     with safe_open(good / "good.safetensors", "pt") as opened:
         entries = ['"__metadata__":' + json.dumps(opened.metadata())]
     entries += [f'"k{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(MANY)]
@@ -274,7 +274,7 @@ def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, goo
     more = {f"k{i}": ONE for i in range(MANY)}
     faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", lambda whole: whole["state_dict"].update(more))
     for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
-        faults.frugal(partial(faults.refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)
+        faults.frugal(partial(faults.refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 29)
 
 
 # Versions

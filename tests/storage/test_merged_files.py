@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lightning_lora as ll
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import three
 from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, same, state, trainer
 from tests.support.storage import fitted, refused, trained

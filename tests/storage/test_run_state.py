@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.training.randomness import RANDOM
 from tests.support.faults import adapted, edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.storage import base
+from lightning_lora.storage import fingerprint as base
 from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer
 from tests.support.storage import CONFIG, refused, saved, trained
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.model.view import root_of, view_of
-from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.names import find_renamings, is_inside
+from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.renaming import find_renamings, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 
 

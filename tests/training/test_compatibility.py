@@ -18,7 +18,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
 from lightning_lora import inject_adapters
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, resumes_to_the_bit, trainable
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer

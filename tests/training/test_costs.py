@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
 from lightning_lora import LoRAWarning, load_adapter, save_adapter, unmerge_adapters
-from lightning_lora.model import state as record
+from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.training.test_launchers import FORKED

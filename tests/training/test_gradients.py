@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, inject_adapters
+from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError, inject_adapters
 from lightning_lora.training.gradients import gradients_pass
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, data, lora, randomise, same, state
@@ -311,6 +311,24 @@ def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> Non
     assert all(model.get_parameter(name).any() for name in ADAPTERS)
     with pytest.warns(DeadAdapterWarning, match=r"frozen them \(requires_grad"):
         train(tmp_path, lora(merge=False), model=Probe("start"))
+
+
+class ReadsFeatures(LitTiny):
+    """Its adapted layers run without gradients, below convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(1, 1, 3)
+
+    def training_step(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            features = self(batch[0])
+        return self.convolution(features.unsqueeze(1)).square().mean()
+
+
+def test_a_loss_that_depends_on_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="loss of ReadsFeatures depends on no adapter: 'q_proj'"):
+        train(tmp_path, lora(), model=ReadsFeatures())
 
 
 @pytest.mark.filterwarnings("ignore:.*returned .None.")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_lora as ll
-from lightning_lora.storage.offline.combine import combine_files
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.combine_files import combine_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
 from tests.support.faults import edited, unchanged

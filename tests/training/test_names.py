@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 import lightning_lora as ll
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import At, StopError, held, stop
 from tests.support.fits import fit
 from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import disable_adapters, load_adapter, save_adapter, set_adapter
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from tests.support.cases import trained
 from tests.support.fits import fit

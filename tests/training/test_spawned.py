@@ -16,7 +16,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
-from lightning_lora.model.state import find_record, forget_record
+from lightning_lora.model.record import find_record, forget_record
 from lightning_lora.training import merging
 from tests.support.cases import Three
 from tests.support.layers import Experts

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import adam, by_hand, fit, loaded, outcome, trainable
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew

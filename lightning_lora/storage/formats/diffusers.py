@@ -1,6 +1,6 @@
 """The files of diffusers: PEFT's tensors, with a pipeline's part before each name, and the configuration inside."""
 
-import re
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -17,21 +17,18 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.peft_read import updates_of
+from lightning_lora.storage.formats.peft_write import exported
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of
-from lightning_lora.storage.names import is_inside
+from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.renaming import is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import named_modules, starts_of, submodule
 
-_PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
 
-_OLDER_NAME = re.compile(rf"{_PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
-"""Names in a file of diffusers without a header."""
-
-
-def part_of(model: nn.Module | None, root: str) -> str | None:
+def _part_of(model: nn.Module | None, root: str) -> str | None:
     """Return what a pipeline calls a model, by ``root`` (its name in its module) or its class. None: it is no part."""
     name = root.rpartition(".")[2]
-    if _PARTS.fullmatch(name):
+    if peft.PARTS.fullmatch(name):
         return name
     for base in type(model).__mro__:
         if base.__module__.startswith("diffusers.models.unets"):
@@ -47,16 +44,31 @@ def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """The names of the parts of a pipeline among modules, by what it calls them. A name says more than a class."""
     found = dict[str, str]()
     for name, module in modules.items():
-        part = part_of(module, name) if name else None
+        part = _part_of(module, name) if name else None
         if part and set(found.values()).isdisjoint(starts_of(name)):
             found[part] = name if name.endswith(part) else found.get(part, name)
     return found
 
 
-def split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
+    """Write what a pipeline reads: all adapted parts of it in one file."""
+    tensors, about = dict[str, Tensor](), dict[str, Any]()
+    for stored in _split(source.stored, source.model):
+        part = replace(source, stored=stored)
+        # diffusers before 0.34, and others that read its files, scale all by 1
+        own, config = exported(part, uniform=uniform, scaling=1.0)
+        prefix = _prefix_for(part.inner, stored, own)
+        tensors |= {prefix + name: value for name, value in own.items()}
+        about |= {prefix + name: value for name, value in config.items()}
+    file = peft.DIFFUSERS_WEIGHTS[0]
+    _warn_of_replaced(directory / file, tensors)
+    write_files(directory, file, tensors, {peft.METADATA: json.dumps(about)})
+
+
+def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
     """Return the adapters of each part of a pipeline: of the model itself, or of all parts in a module."""
     roots, found = [stored.root], list[StoredAdapters]()
-    if part_of(submodule(model, stored.root) if model else None, stored.root) is None:
+    if _part_of(submodule(model, stored.root) if model else None, stored.root) is None:
         starts = dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
         parts = _parts_in(named_modules(model) if model else starts).values()
         roots = list(filter(starts.__contains__, parts)) or roots
@@ -76,7 +88,7 @@ def split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapter
     return found
 
 
-def warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
+def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
     """Warn if a file that is to be written anew holds other parts."""
     held = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
@@ -89,9 +101,9 @@ def _starts(names: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
+def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
     """Return what a pipeline expects before each name of these tensors. Refuse what it would not read."""
-    part = part_of(model, stored.root)
+    part = _part_of(model, stored.root)
     if part is None:
         raise ExportError(
             f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
@@ -107,27 +119,23 @@ def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterabl
     return f"{part}."
 
 
-def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if diffusers wrote it, or PEFT's with the same header."""
-    tensors, has_header = dict(contents), peft.METADATA in contents
-    header = str(tensors.pop(peft.METADATA, "{}"))
-    if not peft.is_peft(tensors) or not (has_header or all(map(_OLDER_NAME.match, map(str, tensors)))):
+    if not peft.is_diffusers(contents, path):
         return None
-    is_beside = isinstance(path, Path) and (path.parent / peft.PEFT_CONFIG).is_file()
-    if is_beside and (not has_header or any(str(name).startswith(peft.PREFIX) for name in tensors)):
-        return None
-    about = f"{peft.METADATA!r} of {path}"
+    header, about = contents.get(peft.HEADER, {}).get(peft.METADATA, "{}"), f"{peft.METADATA!r} of {path}"
+    tensors = {name: value for name, value in contents.items() if name != peft.HEADER}
     return lambda view: _read(view, tensors, peft.json_object(header, about), path)
 
 
 def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
     """The adapters of the part of a pipeline that the model is, or of all parts that it holds."""
     starts = _starts(tensors)
-    parts = {key.rpartition(".")[0] for key in header} or set(filter(_PARTS.fullmatch, starts)) or {""}
+    parts = {key.rpartition(".")[0] for key in header} or set(filter(peft.PARTS.fullmatch, starts)) or {""}
     if not parts & {"", peft.PREFIX.rstrip(".")}:
         parts |= starts
     root = root_of(view.model)
-    own = part_of(submodule(view.model, root), root)
+    own = _part_of(submodule(view.model, root), root)
     places = {own: root} if own else _parts_in(view.modules)
     if len(parts) == 1 and not parts & places.keys():
         places = dict.fromkeys(parts, root)

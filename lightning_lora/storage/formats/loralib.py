@@ -1,6 +1,6 @@
 """Read loralib's files, for a model of plain layers. Alpha, and the slices of a ``MergedLinear``, are in no file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ConfigError, TargetError, listed
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View, root_of
@@ -22,20 +22,17 @@ _ENDS = (".lora_A", ".lora_B")  # of the names of an adapter's tensors
 _KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 
 
-def is_loralib(names: Iterable[object]) -> bool:
-    """Whether these are names of a loralib file."""
-    return any(isinstance(name, str) and name.endswith(_ENDS) for name in names)
-
-
-def reader(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
-    """Return how to read these contents of a file, if loralib wrote it."""
+def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
+    """Return how to read these contents of a file of torch, if loralib wrote it."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
     tensors = {name: value for name, value in contents.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return (lambda view: _read(view, tensors, path, asked)) if is_loralib(tensors) else None
+    if not any(name.endswith(_ENDS) for name in tensors):
+        return None
+    return lambda view: _read(view, tensors, path, asked)
 
 
 def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked) -> StoredAdapters:

@@ -28,9 +28,9 @@ from lightning_lora.storage.disk import (
     writing,
 )
 from lightning_lora.storage.formats.lightning import VERSION
-from lightning_lora.storage.formats.loralib import is_loralib
-from lightning_lora.storage.formats.others import check_tool
-from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, is_peft
+from lightning_lora.storage.formats.peft_config import HEADER
+from lightning_lora.storage.formats.reading import Asked
+from lightning_lora.storage.formats.registry import Format, check_tool, file_in, find_format
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
@@ -65,18 +65,18 @@ def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
     local = local_path(path)
-    check_tool(path)
-    if local is not None and any((local / name).is_file() for name in (PEFT_CONFIG, *DIFFUSERS_WEIGHTS)):
-        raise AdapterFileError(f"{path} holds {_IN_PEFT}")
+    if local is not None and (found := file_in(local)):
+        raise AdapterFileError(f"{path} holds {_only_their_model(found[0])}")
     return adapters_in(read_contents(path), path)
 
 
-def read_contents(path: str | Path | IO[bytes]) -> Any:
-    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
+def read_contents(path: str | Path | IO[bytes], asked: Asked | None = None) -> Any:
+    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes.
+
+    With what was ``asked`` of formats, also the tensors of those that are known. Otherwise, None in place of each.
+    """
     check_tool(path)
-    contents = _read(path, partial(_load_adapters, path))
-    check_tool(path, contents)
-    return contents
+    return _read(path, partial(_load_adapters, path), asked)
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -85,10 +85,12 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
         "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
         "load_adapter(model, path): it reads only the adapters."
     )
-    return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy)
+    return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy=remedy)
 
 
-def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+def _read(
+    path: str | Path | IO[bytes], load: Callable[[Any], Any], asked: Asked | None = None, remedy: str = ""
+) -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     check_path(path, may_be_open=True)
     with reading(path, remedy), on_this_machine(path) as local:
@@ -101,7 +103,7 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
                     leave_adapters(contents)
                     return contents
                 try:
-                    contents = _read_tensors(local)
+                    contents = _read_tensors(local, path, asked)
                 except Exception:
                     if is_still(local, file):
                         raise
@@ -114,8 +116,7 @@ def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = load_plain(file)
     held = contents if isinstance(contents, dict) else {}
-    parts = list(held.values()) if is_peft(held) else [held.get(key) for key in ("state_dict", KEY, "model")]
-    if unread := unread_in(parts):
+    if unread := unread_in([held.get(key) for key in ("state_dict", KEY, "model")]):
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
             "save_adapter or a Trainer with LoRACallback wrote."
@@ -123,18 +124,18 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(local: Path) -> dict[str, Any]:
+def _read_tensors(local: Path, path: Any, asked: Asked | None) -> dict[str, Any]:
+    """The contents of a safetensors file. What will be refused is not read: it has None in place of each tensor."""
     with safe_open(local, "pt") as file:
         names, about = file.keys(), file.metadata() or {}
         description = json.loads(about.get(KEY, "null"))
-        if is_peft(names):
-            header = {METADATA: about[METADATA]} if METADATA in about else {}
-            return {**{name: file.get_tensor(name) for name in names}, **header}
         if description is None:
-            return {"state_dict": dict.fromkeys(names)}
-        if not isinstance(description, dict) or description.get("entries") != len(names):  # not read, but refused
-            return {"state_dict": dict.fromkeys(names), KEY: description}
-        return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
+            contents = {**dict.fromkeys(names), HEADER: about}
+            if asked is not None and find_format(contents, path, asked):
+                contents |= {name: file.get_tensor(name) for name in names}
+            return contents
+        is_whole = isinstance(description, dict) and description.get("entries") == len(names)
+        return {"state_dict": {name: file.get_tensor(name) if is_whole else None for name in names}, KEY: description}
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
@@ -142,21 +143,20 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
     held = contents if isinstance(contents, dict) else {}
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:
-        raise AdapterFileError(f"{path} holds {_instead(held)}")
+        raise AdapterFileError(f"{path} holds {_instead(held, path)}")
     stored = StoredAdapters.from_file(state, description, path)
     check_checksum(state, description, path)
     stored.check_agrees()
     return stored
 
 
-def _instead(contents: dict[Any, Any]) -> str:
+def _instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
-    if is_peft(contents):
-        return _IN_PEFT
-    if is_loralib(contents):
-        return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
+    if found := find_format(contents, path, Asked()):
+        return _only_their_model(found[0])
     held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
-    names = list(map(str, next(held, contents)))
+    names = [str(name) for name in next(held, contents) if name != HEADER]
+    check_tool(path, [*contents, *names])
     if any(name.endswith("lora_A") for name in names):
         return (
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
@@ -172,10 +172,11 @@ def _instead(contents: dict[Any, Any]) -> str:
     )
 
 
-_IN_PEFT = (
-    "adapters of PEFT, and only their model tells what their layers are. Load them onto it, and write a file "
-    "of this package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
-)
+def _only_their_model(format: Format) -> str:
+    return (
+        f"adapters of {format.tool}, and only their model tells what their layers are. Load them onto it, and write a "
+        "file of this package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
+    )
 
 
 def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
+from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
@@ -17,7 +18,14 @@ OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, wh
 PREFIX = "base_model.model."  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+HEADER = "__metadata__"  # safetensors' name for what a file's header says, beside the names of its tensors
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
+
+PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
+"""What a pipeline of diffusers calls its models."""
+
+_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
+"""Names in a file of diffusers without its header."""
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
 
@@ -53,9 +61,25 @@ def most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
 
 
-def is_peft(names: Iterable[object]) -> bool:
-    """Whether these are names of a PEFT file."""
-    return any(isinstance(name, str) and peft_key(name) for name in names)
+def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether PEFT wrote a file with these contents, or other code that has its names."""
+    return _has_updates(contents) and not is_diffusers(contents, path)
+
+
+def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether diffusers wrote a file with these contents, or PEFT with the same header and no configuration beside."""
+    has_header = METADATA in contents.get(HEADER, {})
+    names = [str(name) for name in contents if name != HEADER]
+    if not _has_updates(contents) or not (has_header or all(map(_OLDER_NAME.match, names))):
+        return False
+    local = local_path(path)
+    is_beside = local is not None and (local.parent / PEFT_CONFIG).is_file()
+    return not is_beside or (has_header and not any(name.startswith(PREFIX) for name in names))
+
+
+def _has_updates(names: Iterable[object]) -> bool:
+    """Whether these are names of PEFT's. ComfyUI has the same ends."""
+    return any(isinstance(name, str) and peft_key(name) and not name.startswith("diffusion_model.") for name in names)
 
 
 class PeftConfig(NamedTuple):

@@ -1,14 +1,12 @@
 """Read PEFT's files: the layers come from the names of the tensors, the numbers from the configuration."""
 
 import math
-import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import starmap
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +14,14 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
-from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
+from lightning_lora.functional.factors import Factors
+from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
-    DIFFUSERS_WEIGHTS,
+    HEADER,
     MERGE_THERE,
-    METADATA,
     PEFT_CONFIG,
-    PEFT_WEIGHTS,
     PREFIX,
     PeftConfig,
     is_peft,
@@ -35,7 +30,7 @@ from lightning_lora.storage.formats.peft_config import (
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
-from lightning_lora.storage.names import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.names import join, owner_of, starts_of
@@ -43,47 +38,18 @@ from lightning_lora.tensors.names import join, owner_of, starts_of
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
 
-def weights_of(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
-    if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
-        path = _cached(path.as_posix())
-    if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
-        return path
-    found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
-    if not found:
-        check_tool(path)
-        file = next(path.glob("*.safetensors"), Path("last.ckpt")).name
-        raise AdapterFileError(
-            f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
-            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {file!r}."
-        )
-    return found[0]
-
-
-def _cached(repository: str) -> Path:
-    """Return the folder of a repository of the Hugging Face hub, if this machine has it."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (ImportError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
-            f"one, download it: load_adapter(model, huggingface_hub.snapshot_download({repository!r}))."
-        ) from error
-
-
-def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
-    tensors = dict(contents)
-    tensors.pop(METADATA, None)  # diffusers' header, where PEFT's own configuration is beside the file
+    if not is_peft(contents, path):
+        return None
+    tensors = {name: value for name, value in contents.items() if name != HEADER}
 
-    def read(view: View) -> StoredAdapters:
+    def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates = updates_of(view, tensors, peft, path, root_of(view.model))
         return adapters_of(view, *updates, peft.config, peft.config.modules_to_save or ())
 
-    return read if is_peft(contents) else None
+    return reader
 
 
 def updates_of(
@@ -125,7 +91,6 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")  # no name of a file
 _MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
@@ -188,7 +153,7 @@ class _Layers:
                 "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
             )
         (matrix,), said, factors = about.matrices, there, _pair(there, tensors)
-        if self._is_read_alone(there) and (self.config.init in FROM_BASE or factors[1].any()):
+        if self._is_read_alone(there) and (INITIALISATIONS[self.config.init].is_difference or factors[1].any()):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which the module around it never calls: it computes with the "
                 "weight. PEFT's model leaves the update out and its merge adds it. Train again without this layer."
@@ -227,13 +192,14 @@ class _Layers:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
         (a, b), stack = factors, math.prod(matrix.stack)
         shared = uses_of(self.view, join(about.name, matrix.weight))
-        if self.config.init in FROM_BASE and len(shared) > 1:
+        is_difference = INITIALISATIONS[self.config.init].is_difference
+        if is_difference and len(shared) > 1:
             raise AdapterMismatchError(
                 f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
                 "off it for each use, and its merge gives another model. Train anew, from another start."
             )
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
-        most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
+        most = min(asked, matrix.largest_rank) if is_difference else asked  # their start has no more
         if rank not in (asked, most):
             raise AdapterFileError(
                 f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
@@ -315,7 +281,7 @@ class _Layers:
             elif wrapped.isdisjoint(around) and self._is_meant(there, module):
                 (lacking if owner_of(name) in held else left).append(name)
         says = (
-            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {type(self.view.model).__name__}, and {path} holds "
+            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {self.view.title}, and {path} holds "
             "no tensors for them: it is not whole, or of another model. "
         )
         if lacking:

@@ -1,8 +1,4 @@
-"""What the readers of other libraries' files share: from updates of layers to adapters of this package.
-
-A reader of a format is a function ``reader(contents, path, asked)``. It returns None if these contents of a file are of
-another format, else a function from a view of the model to :class:`StoredAdapters`.
-"""
+"""What the readers of other libraries' files share: from updates of layers to adapters of this package."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.functional.combine import Factors, with_rank
+from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
-from lightning_lora.storage.base import base_value
-from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
+from lightning_lora.storage.fingerprint import base_value
+from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, owner_of, starts_of
@@ -26,6 +22,7 @@ from lightning_lora.tensors.values import same_bits
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
 
 Reader = Callable[[View], StoredAdapters]
+"""Reads the tensors of a file for a model."""
 
 
 class Asked(NamedTuple):
@@ -68,7 +65,7 @@ class Update:
 def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
-    title = type(view.model).__name__
+    title = view.title
     found = find_renamings([*layers, *entries], known, root_here=root)
     if len(found) > 1:
         raise AdapterMismatchError(
@@ -166,7 +163,7 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
             f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}. It differs from that of "
-            f"{type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
+            f"{view.title}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
             "trained on. If tokens were added in training, resize the model's embeddings first."
         )
 
@@ -185,5 +182,5 @@ def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
         if not alike and not is_the_base(view, name, value):
             raise AdapterMismatchError(
                 f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
-                f"{type(view.model).__name__}: they would change too. Untie them first, with a copy of the parameter."
+                f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
             )

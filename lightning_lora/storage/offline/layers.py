@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, attach, matrix_factors
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters

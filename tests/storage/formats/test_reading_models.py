@@ -122,13 +122,13 @@ def test_a_zero_update_of_a_layer_that_is_never_called_is_left_out(tmp_path: Pat
     config = {"target_modules": "all-linear", "init_lora_weights": init}
     expected = write_peft(tmp_path, built(siglip), untrained, **config)
     model = built(siglip)
-    with pytest.warns(LoRAWarning, match=r"'head.attention.out_proj' is zero.*never calls it: it is left out") as told:
+    with pytest.warns(LoRAWarning, match=r"head.attention.out_proj' is zero.*never calls it: it is left out") as told:
         load_adapter(model, tmp_path)
     assert len(told) == 1
     assert gap(model(PIXELS).pooler_output, built(siglip)(PIXELS).pooler_output) > 1e-4
     assert gap(model(PIXELS).pooler_output, expected(PIXELS).pooler_output) < 2e-6
     write_peft(tmp_path, built(siglip), **config)
-    with pytest.raises(AdapterMismatchError, match=r"'head.attention.out_proj', which its nn.MultiheadAttention never"):
+    with pytest.raises(AdapterMismatchError, match=r"head.attention.out_proj', which its nn.MultiheadAttention never"):
         load_adapter(built(siglip), tmp_path)
 
 

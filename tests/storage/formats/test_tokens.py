@@ -16,9 +16,9 @@ import lightning_lora as ll
 from lightning_lora.cli.inspect import inspect
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
-from lightning_lora.storage.offline.combine import combine_files
+from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.layers import read_layers
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from tests.support.models import Around, TinyLM, data, randomise, trainer
 from tests.support.peft_reading import built, gap, read_by_peft, write_peft
 

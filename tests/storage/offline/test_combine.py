@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.offline.combine import combine_files
+from lightning_lora.storage.offline.combine_files import combine_files
 from tests.support.models import randomise, state
 
 

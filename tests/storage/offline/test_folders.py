@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, LoRAWarning, merge_adapters
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.offline.tensor_files import INDEX
 from tests.support.faults import contents
 from tests.support.models import same, state

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from tests.storage.offline.test_combine import Experts
 from tests.support.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
 from tests.support.storage import fitted, saved

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.storage.offline.combine import combine_files
-from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.combine_files import combine_files
+from lightning_lora.storage.offline.merge_files import merge_files
 from tests.support.faults import contents, fork, forking, in_fork, limit, read_only
 from tests.support.models import as_trained
 

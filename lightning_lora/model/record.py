@@ -1,6 +1,6 @@
 """What an adapted model remembers: its record, an attribute of the model, which so survives copy and pickle.
 
-Only this module writes it: the others say what has happened. All keys in it are names as in ``named_parameters``.
+All keys in it are names as in ``named_parameters``.
 """
 
 import copy
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
-from lightning_lora.model.adapter_state import AdapterState, Merge
 from lightning_lora.private import LOAD_HOOKS
-from lightning_lora.tensors.digests import digest, digests, digests_as
+from lightning_lora.targets.networks import Networks
+from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.values import Seen, copy_to_host
 
 _ATTRIBUTE = "_lora"  # the attribute that holds a model's record
 
@@ -32,6 +32,90 @@ class Reading(NamedTuple):
 
     seen: Seen
     number: int
+
+
+@dataclass
+class AdapterState:
+    """What a model remembers of one adapter: another adapter on the same base is another object."""
+
+    config: LoRAConfig
+    name: str = "default"
+    layers: tuple[str, ...] = ()
+    """The layers that have it, or had it."""
+
+    networks: Networks = field(default_factory=Networks)
+    """What it was for, as found when it was added."""
+
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
+    persistent buffers, and frozen weights for which a file had other values."""
+
+    extra: dict[str, int] = field(default_factory=dict)
+    """The digests of what modules kept besides tensors before it was trained."""
+
+    random: tuple[str, ...] | None = None
+    """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
+
+    is_trained: bool = False
+    """Whether a Trainer has begun to train it, or it was loaded."""
+
+    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    """The forms of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
+
+    resting: dict[str, Adapter] = field(default_factory=dict)
+    """While another one is active: this one, off its layers, by their names."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
+
+    sum_of: dict[str, float] | None = None
+    """The adapters that it shows, added up with these weights. It cannot be trained."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
+
+    def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
+        """It rests, and shows others from now on."""
+        self.sum_of = dict(weights)
+        for adapter in self.resting.values():
+            adapter.settings = replace(adapter.settings, follows=True)
+            for p in adapter.parameters.values():
+                p.requires_grad_(False)
+
+    def set_layers(self, layers: Iterable[str]) -> None:
+        """It is on these layers, and on no others."""
+        self.layers = tuple(layers)
+
+    def set_networks(self, networks: Networks) -> None:
+        """The model's networks are these."""
+        self.networks = networks
+
+    def set_untrained(self, names: Iterable[str]) -> None:
+        """These frozen weights look untrained: files hold them."""
+        self.random = tuple(names)
+
+    def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
+        """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
+        self.extra = self.extra if self.is_trained else extra
+        known, self.originals = self.originals, {}
+        for name, tensor in values.items():
+            is_known = name in known and known[name].shape == tensor.shape
+            self.originals[name] = known[name] if is_known else copy_to_host(tensor)
+
+    def set_base_values(self, values: Mapping[str, Tensor]) -> None:
+        """These are the base's values, whatever the model holds now."""
+        self.originals = {**self.originals, **{name: copy_to_host(value) for name, value in values.items()}}
+
+
+@dataclass
+class Merge:
+    """A merge that can be undone. All tensors are as the merge left them, to notice if they change."""
+
+    adapters: dict[str, Adapter]  # by layer: they hold the base's values
+    weights: dict[str, Seen]  # the merged ones
+    tied: dict[str, Seen]  # the base of those that were tied, which another layer uses
+    others: dict[str, Seen]  # the other parameters
 
 
 @dataclass
@@ -105,10 +189,6 @@ class Record:
         self.others.pop(coming.name, None)
         coming.resting, coming.own = {}, {}
 
-    def was_dropped(self, name: str) -> None:
-        """A resting adapter was removed."""
-        del self.others[name]
-
     # The base
 
     def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -139,10 +219,6 @@ class Record:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
             self.adapter.fingerprints = [form]
-
-    def base_was_converted(self, form: dict[str, Any]) -> None:
-        """The same base has this fingerprint in the dtypes of a Trainer's precision."""
-        self.adapter.fingerprints.append(form)
 
     def base_was_rounded(self, name: str, now: int, was: int) -> None:
         """A weight was computed again from a merged one. It stands for the base's, with another digest."""
@@ -180,7 +256,8 @@ class Record:
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
-        for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
+        for name, tensor in again.items():
+            number = digest(tensor)
             self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
         return {name: self.read[name].number for name in tensors}
 
@@ -189,13 +266,6 @@ class Record:
         if known not in self.half_digests:
             self.half_digests[known] = digests_as(tensor, HALVES)
         return self.half_digests[known]
-
-    def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
-        """Compute what :meth:`halves` will look up for spread tensors: one message for each dtype and layout."""
-        new = {known: t for known, t in tensors.items() if known not in self.half_digests and is_dtensor(t)}
-        columns = [digests(list(new.values()), dtype) for dtype in HALVES]
-        for known, *numbers in zip(new, *columns, strict=True):
-            self.half_digests[known] = numbers
 
     def base_was_copied(self, name: str, tensor: Tensor, copied: Tensor) -> None:
         """A copy takes the place of one of the base's tensors."""

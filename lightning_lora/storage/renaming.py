@@ -162,7 +162,7 @@ def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: 
         meant = [name for name in names if any(matches(entry, name) for entry in entries)]
         if more := [name for name in meant if not any(is_inside(name, entry) for entry in entries)]:
             raise AdapterMismatchError(
-                f"In {type(view.model).__name__}, {argument}={entries} would also mean {listed(more)}, which the file "
+                f"In {view.title}, {argument}={entries} would also mean {listed(more)}, which the file "
                 "does not hold. Load it onto the model that it was saved from."
             )
     return exact

@@ -11,11 +11,11 @@ import torch
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.functional.combine import Factors, concatenated, truncated, with_rank
+from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
-from lightning_lora.storage.names import by_whole_names
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
+from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.names import join

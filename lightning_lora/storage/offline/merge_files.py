@@ -18,12 +18,12 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.storage.base import BaseTensor, Comparison, compare
 from lightning_lora.storage.disk import check_output, unread_in, writing, writing_folder
+from lightning_lora.storage.fingerprint import BaseTensor, Comparison, compare
 from lightning_lora.storage.formats.lightning import as_base
-from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
+from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside
 from lightning_lora.storage.stored import StoredAdapters, is_plain
 from lightning_lora.tensors.names import join
 

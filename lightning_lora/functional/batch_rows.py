@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.plain import are_plain, as_dtype
 from lightning_lora.private import tree_flatten, tree_unflatten
 

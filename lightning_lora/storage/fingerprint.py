@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
-from lightning_lora.model.state import HALVES
+from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.names import SAME_NAMES, Renaming
+from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join
 
@@ -128,7 +128,6 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
             known = dict(zip(tensors, form["digests"], strict=True))
             halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
             if form["dtypes"] == dtypes:
-                record.prepare_halves({known[n]: t for n, t in floating.items() if not _is_lost(view, n, known[n])})
                 halves |= {name: _halves_of(view, name, tensor, known[name]) for name, tensor in floating.items()}
             form["rounded"] = halves
         described.append(form)
@@ -246,7 +245,7 @@ def check_base(
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False
     compared = [_compare(view, form, here, random, renaming) for form in stored]
-    title, now = type(view.model).__name__, " and ".join(here["dtypes"])
+    title, now = view.title, " and ".join(here["dtypes"])
     for form, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
             if not found.converted and not found.quantised:
@@ -301,7 +300,7 @@ def _difference(
     shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
-    title, packed = type(view.model).__name__, _quantised_names(view) or None in form.get("rounded", {}).values()
+    title, packed = view.title, _quantised_names(view) or None in form.get("rounded", {}).values()
     if found is None or (form["layout"] != here["layout"] and not packed):
         return (
             f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "

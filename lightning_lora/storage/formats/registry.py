@@ -1,0 +1,138 @@
+"""Which formats of other libraries there are: those that are read and written, and those that are called by name."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_lora.errors import AdapterFileError
+from lightning_lora.storage.disk import local_path
+from lightning_lora.storage.formats import diffusers, loralib, peft_read, peft_write
+from lightning_lora.storage.formats.lightning import VERSION
+from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, json_object
+from lightning_lora.storage.formats.reading import Asked, Reader
+from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.stored import KEY
+
+
+class Write(Protocol):
+    """Writes adapters into a directory, or raises an ExportError. ``uniform`` as in ``export_peft``."""
+
+    def __call__(self, source: Source, directory: Path, *, uniform: bool) -> None:
+        """Write them."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of another library: a file in this folder, and an entry of :data:`FORMATS`.
+
+    ``read(contents, path, asked)`` returns None for a file of another format. It judges by names alone: at first it
+    gets None in place of each tensor of a safetensors file, and they are read only if they are of its format.
+    """
+
+    name: str  # the ``format`` of ``export_peft``
+    tool: str  # whose it is, in messages
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]
+    files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
+    write: Write | None = None
+
+
+FORMATS = (
+    Format("peft", "PEFT", peft_read.read, PEFT_WEIGHTS, peft_write.write),
+    Format("diffusers", "diffusers", diffusers.read, DIFFUSERS_WEIGHTS, diffusers.write),
+    Format("loralib", "loralib", loralib.read),
+)
+
+WRITTEN = {format.name: format for format in FORMATS if format.write is not None}
+"""Those that can be written, by name."""
+
+
+def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
+    """Return the format of a file with these contents, and how to read it, if another library wrote it."""
+    if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
+        return None
+    for format in FORMATS:
+        if reader := format.read(contents, path, asked):
+            return format, reader
+    return None
+
+
+def file_in(folder: Path) -> tuple[Format, Path] | None:
+    """Return the file with adapters in a folder, and its format."""
+    for format in FORMATS:
+        for file in (folder / name for name in format.files):
+            if os.path.isfile(file):  # noqa: PTH113  # Path raises if a name is too long
+                return format, file
+    return None
+
+
+def weights_of(path: Path) -> Path:
+    """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
+    if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
+        path = _cached(path.as_posix())
+    if not os.path.isdir(path):  # noqa: PTH112  # as above
+        return path
+    found = file_in(path)
+    if found is None:
+        check_tool(path)
+        file = next(path.glob("*.safetensors"), Path("last.ckpt")).name
+        raise AdapterFileError(
+            f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
+            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {file!r}."
+        )
+    return found[1]
+
+
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")  # no name of a file
+
+
+def _cached(repository: str) -> Path:
+    """The folder of a repository of the Hugging Face hub, if this machine has it."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (ImportError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
+            f"one, download it: load_adapter(model, huggingface_hub.snapshot_download({repository!r}))."
+        ) from error
+
+
+# Tools whose files are not read
+
+_BY_DIFFUSERS = (
+    "Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or pipe.transformer)"
+    ".save_lora_adapter(folder), then load_adapter(model, folder)"
+)
+_TOOLS = {
+    r".+\.(hada_w[12]|lokr_[wt][12])(_[ab])?": "LyCORIS. Use the merged model",
+    r"[^.]+\.lora_down\.weight": f"kohya's sd-scripts. {_BY_DIFFUSERS}",
+    r".+\.lora_down\.weight|diffusion_model\..+\.lora_A\.weight": f"ComfyUI. {_BY_DIFFUSERS}",
+    r".+\.lora_[ab]\.weight": "torchtune. If it also wrote a folder with adapter_config.json, load that",
+    r".+\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?": "PEFT, as state_dict() gives them, without their scaling. Call "
+    "save_pretrained(folder) of PEFT's model, and load the folder",
+    r".+\.lora_[ab]|lora_parameters": "mlx-lm. Use the merged model, from mlx_lm.fuse",
+    r".+\.adapter(_layer\..+)?\.linear_(in|out)\.weight|adapter_metadata\.json|.+\.nemo": "NeMo. Convert it there to "
+    "Hugging Face's form, with its script for LoRA, or use the merged model",
+    r".+\.pth\.lora": "litgpt. Use the merged model, from litgpt merge_lora",
+}
+"""Names that only one tool gives: of tensors, of files, or of fields in adapter_config.json; and how to go on."""
+
+
+def check_tool(path: Any, names: Iterable[object] | None = None) -> None:
+    """Refuse a file or a folder of another tool, by its names or, once it is read, by those of its tensors."""
+    found = _names_at(local_path(path)) if names is None else list(map(str, names))
+    for expression, tool in _TOOLS.items():
+        if any(map(re.compile(expression).fullmatch, found)):
+            raise AdapterFileError(f"{path} holds adapters of {tool}. Or train anew here.")
+
+
+def _names_at(path: Path | None) -> list[str]:
+    """The name of a file, or all names in a folder, of fields of its configuration too."""
+    if path is None or not os.path.isdir(path):  # noqa: PTH112  # as above
+        return [path.name] if path is not None and os.path.isfile(path) else []  # noqa: PTH113
+    config, names = path / PEFT_CONFIG, [each.name for each in (*path.iterdir(), *path.glob("weights/*"))]
+    return [*names, *json_object(config.read_bytes(), config)] if config.is_file() else names
