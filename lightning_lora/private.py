@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -22,6 +22,9 @@ CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's,
 FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
 EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
 STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
+NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
+STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
+NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
 LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
 CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed
 RECURRENT_NAMES = "_flat_weights_names"  # a recurrent layer's weights, even computed ones: it would get no adapters
@@ -45,37 +48,9 @@ def is_forward_differentiating() -> bool:
     return forward_ad._current_level >= 0
 
 
-# Tensors
-
-
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written in place: without it, changes of the base could be missed."""
     return tensor._version
-
-
-def local_part(tensor: Any) -> Tensor:
-    """Return the local shard of a DTensor: the public ``to_local`` takes part in gradients, and may wait."""
-    local: Tensor = tensor._local_tensor
-    return local
-
-
-def untyped_storage(storage: Any) -> Any:
-    """Return the bytes of a storage as ``torch.load`` builds it: the public method warns."""
-    return storage._untyped_storage
-
-
-def function_of(node: object) -> type:
-    """Return the ``autograd.Function`` of a node in a graph, or ``object``: layers that were recomputed look unused."""
-    found: type = getattr(type(node), "_forward_cls", object)
-    return found
-
-
-# Modules
-
-
-def is_persistent(module: nn.Module, buffer: str) -> bool:
-    """Whether a module's state dict holds a buffer: without it, files would hold what no model reads."""
-    return buffer not in module._non_persistent_buffers_set
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

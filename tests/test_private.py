@@ -11,7 +11,6 @@ import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -56,17 +55,6 @@ class Named(L.LightningModule):
 
 def children(wrapped: nn.Module) -> set[str]:
     return set(wrapped._modules)
-
-
-def sharded() -> bool:
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tensor = distribute_tensor(torch.arange(4.0), DeviceMesh("cpu", [0]), [Shard(0)])
-        return type(private.local_part(tensor)) is Tensor
-    finally:
-        dist.destroy_process_group()
 
 
 def forward_mode() -> bool:
@@ -155,7 +143,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         children(L.Fabric(accelerator="cpu").setup(nn.Linear(2, 2))) >= {private.FABRIC_WRAPPED, private.FABRIC_OWN}
     ),
     "EXTRA_STATE": lambda: private.EXTRA_STATE in Keeps().state_dict(),
-    "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.core.saving")),
+    "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.cli")),
     "tracing": lambda: torch.jit.trace(lambda x: x * int(private.tracing() is not None), torch.ones(1))(
         torch.ones(1)
     ).all(),
@@ -164,11 +152,14 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "is_any_autocast_enabled": autocast,
     "is_forward_differentiating": forward_mode,
     "version_of": versions,
-    "local_part": sharded,
-    "untyped_storage": lambda: private.untyped_storage(torch.storage.TypedStorage(2, dtype=torch.int8)).nbytes() == 2,
-    "function_of": lambda: private.function_of(Doubles.apply(torch.ones(1, requires_grad=True)).grad_fn) is Doubles,
+    "STORAGE_BYTES": lambda: (
+        getattr(torch.storage.TypedStorage(2, dtype=torch.int8), private.STORAGE_BYTES).nbytes() == 2
+    ),
+    "NODE_FUNCTION": lambda: (
+        getattr(Doubles.apply(torch.ones(1, requires_grad=True)).grad_fn, private.NODE_FUNCTION) is Doubles
+    ),
     "LOAD_HOOKS": hooks,
-    "is_persistent": lambda: private.is_persistent(Keeps(), "kept") and not private.is_persistent(Keeps(), "left"),
+    "NOT_STORED": lambda: getattr(Keeps(), private.NOT_STORED) == {"left"},
     "STATE_NOTES": notes,
     "CONVOLVES convolve": convolution,
     "RECURRENT_LISTS RECURRENT_NAMES": recurrent,

@@ -8,11 +8,11 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
-from lightning_lora.layers.experts import LoRAParameters
+from lightning_lora.layers.experts import LoRAParameters  # noqa: F401  # a kind too, but of no layer type
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.layers.tokens import LoRATokens
+from lightning_lora.layers.tokens import LoRATokens  # noqa: F401  # likewise
 
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     layer_type: adapter
@@ -46,11 +46,6 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 def name_of_kind(kind: type) -> str:
     """Return the full name of an adapter class. A spawned process knows the main module under another name."""
     return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
-
-
-def kind_named(name: str) -> type[LoRALayer] | None:
-    """Return the adapter class with this full name, or None if no such class is known."""
-    return next((kind for kind in (*ADAPTERS.values(), LoRAParameters, LoRATokens) if name_of_kind(kind) == name), None)
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:

@@ -14,7 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of, records_in
-from lightning_lora.private import EXTRA_STATE, is_persistent
+from lightning_lora.private import EXTRA_STATE, NOT_STORED
 from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
@@ -194,7 +194,7 @@ class View:
         found = {}
         for prefix, module in self.modules.items():
             for name, buffer in module._buffers.items():
-                if buffer is not None and is_persistent(module, name):
+                if buffer is not None and name not in getattr(module, NOT_STORED):
                     found[join(prefix, name)] = buffer
         return found
 

@@ -30,7 +30,7 @@ from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
-from lightning_lora.private import untyped_storage
+from lightning_lora.private import STORAGE_BYTES
 
 
 @contextmanager
@@ -341,7 +341,7 @@ def unread_in(value: Any) -> list[str]:
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """A tensor as torch builds it, but never beyond its storage."""
-    return torch.empty(0, dtype=storage.dtype).set_(untyped_storage(storage)).as_strided(size, stride, offset)
+    return torch.empty(0, dtype=storage.dtype).set_(getattr(storage, STORAGE_BYTES)).as_strided(size, stride, offset)
 
 
 def _class(name: str) -> type[Unread]:

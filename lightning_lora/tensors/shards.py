@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.private import local_part, tree_map
+from lightning_lora.private import tree_map
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
@@ -20,7 +20,11 @@ def is_dtensor(tensor: object) -> TypeGuard[Any]:
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, which shares its memory. Other tensors are returned unchanged."""
-    return local_part(tensor).detach() if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        local: Tensor = tensor.to_local()
+    return local.detach()
 
 
 def without_dtensor(tensor: Tensor) -> Tensor:

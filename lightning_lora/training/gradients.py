@@ -18,7 +18,7 @@ from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import function_of, tree_leaves
+from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 
@@ -178,7 +178,7 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
         found.add(id(getattr(node, "variable", None)))
-        if issubclass(function_of(node), _OWN):
+        if issubclass(getattr(type(node), NODE_FUNCTION, object), _OWN):
             found.add(_UNKNOWN)
     return found
 

@@ -2,9 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import (
-    AdapterStateError,
     BestCheckpointWarning,
     ConfigError,
     LoRAError,
@@ -21,10 +19,9 @@ from lightning_lora.errors import (
     listed,
     warn,
 )
-from lightning_lora.layers import Adapter, kind_named, name_of_kind
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.record import Record, find_record, forget_record, keep_record
+from lightning_lora.model.record import find_record, forget_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
@@ -129,53 +126,36 @@ _KEY = "lightning_lora"  # our entry in the results
 
 
 def extend_launchers() -> None:
-    """Let Lightning's launchers carry records, in the processes that they start and in this one."""
+    """Let Lightning's launchers carry records. No callback's hook runs in the main process, which gets them."""
     for launcher in multiprocessing_launchers():
-        _extend(launcher)
+        if not isinstance(vars(launcher)["get_extra_results"], partialmethod):
+            launcher.get_extra_results = partialmethod(_send, launcher.get_extra_results)
+            launcher.update_main_process_results = partialmethod(_receive, launcher.update_main_process_results)
 
 
-def _extend(launcher: Any) -> None:
-    """Add to both ends of a launcher's results, once. No callback's hook runs in the main process."""
-    collect, restore = launcher.get_extra_results, launcher.update_main_process_results
-    if collect.__module__ == __name__:
-        return
-
-    @wraps(collect, assigned=("__doc__", "__name__"))
-    def get_extra_results(self: Any, trainer: Trainer) -> dict[str, Any]:
-        return {**collect(self, trainer), **_sent(trainer)}
-
-    @wraps(restore, assigned=("__doc__", "__name__"))
-    def update_main_process_results(self: Any, trainer: Trainer, extra: dict[str, Any]) -> None:
-        folder = extra.pop(_KEY, None)
-        restore(self, trainer, extra)
-        if folder is not None:
-            _receive(trainer.lightning_module, folder)
-
-    launcher.get_extra_results = get_extra_results
-    launcher.update_main_process_results = update_main_process_results
-
-
-def _sent(trainer: Trainer) -> dict[str, str]:
-    """Write the record of a merged module for the main process, and return the path: a pipe takes no large results."""
-    record = find_record(trainer.lightning_module)
+def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """Write the record of a merged module, and add the path to a launcher's results: a pipe takes no large ones."""
+    results, folder, record = own(launcher, trainer), "", find_record(trainer.lightning_module)
     if trainer.state.fn != "fit" or record is None or not record.is_merged:
-        return {}
-    folder = ""
+        return results
     try:
         folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
-        torch.save(_with_kinds(record, name_of_kind), Path(folder) / "record.pt")
+        torch.save(record, Path(folder) / "record.pt")
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         _warn_of_loss(error)
-        return {}
-    return {_KEY: folder}
+        return results
+    return {**results, _KEY: folder}
 
 
-def _receive(pl_module: LightningModule, folder: str) -> None:
-    """Give a module the record of its merged weights."""
+def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results: dict[str, Any]) -> None:
+    """Give the module the record of its merged weights."""
+    own(launcher, trainer, results)
+    if _KEY not in results:
+        return
+    pl_module, folder = trainer.lightning_module, results[_KEY]
     try:
-        sent = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=False)
-        record = _with_kinds(sent, _kind_named)
+        record = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=False)
     except Exception as error:
         _warn_of_loss(error)
         forget_record(pl_module)  # which is of earlier weights
@@ -187,27 +167,6 @@ def _receive(pl_module: LightningModule, folder: str) -> None:
         f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and its "
         "adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
     )
-
-
-def _with_kinds(record: Record, kind_of: Callable[[Any], Any]) -> Record:
-    """Return a record with other values for the classes of its adapters: a class cannot be sent, but its name can."""
-
-    def changed(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-        return {name: replace(adapter, kind=kind_of(adapter.kind)) for name, adapter in adapters.items()}
-
-    assert record.merge is not None
-    others = {name: replace(other, resting=changed(other.resting)) for name, other in record.others.items()}
-    return replace(record, others=others, merge=replace(record.merge, adapters=changed(record.merged)))
-
-
-def _kind_named(name: str) -> type:
-    kind = kind_named(name)
-    if kind is None:
-        raise AdapterStateError(
-            f"the adapters are of the class {name}, which is not known here: call register_adapter in the main program "
-            "too, before fit"
-        )
-    return kind
 
 
 def _warn_of_loss(error: Exception) -> None:

@@ -66,7 +66,7 @@ def fit(
     return model, t
 
 
-def through_and_resumed(
+def resumes_to_the_bit(
     folder: Path,
     build: Callable[[], Any],
     *make: Callable[[], L.Callback],
@@ -74,15 +74,16 @@ def through_and_resumed(
     train: Callable[[], Any] = data,
     saving: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
-) -> tuple[Any, Any]:
-    """A run's module, and that of another run, which goes on from the first one's file ``at``; each has a folder."""
+) -> Any:
+    """Fit, and again from the first run's file ``at``, to the same bits. Return that module. Each run has a folder."""
     models = build(), build()
     file = folder / "through" / f"{at}.ckpt"
     for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
         saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving)
         callbacks = [each() for each in make]
         fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
-    return models
+    assert same(state(models[1]), state(models[0]))
+    return models[1]
 
 
 def beside(companion: L.Callback, first: bool, **options: Any) -> list[L.Callback]:

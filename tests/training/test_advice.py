@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support import fits
-from tests.support.fits import Notes, adapted, through_and_resumed
+from tests.support.fits import Notes, adapted, resumes_to_the_bit
 from tests.support.layers import Linear
 from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
@@ -252,8 +252,8 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
 def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ll.LoRAWarning)
-        through, resumed = through_and_resumed(tmp_path, Normed, lambda: ll.LoRACallback(target_modules="all"))
-        assert same(state(resumed), state(through)) and list(state(through)) == list(Normed().state_dict())
+        through = resumes_to_the_bit(tmp_path, Normed, lambda: ll.LoRACallback(target_modules="all"))
+        assert list(state(through)) == list(Normed().state_dict())
         again = ll.load_from_checkpoint(Normed, tmp_path / "through" / "epoch=1.ckpt", merge=True)
     assert same(state(again), state(through))
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import inject_adapters
 from lightning_lora.model.record import find_record
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
-from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, through_and_resumed, trainable
+from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, resumes_to_the_bit, trainable
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
 
@@ -36,9 +36,9 @@ def fit_and_resume(tmp_path: Path, configure: Any, *more: Callable[[], L.Callbac
     """Fit three epochs, and again from the file of the first two; return the module after both came to the same end."""
     make = (lambda: lora(merge=False), *more)
     options = {"max_epochs": 3} | options
-    through, resumed = through_and_resumed(tmp_path, lambda: told(configure), *make, at="epoch=1", **options)
+    through = resumes_to_the_bit(tmp_path, lambda: told(configure), *make, at="epoch=1", **options)
     a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
-    assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path)
+    assert files_hold_adapters_alone(tmp_path)
     for key in ("optimizer_states", "lr_schedulers", "lightning_lora"):
         assert same_parts(a[key], b[key]), key
     assert base_is_whole(through)
