@@ -140,7 +140,7 @@ def export_peft(
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file], chosen.files[:1])
-    chosen.write(source, Path(directory).expanduser(), uniform=uniform)
+    chosen.write(source, Path(directory).expanduser(), uniform)
 
 
 def _state_of(view: View) -> dict[str, Any]:

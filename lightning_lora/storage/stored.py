@@ -80,7 +80,7 @@ class StoredAdapters:
         """Return what a file holds."""
         config = stored_config(description)
         layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
-        plain = {name: description[name] for name in _PLAIN if name in description}
+        plain = {name: description[name] for name in _PLAIN}
         return cls(config, state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
 _PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_size, None), "scaling": (float, None)}
-_PART |= {"tokens?": [_is_size]}  # earlier versions had none
+_PART |= {"tokens": [_is_size]}
 _LAYER = {
     "name": str,
     "layer_class": str,
@@ -235,12 +235,10 @@ _DESCRIPTION = {
     "changed": [str],
     "entries": int,
     "checksum": int,
-    "copies?": list,  # earlier versions wrote it
     "layers": [_is_layer],
-    "random?": [str],
+    "random": [str],
     "root": str,
-    "run?": {str: int},  # earlier versions wrote it
-    "saved?": {str: [str]},
+    "saved": {str: [str]},
 }
 
 

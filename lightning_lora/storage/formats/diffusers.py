@@ -50,13 +50,13 @@ def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     return found
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write what a pipeline reads: all adapted parts of it in one file."""
     tensors, about = dict[str, Tensor](), dict[str, Any]()
     for stored in _split(source.stored, source.model):
         part = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        own, config = exported(part, uniform=uniform, scaling=1.0)
+        own, config = exported(part, uniform, scaling=1.0)
         prefix = _prefix_for(part.inner, stored, own)
         tensors |= {prefix + name: value for name, value in own.items()}
         about |= {prefix + name: value for name, value in config.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors, with_rank
-from lightning_lora.layers.matrices import Role
+from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.base import base_value
 from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
@@ -57,6 +57,25 @@ class Update:
         if self.magnitude is not None:
             found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
         return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
+
+
+def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Return A and B of what has this name in the file."""
+    a, b = tensors.get("A"), tensors.get("B")
+    if a is None or b is None or not (a.numel() and b.numel()):
+        raise AdapterFileError(f"The file holds only one of A and B of {name!r}, or none of its values: it is damaged.")
+    return a, b
+
+
+def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
+    """Refuse A and B that are not those of this matrix."""
+    (a, b), (*stack,) = factors, matrix.stack
+    if [*a.shape] != [*stack, r, matrix.reads] or [*b.shape] != [*stack, matrix.writes, r]:
+        raise AdapterMismatchError(
+            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {layer.name!r}. This "
+            f"{layer.layer_class.rpartition('.')[2]} reads {matrix.reads} features and writes {matrix.writes}. Pass "
+            f"the model that they were trained on.{remedy}"
+        )
 
 
 # Names

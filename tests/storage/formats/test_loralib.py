@@ -136,7 +136,7 @@ CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]]
     "other slices": ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
     "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, ll.TargetError, "'a'"),
     "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of A and B of 'head'"),
     "rank 0": ({f"embed.lora_{x}": torch.ones(n) for x, n in (("A", (0, 12)), ("B", (8, 0)))}, {}, *NO_VALUES),
     "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, ll.AdapterMismatchError, "it has no 'w'"),
     "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
