@@ -106,10 +106,9 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
     part = _part_of(model, stored.root)
     if part is None:
         raise ExportError(
-            f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
-            "known. Expected a model of diffusers with load_lora_adapter (PixArt has none), a text encoder of "
-            "transformers, or a name that says so, such as root='unet'. Load a file onto its model, and export the "
-            "model. Without format, PeftModel.from_pretrained reads the folder."
+            f"format='diffusers' is for parts of a pipeline, and {stored.source} is none that is known: a model of "
+            "diffusers with load_lora_adapter (PixArt has none), a text encoder of transformers, or root='unet'. Load "
+            "a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
     if left := [name for name in tensors if not peft.peft_key(name)]:
         raise ExportError(
@@ -165,9 +164,8 @@ def _part(part: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path
     if not config:
         config = _without_scaling(found)
         warn(
-            f"{path} does not say with which lora_alpha it was trained. As diffusers does, lora_alpha is taken to be "
-            "the rank. If it was another, the updates have another size: save the file again with its metadata, such "
-            "as save_lora_weights(..., unet_lora_adapter_metadata=...)."
+            f"{path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be the rank. "
+            "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
     return found, peft.config_of({"peft_type": "LORA", **config}, path)
 

@@ -39,9 +39,8 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
     if asked.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, or the state_dict() of a model that was adapted here. The alpha of "
-            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). For a "
-            "state_dict(), call inject_adapters(model, config) as for the training, then "
-            "model.load_state_dict(torch.load(path))."
+            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). Otherwise "
+            "call inject_adapters(model, config) as for the training, and model.load_state_dict(torch.load(path))."
         )
     settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -64,9 +63,8 @@ def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Up
     kind = adapter_for(layer)
     if kind is None or kind not in _KINDS or not a.dim() == b.dim() == 2:
         raise AdapterMismatchError(
-            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, which is "
-            f"a {type(layer).__name__} in this model. Of loralib's, Linear, MergedLinear and Embedding can be read. "
-            "Pass the model of the training."
+            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, a {type(layer).__name__} in "
+            "this model. Of loralib's, Linear, MergedLinear and Embedding can be read. Pass the model of the training."
         )
     assert settings.alpha is not None
     about, r = described(view, name, kind, kind.lora_matrices_of(layer)), b.shape[1]

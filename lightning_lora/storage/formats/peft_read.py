@@ -91,10 +91,7 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
         elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
     if unknown:
-        raise AdapterFileError(
-            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. "
-            f"{MERGE_THERE}"
-        )
+        raise AdapterFileError(f"{path} holds {listed(unknown)}, of a method of PEFT that is not here. {MERGE_THERE}")
     return adapters, rest
 
 

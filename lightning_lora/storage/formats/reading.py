@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ def adapters_of(
 ) -> StoredAdapters:
     """Return adapters with these updates and settings, and with the rest of a file, by its names in the model.
 
-    The names of modules that train end in one of ``saved``. None: those of which the file holds each tensor.
+    Modules that train have names that end in one of ``saved``. None: the file holds each tensor of them.
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
@@ -126,21 +126,16 @@ def adapters_of(
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
     rest = {name: value for name, value in rest.items() if name in kept}
     _check_ties(view, rest)
-    only = set(map(owner_of, biases)) <= set(map(owner_of, frozen))
-    config = by_whole_names(
-        [replace(update.layer, r=update.r) for update in updates],
-        replace(
-            settings,
-            modules_to_save=[*modules, *single] or None,
-            bias="none" if not biases else "lora_only" if only else "all",
-            use_dora=any(update.magnitude is not None for update in updates),
-        ),
-        view.modules.keys(),
-    )
-    state = dict(rest)
+    bias: Any = "none"
+    if biases:
+        bias = "lora_only" if {*map(owner_of, biases)} <= {*map(owner_of, frozen)} else "all"
+    use_dora = any(update.magnitude is not None for update in updates)
+    settings = replace(settings, modules_to_save=[*modules, *single] or None, bias=bias, use_dora=use_dora)
+    layers, state = list[StoredLayer](), dict(rest)
     for update in updates:
+        layers.append(replace(update.layer, r=update.r))
         state |= update.tensors()
-    return StoredAdapters(config, state)
+    return StoredAdapters(by_whole_names(layers, settings, view.modules.keys()), state)
 
 
 def _trained(
@@ -181,9 +176,9 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     """Refuse a copy of an adapted weight that is not the model's."""
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
-            f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}. It differs from that of "
-            f"{type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
-            "trained on. If tokens were added in training, resize the model's embeddings first."
+            f"The file's copy of {name!r} {tuple(value.shape)}, the base of its update, differs from that of "
+            f"{type(view.model).__name__} {tuple(view.base[name].shape)}. Load the weights of the training. If tokens "
+            "were added there, resize the model's embeddings first."
         )
 
 
