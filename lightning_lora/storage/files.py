@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace, new_class
@@ -30,7 +31,7 @@ from lightning_lora.storage.formats.own import (
     show_base,
     write_adapter_file,
 )
-from lightning_lora.storage.formats.reading import Asked, Reader
+from lightning_lora.storage.formats.reading import Asked
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state_dict, check_not_diverged, without_extra
@@ -196,12 +197,10 @@ def load_adapter(
         LoRAWarning: the base has another precision, or is another one with ``check_base=False``.
 
     Example:
-        >>> import tempfile
+        >>> import copy, tempfile
         >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
-        >>> trained = nn.Sequential(nn.Linear(4, 4))
-        >>> _ = trained.load_state_dict(base.state_dict())
-        >>> names = inject_adapters(trained, LoRAConfig(r=2))
+        >>> base = nn.Sequential(nn.Linear(4, 4))
+        >>> names = inject_adapters(trained := copy.deepcopy(base), LoRAConfig(r=2))
         >>> _ = nn.init.ones_(trained[0].lora_B)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(trained, f"{folder}/adapter.safetensors")
@@ -220,7 +219,7 @@ def load_adapter(
             "Leave them out."
         )
     if reader is None:
-        reader = _reader_of(adapters_in(contents, path))
+        reader = partial(with_names_of, stored=adapters_in(contents, path))
     else:
         _check_plain(contents, path)
     apply(model, reader, check_base=check_base, name=name)
@@ -236,10 +235,6 @@ def _check_plain(contents: dict[Any, Any], path: Any) -> None:
             f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, nested, quantised, repeated, "
             "without values, or of 8 bits. Write it again with .to_dense(), .dequantize(), .float() or .clone()."
         )
-
-
-def _reader_of(stored: StoredAdapters) -> Reader:
-    return lambda view: with_names_of(view, stored)
 
 
 def load_from_checkpoint(
@@ -276,7 +271,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
-    apply(model, _reader_of(replace(stored, state=state)), check_base=check_base)
+    apply(model, partial(with_names_of, stored=replace(stored, state=state)), check_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)
