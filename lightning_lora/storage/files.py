@@ -116,9 +116,9 @@ def export_peft(
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
-        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
-            layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
-            untrained, which PEFT's format cannot hold; or vLLM or llama.cpp would scale a language model otherwise.
+        LoRAWarning: a PeftModel, or its merge, would compute otherwise (an nn.TransformerEncoder in eval mode, a tied
+            weight); or frozen layers look untrained, which the format cannot hold; or vLLM or llama.cpp would scale a
+            language model otherwise.
 
     Example:
         >>> import json, tempfile
@@ -171,10 +171,10 @@ def load_adapter(
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             module that was saved, or a module around the model that was saved, if that module has no other weights.
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
-            can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
-            file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
-            the part of the pipeline that it is, a module around several all of them. Or a repository of the Hugging
-            Face hub, if it is in the cache. Or what loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
+            can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
+            beside it. Or a folder or file of diffusers: a model gets the part of the pipeline that it is, a module
+            around several all of them. Or a repository of the Hugging Face hub, if it is in the cache. Or what
+            loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another

@@ -248,18 +248,13 @@ def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
 
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
     """Refuse adapters that were changed after they were written."""
+    damaged = "The file is damaged or was changed."
     if len(state) != description["entries"]:
-        raise AdapterFileError(
-            f"{path} has {len(state)} entries, and {description['entries']} were written: it is damaged or was changed."
-        )
+        raise AdapterFileError(f"{path} has {len(state)} entries, and {description['entries']} were written. {damaged}")
     if odd := [str(name) for name, value in state.items() if not isinstance(name, str) or not has_own_memory(value)]:
-        raise AdapterFileError(
-            f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
-        )
+        raise AdapterFileError(f"{path} holds entries that this package does not write: {listed(odd)}. {damaged}")
     if checksum(state, description) != description["checksum"]:
-        raise AdapterFileError(
-            f"The adapters in {path} are not as they were written: the file is damaged or was changed."
-        )
+        raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

@@ -92,13 +92,13 @@ class PeftConfig(NamedTuple):
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model, if it is of a kind that it adapts."""
         targets = self.config.target_modules
-        is_named = (
-            re.fullmatch(targets, name) if isinstance(targets, str) else any(matches(each, name) for each in targets)
-        )
-        if not is_named or self.config.is_excluded(name):
-            return False
+        if isinstance(targets, str):
+            is_named = re.fullmatch(targets, name) is not None
+        else:
+            is_named = any(matches(entry, name) for entry in targets)
         numbers = {int(part) for part in name.split(".")[2:-1] if part.isdecimal()}
-        return self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
+        is_of_layers = self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
+        return is_named and is_of_layers and not self.config.is_excluded(name)
 
 
 def read_config(weights: Any) -> PeftConfig:
@@ -142,10 +142,8 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
             "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     if slow := slow_expressions(stored):
-        raise AdapterFileError(
-            f"{source} holds expressions that may take for ever: {listed(each[:60] for each in slow)}. Name the layers "
-            "in full instead."
-        )
+        patterns = listed(each[:60] for each in slow)
+        raise AdapterFileError(f"{source} holds expressions that may take for ever: {patterns}. Name layers in full.")
     given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
     try:

@@ -144,19 +144,20 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
 
 def _warn_of_merges(source: Source) -> None:
     """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
-    around, others = dict[str, nn.Module | None](), dict[str, list[str]]()
+    modules, tied, others, held = source.modules or {}, list[str](), list[str](), dict[str, None]()
     for layer in source.stored.layers.values():
         if layer.tied and not layer.tokens:
-            others[layer.name] = list(chain.from_iterable(layer.tied.values()))
+            tied.append(layer.name)
+            others += chain.from_iterable(layer.tied.values())
         for name in starts_of(source.name_there(layer.name))[:-1]:
-            around[name] = (source.modules or {}).get(name)
-    if others:
+            if isinstance(modules.get(name), nn.TransformerEncoderLayer):
+                held[name] = None
+    if tied:
         warn(
-            f"The weights of {listed(others)} are also {listed(chain.from_iterable(others.values()))}. A PeftModel "
-            "computes right, but its merge_and_unload() changes these too. Merge with save_merged(model, path), which "
-            "writes a weight for each."
+            f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
+            "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
         )
-    if held := [name for name, module in around.items() if isinstance(module, nn.TransformerEncoderLayer)]:
+    if held:
         warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
             "a PeftModel computes the base there. Call its merge_and_unload(), which is right."
