@@ -11,8 +11,6 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.schema import check_named, fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
-# Lightning's entries
-
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
 AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state

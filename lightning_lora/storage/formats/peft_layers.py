@@ -69,9 +69,6 @@ def _is_registered(layer_class: str) -> bool:
     return layer_class in names and not layer_class.startswith(("torch.", "transformers.", "bitsandbytes."))
 
 
-# Layers whose output PEFT adds its update to
-
-
 def _added(layer: StoredLayer) -> str | None:
     computes_the_same = "transformers.models.falcon.modeling_falcon.FalconLinear"
     if not (layer.is_additive or layer.layer_class == computes_the_same):
@@ -119,16 +116,9 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
     return a.flatten(1), b.flatten(1)
 
 
-# Attention: q, k and v share A, and lie one after the other in B
-
-
 def _attention(layer: StoredLayer) -> str | None:
-    if not {"in_proj_weight", "out_proj.weight"}.issuperset(layer.shapes):
-        return "PEFT does not support an attention with kdim or vdim."
-    return None
-
-
-# Parameters of modules: matrices and stacks of matrices
+    is_plain = layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}
+    return None if is_plain else "PEFT does not support an attention with kdim or vdim."
 
 
 def _parameters(layer: StoredLayer) -> str | None:

@@ -50,9 +50,6 @@ def exported(source: Source, uniform: bool, scaling: float | None = None) -> tup
     return _tensors(source, updates), config
 
 
-# The tensors
-
-
 def _tensors(source: Source, updates: list[Update]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names without its prefix."""
     wrapped, found = list[tuple[str, dict[str, Tensor]]](), dict[str, Tensor]()
@@ -98,9 +95,6 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
     return ".".join(parts)
 
 
-# The configuration
-
-
 def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     layers, parameters = list[str](), list[str]()
@@ -137,9 +131,6 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
-
-
-# What readers of the files would do with them
 
 
 def _warn_of_merges(source: Source) -> None:

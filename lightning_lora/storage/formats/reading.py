@@ -78,9 +78,6 @@ def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r:
         )
 
 
-# Names
-
-
 def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
@@ -100,9 +97,6 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
     if place.there or place.here not in ("", root):
         warn(place.told(title))
     return place
-
-
-# The configuration and the tensors
 
 
 def adapters_of(
@@ -161,9 +155,6 @@ def _trained(
 
 def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
     return {name for name in names if not set(modules).isdisjoint(starts_of(name)[:-1])}
-
-
-# The base
 
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:

@@ -229,11 +229,10 @@ def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]
     return left
 
 
-_WEIGHTS = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".msgpack", ".onnx", ".onnx_data"),
-    *(".npz", ".keras", ".tflite", ".pb", ".ot", ".nemo"),
-)
-"""The endings of files that hold weights, in any format."""
+_WEIGHTS = (  # the endings of files that hold weights, in any format
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".msgpack", ".onnx", ".onnx_data",
+    ".npz", ".keras", ".tflite", ".pb", ".ot", ".nemo",
+)  # fmt: skip
 
 
 def _place(path: Path) -> Path:
