@@ -143,7 +143,7 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
         )
     if slow := slow_expressions(stored):
         patterns = listed(each[:60] for each in slow)
-        raise AdapterFileError(f"{source} holds expressions that may take for ever: {patterns}. Name layers in full.")
+        raise AdapterFileError(f"{source} holds expressions that may take for ever: {patterns}. Name the layers.")
     given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
     try:
