@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace, new_class
@@ -31,7 +32,7 @@ from lightning_lora.storage.formats.own import (
     show_base,
     write_adapter_file,
 )
-from lightning_lora.storage.formats.reading import Asked, Reader
+from lightning_lora.storage.formats.reading import Asked
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
@@ -116,9 +117,9 @@ def export_peft(
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
-        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
-            layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
-            untrained, which PEFT's format cannot hold; or vLLM or llama.cpp would scale a language model otherwise.
+        LoRAWarning: a PeftModel, or its merge, would compute otherwise (an nn.TransformerEncoder in eval mode, a tied
+            weight); or frozen layers look untrained, which the format cannot hold; or vLLM or llama.cpp would scale a
+            language model otherwise.
 
     Example:
         >>> import json, tempfile
@@ -141,7 +142,7 @@ def export_peft(
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file], chosen.files[:1])
-    chosen.write(source, Path(directory).expanduser(), uniform=uniform)
+    chosen.write(source, Path(directory).expanduser(), uniform)
 
 
 def _state_of(view: View) -> dict[str, Any]:
@@ -171,10 +172,10 @@ def load_adapter(
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             module that was saved, or a module around the model that was saved, if that module has no other weights.
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
-            can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
-            file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
-            the part of the pipeline that it is, a module around several all of them. Or a repository of the Hugging
-            Face hub, if it is in the cache. Or what loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
+            can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
+            beside it. Or a folder or file of diffusers: a model gets the part of the pipeline that it is, a module
+            around several all of them. Or a repository of the Hugging Face hub, if it is in the cache. Or what
+            loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
@@ -197,12 +198,10 @@ def load_adapter(
         LoRAWarning: the base has another precision, or is another one with ``check_base=False``.
 
     Example:
-        >>> import tempfile
+        >>> import copy, tempfile
         >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
-        >>> trained = nn.Sequential(nn.Linear(4, 4))
-        >>> _ = trained.load_state_dict(base.state_dict())
-        >>> names = inject_adapters(trained, LoRAConfig(r=2))
+        >>> base = nn.Sequential(nn.Linear(4, 4))
+        >>> names = inject_adapters(trained := copy.deepcopy(base), LoRAConfig(r=2))
         >>> _ = nn.init.ones_(trained[0].lora_B)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(trained, f"{folder}/adapter.safetensors")
@@ -221,7 +220,7 @@ def load_adapter(
             "Leave them out."
         )
     if reader is None:
-        reader = _reader_of(adapters_in(contents, path))
+        reader = partial(with_names_of, stored=adapters_in(contents, path))
     else:
         _check_plain(contents, path)
     apply(model, reader, check_base=check_base, name=name)
@@ -237,10 +236,6 @@ def _check_plain(contents: dict[Any, Any], path: Any) -> None:
             f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, nested, quantised, repeated, "
             "without values, or of 8 bits. Write it again with .to_dense(), .dequantize(), .float() or .clone()."
         )
-
-
-def _reader_of(stored: StoredAdapters) -> Reader:
-    return lambda view: with_names_of(view, stored)
 
 
 def load_from_checkpoint(
@@ -277,7 +272,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
-    apply(model, _reader_of(replace(stored, state=state)), check_base=check_base)
+    apply(model, partial(with_names_of, stored=replace(stored, state=state)), check_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)

@@ -94,7 +94,9 @@ def by_whole_names(
     modules, parameters, slices, ranks = list[str](), list[str](), dict[str, Any](), dict[str, tuple[int, float]]()
     tokens = dict[str, tuple[int, ...]]()
     for layer in layers:
-        targets, is_module = targets_of(layer), layer.kind != LoRAParameters.__name__
+        is_module = layer.kind != LoRAParameters.__name__
+        of_parameters = [join(layer.name, matrix.weight) for matrix in layer.matrices]
+        targets = [layer.name] if is_module else of_parameters
         for target, matrix in zip(targets, layer.matrices, strict=False):
             r, scaling = layer.r if is_module else matrix.rank(layer.r), matrix.scale(layer.scaling)
             growth = r**0.5 if settings.use_rslora else r
@@ -121,13 +123,6 @@ def by_whole_names(
         rank_pattern={_exactly(name): rank for name, (rank, _) in ranks.items() if rank != r} or None,
         alpha_pattern={_exactly(name): own for name, (_, own) in ranks.items() if own != alpha} or None,
     )
-
-
-def targets_of(layer: StoredLayer) -> list[str]:
-    """Return what a configuration names of a layer: itself, or each of its adapted parameters."""
-    if layer.kind != LoRAParameters.__name__:
-        return [layer.name]
-    return [join(layer.name, matrix.weight) for matrix in layer.matrices]
 
 
 def _exactly(name: str) -> str:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from itertools import filterfalse
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
@@ -36,8 +35,9 @@ def _fields_fit(value: dict[Any, Any], schema: dict[Any, Any]) -> bool:
 
 def check_named(names: Iterable[object], path: object) -> None:
     """Refuse names of tensors that are no text."""
-    for odd in filterfalse(_is_text, names):
-        raise AdapterFileError(f"{path} holds {odd!r} as a name. Expected strings: it is damaged or was changed.")
+    for name in names:
+        if not isinstance(name, str):
+            raise AdapterFileError(f"{path} holds {name!r} as a name. Expected strings: it is damaged or was changed.")
 
 
 # Expressions
@@ -51,14 +51,11 @@ def slow_expressions(arguments: Mapping[str, Any]) -> list[str]:
     found = list[str]()
     for argument in ("target_modules", "exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"):
         given = arguments.get(argument)
-        found += filter(_is_text, [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ())
+        entries = [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ()
+        found += [entry for entry in entries if isinstance(entry, str)]
     if sum(map(len, found)) > 200_000 or sum(map(_ways, found)) > 16 * _MOST_WAYS:
         return found
     return [expression for expression in found if _ways(expression) > _MOST_WAYS]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _ways(expression: str) -> float:

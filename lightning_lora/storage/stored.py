@@ -80,7 +80,7 @@ class StoredAdapters:
         """Return what a file holds."""
         config = stored_config(description)
         layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
-        plain = {name: description[name] for name in _PLAIN if name in description}
+        plain = {name: description[name] for name in _PLAIN}
         return cls(config, state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
@@ -89,10 +89,7 @@ class StoredAdapters:
         about |= {"format": FORMAT, "config": self.config.to_stored(), "entries": len(self.state)}
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
         if not _is_bounded(about):
-            raise ConfigError(
-                "The configuration is too long to be stored. Name many layers by one expression, such as "
-                "target_modules=r'.*\\.q_proj'."
-            )
+            raise ConfigError("The configuration is too long to be stored. Name many layers by one expression.")
         return {**about, "checksum": checksum(self.state, about)}
 
     @property
@@ -120,9 +117,8 @@ class StoredAdapters:
         wrong |= dict.fromkeys(filter(self._is_adapters, self.state.keys() - known))
         if wrong:
             raise AdapterFileError(
-                f"What {self.source} says of {listed(wrong)} does not agree: its configuration, its list of layers and "
-                "its tensors say the same in a file that this package wrote. It was changed, or other code wrote it. "
-                "Use the file that save_adapter or the Trainer wrote."
+                f"What {self.source} says of {listed(wrong)} does not agree: its configuration, its list of layers or "
+                "its tensors were changed. Use the file that save_adapter or the Trainer wrote."
             )
 
     def _is_adapters(self, name: str) -> bool:
@@ -180,28 +176,24 @@ def _is_bounded(value: object, most: int = 1 << 24) -> bool:
     return left > 0
 
 
-def _is_digest(value: object) -> bool:
-    return _is_size(value) and value < 1 << 63  # type: ignore[operator]
-
-
 def _is_dtype(value: object) -> bool:
     return type(value) is str and isinstance(getattr(torch, value, None), torch.dtype)
 
 
 def _are_halves(value: object) -> bool:
-    return fits(value, [_is_digest]) and len(value) in (0, len(HALVES))  # type: ignore[arg-type]
+    return fits(value, [_is_size]) and len(value) in (0, len(HALVES))  # type: ignore[arg-type]
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
+def _is_size(value: object) -> bool:  # or a digest
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 _ROUNDED = {str: (None, _are_halves)}
-_FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "rounded?": _ROUNDED}
+_FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_size], "rounded?": _ROUNDED}
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
 _PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_size, None), "scaling": (float, None)}
-_PART |= {"tokens?": [_is_size]}  # earlier versions had none
+_PART |= {"tokens": [_is_size]}
 _LAYER = {
     "name": str,
     "layer_class": str,
@@ -235,12 +227,10 @@ _DESCRIPTION = {
     "changed": [str],
     "entries": int,
     "checksum": int,
-    "copies?": list,  # earlier versions wrote it
     "layers": [_is_layer],
-    "random?": [str],
+    "random": [str],
     "root": str,
-    "run?": {str: int},  # earlier versions wrote it
-    "saved?": {str: [str]},
+    "saved": {str: [str]},
 }
 
 
@@ -258,18 +248,13 @@ def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
 
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
     """Refuse adapters that were changed after they were written."""
+    damaged = "The file is damaged or was changed."
     if len(state) != description["entries"]:
-        raise AdapterFileError(
-            f"{path} has {len(state)} entries, and {description['entries']} were written: it is damaged or was changed."
-        )
+        raise AdapterFileError(f"{path} has {len(state)} entries, and {description['entries']} were written. {damaged}")
     if odd := [str(name) for name, value in state.items() if not isinstance(name, str) or not has_own_memory(value)]:
-        raise AdapterFileError(
-            f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
-        )
+        raise AdapterFileError(f"{path} holds entries that this package does not write: {listed(odd)}. {damaged}")
     if checksum(state, description) != description["checksum"]:
-        raise AdapterFileError(
-            f"The adapters in {path} are not as they were written: the file is damaged or was changed."
-        )
+        raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

@@ -57,20 +57,23 @@ class StoredLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
-        scalings = [None if matrix.scaling is None else float(matrix.scaling) for matrix in self.matrices]
-        parts = [{**vars(matrix), "scaling": scaling} for matrix, scaling in zip(self.matrices, scalings, strict=True)]
+        parts = list[dict[str, Any]]()
+        for matrix in self.matrices:
+            scaling = None if matrix.scaling is None else float(matrix.scaling)
+            parts.append({**vars(matrix), "scaling": scaling})
         own = {name: value for name, value in vars(self).items() if name != "matrices"}
         return dict(json.loads(json.dumps({**own, "parts": parts})))  # with lists in place of tuples
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
-        lists = ({name: tuple(part.get(name, ())) for name in ("stack", "tokens")} for part in stored["parts"])
-        parts = tuple(AdaptedMatrix(**part | named) for part, named in zip(stored["parts"], lists, strict=True))
+        matrices = list[AdaptedMatrix]()
+        for part in stored["parts"]:
+            matrices.append(AdaptedMatrix(**{**part, "stack": tuple(part["stack"]), "tokens": tuple(part["tokens"])}))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}
-        return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
+        return cls(**{**named, "matrices": tuple(matrices), "shapes": shapes, "tied": tied})
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:

@@ -50,13 +50,13 @@ def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     return found
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write what a pipeline reads: all adapted parts of it in one file."""
     tensors, about = dict[str, Tensor](), dict[str, Any]()
     for stored in _split(source.stored, source.model):
         part = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        own, config = exported(part, uniform=uniform, scaling=1.0)
+        own, config = exported(part, uniform, scaling=1.0)
         prefix = _prefix_for(part.inner, stored, own)
         tensors |= {prefix + name: value for name, value in own.items()}
         about |= {prefix + name: value for name, value in config.items()}
@@ -107,9 +107,8 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
     if part is None:
         raise ExportError(
             f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
-            "known. Expected a model of diffusers with load_lora_adapter (PixArt has none), a text encoder of "
-            "transformers, or a name that says so, such as root='unet'. Load a file onto its model, and export the "
-            "model. Without format, PeftModel.from_pretrained reads the folder."
+            "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
+            "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
     if left := [name for name in tensors if not peft.peft_key(name)]:
         raise ExportError(
@@ -165,9 +164,8 @@ def _part(part: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path
     if not config:
         config = _without_scaling(found)
         warn(
-            f"{path} does not say with which lora_alpha it was trained. As diffusers does, lora_alpha is taken to be "
-            "the rank. If it was another, the updates have another size: save the file again with its metadata, such "
-            "as save_lora_weights(..., unet_lora_adapter_metadata=...)."
+            f"{path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be the rank. "
+            "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
     return found, peft.config_of({"peft_type": "LORA", **config}, path)
 

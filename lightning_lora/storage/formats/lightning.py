@@ -11,8 +11,6 @@ from lightning_lora.private import tree_leaves
 from lightning_lora.storage.schema import check_named, fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
-# Lightning's entries
-
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
 AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
@@ -50,26 +48,21 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     for state in checkpoint["optimizer_states"]:
         if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), list):
             raise AdapterFileError(f"{path} is damaged or was changed: it has no state of an optimizer where one was.")
-        if not all(map(_is_finite, tree_leaves(state.get("state")))):
-            raise AdapterFileError(f"The optimizer's state in {path} holds NaN or infinite values: {DIVERGED}.")
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
-        return True
-    return bool(value.isfinite().all())
+        for value in tree_leaves(state.get("state")):
+            is_number = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+            if is_number and not value.isfinite().all():
+                raise AdapterFileError(f"The optimizer's state in {path} holds NaN or infinite values: {DIVERGED}.")
 
 
 def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a Lightning checkpoint, or not as it was written."""
-    held = checkpoint if isinstance(checkpoint, Mapping) else {}
-    if VERSION not in held or not isinstance(held.get("state_dict"), Mapping):
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if VERSION not in checkpoint or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote. "
             "With a file of adapters, build the model and call load_adapter(model, path)."
         )
-    checkpoint = held
-    check_named(held["state_dict"], path)
+    check_named(checkpoint["state_dict"], path)
     damaged = f"{path} is damaged or was changed: "
     try:
         Version(checkpoint[VERSION])
@@ -87,5 +80,5 @@ def check_readable(checkpoint: object, path: object) -> None:
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a full checkpoint as the base of a fine-tune: without the state of the run that wrote it."""
     run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
-    kept = {key: value for key, value in checkpoint.items() if key not in run}
-    return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    anew = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    return {key: value for key, value in checkpoint.items() if key not in run} | anew

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig, matches_pattern
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ConfigError, TargetError, listed
+from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
@@ -39,23 +39,17 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
     if asked.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, or the state_dict() of a model that was adapted here. The alpha of "
-            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). For a "
-            "state_dict(), call inject_adapters(model, config) as for the training, then "
-            "model.load_state_dict(torch.load(path))."
+            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). Otherwise "
+            "call inject_adapters(model, config) as for the training, and model.load_state_dict(torch.load(path))."
         )
     settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.endswith(_ENDS):
             pairs.setdefault(name[:-7], {})[name[-1]] = value
-    broken = [name for name, pair in pairs.items() if len(pair) != 2 or not all(map(Tensor.numel, pair.values()))]
-    if broken:
-        raise AdapterFileError(
-            f"{path} holds only one of lora_A and lora_B of {listed(broken)}, or none of its values: it is damaged."
-        )
     rest = {name: value for name, value in tensors.items() if not name.endswith(_ENDS)}
     place = place_of(view, list(pairs), list(rest), root_of(view.model))
-    factors = {place.name_here(name): (pair["A"], pair["B"]) for name, pair in pairs.items()}
+    factors = {place.name_here(name): pair_of(name, pair) for name, pair in pairs.items()}
     unused = [key for key in settings.target_slices or {} if not any(matches_pattern(key, name) for name in factors)]
     if unused:
         raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(factors)}.")
@@ -67,28 +61,22 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
 def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Update:
     layer, (a, b) = view.modules[name], factors
     kind = adapter_for(layer)
-    if kind not in _KINDS or not a.dim() == b.dim() == 2:
+    if kind is None or kind not in _KINDS or not a.dim() == b.dim() == 2:
         raise AdapterMismatchError(
-            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, which is "
-            f"a {type(layer).__name__} in this model. Of loralib's, Linear, MergedLinear and Embedding can be read. "
-            "Pass the model of the training."
+            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, a {type(layer).__name__} in "
+            "this model. Of loralib's, Linear, MergedLinear and Embedding can be read. Pass the model of the training."
         )
-    assert kind is not None
     assert settings.alpha is not None
-    about = described(view, name, kind, kind.lora_matrices_of(layer))
-    (matrix,), r = about.matrices, a.shape[0]
+    about, r = described(view, name, kind, kind.lora_matrices_of(layer)), b.shape[1]
     pairs: tuple[Factors, ...] = (factors,)
-    slices = settings.slices(name)
-    if slices:
+    if slices := settings.slices(name):
         matrices = sliced(Names(view.model), name, kind, about.matrices, slices)
         about = replace(about, matrices=tuple(sorted(matrices, key=lambda matrix: matrix.first)))
-        r, pairs = b.shape[1], _merged_linear(about, factors)
-    elif (a.shape[1], b.shape[0], r) != (matrix.reads, matrix.writes, b.shape[1]):
-        raise AdapterMismatchError(
-            f"The factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}. This {type(layer).__name__} reads "
-            f"{matrix.reads} features and writes {matrix.writes}. Pass the model that they were trained on. If it was "
-            f"a MergedLinear, name the slices that it adapted (enable_lora): target_slices={{{name!r}: ['q', 'v']}}."
-        )
+        pairs = _merged_linear(about, factors)
+    else:
+        of_slices = f"target_slices={{{name!r}: ['q', 'v']}}"
+        remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {of_slices}."
+        check_shapes(about, about.matrices[0], factors, r, remedy)
     return Update(replace(about, scaling=settings.alpha / r), pairs)
 
 

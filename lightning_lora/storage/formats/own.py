@@ -115,8 +115,7 @@ def _read(
 def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = load_plain(file)
-    held = contents if isinstance(contents, dict) else {}
-    if unread := unread_in([held.get(key) for key in ("state_dict", KEY, "model")]):
+    if isinstance(contents, dict) and (unread := unread_in(list(map(contents.get, ("state_dict", KEY, "model"))))):
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
             "save_adapter or a Trainer with LoRACallback wrote."
@@ -157,15 +156,16 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
     names = [str(name) for name in next(held, contents) if name != HEADER]
     check_tool(path, [*contents, *names])
+    if not names:
+        return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
         return (
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
-    if not names:
-        return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    of_tensors = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
-    reader = "MyModule.load_from_checkpoint(path)" if VERSION in contents else of_tensors
+    reader = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
+    if VERSION in contents:
+        reader = "MyModule.load_from_checkpoint(path)"
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "
         f"as save_merged writes. Load it with {reader}, or give it to a Trainer as ckpt_path, as a base."

@@ -91,10 +91,14 @@ class PeftConfig(NamedTuple):
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model, if it is of a kind that it adapts."""
-        if _means(self.config.exclude_modules, name) or not _means(self.config.target_modules, name):
-            return False
+        targets = self.config.target_modules
+        if isinstance(targets, str):
+            is_named = re.fullmatch(targets, name) is not None
+        else:
+            is_named = any(matches(entry, name) for entry in targets)
         numbers = {int(part) for part in name.split(".")[2:-1] if part.isdecimal()}
-        return self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
+        is_of_layers = self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
+        return is_named and is_of_layers and not self.config.is_excluded(name)
 
 
 def read_config(weights: Any) -> PeftConfig:
@@ -112,20 +116,15 @@ def read_config(weights: Any) -> PeftConfig:
 def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     """Return the fields of a configuration."""
     try:
-        stored = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return dict[str, Any](**json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{source} is not a JSON object: {error}. Use the file as it was written.") from error
-    if not isinstance(stored, dict):
-        raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
-    return stored
 
 
 def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
     """Return what these fields say. Those that are not known are ignored, with a warning."""
-    if stored.get("peft_type") != "LORA":
-        raise AdapterFileError(
-            f"{source} says peft_type={stored.get('peft_type')!r}. Only 'LORA' can be read. {MERGE_THERE}"
-        )
+    if (kind := stored.get("peft_type")) != "LORA":
+        raise AdapterFileError(f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}")
     if refused := [name for name in _REFUSED if stored.get(name)]:
         remedy = MERGE_THERE if _NOT_MERGED.isdisjoint(refused) else "PEFT does not merge it right either. Train anew."
         raise AdapterFileError(
@@ -139,15 +138,12 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
     init, tokens = str(stored.get("init_lora_weights")).lower(), stored.get("trainable_token_indices") or []
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
-            f"{source} says init_lora_weights={init!r}: training began from a changed base, which is not in the file "
-            "and cannot be computed again. Convert it with PEFT: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
+            f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
+            "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     if slow := slow_expressions(stored):
-        raise AdapterFileError(
-            f"{source} holds expressions that may take for ever: {listed(each[:60] for each in slow)}. Name the layers "
-            "in full instead."
-        )
+        patterns = listed(each[:60] for each in slow)
+        raise AdapterFileError(f"{source} holds expressions that may take for ever: {patterns}. Name the layers.")
     given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
     try:
@@ -161,12 +157,6 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
     if layers is not None and (stored.get("layers_pattern") or not fits(layers, [int])):
         layers = []  # which layers it means is not known here
     return PeftConfig(config, tokens, layers)
-
-
-def _means(entries: str | Iterable[str] | None, name: str) -> bool:
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return any(matches(entry, name) for entry in entries or ())
 
 
 MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."

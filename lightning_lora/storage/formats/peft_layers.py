@@ -43,9 +43,9 @@ class PeftLayer:
 
 def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
     """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
-    own, title = _PEFT_LAYERS.get(layer.adapter_class), layer.layer_class.rpartition(".")[2]
-    if own is None or layer.layer_class in _registered():
-        return f"PEFT has no counterpart for our adapter of {title}."
+    own = _PEFT_LAYERS.get(layer.adapter_class)
+    if own is None or _is_registered(layer.layer_class):
+        return f"PEFT has no counterpart for our adapter of {layer.layer_class.rpartition('.')[2]}."
     if layer.options.get(ALSO):
         return f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone."
     if magnitude is not None and (magnitude == 0).any():
@@ -63,21 +63,15 @@ def peft_layer(layer: StoredLayer) -> PeftLayer:
     return _PEFT_LAYERS[layer.adapter_class]
 
 
-def _registered() -> set[str]:
-    """The names of layer classes that a user has registered."""
+def _is_registered(layer_class: str) -> bool:
+    """Whether a user has registered this class of layers."""
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in kinds.ADAPTERS if isinstance(cls, type)}
-    return {name for name in names if not name.startswith(("torch.", "transformers.", "bitsandbytes."))}
-
-
-# Layers whose output PEFT adds its update to
-
-
-_COMPUTE_THE_SAME = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
-"""Layers with a forward of their own, which is that of their torch class."""
+    return layer_class in names and not layer_class.startswith(("torch.", "transformers.", "bitsandbytes."))
 
 
 def _added(layer: StoredLayer) -> str | None:
-    if not (layer.is_additive or layer.layer_class in _COMPUTE_THE_SAME):
+    computes_the_same = "transformers.models.falcon.modeling_falcon.FalconLinear"
+    if not (layer.is_additive or layer.layer_class == computes_the_same):
         title = layer.layer_class.rpartition(".")[2]
         return f"{title} has a forward of its own, and PEFT adds the update outside of it, with other results."
     return None
@@ -122,16 +116,9 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
     return a.flatten(1), b.flatten(1)
 
 
-# Attention: q, k and v share A, and lie one after the other in B
-
-
 def _attention(layer: StoredLayer) -> str | None:
-    if not {"in_proj_weight", "out_proj.weight"}.issuperset(layer.shapes):
-        return "PEFT does not support an attention with kdim or vdim."
-    return None
-
-
-# Parameters of modules: matrices and stacks of matrices
+    is_plain = layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}
+    return None if is_plain else "PEFT does not support an attention with kdim or vdim."
 
 
 def _parameters(layer: StoredLayer) -> str | None:
@@ -295,10 +282,8 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
     if layer.name == stored.root:
         return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
     if "out_proj.weight" in layer.shapes:
-        return (
-            "PEFT 0.21 adds the update of an attention's output projection twice. Train with "
-            f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}."
-        )
+        remedy = f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}"
+        return f"PEFT 0.21 adds the update of an attention's output projection twice. Train with {remedy}."
     around = stored.layers.keys() & starts_of(owner_of(layer.name))
     if around and peft_layer(layer).is_parameter:
         return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."

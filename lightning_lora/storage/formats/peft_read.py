@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import starmap
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,7 +28,16 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
+from lightning_lora.storage.formats.reading import (
+    Asked,
+    Reader,
+    Update,
+    adapters_of,
+    check_shapes,
+    pair_of,
+    place_of,
+    uses_of,
+)
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -83,10 +91,7 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
         elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
     if unknown:
-        raise AdapterFileError(
-            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. "
-            f"{MERGE_THERE}"
-        )
+        raise AdapterFileError(f"{path} holds {listed(unknown)}, of a method of PEFT that is not here. {MERGE_THERE}")
     return adapters, rest
 
 
@@ -129,11 +134,13 @@ class _Layers:
         for wrapped, tensors in adapters.items():
             outer, _, inner = _plain(wrapped).rpartition(".")
             above = self.view.modules.get(self.place.name_here(outer))
-            is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
-            of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
-        return list(filter(attrgetter("layer.matrices"), starmap(self._update, of_layer.items())))
+            is_of_attention = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
+            of_layer.setdefault(outer if is_of_attention else _plain(wrapped), {})[wrapped] = tensors
+        found = list(starmap(self._update, of_layer.items()))
+        return [update for update in found if update.layer.matrices]  # an attention's may all be zero
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
+        """The update of one layer, from what PEFT wraps around it or inside of it."""
         layer = self._module(there)
         kind = adapter_for(layer)
         adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
@@ -147,13 +154,19 @@ class _Layers:
             return self._attention(there, about, wrapped)
         if more:
             raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
+        return self._weight(there, about, kind, tensors)
+
+    def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
+        """The update of a layer with one weight."""
+        (matrix,), said, factors = about.matrices, there, pair_of(there, tensors)
         if kind is LoRAConv1D and self.config.init == "olora":
             raise AdapterMismatchError(
                 f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
                 "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
             )
-        (matrix,), said, factors = about.matrices, there, _pair(there, tensors)
-        if self._is_read_alone(there) and (INITIALISATIONS[self.config.init].is_difference or factors[1].any()):
+        outer, _, leaf = there.rpartition(".")
+        is_read_alone = leaf == "dt_proj" and type(self._module(outer)).__name__ in _MIXERS
+        if is_read_alone and (INITIALISATIONS[self.config.init].is_difference or factors[1].any()):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which the module around it never calls: it computes with the "
                 "weight. PEFT's model leaves the update out and its merge adds it. Train again without this layer."
@@ -165,63 +178,12 @@ class _Layers:
         factors = self._factors(about, matrix, factors, said)
         return Update(replace(about, scaling=self.config.scaling(said)), (factors,), tensors.get("magnitude"))
 
-    def _is_read_alone(self, there: str) -> bool:
-        outer, _, leaf = there.rpartition(".")
-        around = self.view.modules.get(self.place.name_here(outer))
-        return leaf == "dt_proj" and type(around).__name__ in _MIXERS
-
-    def _module(self, there: str) -> Any:
-        return self.view.modules[self.place.name_here(there)]
-
-    def _described(
-        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
-    ) -> StoredLayer:
-        """The layer with this adapter, if PEFT computes the same."""
-        about = described(self.view, self.place.name_here(there), kind, matrices)
-        if why := why_not(about, magnitude):
-            raise AdapterMismatchError(
-                f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
-                "trained on, or merge it with PEFT, and use the merged model."
-            )
-        return about
-
-    def _is_named(self, parameter: str) -> bool:
-        return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
-
-    def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
-        """A and B of one matrix as they are here, after a check of their rank and their shapes."""
-        (a, b), stack = factors, math.prod(matrix.stack)
-        shared = uses_of(self.view, join(about.name, matrix.weight))
-        is_difference = INITIALISATIONS[self.config.init].is_difference
-        if is_difference and len(shared) > 1:
-            raise AdapterMismatchError(
-                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
-                "off it for each use, and its merge gives another model. Train anew, from another start."
-            )
-        rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
-        most = min(asked, matrix.largest_rank) if is_difference else asked  # their start has no more
-        if rank not in (asked, most):
-            raise AdapterFileError(
-                f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
-                "Use the adapter_config.json that was written with these tensors."
-            )
-        expected = [(*matrix.stack, rank, matrix.reads), (*matrix.stack, matrix.writes, rank)]
-        with suppress(IndexError, RuntimeError):  # other shapes
-            a, b = peft_layer(about).here(factors, about.shapes[matrix.weight], about.options)
-        if [a.shape, b.shape] != expected:
-            raise AdapterMismatchError(
-                f"The file's update of {said!r} has factors {tuple(factors[0].shape)} and {tuple(factors[1].shape)}. "
-                f"This {about.layer_class.rpartition('.')[2]} reads {matrix.reads} features and writes "
-                f"{matrix.writes}. Pass the model that it was trained on."
-            )
-        return a, b
-
     def _attention(self, there: str, about: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
         """q, k and v share A, and lie one after the other in B. PEFT adds the output projection's update twice."""
         *qkv, out = about.matrices
         matrices, factors = list[AdaptedMatrix](), list[Factors]()
         for name, tensors in wrapped.items():
-            a, b = _pair(name, tensors)
+            a, b = pair_of(name, tensors)
             if "magnitude" in tensors:
                 raise AdapterMismatchError(f"{there!r} is an attention, which PEFT does not adapt with DoRA.")
             if _plain(name) == there:
@@ -258,9 +220,72 @@ class _Layers:
         scaling = self.config.scaling(f"{there}.{named[0]}")
         for matrix, name in zip(matrices, sorted(wrapped, key=len, reverse=True), strict=True):
             said = f"{there}.{matrix.weight}"
-            a, b = self._factors(about, matrix, _pair(name, wrapped[name]), said)
+            a, b = self._factors(about, matrix, pair_of(name, wrapped[name]), said)
             factors.append((a, b * (self.config.scaling(said) / scaling)))
         return Update(replace(about, scaling=scaling), tuple(factors))
+
+    def _tokens(self, there: str, tensors: Tensors) -> Update:
+        """The rows as they are: PEFT's name says delta, but they are whole."""
+        (matrix,), rows = LoRATokens.lora_matrices_of(self._module(there)), tensors["tokens"]
+        indices = self.peft.tokens
+        if isinstance(indices, dict):
+            indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
+        if len(tensors) > 1:
+            raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
+        matrix = replace(matrix, tokens=tuple(sorted({*indices})))
+        is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
+        if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
+            raise AdapterMismatchError(
+                f"The file holds {len(rows)} rows of {there!r} {(matrix.reads, matrix.writes)}, and its configuration "
+                f"names {len(indices)}, up to {max(indices, default=0)}. Resize it first, as for the training."
+            )
+        if why := why_not_rows(self.view.modules, self.place.name_here(there)):
+            raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
+        about = replace(self._described(there, LoRATokens, (matrix,)), scaling=self.config.scaling(there))
+        about = replace(about, r=matrix.rank(self.config.rank(there)))
+        return Update(about, (), rows=rows[torch.tensor(indices).argsort()])
+
+    # What these share
+
+    def _module(self, there: str) -> Any:
+        return self.view.modules[self.place.name_here(there)]
+
+    def _is_named(self, parameter: str) -> bool:
+        return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
+
+    def _described(
+        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
+    ) -> StoredLayer:
+        """The layer with this adapter, if PEFT computes the same."""
+        about = described(self.view, self.place.name_here(there), kind, matrices)
+        if why := why_not(about, magnitude):
+            raise AdapterMismatchError(
+                f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
+                "trained on, or merge it with PEFT, and use the merged model."
+            )
+        return about
+
+    def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
+        """A and B of one matrix as they are here, after a check of their rank and their shapes."""
+        (a, b), stack = factors, math.prod(matrix.stack)
+        shared = uses_of(self.view, join(about.name, matrix.weight))
+        is_difference = INITIALISATIONS[self.config.init].is_difference
+        if is_difference and len(shared) > 1:
+            raise AdapterMismatchError(
+                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
+                "off it for each use, and its merge gives another model. Train anew, from another start."
+            )
+        rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
+        most = min(asked, matrix.largest_rank) if is_difference else asked  # its start has no more
+        if rank not in (asked, most):
+            raise AdapterFileError(
+                f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
+                "Use the adapter_config.json that was written with these tensors."
+            )
+        with suppress(IndexError, RuntimeError):  # other shapes
+            a, b = peft_layer(about).here(factors, about.shapes[matrix.weight], about.options)
+        check_shapes(about, matrix, (a, b), rank)
+        return a, b
 
     # What a whole file holds
 
@@ -304,33 +329,3 @@ class _Layers:
         if not there.endswith(tuple(self.config.modules_to_save or ())):
             return True
         return all(own in rest for own in (*self.view.base, *self.view.buffers) if own.startswith(f"{name}."))
-
-    # Rows of an embedding that train
-
-    def _tokens(self, there: str, tensors: Tensors) -> Update:
-        """The rows as they are: PEFT's name says delta, but they are whole."""
-        (matrix,), rows = LoRATokens.lora_matrices_of(self._module(there)), tensors["tokens"]
-        indices = self.peft.tokens
-        if isinstance(indices, dict):
-            indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
-        if len(tensors) > 1:
-            raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-        matrix = replace(matrix, tokens=tuple(sorted({*indices})))
-        is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
-        if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
-            raise AdapterMismatchError(
-                f"The file holds {len(rows)} rows of {there!r} {(matrix.reads, matrix.writes)}, and its configuration "
-                f"names {len(indices)}, up to {max(indices, default=0)}. Resize it first, as for the training."
-            )
-        if why := why_not_rows(self.view.modules, self.place.name_here(there)):
-            raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
-        about = replace(self._described(there, LoRATokens, (matrix,)), scaling=self.config.scaling(there))
-        about = replace(about, r=matrix.rank(self.config.rank(there)))
-        return Update(about, (), rows=rows[torch.tensor(indices).argsort()])
-
-
-def _pair(there: str, tensors: Tensors) -> Factors:
-    """A and B of one wrapper."""
-    if "A" not in tensors or "B" not in tensors:
-        raise AdapterFileError(f"The file holds only one of A and B of {there!r}: it is damaged or was changed.")
-    return tensors["A"], tensors["B"]

@@ -20,41 +20,34 @@ from lightning_lora.storage.renaming import list_or_expression
 from lightning_lora.tensors.names import join, starts_of
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
-    tensors, config = exported(source, uniform=uniform)
+    tensors, config = exported(source, uniform)
     named = {peft.PREFIX + name: value for name, value in tensors.items()}
     header = {peft.METADATA: json.dumps({peft.PREFIX + name: value for name, value in config.items()})}
     write_files(directory, peft.PEFT_WEIGHTS[0], named, header, json.dumps(config, indent=2).encode())
 
 
-def exported(
-    source: Source, *, uniform: bool, scaling: float | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def exported(source: Source, uniform: bool, scaling: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return PEFT's tensors, by their names without its prefix, and its configuration.
 
-    ``uniform``: one rank and one scaling for all, the most common one or ``scaling``, which all get in any case.
+    ``scaling`` is that of all updates. None: each has its own, or if they are to be uniform, the most common one.
     """
     modules = source.modules or {}
     source = replace(source, stored=with_tied(without_zeros(source.stored, modules), source.model))
     check_exportable(source.stored, modules, source.saved)
-    updates, own = updates_of(source), source.stored.config
-    if own.trainable_token_indices and (uniform or scaling is not None or not updates):
+    updates, own, is_one = updates_of(source), source.stored.config, uniform or scaling is not None
+    if own.trainable_token_indices and (is_one or not updates):
         raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
-    is_same = uniform or scaling is not None
-    if is_same:
+    if is_one:
         most_common = Counter(update.scaling for update in updates).most_common(1)[0][0]
         rank = max(update.rank for update in updates) if uniform else 0
-        updates = with_scaling(updates, most_common if scaling is None else scaling, rank)
-    tensors = _tensors(source, updates)
-    config = _config(source, updates, use_rslora=own.use_rslora and not is_same)
+        updates = with_scaling(updates, scaling or most_common, rank)
+    config = _config(source, updates, use_rslora=own.use_rslora and not is_one)
     _warn_of_merges(source)
     if scaling is None and type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         _warn_of_scalings(updates, config)
-    return tensors, config
-
-
-# The tensors
+    return _tensors(source, updates), config
 
 
 def _tensors(source: Source, updates: list[Update]) -> dict[str, Tensor]:
@@ -102,23 +95,19 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
     return ".".join(parts)
 
 
-# The configuration
-
-
-def _target(update: Update) -> str:
-    """What the patterns of the configuration have to match: a layer, or a parameter."""
-    return join(update.name, update.weight) if peft_layer(update.layer).is_parameter else update.name
-
-
 def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    targets = [(_target(update), peft_layer(update.layer).is_parameter) for update in updates]
-    layers = [target for target, is_parameter in targets if not is_parameter]
-    parameters = [target for target, is_parameter in targets if is_parameter]
-    kinds = {update.layer.adapter_class for update in updates}
-    r, rank_pattern = peft.most_common({_target(update): update.rank for update in updates})
-    alphas = {_target(each): int(each.alpha) if each.alpha == int(each.alpha) else each.alpha for each in updates}
+    layers, parameters = list[str](), list[str]()
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for update in updates:
+        is_parameter = peft_layer(update.layer).is_parameter
+        target = join(update.name, update.weight) if is_parameter else update.name
+        (parameters if is_parameter else layers).append(target)
+        ranks[target] = update.rank
+        alphas[target] = int(update.alpha) if update.alpha == int(update.alpha) else update.alpha
+    r, rank_pattern = peft.most_common(ranks)
     alpha, alpha_pattern = peft.most_common(alphas)
+    kinds = {update.layer.adapter_class for update in updates}
     own, inner = source.stored.config, source.inner
     tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
@@ -144,24 +133,22 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
     }
 
 
-# What readers of the files would do with them
-
-
 def _warn_of_merges(source: Source) -> None:
     """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
-    around, others = dict[str, nn.Module | None](), dict[str, list[str]]()
+    modules, tied, others, held = source.modules or {}, list[str](), list[str](), dict[str, None]()
     for layer in source.stored.layers.values():
         if layer.tied and not layer.tokens:
-            others[layer.name] = list(chain.from_iterable(layer.tied.values()))
+            tied.append(layer.name)
+            others += chain.from_iterable(layer.tied.values())
         for name in starts_of(source.name_there(layer.name))[:-1]:
-            around[name] = (source.modules or {}).get(name)
-    if others:
+            if isinstance(modules.get(name), nn.TransformerEncoderLayer):
+                held[name] = None
+    if tied:
         warn(
-            f"The weights of {listed(others)} are also {listed(chain.from_iterable(others.values()))}. A PeftModel "
-            "computes right, but its merge_and_unload() changes these too. Merge with save_merged(model, path), which "
-            "writes a weight for each."
+            f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
+            "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
         )
-    if held := [name for name, module in around.items() if isinstance(module, nn.TransformerEncoderLayer)]:
+    if held:
         warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
             "a PeftModel computes the base there. Call its merge_and_unload(), which is right."

@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.layers.matrices import Role
+from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
@@ -59,7 +59,23 @@ class Update:
         return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
 
 
-# Names
+def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Return A and B of what has this name in the file."""
+    a, b = tensors.get("A"), tensors.get("B")
+    if a is None or b is None or not (a.numel() and b.numel()):
+        raise AdapterFileError(f"The file holds only one of A and B of {name!r}, or none of its values: it is damaged.")
+    return a, b
+
+
+def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
+    """Refuse A and B that are not those of this matrix."""
+    (a, b), (*stack,) = factors, matrix.stack
+    if [*a.shape] != [*stack, r, matrix.reads] or [*b.shape] != [*stack, matrix.writes, r]:
+        raise AdapterMismatchError(
+            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {layer.name!r}. This "
+            f"{layer.layer_class.rpartition('.')[2]} reads {matrix.reads} features and writes {matrix.writes}. Pass "
+            f"the model that they were trained on.{remedy}"
+        )
 
 
 def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
@@ -83,9 +99,6 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
     return place
 
 
-# The configuration and the tensors
-
-
 def adapters_of(
     view: View,
     updates: Collection[Update],
@@ -95,7 +108,7 @@ def adapters_of(
 ) -> StoredAdapters:
     """Return adapters with these updates and settings, and with the rest of a file, by its names in the model.
 
-    The names of modules that train end in one of ``saved``. None: those of which the file holds each tensor.
+    Modules that train have names that end in one of ``saved``. None: the file holds each tensor of them.
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
@@ -107,21 +120,16 @@ def adapters_of(
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
     rest = {name: value for name, value in rest.items() if name in kept}
     _check_ties(view, rest)
-    only = set(map(owner_of, biases)) <= set(map(owner_of, frozen))
-    config = by_whole_names(
-        [replace(update.layer, r=update.r) for update in updates],
-        replace(
-            settings,
-            modules_to_save=[*modules, *single] or None,
-            bias="none" if not biases else "lora_only" if only else "all",
-            use_dora=any(update.magnitude is not None for update in updates),
-        ),
-        view.modules.keys(),
-    )
-    state = dict(rest)
+    bias: Any = "none"
+    if biases:
+        bias = "lora_only" if {*map(owner_of, biases)} <= {*map(owner_of, frozen)} else "all"
+    use_dora = any(update.magnitude is not None for update in updates)
+    settings = replace(settings, modules_to_save=[*modules, *single] or None, bias=bias, use_dora=use_dora)
+    layers, state = list[StoredLayer](), dict(rest)
     for update in updates:
+        layers.append(replace(update.layer, r=update.r))
         state |= update.tensors()
-    return StoredAdapters(config, state)
+    return StoredAdapters(by_whole_names(layers, settings, view.modules.keys()), state)
 
 
 def _trained(
@@ -149,9 +157,6 @@ def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
     return {name for name in names if not set(modules).isdisjoint(starts_of(name)[:-1])}
 
 
-# The base
-
-
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's, in the narrower of the two dtypes."""
     own = base_value(view, name).cpu()
@@ -162,9 +167,9 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     """Refuse a copy of an adapted weight that is not the model's."""
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
-            f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}. It differs from that of "
-            f"{view.title}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
-            "trained on. If tokens were added in training, resize the model's embeddings first."
+            f"The file's copy of {name!r} {tuple(value.shape)}, the base of its update, differs from that of "
+            f"{view.title} {tuple(view.base[name].shape)}. Load the weights of the training. If tokens "
+            "were added there, resize the model's embeddings first."
         )
 
 

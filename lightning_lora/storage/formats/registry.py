@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.disk import local_path
@@ -15,13 +15,6 @@ from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, PEFT_C
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import KEY
-
-
-class Write(Protocol):
-    """Writes adapters into a directory, or raises an ExportError. ``uniform`` as in ``export_peft``."""
-
-    def __call__(self, source: Source, directory: Path, *, uniform: bool) -> None:
-        """Write them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Format:
     tool: str  # whose it is, in messages
     read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
-    write: Write | None = None
+    write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
 
 
 FORMATS = (

@@ -131,10 +131,9 @@ def with_scaling(updates: list[Update], scaling: float, rank: int = 0) -> list[U
 def write_files(
     directory: Path, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str], config: bytes = b""
 ) -> None:
-    """Write one file of tensors, or also PEFT's configuration beside it, or nothing.
+    """Write one file of tensors, and with ``config`` PEFT's configuration beside it, or nothing.
 
-    At no moment are there weights with the configuration of others, which PEFT would read. Meanwhile, ours is in the
-    header of its weights, and that of others is beside theirs under another name.
+    At no moment are there weights with the configuration of others: that is put away under another name before.
     """
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     contents = save(plain, {"format": "pt", **header})

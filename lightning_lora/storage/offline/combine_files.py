@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,15 +17,14 @@ from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import join, owner_of
 
 
 def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
-    if len(paths) < 2 or len(weights) != len(paths):
-        found = f"Got {len(paths)} files and {len(weights)} weights"
-        raise ConfigError(f"{found}. Expected at least two files, and one weight for each.")
+    if not 2 <= len(paths) == len(weights):
+        raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
     files = list(map(read_layers, paths))
     stored = combined(files, weights, r)
     _check_bases(files)
@@ -52,7 +50,8 @@ def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int |
         for matrix, update in found.items():
             factors = matrix.named(with_rank(update, matrix.rank(most)))
             state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
-    config = _config(list(layers.values()), first.base)
+    present = {*layers, *(owner_of(name) for form in first.base for name in form.get("rounded", ()))}
+    config = by_whole_names(layers.values(), LoRAConfig(), present)
     return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
 
 
@@ -95,10 +94,3 @@ def _combined(matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], r: i
     update = concatenated(*map(list, zip(*weighted, strict=True)))
     most = matrix.largest_rank if r is None else matrix.rank(r)
     return update if update[0].shape[-2] <= most else truncated(update, most)
-
-
-def _config(layers: list[StoredLayer], base: list[dict[str, Any]]) -> LoRAConfig:
-    """A configuration that names each layer in full."""
-    names = [name for form in base for name in form.get("rounded", ())]
-    present = {name.rpartition(".")[0] for name in names} | {layer.name for layer in layers}
-    return by_whole_names(layers, LoRAConfig(), present)

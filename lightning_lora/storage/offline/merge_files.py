@@ -35,23 +35,12 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
     job = _Merge(files, read_layers(adapter), progress)
     job.check()
     if base.is_dir():
-        with writing_folder(out) as folder:
-            folder.mkdir()
-            _write_folder(job, folder)
+        _write_folder(job, out)
     elif out.suffix == ".safetensors":
         with writing(out) as place:
             job.write(place, job.places, files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
-        if unread := unread_in(files.checkpoint):
-            raise AdapterFileError(
-                f"{base} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost in "
-                f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
-                "save_merged."
-            )
-        state = files.entries | dict(zip(job.places, map(job.merged, job.places), strict=True))
-        is_alone = state.keys() >= files.checkpoint.keys()
-        with writing(out) as place:
-            torch.save(state if is_alone else {**as_base(files.checkpoint), "state_dict": state}, place)
+        _write_checkpoint(job, files.checkpoint, out)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
@@ -69,17 +58,18 @@ class _Merge:
     def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[str], object]) -> None:
         self.files, self.stored, self.progress = files, stored, progress
         self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
-        weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
-        self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
-        self.weights = {self.name_in_base(join(*each)): each for each in weights}
+        self.name_in_base = _renaming(stored, files)
+        self.weights: dict[str, tuple[str, str]] = {}  # the layer, and the name of the weight in it
         for name, layer in stored.layers.items():
+            for weight in layer.shapes:
+                self.weights[self.name_in_base(join(name, weight))] = name, weight
             for place in map(self.name_in_base, layer.tied.get("weight", ()) if layer.tokens else ()):
                 if place in files.file_of:
                     self.weights[place] = name, "weight"
         self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
-        self.beside |= {
-            place: stored.state[n] for n in stored.filled if (place := self.name_in_base(n)) in files.file_of
-        }
+        for name in stored.filled:
+            if (place := self.name_in_base(name)) in files.file_of:
+                self.beside[place] = stored.state[name]
         self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
         for name in self.beside:
             self.places.setdefault(name, last)
@@ -92,19 +82,19 @@ class _Merge:
                 "memory: load_adapter(model, path), then save_merged."
             )
         wrong, tied = [], []
-        for name, (layer, weight) in self.weights.items():
-            shape = self.stored.layers[layer].shapes[weight]
-            value = self.files.get(name) if name in self.files.file_of else None
+        for name, (owner, weight) in self.weights.items():
+            layer = self.stored.layers[owner]
+            shape, value = layer.shapes[weight], self.files.get(name) if name in self.files.file_of else None
             if not is_plain(value) or not value.is_floating_point() or value.shape != shape:
                 found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
                 wrong.append(f"{name} {list(shape)}, {found}")
-            if weight in self.stored.layers[layer].tied and not self.stored.layers[layer].tokens:
+            if weight in layer.tied and not layer.tokens:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
                 f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or a "
-                f"form that takes no update: {listed(wrong)}. Its names are such as {listed(self.files.file_of)}. "
-                "Pass the base that the adapters were trained on, not quantised, in float32, bfloat16 or float16."
+                f"form that takes no update: {listed(wrong)}. It has {listed(self.files.file_of)}. Pass the base of "
+                "the training, not quantised, in float32, bfloat16 or float16."
             )
         if tied:
             raise AdapterMismatchError(
@@ -170,8 +160,9 @@ class _Merge:
         return merged
 
 
-def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) -> Callable[[str], str]:
+def _renaming(stored: StoredAdapters, files: TensorFiles) -> Callable[[str], str]:
     """Return how names in the adapters' file become names in the base: one prefix may come off, or be added."""
+    weights = [join(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
     found = find_renamings(weights, files.file_of, root_there=stored.root)
     if len(found) > 1:
         raise AdapterMismatchError(
@@ -187,18 +178,37 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
     return lambda name: renaming.name_here(name) if is_inside(name, renaming.there) else f" outside: {name}"
 
 
-def _write_folder(job: _Merge, folder: Path) -> None:
-    """Write the merged model into an empty folder, divided as the base is, with the base's other files."""
+def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> None:
+    """Write the merged model as a checkpoint, with what the base's holds beside it."""
+    if unread := unread_in(checkpoint):
+        raise AdapterFileError(
+            f"{job.files.path} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost "
+            f"in {out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
+            "save_merged."
+        )
+    state = dict(job.files.entries)
+    for name in job.places:
+        state[name] = job.merged(name)
+    is_alone = state.keys() >= checkpoint.keys()
+    with writing(out) as place:
+        torch.save(state if is_alone else {**as_base(checkpoint), "state_dict": state}, place)
+
+
+def _write_folder(job: _Merge, out: Path) -> None:
+    """Write the merged model into a folder, divided as the base is, with the base's other files."""
     base, index, size = job.files.path, job.files.index, 0
-    for file in dict.fromkeys(job.places.values()):
-        names = [name for name, place in job.places.items() if place == file]
-        size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
-    if index is not None:
-        places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
-        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-        index = {**index, "weight_map": places, "metadata": {**metadata, "total_size": size}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-    if left := _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)}):
+    with writing_folder(out) as folder:
+        folder.mkdir()
+        for file in dict.fromkeys(job.places.values()):
+            names = [name for name, place in job.places.items() if place == file]
+            size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
+        if index is not None:
+            places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
+            metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+            index = {**index, "weight_map": places, "metadata": {**metadata, "total_size": size}}
+            (folder / INDEX).write_text(json.dumps(index, indent=2))
+        left = _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)})
+    if left:
         warn(
             f"{listed(left, 12)} of {base} are not in the merged folder: other weights, links and hidden folders are "
             "not copied. Copy yourself what the model needs."
@@ -219,11 +229,10 @@ def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]
     return left
 
 
-_WEIGHTS = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".msgpack", ".onnx", ".onnx_data"),
-    *(".npz", ".keras", ".tflite", ".pb", ".ot", ".nemo"),
-)
-"""The endings of files that hold weights, in any format."""
+_WEIGHTS = (  # the endings of files that hold weights, in any format
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".msgpack", ".onnx", ".onnx_data",
+    ".npz", ".keras", ".tflite", ".pb", ".ot", ".nemo",
+)  # fmt: skip
 
 
 def _place(path: Path) -> Path:

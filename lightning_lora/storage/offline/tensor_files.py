@@ -38,19 +38,22 @@ class TensorFiles:
         elif path.suffix == ".safetensors" and path.is_file():
             self.file_of = dict.fromkeys(_names_in(path), path)
         else:
-            with reading(path):
-                check_whole(path, contents=False)  # the base may be large, and is compared with the training's anyway
-                loaded = load_plain(path, mmap=True)
-            self.checkpoint = loaded if isinstance(loaded, dict) else {}
-            state = self.checkpoint.get("state_dict", self.checkpoint)
-            self.entries = state if isinstance(state, dict) else {}
-            self.file_of = {name: path for name, value in self.entries.items() if isinstance(value, Tensor)}
-            check_named(self.file_of, path)
-            for name in self.file_of:
-                if not has_own_memory(self.entries[name]) and self.entries[name].nbytes > path.stat().st_size:
-                    raise AdapterFileError(f"{name!r} in {path} is larger than the file itself. Pass another base.")
+            self._read_checkpoint()
         if not self.file_of:
             raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
+
+    def _read_checkpoint(self) -> None:
+        with reading(self.path):
+            check_whole(self.path, contents=False)  # it may be large, and is compared with the training's anyway
+            loaded = load_plain(self.path, mmap=True)
+        self.checkpoint = loaded if isinstance(loaded, dict) else {}
+        state = self.checkpoint.get("state_dict", self.checkpoint)
+        self.entries = state if isinstance(state, dict) else {}
+        self.file_of = {name: self.path for name, value in self.entries.items() if isinstance(value, Tensor)}
+        check_named(self.file_of, self.path)
+        for name in self.file_of:
+            if not has_own_memory(self.entries[name]) and self.entries[name].nbytes > self.path.stat().st_size:
+                raise AdapterFileError(f"{name!r} in {self.path} is larger than the file itself. Pass another base.")
 
     def _read_folder(self) -> None:
         index, one = self.path / INDEX, self.path / _ONE

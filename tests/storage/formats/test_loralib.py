@@ -1,5 +1,6 @@
 """loralib's files load into plain models, and give loralib's outputs."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,12 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     assert gap(model(INDEX), expected(INDEX)) < 1e-5
 
 
-def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
-    saved(tmp_path / "a.safetensors", built(Plain))
+def test_alpha_of_other_files_is_in_them(tmp_path: Path) -> None:
+    ll.export_peft(saved(tmp_path / "a.safetensors", built(Plain)), tmp_path / "peft")
     arguments: list[dict[str, Any]] = [{"alpha": 16}, {"target_slices": SLICES}]
-    for each in arguments:
-        with refused(fresh := built(Plain), ll.ConfigError, "Leave them out"):
-            ll.load_adapter(fresh, tmp_path / "a.safetensors", **each)
+    for each, name in product(arguments, ("a.safetensors", "peft")):
+        with refused(fresh := built(Plain), ll.ConfigError, r"are for files of loralib.*Leave them out"):
+            ll.load_adapter(fresh, tmp_path / name, **each)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
@@ -136,7 +137,7 @@ CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]]
     "other slices": ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
     "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, ll.TargetError, "'a'"),
     "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of A and B of 'head'"),
     "rank 0": ({f"embed.lora_{x}": torch.ones(n) for x, n in (("A", (0, 12)), ("B", (8, 0)))}, {}, *NO_VALUES),
     "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, ll.AdapterMismatchError, "it has no 'w'"),
     "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),

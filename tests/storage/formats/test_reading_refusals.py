@@ -245,7 +245,6 @@ def used_twice() -> nn.Module:
     return nn.Sequential(layer, layer)
 
 
-ROWS: dict[str, Any] = {"trainable_token_indices": {"embed": [1, 2]}}
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str]] = {
     "a forward of its own": (only(lambda: Scaled(4, 4)), {}, {}, "forward of its own"),
@@ -256,8 +255,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any],
     "not named": (Expert, BOTH, {"target_parameters": ["experts.up"]}, r"2 updates of 'experts'.*name \['up'\]"),
     "a layer that is used twice": (used_twice, {"target_modules": ["0"]}, {}, "'0'.*the layer is used as '1' too"),
     "a tied head": (Tied, {"modules_to_save": ["head"]}, {}, "'head.weight', which is tied to 'embed.weight'"),
-    "rows out of range": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 99]}}, "2 rows of 'embed'"),
-    "other rows": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 2, 3]}}, "configuration names 3"),
     "olora": (Mixed, {"target_modules": ["c_proj"], "init_lora_weights": "olora"}, {}, "'c_proj' is a Conv1D, trained"),
 }
 
@@ -345,8 +342,6 @@ def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(ll.AdapterFileError, match=r"adapters of PEFT.*load_adapter"):
         ll.load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ll.ConfigError, match="alpha and target_slices are for files of loralib"):
-        ll.load_adapter(built(Mixed), tmp_path, alpha=16)
 
 
 def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:

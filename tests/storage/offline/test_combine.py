@@ -98,10 +98,12 @@ def test_a_cut_is_the_best_of_its_rank(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
-    def refused(configs: list[dict[str, Any]], error: type[Exception], says: str, weights: Any = None) -> None:
+    def refused(
+        configs: list[dict[str, Any]], error: type[Exception], says: str, weights: Any = None, r: int | None = None
+    ) -> None:
         paths, _ = saved(tmp_path, configs)
         with pytest.raises(error, match=says):
-            combine_files(paths, tmp_path / "sum.safetensors", weights or (1.0,) * len(configs))
+            combine_files(paths, tmp_path / "sum.safetensors", weights or (1.0,) * len(configs), r)
         assert not (tmp_path / "sum.safetensors").exists()
 
     refused([LINEAR, {**LINEAR, "use_dora": True}], ll.AdapterMismatchError, "DoRA")
@@ -109,6 +111,8 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], ll.AdapterMismatchError, "in other parts")
     refused([LINEAR], ll.ConfigError, "at least two")
     refused([LINEAR] * 2, ll.ConfigError, "3 weights", (1.0,) * 3)
+    refused([LINEAR] * 2, ll.ConfigError, "expected finite numbers, and a rank of at least 1", r=0)
+    refused([LINEAR] * 2, ll.ConfigError, "expected finite numbers, and a rank of at least 1", (math.nan, 1.0))
     (one, other), _ = saved(tmp_path, [LINEAR] * 2)
     with pytest.raises(ll.AdapterFileError, match=r"end in \.safetensors"):
         combine_files([one, other], tmp_path / "sum.ckpt", (1.0, 1.0))
@@ -118,10 +122,3 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     ll.save_adapter(model, other)
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
         combined([one, other], (1.0, 1.0))
-
-
-@pytest.mark.parametrize("wrong", [{"r": 0}, {"weights": (math.nan, 1.0)}])
-def test_wrong_numbers_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    paths, _ = saved(tmp_path, [LINEAR] * 2)
-    with pytest.raises(ll.ConfigError, match="expected finite numbers, and a rank of at least 1"):
-        combine_files(paths, tmp_path / "sum.safetensors", **{"weights": (1.0, 1.0), **wrong})
