@@ -80,7 +80,7 @@ class StoredAdapters:
         """Return what a file holds."""
         config = stored_config(description)
         layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
-        plain = {name: description[name] for name in _PLAIN}
+        plain = {name: description[name] for name in _PLAIN if name in description}
         return cls(config, state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_size], "ro
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
 _PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_size, None), "scaling": (float, None)}
-_PART |= {"tokens": [_is_size]}
+_PART |= {"tokens?": [_is_size]}  # earlier versions had none
 _LAYER = {
     "name": str,
     "layer_class": str,
@@ -228,9 +228,11 @@ _DESCRIPTION = {
     "entries": int,
     "checksum": int,
     "layers": [_is_layer],
-    "random": [str],
+    "random?": [str],
     "root": str,
-    "saved": {str: [str]},
+    "saved?": {str: [str]},
+    "copies?": list,  # earlier versions wrote these two
+    "run?": {str: int},
 }
 
 

@@ -69,7 +69,8 @@ class StoredLayer:
         """Build it from what :meth:`to_dict` returned."""
         matrices = list[AdaptedMatrix]()
         for part in stored["parts"]:
-            matrices.append(AdaptedMatrix(**{**part, "stack": tuple(part["stack"]), "tokens": tuple(part["tokens"])}))
+            lists = {name: tuple(part.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
+            matrices.append(AdaptedMatrix(**{**part, **lists}))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}

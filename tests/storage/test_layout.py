@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lightning_lora import AdapterFileError, load_adapter, merge_adapters, save_adapter
+from lightning_lora import AdapterFileError, BaseMismatchError, load_adapter, merge_adapters, save_adapter
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View, root_of
@@ -117,6 +117,16 @@ def write(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 def test_a_description_of_another_form_is_refused(tmp_path: Path, break_it: Any) -> None:
     with pytest.raises(AdapterFileError, match="did not write"):
         load_adapter(three(), write(tmp_path / "odd.safetensors", break_it))
+
+
+def test_what_earlier_versions_wrote_or_left_out_is_no_damage(tmp_path: Path) -> None:
+    def earlier(about: dict[str, Any]) -> None:
+        about.update(run={"noted": 1, "loops": 2}, copies=[])
+        del about["random"], about["saved"], about["layers"][0]["parts"][0]["tokens"]
+
+    path = write(tmp_path / "a.safetensors", earlier)
+    with pytest.raises(BaseMismatchError):  # which is compared last
+        load_adapter(three(), path)
 
 
 def test_the_root_is_the_one_model_inside() -> None:
