@@ -15,8 +15,8 @@ def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_the_package_has_at_most_16450_lines() -> None:
-    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_450
+def test_the_package_has_at_most_16550_lines() -> None:
+    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_550
 
 
 @pytest.mark.parametrize("floor", ["storage", "storage/formats", "storage/offline", "model", "training"])

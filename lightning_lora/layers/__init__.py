@@ -4,10 +4,10 @@ from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach, attributes
 from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.init import new_adapter
+from lightning_lora.layers.inits import INITIALISATIONS
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import (
-    FROM_BASE,
     AdaptedMatrix,
     Role,
     Settings,

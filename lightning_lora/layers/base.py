@@ -210,7 +210,7 @@ class LoRALayer(LayerKind):
             a, b, *others = (values[matrix.parameter(role)] for role in self.lora_settings.roles)
             if a.is_meta:
                 continue
-            if self.lora_settings.inits_from_base:
+            if self.lora_settings.is_difference:
                 if not (torch.equal(a, others[0]) and torch.equal(b, others[1])):
                     return False
             elif a.any() and b.any():
@@ -297,7 +297,7 @@ class LoRALayer(LayerKind):
 
     def _lora_about(self) -> str:
         settings, names = self.lora_settings, [matrix.name for matrix in self.lora_matrices if matrix.name]
-        more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.inits_from_base
+        more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.is_difference
         return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={names}" if names else "")
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional.update import row_norms, wide
+from lightning_lora.functional.update import row_norms
 from lightning_lora.layers.contract import Adapter, LayerKind
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
@@ -36,13 +36,14 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
     for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
         values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
     has_rows = any(matrix.tokens for matrix in adapter.matrices)
-    if not (adapter.settings.inits_from_base or has_rows):
+    how = adapter.settings.initialisation
+    if not (how.from_weight or has_rows):
         for matrix in adapter.matrices:
             a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
             if not a.is_meta:
-                init_factors(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)), adapter.settings.init)
+                how.draw(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)))
     adapter.init_digests = {}
-    if adapter.settings.inits_from_base or adapter.settings.use_dora or has_rows:
+    if how.from_weight or adapter.settings.use_dora or has_rows:
         _initialise_from_base(layer, adapter, values)
     for name, p in adapter.parameters.items():
         if is_dtensor(p):
@@ -53,14 +54,15 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
 def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, Tensor]) -> None:
     """Initialise the parameters that depend on the weights: factors, magnitudes and rows."""
     kind, settings = adapter.kind, adapter.settings
+    from_weight = settings.initialisation.from_weight
     for matrix in adapter.matrices:
         weight = own_parameter(layer, matrix.weight)
         full = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
-        if settings.inits_from_base and not matrix.tokens:
+        if from_weight and not matrix.tokens:
             rows = full.narrow(-2, matrix.first, matrix.writes)
             if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                 rows = torch.zeros_like(rows)
-            a, b = principal_factors(rows, matrix.rank(settings.r), matrix.scale(settings.scaling), settings.init)
+            a, b = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
             for role, factor in ((Role.A, a), (Role.B, b), (Role.A0, a), (Role.B0, b)):
                 values[matrix.parameter(role)].copy_(factor)
         if not weight.is_meta:
@@ -70,48 +72,3 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
             values[name].copy_(full.T[list(matrix.tokens)] if matrix.tokens else row_norms(full))
             if not weight.is_meta:
                 adapter.init_digests[name] = digest(values[name].float())
-
-
-# The factors
-
-
-def init_factors(random: Tensor, zero: Tensor, init: str) -> None:
-    """Initialise two factors in place: ``random`` and ``zero``.
-
-    ``"kaiming"`` draws as nn.Linear does (the authors' code), ``"gaussian"`` with a standard deviation of 1 / r (the
-    paper: Hu et al. 2021, section 4.1). The shapes are (*, r, in) and (*, out, r), or the other way round.
-    """
-    with torch.no_grad():
-        if init == "gaussian":
-            random.normal_(std=1 / min(random.shape[-2:]))
-        else:
-            bound = random.shape[-1] ** -0.5
-            random.uniform_(-bound, bound)
-        zero.zero_()
-
-
-def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
-    r"""Return the initial factors of PiSSA or OLoRA.
-
-    The update is :math:`s (B A - B_0 A_0)`: the papers subtract :math:`s B_0 A_0` from the base instead, with the same
-    result. In PiSSA it is the best approximation of the weight with rank r. Beyond the weight's own rank, it
-    initialises as :func:`init_factors` does. OLoRA takes the first rows and columns of a QR decomposition.
-
-    Shape:
-        ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).
-
-    Source:
-        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
-        section 3; Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
-    """
-    matrix = matrix.detach().to(wide(matrix.dtype))
-    if init == "olora":
-        q, upper = torch.linalg.qr(matrix)
-        return upper[..., :r, :], q[..., :r]
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    roots = (values[..., :r] / scaling).sqrt()
-    a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
-    empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
-    random, zero = torch.empty_like(a), torch.empty_like(b)
-    init_factors(random, zero, "kaiming")  # if both factors were zero, they would get no gradient
-    return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)

@@ -30,7 +30,7 @@ class LoRALinear(LoRALayer):
         if settings.use_dora:
             return super().lora_forward(input)
         dropout = settings.dropout and self.lora_dropout()
-        if self.lora_matrices[0].name or settings.inits_from_base:
+        if self.lora_matrices[0].name or settings.is_difference:
             a, b = self.lora_factors("weight")
         else:  # most layers: skips calls whose time counts with a few tokens
             a, b = self.lora_A, self.lora_B

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_lora.functional.combine import Factors, difference, in_rows
 from lightning_lora.functional.update import wide
-
-FROM_BASE = ("pissa", "olora")  # initialisations that start from the weight
+from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 
 
 class Role(Enum):
@@ -43,15 +42,20 @@ class Settings:
     autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
     follows: bool = False  # whether it does not train, but is that of another layer's copy, or of a sum
 
+    @property
+    def initialisation(self) -> Initialisation:
+        """How the factors start."""
+        return INITIALISATIONS[self.init]
+
     @cached_property
-    def inits_from_base(self) -> bool:
-        """Whether the factors depend on the weight at first (PiSSA, OLoRA). The update is the difference from then."""
-        return self.init in FROM_BASE
+    def is_difference(self) -> bool:
+        """Whether the update is the difference from what the factors were at first (PiSSA, OLoRA)."""
+        return self.initialisation.is_difference
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The roles of the parameters that each matrix with A and B has."""
-        initial = (Role.A0, Role.B0) if self.inits_from_base else ()
+        initial = (Role.A0, Role.B0) if self.is_difference else ()
         return (Role.A, Role.B, *initial, *((Role.MAGNITUDE,) if self.use_dora else ()))
 
 
@@ -140,7 +144,7 @@ def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) ->
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
     """Return A and B of a matrix's update, or of its difference from initial values, from parameters by name."""
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
-    if settings.inits_from_base:
+    if settings.is_difference:
         return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))
     return factors
 

@@ -358,7 +358,7 @@ def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, An
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
-    if not settings.inits_from_base:
+    if not settings.is_difference:
         del named["init"]  # otherwise it makes no difference later
     own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]
     return {**named, "matrices": own}

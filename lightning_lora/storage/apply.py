@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.layers import FROM_BASE, LoRALayer
+from lightning_lora.layers import INITIALISATIONS, LoRALayer
 from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
@@ -216,10 +216,10 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
     """Refuse adapters that were trained with another rank, scaling or start: they would give another update."""
+    is_difference = INITIALISATIONS[config.init].is_difference
     for name, layer in view.layers.items():
         settings = layer.lora_settings
-        starts = {settings.init, config.init}
-        is_same_start = len(starts) == 1 or starts.isdisjoint(FROM_BASE)
+        is_same_start = settings.init == config.init or not (settings.is_difference or is_difference)
         for matrix in layer.lora_matrices:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
-from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
+from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
 
@@ -159,7 +159,7 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
-    elif config.init in FROM_BASE:
+    elif INITIALISATIONS[config.init].from_weight:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_drops_input or c.matrices[0].tokens)]
         what, where = f"init={config.init!r}", "layers other than embeddings, where it would change unseen tokens"
     else:

@@ -1,13 +1,15 @@
 """Adapters start as their init says."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from lightning_lora.config import Init
+from lightning_lora.layers import INITIALISATIONS
 from tests.support.models import randomise
 
 
@@ -20,6 +22,26 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("...i,eoi->...eo", x, self.stack)
+
+
+def test_each_word_is_one_object_in_the_table() -> None:
+    assert set(get_args(Init)) == INITIALISATIONS.keys()
+    assert all(name == each.name for name, each in INITIALISATIONS.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_random_starts_are_these_very_draws(init: Any, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(4, 6)).to(dtype)
+    torch.manual_seed(3)
+    inject_adapters(model, LoRAConfig(r=2, init=init, target_modules="all", autocast_adapter_dtype=False))
+    torch.manual_seed(3)
+    for found, size in ((model[0].lora_A, (2, 7)), (model[1].lora_B, (6, 2))):
+        drawn = torch.empty(size, dtype=dtype)
+        bound = size[-1] ** -0.5
+        expected = drawn.normal_(std=1 / 2) if init == "gaussian" else drawn.uniform_(-bound, bound)
+        assert torch.equal(found, expected)
+    assert not (model[0].lora_B.any() or model[1].lora_A.any())
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "stack"])

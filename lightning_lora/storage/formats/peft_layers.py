@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import FROM_BASE, kinds
+from lightning_lora.layers import INITIALISATIONS, kinds
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
@@ -241,7 +241,7 @@ def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> st
 def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> StoredAdapters:
     """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them."""
     config, layers, state = stored.config, dict(stored.layers), dict(stored.state)
-    is_plain = config.init not in FROM_BASE and not config.use_dora  # B alone tells
+    is_plain = not (INITIALISATIONS[config.init].is_difference or config.use_dora)  # B alone tells
     for name in chain.from_iterable(refused_layers(stored, modules).values()) if is_plain else ():
         own = layers[name].parameters(config)
         if not (layers[name].tokens or any(state[own[b]].any() for b in own if b.startswith("lora_B"))):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
+from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.others import check_tool
@@ -188,7 +188,7 @@ class _Layers:
                 "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
             )
         (matrix,), said, factors = about.matrices, there, _pair(there, tensors)
-        if self._is_read_alone(there) and (self.config.init in FROM_BASE or factors[1].any()):
+        if self._is_read_alone(there) and (INITIALISATIONS[self.config.init].is_difference or factors[1].any()):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which the module around it never calls: it computes with the "
                 "weight. PEFT's model leaves the update out and its merge adds it. Train again without this layer."
@@ -227,13 +227,14 @@ class _Layers:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
         (a, b), stack = factors, math.prod(matrix.stack)
         shared = uses_of(self.view, join(about.name, matrix.weight))
-        if self.config.init in FROM_BASE and len(shared) > 1:
+        is_difference = INITIALISATIONS[self.config.init].is_difference
+        if is_difference and len(shared) > 1:
             raise AdapterMismatchError(
                 f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
                 "off it for each use, and its merge gives another model. Train anew, from another start."
             )
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
-        most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
+        most = min(asked, matrix.largest_rank) if is_difference else asked  # their start has no more
         if rank not in (asked, most):
             raise AdapterFileError(
                 f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "

@@ -229,7 +229,7 @@ def _updates(source: _Source) -> list[_Update]:
 
         def tensor(name: str, layer: StoredLayer = layer, settings: Settings = settings) -> Tensor:
             value: Tensor = source.stored.state[join(layer.name, name)].detach().cpu()
-            return value.to(wide(value.dtype)) if settings.inits_from_base else value
+            return value.to(wide(value.dtype)) if settings.is_difference else value
 
         for weight in layer.shapes:
             factors = weight_factors(weight, layer.matrices, settings, tensor)

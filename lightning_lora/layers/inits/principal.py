@@ -1,0 +1,44 @@
+r"""Initialisations from the strongest part of the weight.
+
+The update is :math:`s (B A - B_0 A_0)`. The papers subtract :math:`s B_0 A_0` from the base instead, with the same
+result.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_lora.functional.update import wide
+from lightning_lora.layers.inits.table import Initialisation, kaiming
+
+
+def pissa(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of the best approximation of the weight with rank r.
+
+    Beyond the weight's own rank, they are those of ``"kaiming"``.
+
+    Source:
+        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        section 3.
+    """
+    matrix = matrix.detach().to(wide(matrix.dtype))
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    roots = (values[..., :r] / scaling).sqrt()
+    a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
+    empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    random, zero = torch.empty_like(a), torch.empty_like(b)
+    kaiming(random, zero)  # if both factors were zero, they would get no gradient
+    return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)
+
+
+def olora(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001  # whatever the scaling
+    """Return the first rows and columns of a QR decomposition.
+
+    Source:
+        Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
+    """
+    q, upper = torch.linalg.qr(matrix.detach().to(wide(matrix.dtype)))
+    return upper[..., :r, :], q[..., :r]
+
+
+Initialisation("pissa", from_weight=pissa, is_difference=True)
+Initialisation("olora", from_weight=olora, is_difference=True)
