@@ -13,7 +13,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 Tokens = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -58,8 +58,10 @@ class LoRAConfig:
             et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the strongest part of the weight. The adapter
             keeps these values, and the update is the difference from them. The base weight does not change. With
             ``"eva"`` (Paischer et al. 2024), ``lora_A`` of linear layers takes the strongest directions of their inputs
-            in the Trainer's data, and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper. In several
-            processes, the first one's data decide. Other layers start as with ``"kaiming"``.
+            in the Trainer's data, and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper. With
+            ``"lora_ga"`` (Wang et al. 2024), both come from the gradients of the weights, and the update is the
+            difference from them. In several processes, the first one's data decide. Layers that these do not reach, or
+            do not suit, start as with ``"kaiming"``; a line names them.
         init_batches: The number of training batches that such an ``init`` looks at, before the first step. Nothing else
             in the fit changes.
         use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").

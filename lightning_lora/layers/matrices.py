@@ -49,7 +49,7 @@ class Settings:
 
     @cached_property
     def is_difference(self) -> bool:
-        """Whether the update is the difference from what the factors were at first (PiSSA, OLoRA)."""
+        """Whether the update is the difference from what the factors were at first."""
         return self.initialisation.is_difference
 
     @cached_property

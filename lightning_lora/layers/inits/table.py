@@ -1,8 +1,9 @@
 """What an initialisation is, and the table of all of them."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ Draw = Callable[[Tensor, Tensor], None]
 FromWeight = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
+FromData = Callable[["AdaptedMatrix", int], tuple[Tensor, Tensor] | None]
+"""Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
+
 
 @torch.no_grad()
 def kaiming(random: Tensor, zero: Tensor) -> None:
@@ -25,31 +29,22 @@ def kaiming(random: Tensor, zero: Tensor) -> None:
     zero.zero_()
 
 
-class Observed(Protocol):
-    """A layer that is looked at while batches go through it."""
-
-    def factors(self, matrix: "AdaptedMatrix", r: int) -> tuple[Tensor, Tensor] | None:
-        """Return A and B of one of its matrices; without some rows of A, these stay. None: nothing was seen."""
-
-    def close(self) -> None:
-        """Look no longer."""
-
-
 @dataclass(frozen=True)
 class Initialisation:
     """How adapters start. It registers itself under its name.
 
     ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the update ``is_difference``, the
     layer keeps the values that its factors start from, and computes with the difference from these. ``observe`` looks
-    at an adapted layer while batches go through it, for other factors than drawn ones. It returns None for a layer that
-    keeps those.
+    at an adapted layer while batches go through it, until the stack is closed, for factors from data. It returns None
+    for a layer that keeps those that were drawn. If it ``needs_gradients``, the batches go backward too.
     """
 
     name: str
     draw: Draw = kaiming
     from_weight: FromWeight | None = None
     is_difference: bool = False
-    observe: Callable[[Any], Observed | None] | None = None
+    observe: Callable[[Any, ExitStack], FromData | None] | None = None
+    needs_gradients: bool = False
 
     def __post_init__(self) -> None:
         INITIALISATIONS[self.name] = self
