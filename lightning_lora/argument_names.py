@@ -13,7 +13,7 @@ _Class = TypeVar("_Class", bound=type)
 ELSEWHERE = {
     **dict.fromkeys(("rank", "ranks"), "it is r here"),
     "scaling": "set alpha: the scaling is alpha / r",
-    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
+    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora', 'eva', 'lora_ga'",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",

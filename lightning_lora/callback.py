@@ -22,6 +22,7 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
+from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
@@ -114,6 +115,7 @@ class LoRACallback(Callback):
         alpha_pattern: dict[str, float] | None = None,
         bias: Bias = "none",
         init: Init = "kaiming",
+        init_batches: int = 16,
         use_rslora: bool = False,
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
@@ -177,6 +179,7 @@ class LoRACallback(Callback):
         if is_fit:
             was_adapted, switches = self._stage.came == "adapted", self._stage.wants_another(pl_module)
             check_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
+            check_data_init(trainer, pl_module, self.config)
         else:
             compatibility.drop_averages(callbacks)
             is_still = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
@@ -227,6 +230,8 @@ class LoRACallback(Callback):
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
+        if self._stage.phase is Phase.SET_UP:
+            start_from_data(trainer, pl_module)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late

@@ -13,7 +13,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 Tokens = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -56,7 +56,14 @@ class LoRAConfig:
             deviation ``1 / r``), ``lora_A`` is random and ``lora_B`` is zero, so a new adapter changes nothing. In an
             embedding it is the other way round, so tokens never seen in training never change. With ``"pissa"`` (Meng
             et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the strongest part of the weight. The adapter
-            keeps these values, and the update is the difference from them. The base weight does not change.
+            keeps these values, and the update is the difference from them. The base weight does not change. With
+            ``"eva"`` (Paischer et al. 2024), ``lora_A`` of linear layers takes the strongest directions of their inputs
+            in the Trainer's data, and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper. With
+            ``"lora_ga"`` (Wang et al. 2024), both come from the gradients of the weights, and the update is the
+            difference from them. In several processes, the first one's data decide. Layers that these do not reach, or
+            do not suit, start as with ``"kaiming"``; a line names them.
+        init_batches: The number of training batches that such an ``init`` looks at, before the first step. Nothing else
+            in the fit changes.
         use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").
         use_dora: Train a magnitude for each output feature too, separate from the direction (Liu et al. 2024, "DoRA:
             Weight-Decomposed Low-Rank Adaptation"). For linear, embedding and convolution layers.
@@ -94,6 +101,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
     init: Init = "kaiming"
+    init_batches: int = 16
     use_rslora: bool = False
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
@@ -111,6 +119,10 @@ class LoRAConfig:
         self._keep("dropout", _plain(self.dropout))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, get_args(Init))
+        if type(self.init_batches) is not int or self.init_batches < 1:
+            raise ConfigError(
+                f"init_batches={_brief(self.init_batches)} is not valid. Expected an integer of at least 1."
+            )
         for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             _check_choice(field, getattr(self, field), (False, True))
         for field in ("modules_to_save", "target_parameters"):

@@ -81,6 +81,20 @@ def begin_loaders_again(fit_loop: Any) -> None:
     iter(fit_loop._data_fetcher)
 
 
+def loader_of(fit_loop: Any) -> Any:
+    """Return the loader of a fit, of all its data loaders: starts from data would see other batches."""
+    return fit_loop._combined_loader
+
+
+LOADER_STATE = "_iterator"
+"""Where a loader keeps workers that stay: those of a copy would be the same."""
+
+
+def before_transfer(pl_module: Any, batch: Any) -> Any:
+    """Return a batch as a module or its data module changes it before it moves: starts from data would see others."""
+    return pl_module._on_before_batch_transfer(batch)
+
+
 # DeepSpeed
 
 

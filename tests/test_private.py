@@ -120,6 +120,21 @@ def loaders() -> bool:
     return callback.was is False and t.global_step == len(data())
 
 
+class ReadsData(LitTiny):
+    right: list[bool]
+
+    def on_train_start(self) -> None:
+        loader, batch = private.loader_of(self.trainer.fit_loop), next(iter(data()))
+        same = private.before_transfer(self, batch) is batch and self.trainer.train_dataloader in loader.flattened
+        self.right = [same, private.LOADER_STATE in vars(self.trainer.train_dataloader)]
+
+
+def starts_from_data() -> bool:
+    module, options = ReadsData(), {"logger": False, "enable_checkpointing": False}
+    trainer(Path(), [], max_steps=1, **options).fit(module, data())
+    return module.right == [True, True]
+
+
 def launchers() -> bool:
     found = list(private.multiprocessing_launchers())
     return len(found) > 0 and all(hasattr(each, "update_main_process_results") for each in found)
@@ -169,6 +184,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "LOGS_HPARAMS": lambda: [getattr(each, private.LOGS_HPARAMS) for each in (Named({}), LitTiny())] == [False, True],
     "AVERAGE AVERAGES_WITH": averages,
     "loader_states_wait begin_loaders_again": loaders,
+    "loader_of LOADER_STATE before_transfer": starts_from_data,
     "own_place": deepspeed,
 }
 

@@ -35,6 +35,8 @@ class LayerKind(InPlace, nn.Module):
     """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
     lora_input: ClassVar[str] = "input"
     """The name of the first argument of ``forward``."""
+    lora_reads_rows: ClassVar[bool] = False
+    """Whether it multiplies each row of its one input by the weight, as nn.Linear does."""
     lora_drops_input: ClassVar[bool] = True
     """Whether the input has features that dropout can drop."""
     lora_output_is_new: ClassVar[bool] = False

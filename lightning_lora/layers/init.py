@@ -1,5 +1,7 @@
 """Initialise adapters, so that their update starts at zero."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,8 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
     adapter.init_digests = {}
     if how.from_weight or adapter.settings.use_dora or has_rows:
         _initialise_from_base(layer, adapter, values)
+    for matrix in adapter.matrices if how.is_difference and not has_rows else ():
+        keep_start(matrix, values)
     for name, p in adapter.parameters.items():
         if is_dtensor(p):
             replace_values(p, distributed_as(values[name], p))
@@ -62,9 +66,9 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
             rows = full.narrow(-2, matrix.first, matrix.writes)
             if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                 rows = torch.zeros_like(rows)
-            a, b = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
-            for role, factor in ((Role.A, a), (Role.B, b), (Role.A0, a), (Role.B0, b)):
-                values[matrix.parameter(role)].copy_(factor)
+            factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
+            for name, factor in matrix.named(factors).items():
+                values[name].copy_(factor)
         if not weight.is_meta:
             adapter.init_digests[matrix.weight] = digest(weight)
         if settings.use_dora or matrix.tokens:
@@ -72,3 +76,10 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
             values[name].copy_(full.T[list(matrix.tokens)] if matrix.tokens else row_norms(full))
             if not weight.is_meta:
                 adapter.init_digests[name] = digest(values[name].float())
+
+
+@torch.no_grad()
+def keep_start(matrix: AdaptedMatrix, values: Mapping[str, Tensor]) -> None:
+    """Keep A and B of a matrix, from which the update is the difference, as A0 and B0."""
+    for role, start in ((Role.A, Role.A0), (Role.B, Role.B0)):
+        values[matrix.parameter(start)].copy_(values[matrix.parameter(role)])

@@ -19,6 +19,7 @@ class LoRALinear(LoRALayer):
     lora_layer_types: ClassVar[LayerTypes] = (nn.Linear,)
     lora_is_linear = True
     lora_fits_dora = True
+    lora_reads_rows = True
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter

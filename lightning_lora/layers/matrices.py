@@ -42,14 +42,14 @@ class Settings:
     autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
     follows: bool = False  # whether it does not train, but is that of another layer's copy, or of a sum
 
-    @cached_property
+    @property
     def initialisation(self) -> Initialisation:
         """How the factors start."""
         return INITIALISATIONS[self.init]
 
     @cached_property
     def is_difference(self) -> bool:
-        """Whether the update is the difference from what the factors were at first (PiSSA, OLoRA)."""
+        """Whether the update is the difference from what the factors were at first."""
         return self.initialisation.is_difference
 
     @cached_property

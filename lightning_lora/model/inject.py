@@ -12,7 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError, listed, warn
-from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, LoRAParameters, LoRATokens, Settings, new_adapter
+from lightning_lora.layers import (
+    INITIALISATIONS,
+    AdaptedMatrix,
+    Adapter,
+    LoRALayer,
+    LoRAParameters,
+    LoRATokens,
+    Settings,
+    new_adapter,
+)
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.fresh import find_fresh
@@ -44,7 +53,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: a layer is too small for its rank in ``rank_pattern``.
+        ConfigError: a layer is too small for its rank in ``rank_pattern``, or ``init`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
         AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
@@ -67,6 +76,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
             + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
+        )
+    record = records.find_record(model)
+    if INITIALISATIONS[config.init].observe and not (record and record.adapter.is_trained):
+        raise ConfigError(
+            f"init={config.init!r} starts from training data, which a Trainer has: use LoRACallback(init="
+            f"{config.init!r}). Without a Trainer, take another init."
         )
     names = inject(model, config, name=name)
     if still := records.record_of(model).adapter.networks.still:

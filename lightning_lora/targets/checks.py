@@ -155,7 +155,7 @@ def _check_names(choices: Mapping[str, Choice]) -> None:
 
 
 def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse layers that do not support DoRA, PiSSA or OLoRA."""
+    """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"

@@ -268,6 +268,7 @@ ARGUMENTS: dict[str, Any] = {
     "lora/modules_to_save": '["head"]',
     "lora/bias": "none",
     "lora/init": "kaiming",
+    "lora/init_batches": 16,
     "lora/use_rslora": False,
     "lora/use_dora": False,
     "lora/autocast_adapter_dtype": True,

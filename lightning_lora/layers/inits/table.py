@@ -1,16 +1,24 @@
 """What an initialisation is, and the table of all of them."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_lora.layers.matrices import AdaptedMatrix
 
 Draw = Callable[[Tensor, Tensor], None]
 """Initialises two factors in place, of shapes (*, r, in) and (*, out, r) or the other way round: the second is zero."""
 
 FromWeight = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
+
+FromData = Callable[["AdaptedMatrix", int], tuple[Tensor, Tensor] | None]
+"""Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
 
 
 @torch.no_grad()
@@ -26,13 +34,17 @@ class Initialisation:
     """How adapters start. It registers itself under its name.
 
     ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the update ``is_difference``, the
-    layer keeps the values that its factors start from, and computes with the difference from these.
+    layer keeps the values that its factors start from, and computes with the difference from these. ``observe`` looks
+    at an adapted layer while batches go through it, until the stack is closed, for factors from data. It returns None
+    for a layer that keeps those that were drawn. If it ``needs_gradients``, the batches go backward too.
     """
 
     name: str
     draw: Draw = kaiming
     from_weight: FromWeight | None = None
     is_difference: bool = False
+    observe: Callable[[Any, ExitStack], FromData | None] | None = None
+    needs_gradients: bool = False
 
     def __post_init__(self) -> None:
         INITIALISATIONS[self.name] = self

@@ -1,0 +1,109 @@
+"""Initialisations from data: what they note of a layer in some batches, and the factors from that."""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.functional.update import wide
+from lightning_lora.layers.inits.table import FromData, Initialisation
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.values import set_requires_grad
+
+if TYPE_CHECKING:
+    from lightning_lora.layers.base import LoRALayer
+    from lightning_lora.layers.matrices import AdaptedMatrix
+
+
+class Inputs:
+    """EVA: A takes the strongest directions of a layer's inputs, and B is zero.
+
+    They come from a singular value decomposition that each batch continues. Every layer keeps its rank, where the paper
+    gives ranks of some layers to others.
+
+    Source:
+        Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
+        section 3; Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.
+    """
+
+    def __init__(self, layer: "LoRALayer", undo: ExitStack) -> None:
+        self.argument, self.count = layer.lora_input, 0
+        self.most = 2 * max(matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices)  # some to spare
+        self.mean = self.sizes = self.directions = torch.empty(0)
+        undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)
+
+    @torch.no_grad()
+    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Continue with the inputs of a batch. Their mean is taken off, and what it differs by is one more row."""
+        x: Tensor = args[0] if args else kwargs[self.argument]
+        x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
+        if not len(x):
+            return
+        count, mean = self.count + len(x), x.mean(0)
+        rows = x - mean
+        if self.count:
+            shift = (self.mean - mean) * (self.count * len(x) / count) ** 0.5
+            rows = torch.cat([self.sizes.unsqueeze(1) * self.directions, rows, shift.unsqueeze(0)])
+            mean = self.mean + (mean - self.mean) * (len(x) / count)
+        with torch.autocast(x.device.type, enabled=False):
+            _, self.sizes, right = torch.svd_lowrank(rows, min(self.most, *rows.shape), niter=4)
+        self.count, self.mean, self.directions = count, mean, right.T
+
+    def factors(self, matrix: "AdaptedMatrix", r: int) -> tuple[Tensor, Tensor] | None:
+        """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
+        known = int((self.sizes > self.sizes[:1] * 1e-6).sum())  # none if there were no inputs, or NaN
+        return (self.directions[: min(r, known)], self.mean.new_zeros(matrix.writes, r)) if known else None
+
+
+class Gradients:
+    """LoRA-GA: the first step of the adapter is close to that of the weight.
+
+    A takes the first r right singular vectors of the weight's gradient, summed over the batches, and B the next r left
+    ones, both scaled as in the authors' code. The sums are in CPU memory, in float32: as much as all adapted weights.
+    On the layer's device, there is the gradient of one weight at a time.
+
+    Source:
+        Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", section 3.
+    """
+
+    def __init__(self, layer: "LoRALayer", undo: ExitStack) -> None:
+        self.layer, self.sums = layer, dict[str, Tensor]()
+        for name in layer.lora_weights():
+            weight = own_parameter(layer, name)
+            undo.callback(set_requires_grad, weight, weight.requires_grad)
+            set_requires_grad(weight, True)
+            undo.callback(weight.register_post_accumulate_grad_hook(partial(self.look, name)).remove)
+
+    def look(self, name: str, weight: Tensor) -> None:
+        """Add the gradient of a batch to the sum, and free it."""
+        if weight.grad is not None:  # another layer may have the same weight
+            grad, weight.grad = weight.grad.to("cpu", wide(weight.dtype)), None
+            self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad
+
+    def factors(self, matrix: "AdaptedMatrix", r: int) -> tuple[Tensor, Tensor] | None:
+        """Return A and B, if there was a gradient other than zero."""
+        grad = self.sums.get(matrix.weight, torch.zeros(()))
+        if not (grad.any() and grad.isfinite().all()):
+            return None
+        grad = self.layer.lora_as_matrix(grad).narrow(-2, matrix.first, matrix.writes)
+        grad = grad.to(own_parameter(self.layer, matrix.weight).device)
+        left, _, right = torch.svd_lowrank(grad, min(4 * r, *grad.shape[-2:]), niter=4)
+        last = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
+        scale = matrix.writes**0.25 / 16**0.5  # "stable", with the authors' gamma
+        return scale * right[..., :r].mT, scale * left[..., last - r : last]
+
+
+def from_inputs(layer: "LoRALayer", undo: ExitStack) -> FromData | None:
+    """Look at the inputs of a layer, if it multiplies their rows by the weight."""
+    return Inputs(layer, undo).factors if layer.lora_reads_rows and layer._lora_is_additive else None
+
+
+def from_gradients(layer: "LoRALayer", undo: ExitStack) -> FromData | None:
+    """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
+    return Gradients(layer, undo).factors if layer.lora_drops_input and not layer.lora_matrices[0].tokens else None
+
+
+Initialisation("eva", observe=from_inputs)
+Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True)
