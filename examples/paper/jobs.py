@@ -163,9 +163,13 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
         for name, p in module.get_submodule("pretrained").named_parameters():
             p.requires_grad_(method.trains == "all" or (method.trains == "biases" and name.endswith("bias")))
         return []
-    targets: Any = weights["all"] if method.weights == "all" else [weights[name] for name in method.weights]
-    heads = ["head"] if hasattr(module, "head") else []
-    return [LoRACallback(target_modules=targets, modules_to_save=heads, **method.lora)]
+    saved = ["head"] if hasattr(module, "head") else []
+    targets: Any = {"all": weights["all"], "everything": "all"}.get(method.weights)
+    if method.weights == "everything":
+        saved.append(weights["norms"])
+    if targets is None:
+        targets = [weights[name] for name in method.weights]
+    return [LoRACallback(target_modules=targets, modules_to_save=saved, **method.lora)]
 
 
 def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:

@@ -11,7 +11,8 @@ class Method:
     Args:
         rates: The learning rates to try, by factors of two.
         trains: ``"all"`` weights, ``"biases"`` or ``"nothing"`` of the pretrained model. A new head always trains.
-        weights: The weights that get adapters: some of q, k, v and o, or ``"all"`` linear layers. None: no adapters.
+        weights: The weights that get adapters: some of q, k, v and o, ``"all"`` linear layers, or ``"everything"``: the
+            table of words too, and biases and norms train in full. None: no adapters.
         lora: More arguments of LoRACallback.
         shots: Examples in the prompt, in place of training.
     """
@@ -41,6 +42,7 @@ BEYOND = {
     "LoRA+ all, r=8": lora("all", 8, lr_scale={"A": 0.125, "B": 2}),
     "DoRA all, r=8": lora("all", 8, use_dora=True),
 }
+EVERYTHING = {"LoRA everything, r=8": lora("everything", 8, bias="all")}
 E2E = {
     "few-shot": Method((0.0,), shots=5),
     "full": MAIN["full"],
@@ -73,4 +75,4 @@ def grid_name(r: int, scaling: str) -> str:
 
 GRID = {grid_name(r, name): lora("all", r, **more) for name, more in SCALINGS.items() for r in GRID_RANKS}
 
-METHODS = GRID | MAIN | BEYOND | E2E | WHICH | RANKS
+METHODS = GRID | MAIN | BEYOND | EVERYTHING | E2E | WHICH | RANKS

@@ -26,6 +26,7 @@ WEIGHTS = {
     "v": "attention.self.value",
     "o": "attention.output.dense",
     "all": "all-linear",
+    "norms": "LayerNorm",
 }
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import chain
 
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
+from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
 
 
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
@@ -79,4 +79,8 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
+    "everything": lambda results: [
+        *compared(results, "reviews", ["full", *EVERYTHING], 1),
+        *compared(results, "definitions", ["full", *EVERYTHING]),
+    ],
 }
