@@ -195,7 +195,7 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
     wrong: dict[str, list[str]] = {}
     for layer in stored.layers.values():
         magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
-        why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, modules)
+        why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, stored, modules)
         if layer.tokens and modules and not why:
             why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
         if why:
@@ -203,10 +203,10 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
     return wrong
 
 
-def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> str | None:
+def _why_not_of_type(layer: StoredLayer, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT, if it is installed to say so, adapts no layer of this name in this type of model of transformers."""
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
-    if not modules and ".shared_expert" in layer.name and leaf.endswith("_proj"):
+    if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and stored.has_experts:
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
     if kind is None or not any(map(methodcaller("endswith", (".experts", ".conv1d")), modules)):
         return None  # to import PEFT takes seconds

@@ -86,6 +86,9 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"):
         ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
+    ll.save_adapter(trained(tiny(*CASES["dense blocks"][:2]), ll.LoRAConfig(r=2)), tmp_path / "adapter.safetensors")
+    with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.gate_proj'.*Load the file onto it"):
+        ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
     ll.export_peft(trained(tiny(*CASES["mamba"][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
 
