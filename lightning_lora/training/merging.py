@@ -4,12 +4,15 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partialmethod
+from io import BytesIO
 from pathlib import Path
+from pickle import Pickler, Unpickler
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_lora.errors import (
     BestCheckpointWarning,
@@ -133,6 +136,29 @@ def extend_launchers() -> None:
             launcher.update_main_process_results = partialmethod(_receive, launcher.update_main_process_results)
 
 
+class _Pickler(Pickler):
+    """Leaves tensors to torch, which reads them onto a CPU."""
+
+    def __init__(self, file: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(Unpickler):
+    def __init__(self, file: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+
 def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     """Write the record of a merged module, and add the path to a launcher's results: a pipe takes no large ones."""
     results, folder, record = own(launcher, trainer), "", find_record(trainer.lightning_module)
@@ -140,7 +166,8 @@ def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -
         return results
     try:
         folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
-        torch.save(record, Path(folder) / "record.pt")
+        _Pickler(file := BytesIO(), tensors := list[Tensor]()).dump(record)
+        torch.save((file.getvalue(), tensors), Path(folder) / "record.pt")
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         _warn_of_loss(error)
@@ -155,7 +182,8 @@ def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results:
         return
     pl_module, folder = trainer.lightning_module, results[_KEY]
     try:
-        record = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=False)
+        contents, tensors = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=True)
+        record = _Unpickler(BytesIO(contents), tensors).load()
     except Exception as error:
         _warn_of_loss(error)
         forget_record(pl_module)  # which is of earlier weights

@@ -90,7 +90,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_adapter_comes_back(case: str) -> None:
+def test_every_kind_of_adapter_comes_back(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # as users set it who want torch to read safely
     build, config = CASES[case]
     home = build()
     adapted = merged(home, **config)
