@@ -29,8 +29,8 @@ from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged
-from lightning_lora.training.strategies import overlay_strategy
-from lightning_lora.training.strategy import NO_FIT, LoRAStrategy
+from lightning_lora.training.strategies.overlay import overlay_strategy
+from lightning_lora.training.strategies.strategy import NO_FIT, LoRAStrategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]

@@ -15,14 +15,20 @@ def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_the_package_has_at_most_16550_lines() -> None:
-    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_550
+def test_the_package_has_at_most_16900_lines() -> None:
+    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_900
+
+
+def test_each_file_has_a_name_of_its_own() -> None:
+    commands = HOUSE / "cli"  # where a file has the name of a command
+    names = [path.name for path in HOUSE.rglob("*.py") if path.name != "__init__.py" and path.parent != commands]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("floor", ["storage", "storage/formats", "storage/offline", "model", "training"])
-def test_a_folder_has_at_most_thirteen_rooms_and_each_is_one_story(floor: str) -> None:
+def test_a_folder_has_at_most_twelve_rooms_and_each_is_one_story(floor: str) -> None:
     rooms = [path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"]
-    assert 0 < len(rooms) <= 13
+    assert 0 < len(rooms) <= (10 if floor == "model" else 12)
     assert [path.name for path in rooms if lines_of(path) >= 400] == []
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
-from lightning_lora.training.deepspeed import Partition, full_state, local_state
+from lightning_lora.training.strategies.deepspeed import Partition, full_state, local_state
 from tests.support.fits import adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.ranks import join_group, run_ranks

@@ -18,9 +18,9 @@ from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, load_adapter, remove_adapters
 from lightning_lora.storage.stored import KEY
-from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies import overlay_strategy
+from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
+from lightning_lora.training.strategies.overlay import overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, stop, tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed

@@ -16,7 +16,7 @@ from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
-from lightning_lora.training.strategy import LateStrategy, LoRAStrategy, for_strategy
+from lightning_lora.training.strategies.strategy import LateStrategy, LoRAStrategy, for_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -6,9 +6,9 @@ from inspect import isfunction
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lora.tensors.inplace import overlay
-from lightning_lora.training import deepspeed, sharded  # noqa: F401  # each registers itself
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategy import LoRAStrategy, methods_for
+from lightning_lora.training.strategies import deepspeed, sharded  # noqa: F401  # each registers itself
+from lightning_lora.training.strategies.strategy import LoRAStrategy, methods_for
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy

@@ -21,7 +21,7 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategy import LateStrategy, for_strategy
+from lightning_lora.training.strategies.strategy import LateStrategy, for_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -1,0 +1,1 @@
+"""What is added to a Trainer's strategy. The file of each kind registers itself."""
