@@ -213,7 +213,7 @@ OTHERS = {  # of other packages, each in the one place that deals with it
     "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},  # torchmetrics
     "storage/formats/peft_write.py": {"_name_or_path"},  # transformers
     "storage/formats/peft_layers.py": {
-        "_check_lora_target_modules_mamba", "_MODEL_TO_CONVERSION_PATTERN", "_MOE_TARGET_MODULE_MAPPING", "_proj"
+        "_check_lora_target_modules_mamba", "_MODEL_TO_CONVERSION_PATTERN", "_MOE_TARGET_MODULE_MAPPING"
     },
 }  # fmt: skip
 OURS = {"_lora", "_lora_switched", "_whole"}  # entries that this package writes
