@@ -1,9 +1,10 @@
 """Learning rates of adapters that are multiples of the module's: their groups follow behind, unseen by schedulers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -146,10 +147,18 @@ def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         for group in optimizer.param_groups[behind.place]:
             if group["lr"] > 0:
                 behind.before += [(p, to_local(p).detach().clone()) for p in group["params"]]
-    if closure := kwargs.get("closure"):  # its hooks may write rates too
-        return args, {**kwargs, "closure": lambda: (closure(), follow(optimizer), _look(behind))[0]}  # type: ignore[func-returns-value]
+    if closure := kwargs.get("closure"):
+        return args, {**kwargs, "closure": partial(_run, closure, optimizer)}
     _look(behind)
     return None
+
+
+def _run(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+    """Run the closure of a step. Its hooks may write rates too."""
+    loss = closure()
+    follow(optimizer)
+    _look(_BEHIND[optimizer])
+    return loss
 
 
 def _look(behind: _Behind) -> None:
