@@ -1,6 +1,7 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
+import builtins
 import os
 import re
 import runpy
@@ -161,6 +162,41 @@ def test_code_is_python_and_its_callbacks_can_be_made(found: list[str]) -> None:
     code = "\n".join(found)
     ast.parse(code)
     assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
+
+
+def unknown(code: str) -> set[str]:
+    """Names that a piece of code uses, and does not define or import."""
+    nodes = list(ast.walk(ast.parse(code)))
+    used, known = set(), set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.alias):
+            known.add((node.asname or node.name).partition(".")[0])
+    return used - known
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_a_section_imports_what_it_uses_and_the_page_says_what_is_the_readers(page: str) -> None:
+    (own,) = re.findall(
+        r"^What the code below does not define is your own: (.*?)\n\n", PAGES[page], re.DOTALL | re.MULTILINE
+    )
+    missing = {
+        heading: unknown("".join(code)) - {*re.findall(r"`(\w+)`", own)} for heading, code in sections(page).items()
+    }
+    assert len(missing) > 10 and not any(missing.values()), missing
+
+
+def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
+    first = [found[0] for page in PAGES if (found := blocks(page)) and page != "first-steps"]
+    modules = {
+        text for code in first for text in re.findall(r"^class MyModule.*?(?=^\w|\Z)", code, re.DOTALL | re.MULTILINE)
+    }
+    assert len({text.strip() for text in modules}) == 1
 
 
 def test_reference_has_every_public_name_once() -> None:
