@@ -33,7 +33,7 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
 from lightning_lora.sweep import LoRASweep
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",

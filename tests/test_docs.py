@@ -1,6 +1,7 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
+import builtins
 import os
 import re
 import runpy
@@ -28,10 +29,6 @@ from tests.support.ranks import has_shards
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text()
-NAMES = f"""
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_lora import {", ".join(lightning_lora.__all__)}
-"""
 QUIET = "accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, "
 
 
@@ -57,44 +54,20 @@ def sections(page: str) -> dict[str, list[str]]:
 
 BLOCKS = blocks_in(README)
 MODULE = blocks("first-steps")[0]
-STARTED = ("command-line", "launchers", "privacy", "sharded")
+STARTED = ("command-line", "strategies", "privacy", "sharded")
 """Pages with a program that is started in another way, or in another file of tests."""
 BY_HAND = ("frameworks",)
 """Pages with code for packages that are no dependencies. It was run by hand, and the page says when."""
 
 
-BEFORE = {
-    "sharing": """
-trainer = L.Trainer(callbacks=[LoRACallback(r=2, target_modules=["linear1"], merge=False)], max_steps=1)
-trainer.fit(model)
-trainer.save_checkpoint("best.ckpt")
-""",
-    "moving": """
-import loralib as lora
-from pathlib import Path
-from torch import nn
-trained = MyModule()
-inject_adapters(trained, LoRAConfig(r=4, alpha=16, target_modules=["linear1"]))
-Path("runs").mkdir()
-export_peft(trained, "runs/adapter")
-gpt2 = nn.ModuleDict({"c_attn": nn.Linear(16, 48)})
-theirs = nn.ModuleDict({"c_attn": lora.MergedLinear(16, 48, r=4, enable_lora=[True, False, True])})
-torch.save(lora.lora_state_dict(theirs), "gpt2.bin")
-""",
-}
-"""What a page takes as given."""
-
-
 def program(folder: Path, page: str) -> Path:
-    """The code of a page, with the module of the first steps and quiet Trainers."""
-    if page == "first-steps":
-        return written(folder, blocks(page)[1:])
-    return written(folder, [NAMES, "model = MyModule()\n", BEFORE.get(page, ""), *blocks(page)])
+    """The code of a page alone, with quiet Trainers."""
+    return written(folder, blocks(page))
 
 
 def written(folder: Path, code: list[str]) -> Path:
     path = folder / "main.py"
-    path.write_text(MODULE + "".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
+    path.write_text("".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
     return path
 
 
@@ -128,11 +101,12 @@ def test_code_of_a_page_runs(page: str, here: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("section", sections("launchers"))
+@pytest.mark.parametrize("section", sections("strategies"))
 def test_code_of_a_launcher_runs_in_two_processes(section: str, tmp_path: Path) -> None:
     if section == "Ray Train":
         pytest.importorskip("ray.train.lightning")
-    said = started(written(tmp_path, [NAMES, *sections("launchers")[section]]))
+    first, *_ = blocks("strategies")
+    said = started(written(tmp_path, [first, *sections("strategies")[section]]))
     assert section == "Ray Train" or "MEMBER: 2/2" in said  # which Lightning does not say of Ray's processes
 
 
@@ -188,6 +162,41 @@ def test_code_is_python_and_its_callbacks_can_be_made(found: list[str]) -> None:
     code = "\n".join(found)
     ast.parse(code)
     assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
+
+
+def unknown(code: str) -> set[str]:
+    """Names that a piece of code uses, and does not define or import."""
+    nodes = list(ast.walk(ast.parse(code)))
+    used, known = set(), set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.alias):
+            known.add((node.asname or node.name).partition(".")[0])
+    return used - known
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_a_section_imports_what_it_uses_and_the_page_says_what_is_the_readers(page: str) -> None:
+    (own,) = re.findall(
+        r"^What the code below does not define is your own: (.*?)\n\n", PAGES[page], re.DOTALL | re.MULTILINE
+    )
+    missing = {
+        heading: unknown("".join(code)) - {*re.findall(r"`(\w+)`", own)} for heading, code in sections(page).items()
+    }
+    assert len(missing) > 10 and not any(missing.values()), missing
+
+
+def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
+    first = [found[0] for page in PAGES if (found := blocks(page)) and page != "first-steps"]
+    modules = {
+        text for code in first for text in re.findall(r"^class MyModule.*?(?=^\w|\Z)", code, re.DOTALL | re.MULTILINE)
+    }
+    assert len({text.strip() for text in modules}) == 1
 
 
 def test_reference_has_every_public_name_once() -> None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers.pytorch_utils import Conv1D
 
-import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from tests.support.models import randomise, trainer
-from tests.test_docs import MODULE, blocks, program
+from tests.test_docs import blocks, program
 
 opacus = pytest.importorskip("opacus", minversion="1.6")
 
@@ -68,9 +67,10 @@ def one_by_one(model: nn.Module) -> dict[str, Tensor]:
 
 
 def page(number: int) -> dict[str, Any]:
-    """What a block of the page defines, without the run at its end."""
-    known: dict[str, Any] = {name: getattr(lightning_lora, name) for name in lightning_lora.__all__}
-    exec(MODULE + blocks("privacy")[number].partition("\n\n\nlora = ")[0], known)
+    """What a block of the page defines, after its imports and without the run at its end."""
+    first, *others = blocks("privacy")
+    known: dict[str, Any] = {"__name__": "page"}
+    exec(first + others[number].partition("\n\n\nlora = ")[0], known)
     return known
 
 
