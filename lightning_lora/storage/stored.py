@@ -154,7 +154,8 @@ def stored_config(description: object) -> LoRAConfig:
         raise foreign
     if description["format"] != FORMAT:
         raise AdapterFileError(
-            f"The file has format {description['format']}; expected {FORMAT}. Use the version that wrote it."
+            f"The file has format {description['format']}; expected {FORMAT}. For a later one, update the package; the "
+            "changelog of 0.2.0 says how to move a file of 0.1.0."
         )
     if not fits(description, _DESCRIPTION):
         raise foreign
