@@ -94,7 +94,7 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix of shape (out, in), or as a stack of such matrices."""
+        """Return a weight as a matrix, (out, in), or as a stack of such matrices."""
         return weight
 
     @staticmethod

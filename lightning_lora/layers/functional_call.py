@@ -18,7 +18,7 @@ def functional_call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the forward of ``cls`` on a copy of ``module`` with other weights, some perhaps of modules inside it.
+    """Run the forward of ``cls`` on a copy of ``module`` with other weights. Modules inside it may hold some of them.
 
     ``module`` itself does not change meanwhile, so other threads may run it too. Attributes that forward sets are
     copied back at the end, but for those in ``derived``, which it sets from the weights.

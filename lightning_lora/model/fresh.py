@@ -127,7 +127,7 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The names of the largest modules that hold these layers, small ones, norms as they were made, and nothing else.
+    """The largest modules that hold only these layers, small ones, and norms as they were made.
 
     A small layer, such as a head's last one, may look trained by chance.
     """

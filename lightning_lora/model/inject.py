@@ -152,7 +152,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
 
 
 def _note_flags(view: View) -> None:
-    """Note what the user has frozen or thawed since the adapters came, and refuse a frozen network that has its own."""
+    """Note what the user has frozen or thawed since. Refuse a frozen network that has adapters of its own."""
     for prefix, record in records.records_in(view.modules).items():
         inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
         if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
@@ -240,7 +240,7 @@ def follow_copied(view: View, idle: Set[str]) -> set[str]:
 
 
 def follow_originals(view: View) -> None:
-    """Let the adapters of copies follow those of their originals, with the same values before they train."""
+    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
     for name, layer in view.layers.items():
         original = view.layers.get(view.adapter.networks.original_of(name) or "")
         if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):

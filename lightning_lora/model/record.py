@@ -178,7 +178,7 @@ class Record:
         return None if self.is_disabled else self.adapter.name
 
     def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
-        """The model shows its base, with these values of the active adapter aside; or, if None, the adapter again."""
+        """The model shows its base. These values of the active adapter are aside; None: it shows the adapter again."""
         self.is_disabled, self.aside = aside is not None, aside or {}
 
     def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
@@ -291,7 +291,7 @@ _HOOKS: list[_LoadHook] = []
 
 
 def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this before torch loads into a model with a record; the latest hook first, until one returns True."""
+    """Call this before torch loads into a model with a record. The latest hook comes first, until one returns True."""
     _HOOKS.insert(0, hook)
     return hook
 
@@ -347,7 +347,7 @@ def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") ->
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already."""
+    """Move the records of modules inside ``model`` into ``record``. It keeps the values that it has already."""
     found = _inner_records(model)
     if several := [f"{name}: {listed(inner.others)}" for name, inner in found.items() if inner.others]:
         raise AdapterStateError(
@@ -370,7 +370,7 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def record_of(model: nn.Module) -> Record:
-    """Return the record of ``model``, or raise an error if it has no adapters, or shows its base."""
+    """Return the record of ``model``. Raise an error if it has no adapters, or shows its base."""
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model)
     title = type(plain_module(model)).__name__

@@ -139,7 +139,7 @@ def check_switchable(view: View) -> None:
 
 
 def follow_model(view: View, state: AdapterState) -> None:
-    """Let a resting adapter have the devices and dtypes of its layers, if they are as it left them."""
+    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
@@ -230,7 +230,7 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
 
 @torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
 def _show_base(view: View) -> None:
-    """Turn the updates off, and let the base's values be in merged weights, and in what was trained beside them."""
+    """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
     record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
     for name, tensor in view.kept.items():
         original = view.adapter.originals[name].to(tensor, copy=True)

@@ -283,7 +283,7 @@ def keep_originals(view: View) -> None:
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change, unless the base's are already copied or lost."""
+    """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
     known = view.adapter.originals.keys() | view.record.changed.keys()
     view.adapter.set_base_values({name: view.base[name] for name in names if name not in known})
 

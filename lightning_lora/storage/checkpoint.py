@@ -99,7 +99,7 @@ def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
-    """Make the base from a checkpoint's merged weights, which code without adapters loads before it resumes a run."""
+    """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
     if not merged:
         return False
     here = fingerprint(view := view_of(model), anew=False)
@@ -133,7 +133,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 
 @on_load
 def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapping[str, Any]) -> bool:
-    """Load the adapters of a file that other code gives to an adapted or merged model; torch gets the model's own."""
+    """Load the adapters of a file that other code loads into the model. torch then gets the model's own state."""
     number, about, held = notes.get(_WHOLE, (None, notes.get(KEY), state))
     is_whole = number is not None
     if about is None or (is_whole and not (View(model).adapter.is_trained and checksum(state, {}) == number)):

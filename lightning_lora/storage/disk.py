@@ -1,4 +1,4 @@
-"""Write files completely or not at all; read them without running code, in no more memory than they have bytes."""
+"""Write files completely or not at all. Read them without running code, in no more memory than they have bytes."""
 
 import errno
 import glob
@@ -57,7 +57,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield a name for a temporary folder, then move it to its place, which must be free."""
+    """Yield a name for a temporary folder, then move it to its place. That must be free."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
     target = path.resolve()
@@ -135,7 +135,7 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
 
 
 def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
-    """Refuse to write where no folder is, over an input by any name or link, or into one. ``files``: inside ``out``."""
+    """Refuse to write where no folder is, or over or into an input. Links are followed. ``files``: inside ``out``."""
     check_path(out)
     local = local_path(out)
     if local is None:
@@ -151,7 +151,7 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
 
 
 def local_path(path: Any) -> Path | None:
-    """Return the path in this machine's file system, or None for what is elsewhere, such as ``s3://bucket/a.ckpt``."""
+    """Return the path in this machine's file system. None: it is elsewhere, such as ``s3://bucket/a.ckpt``."""
     if not isinstance(path, str | os.PathLike):
         return None
     place = os.fspath(path)
@@ -268,7 +268,7 @@ def _broken(file: Any, contents: bool) -> str | None:
 
 
 def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
-    """The pickle in ``archive``, if it would create an object that is larger than the file, or None."""
+    """The pickle in ``archive`` that would create an object larger than the file, or None."""
     for record in archive.namelist():
         if record.endswith("data.pkl"):
             makes, names_size = False, False
@@ -313,7 +313,7 @@ class Unread:
 
 
 def load_plain(source: Any, **options: Any) -> Any:
-    """Return what is plain in an archive of torch, a path or an open file, and :class:`Unread` for the rest."""
+    """Return what is plain in an archive of torch, and :class:`Unread` for the rest. ``source`` may be an open file."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True, **options)
     except UnpicklingError:

@@ -227,7 +227,7 @@ def load_adapter(
 
 
 def _check_plain(contents: dict[Any, Any], path: Any) -> None:
-    """Refuse tensors that would take more memory than the file has, or with which torch cannot compute."""
+    """Refuse tensors that would take more memory than the file has. Also those with which torch cannot compute."""
     odd = list[object]()
     for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
         odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
@@ -295,7 +295,7 @@ def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, A
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass whose instances keep the state that Lightning loads first after their hook, and the list of these."""
+    """A subclass that keeps the state that Lightning loads first after its hook. Also the list of these states."""
     states: list[Any] = []
 
     def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:

@@ -89,7 +89,7 @@ def base_value(view: View, name: str) -> Tensor:
 
 
 def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
-    """Note frozen weights that have changed since the run began, which files must hold from now on."""
+    """Note frozen weights that have changed since the run began. Files must hold them from now on."""
     view = view_of(model)
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.adapter.fingerprints:
@@ -115,7 +115,7 @@ def forms_of_base(view: View) -> list[dict[str, Any]]:
 
 
 def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
+    """Add the base's digests in half precision to its fingerprints. So a converted base is recognised.
 
     ``rounded`` has those in bfloat16 and float16 of each tensor: none of integers and of values from before a change
     that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
@@ -135,7 +135,7 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
 
 
 def _halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
-    """A base tensor's digests in half precision, or an empty list if its values are no longer there."""
+    """A base tensor's digests in half precision. The list is empty if its values are no longer there."""
     if _is_lost(view, name, known):
         return view.record.half_digests.get(known, [])
     return view.record.halves(known, tensor)
@@ -268,7 +268,7 @@ def check_base(
 def _compare(
     view: View, form: Mapping[str, Any], here: Mapping[str, Any], random: Collection[str], renaming: Renaming
 ) -> Comparison | None:
-    """Compare a model with a fingerprint, or return None if the file does not say which names it has."""
+    """Compare a model with a fingerprint. None: the file does not say which names it has."""
     if "rounded" not in form and form["layout"] != here["layout"]:
         return None
     tensors, packed = base_tensors(view), _quantised_names(view)

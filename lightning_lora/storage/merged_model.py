@@ -79,7 +79,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
-    """The state, after a check for NaN and infinite adapters and merged weights, and for what would be tied again."""
+    """The merged state, after checks. Adapters and merged weights must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     untied += [name for name, weights in tied_weights(view).items() if weights]
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
@@ -208,7 +208,7 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the state dict that a model has after ``merge_adapters``, with merged weights in the host's memory."""
+    """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory."""
     model = plain_module(view.model)
     if view.is_merged:
         check_as_merged(view)
@@ -242,7 +242,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:
-    """Add a note on each merged layer, and on the model, to torch's own notes in a state dict."""
+    """Note each merged layer, and the model, in torch's notes of a state dict."""
     noted: Any = OrderedDict(state)
     merged, notes = {"", *view.matrices}, dict(getattr(state, STATE_NOTES, {}))
     for name, note in list(notes.items()):
@@ -269,7 +269,7 @@ def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The merged weights under all of their names, and the share of each layer's update that is lost to rounding."""
+    """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
     merged, lost = dict[str, Tensor](), dict[str, float]()
     with torch.inference_mode(False), torch.no_grad():
         for first, layer in view.layers.items():

@@ -1,4 +1,4 @@
-"""What a file says of each adapted layer, so that it can be merged, exported and inspected without the model's code."""
+"""What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
 
 import json
 from dataclasses import dataclass, replace
@@ -78,7 +78,7 @@ class StoredLayer:
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
-    """Return a matrix without a rank and a scaling of its own, which files may have different."""
+    """Return a matrix without a rank and a scaling of its own. Files may differ in these."""
     return replace(matrix, r=None, scaling=None)
 
 

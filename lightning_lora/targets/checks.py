@@ -17,7 +17,7 @@ _SHOWN = 5  # the number of layers that an error names
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer to adapt, the class of its adapter, the matrices to adapt, and the adapter's settings."""
+    """A layer to adapt, and how: the class of its adapter, the matrices, and the settings."""
 
     layer: nn.Module
     kind: type[LoRALayer]

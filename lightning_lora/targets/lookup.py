@@ -66,7 +66,7 @@ class Names:
         return list(short if {*self.find("target_parameters", short)} == {*parameters} else parameters)
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise an error if there are entries that match nothing; each comes with the names that it could mean."""
+        """Raise an error if there are entries that match nothing. Each comes with the names that it could mean."""
         if not missing:
             return
         entries = list(missing)
@@ -161,7 +161,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from others, or from those that it holds for another layer."""
+    """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
     kind = adapter_for(layer)
     try:
         return isinstance(layer, ParametrizationList) if kind is None else not kind.lora_matrices_of(layer)

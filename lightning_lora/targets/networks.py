@@ -40,7 +40,7 @@ class Networks:
         return (*self.still, *self.bare)
 
     def fitting(self, layers: Set[str]) -> "Networks":
-        """Return these with the layers of copies that get no adapter, if only these layers get one."""
+        """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
         here = {name for name in layers if not is_in_any(name, self.still)}
         bare = [name for name in sorted(here) if (self.original_of(name) or name) not in here]
         return replace(self, bare=tuple(bare))

@@ -34,7 +34,7 @@ def digest(tensor: Tensor) -> int:
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return a floating-point tensor's digests in other dtypes, in one walk over it and without a copy of it."""
+    """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
     tensor = full_tensor(tensor)
     if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
         return [digest(tensor.to(dtype)) for dtype in dtypes]

@@ -1,4 +1,4 @@
-"""What is told to users, such as weights that no adapter trains against expectation, and to the loggers."""
+"""What users and the loggers are told. For example, which weights no adapter trains against expectation."""
 
 import difflib
 import hashlib
@@ -146,7 +146,7 @@ def left_trainable(view: View) -> list[str]:
 
 
 def _warn_of_heads(view: View) -> None:
-    """Name linear layers that stay as they are, though single rows train in an embedding with as many."""
+    """Name linear layers that stay as they are, though single rows of an embedding train. Both have as many rows."""
     rows = rows_of(view)
     trains = list(filter(view.matrices.__contains__, map(owner_of, rows)))
     busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))

@@ -139,7 +139,7 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Drop the average of a finished fit, which its callback would put into a module that is only tested."""
+    """Drop the average of a finished fit. Its callback would put it into a module that is only tested."""
     for callback, copy in _averages(callbacks):
         if copy is not vars(callback).get(AVERAGE):  # EMA; SWA does nothing outside of fit
             vars(callback)[AVERAGE] = None

@@ -34,7 +34,7 @@ from lightning_lora.training.compatibility import judge_of
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
-    """Refuse a merge that this Trainer cannot make, and in other processes to switch adapters on the layers."""
+    """Refuse a merge that this Trainer cannot make. One that fits in other processes cannot switch adapters either."""
     if merge == "best" and judge_of(trainer) is None:
         raise ConfigError(
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "

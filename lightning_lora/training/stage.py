@@ -139,7 +139,7 @@ class Stage:
         return True
 
     def take_base(self, pl_module: LightningModule) -> bool:
-        """What the module's hooks have changed in this stage is the base, unless something was trained or loaded."""
+        """Take what the module's hooks have changed for the base. False: something was trained or loaded before."""
         view = view_of(pl_module)
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
@@ -189,7 +189,7 @@ class Stage:
                 merge(pl_module)
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
-        """Give the module back as it came, or keep adapters that may be trained, and return whether they are kept."""
+        """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):

@@ -53,7 +53,7 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
 
 
 def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an ending that would hide the format from other programs, and a place where no file can be."""
+    """Refuse an ending that hides the format, and a place where no file can be."""
     check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(

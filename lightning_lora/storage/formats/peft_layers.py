@@ -204,7 +204,7 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
 
 
 def _why_not_of_type(layer: StoredLayer, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why PEFT, if it is installed to say so, adapts no layer of this name in this type of model of transformers."""
+    """Why PEFT adapts no layer of this name in this type of model. Only an installed PEFT can say so."""
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
     if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and stored.has_experts:
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
@@ -257,7 +257,7 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
-    """Refuse what lies outside of the root, and what is neither an adapter, nor a bias, nor in a module of its own."""
+    """Refuse what PEFT's file cannot hold. It has adapters, biases and whole modules, all inside of the root."""
     adapters, outside, left = stored.adapter_names(), list[str](), list[str]()
     for name in stored.state:
         if stored.root and not name.startswith(f"{stored.root}."):

@@ -63,7 +63,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 def updates_of(
     view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
 ) -> tuple[list[Update], dict[str, Tensor]]:
-    """Return the updates in a PEFT file for the model inside, and its other tensors by their names here."""
+    """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, rest = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
     place = place_of(view, list(map(_plain, adapters)), list(rest), root)
@@ -75,7 +75,7 @@ def updates_of(
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
+    """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
     if odd := [key for key, value in tensors.items() if not (isinstance(value, Tensor) and isinstance(key, str))]:
         raise AdapterFileError(f"{path} holds {listed(odd)}, which is no tensor with a name: it was changed.")
@@ -118,7 +118,7 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, which may be adapted already, by the names of a PEFT file."""
+    """The layers of a model by the names of a PEFT file. They may be adapted already."""
 
     view: View
     peft: PeftConfig
@@ -266,7 +266,7 @@ class _Layers:
         return about
 
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
-        """A and B of one matrix as they are here, after a check of their rank and their shapes."""
+        """A and B of one matrix as they are here. Their rank and their shapes are checked."""
         (a, b), stack = factors, math.prod(matrix.stack)
         shared = uses_of(self.view, join(about.name, matrix.weight))
         is_difference = INITIALISATIONS[self.config.init].is_difference

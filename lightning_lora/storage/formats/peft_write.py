@@ -86,7 +86,7 @@ def _of_update(update: Update) -> dict[str, Tensor]:
 
 
 def _inside(name: str, wrappers: Counter[str]) -> str:
-    """The name of something that lies inside of modules that PEFT wraps, one or more times each."""
+    """The name of something inside of modules that PEFT wraps. ``wrappers`` says how often it wraps each."""
     parts, path = list[str](), ""
     for part in name.split("."):
         parts += ["base_layer"] * wrappers[path]
@@ -134,7 +134,7 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
 
 
 def _warn_of_merges(source: Source) -> None:
-    """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
+    """Warn where PEFT's model, merged or not, computes something else."""
     modules, tied, others, held = source.modules or {}, list[str](), list[str](), dict[str, None]()
     for layer in source.stored.layers.values():
         if layer.tied and not layer.tokens:

@@ -34,7 +34,7 @@ def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r:
 
 @torch.no_grad()
 def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None) -> StoredAdapters:
-    """Return the weighted sum of all updates on one base, exact with the ranks added up, or cut to rank r."""
+    """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r."""
     if not all(map(math.isfinite, weights)) or (r is not None and not (isinstance(r, int) and r > 0)):
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
     first = files[0]

@@ -36,7 +36,7 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B of a layer's updates, with the scaling in B, by their :func:`bare` matrices."""
+    """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
     layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         if matrix.tokens:  # these rows are no update: the base's are not in the file

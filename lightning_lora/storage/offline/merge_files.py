@@ -53,7 +53,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
 
 
 class _Merge:
-    """The adapters of one file, and the weights of the base that they change, by their names in the base."""
+    """The adapters of one file, and the weights that they change. All have their names in the base."""
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[str], object]) -> None:
         self.files, self.stored, self.progress = files, stored, progress
@@ -195,7 +195,7 @@ def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> Non
 
 
 def _write_folder(job: _Merge, out: Path) -> None:
-    """Write the merged model into a folder, divided as the base is, with the base's other files."""
+    """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     base, index, size = job.files.path, job.files.index, 0
     with writing_folder(out) as folder:
         folder.mkdir()

@@ -30,7 +30,7 @@ _IDLE = "lora_idle_"  # the start of the names of parameters that keep the place
 
 
 class Partition:
-    """A group of parameters that lie end to end in one vector, of which this process trains the part ``local``.
+    """A group of parameters that lie end to end in one vector. Of it this process trains the shard ``local``.
 
     ``places`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
     how many.

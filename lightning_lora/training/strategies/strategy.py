@@ -1,4 +1,4 @@
-"""What a strategy does for adapters, at moments where callbacks have no hook, or theirs is skipped.
+"""What a strategy does for adapters at moments without a callback's hook, or with a skipped one.
 
 These are before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
@@ -236,7 +236,7 @@ class LoRAStrategy(Strategy, InPlace):
                 return torch.load(file, map_location="cpu", weights_only=True)
 
     def lora_read_adapters(self, path: Any) -> dict[str, Any]:
-        """Read the adapters in a file of this run, whose hyperparameters may be objects of any class."""
+        """Read the adapters in a file of this run. Its hyperparameters may be objects of any class."""
         try:
             return self.load_checkpoint(path)
         except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
