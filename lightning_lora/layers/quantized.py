@@ -112,7 +112,7 @@ def unpack(module: Any) -> None:
 
 
 def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:
-    return any(kind.lora_adapts(base) for kind in kinds for base in type(module).__mro__)
+    return any(kind.lora_adapts(ancestor) for kind in kinds for ancestor in type(module).__mro__)
 
 
 def _scales(layer: Any) -> Tensor:

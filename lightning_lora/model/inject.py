@@ -367,11 +367,11 @@ def _check_same_trained(view: View, prefix: str) -> None:
         )
 
 
-def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
+def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
     if not settings.is_difference:
         del named["init"]  # otherwise it makes no difference later
-    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]
+    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
     return {**named, "matrices": own}

@@ -60,7 +60,7 @@ class AdapterState:
     """Whether a Trainer has begun to train it, or it was loaded."""
 
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
-    """The forms of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
+    """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
 
     resting: dict[str, Adapter] = field(default_factory=dict)
     """While another one is active: this one, off its layers, by their names."""
@@ -96,7 +96,7 @@ class AdapterState:
         self.random = tuple(names)
 
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
-        """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
+        """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
         self.extra = self.extra if self.is_trained else extra
         known, self.originals = self.originals, {}
         for name, tensor in values.items():
@@ -182,7 +182,7 @@ class Record:
         self.is_disabled, self.aside = aside is not None, aside or {}
 
     def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
-        """The active adapter was taken off, and has these parts. Another one was put on."""
+        """The active adapter was taken off, and keeps these tensors. Another one was put on."""
         leaving, self.adapter = self.adapter, coming
         leaving.resting, leaving.own = resting, own
         self.others[leaving.name] = leaving
@@ -213,12 +213,12 @@ class Record:
         """The whole base was loaded anew, and the adapter begins anew."""
         self.adapter.fingerprints, self.adapter.is_trained, self.changed = [], False, {}
 
-    def base_was_read(self, form: dict[str, Any]) -> None:
+    def base_was_read(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
-        if form not in self.adapter.fingerprints:
+        if fingerprint not in self.adapter.fingerprints:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
-            self.adapter.fingerprints = [form]
+            self.adapter.fingerprints = [fingerprint]
 
     def base_was_rounded(self, name: str, now: int, was: int) -> None:
         """A weight was computed again from a merged one. It stands for the base's, with another digest."""

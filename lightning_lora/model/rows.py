@@ -108,11 +108,11 @@ class _Block(ExitStack):
 def _own_values(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ, by the module whose forward reads them."""
     found: dict[nn.Module, Values] = {}
-    present, states = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
-    for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
+    present, adapters = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
+    for name in dict.fromkeys(chain.from_iterable(each.originals for each in adapters)):
         here, original = present[name], view.adapter.originals.get(name)
         base = here if original is None or original.is_meta or name in view.record.filled else original.to(here)
-        values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
+        values: dict[Name, Tensor] = {each.name: each.own.get(name, base) for each in adapters}
         values |= {None: base, view.adapter.name: here}
         if not isinstance(here, nn.Parameter) and all(same_bits(value, base) for value in values.values()):
             continue
@@ -183,13 +183,13 @@ class _Mixed:
             return add_to_rows(self.base.forward(module, *args, **kwargs), x, *self._factors())
         later = int(isinstance(module, nn.RNNBase))  # the rows of states are their second dimension
         whole = (*args[5:6], kwargs.get("attn_mask"))[0] if isinstance(module, nn.MultiheadAttention) else None
-        parts = []
+        outputs = []
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
-                parts.append(taken(self._run_as(None, args, kwargs), rows, len(x), later))
+                outputs.append(taken(self._run_as(None, args, kwargs), rows, len(x), later))
             else:
-                parts.append(self._run_as(key, *taken((args, kwargs), rows, len(x), later, whole)))
-        return put_back(self.name, parts, list(self.rows.values()), later)
+                outputs.append(self._run_as(key, *taken((args, kwargs), rows, len(x), later, whole)))
+        return put_back(self.name, outputs, list(self.rows.values()), later)
 
     def _run_as(self, key: Name, args: Any, kwargs: Any) -> Any:
         cls, attributes, adapter = self.base, self.values.get(key, {}), self.adapters.get(key)

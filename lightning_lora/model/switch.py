@@ -21,7 +21,7 @@ from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
-_form = attrgetter("shape", "dtype", "device")
+_traits = attrgetter("shape", "dtype", "device")
 
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
@@ -205,7 +205,7 @@ def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
     """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
-    if known is not None and known is not tensor and _form(known) == _form(tensor) and same_bits(known, original):
+    if known is not None and known is not tensor and _traits(known) == _traits(tensor) and same_bits(known, original):
         return known
     value = original.to(tensor, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

@@ -29,7 +29,7 @@ _WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
     """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
-    forms, view = note_changed(model, anew=False), view_of(model)
+    fingerprints, view = note_changed(model, anew=False), view_of(model)
     held = dict(checkpoint)
     for key in ("state_dict", MOVED):
         if key in held:
@@ -43,7 +43,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = full_tensors(held)
     if written_later:
         held = _copied(held)
-    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms)).description()
+    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, fingerprints)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
@@ -103,11 +103,11 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     if not merged:
         return False
     here = fingerprint(view := view_of(model), anew=False)
-    forms = [form for form in checkpoint[KEY]["base"] if is_same_form(form, here)]
-    if not forms or not take_updates_out(view, merged, checkpoint["state_dict"]):
+    fitting = [each for each in checkpoint[KEY]["base"] if is_same_form(each, here)]
+    if not fitting or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     now = fingerprint(view, anew=False)
-    for name, own, base in zip(base_tensors(view), now["digests"], forms[0]["digests"], strict=True):
+    for name, own, base in zip(base_tensors(view), now["digests"], fitting[0]["digests"], strict=True):
         if own != base:
             view.record.base_was_rounded(name, own, base)
     return True

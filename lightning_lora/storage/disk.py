@@ -46,13 +46,13 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         target = local.resolve()  # the target of a link, so that the link stays
         if target.exists() and not target.is_file():
             raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
-    with _part_of(target) as part, write_errors(path):
-        yield part
-        if not part.exists():  # Lightning gives no error when it has no permission to write
+    with _temporary(target) as temporary, write_errors(path):
+        yield temporary
+        if not temporary.exists():  # Lightning gives no error when it has no permission to write
             if os.access(target.parent, os.W_OK):
                 raise OSError("what was called to write it wrote nothing")
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
-        part.replace(target)
+        temporary.replace(target)
 
 
 @contextmanager
@@ -61,9 +61,9 @@ def writing_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
     target = path.resolve()
-    with _part_of(target) as part, write_errors(path):
-        yield part
-        part.replace(target)
+    with _temporary(target) as temporary, write_errors(path):
+        yield temporary
+        temporary.replace(target)
 
 
 def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -89,33 +89,33 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_PARTS = itertools.count()  # for temporary files of threads that write one file at the same time
+_NUMBERS = itertools.count()  # for temporary files of threads that write one file at the same time
 
 
 @contextmanager
-def _part_of(target: Path) -> Iterator[Path]:
+def _temporary(target: Path) -> Iterator[Path]:
     """Yield a name beside ``target`` for what is being written. Nothing stays there."""
-    for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
+    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*.part") if os.name == "posix" else ():
         with suppress(OSError, ValueError):  # what killed processes of this machine have left
             try:
-                os.kill(int(part.suffixes[-3][1:]), 0)
+                os.kill(int(left.suffixes[-3][1:]), 0)
             except ProcessLookupError:
-                _delete(part)
-    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part")
+                _delete(left)
+    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.{next(_NUMBERS)}.part")
     try:
-        yield part
+        yield temporary
     finally:
-        _delete(part)
+        _delete(temporary)
 
 
-def _delete(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
-        part.unlink()
+        path.unlink()
 
 
-def _part_prefix(target: Path) -> str:
+def _prefix(target: Path) -> str:
     """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
     machine = zlib.crc32(platform.node().encode())
     return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."

@@ -45,7 +45,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN or infinite values, or its
             weights are quantised, have no values, or cannot hold the sum.
-        AdapterFileError: ``model`` cannot be written in this form, or the file cannot be written.
+        AdapterFileError: ``model`` cannot be written so, or the file cannot be written.
         FileNotFoundError: the folder of the file does not exist.
 
     Warns:

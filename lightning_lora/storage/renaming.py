@@ -76,8 +76,8 @@ def find_renamings(
 def _common_lead(names: Sequence[str]) -> list[str]:
     """The prefixes that all names have, the empty one first."""
     lead = [""]
-    for part in names[0].split(".")[:-1]:
-        prefix = join(lead[-1], part)
+    for component in names[0].split(".")[:-1]:
+        prefix = join(lead[-1], component)
         if not all(name.startswith(f"{prefix}.") for name in names):
             break
         lead.append(prefix)

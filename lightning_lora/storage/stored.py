@@ -48,7 +48,7 @@ class StoredAdapters:
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
     layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of other libraries do not say them
-    base: list[dict[str, Any]] = field(default_factory=list)  # fingerprints, one a form; empty if the format has none
+    base: list[dict[str, Any]] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
@@ -100,7 +100,7 @@ class StoredAdapters:
     @property
     def has_experts(self) -> bool:
         """Whether the base is a mixture of experts, by the names of its tensors."""
-        return any(".experts." in name for form in self.base for name in form.get("rounded", ()))
+        return any(".experts." in name for each in self.base for name in each.get("rounded", ()))
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
@@ -214,7 +214,7 @@ _LAYER = {
 
 
 def _is_layer(stored: object) -> bool:
-    return fits(stored, _LAYER) and stored["shapes"].keys() == {part["weight"] for part in stored["parts"]}  # type: ignore[index]
+    return fits(stored, _LAYER) and stored["shapes"].keys() == {each["weight"] for each in stored["parts"]}  # type: ignore[index]
 
 
 def _is_fingerprint(value: object) -> bool:
@@ -265,7 +265,7 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether ``value`` is a tensor of the usual form, with which torch can compute."""
+    """Whether ``value`` is a usual tensor, with which torch can compute."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided or not has_own_memory(value):
         return False
     return value.dtype.itemsize > 1 or not value.is_floating_point()

@@ -57,20 +57,20 @@ class StoredLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
-        parts = list[dict[str, Any]]()
+        matrices = list[dict[str, Any]]()
         for matrix in self.matrices:
             scaling = None if matrix.scaling is None else float(matrix.scaling)
-            parts.append({**vars(matrix), "scaling": scaling})
+            matrices.append({**vars(matrix), "scaling": scaling})
         own = {name: value for name, value in vars(self).items() if name != "matrices"}
-        return dict(json.loads(json.dumps({**own, "parts": parts})))  # with lists in place of tuples
+        return dict(json.loads(json.dumps({**own, "parts": matrices})))  # with lists in place of tuples
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
         matrices = list[AdaptedMatrix]()
-        for part in stored["parts"]:
-            lists = {name: tuple(part.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
-            matrices.append(AdaptedMatrix(**{**part, **lists}))
+        for each in stored["parts"]:
+            lists = {name: tuple(each.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
+            matrices.append(AdaptedMatrix(**{**each, **lists}))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}

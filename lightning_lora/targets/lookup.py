@@ -95,23 +95,23 @@ class Names:
 
 
 def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
-    """Names, or their last parts, that are similar to the missing entries, each once."""
+    """Names, or their ends, that are similar to the missing entries, each once."""
     near, shown = list[str](), set[str]()
     for entry, known in missing.items():
         names: dict[str, list[str]] = {}
         for name in known:
-            for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
-                names.setdefault(part, []).append(name)
-        for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
-            if not shown.issuperset(names[part]):
-                first, number = names[part][0], len(names[part])
-                near.append(repr(first) if number == 1 else f"{part!r} ({number} of them, such as {first!r})")
-                shown.update(names[part])
+            for end in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
+                names.setdefault(end, []).append(name)
+        for end in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
+            if not shown.issuperset(names[end]):
+                first, number = names[end][0], len(names[end])
+                near.append(repr(first) if number == 1 else f"{end!r} ({number} of them, such as {first!r})")
+                shown.update(names[end])
     return near
 
 
 def _ends_of(name: str) -> list[str]:
-    """All list entries that would match ``name``: the full name and its last parts."""
+    """All list entries that would match ``name``: the full name and its ends."""
     ends = [name]
     while "." in ends[-1]:
         ends.append(ends[-1].partition(".")[2])

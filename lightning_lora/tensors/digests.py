@@ -28,7 +28,7 @@ def digest(tensor: Tensor) -> int:
             total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
         return total
     if tensor.layout is not torch.strided:
-        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
+        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense tensor may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
     return _digest_of_integers(_integers(tensor))
 

@@ -248,8 +248,8 @@ def _warn_of_averages(model: LightningModule, view: View) -> None:
     """Name dicts of tensors that are like a network's weights, as a hand-made average is."""
     torchs = vars(nn.Module())
     held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and name not in torchs]
-    parts = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
-    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in parts for i in range(len(path))}
+    paths = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
+    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in paths for i in range(len(path))}
     for name, value in held:
         if len(value) > 1 and all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
             _warn(
@@ -289,8 +289,8 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     view = view_of(pl_module)
     values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
     if view.record.adapter.fingerprints:
-        form = view.record.adapter.fingerprints[0]
-        text = f"{form['layout']} {form['dtypes']} {form['digests']}"
+        seen = view.record.adapter.fingerprints[0]
+        text = f"{seen['layout']} {seen['dtypes']} {seen['digests']}"
         values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     log_values(trainer, named, _own(trainer, pl_module))

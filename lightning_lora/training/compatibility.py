@@ -70,7 +70,7 @@ def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) 
 
 
 def _is_ours(callback: Callback) -> bool:
-    return any(base.__module__ == "lightning_lora.callback" for base in type(callback).__mro__)
+    return any(ancestor.__module__ == "lightning_lora.callback" for ancestor in type(callback).__mro__)
 
 
 def join_other_package(kind: type[Callback]) -> None:

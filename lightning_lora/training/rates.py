@@ -212,7 +212,7 @@ def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
 
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
-    """Return the highest rates of the groups that hold adapters, and of those that hold something else, or nothing."""
+    """Return the highest rates of groups with adapters, and of those with anything else. Empty ones are among these."""
     adapters, found, others = set(view.adapters.values()), set[float](), set[float]()
     for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         held = set(group["params"])

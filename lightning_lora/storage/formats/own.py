@@ -35,7 +35,7 @@ from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
 
-ADAPTERS = "adapters"  # the part of this package's entry that holds what training changed, beside a merged model
+ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
 
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:

@@ -13,7 +13,7 @@ from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
 OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, while an export replaces both
 PREFIX = "base_model.model."  # before every name of the base
 
@@ -96,7 +96,7 @@ class PeftConfig(NamedTuple):
             is_named = re.fullmatch(targets, name) is not None
         else:
             is_named = any(matches(entry, name) for entry in targets)
-        numbers = {int(part) for part in name.split(".")[2:-1] if part.isdecimal()}
+        numbers = {int(component) for component in name.split(".")[2:-1] if component.isdecimal()}
         is_of_layers = self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
         return is_named and is_of_layers and not self.config.is_excluded(name)
 

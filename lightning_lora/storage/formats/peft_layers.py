@@ -246,12 +246,12 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
     if model is None or not stored.saved:
         return stored
     modules, saved, trained = named_modules(model, remove_duplicate=False), dict(stored.saved), set[nn.Parameter]()
-    parts = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
-    for part in parts:
-        trained.update(part.parameters(recurse=False))
+    whole = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
+    for module in whole:
+        trained.update(module.parameters(recurse=False))
     for owner in dict.fromkeys(map(owner_of, stored.state)):
         module = modules.get(owner, nn.Module())
-        if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
+        if not (module in whole or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
             saved[owner] = list(map(f"{owner}.".__add__, module.state_dict()))
     return replace(stored, saved=saved)
 

@@ -81,12 +81,12 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
         raise AdapterFileError(f"{path} holds {listed(odd)}, which is no tensor with a name: it was changed.")
     for key, value in tensors.items():
         name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
-        if parts := peft_key(name):
-            wrapped, what = parts
+        if found := peft_key(name):
+            wrapped, what = found
             adapters.setdefault(wrapped, {})[what] = value
-        elif any(part in f"{name}." for part in _LEFT):
+        elif any(mark in f"{name}." for mark in _LEFT):
             continue
-        elif any(part.startswith(("lora_", "trainable_tokens")) for part in name.split(".")):
+        elif any(component.startswith(("lora_", "trainable_tokens")) for component in name.split(".")):
             unknown.append(key)
         elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
@@ -113,7 +113,7 @@ def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora
 def _plain(name: str) -> str:
     """A name of the base, without PEFT's wrappers inside."""
     wrappers = ("base_layer", "token_adapter", "modules_to_save")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return ".".join(component for component in name.split(".") if component not in wrappers)
 
 
 @dataclass(frozen=True)

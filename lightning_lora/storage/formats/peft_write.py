@@ -87,12 +87,12 @@ def _of_update(update: Update) -> dict[str, Tensor]:
 
 def _inside(name: str, wrappers: Counter[str]) -> str:
     """The name of something inside of modules that PEFT wraps. ``wrappers`` says how often it wraps each."""
-    parts, path = list[str](), ""
-    for part in name.split("."):
-        parts += ["base_layer"] * wrappers[path]
-        path = join(path, part)
-        parts.append(part)
-    return ".".join(parts)
+    components, path = list[str](), ""
+    for component in name.split("."):
+        components += ["base_layer"] * wrappers[path]
+        path = join(path, component)
+        components.append(component)
+    return ".".join(components)
 
 
 def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[str, Any]:

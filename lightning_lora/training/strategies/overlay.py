@@ -37,16 +37,16 @@ def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
 def _methods_of(mixin: type[LoRAStrategy]) -> list[str]:
     """The methods of a strategy that a mixin has."""
     found = dict[str, Any]()
-    for base in mixin.__mro__:
-        if issubclass(base, LoRAStrategy):
-            found |= vars(base)
+    for ancestor in mixin.__mro__:
+        if issubclass(ancestor, LoRAStrategy):
+            found |= vars(ancestor)
     return [name for name, value in found.items() if isfunction(value) and not name.startswith(("_", "lora_"))]
 
 
 @cache
 def _calling(mixin: type[LoRAStrategy], kind: type) -> tuple[type[LoRAStrategy], type]:
     """A mixin and a strategy's class whose methods are called one after another. Those of other code come between."""
-    plain = next(base for base in kind.__mro__ if base.__name__ == "Strategy")  # in both Lightning packages
+    plain = next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")  # in both Lightning packages
     above: dict[str, Any] = {"__module__": mixin.__module__}
     below: dict[str, Any] = {"__module__": kind.__module__, "lora_kind": kind}
     for name in _methods_of(mixin):

@@ -1,4 +1,4 @@
-"""What a strategy does for adapters at moments without a callback's hook, or with a skipped one.
+"""What a strategy does for adapters, at moments when callbacks have no hook or are skipped.
 
 These are before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
@@ -136,7 +136,7 @@ class LoRAStrategy(Strategy, InPlace):
         """Take the base's fingerprint in another dtype."""
         view = view_of(self.lora_module)
         known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
-        if known and all(form["dtypes"] != dtypes for form in known):
+        if known and all(each["dtypes"] != dtypes for each in known):
             known.append(fingerprint(view))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
