@@ -45,7 +45,7 @@ class AdapterFileError(LoRAError, ValueError):
 
 
 class ExportError(LoRAError, ValueError):
-    """Another library's format cannot hold these adapters, or its reader would compute something else with them."""
+    """Another library's format cannot hold these adapters. Or its reader would compute something else with them."""
 
 
 class OptimizerError(LoRAError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Low-rank updates for parameters that a module reads directly, such as the stacked weights of experts."""
+"""Low-rank updates for parameters that a module reads itself, such as experts' stacked weights."""
 
 from typing import ClassVar
 

@@ -103,7 +103,7 @@ def check_weights(view: View) -> None:
 
 
 def check_no_rows(view: View, call: str) -> None:
-    """Refuse a change of layers that an open block of ``adapter_names`` runs as it found them."""
+    """Refuse a change of layers in an open block of ``adapter_names``. It runs them as it found them."""
     for module in view.modules.values():
         runs = getattr(vars(module).get("forward"), "__func__", None)
         if getattr(getattr(runs, "__self__", None), "module", None) is module:  # a copy of one has that of the other

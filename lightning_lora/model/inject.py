@@ -152,7 +152,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
 
 
 def _note_flags(view: View) -> None:
-    """Note what the user has frozen or thawed since. Refuse a frozen network that has adapters of its own."""
+    """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
     for prefix, record in records.records_in(view.modules).items():
         inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
         if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
@@ -355,7 +355,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
 
 
 def _check_same_trained(view: View, prefix: str) -> None:
-    """Refuse if the module ``prefix`` trains other biases or modules in full than this configuration."""
+    """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
     inside = f"{prefix}." if prefix else ""
     theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
     ours = {name for name in view.trained if name.startswith(inside)}

@@ -191,7 +191,7 @@ def change(view: View, coming: AdapterState) -> None:
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
-    """The adapter's own tensors by name, and the base's where the active one has its own."""
+    """The adapter's own tensors by name. Where only the active one has its own, the base's."""
     put, made = dict(coming.own), dict[int, Tensor]()
     for name, tensor in view.kept.items():
         if name not in put:

@@ -206,7 +206,7 @@ class View:
 
     @property
     def extra(self) -> dict[str, int]:
-        """The digests of what modules keep besides tensors (``get_extra_state``), by its names in a state dict."""
+        """The digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
         found = {}
         for name, module in self.modules.items():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -259,7 +259,7 @@ class View:
         return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
     def follow_base(self) -> None:
-        """Initialise adapters again that start from the base's weights, if these have changed before training."""
+        """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
             layer.lora_follow_base()
 

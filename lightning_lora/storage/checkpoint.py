@@ -79,7 +79,7 @@ def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_average(own: object) -> bool:
-    """Whether a callback's own state holds a full model, as that of Lightning's StochasticWeightAveraging does."""
+    """Whether a callback's own state holds a full model. That of Lightning's StochasticWeightAveraging does."""
     return isinstance(own, Mapping) and isinstance(own.get(AVERAGE), Mapping)
 
 

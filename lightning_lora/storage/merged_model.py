@@ -166,7 +166,7 @@ def _write_folder(view: View, path: Path) -> None:
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let the ``save_pretrained`` of an adapted model write what the model computes, whoever calls it."""
+    """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
     if args[1:]:  # positions may hold a state
@@ -193,7 +193,7 @@ WRITERS.append(_save_pretrained)
 
 @contextmanager
 def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
-    """Let the state dict of a model, and of each module in it, hold these values."""
+    """Let the state dict of a model hold these values. Those of modules in it do too."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
             start = f"{name}." if name else ""

@@ -107,7 +107,7 @@ class StoredAdapters:
         return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}
 
     def check_agrees(self) -> None:
-        """Refuse adapters whose configuration, layers and tensors differ, because each reader uses others of them."""
+        """Refuse adapters whose configuration, layers and tensors differ. Each reader uses others of them."""
         wrong, known = dict[str, None](), {*self.changed, *chain.from_iterable(self.saved.values())}
         for name, layer in self.layers.items():
             for own, about in adapter_parameters(layer.matrices, layer.settings(self.config)).items():
@@ -242,7 +242,7 @@ _DESCRIPTION = {
 
 
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-    """Return one number for the names and contents of all tensors, and for their description."""
+    """Return one number for all names and tensors, and for their description."""
     said = {name: value for name, value in about.items() if name != "checksum"}
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
     kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]

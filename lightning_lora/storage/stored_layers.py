@@ -52,7 +52,7 @@ class StoredLayer:
         return Settings(self.r, self.scaling, init=config.init, use_dora=config.use_dora)
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
-        """Return the names of its adapter's parameters in the file, by their names in the layer."""
+        """Return its adapter's names of parameters in the file, by those in the layer."""
         return {name: join(self.name, name) for name in adapter_parameters(self.matrices, self.settings(config))}
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def layers_of(view: View) -> list[StoredLayer]:
 def described(
     view: View, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], r: int = 1, scaling: float = 1.0
 ) -> StoredLayer:
-    """Describe a layer with an adapter that it has, had before a merge, or will get."""
+    """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
     layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
     is_packed, shapes = kind.lora_is_quantised(layer), dict[str, tuple[int, ...]]()

@@ -173,7 +173,7 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
 
 
 def _check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse a rank in ``rank_pattern`` that is larger than each matrix of its layer allows."""
+    """Refuse a rank in ``rank_pattern`` that no matrix of its layer allows."""
     entries = replace(config, r=1)  # which is never too large
     found: dict[str, str] = {}
     for name, choice in choices.items():

@@ -127,7 +127,7 @@ class Seen:
         return self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor))
 
     def _has_moved(self, tensor: Tensor) -> bool:
-        """Whether the tensor is on another device, not written to since, with the same sampled values."""
+        """Whether the tensor is on another device, not written to, with equal samples."""
         now, then = look(to_local(tensor)), self._look
         if now is None or then is None or then[0] is None:  # tensors inside it may have changed
             return False

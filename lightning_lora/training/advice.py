@@ -78,7 +78,7 @@ def tell_of_new(model: LightningModule) -> None:
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """Tell of a learning rate that is usual in full fine-tuning, and low for adapters."""
+    """Tell of a learning rate from full fine-tuning that is low for adapters."""
     like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
     rates, _ = peak_rates(view_of(model), like_adam)
     if rates and 0 < rates[-1] < 1e-4:
@@ -89,7 +89,7 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> Non
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Return the adapters' learning rates as text, and those of the module, if they are others."""
+    """Return the adapters' learning rates as text. The module's are added if they are others."""
     found, others = peak_rates(view_of(model), optimizers)
     if found == others or not others:
         return [_few(found)]
@@ -128,7 +128,7 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 
 def left_trainable(view: View) -> list[str]:
-    """Return modules that nothing trains, though the user froze most of the model, but not them."""
+    """Return modules that nothing trains. The user froze most of the model, but not them."""
     networks = view.adapter.networks
     idle = (*networks.still, *networks.copies)
     by_user = {name for name in view.frozen_by_user if not is_in_any(name, idle)}
@@ -187,7 +187,7 @@ def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:
 
 
 def left_alone(view: View) -> tuple[dict[str, str], float]:
-    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes, and their share.
+    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes. Also their share.
 
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
@@ -245,7 +245,7 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
 
 
 def _warn_of_averages(model: LightningModule, view: View) -> None:
-    """Name dicts of tensors that are like a network's weights, as a hand-made average is."""
+    """Name dicts of tensors like a network's weights, such as a hand-made average."""
     torchs = vars(nn.Module())
     held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and name not in torchs]
     paths = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
@@ -310,7 +310,7 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
 
 
 def _log(logger: Any, values: dict[str, Any], named: dict[str, Any]) -> None:
-    """Log values, but not into ``hparams.yaml``, from which Lightning would pass them to a module."""
+    """Log values, but not into ``hparams.yaml``. From there, Lightning would pass them to a module."""
     kinds = class_names(logger)
     if "CSVLogger" in kinds:
         path = Path(logger.log_dir) / "lora.json"

@@ -74,7 +74,7 @@ def _is_ours(callback: Callback) -> bool:
 
 
 def join_other_package(kind: type[Callback]) -> None:
-    """If ``pytorch_lightning`` is in use, make ``kind`` a subclass of its ``Callback`` too, as it requires."""
+    """Make ``kind`` a subclass of ``pytorch_lightning.Callback`` too, as that requires. Only if it is in use."""
     other = sys.modules.get("pytorch_lightning")
     if other is not None and not issubclass(kind, other.Callback):
         kind.__bases__ = (*kind.__bases__, other.Callback)
@@ -170,7 +170,7 @@ def _is_same(averaged: Tensor, current: Tensor) -> bool:
 
 
 def _keep_frozen_norms(callback: Any) -> None:
-    """Hide frozen norms from SWA, which would estimate their statistics again in one more epoch."""
+    """Hide frozen norms from SWA. It would estimate their statistics again in one more epoch."""
     own = type(callback)
     callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, own.pl_module_contains_batch_norm)
     reset = partial(own.reset_batch_norm_and_save_state, callback)

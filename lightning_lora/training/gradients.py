@@ -1,4 +1,4 @@
-"""Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
+"""Gradients of adapters and frozen weights, and dropout, in a run's steps."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,7 +196,7 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass(record: Record | None = None) -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in this thread, also if no input requires one (frozen embeddings).
+    """Let gradients pass reentrant checkpoints in this thread. Inputs may require none (frozen embeddings).
 
     Not while the adapters of ``record`` are disabled: the backward pass would compute the layers with them.
     """

@@ -67,7 +67,7 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 
 def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
-    """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them.
+    """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks.

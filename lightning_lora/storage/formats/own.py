@@ -138,7 +138,7 @@ def _read_tensors(local: Path, path: Any, asked: Asked | None) -> dict[str, Any]
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
-    """Return the adapters in the contents of a file, if they are as they were written."""
+    """Return the adapters in the contents of a file. They must be as they were written."""
     held = contents if isinstance(contents, dict) else {}
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:

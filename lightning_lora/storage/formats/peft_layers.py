@@ -42,7 +42,7 @@ class PeftLayer:
 
 
 def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
-    """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
+    """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
     own = _PEFT_LAYERS.get(layer.adapter_class)
     if own is None or _is_registered(layer.layer_class):
         return f"PEFT has no counterpart for our adapter of {layer.layer_class.rpartition('.')[2]}."
@@ -242,7 +242,7 @@ def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> S
 
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
-    """Save modules whole that have a weight of one that is, such as a tied head: PEFT takes each by itself."""
+    """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
     if model is None or not stored.saved:
         return stored
     modules, saved, trained = named_modules(model, remove_duplicate=False), dict(stored.saved), set[nn.Parameter]()
@@ -291,7 +291,7 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
 
 
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why PEFT would not find a module that is trained whole, or find others too."""
+    """Why PEFT would not find just this module that is trained whole."""
     name, *saved = map(Renaming(stored.root, "").name_here, (module, *stored.saved))
     if stored.layers.keys() & starts_of(owner_of(module)):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"

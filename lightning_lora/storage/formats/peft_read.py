@@ -101,7 +101,7 @@ _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these
 
 
 def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
-    """Refuse a file that holds DoRA's magnitudes only here and there, or against its configuration."""
+    """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
     pairs = {name: "magnitude" in tensors for name, tensors in adapters.items() if "A" in tensors}
     if odd := [name for name, has_magnitude in pairs.items() if has_magnitude != use_dora]:
         raise AdapterFileError(

@@ -110,12 +110,12 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
     kinds = {update.layer.adapter_class for update in updates}
     own, inner = source.stored.config, source.inner
     tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
-    base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
+    pretrained = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
     return {
         "peft_type": "LORA",
         "auto_mapping": auto,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": pretrained,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,

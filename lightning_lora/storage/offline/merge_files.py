@@ -29,7 +29,7 @@ from lightning_lora.tensors.names import join
 
 
 def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], object] = str) -> int:
-    """Merge adapters into a base, one tensor at a time, and of a checkpoint in memory. Return how many weights."""
+    """Merge adapters into a base, one tensor at a time. A checkpoint is merged in memory. Return how many weights."""
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)

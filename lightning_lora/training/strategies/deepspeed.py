@@ -239,7 +239,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
     # Gradients
 
     def lora_gradients(self) -> Gradients:
-        """Return what watches the gradients of a fit, whose optimizer trains copies of the parameters."""
+        """Return what watches the gradients of a fit. Its optimizer trains copies of the parameters."""
         copied = [p for partition in self.lora_partitions for p in partition.parameters]
         return Gradients(self.lora_module, self.model, notes=True, copied=copied)
 

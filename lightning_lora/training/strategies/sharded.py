@@ -90,7 +90,7 @@ class LoRAShardedStrategy(LateStrategy):
             )
 
     def _lora_check_mesh(self) -> None:
-        """Refuse a module that is sharded over other processes than those that get their own batches."""
+        """Refuse a module that is not sharded over the processes with their own batches."""
         size = self._lora_mesh().size()
         for name, p in named_parameters(self.lora_module).items():
             count = shards.data_processes(p) if shards.split_over_data(p) else size
