@@ -151,7 +151,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
-    for name in dict.fromkeys(part.weight for part in kind.lora_matrices_of(layer)):
+    for name in dict.fromkeys(matrix.weight for matrix in kind.lora_matrices_of(layer)):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
             return f"its {name} is {dtype}, not floating point"

@@ -111,7 +111,7 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
     own, inner = source.stored.config, source.inner
     tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
     pretrained = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
-    auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
+    auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if pretrained else None
     return {
         "peft_type": "LORA",
         "auto_mapping": auto,
