@@ -209,7 +209,7 @@ class LoRACallback(Callback):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what trains too little, and tell the loggers how it trains, once a checkpoint is loaded."""
+        """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
         advise(pl_module, aloud=trainer.is_global_zero)
         if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             tell_of_new(pl_module)

@@ -34,13 +34,13 @@ class LoRAConfig:
         dropout: Probability of dropping an input of ``lora_A`` in training, in ``[0, 1)``.
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
             head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
-            full dotted name. Or give a list of names, or of the last parts of names.
+            full dotted name. Or give a list of names, or of the last components of names.
         target_slices: Parts of fused layers to adapt; their other parts do not change. The keys are names of layers, or
-            their last parts. The values are names of parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v
+            their last components. The values name parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v
             and out), or for a projection that computes q, k and v one after the other (grouped queries too). For any
             other layer, give a range of its output features: ``{"proj": {"a": [0, 64]}}``.
         target_parameters: Matrices, or stacks of them, that are parameters of a module and not layers of their own,
-            such as expert weights, by their names or last parts. ``target_modules`` may be empty then.
+            such as expert weights, by their names or last components. ``target_modules`` may be empty then.
         exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take
@@ -48,15 +48,15 @@ class LoRAConfig:
         trainable_token_indices: Rows of embeddings to train by themselves, such as those of new tokens; the other rows
             do not change. A list means the model's input embedding; or give ``{"embed_tokens": [50257, 50258]}``. What
             is tied to an embedding uses its rows too. ``target_modules`` may be empty then.
-        rank_pattern: Layers with another rank than ``r``. The keys are names, their last parts, or expressions for the
-            end of a name. A parameter in ``target_parameters`` is meant by its own name, or by that of its module.
+        rank_pattern: Layers with another rank than ``r``. The keys are names, their last components, or expressions for
+            the end of a name. A parameter in ``target_parameters`` is meant by its own name or its module's.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. With ``"kaiming"`` (uniform, as nn.Linear) and ``"gaussian"`` (standard
             deviation ``1 / r``), ``lora_A`` is random and ``lora_B`` is zero, so a new adapter changes nothing. In an
             embedding it is the other way round, so tokens never seen in training never change. With ``"pissa"`` (Meng
-            et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the strongest part of the weight. The adapter
-            keeps these values, and the update is the difference from them. The base weight does not change. With
+            et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the weight's strongest directions. The
+            adapter keeps these values, and the update is the difference from them. The base weight stays the same. With
             ``"eva"`` (Paischer et al. 2024), ``lora_A`` of linear layers takes the strongest directions of their inputs
             in the Trainer's data, and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper. With
             ``"lora_ga"`` (Wang et al. 2024), both come from the gradients of the weights, and the update is the
@@ -222,7 +222,7 @@ def _as_expression(pattern: str | Sequence[str] | None) -> str:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether an entry is a module's name, or its last parts."""
+    """Whether an entry is a module's name, or its last components."""
     return name == entry or name.endswith("." + entry)
 
 

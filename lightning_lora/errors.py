@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return a short list of quoted names for an error, such as ``'a', 'b' and 1 more``."""
+    """Return a short list of quoted names for an error: ``'a', 'b' and 1 more``."""
     return shortened(map(repr, names), most)
 
 
@@ -37,7 +37,7 @@ class AdapterMismatchError(LoRAError, ValueError):
 
 
 class BaseMismatchError(LoRAError, ValueError):
-    """Adapters were trained on another base model, or a full checkpoint does not fit the model as its base."""
+    """Adapters were trained on another base model. Or a full checkpoint does not fit the model as its base."""
 
 
 class AdapterFileError(LoRAError, ValueError):
@@ -45,7 +45,7 @@ class AdapterFileError(LoRAError, ValueError):
 
 
 class ExportError(LoRAError, ValueError):
-    """Another library's format cannot hold these adapters, or its reader would compute something else with them."""
+    """Another library's format cannot hold these adapters. Or its reader would compute something else with them."""
 
 
 class OptimizerError(LoRAError, RuntimeError):

@@ -99,7 +99,7 @@ def before_transfer(pl_module: Any, batch: Any) -> Any:
 
 
 def own_place(parameter: Any) -> tuple[int, int, int]:
-    """Return what a parameter shares with this process's part of its group: files would lack states without it."""
+    """Return what a parameter shares with this process's shard of its group: files would lack states without it."""
     shared = parameter._hp_mapping
     if shared is None:
         return 0, 0, 0

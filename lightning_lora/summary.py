@@ -26,7 +26,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind whose names differ only in the numbers of blocks; ``parts`` names adapted matrices."""
+    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names adapted matrices."""
 
     name: str
     layers: int

@@ -163,7 +163,7 @@ class _Run:
         return {"name": self.name, **dict(varied), "metrics": self.metrics, "dropped": self.dropped}
 
     def go_on(self, fit: Callable[[Any, str | None], object], *, stops: bool) -> None:
-        """Train it up to the end, or stop after the next epoch with a validation. Leave no adapter on the module."""
+        """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
         callback, known = _Callback(self, stops=stops), len(self.metrics)
         with isolate_rng():  # each begins with the same random numbers, or with those in its file
             try:

@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def fitting_console(**options: Any) -> Console:
-    """Return a console of the terminal's width, or of a log file's, which has none of its own."""
+    """Return a console of the terminal's width. A log file has none, and gets 120."""
     console = Console(**options)
     has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
     return console if has_width else Console(width=120, **options)

@@ -62,8 +62,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Help at the terminal's width, but for the examples, whose lines are indented."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        parts = [each if each.startswith("  ") else textwrap.fill(each, width) for each in text.split("\n\n")]
-        return "\n\n".join(parts)
+        paragraphs = [each if each.startswith("  ") else textwrap.fill(each, width) for each in text.split("\n\n")]
+        return "\n\n".join(paragraphs)
 
 
 def _say(what: str, message: str) -> None:

@@ -13,7 +13,7 @@ from lightning_lora.private import tracing
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the update of a linear layer's output, s B A x, scaled where the tensor is smallest."""
+    """Return the update of a linear layer's output, s B A x. The smallest tensor is scaled."""
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
 
@@ -21,7 +21,7 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    r"""Return the output of a linear layer with its update, :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""Return the output of a linear layer with its update: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Separate torch operations would need new memory for each product and each sum, a dropout mask and copies of ``x``.
     So the gradients are written out. Let :math:`\partial` be the gradient of the loss, and take two thin matrices,
@@ -76,7 +76,7 @@ def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
 
 
 def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
-    r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`, computed again in each pass.
+    r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`. Each pass computes the sum again.
 
     The sum costs r · in · out multiplications twice, once in each pass. Adding the update separately costs r (in + out)
     for each row instead. The sum pays off from twice the number of rows at which both costs are equal, whatever r
@@ -96,7 +96,7 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
 
 
 def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + ΔW in the memory layout of W, so that a product with it uses the same kernel."""
+    """W + ΔW in the memory layout of W. So a product with it uses the same kernel."""
     return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight))
 
 

@@ -42,9 +42,9 @@ def taken(tree: Any, rows: Tensor, n: int, later: int = 0, whole: Tensor | None 
     return tree_unflatten(leaves, spec)
 
 
-def put_back(name: str, parts: Sequence[Any], rows: Sequence[Tensor], later: int = 0) -> Any:
+def put_back(name: str, outputs: Sequence[Any], rows: Sequence[Tensor], later: int = 0) -> Any:
     """Return one output of the layer ``name`` from those of some rows each."""
-    flat, order = list(map(tree_flatten, parts)), torch.cat(list(rows)).argsort()
+    flat, order = list(map(tree_flatten, outputs)), torch.cat(list(rows)).argsort()
     leaves = []
     for i, group in enumerate(zip(*(each for each, _ in flat), strict=True)):
         along, first = later if i else 0, group[0]

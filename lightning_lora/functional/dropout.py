@@ -16,7 +16,7 @@ def new_seed() -> int:
 
 
 def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-    r"""Yield blocks of rows, each with a function that drops elements of a contiguous matrix of this shape in place.
+    r"""Yield blocks of rows, each with a function that drops elements in place. It takes contiguous matrices.
 
     Each element is dropped with probability ``p`` in (0, 1), and always the same ones for the same seed.
 

@@ -38,7 +38,7 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
-    r"""Return how much the top i directions that one matrix reads are among the top j of another, for all i and j.
+    r"""Return how similar the directions are that two matrices read: the top i and the top j, for all i and j.
 
     It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, from 0 (orthogonal) to 1 (one contains
     the other), where the columns of :math:`U^i` are the right singular vectors of the i largest singular values.
@@ -56,7 +56,7 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def norm(update: Factors | Tensor) -> Tensor:
-    r"""Return the Frobenius norm, (\*), of B A, from products of r x r, or of a whole matrix."""
+    r"""Return the Frobenius norm, (\*), of B A or of a whole matrix. For B A, products of r x r are enough."""
     if isinstance(update, Tensor):
         return update.square().sum((-2, -1)).sqrt()
     a, b = map(precise, update)

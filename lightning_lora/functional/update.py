@@ -21,7 +21,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return the sum :math:`W + \Delta W` in the wider of the two dtypes, so that it is rounded only once, later."""
+    r"""Return the sum :math:`W + \Delta W` in the wider of the two dtypes. So it is rounded only once, later."""
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 

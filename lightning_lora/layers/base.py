@@ -182,7 +182,7 @@ class LoRALayer(LayerKind):
                     replace_values(own, value.data.to(own, copy=True))
 
     def lora_detach(self) -> Adapter:
-        """Remove the adapter from the layer, which has its class and its state dict keys of before again."""
+        """Remove the adapter. The layer gets its earlier class and state dict keys back."""
         adapter = self._lora_adapter()
         for name in (*adapter.parameters, *_OF_ADAPTER):
             delattr(self, name)
@@ -223,7 +223,7 @@ class LoRALayer(LayerKind):
         return is_resized(self, self._lora_adapter())
 
     def lora_follow_base(self) -> None:
-        """Initialise an adapter that depends on the base's weights again, if they have changed before it trained."""
+        """Initialise again an untrained adapter that depends on the base's weights. Only if these have changed."""
         has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta
         if has_values and self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}

@@ -54,9 +54,9 @@ class LayerKind(InPlace, nn.Module):
         """Decide whether the update can be added to the output: not if the layer overrides its forward."""
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
-            base: Any = cls.overlaid[1]
-            known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
-            computes_itself = any(getattr(base, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
+            plain: Any = cls.overlaid[1]
+            known = next((ancestor for ancestor in plain.__mro__ if cls.lora_adapts(ancestor)), plain)
+            computes_itself = any(getattr(plain, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
             cls._lora_is_additive = cls.lora_update is not LayerKind.lora_update and not computes_itself
 
     @classmethod
@@ -94,7 +94,7 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix of shape (out, in), or as a stack of such matrices."""
+        """Return a weight as a matrix, (out, in), or as a stack of such matrices."""
         return weight
 
     @staticmethod

@@ -50,7 +50,7 @@ class LoRAConvNd(LoRALayer):
 
 
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):
-    r"""A transposed convolution, in which B has the kernel, and A is a convolution of kernel size 1 to r channels.
+    r"""A transposed convolution, in which B has the kernel. A is a convolution of kernel size 1 to r channels.
 
     Shape:
         weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).

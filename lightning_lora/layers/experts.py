@@ -1,4 +1,4 @@
-"""Low-rank updates for parameters that a module reads directly, such as the stacked weights of experts."""
+"""Low-rank updates for parameters that a module reads itself, such as experts' stacked weights."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRAParameters(LoRALayer):
-    r"""A module with low-rank updates of the parameters in ``target_parameters``, which runs on :math:`W + s B A`.
+    r"""A module with updates of the parameters in ``target_parameters``. It runs on :math:`W + s B A`.
 
     A parameter may be the weight of a layer inside the module: it is updated where the layer is called, and where the
     module reads it.
@@ -27,6 +27,6 @@ class LoRAParameters(LoRALayer):
 
     @staticmethod
     def lora_matrix_of(layer: nn.Module, name: str) -> AdaptedMatrix:
-        """Return the matrix, or the stack of matrices, that is a parameter of the module or of a layer inside it."""
+        """Return what a parameter is: a matrix, or a stack of matrices. A layer inside may hold it."""
         *stack, writes, reads = own_parameter(layer, name).shape
         return AdaptedMatrix(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

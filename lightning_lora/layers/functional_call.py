@@ -18,7 +18,7 @@ def functional_call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the forward of ``cls`` on a copy of ``module`` with other weights, some perhaps of modules inside it.
+    """Run the forward of ``cls`` on a copy of ``module`` with other weights. Modules inside it may hold some of them.
 
     ``module`` itself does not change meanwhile, so other threads may run it too. Attributes that forward sets are
     copied back at the end, but for those in ``derived``, which it sets from the weights.
@@ -35,22 +35,22 @@ def functional_call(
 def _with_weights(module: nn.Module, cls: type, weights: Mapping[str, Tensor | None], made: list[Made]) -> Any:
     """A copy that shares everything with ``module`` except some weights. ``made`` collects all copies."""
     copy: Any = object.__new__(cls)
-    state = vars(copy)
-    state.update(module.__dict__)
+    attributes = vars(copy)
+    attributes.update(module.__dict__)
     for name, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:
-            state[name] = MethodType(value.__func__, copy)
+            attributes[name] = MethodType(value.__func__, copy)
     inside: dict[str, dict[str, Tensor | None]] = {}
     for name, weight in weights.items():
         child, _, leaf = name.partition(".")
         if leaf:
             inside.setdefault(child, {})[leaf] = weight
         else:
-            state[name] = weight  # instance attributes come before parameters
+            attributes[name] = weight  # instance attributes come before parameters
     if inside:
-        state["_modules"] = dict(module._modules)
+        attributes["_modules"] = dict(module._modules)
     for name, given in inside.items():
         child_module = module.get_submodule(name)
-        state["_modules"][name] = _with_weights(child_module, type(child_module), given, made)
-    made.append((module.__dict__, dict(state), state))
+        attributes["_modules"][name] = _with_weights(child_module, type(child_module), given, made)
+    made.append((module.__dict__, dict(attributes), attributes))
     return copy

@@ -80,6 +80,6 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
 
 @torch.no_grad()
 def keep_start(matrix: AdaptedMatrix, values: Mapping[str, Tensor]) -> None:
-    """Keep A and B of a matrix, from which the update is the difference, as A0 and B0."""
+    """Keep A and B of a matrix as A0 and B0. The update is the difference from them."""
     for role, start in ((Role.A, Role.A0), (Role.B, Role.B0)):
         values[matrix.parameter(start)].copy_(values[matrix.parameter(role)])

@@ -35,9 +35,9 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class of a layer's type, or of the nearest base class that has one, or None."""
-    for base in type(layer).__mro__:
-        adapter = ADAPTERS.get(base) or ADAPTERS.get(f"{base.__module__}.{base.__qualname__}")
+    """Return the adapter class for a layer, or None: its type's, or that of the nearest base class that has one."""
+    for ancestor in type(layer).__mro__:
+        adapter = ADAPTERS.get(ancestor) or ADAPTERS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if adapter is not None:
             return adapter
     return None

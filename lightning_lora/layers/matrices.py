@@ -142,7 +142,7 @@ def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) ->
 
 
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
-    """Return A and B of a matrix's update, or of its difference from initial values, from parameters by name."""
+    """Return A and B of a matrix's update, from parameters by name. It may be the difference from initial values."""
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
     if settings.is_difference:
         return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))

@@ -12,7 +12,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix
 
 
 class LoRALinear4bit(LoRALinear):
-    r"""A 4-bit linear layer of bitsandbytes, to whose output :math:`s \, \mathrm{dropout}(x) A^T B^T` is added.
+    r"""A 4-bit linear layer of bitsandbytes. It adds :math:`s \, \mathrm{dropout}(x) A^T B^T` to its output.
 
     Shape:
         weight: (out, in), packed; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
@@ -112,7 +112,7 @@ def unpack(module: Any) -> None:
 
 
 def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:
-    return any(kind.lora_adapts(base) for kind in kinds for base in type(module).__mro__)
+    return any(kind.lora_adapts(ancestor) for kind in kinds for ancestor in type(module).__mro__)
 
 
 def _scales(layer: Any) -> Tensor:

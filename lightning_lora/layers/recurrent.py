@@ -11,7 +11,7 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRARecurrent(LoRALayer):
-    r"""A recurrent layer, which runs on :math:`W + s B A` for each weight of each layer and direction.
+    r"""A recurrent layer, which runs on :math:`W + s B A`. Each weight of each layer and direction has its update.
 
     A gate is not linear in its weights, so the update cannot be added to the output. Dropout drops features of A, the
     same ones for the whole sequence.

@@ -1,4 +1,4 @@
-"""Single rows of an embedding that train, such as those of new tokens, and the layers that are tied to it."""
+"""Embeddings in which single rows train, such as those of new tokens. Layers may be tied to them."""
 
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from lightning_lora.tensors.inplace import InPlace, overlay, uncover
 
 
 class LoRATokens(LoRAEmbedding):
-    r"""An embedding, or an output head, in which single rows of the weight are replaced by trained ones.
+    r"""An embedding or an output head in which trained rows replace some of the weight.
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.
@@ -35,7 +35,7 @@ class LoRATokens(LoRAEmbedding):
         return torch.tensor(matrix.tokens, device=device), rows.to(device, self.weight.dtype)
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
-        """Return the weight, or given values of it, with the trained rows in place of its own."""
+        """Return the weight, or given values of it, with the trained rows."""
         weight = self._lora_weight(name) if weight is None else weight
         places, rows = self.lora_rows_for(weight.device)
         return weight.index_copy(0, places, rows.to(weight.dtype))
@@ -56,7 +56,7 @@ class TiedLayer(InPlace, nn.Module):
 
 
 def tie_layers(modules: Collection[nn.Module]) -> None:
-    """Tie all layers of a model to the embeddings with rows that they share a weight with, and no others."""
+    """Tie layers to the embeddings with rows whose weight they share. No others stay tied."""
     owners = {id(module._parameters["weight"]): module for module in modules if isinstance(module, LoRATokens)}
     for module in modules:
         if isinstance(module, TiedLayer):

@@ -1,4 +1,4 @@
-"""Attach adapters to a model and freeze its base; detach them; restore the model if a change fails."""
+"""Attach adapters to a model and freeze its base, or detach them. If a change fails, restore the model."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +27,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
-    """Remove adapters from these layers, or from all, and return them by the names of their layers."""
+    """Remove adapters from these layers, or from all. Return them by the names of their layers."""
     check_weights(view)
     adapters = {}
     for name, layer in view.layers.items():
@@ -103,7 +103,7 @@ def check_weights(view: View) -> None:
 
 
 def check_no_rows(view: View, call: str) -> None:
-    """Refuse a change of layers that an open block of ``adapter_names`` runs as it found them."""
+    """Refuse a change of layers in an open block of ``adapter_names``. It runs them as it found them."""
     for module in view.modules.values():
         runs = getattr(vars(module).get("forward"), "__func__", None)
         if getattr(getattr(runs, "__self__", None), "module", None) is module:  # a copy of one has that of the other

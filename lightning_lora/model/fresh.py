@@ -127,7 +127,7 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The names of the largest modules that hold these layers, small ones, norms as they were made, and nothing else.
+    """The largest modules that hold only these layers, small ones, and norms as they were made.
 
     A small layer, such as a head's last one, may look trained by chance.
     """
@@ -167,7 +167,7 @@ _NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
 
 
 def block_of(weight: Tensor) -> Tensor:
-    """Return evenly spaced rows and columns of a weight, about 10,000 values, without rows of zeros (padding)."""
+    """Return evenly spaced rows and columns of a weight, without zero rows (padding). These are about 10,000 values."""
     rows, columns = weight.shape[0], weight[0].numel()
     most_rows = min(rows, max(100, _MOST // columns))
     columns_taken = min(columns, _MOST // most_rows)
@@ -205,7 +205,7 @@ def _is_even(block: Tensor) -> bool:
     for sums, length in ((squares.sum(1), squares.shape[1]), (squares.sum(0), squares.shape[0])):
         if len(sums) > 1:
             ratio = sums.var().item() / (length * squares.var().item())
-            part = 2 / (9 * (len(sums) - 1))  # the cube root of a chi-squared value is nearly normal (Wilson, Hilferty)
-            if ratio > (1 - part + _SPREAD * math.sqrt(part)) ** 3:
+            variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
+            if ratio > (1 - variance + _SPREAD * math.sqrt(variance)) ** 3:
                 return False
     return True

@@ -152,7 +152,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
 
 
 def _note_flags(view: View) -> None:
-    """Note what the user has frozen or thawed since the adapters came, and refuse a frozen network that has its own."""
+    """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
     for prefix, record in records.records_in(view.modules).items():
         inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
         if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
@@ -240,7 +240,7 @@ def follow_copied(view: View, idle: Set[str]) -> set[str]:
 
 
 def follow_originals(view: View) -> None:
-    """Let the adapters of copies follow those of their originals, with the same values before they train."""
+    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
     for name, layer in view.layers.items():
         original = view.layers.get(view.adapter.networks.original_of(name) or "")
         if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):
@@ -355,7 +355,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
 
 
 def _check_same_trained(view: View, prefix: str) -> None:
-    """Refuse if the module ``prefix`` trains other biases or modules in full than this configuration."""
+    """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
     inside = f"{prefix}." if prefix else ""
     theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
     ours = {name for name in view.trained if name.startswith(inside)}
@@ -367,11 +367,11 @@ def _check_same_trained(view: View, prefix: str) -> None:
         )
 
 
-def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
+def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
     if not settings.is_difference:
         del named["init"]  # otherwise it makes no difference later
-    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]
+    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
     return {**named, "matrices": own}

@@ -57,7 +57,7 @@ def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
 
 
 def _loaded(view: View, given: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is loaded for these tensors, as the model will hold it, under whichever name of a shared tensor it is."""
+    """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
     found = {}

@@ -138,7 +138,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
 
 
 def _check(view: View) -> dict[str, list[str]]:
-    """Refuse what cannot be merged, and return the weights that another layer uses too, by layer."""
+    """Refuse what cannot be merged. Return the weights that another layer uses too, by layer."""
     attach.check_no_rows(view, "merge_adapters")
     attach.check_weights(view)
     check_mergeable(view)
@@ -159,7 +159,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 def _merge_layer(
     view: View, name: str, tied: list[str], bases: dict[str, Tensor] | None = None, undo: ExitStack | None = None
 ) -> float:
-    """Set a layer's weights to ``W + ΔW``, and return the largest share of an update that is lost to rounding.
+    """Set a layer's weights to ``W + ΔW``. Return the largest share of an update that is lost to rounding.
 
     For weights in ``tied`` it gets new parameters. ``bases`` gets the base's values; without ``undo``, none are kept.
     """
@@ -282,7 +282,7 @@ def _unmerge(view: View) -> None:
 
 
 def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
-    """Set a layer's weights to the base's values again, on their current device and in their current dtype."""
+    """Set a layer's weights to the base's values again. They keep their current device and dtype."""
     for weight, base in adapter.bases.items():
         shown = own_parameter(layer, weight)
         undo.callback(_put_back, shown, set_aside(shown), shown.device)

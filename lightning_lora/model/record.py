@@ -60,7 +60,7 @@ class AdapterState:
     """Whether a Trainer has begun to train it, or it was loaded."""
 
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
-    """The forms of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
+    """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
 
     resting: dict[str, Adapter] = field(default_factory=dict)
     """While another one is active: this one, off its layers, by their names."""
@@ -96,7 +96,7 @@ class AdapterState:
         self.random = tuple(names)
 
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
-        """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
+        """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
         self.extra = self.extra if self.is_trained else extra
         known, self.originals = self.originals, {}
         for name, tensor in values.items():
@@ -178,11 +178,11 @@ class Record:
         return None if self.is_disabled else self.adapter.name
 
     def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
-        """The model shows its base, with these values of the active adapter aside; or, if None, the adapter again."""
+        """The model shows its base. These values of the active adapter are aside; None: it shows the adapter again."""
         self.is_disabled, self.aside = aside is not None, aside or {}
 
     def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
-        """The active adapter was taken off, and has these parts. Another one was put on."""
+        """The active adapter was taken off, and keeps these tensors. Another one was put on."""
         leaving, self.adapter = self.adapter, coming
         leaving.resting, leaving.own = resting, own
         self.others[leaving.name] = leaving
@@ -213,12 +213,12 @@ class Record:
         """The whole base was loaded anew, and the adapter begins anew."""
         self.adapter.fingerprints, self.adapter.is_trained, self.changed = [], False, {}
 
-    def base_was_read(self, form: dict[str, Any]) -> None:
+    def base_was_read(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
-        if form not in self.adapter.fingerprints:
+        if fingerprint not in self.adapter.fingerprints:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
-            self.adapter.fingerprints = [form]
+            self.adapter.fingerprints = [fingerprint]
 
     def base_was_rounded(self, name: str, now: int, was: int) -> None:
         """A weight was computed again from a merged one. It stands for the base's, with another digest."""
@@ -291,7 +291,7 @@ _HOOKS: list[_LoadHook] = []
 
 
 def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this before torch loads into a model with a record; the latest hook first, until one returns True."""
+    """Call this before torch loads into a model with a record. The latest hook comes first, until one returns True."""
     _HOOKS.insert(0, hook)
     return hook
 
@@ -347,7 +347,7 @@ def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") ->
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already."""
+    """Move the records of modules inside ``model`` into ``record``. It keeps the values that it has already."""
     found = _inner_records(model)
     if several := [f"{name}: {listed(inner.others)}" for name, inner in found.items() if inner.others]:
         raise AdapterStateError(
@@ -370,7 +370,7 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def record_of(model: nn.Module) -> Record:
-    """Return the record of ``model``, or raise an error if it has no adapters, or shows its base."""
+    """Return the record of ``model``. Raise an error if it has no adapters, or shows its base."""
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model)
     title = type(plain_module(model)).__name__

@@ -106,13 +106,13 @@ class _Block(ExitStack):
 
 
 def _own_values(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
-    """The tensors besides the adapters in which these differ, by the module whose forward reads them."""
+    """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
     found: dict[nn.Module, Values] = {}
-    present, states = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
-    for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
+    present, adapters = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
+    for name in dict.fromkeys(chain.from_iterable(each.originals for each in adapters)):
         here, original = present[name], view.adapter.originals.get(name)
         base = here if original is None or original.is_meta or name in view.record.filled else original.to(here)
-        values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
+        values: dict[Name, Tensor] = {each.name: each.own.get(name, base) for each in adapters}
         values |= {None: base, view.adapter.name: here}
         if not isinstance(here, nn.Parameter) and all(same_bits(value, base) for value in values.values()):
             continue
@@ -149,12 +149,12 @@ class _Mixed:
     def __init__(self, block: _Block, view: View, name: str, adapters: Mapping[Name, Adapter], values: Values) -> None:
         module: Any = view.modules[name]
         self.name, self.module, self.record, self.running = name, module, view.record, block.running
-        self.base: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
+        self.plain: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
         self.adapters, self.values = {key: adapters[key] for key in block.names if key in adapters}, values
         self.is_sum, self.has_dropout = not values, False  # a sum of the base's output and an update for each row
         for adapter in self.adapters.values():
-            cls: Any = combined(adapter.kind, self.base)
+            cls: Any = combined(adapter.kind, self.plain)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
             self.has_dropout |= adapter.settings.dropout > 0
         self.has_statistics = isinstance(module, NormBase) and module.track_running_stats
@@ -180,21 +180,21 @@ class _Mixed:
         if len(self.rows) < 2:  # none at all, in an empty batch
             return self._run_as(next(iter(self.rows), None), args, kwargs)
         if self.is_sum and not (self.has_dropout and (module.training or self.step.runs)):
-            return add_to_rows(self.base.forward(module, *args, **kwargs), x, *self._factors())
+            return add_to_rows(self.plain.forward(module, *args, **kwargs), x, *self._factors())
         later = int(isinstance(module, nn.RNNBase))  # the rows of states are their second dimension
         whole = (*args[5:6], kwargs.get("attn_mask"))[0] if isinstance(module, nn.MultiheadAttention) else None
-        parts = []
+        outputs = []
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
-                parts.append(taken(self._run_as(None, args, kwargs), rows, len(x), later))
+                outputs.append(taken(self._run_as(None, args, kwargs), rows, len(x), later))
             else:
-                parts.append(self._run_as(key, *taken((args, kwargs), rows, len(x), later, whole)))
-        return put_back(self.name, parts, list(self.rows.values()), later)
+                outputs.append(self._run_as(key, *taken((args, kwargs), rows, len(x), later, whole)))
+        return put_back(self.name, outputs, list(self.rows.values()), later)
 
     def _run_as(self, key: Name, args: Any, kwargs: Any) -> Any:
-        cls, attributes, adapter = self.base, self.values.get(key, {}), self.adapters.get(key)
+        cls, attributes, adapter = self.plain, self.values.get(key, {}), self.adapters.get(key)
         if adapter is not None:
-            cls = combined(adapter.kind, self.base)
+            cls = combined(adapter.kind, self.plain)
             attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
         self.running.append(key)
         try:

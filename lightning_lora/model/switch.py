@@ -21,7 +21,7 @@ from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
-_form = attrgetter("shape", "dtype", "device")
+_traits = attrgetter("shape", "dtype", "device")
 
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
@@ -139,7 +139,7 @@ def check_switchable(view: View) -> None:
 
 
 def follow_model(view: View, state: AdapterState) -> None:
-    """Let a resting adapter have the devices and dtypes of its layers, if they are as it left them."""
+    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
@@ -191,7 +191,7 @@ def change(view: View, coming: AdapterState) -> None:
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
-    """The adapter's own tensors by name, and the base's where the active one has its own."""
+    """The adapter's own tensors by name. Where only the active one has its own, the base's."""
     put, made = dict(coming.own), dict[int, Tensor]()
     for name, tensor in view.kept.items():
         if name not in put:
@@ -205,7 +205,7 @@ def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
     """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
-    if known is not None and known is not tensor and _form(known) == _form(tensor) and same_bits(known, original):
+    if known is not None and known is not tensor and _traits(known) == _traits(tensor) and same_bits(known, original):
         return known
     value = original.to(tensor, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
@@ -230,7 +230,7 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
 
 @torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
 def _show_base(view: View) -> None:
-    """Turn the updates off, and let the base's values be in merged weights, and in what was trained beside them."""
+    """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
     record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
     for name, tensor in view.kept.items():
         original = view.adapter.originals[name].to(tensor, copy=True)

@@ -206,7 +206,7 @@ class View:
 
     @property
     def extra(self) -> dict[str, int]:
-        """The digests of what modules keep besides tensors (``get_extra_state``), by its names in a state dict."""
+        """The digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
         found = {}
         for name, module in self.modules.items():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -259,7 +259,7 @@ class View:
         return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
     def follow_base(self) -> None:
-        """Initialise adapters again that start from the base's weights, if these have changed before training."""
+        """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
             layer.lora_follow_base()
 
@@ -283,7 +283,7 @@ def keep_originals(view: View) -> None:
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change, unless the base's are already copied or lost."""
+    """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
     known = view.adapter.originals.keys() | view.record.changed.keys()
     view.adapter.set_base_values({name: view.base[name] for name in names if name not in known})
 

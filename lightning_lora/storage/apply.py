@@ -138,7 +138,7 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
-    """Return adapters of a file of this package by the names of a model, if they differ by one prefix."""
+    """Return adapters by a model's names, which may differ by one prefix. Only those of a file of this package."""
     title = view.title
     found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
     if len(found) == 1 and all(is_inside(name, found[0].here) for name in (*view.parameters, *view.buffers)):
@@ -233,7 +233,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 
 
 def _check_layers(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file of this package that describes other layers than its configuration adapts in the model."""
+    """Refuse a file of this package that describes other layers than the model now has."""
     for name, layer in view.layers.items() if stored.base else ():
         there, kind = stored.layers[stored.renaming.name_there(name)], cast(type[LoRALayer], layer.overlaid[0])
         is_same = (there.adapter_class or kind).lora_as_matrix is kind.lora_as_matrix
@@ -325,6 +325,6 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
 
 
 def _is_sound(value: Tensor, original: Tensor | None) -> bool:
-    """Whether ``value`` is finite, except where the base has the same infinite value, as a mask may."""
+    """Whether ``value`` is finite, except for infinite values of the base. A mask may have some."""
     odd = ~value.isfinite()
     return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))

@@ -29,7 +29,7 @@ _WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
     """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
-    forms, view = note_changed(model, anew=False), view_of(model)
+    fingerprints, view = note_changed(model, anew=False), view_of(model)
     held = dict(checkpoint)
     for key in ("state_dict", MOVED):
         if key in held:
@@ -43,7 +43,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = full_tensors(held)
     if written_later:
         held = _copied(held)
-    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms)).description()
+    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, fingerprints)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
@@ -79,7 +79,7 @@ def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_average(own: object) -> bool:
-    """Whether a callback's own state holds a full model, as that of Lightning's StochasticWeightAveraging does."""
+    """Whether a callback's own state holds a full model. That of Lightning's StochasticWeightAveraging does."""
     return isinstance(own, Mapping) and isinstance(own.get(AVERAGE), Mapping)
 
 
@@ -99,15 +99,15 @@ def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
-    """Make the base from a checkpoint's merged weights, which code without adapters loads before it resumes a run."""
+    """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
     if not merged:
         return False
     here = fingerprint(view := view_of(model), anew=False)
-    forms = [form for form in checkpoint[KEY]["base"] if is_same_form(form, here)]
-    if not forms or not take_updates_out(view, merged, checkpoint["state_dict"]):
+    fitting = [each for each in checkpoint[KEY]["base"] if is_same_form(each, here)]
+    if not fitting or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     now = fingerprint(view, anew=False)
-    for name, own, base in zip(base_tensors(view), now["digests"], forms[0]["digests"], strict=True):
+    for name, own, base in zip(base_tensors(view), now["digests"], fitting[0]["digests"], strict=True):
         if own != base:
             view.record.base_was_rounded(name, own, base)
     return True
@@ -133,7 +133,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 
 @on_load
 def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapping[str, Any]) -> bool:
-    """Load the adapters of a file that other code gives to an adapted or merged model; torch gets the model's own."""
+    """Load the adapters of a file that other code loads into the model. torch then gets the model's own state."""
     number, about, held = notes.get(_WHOLE, (None, notes.get(KEY), state))
     is_whole = number is not None
     if about is None or (is_whole and not (View(model).adapter.is_trained and checksum(state, {}) == number)):

@@ -1,4 +1,4 @@
-"""Write files completely or not at all; read them without running code, in no more memory than they have bytes."""
+"""Write files completely or not at all. Read them without running code, in no more memory than they have bytes."""
 
 import errno
 import glob
@@ -46,24 +46,24 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         target = local.resolve()  # the target of a link, so that the link stays
         if target.exists() and not target.is_file():
             raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
-    with _part_of(target) as part, write_errors(path):
-        yield part
-        if not part.exists():  # Lightning gives no error when it has no permission to write
+    with _temporary(target) as temporary, write_errors(path):
+        yield temporary
+        if not temporary.exists():  # Lightning gives no error when it has no permission to write
             if os.access(target.parent, os.W_OK):
                 raise OSError("what was called to write it wrote nothing")
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
-        part.replace(target)
+        temporary.replace(target)
 
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield a name for a temporary folder, then move it to its place, which must be free."""
+    """Yield a name for a temporary folder, then move it to its place. That must be free."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
     target = path.resolve()
-    with _part_of(target) as part, write_errors(path):
-        yield part
-        part.replace(target)
+    with _temporary(target) as temporary, write_errors(path):
+        yield temporary
+        temporary.replace(target)
 
 
 def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -89,33 +89,33 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_PARTS = itertools.count()  # for temporary files of threads that write one file at the same time
+_NUMBERS = itertools.count()  # for temporary files of threads that write one file at the same time
 
 
 @contextmanager
-def _part_of(target: Path) -> Iterator[Path]:
+def _temporary(target: Path) -> Iterator[Path]:
     """Yield a name beside ``target`` for what is being written. Nothing stays there."""
-    for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
+    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*.part") if os.name == "posix" else ():
         with suppress(OSError, ValueError):  # what killed processes of this machine have left
             try:
-                os.kill(int(part.suffixes[-3][1:]), 0)
+                os.kill(int(left.suffixes[-3][1:]), 0)
             except ProcessLookupError:
-                _delete(part)
-    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part")
+                _delete(left)
+    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.{next(_NUMBERS)}.part")
     try:
-        yield part
+        yield temporary
     finally:
-        _delete(part)
+        _delete(temporary)
 
 
-def _delete(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
-        part.unlink()
+        path.unlink()
 
 
-def _part_prefix(target: Path) -> str:
+def _prefix(target: Path) -> str:
     """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
     machine = zlib.crc32(platform.node().encode())
     return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."
@@ -135,7 +135,7 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
 
 
 def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
-    """Refuse to write where no folder is, over an input by any name or link, or into one. ``files``: inside ``out``."""
+    """Refuse to write where no folder is, or over or into an input. Links are followed. ``files``: inside ``out``."""
     check_path(out)
     local = local_path(out)
     if local is None:
@@ -151,7 +151,7 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
 
 
 def local_path(path: Any) -> Path | None:
-    """Return the path in this machine's file system, or None for what is elsewhere, such as ``s3://bucket/a.ckpt``."""
+    """Return the path in this machine's file system. None: it is elsewhere, such as ``s3://bucket/a.ckpt``."""
     if not isinstance(path, str | os.PathLike):
         return None
     place = os.fspath(path)
@@ -268,7 +268,7 @@ def _broken(file: Any, contents: bool) -> str | None:
 
 
 def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
-    """The pickle in ``archive``, if it would create an object that is larger than the file, or None."""
+    """The pickle in ``archive`` that would create an object larger than the file, or None."""
     for record in archive.namelist():
         if record.endswith("data.pkl"):
             makes, names_size = False, False
@@ -313,7 +313,7 @@ class Unread:
 
 
 def load_plain(source: Any, **options: Any) -> Any:
-    """Return what is plain in an archive of torch, a path or an open file, and :class:`Unread` for the rest."""
+    """Return what is plain in an archive of torch, and :class:`Unread` for the rest. ``source`` may be an open file."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True, **options)
     except UnpicklingError:

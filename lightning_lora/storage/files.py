@@ -104,9 +104,9 @@ def export_peft(
             ``""`` is the whole module. By default it is the one model inside, if there is one.
         uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
             llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
-        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: all adapted parts of a pipeline
-            in the module. Names begin with the part: its own name if it is one, such as ``text_encoder_2``; else
-            ``unet``, ``transformer`` or ``text_encoder``, by the class of the model.
+        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: a pipeline's adapted models in
+            the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
+            else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
@@ -173,8 +173,8 @@ def load_adapter(
             module that was saved, or a module around the model that was saved, if that module has no other weights.
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
-            beside it. Or a folder or file of diffusers: a model gets the part of the pipeline that it is, a module
-            around several all of them. Or a repository of the Hugging Face hub, if it is in the cache. Or what
+            beside it. Or a folder or file of diffusers: a model gets those of its place in the pipeline, a module
+            around several gets all. Or a repository of the Hugging Face hub, if it is in the cache. Or what
             loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.
@@ -227,7 +227,7 @@ def load_adapter(
 
 
 def _check_plain(contents: dict[Any, Any], path: Any) -> None:
-    """Refuse tensors that would take more memory than the file has, or with which torch cannot compute."""
+    """Refuse tensors that would take more memory than the file has. Also those with which torch cannot compute."""
     odd = list[object]()
     for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
         odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
@@ -295,7 +295,7 @@ def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, A
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass whose instances keep the state that Lightning loads first after their hook, and the list of these."""
+    """A subclass that keeps the state that Lightning loads first after its hook. Also the list of these states."""
     states: list[Any] = []
 
     def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:

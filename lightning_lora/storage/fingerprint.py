@@ -89,7 +89,7 @@ def base_value(view: View, name: str) -> Tensor:
 
 
 def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
-    """Note frozen weights that have changed since the run began, which files must hold from now on."""
+    """Note frozen weights that have changed since the run began. Files must hold them from now on."""
     view = view_of(model)
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.adapter.fingerprints:
@@ -109,13 +109,13 @@ def is_same_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
-    """Return the base's fingerprints in all known forms, as files hold them; of another base than the run's, one."""
+    """Return the base's fingerprints in all known dtypes, as files hold them. Of another base than the run's, one."""
     known, now = view.record.adapter.fingerprints, fingerprint(view)
     return with_halves(view, known if now in known else [now])
 
 
-def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
+def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add the base's digests in half precision to its fingerprints. So a converted base is recognised.
 
     ``rounded`` has those in bfloat16 and float16 of each tensor: none of integers and of values from before a change
     that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
@@ -123,19 +123,19 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
     layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
     floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in packed}
-    for form in map(dict, forms):
-        if form["layout"] == layout:
-            known = dict(zip(tensors, form["digests"], strict=True))
+    for each in map(dict, fingerprints):
+        if each["layout"] == layout:
+            known = dict(zip(tensors, each["digests"], strict=True))
             halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
-            if form["dtypes"] == dtypes:
+            if each["dtypes"] == dtypes:
                 halves |= {name: _halves_of(view, name, tensor, known[name]) for name, tensor in floating.items()}
-            form["rounded"] = halves
-        described.append(form)
+            each["rounded"] = halves
+        described.append(each)
     return described
 
 
 def _halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
-    """A base tensor's digests in half precision, or an empty list if its values are no longer there."""
+    """A base tensor's digests in half precision. The list is empty if its values are no longer there."""
     if _is_lost(view, name, known):
         return view.record.half_digests.get(known, [])
     return view.record.halves(known, tensor)
@@ -191,11 +191,11 @@ class Comparison:
         return not self.differ and self.equal > 0
 
 
-def compare(form: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
+def compare(fingerprint: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
     """Compare a base with one fingerprint, tensor by tensor."""
-    rounded = form["rounded"]
-    there = dict(zip(rounded, form["digests"], strict=True))
-    dtypes = list(map(partial(getattr, torch), form["dtypes"]))
+    rounded = fingerprint["rounded"]
+    there = dict(zip(rounded, fingerprint["digests"], strict=True))
+    dtypes = list(map(partial(getattr, torch), fingerprint["dtypes"]))
     found = Comparison(is_same_form=is_same_form)
     for each in tensors:
         if not is_same_form and (each.is_packed or rounded.get(each.name, []) is None):
@@ -241,22 +241,22 @@ def check_base(
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
     known, here = view.record.adapter.fingerprints, fingerprint(view, anew=anew, renaming=renaming)
-    forms = [{key: form[key] for key in here} for form in stored]
-    if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
+    fingerprints = [{key: each[key] for key in here} for each in stored]
+    if here in fingerprints or (here in known and any(each in fingerprints for each in known)):  # as it is, or was
         return False
-    compared = [_compare(view, form, here, random, renaming) for form in stored]
+    compared = [_compare(view, each, here, random, renaming) for each in stored]
     title, now = view.title, " and ".join(here["dtypes"])
-    for form, found in zip(stored, compared, strict=True):
+    for each, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
             if not found.converted and not found.quantised:
                 return False
             same = "It is the same base, converted."
             if found.quantised:
                 same = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-            trained = f"These adapters were trained on a base in {' and '.join(form['dtypes'])}"
+            trained = f"These adapters were trained on a base in {' and '.join(each['dtypes'])}"
             warn(f"{trained}; {title} is in {now}. {same}")
             return True
-    nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
+    nearest = next((i for i, each in enumerate(stored) if each["dtypes"] == here["dtypes"]), 0)
     message = _difference(view, stored[nearest], here, compared[nearest], shapes)
     if refuse:
         raise BaseMismatchError(message)
@@ -266,21 +266,21 @@ def check_base(
 
 
 def _compare(
-    view: View, form: Mapping[str, Any], here: Mapping[str, Any], random: Collection[str], renaming: Renaming
+    view: View, fingerprint: Mapping[str, Any], here: Mapping[str, Any], random: Collection[str], renaming: Renaming
 ) -> Comparison | None:
-    """Compare a model with a fingerprint, or return None if the file does not say which names it has."""
-    if "rounded" not in form and form["layout"] != here["layout"]:
+    """Compare a model with a fingerprint. None: the file does not say which names it has."""
+    if "rounded" not in fingerprint and fingerprint["layout"] != here["layout"]:
         return None
     tensors, packed = base_tensors(view), _quantised_names(view)
     names = {name: renaming.name_there(name) for name in tensors}
-    halves: dict[str, Any] = form.get("rounded") or {there: [] for there in names.values()}
-    same_form = is_same_form(form, here) and all((halves[names[n]] is None) == (n in packed) for n in names)
+    halves: dict[str, Any] = fingerprint.get("rounded") or {there: [] for there in names.values()}
+    same_form = is_same_form(fingerprint, here) and all((halves[names[n]] is None) == (n in packed) for n in names)
     compared = []
     for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
         if name not in random:
             known = partial(_halves_of, view, name, tensor, exact)
             compared.append(BaseTensor(names[name], name, tensor, exact, known, name in packed))
-    found = compare({**form, "rounded": halves}, compared, is_same_form=same_form)
+    found = compare({**fingerprint, "rounded": halves}, compared, is_same_form=same_form)
     absent = halves.keys() - names.values()
     found.differ = [name for name in halves if name in absent and halves[name] is not None] + found.differ
     found.quantised = [name for name in found.quantised if name in view.parameters]
@@ -294,16 +294,16 @@ def _left_out(found: Comparison) -> str:
 
 def _difference(
     view: View,
-    form: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     here: Mapping[str, Any],
     found: Comparison | None,
     shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
-    title, packed = view.title, _quantised_names(view) or None in form.get("rounded", {}).values()
-    if found is None or (form["layout"] != here["layout"] and not packed):
+    title, packed = view.title, _quantised_names(view) or None in fingerprint.get("rounded", {}).values()
+    if found is None or (fingerprint["layout"] != here["layout"] and not packed):
         return (
-            f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "
+            f"These adapters were trained on another architecture: their base has {len(fingerprint['digests'])} frozen "
             f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
             "the model as it was built for training, with the same modules_to_save and bias."
         )
@@ -321,7 +321,7 @@ def _difference(
             "head, have none: train them (modules_to_save, trainable_token_indices). A merged model is another base "
             "too. Of buffers with values from data, files hold those that the module's own setup fills."
         )
-    there, now = (" and ".join(dtypes) for dtypes in (form["dtypes"], here["dtypes"]))
+    there, now = (" and ".join(dtypes) for dtypes in (fingerprint["dtypes"], here["dtypes"]))
     return (
         f"These adapters were trained on another base, in {there}: {how_many}, also after a conversion from "
         f"{now}{_left_out(found)}. Load the pretrained weights that they were trained on, in {there}, and convert the "

@@ -45,7 +45,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN or infinite values, or its
             weights are quantised, have no values, or cannot hold the sum.
-        AdapterFileError: ``model`` cannot be written in this form, or the file cannot be written.
+        AdapterFileError: ``model`` cannot be written so, or the file cannot be written.
         FileNotFoundError: the folder of the file does not exist.
 
     Warns:
@@ -79,7 +79,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
-    """The state, after a check for NaN and infinite adapters and merged weights, and for what would be tied again."""
+    """The merged state, after checks. Adapters and merged weights must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     untied += [name for name, weights in tied_weights(view).items() if weights]
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
@@ -166,7 +166,7 @@ def _write_folder(view: View, path: Path) -> None:
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let the ``save_pretrained`` of an adapted model write what the model computes, whoever calls it."""
+    """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
     if args[1:]:  # positions may hold a state
@@ -193,7 +193,7 @@ WRITERS.append(_save_pretrained)
 
 @contextmanager
 def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
-    """Let the state dict of a model, and of each module in it, hold these values."""
+    """Let the state dict of a model hold these values. Those of modules in it do too."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
             start = f"{name}." if name else ""
@@ -208,7 +208,7 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the state dict that a model has after ``merge_adapters``, with merged weights in the host's memory."""
+    """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory."""
     model = plain_module(view.model)
     if view.is_merged:
         check_as_merged(view)
@@ -242,7 +242,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:
-    """Add a note on each merged layer, and on the model, to torch's own notes in a state dict."""
+    """Note each merged layer, and the model, in torch's notes of a state dict."""
     noted: Any = OrderedDict(state)
     merged, notes = {"", *view.matrices}, dict(getattr(state, STATE_NOTES, {}))
     for name, note in list(notes.items()):
@@ -269,7 +269,7 @@ def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The merged weights under all of their names, and the share of each layer's update that is lost to rounding."""
+    """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
     merged, lost = dict[str, Tensor](), dict[str, float]()
     with torch.inference_mode(False), torch.no_grad():
         for first, layer in view.layers.items():

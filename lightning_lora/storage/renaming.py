@@ -31,7 +31,7 @@ class Renaming:
         return _exchange(name, self.here, self.there)
 
     def told(self, title: str) -> str:
-        """Return a message that names both prefixes, in the file and in the model or file ``title``."""
+        """Return a message that names both prefixes. ``title`` is the model, or the other file."""
         return (
             f"The names in the file {_beginning(self.there)}; in {title} they {_beginning(self.here)}. They are taken "
             "for the same model."
@@ -57,7 +57,7 @@ SAME_NAMES = Renaming()
 def find_renamings(
     names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
 ) -> list[Renaming]:
-    """Return the ways in which all names of a file become known names, if one prefix is exchanged."""
+    """Return the ways to exchange one prefix so that all names of a file are known."""
     lead, first = _common_lead(names), names[0]
     others = [Renaming(there, here) for there in lead for here in dict.fromkeys(("", root_here))]
     for there in dict.fromkeys(("", root_there if root_there in lead else "")):
@@ -76,8 +76,8 @@ def find_renamings(
 def _common_lead(names: Sequence[str]) -> list[str]:
     """The prefixes that all names have, the empty one first."""
     lead = [""]
-    for part in names[0].split(".")[:-1]:
-        prefix = join(lead[-1], part)
+    for component in names[0].split(".")[:-1]:
+        prefix = join(lead[-1], component)
         if not all(name.startswith(f"{prefix}.") for name in names):
             break
         lead.append(prefix)
@@ -90,7 +90,7 @@ def _common_lead(names: Sequence[str]) -> list[str]:
 def by_whole_names(
     layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
 ) -> LoRAConfig:
-    """Return a configuration that names each layer in full, with the rank and the scaling that it has."""
+    """Return a configuration that names each layer in full. Each has its own rank and scaling."""
     modules, parameters, slices, ranks = list[str](), list[str](), dict[str, Any](), dict[str, tuple[int, float]]()
     tokens = dict[str, tuple[int, ...]]()
     for layer in layers:
@@ -137,7 +137,7 @@ def _slices(layer: StoredLayer) -> Any:
 
 
 def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
-    """Return a list of names, or an expression if one may also be the end of a name in ``present``: of all modules."""
+    """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
     others = set(present or ()) - set(names)
     is_clear = not any(matches(name, other) for name in names for other in others if other.endswith(name))
     return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))

@@ -1,4 +1,4 @@
-"""Whether values from a file have the expected form, so that they are safe to use."""
+"""Whether values from a file are as expected, so that they are safe to use."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from lightning_lora.errors import AdapterFileError
 
 
 def fits(value: object, schema: Any) -> bool:
-    """Whether ``value`` has the form that ``schema`` describes.
+    """Whether ``value`` is as ``schema`` describes it.
 
     A schema is a type; ``None``; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list;
     ``{str: schema}`` for any names; or one for each key, where a key that ends in ``"?"`` may be absent.

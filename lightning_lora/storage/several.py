@@ -22,7 +22,7 @@ from lightning_lora.tensors.names import plain_module
 def set_adapter(
     model: nn.Module, name: str | Iterable[str] | Mapping[str, float] | None
 ) -> AbstractContextManager[object]:
-    """Switch to another adapter of a model, to a sum of several, or to its base.
+    """Switch to another adapter, to a sum of several, or to the base.
 
     The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
     the same objects as before, so that an optimizer keeps what it trains: no value is written or copied. A switch walks

@@ -48,7 +48,7 @@ class StoredAdapters:
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
     layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of other libraries do not say them
-    base: list[dict[str, Any]] = field(default_factory=list)  # fingerprints, one a form; empty if the format has none
+    base: list[dict[str, Any]] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
@@ -100,14 +100,14 @@ class StoredAdapters:
     @property
     def has_experts(self) -> bool:
         """Whether the base is a mixture of experts, by the names of its tensors."""
-        return any(".experts." in name for form in self.base for name in form.get("rounded", ()))
+        return any(".experts." in name for each in self.base for name in each.get("rounded", ()))
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
         return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}
 
     def check_agrees(self) -> None:
-        """Refuse adapters whose configuration, layers and tensors differ, because each reader uses others of them."""
+        """Refuse adapters whose configuration, layers and tensors differ. Each reader uses others of them."""
         wrong, known = dict[str, None](), {*self.changed, *chain.from_iterable(self.saved.values())}
         for name, layer in self.layers.items():
             for own, about in adapter_parameters(layer.matrices, layer.settings(self.config)).items():
@@ -215,7 +215,7 @@ _LAYER = {
 
 
 def _is_layer(stored: object) -> bool:
-    return fits(stored, _LAYER) and stored["shapes"].keys() == {part["weight"] for part in stored["parts"]}  # type: ignore[index]
+    return fits(stored, _LAYER) and stored["shapes"].keys() == {each["weight"] for each in stored["parts"]}  # type: ignore[index]
 
 
 def _is_fingerprint(value: object) -> bool:
@@ -243,7 +243,7 @@ _DESCRIPTION = {
 
 
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-    """Return one number for the names and contents of all tensors, and for their description."""
+    """Return one number for all names and tensors, and for their description."""
     said = {name: value for name, value in about.items() if name != "checksum"}
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
     kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
@@ -266,7 +266,7 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether ``value`` is a tensor of the usual form, with which torch can compute."""
+    """Whether ``value`` is a usual tensor, with which torch can compute."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided or not has_own_memory(value):
         return False
     return value.dtype.itemsize > 1 or not value.is_floating_point()

@@ -1,4 +1,4 @@
-"""What a file says of each adapted layer, so that it can be merged, exported and inspected without the model's code."""
+"""What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
 
 import json
 from dataclasses import dataclass, replace
@@ -52,25 +52,25 @@ class StoredLayer:
         return Settings(self.r, self.scaling, init=config.init, use_dora=config.use_dora)
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
-        """Return the names of its adapter's parameters in the file, by their names in the layer."""
+        """Return its adapter's names of parameters in the file, by those in the layer."""
         return {name: join(self.name, name) for name in adapter_parameters(self.matrices, self.settings(config))}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
-        parts = list[dict[str, Any]]()
+        matrices = list[dict[str, Any]]()
         for matrix in self.matrices:
             scaling = None if matrix.scaling is None else float(matrix.scaling)
-            parts.append({**vars(matrix), "scaling": scaling})
+            matrices.append({**vars(matrix), "scaling": scaling})
         own = {name: value for name, value in vars(self).items() if name != "matrices"}
-        return dict(json.loads(json.dumps({**own, "parts": parts})))  # with lists in place of tuples
+        return dict(json.loads(json.dumps({**own, "parts": matrices})))  # with lists in place of tuples
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
         matrices = list[AdaptedMatrix]()
-        for part in stored["parts"]:
-            lists = {name: tuple(part.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
-            matrices.append(AdaptedMatrix(**{**part, **lists}))
+        for each in stored["parts"]:
+            lists = {name: tuple(each.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
+            matrices.append(AdaptedMatrix(**{**each, **lists}))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}
@@ -78,7 +78,7 @@ class StoredLayer:
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
-    """Return a matrix without a rank and a scaling of its own, which files may have different."""
+    """Return a matrix without a rank and a scaling of its own. Files may differ in these."""
     return replace(matrix, r=None, scaling=None)
 
 
@@ -119,7 +119,7 @@ def layers_of(view: View) -> list[StoredLayer]:
 def described(
     view: View, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], r: int = 1, scaling: float = 1.0
 ) -> StoredLayer:
-    """Describe a layer with an adapter that it has, had before a merge, or will get."""
+    """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
     layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
     is_packed, shapes = kind.lora_is_quantised(layer), dict[str, tuple[int, ...]]()

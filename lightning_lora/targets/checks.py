@@ -17,7 +17,7 @@ _SHOWN = 5  # the number of layers that an error names
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer to adapt, the class of its adapter, the matrices to adapt, and the adapter's settings."""
+    """A layer to adapt, and how: the class of its adapter, the matrices, and the settings."""
 
     layer: nn.Module
     kind: type[LoRALayer]
@@ -173,7 +173,7 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
 
 
 def _check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse a rank in ``rank_pattern`` that is larger than each matrix of its layer allows."""
+    """Refuse a rank in ``rank_pattern`` that no matrix of its layer allows."""
     entries = replace(config, r=1)  # which is never too large
     found: dict[str, str] = {}
     for name, choice in choices.items():

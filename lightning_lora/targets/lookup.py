@@ -66,7 +66,7 @@ class Names:
         return list(short if {*self.find("target_parameters", short)} == {*parameters} else parameters)
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise an error if there are entries that match nothing; each comes with the names that it could mean."""
+        """Raise an error if there are entries that match nothing. Each comes with the names that it could mean."""
         if not missing:
             return
         entries = list(missing)
@@ -95,23 +95,23 @@ class Names:
 
 
 def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
-    """Names, or their last parts, that are similar to the missing entries, each once."""
+    """Names, or their ends, that are similar to the missing entries, each once."""
     near, shown = list[str](), set[str]()
     for entry, known in missing.items():
         names: dict[str, list[str]] = {}
         for name in known:
-            for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
-                names.setdefault(part, []).append(name)
-        for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
-            if not shown.issuperset(names[part]):
-                first, number = names[part][0], len(names[part])
-                near.append(repr(first) if number == 1 else f"{part!r} ({number} of them, such as {first!r})")
-                shown.update(names[part])
+            for end in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
+                names.setdefault(end, []).append(name)
+        for end in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
+            if not shown.issuperset(names[end]):
+                first, number = names[end][0], len(names[end])
+                near.append(repr(first) if number == 1 else f"{end!r} ({number} of them, such as {first!r})")
+                shown.update(names[end])
     return near
 
 
 def _ends_of(name: str) -> list[str]:
-    """All list entries that would match ``name``: the full name and its last parts."""
+    """All list entries that would match ``name``: the full name and its ends."""
     ends = [name]
     while "." in ends[-1]:
         ends.append(ends[-1].partition(".")[2])
@@ -151,7 +151,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
-    for name in dict.fromkeys(part.weight for part in kind.lora_matrices_of(layer)):
+    for name in dict.fromkeys(matrix.weight for matrix in kind.lora_matrices_of(layer)):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
             return f"its {name} is {dtype}, not floating point"
@@ -161,7 +161,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from others, or from those that it holds for another layer."""
+    """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
     kind = adapter_for(layer)
     try:
         return isinstance(layer, ParametrizationList) if kind is None else not kind.lora_matrices_of(layer)

@@ -40,7 +40,7 @@ class Networks:
         return (*self.still, *self.bare)
 
     def fitting(self, layers: Set[str]) -> "Networks":
-        """Return these with the layers of copies that get no adapter, if only these layers get one."""
+        """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
         here = {name for name in layers if not is_in_any(name, self.still)}
         bare = [name for name in sorted(here) if (self.original_of(name) or name) not in here]
         return replace(self, bare=tuple(bare))
@@ -138,8 +138,8 @@ def find_copies(
             held[outer][name.removeprefix(f"{outer}.")] = p
     found = dict[str, str]()
     for name in held:
-        is_part = owner_of(name) not in {"", *trains} and not modules[name]._modules
-        if name in trains or is_in_any(name, found) or is_part:
+        is_single = owner_of(name) not in {"", *trains} and not modules[name]._modules
+        if name in trains or is_in_any(name, found) or is_single:
             continue  # of a network that stands still, single layers say nothing
         inside = [layer.removeprefix(name) for layer in layers if is_in_any(layer, [name])]
         originals = [each for each in held if each in trains and any(each + layer in layers for layer in inside)]

@@ -159,7 +159,7 @@ def _choice(
 
 
 def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer, except those that are left out by name, or with a module inside the layer."""
+    """The matrices of a layer that are not left out. ``left_out`` names matrices, or modules inside the layer."""
     outside = len(starts_of(name))
     return tuple(m for m in matrices if left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[outside:]))
 

@@ -58,7 +58,7 @@ def _rows_of(
 
 
 def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows | None:
-    """The rows of q, k and v in a fused projection, from the nearest ``config`` around it with heads, or None."""
+    """The rows of q, k and v in a fused projection, or None. The nearest ``config`` with heads around it says them."""
     *above, leaf = name.split(".")
     if leaf == "gate_up_proj":
         return _ranges(dict.fromkeys(("gate", "up"), weight.writes // 2)) if weight.writes % 2 == 0 else None

@@ -28,13 +28,13 @@ def digest(tensor: Tensor) -> int:
             total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
         return total
     if tensor.layout is not torch.strided:
-        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
+        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense tensor may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
     return _digest_of_integers(_integers(tensor))
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return a floating-point tensor's digests in other dtypes, in one walk over it and without a copy of it."""
+    """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
     tensor = full_tensor(tensor)
     if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
         return [digest(tensor.to(dtype)) for dtype in dtypes]

@@ -34,7 +34,7 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
 
 def class_names(value: object) -> set[str]:
     """Return the names of an object's class and its base classes. There are two Lightning packages with the same."""
-    return {base.__name__ for base in type(value).__mro__}
+    return {ancestor.__name__ for ancestor in type(value).__mro__}
 
 
 def overlay(instance: object, mixin: type[InPlace]) -> None:

@@ -23,7 +23,7 @@ def plain_name(name: str) -> str:
     """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
     if not any(wrapped in name for wrapped in _WRAPPED):
         return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    return ".".join(component for component in name.split(".") if component not in _WRAPPED)
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -96,8 +96,8 @@ def owner_of(parameter: str) -> str:
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name in :func:`named_modules`."""
     module = plain_module(model)
-    for part in name.split(".") if name else ():
-        module = plain_module(module.get_submodule(part))
+    for component in name.split(".") if name else ():
+        module = plain_module(module.get_submodule(component))
     return module
 
 

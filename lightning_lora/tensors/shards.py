@@ -125,7 +125,7 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give up gathered parameters, which the outermost module still shows after an evaluation."""
+    """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

@@ -12,7 +12,7 @@ from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy in CPU memory, or on the meta device if the tensor has no values."""
+    """Return a copy in CPU memory. A tensor without values stays on the meta device."""
     return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
@@ -47,7 +47,7 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
-    """Whether two tensors, or their local shards, have the same bits in the dtype of the first one."""
+    """Whether two tensors have the same bits in the first one's dtype. Of a DTensor, the local shard is compared."""
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta and original.is_meta
@@ -112,7 +112,7 @@ class Seen:
         return known is not None and known == digest(to_local(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values, or about a thousand of them if it was moved or converted."""
+        """Whether ``tensor`` has the same values. If it was moved or converted, about a thousand of them decide."""
         if tensor.is_meta or self.is_still(tensor):
             return True
         tensor = to_local(tensor)
@@ -127,14 +127,14 @@ class Seen:
         return self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor))
 
     def _has_moved(self, tensor: Tensor) -> bool:
-        """Whether the tensor is on another device, not written to since, with the same sampled values."""
+        """Whether the tensor is on another device, not written to, with equal samples."""
         now, then = look(to_local(tensor)), self._look
         if now is None or then is None or then[0] is None:  # tensors inside it may have changed
             return False
         return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
 
     def digest(self) -> int | None:
-        """Return the digest of the values at that moment, or None if they changed before anyone asked for it."""
+        """Return the digest of the values at that moment. None: they changed before anyone asked for it."""
         if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
             self._digest = digest(to_local(self._tensor))
         return self._digest

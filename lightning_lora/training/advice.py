@@ -1,4 +1,4 @@
-"""What is told to users, such as weights that no adapter trains against expectation, and to the loggers."""
+"""What users and the loggers are told. For example, which weights no adapter trains against expectation."""
 
 import difflib
 import hashlib
@@ -78,7 +78,7 @@ def tell_of_new(model: LightningModule) -> None:
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """Tell of a learning rate that is usual in full fine-tuning, and low for adapters."""
+    """Tell of a learning rate from full fine-tuning that is low for adapters."""
     like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
     rates, _ = peak_rates(view_of(model), like_adam)
     if rates and 0 < rates[-1] < 1e-4:
@@ -89,7 +89,7 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> Non
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Return the adapters' learning rates as text, and those of the module, if they are others."""
+    """Return the adapters' learning rates as text. The module's are added if they are others."""
     found, others = peak_rates(view_of(model), optimizers)
     if found == others or not others:
         return [_few(found)]
@@ -128,7 +128,7 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 
 def left_trainable(view: View) -> list[str]:
-    """Return modules that nothing trains, though the user froze most of the model, but not them."""
+    """Return modules that nothing trains. The user froze most of the model, but not them."""
     networks = view.adapter.networks
     idle = (*networks.still, *networks.copies)
     by_user = {name for name in view.frozen_by_user if not is_in_any(name, idle)}
@@ -146,7 +146,7 @@ def left_trainable(view: View) -> list[str]:
 
 
 def _warn_of_heads(view: View) -> None:
-    """Name linear layers that stay as they are, though single rows train in an embedding with as many."""
+    """Name linear layers that stay as they are, though single rows of an embedding train. Both have as many rows."""
     rows = rows_of(view)
     trains = list(filter(view.matrices.__contains__, map(owner_of, rows)))
     busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))
@@ -187,7 +187,7 @@ def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:
 
 
 def left_alone(view: View) -> tuple[dict[str, str], float]:
-    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes, and their share.
+    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes. Also their share.
 
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
@@ -245,11 +245,11 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
 
 
 def _warn_of_averages(model: LightningModule, view: View) -> None:
-    """Name dicts of tensors that are like a network's weights, as a hand-made average is."""
+    """Name dicts of tensors like a network's weights, such as a hand-made average."""
     torchs = vars(nn.Module())
     held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and name not in torchs]
-    parts = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
-    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in parts for i in range(len(path))}
+    paths = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
+    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in paths for i in range(len(path))}
     for name, value in held:
         if len(value) > 1 and all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
             _warn(
@@ -289,8 +289,8 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     view = view_of(pl_module)
     values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
     if view.record.adapter.fingerprints:
-        form = view.record.adapter.fingerprints[0]
-        text = f"{form['layout']} {form['dtypes']} {form['digests']}"
+        seen = view.record.adapter.fingerprints[0]
+        text = f"{seen['layout']} {seen['dtypes']} {seen['digests']}"
         values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     log_values(trainer, named, _own(trainer, pl_module))
@@ -310,7 +310,7 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
 
 
 def _log(logger: Any, values: dict[str, Any], named: dict[str, Any]) -> None:
-    """Log values, but not into ``hparams.yaml``, from which Lightning would pass them to a module."""
+    """Log values, but not into ``hparams.yaml``. From there, Lightning would pass them to a module."""
     kinds = class_names(logger)
     if "CSVLogger" in kinds:
         path = Path(logger.log_dir) / "lora.json"

@@ -70,11 +70,11 @@ def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) 
 
 
 def _is_ours(callback: Callback) -> bool:
-    return any(base.__module__ == "lightning_lora.callback" for base in type(callback).__mro__)
+    return any(ancestor.__module__ == "lightning_lora.callback" for ancestor in type(callback).__mro__)
 
 
 def join_other_package(kind: type[Callback]) -> None:
-    """If ``pytorch_lightning`` is in use, make ``kind`` a subclass of its ``Callback`` too, as it requires."""
+    """Make ``kind`` a subclass of ``pytorch_lightning.Callback`` too, as that requires. Only if it is in use."""
     other = sys.modules.get("pytorch_lightning")
     if other is not None and not issubclass(kind, other.Callback):
         kind.__bases__ = (*kind.__bases__, other.Callback)
@@ -139,7 +139,7 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Drop the average of a finished fit, which its callback would put into a module that is only tested."""
+    """Drop the average of a finished fit. Its callback would put it into a module that is only tested."""
     for callback, copy in _averages(callbacks):
         if copy is not vars(callback).get(AVERAGE):  # EMA; SWA does nothing outside of fit
             vars(callback)[AVERAGE] = None
@@ -170,7 +170,7 @@ def _is_same(averaged: Tensor, current: Tensor) -> bool:
 
 
 def _keep_frozen_norms(callback: Any) -> None:
-    """Hide frozen norms from SWA, which would estimate their statistics again in one more epoch."""
+    """Hide frozen norms from SWA. It would estimate their statistics again in one more epoch."""
     own = type(callback)
     callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, own.pl_module_contains_batch_norm)
     reset = partial(own.reset_batch_norm_and_save_state, callback)

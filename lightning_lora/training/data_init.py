@@ -34,7 +34,7 @@ def _refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) 
 
 
 def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
-    """Refuse a start from data if no batch can go through the module before the first step."""
+    """Refuse a start from data where no batch can run before the first step."""
     if INITIALISATIONS[config.init].observe is None:
         return
     if trainer.strategy.restore_checkpoint_after_setup:
@@ -161,7 +161,7 @@ def _leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStac
 
 
 def _remember(values: Any, undo: ExitStack, seen: set[int]) -> None:
-    """Note what a tensor or a container holds now, to be written back into the same object."""
+    """Note what a tensor or a container holds now. ``undo`` writes it back into the same object."""
     if id(values) in seen or isinstance(values, nn.Parameter):
         return
     seen.add(id(values))

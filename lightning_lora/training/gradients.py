@@ -1,4 +1,4 @@
-"""Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
+"""Gradients of adapters and frozen weights, and dropout, in a run's steps."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,7 +120,7 @@ def check_loss(model: nn.Module, loss: object) -> None:
 
 
 class Feeding:
-    """Notes which frozen networks feed what trains, by the graphs behind the inputs of the layers that do.
+    """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
 
     A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
     """
@@ -184,7 +184,7 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add zero gradients for DDP to count; parameters that the user froze in the run keep the gradient they have."""
+    """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
     frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
     for p, _ in frozen:
         p.requires_grad_()
@@ -196,7 +196,7 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass(record: Record | None = None) -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in this thread, also if no input requires one (frozen embeddings).
+    """Let gradients pass reentrant checkpoints in this thread. Inputs may require none (frozen embeddings).
 
     Not while the adapters of ``record`` are disabled: the backward pass would compute the layers with them.
     """

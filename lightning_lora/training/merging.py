@@ -34,7 +34,7 @@ from lightning_lora.training.compatibility import judge_of
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
-    """Refuse a merge that this Trainer cannot make, and in other processes to switch adapters on the layers."""
+    """Refuse a merge that this Trainer cannot make. In other processes, it cannot switch adapters either."""
     if merge == "best" and judge_of(trainer) is None:
         raise ConfigError(
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
@@ -70,7 +70,7 @@ def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, s
 
 
 def _check_files(view: View, tied: list[str]) -> None:
-    """Refuse files of the merged model that could not be written, or would be read wrongly."""
+    """Refuse files of the merged model that cannot be written, or would be read wrongly."""
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
@@ -160,7 +160,7 @@ class _Unpickler(Unpickler):
 
 
 def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
-    """Write the record of a merged module, and add the path to a launcher's results: a pipe takes no large ones."""
+    """Write a merged module's record, and its path into a launcher's results: a pipe takes no large ones."""
     results, folder, record = own(launcher, trainer), "", find_record(trainer.lightning_module)
     if trainer.state.fn != "fit" or record is None or not record.is_merged:
         return results

@@ -67,7 +67,7 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 
 def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
-    """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them.
+    """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks.
@@ -144,7 +144,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _built_groups(optimizer: Optimizer) -> list[Params]:
-    """The groups as they were built, or as they are now if other code edited them since."""
+    """The groups as they were built. If other code edited them since: as they are now."""
     now = [list(group["params"]) for group in optimizer.param_groups]
     built, left = _EDITED.get(optimizer, (now, now))
     return built if list(map(set, left)) == list(map(set, now)) else now
@@ -169,7 +169,7 @@ def _edit(groups: list[Params], followers: Mapping[nn.Parameter, Params], chosen
 
 
 def _place_rest(view: View, edited: list[list[Params]]) -> None:
-    """Put trained parameters that are in no optimizer into the only group, if there is only one."""
+    """Put trained parameters that are in no optimizer into the only group. Refuse if there is not exactly one."""
     groups = list(chain(*edited))
     placed = _held(groups)
     rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}

@@ -57,7 +57,7 @@ def check_states(processes: int, stored: object) -> None:
 
 
 class Resumed:
-    """The random numbers of a checkpoint, with which a resumed fit begins its data, once, and then its training."""
+    """The random numbers of a checkpoint. A resumed fit begins its data with them, once, and then its training."""
 
     def __init__(self, trainer: Trainer, stored: Mapping[str, Any]) -> None:
         self.trainer, self.device, self.states = trainer, trainer.strategy.root_device, dict[str, Tensor]()

@@ -57,7 +57,7 @@ def scales_of(lr_scale: Scale) -> dict[str, float]:
 
 
 def scales_in(view: View, lr_scale: Scale) -> Scales:
-    """Return the scale of each adapter with another rate, and what to call its group."""
+    """Return the scale of each adapter with another rate, and its group's name."""
     scales, found = scales_of(lr_scale), Scales()
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
@@ -182,7 +182,7 @@ def _end_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 class FollowedScheduler(InPlace):
-    """Added to the class of a scheduler, which sees only the module's groups from then on."""
+    """Added to the class of a scheduler, which then sees only the module's groups."""
 
     overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer
@@ -212,7 +212,7 @@ def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
 
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
-    """Return the highest rates of the groups that hold adapters, and of those that hold something else, or nothing."""
+    """Return the highest rates of groups with adapters, and of those with anything else. Empty ones are among these."""
     adapters, found, others = set(view.adapters.values()), set[float](), set[float]()
     for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         held = set(group["params"])

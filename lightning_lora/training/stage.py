@@ -102,7 +102,7 @@ class Stage:
             self.undo.callback(_remove_all, pl_module)
 
     def wants_another(self, pl_module: LightningModule) -> bool:
-        """Whether the module shows another adapter than this stage's, or its base in a fit."""
+        """Whether the module shows another adapter than this stage's. In a fit, its base is another too."""
         record = find_record(pl_module)
         if record is None or (self.name is None and not self.is_fit):
             return False
@@ -120,7 +120,7 @@ class Stage:
             self.back.close()
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
-        """Take arguments that were not given from a file, or from adapters that the module has."""
+        """Take arguments that were not given from a file, or from the module's adapters."""
         config = self.config.completed(stored, self.given)
         values = [(field.name, getattr(config, field.name)) for field in fields(config)]
         taken = [f"{name}={value!r}" for name, value in values if value != getattr(self.config, name)]
@@ -139,7 +139,7 @@ class Stage:
         return True
 
     def take_base(self, pl_module: LightningModule) -> bool:
-        """What the module's hooks have changed in this stage is the base, unless something was trained or loaded."""
+        """Take as the base what the module's hooks changed in this stage. False: something was trained or loaded."""
         view = view_of(pl_module)
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
@@ -189,7 +189,7 @@ class Stage:
                 merge(pl_module)
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
-        """Give the module back as it came, or keep adapters that may be trained, and return whether they are kept."""
+        """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):

@@ -1,4 +1,4 @@
-r"""Initialisations from the strongest part of the weight.
+r"""Initialisations from the strongest directions of the weight.
 
 The update is :math:`s (B A - B_0 A_0)`. The papers subtract :math:`s B_0 A_0` from the base instead, with the same
 result.

@@ -1,4 +1,4 @@
-"""The files of diffusers: PEFT's tensors, with a pipeline's part before each name, and the configuration inside."""
+"""The files of diffusers: PEFT's tensors, after a pipeline's name for the model, and the configuration inside."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,8 +25,8 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import named_modules, starts_of, submodule
 
 
-def _part_of(model: nn.Module | None, root: str) -> str | None:
-    """Return what a pipeline calls a model, by ``root`` (its name in its module) or its class. None: it is no part."""
+def _member_name(model: nn.Module | None, root: str) -> str | None:
+    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. None: it has none."""
     name = root.rpartition(".")[2]
     if peft.PARTS.fullmatch(name):
         return name
@@ -40,25 +40,25 @@ def _part_of(model: nn.Module | None, root: str) -> str | None:
     return None
 
 
-def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
-    """The names of the parts of a pipeline among modules, by what it calls them. A name says more than a class."""
+def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
+    """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
     found = dict[str, str]()
     for name, module in modules.items():
-        part = _part_of(module, name) if name else None
-        if part and set(found.values()).isdisjoint(starts_of(name)):
-            found[part] = name if name.endswith(part) else found.get(part, name)
+        member = _member_name(module, name) if name else None
+        if member and set(found.values()).isdisjoint(starts_of(name)):
+            found[member] = name if name.endswith(member) else found.get(member, name)
     return found
 
 
 def write(source: Source, directory: Path, uniform: bool) -> None:
-    """Write what a pipeline reads: all adapted parts of it in one file."""
+    """Write what a pipeline reads: all its adapted members in one file."""
     tensors, about = dict[str, Tensor](), dict[str, Any]()
     for stored in _split(source.stored, source.model):
-        part = replace(source, stored=stored)
+        own = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        own, config = exported(part, uniform, scaling=1.0)
-        prefix = _prefix_for(part.inner, stored, own)
-        tensors |= {prefix + name: value for name, value in own.items()}
+        updates, config = exported(own, uniform, scaling=1.0)
+        prefix = _prefix_for(own.inner, stored, updates)
+        tensors |= {prefix + name: value for name, value in updates.items()}
         about |= {prefix + name: value for name, value in config.items()}
     file = peft.DIFFUSERS_WEIGHTS[0]
     _warn_of_replaced(directory / file, tensors)
@@ -66,12 +66,12 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
 
 
 def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
-    """Return the adapters of each part of a pipeline: of the model itself, or of all parts in a module."""
+    """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
     roots, found = [stored.root], list[StoredAdapters]()
-    if _part_of(submodule(model, stored.root) if model else None, stored.root) is None:
+    if _member_name(submodule(model, stored.root) if model else None, stored.root) is None:
         starts = dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
-        parts = _parts_in(named_modules(model) if model else starts).values()
-        roots = list(filter(starts.__contains__, parts)) or roots
+        members = _members_in(named_modules(model) if model else starts).values()
+        roots = list(filter(starts.__contains__, members)) or roots
     outside = set(stored.state)
     for root in roots:
         kept = dict[str, Any]()
@@ -89,7 +89,7 @@ def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapte
 
 
 def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
-    """Warn if a file that is to be written anew holds other parts."""
+    """Warn if a file that is to be written anew holds other members."""
     held = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         held = _starts(file.keys())
@@ -103,8 +103,8 @@ def _starts(names: Iterable[str]) -> set[str]:
 
 def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
     """Return what a pipeline expects before each name of these tensors. Refuse what it would not read."""
-    part = _part_of(model, stored.root)
-    if part is None:
+    member = _member_name(model, stored.root)
+    if member is None:
         raise ExportError(
             f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
             "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
@@ -115,11 +115,11 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
             f"A pipeline of diffusers reads updates alone, and would refuse {listed(left)}. Train without bias and "
             "modules_to_save, or leave format='diffusers' out, which writes a folder for PEFT."
         )
-    return f"{part}."
+    return f"{member}."
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
-    """Return how to read these contents of a file, if diffusers wrote it, or PEFT's with the same header."""
+    """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
     if not peft.is_diffusers(contents, path):
         return None
     header, about = contents.get(peft.HEADER, {}).get(peft.METADATA, "{}"), f"{peft.METADATA!r} of {path}"
@@ -128,27 +128,27 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
 
 def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
-    """The adapters of the part of a pipeline that the model is, or of all parts that it holds."""
+    """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
     starts = _starts(tensors)
-    parts = {key.rpartition(".")[0] for key in header} or set(filter(peft.PARTS.fullmatch, starts)) or {""}
-    if not parts & {"", peft.PREFIX.rstrip(".")}:
-        parts |= starts
+    members = {key.rpartition(".")[0] for key in header} or set(filter(peft.PARTS.fullmatch, starts)) or {""}
+    if not members & {"", peft.PREFIX.rstrip(".")}:
+        members |= starts
     root = root_of(view.model)
-    own = _part_of(submodule(view.model, root), root)
-    places = {own: root} if own else _parts_in(view.modules)
-    if len(parts) == 1 and not parts & places.keys():
-        places = dict.fromkeys(parts, root)
-    if not parts & places.keys():
+    own = _member_name(submodule(view.model, root), root)
+    places = {own: root} if own else _members_in(view.modules)
+    if len(members) == 1 and not members & places.keys():
+        places = dict.fromkeys(members, root)
+    if not members & places.keys():
         raise AdapterMismatchError(
-            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these models, "
-            "or a module with attributes of these names."
+            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
+            "models, or a module with attributes of these names."
         )
-    if left := parts - places.keys():
+    if left := members - places.keys():
         warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
     updates, rest, saved, configs = list[Update](), dict[str, Tensor](), list[str](), list[LoRAConfig]()
-    for part in sorted(parts & places.keys()):
-        found, about = _part(part, tensors, header, path)
-        more = updates_of(view, found, about, path, places[part])
+    for member in sorted(members & places.keys()):
+        found, about = _of(member, tensors, header, path)
+        more = updates_of(view, found, about, path, places[member])
         updates, rest, configs = updates + more[0], rest | more[1], [*configs, about.config]
         saved += about.config.modules_to_save or ()
     if len(set(map(attrgetter("use_dora", "init"), configs))) > 1:
@@ -156,9 +156,9 @@ def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
     return adapters_of(view, updates, rest, configs[0], saved)
 
 
-def _part(part: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
-    """The tensors of one part of a pipeline, and their configuration."""
-    start = f"{part}." if part else ""
+def _of(member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
+    """The tensors of one member of a pipeline, and their configuration."""
+    start = f"{member}." if member else ""
     found = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
     config = {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
     if not config:

@@ -35,7 +35,7 @@ from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
 
-ADAPTERS = "adapters"  # the part of this package's entry that holds what training changed, beside a merged model
+ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
 
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
@@ -53,7 +53,7 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
 
 
 def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an ending that would hide the format from other programs, and a place where no file can be."""
+    """Refuse an ending that hides the format, and a place where no file can be."""
     check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(
@@ -138,7 +138,7 @@ def _read_tensors(local: Path, path: Any, asked: Asked | None) -> dict[str, Any]
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
-    """Return the adapters in the contents of a file, if they are as they were written."""
+    """Return the adapters in the contents of a file. They must be as they were written."""
     held = contents if isinstance(contents, dict) else {}
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:

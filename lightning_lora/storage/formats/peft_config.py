@@ -13,7 +13,7 @@ from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
 OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, while an export replaces both
 PREFIX = "base_model.model."  # before every name of the base
 
@@ -48,7 +48,7 @@ Tokens = list[int] | dict[str, list[int]]  # the rows that train: of all embeddi
 
 
 def peft_key(name: str) -> tuple[str, str] | None:
-    """Return the layer of a PEFT tensor and what it is, or None for a tensor that does not belong to an adapter."""
+    """Return the layer of a PEFT tensor and what it is. None: it does not belong to an adapter."""
     for suffix, what in _KEYS.items():
         if name.endswith(f".{suffix}"):
             return name.removesuffix(f".{suffix}"), what
@@ -67,7 +67,7 @@ def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
 
 
 def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether diffusers wrote a file with these contents, or PEFT with the same header and no configuration beside."""
+    """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
     has_header = METADATA in contents.get(HEADER, {})
     names = [str(name) for name in contents if name != HEADER]
     if not _has_updates(contents) or not (has_header or all(map(_OLDER_NAME.match, names))):
@@ -90,13 +90,13 @@ class PeftConfig(NamedTuple):
     layers: list[int] | None  # the only numbers in the names of adapted layers
 
     def adapts(self, name: str) -> bool:
-        """Return whether PEFT adapts a module of its model, if it is of a kind that it adapts."""
+        """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
         targets = self.config.target_modules
         if isinstance(targets, str):
             is_named = re.fullmatch(targets, name) is not None
         else:
             is_named = any(matches(entry, name) for entry in targets)
-        numbers = {int(part) for part in name.split(".")[2:-1] if part.isdecimal()}
+        numbers = {int(component) for component in name.split(".")[2:-1] if component.isdecimal()}
         is_of_layers = self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
         return is_named and is_of_layers and not self.config.is_excluded(name)
 

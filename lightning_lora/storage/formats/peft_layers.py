@@ -42,7 +42,7 @@ class PeftLayer:
 
 
 def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
-    """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
+    """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
     own = _PEFT_LAYERS.get(layer.adapter_class)
     if own is None or _is_registered(layer.layer_class):
         return f"PEFT has no counterpart for our adapter of {layer.layer_class.rpartition('.')[2]}."
@@ -204,7 +204,7 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
 
 
 def _why_not_of_type(layer: StoredLayer, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why PEFT, if it is installed to say so, adapts no layer of this name in this type of model of transformers."""
+    """Why PEFT adapts no layer of this name in this type of model. Only an installed PEFT can say so."""
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
     if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and stored.has_experts:
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
@@ -242,22 +242,22 @@ def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> S
 
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
-    """Save modules whole that have a weight of one that is, such as a tied head: PEFT takes each by itself."""
+    """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
     if model is None or not stored.saved:
         return stored
     modules, saved, trained = named_modules(model, remove_duplicate=False), dict(stored.saved), set[nn.Parameter]()
-    parts = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
-    for part in parts:
-        trained.update(part.parameters(recurse=False))
+    whole = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
+    for module in whole:
+        trained.update(module.parameters(recurse=False))
     for owner in dict.fromkeys(map(owner_of, stored.state)):
         module = modules.get(owner, nn.Module())
-        if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
+        if not (module in whole or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
             saved[owner] = list(map(f"{owner}.".__add__, module.state_dict()))
     return replace(stored, saved=saved)
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
-    """Refuse what lies outside of the root, and what is neither an adapter, nor a bias, nor in a module of its own."""
+    """Refuse what PEFT's file cannot hold. It has adapters, biases and whole modules, all inside of the root."""
     adapters, outside, left = stored.adapter_names(), list[str](), list[str]()
     for name in stored.state:
         if stored.root and not name.startswith(f"{stored.root}."):
@@ -291,7 +291,7 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
 
 
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why PEFT would not find a module that is trained whole, or find others too."""
+    """Why PEFT would not find just this module that is trained whole."""
     name, *saved = map(Renaming(stored.root, "").name_here, (module, *stored.saved))
     if stored.layers.keys() & starts_of(owner_of(module)):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"

@@ -63,7 +63,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 def updates_of(
     view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
 ) -> tuple[list[Update], dict[str, Tensor]]:
-    """Return the updates in a PEFT file for the model inside, and its other tensors by their names here."""
+    """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, rest = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
     place = place_of(view, list(map(_plain, adapters)), list(rest), root)
@@ -75,18 +75,18 @@ def updates_of(
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
+    """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
     if odd := [key for key, value in tensors.items() if not (isinstance(value, Tensor) and isinstance(key, str))]:
         raise AdapterFileError(f"{path} holds {listed(odd)}, which is no tensor with a name: it was changed.")
     for key, value in tensors.items():
         name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
-        if parts := peft_key(name):
-            wrapped, what = parts
+        if found := peft_key(name):
+            wrapped, what = found
             adapters.setdefault(wrapped, {})[what] = value
-        elif any(part in f"{name}." for part in _LEFT):
+        elif any(mark in f"{name}." for mark in _LEFT):
             continue
-        elif any(part.startswith(("lora_", "trainable_tokens")) for part in name.split(".")):
+        elif any(component.startswith(("lora_", "trainable_tokens")) for component in name.split(".")):
             unknown.append(key)
         elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
@@ -101,7 +101,7 @@ _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these
 
 
 def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
-    """Refuse a file that holds DoRA's magnitudes only here and there, or against its configuration."""
+    """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
     pairs = {name: "magnitude" in tensors for name, tensors in adapters.items() if "A" in tensors}
     if odd := [name for name, has_magnitude in pairs.items() if has_magnitude != use_dora]:
         raise AdapterFileError(
@@ -113,12 +113,12 @@ def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora
 def _plain(name: str) -> str:
     """A name of the base, without PEFT's wrappers inside."""
     wrappers = ("base_layer", "token_adapter", "modules_to_save")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return ".".join(component for component in name.split(".") if component not in wrappers)
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, which may be adapted already, by the names of a PEFT file."""
+    """The layers of a model by the names of a PEFT file. They may be adapted already."""
 
     view: View
     peft: PeftConfig
@@ -266,7 +266,7 @@ class _Layers:
         return about
 
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
-        """A and B of one matrix as they are here, after a check of their rank and their shapes."""
+        """A and B of one matrix as they are here. Their rank and their shapes are checked."""
         (a, b), stack = factors, math.prod(matrix.stack)
         shared = uses_of(self.view, join(about.name, matrix.weight))
         is_difference = INITIALISATIONS[self.config.init].is_difference

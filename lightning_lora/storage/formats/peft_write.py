@@ -86,13 +86,13 @@ def _of_update(update: Update) -> dict[str, Tensor]:
 
 
 def _inside(name: str, wrappers: Counter[str]) -> str:
-    """The name of something that lies inside of modules that PEFT wraps, one or more times each."""
-    parts, path = list[str](), ""
-    for part in name.split("."):
-        parts += ["base_layer"] * wrappers[path]
-        path = join(path, part)
-        parts.append(part)
-    return ".".join(parts)
+    """The name of something inside of modules that PEFT wraps. ``wrappers`` says how often it wraps each."""
+    components, path = list[str](), ""
+    for component in name.split("."):
+        components += ["base_layer"] * wrappers[path]
+        path = join(path, component)
+        components.append(component)
+    return ".".join(components)
 
 
 def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
     kinds = {update.layer.adapter_class for update in updates}
     own, inner = source.stored.config, source.inner
     tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
-    base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
-    auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
+    pretrained = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
+    auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if pretrained else None
     return {
         "peft_type": "LORA",
         "auto_mapping": auto,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": pretrained,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -134,7 +134,7 @@ def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[
 
 
 def _warn_of_merges(source: Source) -> None:
-    """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
+    """Warn where PEFT's model, merged or not, computes something else."""
     modules, tied, others, held = source.modules or {}, list[str](), list[str](), dict[str, None]()
     for layer in source.stored.layers.values():
         if layer.tied and not layer.tokens:

@@ -106,7 +106,7 @@ def adapters_of(
     settings: LoRAConfig,
     saved: Collection[str] | None = None,
 ) -> StoredAdapters:
-    """Return adapters with these updates and settings, and with the rest of a file, by its names in the model.
+    """Return adapters with these updates and settings, and the rest of a file. ``rest`` has its names in the model.
 
     Modules that train have names that end in one of ``saved``. None: the file holds each tensor of them.
     """
@@ -135,7 +135,7 @@ def adapters_of(
 def _trained(
     view: View, rest: Mapping[str, Tensor], saved: Collection[str] | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """The modules, the single parameters and the biases that train, by the names of tensors in the file."""
+    """The modules, the single parameters and the biases that train. The names of the file's tensors say so."""
     total = Counter(above for name in (*view.base, *view.buffers) for above in starts_of(name)[:-1])
     held = Counter(above for name in rest for above in starts_of(name)[:-1])
     moved = [name for name, value in rest.items() if not is_the_base(view, name, value)]

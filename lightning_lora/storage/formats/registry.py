@@ -43,7 +43,7 @@ WRITTEN = {format.name: format for format in FORMATS if format.write is not None
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
-    """Return the format of a file with these contents, and how to read it, if another library wrote it."""
+    """Return a file's format, and how to read its contents. None: no other library wrote it."""
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None
     for format in FORMATS:
@@ -116,7 +116,7 @@ _TOOLS = {
 
 
 def check_tool(path: Any, names: Iterable[object] | None = None) -> None:
-    """Refuse a file or a folder of another tool, by its names or, once it is read, by those of its tensors."""
+    """Refuse a file or a folder of another tool. Its names say so or, once it is read, those of its tensors."""
     found = _names_at(local_path(path)) if names is None else list(map(str, names))
     for expression, tool in _TOOLS.items():
         if any(map(re.compile(expression).fullmatch, found)):
@@ -124,7 +124,7 @@ def check_tool(path: Any, names: Iterable[object] | None = None) -> None:
 
 
 def _names_at(path: Path | None) -> list[str]:
-    """The name of a file, or all names in a folder, of fields of its configuration too."""
+    """The name of a file, or all names in a folder. The fields of its configuration are among them."""
     if path is None or not os.path.isdir(path):  # noqa: PTH112  # as above
         return [path.name] if path is not None and os.path.isfile(path) else []  # noqa: PTH113
     config, names = path / PEFT_CONFIG, [each.name for each in (*path.iterdir(), *path.glob("weights/*"))]

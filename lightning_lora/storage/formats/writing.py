@@ -147,8 +147,8 @@ def write_files(
         with ExitStack() as files:
             if config:
                 files.enter_context(writing(place)).write_bytes(config)
-            with writing(directory / name) as part:
-                part.write_bytes(contents)
+            with writing(directory / name) as temporary:
+                temporary.write_bytes(contents)
                 if config and place.is_file() and place.read_bytes() != config:
                     place.replace(before)
                     is_away = True

@@ -34,7 +34,7 @@ def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r:
 
 @torch.no_grad()
 def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None) -> StoredAdapters:
-    """Return the weighted sum of all updates on one base, exact with the ranks added up, or cut to rank r."""
+    """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r."""
     if not all(map(math.isfinite, weights)) or (r is not None and not (isinstance(r, int) and r > 0)):
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
     first = files[0]
@@ -50,7 +50,7 @@ def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int |
         for matrix, update in found.items():
             factors = matrix.named(with_rank(update, matrix.rank(most)))
             state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
-    present = {*layers, *(owner_of(name) for form in first.base for name in form.get("rounded", ()))}
+    present = {*layers, *(owner_of(name) for each in first.base for name in each.get("rounded", ()))}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
     return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
 
@@ -60,7 +60,7 @@ def _check_bases(files: Sequence[StoredAdapters]) -> None:
     first = files[0]
     for file in files:
         is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
-        if not any(form in file.base for form in first.base) or file.root != first.root or not is_same:
+        if not any(each in file.base for each in first.base) or file.root != first.root or not is_same:
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
 
 

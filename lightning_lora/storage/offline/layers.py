@@ -17,7 +17,7 @@ from lightning_lora.tensors.names import join
 
 
 def read_layers(path: str | Path) -> StoredAdapters:
-    """Return the adapters in a file, with finite values and layers that need no model."""
+    """Return the adapters in a file. Their values are finite, and their layers need no model."""
     stored = read_adapter_file(path)
     stored.check_finite()
     for name, layer in stored.layers.items():
@@ -36,7 +36,7 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B of a layer's updates, with the scaling in B, by their :func:`bare` matrices."""
+    """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
     layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         if matrix.tokens:  # these rows are no update: the base's are not in the file
@@ -48,7 +48,7 @@ def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
 
 
 def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
-    """Return an adapted layer with these weights of the base, which can compute its merged weights."""
+    """Return an adapted layer with these weights of the base. It can compute its merged weights."""
     layer, shell = stored.layers[name], nn.Module()
     for matrix in layer.matrices:
         *owners, leaf = matrix.weight.split(".")

@@ -29,7 +29,7 @@ from lightning_lora.tensors.names import join
 
 
 def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], object] = str) -> int:
-    """Merge adapters into a base, one tensor at a time, and of a checkpoint in memory. Return how many weights."""
+    """Merge adapters into a base, one tensor at a time. A checkpoint is merged in memory. Return how many weights."""
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)
@@ -53,7 +53,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
 
 
 class _Merge:
-    """The adapters of one file, and the weights of the base that they change, by their names in the base."""
+    """The adapters of one file, and the weights that they change. All have their names in the base."""
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[str], object]) -> None:
         self.files, self.stored, self.progress = files, stored, progress
@@ -105,7 +105,7 @@ class _Merge:
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
-        compared = [self._compare(form) for form in self.stored.base if "rounded" in form]
+        compared = [self._compare(each) for each in self.stored.base if "rounded" in each]
         found = min(compared, key=lambda each: len(each.differ), default=Comparison())
         if found.differ or not found.equal:
             raise BaseMismatchError(
@@ -119,14 +119,14 @@ class _Merge:
                 f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
             )
 
-    def _compare(self, form: dict[str, Any]) -> Comparison:
-        """Compare the base with one form of it that the training has seen."""
+    def _compare(self, fingerprint: dict[str, Any]) -> Comparison:
+        """Compare the base with one fingerprint that the training took."""
         tensors, left_out = [], {*self.stored.changed, *self.stored.random}
-        for name, halves in form["rounded"].items():
+        for name, halves in fingerprint["rounded"].items():
             place = self.name_in_base(name)
             if halves is not None and name not in left_out and place in self.files.file_of:
                 tensors.append((name, place))  # None: it was quantised
-        return compare(form, (BaseTensor.of_file(name, place, self._compared(place)) for name, place in tensors))
+        return compare(fingerprint, (BaseTensor.of_file(name, place, self._compared(place)) for name, place in tensors))
 
     def _compared(self, name: str) -> Tensor:
         """A tensor of the base, without rows that others replace."""
@@ -195,7 +195,7 @@ def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> Non
 
 
 def _write_folder(job: _Merge, out: Path) -> None:
-    """Write the merged model into a folder, divided as the base is, with the base's other files."""
+    """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     base, index, size = job.files.path, job.files.index, 0
     with writing_folder(out) as folder:
         folder.mkdir()
@@ -220,7 +220,7 @@ def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]
     left = list[str]()
     for path in sorted({*base.rglob("*")}.difference(known)):
         place = path.relative_to(base)
-        if any(part.startswith(".") for part in place.parts[:-1]):
+        if any(folder.startswith(".") for folder in place.parts[:-1]):
             continue
         if path.is_file() and not path.name.lower().endswith(_WEIGHTS):
             shutil.copy2(path, _place(folder / place))

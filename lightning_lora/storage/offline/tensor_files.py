@@ -105,7 +105,7 @@ def _names_in(path: Path) -> list[str]:
 def write_tensors(
     path: Path, names: Collection[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
 ) -> int:
-    """Write what ``values`` gives, of the shapes and dtypes that ``base`` gives, one at a time. Return their size."""
+    """Write what ``values`` gives, one at a time. ``base`` gives the shapes and dtypes. Return their size."""
     header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
         header[name] = _entry(name, base(name), end)

@@ -1,4 +1,4 @@
-"""DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains copies in float32 of a part of them."""
+"""DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains copies in float32 of a shard of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -30,7 +30,7 @@ _IDLE = "lora_idle_"  # the start of the names of parameters that keep the place
 
 
 class Partition:
-    """A group of parameters that lie end to end in one vector, of which this process trains the part ``local``.
+    """A group of parameters that lie end to end in one vector. Of it this process trains the shard ``local``.
 
     ``places`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
     how many.
@@ -39,29 +39,29 @@ class Partition:
     def __init__(self, parameters: list[nn.Parameter], local: Tensor, places: list[tuple[int, int, int]]) -> None:
         self.parameters, self.local, self.places = parameters, local, places
 
-    def _shared(self, values: Iterable[Tensor], part: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pieces that are here: of the values of each parameter, and of a part."""
+    def _shared(self, values: Iterable[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces that are here: of the values of each parameter, and of a shard."""
         for value, (first, own, count) in zip(values, self.places, strict=True):
-            yield value.reshape(-1)[first : first + count], part[own : own + count]
+            yield value.reshape(-1)[first : first + count], shard[own : own + count]
 
-    def full(self, part: Tensor, device: torch.device) -> list[Tensor]:
-        """Return the values of all parameters, from all parts."""
-        values = [torch.zeros(p.shape, dtype=part.dtype, device=device) for p in self.parameters]
-        for value, own in self._shared(values, part):
+    def full(self, shard: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the values of all parameters, from all shards."""
+        values = [torch.zeros(p.shape, dtype=shard.dtype, device=device) for p in self.parameters]
+        for value, own in self._shared(values, shard):
             value.copy_(own)
         for value in values:
             dist.all_reduce(value.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
         return values
 
     def local_of(self, values: Iterable[Tensor]) -> Tensor:
-        """Return this process's part of the values of all parameters."""
-        part = torch.zeros_like(self.local)
-        for value, own in self._shared(values, part):
+        """Return this process's shard of the values of all parameters."""
+        shard = torch.zeros_like(self.local)
+        for value, own in self._shared(values, shard):
             own.copy_(value)
-        return part
+        return shard
 
     def follow(self) -> None:
-        """Copy the parameters, except those that are this part rounded."""
+        """Copy the parameters, except those that are this shard rounded."""
         for value, own in self._shared(map(Tensor.detach, self.parameters), self.local.detach()):
             now = value.to(own.device)
             own.copy_(torch.where(own.to(now.dtype) == now, own, now.to(own.dtype)))
@@ -79,7 +79,7 @@ class Partition:
         return states
 
     def local_state(self, states: Sequence[State]) -> State:
-        """Return the optimizer's state of this part."""
+        """Return the optimizer's state of this shard."""
         found: State = {}
         for name in dict.fromkeys(name for state in states for name, value in state.items() if value is not None):
             given = [state.get(name) for state in states]
@@ -104,7 +104,7 @@ def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.de
 
 
 def local_state(partitions: Sequence[Partition], state: State) -> State:
-    """Return the state of an optimizer of this process's parts."""
+    """Return the state of an optimizer of this process's shards."""
     saved, own = [len(group["params"]) for group in state["param_groups"]], [len(p.parameters) for p in partitions]
     if saved != own:
         raise ValueError(f"its groups have {saved} parameters, and the module's have {own}")
@@ -152,7 +152,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
         return optimizer, scheduler
 
     def init_deepspeed(self) -> None:
-        """Build the engine, and find this process's part of it."""
+        """Build the engine, and find this process's shards in it."""
         self._lora_check_dtypes()
         if self.lora_stage.is_fitting and self.lora_stage.lr_scale != 1 and "optimizer" in self.config:  # type: ignore[attr-defined]
             raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
@@ -216,7 +216,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
         return replaced
 
     def lora_load_states(self, checkpoint: Any) -> None:
-        """Load the optimizer's state, each process its own part."""
+        """Load the optimizer's state, each process its own shard."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
             zero.optimizer.load_state_dict(local_state(self.lora_partitions, state))
@@ -239,7 +239,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
     # Gradients
 
     def lora_gradients(self) -> Gradients:
-        """Return what watches the gradients of a fit, whose optimizer trains copies of the parameters."""
+        """Return what watches the gradients of a fit. Its optimizer trains copies of the parameters."""
         copied = [p for partition in self.lora_partitions for p in partition.parameters]
         return Gradients(self.lora_module, self.model, notes=True, copied=copied)
 
@@ -255,6 +255,6 @@ def _partitions_of(optimizer: Any, idle: set[int]) -> list[Partition]:
     found = []
     for parameters, group in zip(held, optimizer.param_groups, strict=True):
         used = [p for p in parameters if id(p) not in idle]
-        (part,) = group["params"]
-        found.append(Partition(used, part, list(map(own_place, used))))
+        (shard,) = group["params"]
+        found.append(Partition(used, shard, list(map(own_place, used))))
     return found

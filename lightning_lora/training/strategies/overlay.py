@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
-    """Add the methods of LoRAStrategy to a strategy, once, to act in ``stage``, above what other code has set on it."""
+    """Add the methods of LoRAStrategy to a strategy, once. They act in ``stage``, above what other code set on it."""
     held = vars(strategy)
     if not isinstance(strategy, LoRAStrategy):
         ours, below = _calling(methods_for(strategy), type(strategy))
@@ -37,16 +37,16 @@ def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
 def _methods_of(mixin: type[LoRAStrategy]) -> list[str]:
     """The methods of a strategy that a mixin has."""
     found = dict[str, Any]()
-    for base in mixin.__mro__:
-        if issubclass(base, LoRAStrategy):
-            found |= vars(base)
+    for ancestor in mixin.__mro__:
+        if issubclass(ancestor, LoRAStrategy):
+            found |= vars(ancestor)
     return [name for name, value in found.items() if isfunction(value) and not name.startswith(("_", "lora_"))]
 
 
 @cache
 def _calling(mixin: type[LoRAStrategy], kind: type) -> tuple[type[LoRAStrategy], type]:
-    """A mixin and a strategy's class whose methods are called one after another, with those of other code between."""
-    plain = next(base for base in kind.__mro__ if base.__name__ == "Strategy")  # in both Lightning packages
+    """A mixin and a strategy's class whose methods are called one after another. Those of other code come between."""
+    plain = next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")  # in both Lightning packages
     above: dict[str, Any] = {"__module__": mixin.__module__}
     below: dict[str, Any] = {"__module__": kind.__module__, "lora_kind": kind}
     for name in _methods_of(mixin):

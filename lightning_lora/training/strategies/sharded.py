@@ -90,7 +90,7 @@ class LoRAShardedStrategy(LateStrategy):
             )
 
     def _lora_check_mesh(self) -> None:
-        """Refuse a module that is sharded over other processes than those that get their own batches."""
+        """Refuse a module that is not sharded over the processes with their own batches."""
         size = self._lora_mesh().size()
         for name, p in named_parameters(self.lora_module).items():
             count = shards.data_processes(p) if shards.split_over_data(p) else size
@@ -149,7 +149,7 @@ class LoRAShardedStrategy(LateStrategy):
         return replaced
 
     def lora_load_states(self, checkpoint: Any) -> None:
-        """Load the optimizers' states, each process its own part."""
+        """Load the optimizers' states, each process its own shards."""
         states = map(_spread_state, checkpoint["optimizer_states"], self.optimizers)
         super().lora_load_states({**checkpoint, "optimizer_states": list(states)})
 
@@ -229,7 +229,7 @@ def _share(tensors: Iterable[Tensor]) -> None:
 
 
 def _share_adapters(view: View) -> None:
-    """Give every process the adapters of the first one, or its own part of them."""
+    """Give every process the adapters of the first one, or its own shards of them."""
     for p in view.adapters.values():
         values = shards.full_tensor(p.detach())
         _share([values])
@@ -237,7 +237,7 @@ def _share_adapters(view: View) -> None:
 
 
 def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state with the own parts of what belongs to a spread parameter."""
+    """An optimizer's state with the own shards of what belongs to a spread parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [number for group in state["param_groups"] for number in group["params"]]
     if len(parameters) != len(names):

@@ -1,4 +1,4 @@
-"""What a strategy does for adapters, at moments where callbacks have no hook, or theirs is skipped.
+"""What a strategy does for adapters, at moments when callbacks have no hook or are skipped.
 
 These are before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
@@ -125,7 +125,7 @@ class LoRAStrategy(Strategy, InPlace):
         self.lora_stage.adapt(self.lora_module, **options)
 
     def lora_note_base(self, *, anew: bool = True) -> None:
-        """Take the base's fingerprint as loaded, before a checkpoint or a conversion changes any of it."""
+        """Take the base's fingerprint as loaded. Later, a checkpoint or a conversion may change it."""
         view = view_of(self.lora_module)
         view.record.base_was_read(fingerprint(view, anew=anew))
         if str(self.precision_plugin.precision) == "64-true":  # otherwise a checkpoint's values would be rounded
@@ -136,7 +136,7 @@ class LoRAStrategy(Strategy, InPlace):
         """Take the base's fingerprint in another dtype."""
         view = view_of(self.lora_module)
         known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
-        if known and all(form["dtypes"] != dtypes for form in known):
+        if known and all(each["dtypes"] != dtypes for each in known):
             known.append(fingerprint(view))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
@@ -199,7 +199,7 @@ class LoRAStrategy(Strategy, InPlace):
         return as_base(checkpoint)
 
     def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
-        """Adapt the module as its arguments and the file say, and return whether adapters were replaced."""
+        """Adapt the module as its arguments and the file say. Return whether adapters were replaced."""
         stage, record, replaced = self.lora_stage, find_record(self.lora_module), False
         if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.lora_module)
@@ -210,7 +210,7 @@ class LoRAStrategy(Strategy, InPlace):
         return replaced
 
     def _lora_read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let the strategy read a file, of plain types only unless the user trusts it."""
+        """Let the strategy read a file. It must have plain types only, unless the user trusts it."""
         disk.check_path(path)
         if str(path).endswith(".safetensors"):
             raise AdapterFileError(
@@ -236,7 +236,7 @@ class LoRAStrategy(Strategy, InPlace):
                 return torch.load(file, map_location="cpu", weights_only=True)
 
     def lora_read_adapters(self, path: Any) -> dict[str, Any]:
-        """Read the adapters in a file of this run, whose hyperparameters may be objects of any class."""
+        """Read the adapters in a file of this run. Its hyperparameters may be objects of any class."""
         try:
             return self.load_checkpoint(path)
         except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
@@ -288,7 +288,7 @@ class LoRAStrategy(Strategy, InPlace):
         return adapter_state_dict(self.lora_module) if self._lora_saves() else super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint with only the adapters, and with ``save="model"`` the whole merged model."""
+        """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
         module = self.lora_module
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
         if self._lora_saves():
@@ -311,7 +311,7 @@ class LoRAStrategy(Strategy, InPlace):
     # Training
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Let the training data of a resumed run begin with the random numbers of its file."""
+        """Let the data of a resumed run begin with the random numbers of its file."""
         if self.lora_stage.resumed and self.lora_module.trainer.training:
             self.lora_stage.resumed.begin_data()
         return super().process_dataloader(dataloader)
