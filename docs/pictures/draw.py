@@ -1,0 +1,399 @@
+"""Draws the pictures of the pages: python docs/pictures/draw.py does it.
+
+The charts are drawn from the tables of docs/paper.md.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+WIDTH = 440  # of most pictures: on a telephone, their text is hardly smaller than that of a page
+COLOURS = {  # on a light page, and on a dark one
+    "ink": ("#1f2328", "#e6edf3"),
+    "quiet": ("#59636e", "#9198a1"),
+    "frozen": ("#d1d9e0", "#434c56"),
+    "blue": ("#0969da", "#58a6ff"),
+    "orange": ("#bc4c00", "#f0883e"),
+}
+STYLE = """text{font:14px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
+.small{font-size:13px}.bold{font-weight:600}.large{font-size:20px;font-weight:600}.name{font-size:34px;font-weight:600}
+.code{font:13px ui-monospace,Menlo,Consolas,monospace}.end{text-anchor:end}.middle{text-anchor:middle}
+path,line{fill:none;stroke-width:1.5}.thick{stroke-width:3}.hollow{fill:none;stroke-width:2}"""
+
+
+# Shapes. A kind is a colour, and more words of STYLE; "blue-line" is a line in blue.
+
+
+def text(x: float, y: float, content: str, kind: str = "ink") -> str:
+    """Return a line of text, which begins at x unless its kind has ``end`` or ``middle``."""
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(content)}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, kind: str, round_by: float = 2) -> str:
+    """Return a rectangle."""
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_by:g}" class="{kind}"/>'
+
+
+def dot(x: float, y: float, kind: str, radius: float = 5) -> str:
+    """Return a disc, or a circle if its kind has ``hollow``."""
+    return f'<circle cx="{x:.4g}" cy="{y:.4g}" r="{radius:g}" class="{kind}"/>'
+
+
+def line(x: float, y: float, x2: float, y2: float, kind: str = "quiet-line") -> str:
+    """Return a straight line."""
+    return f'<line x1="{x:.4g}" y1="{y:.4g}" x2="{x2:.4g}" y2="{y2:.4g}" class="{kind}"/>'
+
+
+def path(way: str, kind: str = "quiet-line") -> str:
+    """Return a line along a way of SVG."""
+    return f'<path d="{way}" class="{kind}"/>'
+
+
+def arrow(*points: tuple[float, float]) -> str:
+    """Return a line through points, with a head at the last one."""
+    (x, y), (x2, y2) = points[-2:]
+    angle = math.atan2(y2 - y, x2 - x)
+    ends = [(x2 - 7 * math.cos(angle + turn), y2 - 7 * math.sin(angle + turn)) for turn in (0.5, -0.5)]
+    head = f"M{ends[0][0]:.4g} {ends[0][1]:.4g}L{x2:g} {y2:g}L{ends[1][0]:.4g} {ends[1][1]:.4g}"
+    return path("M" + "L".join(f"{x:g} {y:g}" for x, y in points) + head)
+
+
+def picture(title: str, height: float, *shapes: str, width: float = WIDTH, larger: float = 1.2) -> str:
+    """Return an SVG with the colours that its shapes use, for light and dark pages."""
+    body = "\n".join(shapes)
+    used = set(re.findall(r"[\w-]+", " ".join(re.findall(r'class="([^"]+)"', body))))
+    light, dark = (rules(used, place) for place in (0, 1))
+    size = f'width="{larger * width:g}" height="{larger * height:g}" viewBox="0 0 {width:g} {height:g}"'
+    style = f"{STYLE}\n{light}\n@media (prefers-color-scheme:dark){{{dark}}}"
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+    return f"{start}\n<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n{body}\n</svg>\n"
+
+
+def rules(used: set[str], place: int) -> str:
+    """Return the rules of the colours that are used."""
+    found = ""
+    for name, colours in COLOURS.items():
+        found += f".{name}{{fill:{colours[place]}}}" if name in used else ""
+        found += f".{name}-line{{stroke:{colours[place]}}}" if f"{name}-line" in used else ""
+    return found
+
+
+# What LoRA is
+
+
+def mark(x: float, y: float) -> list[str]:
+    """Return the mark, 36 wide and high: B and A make an L."""
+    return [
+        box(x, y, 36, 36, "frozen", 7),
+        box(x + 8, y + 6, 6, 24, "blue", 1),
+        box(x + 16, y + 24, 14, 6, "orange", 1),
+    ]
+
+
+def wordmark() -> str:
+    """The name with the mark."""
+    name = text(50, 36, "lightning_lora", "ink name")
+    return picture("lightning_lora", 48, *mark(2, 6), name, width=340, larger=1)
+
+
+def update() -> str:
+    """W + B·A for one weight, with its numbers."""
+    n, r = 4096, 8
+    return picture(
+        "W + B·A",
+        296,
+        text(8, 154, "x", "ink large"),
+        arrow((26, 144), (50, 110), (50, 70), (128, 70)),
+        arrow((26, 154), (50, 188), (50, 222), (70, 222)),
+        box(132, 8, 124, 124, "frozen"),
+        text(194, 52, "W", "ink large middle"),
+        text(194, 76, f"{n} × {n}", "ink middle"),
+        text(194, 98, f"{n * n / 1e6:.1f} M, frozen", "ink small middle"),
+        box(74, 215, 124, 14, "orange"),
+        text(136, 206, f"A: {r} × {n}", "orange bold middle"),
+        text(136, 247, f"r = {r} rows", "ink small middle"),
+        arrow((202, 222), (228, 222)),
+        box(232, 160, 14, 124, "blue"),
+        text(256, 182, f"B: {n} × {r}", "blue bold"),
+        text(256, 200, f"r = {r} columns", "ink small"),
+        arrow((260, 70), (372, 70), (372, 132)),
+        arrow((250, 222), (372, 222), (372, 160)),
+        dot(372, 146, "quiet-line hollow", 11),
+        path("M366 146h12M372 140v12"),
+        arrow((385, 146), (408, 146)),
+        text(415, 153, "h", "ink large"),
+        text(256, 250, f"A and B: {2 * n * r:,} trained", "ink small"),
+        text(256, 268, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"),
+    )
+
+
+def steps() -> str:
+    """What a fit does to a model."""
+    shapes: list[str] = []
+    notes = ("the weights", "A and B", "only these", "only these", "into weights")
+    names = {"freeze": frozen, "inject": injected, "train": trained, "save": saved, "merge": merged}
+    for place, (name, draw) in enumerate(names.items()):
+        middle = 44 + 88 * place
+        shapes += [*draw(middle), text(middle, 116, name, "ink bold middle")]
+        shapes.append(text(middle, 135, notes[place], "quiet small middle"))
+        if place:
+            shapes.append(arrow((middle - 50, 52), (middle - 40, 52)))
+    return picture("A fit in five steps", 144, *shapes)
+
+
+LAYERS = (28, 46, 64)
+"""Where the three layers of the small model are."""
+
+
+def frozen(x: float) -> list[str]:
+    """Return three layers, with a lock."""
+    layers = [box(x - 24, y, 48, 13, "frozen") for y in LAYERS]
+    return [*layers, box(x - 7, 11, 14, 11, "ink"), path(f"M{x - 4:g} 11v-3a4 4 0 0 1 8 0v3", "ink-line")]
+
+
+def injected(x: float, kind: str = "-line hollow") -> list[str]:
+    """Return three layers, each with a B and an A beside it."""
+    layers = [box(x - 31, y, 36, 13, "frozen") for y in LAYERS]
+    return [*layers, *(shape for y in LAYERS for shape in adapter(x + 10, y, kind))]
+
+
+def adapter(x: float, y: float, kind: str = "") -> list[str]:
+    """Return a small B and A."""
+    return [box(x, y, 5, 13, f"blue{kind}", 1), box(x + 8, y + 4, 13, 5, f"orange{kind}", 1)]
+
+
+def trained(x: float) -> list[str]:
+    """Return the same with adapters that are filled, and a loss that falls."""
+    return [*injected(x, ""), path(f"M{x - 30:g} 2c4 16 20 18 60 18", "ink-line")]
+
+
+def saved(x: float) -> list[str]:
+    """Return a file with adapters alone."""
+    page = path(f"M{x - 22:g} 12h32l12 12v64h-44zM{x + 10:g} 12v12h12", "quiet-line")
+    return [page, *(shape for y in LAYERS for shape in adapter(x - 11, y + 4))]
+
+
+def merged(x: float) -> list[str]:
+    """Return three layers that hold their updates."""
+    layers = [box(x - 24, y, 48, 13, "frozen") for y in LAYERS]
+    return [*layers, *(shape for y in LAYERS for shape in adapter(x - 11, y))]
+
+
+# What one does with it
+
+
+def halving() -> str:
+    """Successive halving: eight runs, four, two, one."""
+    last = (1, 3, 1, 2, 4, 1, 2, 1)  # the epoch after which each run ends
+    runs = ("8 runs", "4 runs", "2 runs", "1 run")
+    shapes = []
+    for number in range(4):
+        x = 58 + 80 * number
+        shapes += [text(x + 38, 18, f"epoch {number + 1}", "quiet small middle")]
+        shapes += [text(x + 38, 38, runs[number], "ink bold middle")]
+        for place, epoch in enumerate(last):
+            y = 52 + 22 * place
+            if number < epoch:
+                shapes.append(box(x, y, 76, 16, "orange" if epoch == 4 else "blue"))
+            else:
+                shapes.append(line(x + 4, y + 8, x + 72, y + 8))
+    shapes += [text(0, 64 + 22 * place, f"run {place + 1}", "ink small") for place in range(len(last))]
+    shapes += [text(382, 153, "best", "orange bold"), text(0, 250, "15 epochs are trained, of 32", "ink small")]
+    return picture("Eight runs, four, two, one", 258, *shapes)
+
+
+FILES = {
+    ("adapter.safetensors", "save_adapter"): ["lightning_lora"],
+    ("last.ckpt", "the Trainer"): ["lightning_lora"],
+    ("adapter/", "export_peft"): ["lightning_lora", "peft, transformers", "vLLM: uniform=True"],
+    ("lora/", 'export_peft, "diffusers"'): ["lightning_lora", "diffusers"],
+    ("merged.ckpt", "save_merged"): ["any code"],
+}
+"""Who reads a file, by its name and what writes it."""
+
+
+def readers() -> str:
+    """Who reads which file."""
+    shapes = [text(0, 16, "file", "quiet small"), text(180, 16, "read by", "quiet small")]
+    y = 26
+    for (name, writer), found in FILES.items():
+        shapes += [line(0, y, WIDTH, y, "frozen-line"), text(0, y + 20, name, "ink code")]
+        shapes.append(text(0, y + 38, writer, "quiet small"))
+        top = y + 11
+        for reader in found:
+            is_own = reader == "lightning_lora"
+            x, width = (180, 108) if is_own else (294, 145)
+            shapes.append(box(x, top, width, 24, f"{'blue' if is_own else 'orange'}-line hollow", 12))
+            shapes.append(text(x + width / 2, top + 16.5, reader, "ink small middle"))
+            top += 0 if is_own else 29
+        y = max(y + 48, top + 8)
+    return picture("Who reads which file", y + 2, *shapes)
+
+
+# Charts, from the tables of the study
+
+
+class Found(NamedTuple):
+    """A difference to full fine-tuning, with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+    is_resolved: bool
+
+
+FULL = Found(0, 0, 0, False)
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """Return the rows of a table of docs/paper.md. Of two columns with one name, the first counts."""
+    page = (HERE.parent / "paper.md").read_text(encoding="utf-8")
+    _, _, after = page.partition(f"<!-- {name} -->")
+    lines = after.partition("<!-- end -->")[0].strip().splitlines()
+    header, _, *rows = [[cell.strip() for cell in each.strip("|").split("|")] for each in lines]
+    return [dict(zip(reversed(header), reversed(row), strict=True)) for row in rows]
+
+
+def difference(cell: str) -> Found:
+    """Read a cell such as ``-1.2 [-2.5, +0.1], not resolved``. An empty one is full fine-tuning's."""
+    if not cell:
+        return FULL
+    value, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", cell))
+    return Found(value, low, high, "not resolved" not in cell)
+
+
+def colour_of(method: str) -> str:
+    """Return blue for LoRA, and other colours for others."""
+    return "quiet" if method == "full" else "blue" if method.startswith("LoRA") else "orange"
+
+
+def interval(x: float, y: float, method: str, ends: list[tuple[float, float]], found: Found) -> list[str]:
+    """Return a dot on its interval. It is hollow if the interval holds zero. That of full fine-tuning has none."""
+    colour = colour_of(method)
+    if found == FULL:
+        return [dot(x, y, colour)]
+    shapes = [dot(x, y, colour if found.is_resolved else f"{colour}-line hollow")]
+    for x2, y2 in ends:
+        share = min(1, 5 / math.hypot(x2 - x, y2 - y))  # of the way is inside of the dot
+        shapes.append(line(x + share * (x2 - x), y + share * (y2 - y), x2, y2, f"{colour}-line hollow"))
+    return shapes
+
+
+def behind(name: str, title: str, about: str) -> str:
+    """Draw the differences of one table to full fine-tuning: a row for each method."""
+    found = {}
+    for row in table(name):
+        if row["minus full"] != "–":
+            found[row["method"]] = difference(row["minus full"])
+    low, high = min(each.low for each in found.values()), max(1, *(each.high for each in found.values()))
+    step = next(step for step in (1, 2, 5, 10) if (high - low) / step < 8)
+    bottom = 58 + 28 * len(found)
+
+    def across(value: float) -> float:
+        return 126 + 304 * (value - low) / (high - low)
+
+    shapes = [text(0, 16, title, "ink bold"), text(0, 36, about, "quiet small")]
+    for tick in range(math.ceil(low / step), math.floor(high / step) + 1):
+        x = across(tick * step)
+        shapes.append(line(x, 50, x, bottom, "frozen-line" if tick else "quiet-line"))
+        shapes.append(text(round(x), bottom + 18, f"{tick * step:+d}" if tick else "0", "quiet small middle"))
+    for place, (method, each) in enumerate(found.items()):
+        y = 68.0 + 28 * place
+        ends = [(across(each.low), y), (across(each.high), y)]
+        shapes += [text(0, y + 5, method), *interval(across(each.value), y, method, ends, each)]
+    return picture(title, bottom + 24, *shapes)
+
+
+PLACES = {
+    "full": (0, -12, "middle"),
+    "LoRA all, r=16": (-4, -10, ""),
+    "LoRA all, r=8": (4, -10, "end"),
+    "LoRA q v, r=8": (-4, 18, ""),
+    "BitFit": (4, 18, "end"),
+}
+"""Where a name is, from the nearest end of its interval. Others are at the right of their dots."""
+
+
+def parameters() -> str:
+    """Accuracy against trained parameters."""
+    shapes = [
+        text(0, 16, "Test accuracy minus full fine-tuning, in points", "ink bold"),
+        text(0, 36, "Film reviews. Lines: 95 % intervals of the difference", "quiet small"),
+        text(235, 346, "trained parameters", "quiet small middle"),
+    ]
+
+    def down(value: float) -> float:
+        return 80 - 19 * value
+
+    for tick in range(-10, 1, 2):
+        shapes.append(line(36, down(tick), 436, down(tick), "frozen-line" if tick else "quiet-line"))
+        shapes.append(text(28, down(tick) + 5, f"{tick}", "quiet small end"))
+    for power, label in enumerate(("1,000", "10,000", "100,000", "1 M", "10 M"), 3):
+        shapes.append(text(56 + 80 * (power - 2.7), 324, label, "quiet small middle"))
+    for row in table("table2"):
+        method, each = row["method"], difference(row["minus full"])
+        x = 56 + 80 * (math.log10(int(row["trained"].replace(",", ""))) - 2.7)
+        ends = [(x, down(each.low)), (x, down(each.high))]
+        shapes += interval(x, down(each.value), method, ends, each)
+        right, below, anchor = PLACES.get(method, (10, 5, ""))
+        nearest = each.value if method not in PLACES else each.low if below > 0 else each.high
+        shapes.append(text(round(x + right), round(down(nearest) + below), method, f"ink small {anchor}".strip()))
+    return picture("Accuracy against trained parameters", 354, *shapes)
+
+
+def rates() -> str:
+    """Loss against learning rate."""
+    shapes = [
+        text(0, 16, "Validation loss at each learning rate", "ink bold"),
+        text(0, 36, "Film reviews, two epochs, one seed", "quiet small"),
+        text(240, 306, "learning rate", "quiet small middle"),
+    ]
+    labels = {"full": (128, 213), "LoRA q v, r=8": (392, 62), "LoRA all, r=8": (352, 196)}
+    colours = {"full": "quiet", "LoRA q v, r=8": "orange", "LoRA all, r=8": "blue"}
+
+    def down(loss: float) -> float:
+        return 262 - 3500 * (loss - 0.295)
+
+    for hundredth in range(30, 36):
+        y = down(hundredth / 100)
+        shapes += [line(42, y, 436, y, "frozen-line"), text(36, y + 5, f"{hundredth / 100:.2f}", "quiet small end")]
+    ticks: dict[str, float] = {}
+    for row in table("table2-rates"):
+        method = row[""]
+        if method not in labels:
+            continue
+        x, y = labels[method]
+        shapes.append(text(x, y, method, f"{colours[method]} small middle"))
+        tried = [each.strip("*").split(": ") for each in row["rate: loss"].split(", ")]
+        points = [(70 + 53 * math.log2(float(lr) / 5e-5), down(float(loss))) for lr, loss in tried]
+        ticks |= {lr: x for (lr, _), (x, _) in zip(tried, points, strict=True)}
+        shapes.append(path("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in points), f"{colours[method]}-line thick"))
+        best = max(points, key=lambda point: point[1])
+        shapes += [dot(*point, colours[method], 6 if point == best else 3.5) for point in points]
+    shapes += [text(round(x), 284, lr, "quiet small middle") for lr, x in ticks.items()]
+    return picture("Validation loss against learning rate", 314, *shapes)
+
+
+INTERVALS = "Lines: 95 % intervals. Hollow: not resolved"
+PICTURES: dict[str, Callable[[], str]] = {
+    "mark": lambda: picture("lightning_lora", 40, *mark(2, 2), width=40, larger=1),
+    "wordmark": wordmark,
+    "update": update,
+    "steps": steps,
+    "rates": rates,
+    "parameters": parameters,
+    "halving": halving,
+    "readers": readers,
+    "table2": lambda: behind("table2", "Film reviews: accuracy minus full, in points", INTERVALS),
+    "table3": lambda: behind("table3", "E2E: BLEU minus full fine-tuning", INTERVALS),
+    "definitions": lambda: behind("definitions", "Definitions: accuracy minus full, in points", INTERVALS),
+}
+"""How each is drawn, by the name of its file."""
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        (HERE / f"{name}.svg").write_text(draw(), encoding="utf-8")

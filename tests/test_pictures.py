@@ -1,0 +1,40 @@
+"""The pictures of the pages are those that their script draws."""
+
+import re
+import runpy
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "pictures"
+PICTURES = runpy.run_path(str(FOLDER / "draw.py"))["PICTURES"]
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_file_is_what_the_script_draws(name: str) -> None:
+    found = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert found == PICTURES[name](), "the table or the script changed: python docs/pictures/draw.py"
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_small_and_inside_of_its_frame_and_has_colours_for_dark_pages(name: str) -> None:
+    text = PICTURES[name]()
+    root = ElementTree.fromstring(text)
+    width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
+    assert len(text) < 6000 and "prefers-color-scheme:dark" in text
+    for shape in root.iter():
+        for key, most in (("x", width), ("cx", width), ("x2", width), ("y", height), ("cy", height), ("y2", height)):
+            assert 0 <= float(shape.get(key, 0)) <= most
+
+
+def test_each_picture_is_on_a_page_or_the_mark_of_the_site_and_no_other_is_there() -> None:
+    shown = {name for page in PAGES.values() for name in re.findall(r"\]\((?:docs/)?pictures/(\w+)\.svg\)", page)}
+    assert shown | {"mark"} == set(PICTURES) == {path.stem for path in FOLDER.glob("*.svg")}
+
+
+def test_each_picture_says_in_words_what_it_shows() -> None:
+    said = [words for page in PAGES.values() for words in re.findall(r"!\[([^\]]*)\]\(\S*pictures/", page)]
+    assert len(said) > 10 and all(words == "lightning_lora" or len(words.split()) > 10 for words in said)
