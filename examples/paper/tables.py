@@ -8,7 +8,7 @@ import numpy as np
 
 from . import stats
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
+from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
 from .plan import PARTS, at_one_rate, finalists, in_grid, search, seeds
 
 
@@ -168,9 +168,10 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def searched(results: Results, task: str, names: Iterable[str]) -> str:
+def searched(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
     """Compare methods, each at its best learning rate."""
-    return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
+    best = seeds(results, task, "full", epochs)
+    return classified(results, best, {name: seeds(results, task, name, epochs) for name in names})
 
 
 def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
@@ -252,6 +253,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
     "definitions-rates": lambda results: rates(results, "definitions", DEFINITIONS),
+    "everything": lambda results: searched(results, "reviews", ["full", *EVERYTHING], 1),
+    "everything-rates": lambda results: rates(results, "reviews", EVERYTHING, 1),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
@@ -260,7 +263,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 COMPARING = (
     *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
-    *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
+    *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything"),
 )
 """Those with differences."""
 
