@@ -1,7 +1,7 @@
 """Adapters that start from the fit's own data: some batches run through the module before its first step."""
 
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy, deepcopy
 from itertools import islice
 from typing import Any
@@ -90,7 +90,7 @@ def _run(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> in
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     weights = [(name, p, version_of(p)) for name, p in named_parameters(pl_module).items() if not p.is_inference()]
     most = int(min(config.init_batches, trainer.num_training_batches))
-    with closing(_batches(trainer, pl_module, config)) as batches:
+    with _explained(config, title), closing(_batches(trainer, pl_module, config)) as batches:
         for number, batch in enumerate(islice(batches, most), start=1):
             with trainer.precision_plugin.train_step_context():
                 output = step(batch, number - 1) if takes_index else step(batch)
@@ -104,6 +104,20 @@ def _run(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> in
     if changed := [name for name, p, version in weights if version_of(p) != version]:
         raise _refusal(config, f"that of {title} has written to {listed(changed)}, so build the module anew")
     return number
+
+
+@contextmanager
+def _explained(config: LoRAConfig, title: str) -> Iterator[None]:
+    """Say of an error that it came before the fit's own hooks for training, epochs and batches."""
+    try:
+        yield
+    except LoRAError:
+        raise
+    except Exception as error:
+        why = (
+            f"that of {title} ended in {type(error).__name__}: {error}. (Hooks such as on_train_epoch_start run later)"
+        )
+        raise _refusal(config, why) from error
 
 
 # The data
@@ -133,6 +147,8 @@ def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
             own[name] = deepcopy(own[name], memo)
         if isinstance(loader.dataset, IterableDataset):
             own["dataset"] = copy(loader.dataset)
+            kind = type(loader.dataset).__name__
+            rank_zero_info(f"init={config.init!r}: a {kind} that is read only once goes on after these batches.")
     return again
 
 
@@ -145,15 +161,15 @@ def _leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStac
     undo.enter_context(gradients_pass())
     for p in pl_module.parameters():
         undo.callback(setattr, p, "grad", p.grad)
+        undo.callback(_put_back, p, p.data)
         p.grad = None
+    undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
     undo.callback(setattr, trainer, "loggers", trainer.loggers)
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
         undo.enter_context(torch.compiler.set_stance("force_eager"))
     undo.enter_context(torch.no_grad())  # to write the values back
-    seen = set[int]()
-    for module in pl_module.modules():
-        _remember(vars(module), undo, seen)
+    _remember([pl_module, *(group for each in trainer.optimizers for group in each.param_groups)], undo, set())
     undo.enter_context(torch.enable_grad())
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
@@ -167,11 +183,22 @@ def _remember(values: Any, undo: ExitStack, seen: set[int]) -> None:
     seen.add(id(values))
     if isinstance(values, Tensor) and not values.is_meta:
         undo.callback(_write_back, values, values.detach().clone())
+    elif isinstance(values, nn.Module):
+        _remember(vars(values), undo, seen)
     elif isinstance(values, dict | set | list):
         undo.callback(values.extend if isinstance(values, list) else values.update, copy(values))
         undo.callback(values.clear)
+    if isinstance(values, dict | set | list | tuple) and len(values) < _MANY:
         for each in values.values() if isinstance(values, dict) else values:
             _remember(each, undo, seen)
+
+
+_MANY = 10_000  # a container with more holds data, which are not looked into
+
+
+def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
+    if parameter.data_ptr() != values.data_ptr():
+        parameter.data = values
 
 
 def _write_back(tensor: Tensor, values: Tensor) -> None:

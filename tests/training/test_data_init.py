@@ -1,16 +1,17 @@
 """Adapters that start from the Trainer's data: as their papers say, and without a trace."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
+from lightning_lora.training.data_init import check_data_init
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 
@@ -365,11 +367,9 @@ def test_what_cannot_run_a_batch_alone_is_refused_before_anything_changes(tmp_pa
         with pytest.raises(ll.ConfigError, match=rf"init='eva' .*{cls.__name__} .*{words}"):
             fit(tmp_path, lora(init="eva"), model=model)
         assert is_plain(model) and same(state(model), state(cls()))
-    try:
-        with pytest.raises(ll.StrategyError, match=r"init='eva' .* ModelParallelStrategy shards the fit"):
-            fit(tmp_path, lora(init="eva"), strategy=ModelParallelStrategy(1, 1))
-    finally:
-        dist.destroy_process_group()
+    sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(1, 1))  # to run it would join a group of processes
+    with pytest.raises(ll.StrategyError, match=r"init='eva' .* ModelParallelStrategy shards the fit"):
+        check_data_init(sharded, LitTiny(), ll.LoRAConfig(init="eva"))
 
 
 def test_without_a_trainer_it_is_an_error_except_for_a_file(tmp_path: Path) -> None:
@@ -567,3 +567,65 @@ def test_lora_ga_starts_the_same_with_checkpoints(tmp_path: Path, reentrant: boo
     found, plain = (begun(tmp_path, model, numbers(), init="lora_ga") for model in (Saving(), Deep()))
     for name in ("layers.0.lora_A", "layers.3.lora_A"):
         assert angles(found.state[name], plain.state[name]).min() > 0.9999
+
+
+class Writes(Deep):
+    """Its step skips bad batches, moves a copy, a rate and a teacher's statistics, and stops the fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.momentum, self.teacher = copy.deepcopy(self.layers), [nn.BatchNorm1d(12).double()]
+        self.metrics = ({"mean": torch.zeros(1)},)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        for mine, theirs in zip(self.momentum.parameters(), self.layers.parameters(), strict=False):
+            mine.data = 0.5 * mine.data + 0.5 * theirs.data
+        self.teacher[0](batch[0])
+        self.metrics[0]["mean"] += 1
+        self.trainer.optimizers[0].param_groups[0]["lr"] = 1.0
+        self.trainer.should_stop = True
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.isfinite() else None
+
+
+@pytest.mark.filterwarnings("ignore:.*returned .None.")
+@pytest.mark.parametrize("init", SEEING)
+def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tmp_path: Path, init: Any) -> None:
+    model, loader = Writes(), numbers()
+    loader.dataset.tensors[0][5] = math.nan  # type: ignore[attr-defined]
+    before = {name: p.clone() for name, p in state(model).items()}
+    found = begun(tmp_path, model, loader, init=init)
+    assert found.state["layers.0.lora_A"].isfinite().all()
+    assert all(torch.equal(value, found.state[name]) for name, value in before.items())
+
+
+class Early(L.Callback):
+    """What the fit's first step meets."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.met = (
+            trainer.should_stop,
+            rate,
+            float(pl_module.metrics[0]["mean"]),
+            pl_module.teacher[0].running_mean.any(),
+        )
+
+
+def test_the_fit_begins_with_its_own_rate_metrics_and_networks(tmp_path: Path) -> None:
+    ours, early = ll.LoRACallback(init="eva", merge=False), Early()
+    fit(tmp_path, ours, early, model=Writes(), train=numbers(), max_steps=1)
+    assert early.met == (False, 0.05, 0.0, False)
+
+
+def test_a_step_that_needs_a_later_hook_is_explained(tmp_path: Path) -> None:
+    class Later(Deep):
+        def on_train_epoch_start(self) -> None:
+            self.outputs: list[Tensor] = []
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.outputs.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ll.ConfigError, match=r"Later ended in AttributeError: .*Hooks such as"):
+        begun(tmp_path, Later(), numbers(), init="eva")

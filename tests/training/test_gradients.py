@@ -331,6 +331,19 @@ def test_a_loss_that_depends_on_no_adapter_is_refused(tmp_path: Path) -> None:
         train(tmp_path, lora(), model=ReadsFeatures())
 
 
+def test_a_loss_whose_graph_the_module_keeps_itself_is_not(tmp_path: Path) -> None:
+    class Keeps(LitTiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.kept = self.loss(batch)
+            return self.kept.detach()
+
+        def backward(self, loss: Tensor, *_: Any) -> None:
+            self.kept.backward()
+
+    model, _ = train(tmp_path, lora(merge=False), model=Keeps())
+    assert all(model.get_parameter(name).any() for name in ADAPTERS)
+
+
 @pytest.mark.filterwarnings("ignore:.*returned .None.")
 def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> None:
     class SkipsFirst(LitTiny):

@@ -39,6 +39,7 @@ class Inputs:
         """Continue with the inputs of a batch. Their mean is taken off, and what it differs by is one more row."""
         x: Tensor = args[0] if args else kwargs[self.argument]
         x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
+        x = x[x.isfinite().all(1)]
         if not len(x):
             return
         count, mean = self.count + len(x), x.mean(0)

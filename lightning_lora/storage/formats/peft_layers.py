@@ -205,6 +205,8 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
 
 def _why_not_of_type(layer: StoredLayer, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT adapts no layer of this name in this type of model. Only an installed PEFT can say so."""
+    if peft_layer(layer).is_parameter:
+        return None
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
     if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and stored.has_experts:
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."

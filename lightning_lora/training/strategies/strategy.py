@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -326,7 +327,8 @@ class LoRAStrategy(Strategy, InPlace):
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        check_loss(self.lora_module, closure_loss)
+        if not is_overridden("backward", self.lora_module):  # which may have a graph of its own
+            check_loss(self.lora_module, closure_loss)
         loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
