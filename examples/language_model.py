@@ -2,7 +2,7 @@
 
 python examples/language_model.py            # some minutes on two CPU cores
 python examples/language_model.py --fast     # about a minute on a few words, to see that it runs
-python examples/language_model.py --qlora    # with its weights in 4 bits: pip install bitsandbytes accelerate
+python examples/language_model.py --qlora    # with its weights in 4 bits: pip install bitsandbytes
 """
 
 import argparse
@@ -153,7 +153,7 @@ def unpack(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(SMOLLM, gguf_file=GGUF)
         read = AutoModelForCausalLM.from_pretrained(SMOLLM, gguf_file=GGUF, dtype=torch.float32)
     vars(read.config).pop("quantization_config", None)  # of the file
-    model = AutoModelForCausalLM.from_config(read.config)
+    model = AutoModelForCausalLM.from_config(read.config)  # type: ignore[no-untyped-call]
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -171,7 +171,7 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
     console, base = Console(), folder / "base"
     unpack(base)
     data, module = Definitions(base, limit=64 if fast else None), Dictionary(base, qlora=qlora)
-    table = Table("", "loss", "answers", title="Words that were held out", show_lines=True)
+    table = Table("", "loss", "answers", title="Words that are not in the training", show_lines=True)
     table.add_row("before", *measure(Dictionary(base, qlora=qlora), data))
 
     lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
@@ -188,7 +188,7 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
 
     fresh = Dictionary(base, qlora=qlora)  # SmolLM2 as it was
     load_adapter(fresh, folder / "adapter.safetensors")
-    table.add_row("adapters, from their file", *measure(fresh, data))
+    table.add_row("adapters, from file", *measure(fresh, data))
     if not qlora:
         table.add_row("merged", *measure(module, data))
     table.add_row("WordNet", "–", "\n".join(f"{word}: {definition}" for word, definition in data.validation[:SHOWN]))
@@ -220,8 +220,8 @@ if __name__ == "__main__":
     parser.add_argument("--qlora", action="store_true", help="keep the model's weights in 4 bits")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
-    if options.qlora and not (find_spec("bitsandbytes") and find_spec("accelerate")):
-        parser.error("--qlora needs two more packages: pip install bitsandbytes accelerate")
+    if options.qlora and find_spec("bitsandbytes") is None:
+        parser.error("--qlora needs one more package: pip install bitsandbytes")
     print(
         "A minute or two" if options.fast else "Up to ten minutes",
         "on two CPU cores: SmolLM2 is unpacked, asked, trained, and asked again.",
