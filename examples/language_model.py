@@ -177,7 +177,7 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
     lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
     trainer = Trainer(
         max_epochs=1 if fast else EPOCHS,
-        callbacks=[lora, ModelSummary(max_depth=0)],  # LoRACallback has a table of its own
+        callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
         enable_progress_bar=console.is_terminal,  # elsewhere it would not move
         enable_checkpointing=False,
         num_sanity_val_steps=0,
