@@ -68,8 +68,8 @@ class Dictionary(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Say how far the training is."""
         if self.trainer.state.fn == "fit":
-            loss = self.trainer.callback_metrics["val_loss"]
-            print(f"Epoch {self.current_epoch + 1} of {self.trainer.max_epochs}: loss {loss:.2f}", flush=True)
+            steps, loss = int(self.trainer.estimated_stepping_batches), self.trainer.callback_metrics["val_loss"]
+            print(f"Step {self.global_step} of {steps}: loss {loss:.2f}", flush=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over all parameters; LoRACallback keeps those that train."""
@@ -180,6 +180,7 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
         callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
         enable_progress_bar=console.is_terminal,  # elsewhere it would not move
         enable_checkpointing=False,
+        val_check_interval=0.5,
         num_sanity_val_steps=0,
         logger=False,
     )
@@ -194,15 +195,15 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
     table.add_row("WordNet", "–", "\n".join(f"{word}: {definition}" for word, definition in data.validation[:SHOWN]))
     console.print(table)
 
-    from peft import PeftModel
+    from peft import PeftModel  # not above, where what it imports would not be quiet yet
 
     export_peft(fresh, folder / "peft")
     other = PeftModel.from_pretrained(Dictionary(base, qlora=qlora).model, folder / "peft").train()
     batch = data.encode(data.validation[:SHOWN])
     with torch.inference_mode():  # but in train mode: in eval mode, some CPUs round 4-bit weights once more
         difference = (other(**batch).logits - fresh.train().model(**batch).logits).abs().max().item()
-    assert difference < 1e-3, "peft computes something else"
-    console.print(f"peft reads {folder / 'peft'}: its logits differ by {difference:.0e} at most.")
+    assert difference < 1e-3, "PEFT computes something else"
+    console.print(f"PEFT reads the adapters too: its logits differ by {difference:.0e} at most.")
 
 
 def quiet() -> None:
