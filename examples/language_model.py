@@ -84,7 +84,7 @@ class Dictionary(LightningModule):
         tokens = self.tokenizer(question(self.tokenizer, word), return_tensors="pt").to(self.model.device)
         written = self.model.generate(**tokens, max_new_tokens=24, do_sample=False)[0, tokens.input_ids.shape[1] :]
         text = " ".join(str(self.tokenizer.decode(written, skip_special_tokens=True)).split())
-        return text if self.tokenizer.eos_token_id in written else f"{text} …"
+        return text if self.tokenizer.eos_token_id in written else f"{text.rstrip('�')} …"
 
 
 class Definitions(LightningDataModule):
