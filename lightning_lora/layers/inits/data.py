@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,6 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
-
-if TYPE_CHECKING:
-    from lightning_lora.layers.base import LoRALayer
-    from lightning_lora.layers.matrices import AdaptedMatrix
 
 
 class Inputs:
@@ -28,7 +24,7 @@ class Inputs:
         section 3; Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.
     """
 
-    def __init__(self, layer: "LoRALayer", undo: ExitStack) -> None:
+    def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.argument, self.count = layer.lora_input, 0
         self.most = 2 * max(matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
@@ -52,7 +48,7 @@ class Inputs:
             _, self.sizes, right = torch.svd_lowrank(rows, min(self.most, *rows.shape), niter=4)
         self.count, self.mean, self.directions = count, mean, right.T
 
-    def factors(self, matrix: "AdaptedMatrix", r: int) -> tuple[Tensor, Tensor] | None:
+    def factors(self, matrix: Any, r: int) -> tuple[Tensor, Tensor] | None:
         """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
         known = int((self.sizes > self.sizes[:1] * 1e-6).sum())  # none if there were no inputs, or NaN
         return (self.directions[: min(r, known)], self.mean.new_zeros(matrix.writes, r)) if known else None
@@ -69,7 +65,7 @@ class Gradients:
         Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", section 3.
     """
 
-    def __init__(self, layer: "LoRALayer", undo: ExitStack) -> None:
+    def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.layer, self.sums = layer, dict[str, Tensor]()
         for name in layer.lora_weights():
             weight = own_parameter(layer, name)
@@ -83,7 +79,7 @@ class Gradients:
             grad, weight.grad = weight.grad.to("cpu", wide(weight.dtype)), None
             self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad
 
-    def factors(self, matrix: "AdaptedMatrix", r: int) -> tuple[Tensor, Tensor] | None:
+    def factors(self, matrix: Any, r: int) -> tuple[Tensor, Tensor] | None:
         """Return A and B, if there was a gradient other than zero."""
         grad = self.sums.get(matrix.weight, torch.zeros(()))
         if not (grad.any() and grad.isfinite().all()):
@@ -96,12 +92,12 @@ class Gradients:
         return scale * right[..., :r].mT, scale * left[..., last - r : last]
 
 
-def from_inputs(layer: "LoRALayer", undo: ExitStack) -> FromData | None:
+def from_inputs(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the inputs of a layer, if it multiplies their rows by the weight."""
     return Inputs(layer, undo).factors if layer.lora_reads_rows and layer._lora_is_additive else None
 
 
-def from_gradients(layer: "LoRALayer", undo: ExitStack) -> FromData | None:
+def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
     return Gradients(layer, undo).factors if layer.lora_drops_input and not layer.lora_matrices[0].tokens else None
 

@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning_lora.layers.matrices import AdaptedMatrix
 
 Draw = Callable[[Tensor, Tensor], None]
 """Initialises two factors in place, of shapes (*, r, in) and (*, out, r) or the other way round: the second is zero."""
@@ -17,7 +14,7 @@ Draw = Callable[[Tensor, Tensor], None]
 FromWeight = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
-FromData = Callable[["AdaptedMatrix", int], tuple[Tensor, Tensor] | None]
+FromData = Callable[[Any, int], tuple[Tensor, Tensor] | None]
 """Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
 
 
