@@ -176,7 +176,7 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
 
     lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
     trainer = Trainer(
-        max_epochs=1,  # a second one makes the loss on new words higher
+        max_epochs=1,
         callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
         enable_progress_bar=console.is_terminal,  # elsewhere it would not move
         enable_checkpointing=False,
