@@ -223,7 +223,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
-    time, loss = ("About a minute", "3.2") if options.fast else ("About five minutes", "2.7")
+    time, loss = ("About a minute", "2.9") if options.fast else ("About five minutes", "2.6")
     print(f"{time} on two CPU cores. The loss on new words should fall from more than 5 to about {loss}.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
