@@ -109,6 +109,9 @@ def unpack(module: Any) -> None:
     """Undo the repacking for inference, as bitsandbytes itself does when a state dict is made."""
     if repacks(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         module.state_dict()
+        state = module.weight.quant_state
+        if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
+            state.absmax = state.absmax.T.reshape(-1).to(state.dtype)
 
 
 def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:

@@ -224,6 +224,17 @@ def test_base_that_was_evaluated_first_is_the_same_base(tmp_path: Path) -> None:
     ll.load_adapter(build("nf4"), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bool) -> None:
+    layer = bnb.nn.Linear4bit(128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double)
+    model, x = nn.Sequential(layer).to("cpu"), torch.randn(4, 128)
+    with torch.no_grad():
+        before = model.train()(x)
+        model.eval()(x)  # on some processors, this packs it
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+        assert (model.train()(x) - before).abs().max() < 0.01 * before.abs().max()
+
+
 @pytest.mark.parametrize(("kind", "trial"), [("nf4", False), ("int8", True), ("torchao int8", False)])
 def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str, trial: bool) -> None:
     model, lit = build(kind), Lit(kind)
