@@ -111,7 +111,7 @@ def unpack(module: Any) -> None:
         module.state_dict()
         state = module.weight.quant_state
         if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
-            state.absmax = state.absmax.T.reshape(-1).to(state.dtype)
+            state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:
