@@ -104,8 +104,12 @@ def wants_summary(trainer: Trainer) -> bool:
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
     """Whether the module has hooks that may load weights. They would load the base's weights over merged ones."""
-    hooks = (type(pl_module).setup, type(pl_module).configure_model)
-    return any(not hook.__module__.startswith(("lightning.", "pytorch_lightning.")) for hook in hooks)
+    return has_own(pl_module, "setup") or has_own(pl_module, "configure_model")
+
+
+def has_own(pl_module: LightningModule, hook: str) -> bool:
+    """Whether a module overrides a hook, of either Lightning package."""
+    return not getattr(type(pl_module), hook).__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -33,7 +32,13 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.compatibility import drop_averages, keeping_adapters, refuse_strategy, states_are_read
+from lightning_lora.training.compatibility import (
+    drop_averages,
+    has_own,
+    keeping_adapters,
+    refuse_strategy,
+    states_are_read,
+)
 from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
@@ -327,7 +332,7 @@ class LoRAStrategy(Strategy, InPlace):
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        if not is_overridden("backward", self.lora_module):  # which may have a graph of its own
+        if not has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
         loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
