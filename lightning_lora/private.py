@@ -53,6 +53,13 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def local_offsets(tensor: Any) -> tuple[Any, Any]:
+    """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
     output: Tensor = layer._conv_forward(x, weight, None)

@@ -11,6 +11,7 @@ import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -55,6 +56,17 @@ class Named(L.LightningModule):
 
 def children(wrapped: nn.Module) -> set[str]:
     return set(wrapped._modules)
+
+
+def sharded() -> bool:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensor = distribute_tensor(torch.arange(4.0), DeviceMesh("cpu", [0]), [Shard(0)])
+        return tuple(map(tuple, private.local_offsets(tensor))) == ((4,), (0,))
+    finally:
+        dist.destroy_process_group()
 
 
 def forward_mode() -> bool:
@@ -167,6 +179,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "is_any_autocast_enabled": autocast,
     "is_forward_differentiating": forward_mode,
     "version_of": versions,
+    "local_offsets": sharded,
     "STORAGE_BYTES": lambda: (
         getattr(torch.storage.TypedStorage(2, dtype=torch.int8), private.STORAGE_BYTES).nbytes() == 2
     ),

@@ -17,7 +17,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
 from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.targets.networks import Networks
-from lightning_lora.tensors.digests import digest, digests_as
+from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
 from lightning_lora.tensors.values import Seen, copy_to_host
@@ -256,8 +256,7 @@ class Record:
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
-        for name, tensor in again.items():
-            number = digest(tensor)
+        for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
             self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
         return {name: self.read[name].number for name in tensors}
 
@@ -266,6 +265,13 @@ class Record:
         if known not in self.half_digests:
             self.half_digests[known] = digests_as(tensor, HALVES)
         return self.half_digests[known]
+
+    def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
+        """Compute what :meth:`halves` will look up for spread tensors: one message for each dtype and layout."""
+        new = {known: t for known, t in tensors.items() if known not in self.half_digests and is_dtensor(t)}
+        columns = [digests(list(new.values()), dtype) for dtype in HALVES]
+        for known, *numbers in zip(new, *columns, strict=True):
+            self.half_digests[known] = numbers
 
     def base_was_copied(self, name: str, tensor: Tensor, copied: Tensor) -> None:
         """A copy takes the place of one of the base's tensors."""

@@ -128,6 +128,7 @@ def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[d
             known = dict(zip(tensors, each["digests"], strict=True))
             halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
             if each["dtypes"] == dtypes:
+                record.prepare_halves({known[n]: t for n, t in floating.items() if not _is_lost(view, n, known[n])})
                 halves |= {name: _halves_of(view, name, tensor, known[name]) for name, tensor in floating.items()}
             each["rounded"] = halves
         described.append(each)

@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.tensors.shards import full_tensor
+from lightning_lora.tensors.shards import is_dtensor, local_runs, split_dims, to_local
 
-_CHUNK = 1 << 18  # elements whose products stay in a cache
+_BITS = 18
+_CHUNK = 1 << _BITS  # elements whose products stay in a cache
 
 
 def digest(tensor: Tensor) -> int:
@@ -19,9 +21,10 @@ def digest(tensor: Tensor) -> int:
     probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
     forged weights.
 
-    Collective for a DTensor: it is the hash of the full tensor, which each process gathers.
+    Collective for a DTensor: it is the hash of the full tensor.
     """
-    tensor = full_tensor(tensor)
+    if is_dtensor(tensor):
+        return digests([tensor])[0]
     if hasattr(tensor, "__tensor_flatten__"):  # a tensor that consists of others, such as a quantised one
         total = 0
         for name in tensor.__tensor_flatten__()[0]:
@@ -33,9 +36,50 @@ def digest(tensor: Tensor) -> int:
     return _digest_of_integers(_integers(tensor))
 
 
+def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
+    """Return the digests of several tensors, converted to ``dtype``. DTensors take one message for each placement."""
+    found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
+    placed: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_dtensor(tensor):
+            placed.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)
+    for (mesh, dims), places in placed.items():
+        sums = torch.stack([_local_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
+        sums = sums.to(mesh.device_type)
+        for dim in dims:
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        for place, total in zip(places, sums.tolist(), strict=True):
+            itemsize = (dtype or tensors[place].dtype).itemsize
+            found[place] = (tensors[place].numel() * max(1, itemsize // 4) + total) % (1 << 63)
+    return found
+
+
+def _local_sum(tensor: Tensor) -> Tensor:
+    """The sum of the products of a DTensor's local shard, modulo 2**64."""
+    local, starts, run = to_local(tensor), *local_runs(tensor)
+    integers, multipliers = _integers(local), _multipliers(local.device)
+    size = max(1, local.element_size() // 4)
+    total = multipliers.new_zeros(())
+    if not len(integers):
+        return total
+    if len(starts) == 1:  # one run of neighbours, as FSDP2 makes them
+        place = int(starts) * size
+        for piece in (integers[: -place % _CHUNK], *integers[-place % _CHUNK :].split(_CHUNK)):
+            chunk, offset = divmod(place, _CHUNK)
+            total += _sum_of_products(piece, multipliers[offset : offset + len(piece)]) * multipliers[-1 - chunk]
+            place += len(piece)
+        return total
+    rows = max(1, (_CHUNK if local.is_cpu else _CHUNK << 6) // (run * size))
+    columns = torch.arange(run * size, device=local.device)
+    for some, first in zip(integers.split(rows * len(columns)), starts.split(rows), strict=True):
+        places = (first.unsqueeze(1) * size + columns).flatten()  # in the full tensor
+        factors = multipliers[places & (_CHUNK - 1)] * multipliers[-1 - (places >> _BITS)]
+        total += (some * factors).sum()
+    return total
+
+
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
-    tensor = full_tensor(tensor)
     if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
         return [digest(tensor.to(dtype)) for dtype in dtypes]
     sums, counts = {dtype: list[Tensor]() for dtype in dtypes}, dict.fromkeys(dtypes, 0)

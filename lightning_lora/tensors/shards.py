@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.private import tree_map
+from lightning_lora.private import local_offsets, tree_map
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
@@ -132,3 +132,16 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules() if kind else ():
         if isinstance(module, kind):
             module.reshard()
+
+
+def local_runs(tensor: Any) -> tuple[Tensor, int]:
+    """Return where runs of the local shard of a DTensor begin in the full tensor, and how many elements each has."""
+    shape, offsets = local_offsets(tensor)
+    last = max((dim for dim, length in enumerate(shape) if length != tensor.shape[dim]), default=0)
+    starts, stride = torch.zeros(1, dtype=torch.int64, device=to_local(tensor).device), 1
+    for dim in reversed(range(len(shape))):
+        if dim <= last:
+            steps = torch.arange(shape[dim] if dim < last else 1, device=starts.device) + offsets[dim]
+            starts = (steps.unsqueeze(1) * stride + starts).flatten()
+        stride *= tensor.shape[dim]
+    return starts, math.prod(shape[last:])

@@ -1,30 +1,81 @@
 """The digest of a tensor that is spread over processes is that of the whole."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_lora.tensors.digests import digest, digests_as
+from lightning_lora.tensors.digests import digest, digests, digests_as
 from tests.support.ranks import has_shards, join_group, run_ranks
 
-HALVES = (torch.bfloat16, torch.float16)
+pytestmark = [
+    pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later"),
+    pytest.mark.processes,
+]
+
+SHAPES = [(5,), (1,), (7, 3), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
+DTYPES = [torch.bfloat16, torch.float64, torch.uint8]
 
 
-def of_parts_and_whole() -> list[tuple[list[int], list[int]]]:
-    join_group()
-    mesh = init_device_mesh("cpu", (2,))
+def tensors() -> list[Tensor]:
     torch.manual_seed(0)
-    found = []
-    for shape in ((5,), (7, 3), (1, 9), (3, 2, 2, 5), (0, 4)):
-        whole = torch.randn(shape)
-        parts = dtensor.distribute_tensor(whole, mesh, [dtensor.Shard(len(shape) - 1)], src_data_rank=None)
-        found.append(([digest(parts), *digests_as(parts, HALVES)], [digest(whole), *digests_as(whole, HALVES)]))
+    made = []
+    for shape in SHAPES:
+        values = torch.randn(shape, dtype=torch.float64) * 100
+        made += [values.to(dtype) for dtype in DTYPES]
+    return made
+
+
+WHOLE = None
+LINE = [(0,), (1,), (2,), (WHOLE,)]
+SQUARE = [(0, 1), (1, 0), (2, 1), (0, 0), (WHOLE, 1), (0, WHOLE)]
+
+
+def spread(shape: tuple[int, ...], splits: list[tuple[int | None, ...]]) -> list[tuple[str, int, int]]:
+    """The digests of all tensors, each split in these dimensions over a mesh of this shape, and of the whole ones."""
+    join_group()
+    mesh, found = init_device_mesh("cpu", shape), []
+    for tensor, dims in itertools.product(tensors(), splits):
+        if any(dim is not WHOLE and dim >= tensor.dim() for dim in dims):
+            continue
+        placements = [dtensor.Replicate() if dim is WHOLE else dtensor.Shard(dim) for dim in dims]
+        of_parts = digest(dtensor.distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+        found.append((f"{tuple(tensor.shape)} {tensor.dtype} {dims}", of_parts, digest(tensor)))
     return found
 
 
-@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
-@pytest.mark.processes
-def test_digest_of_parts_is_that_of_the_whole() -> None:
-    for found in run_ranks(of_parts_and_whole):
-        assert all(parts == whole for parts, whole in found)
+@pytest.mark.parametrize(("shape", "splits", "size"), [((3,), LINE, 3), ((2, 2), SQUARE, 4)])
+def test_digest_of_parts_is_that_of_the_whole(shape: Any, splits: Any, size: int) -> None:
+    for found in run_ranks(spread, shape, splits, size=size):
+        assert len(found) > 60
+        assert not [layout for layout, of_parts, of_whole in found if of_parts != of_whole]
+
+
+def many_layouts() -> tuple[bool, int, bool]:
+    join_group()
+    mesh = init_device_mesh("cpu", (2,))
+    made = [tensor for tensor in tensors() if tensor.dim() > 1]
+    spread = [
+        dtensor.distribute_tensor(tensor, mesh, [dtensor.Shard(place % 2)], src_data_rank=None)
+        for place, tensor in enumerate(made)
+    ]
+    messages, own = [0], torch.distributed.all_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        messages[0] += 1
+        return own(*args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    mixed = [value for pair in zip(spread, made, strict=True) for value in pair]
+    same = digests(mixed) == [digest(tensor) for tensor in made for _ in range(2)]
+    count = messages[0]
+    half = digests_as(spread[0], [torch.float16]) == digests_as(made[0], [torch.float16])
+    return same, count, half
+
+
+def test_many_digests_take_one_message() -> None:
+    assert run_ranks(many_layouts) == [(True, 1, True)] * 2
