@@ -15,8 +15,8 @@ def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_the_package_has_at_most_16900_lines() -> None:
-    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_900
+def test_the_package_has_at_most_17000_lines() -> None:
+    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 17_000
 
 
 def test_each_file_has_a_name_of_its_own() -> None:
