@@ -79,5 +79,8 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
-    "everything": lambda results: compared(results, "reviews", ["full", *EVERYTHING], 1),
+    "everything": lambda results: [
+        *compared(results, "reviews", ["full", *EVERYTHING], 1),
+        *compared(results, "definitions", ["full", *EVERYTHING]),
+    ],
 }

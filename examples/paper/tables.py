@@ -254,6 +254,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
     "definitions-rates": lambda results: rates(results, "definitions", DEFINITIONS),
     "everything": lambda results: searched(results, "reviews", ["full", *EVERYTHING], 1),
+    "everything-definitions": lambda results: searched(results, "definitions", ["full", *EVERYTHING]),
     "everything-rates": lambda results: rates(results, "reviews", EVERYTHING, 1),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
@@ -263,7 +264,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 COMPARING = (
     *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
-    *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything"),
+    *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything", "everything-definitions"),
 )
 """Those with differences."""
 
@@ -291,5 +292,7 @@ def finished(table: str, results: Results) -> bool:
         return finished("table2", results) and finished("table6", results)
     if table == "verdicts":
         return all(finished(each, results) for each in COMPARING)
-    table = "subspaces" if table == "table7" else table.removesuffix("-pairs").removesuffix("-rates")
+    for end in ("-pairs", "-rates", "-definitions"):
+        table = table.removesuffix(end)
+    table = "subspaces" if table == "table7" else table
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
