@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import lightning.pytorch.callbacks as bundled
 import numpy as np
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
@@ -26,6 +26,7 @@ from lightning_lora.model.view import View
 from lightning_lora.training.data_init import check_data_init
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.support.versions import needs_averaging
 
 SEEING = ["eva", "lora_ga"]
 
@@ -317,9 +318,10 @@ def test_a_second_fit_goes_on_and_one_after_a_tuner_starts(tmp_path: Path, init:
         assert angles(found.state[f"{name}.lora_A"], alone.state[f"{name}.lora_A"]).min() > 0.999, layer
 
 
+@needs_averaging
 @pytest.mark.parametrize("init", SEEING)
 def test_an_average_starts_where_the_module_starts(tmp_path: Path, init: Any) -> None:
-    class Averages(WeightAveraging):
+    class Averages(bundled.WeightAveraging):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             self.begins = state(self._average_model.module), state(pl_module)  # type: ignore[union-attr]
 
