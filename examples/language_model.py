@@ -1,6 +1,6 @@
 """Teach a small language model to answer as a dictionary does, with LoRA.
 
-python examples/language_model.py            # about five minutes on two CPU cores
+python examples/language_model.py            # some minutes on two CPU cores
 python examples/language_model.py --fast     # about a minute on a few words, to see that it runs
 python examples/language_model.py --qlora    # with its weights in 4 bits: pip install bitsandbytes
 """
@@ -223,7 +223,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
-    time, loss = ("About a minute", "2.9") if options.fast else ("About five minutes", "2.6")
+    time, loss = ("About a minute", "2.9") if options.fast else ("Some minutes", "2.6")
     print(f"{time} on two CPU cores. The loss on new words should fall from more than 5 to about {loss}.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:

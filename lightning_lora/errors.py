@@ -37,15 +37,15 @@ class AdapterMismatchError(LoRAError, ValueError):
 
 
 class BaseMismatchError(LoRAError, ValueError):
-    """Adapters were trained on another base model. Or a full checkpoint does not fit the model as its base."""
+    """The base is not the one that the adapters, or a checkpoint, need."""
 
 
 class AdapterFileError(LoRAError, ValueError):
-    """An adapter file or checkpoint cannot be read or written: it is damaged, was changed, or is of another kind."""
+    """A file of adapters, or a checkpoint, cannot be read or written."""
 
 
 class ExportError(LoRAError, ValueError):
-    """Another library's format cannot hold these adapters. Or its reader would compute something else with them."""
+    """Another library cannot hold these adapters, or would compute something else."""
 
 
 class OptimizerError(LoRAError, RuntimeError):
