@@ -228,9 +228,10 @@ def test_links_lead_to_files(page: str) -> None:
         assert (path.parent / link).exists(), link
 
 
-def test_rooms_that_the_readme_lists_are_all_there_are() -> None:
+def test_rooms_that_the_house_has_are_all_there_are() -> None:
     package = ROOT / "lightning_lora"
-    listed = set(re.findall(r"`(\w+\.py|\w+/)`", README))
+    (house,) = re.findall(r"^## The house\n(.*?)^## ", PAGES["contributing"], re.DOTALL | re.MULTILINE)
+    listed = set(re.findall(r"`(\w+\.py|\w+/)`", house))
     there = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if "__" not in path.name}
     assert listed == there - {"py.typed"}
 
