@@ -232,8 +232,8 @@ def _check_plain(contents: dict[Any, Any], path: Any) -> None:
         odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, quantised, or of 8 bits. "
-            "Write it again with .to_dense(), .dequantize() or .float()."
+            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, or of 8 bits. Write it "
+            "again with .to_dense() or .float()."
         )
 
 

@@ -154,6 +154,6 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
     """Whether ``value`` is a usual tensor, with which torch can compute."""
-    if not isinstance(value, Tensor) or value.is_quantized or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return False
     return value.dtype.itemsize > 1 or not value.is_floating_point()

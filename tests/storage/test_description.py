@@ -4,9 +4,6 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +21,6 @@ from lightning_lora import (
     AdapterMismatchError,
     BaseMismatchError,
     LoRAConfig,
-    LoRAError,
     load_adapter,
 )
 from lightning_lora.cli.main import main
@@ -87,24 +83,6 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
     check()
 
 
-def test_flipped_bits_are_refused_or_the_resumed_run_is_the_same(tmp_path: Path, good: Path) -> None:
-    def resumed(path: Path) -> dict[str, Tensor]:
-        model = LitTiny()
-        faults.with_trainer("fit", model, path)
-        return state(model)
-
-    content, path, through = (good / "good.ckpt").read_bytes(), tmp_path / "flipped.ckpt", resumed(good / "good.ckpt")
-
-    @settings(database=None, max_examples=60)
-    @given(flips=FLIPS)
-    def check(flips: list[tuple[float, int]]) -> None:
-        path.write_bytes(flip(content, flips))
-        with suppress(AdapterFileError, AdapterMismatchError, BaseMismatchError):
-            assert same(resumed(path), through)
-
-    check()
-
-
 def records_of(path: Path) -> dict[str, tuple[int, int]]:
     """The places of an archive's records in their file: the first byte of each, and the one after the last."""
     places = {}
@@ -124,7 +102,7 @@ def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: 
     tensors = [name for name in records if "/data/" in name]
     assert len(tensors) > 20 and sum(end - start for start, end in records.values()) > len(content) / 2
     for start, end in records.values():
-        for _ in range(3 if end > start else 0):
+        if end > start:
             changed = bytearray(content)
             changed[random.randrange(start, end)] ^= 1 << random.randrange(8)
             path.write_bytes(changed)
@@ -134,120 +112,55 @@ def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: 
             assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
 
 
-# Forged files
+# Changed files
 
 
-def put(name: Any, make: Callable[[], Any]) -> Callable[[dict[str, Any]], object]:
-    return lambda checkpoint: checkpoint["state_dict"].update({name: make()})
+def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda checkpoint: checkpoint["state_dict"].update({name: value})
 
 
 def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda checkpoint: checkpoint["lightning_lora"].update(fields)
 
 
-def target(modules: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda checkpoint: checkpoint["lightning_lora"]["config"].update(target_modules=modules)
-
-
-A, ONE = "q_proj.lora_A", torch.ones(1, 1)
-FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+A = "q_proj.lora_A"
+CHANGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a value": lambda checkpoint: checkpoint["state_dict"][A][0].add_(1),
+    "a dtype": put(A, torch.ones(2, 8, dtype=torch.int32)),
+    "no tensor": put(A, "A"),
     "dropped key": lambda checkpoint: checkpoint["state_dict"].pop(A),
     "renamed key": lambda checkpoint: checkpoint["state_dict"].update(a=checkpoint["state_dict"].pop(A)),
-    "number as key": put(3, lambda: ONE),
-    "None as key": put(None, lambda: ONE),
-    "bytes as key": put(b"a", lambda: ONE),
-    "pair as key": put((A, 1), lambda: ONE),
-    "text": put(A, lambda: "A"),
-    "bool": put(A, lambda: torch.ones(2, 8, dtype=torch.bool)),
-    "complex": put(A, lambda: torch.ones(2, 8, dtype=torch.complex64)),
-    "quantised": put(A, lambda: torch.quantize_per_tensor(torch.ones(2, 8), 0.1, 0, torch.quint8)),
-    "meta": put(A, lambda: torch.ones(2, 8, device="meta")),
-    "sparse": put(A, lambda: torch.ones(2, 8).to_sparse()),
-    "compressed rows": put(A, lambda: torch.ones(2, 8).to_sparse_csr()),
-    "nested": put(A, lambda: torch.nested.nested_tensor([torch.ones(8), torch.ones(8)])),
-    "gigabytes expanded from one number": put(A, lambda: ONE.expand(1 << 16, 1 << 14)),
-    "more than any memory expanded from one number": put(A, lambda: ONE.expand(1 << 30, 1 << 30)),
-    "sparse and giant": put(A, lambda: torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (1 << 30, 1 << 30))),
-    "giant under another name": put("a", lambda: ONE.expand(1 << 16, 1 << 14)),
-    "endless base": say(base=faults.endless()),
-    "base that explodes": say(base=faults.laughs()),
-    "target_modules that explode": target(faults.laughs()),
-    "expression of a thousand parts": target("(" * 500 + ")" * 500),
+    "another alpha": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(alpha=8),
+    "no layers": say(layers=[]),
+    "another base": say(base=[]),
+    "an unknown form of layers": say(layers=[1]),
     "no description": lambda checkpoint: checkpoint.update(lightning_lora=None),
-    "tensor as description": lambda checkpoint: checkpoint.update(lightning_lora=torch.ones(2)),
     "list as state": lambda checkpoint: checkpoint.update(state_dict=[]),
 }
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
-def test_forged_checkpoint_is_refused_at_no_cost(tmp_path: Path, good: Path, change: Any) -> None:
-    path = faults.edited(good / "good.ckpt", tmp_path / "forged.ckpt", change)
-    faults.frugal(partial(faults.refused, path))
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_checkpoint_that_was_changed_is_refused(tmp_path: Path, good: Path, change: Any) -> None:
+    faults.refused(faults.edited(good / "good.ckpt", tmp_path / "changed.ckpt", change))
 
 
-JUNK: list[Any] = [
-    None, True, -1, 2, 10**400, 0.5, float("nan"), "x", "(", "", b"x", [], [1], [[]], [None], {}, {"a": 1},
-    {1: 2, "a": 3}, {1}, torch.ones(2), [torch.ones(2)], faults.endless(), [{"layout": 1, "dtypes": 2, "digests": 3}],
-    [{"layout": torch.ones(2), "dtypes": [], "digests": [torch.ones(2)]}],
-]  # fmt: skip
+METADATA = {"number": "3", "no JSON": "{", "deep": "[" * 100_000, "wrong types": '{"format": 3, "config": []}'}
 
 
-@pytest.mark.processes
-def test_description_of_wrong_types_is_refused(tmp_path: Path, good: Path) -> None:
-    def work() -> None:
-        said = torch.load(good / "good.ckpt", weights_only=True)["lightning_lora"]
-        config, path = said["config"], tmp_path / "a.ckpt"
-        places = [(said, field) for field in (*said, "more")] + [(config, field) for field in config]
-        for (whole, field), junk in product(places, JUNK):
-            if field in whole and repr(junk) == repr(whole[field]):
-                continue  # what it said anyway
-            change = say(**{field: junk}) if whole is said else say(config={**config, field: junk})
-            faults.edited(good / "good.ckpt", path, change)
-            with faults.unchanged(model := LitTiny()), pytest.raises(LoRAError):
-                load_adapter(model, path)
-
-    faults.frugal(work)
-
-
-def about(config: str = "{}", base: str = "[]", checksum: str = "1") -> str:
-    return f'{{"format": {FORMAT}, "config": {config}, "checksum": {checksum}, "base": {base}}}'
-
-
-METADATA: dict[str, str] = {
-    "number": "3",
-    "list": "[]",
-    "text": '"format"',
-    "deep": "[" * 100_000,
-    "deep base": about(base="[" * 900 + "]" * 900),
-    "huge alpha": about(f'{{"alpha": {"9" * 4000}}}'),
-    "huge rank": about(f'{{"r": {"9" * 4000}}}'),
-    "hugest rank": about(f'{{"r": {"9" * 100_000}}}'),
-    "infinite checksum": about(checksum="1e999"),
-    "half a letter": about(base='"\\ud800"'),
-    "wrong types": about("[]", "{}", "[]"),
-}
-
-
-@pytest.mark.processes
 @pytest.mark.parametrize("text", METADATA.values(), ids=METADATA)
 def test_metadata_of_wrong_types_is_refused(tmp_path: Path, good: Path, text: str) -> None:
     save_file(load_file(good / "good.safetensors"), tmp_path / "a.safetensors", {"lightning_lora": text})
-    faults.frugal(partial(faults.refused, tmp_path / "a.safetensors"))
+    faults.refused(tmp_path / "a.safetensors", "load_adapter")
 
 
 DIVERGED = {
     "nan": (A, torch.full((2, 8), float("nan"))),
-    "inf": ("v_proj.lora_B", torch.full((8, 2), float("inf"))),
-    "-inf at one place": (A, torch.ones(2, 8).index_fill(1, torch.tensor([7]), -float("inf"))),
-    "too large for the model": (A, torch.full((2, 8), 1e300, dtype=torch.float64)),
+    "inf at one place": ("v_proj.lora_B", torch.ones(8, 2).index_fill(1, torch.tensor([1]), float("inf"))),
 }
 
 
 @pytest.mark.parametrize(("name", "value"), DIVERGED.values(), ids=DIVERGED)
 def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, name: str, value: Tensor) -> None:
-    """Though their file is whole."""
-
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
         stored = StoredAdapters.from_view(view := View(faults.adapted()), held(checkpoint), forms_of_base(view))
@@ -259,22 +172,6 @@ def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, name: st
     said = {"lightning_lora": json.dumps(written["lightning_lora"])}
     save_file(held(written), tmp_path / "a.safetensors", said)
     faults.refused(tmp_path / "a.safetensors", "load_adapter")
-
-
-MANY = 300_000
-
-
-@pytest.mark.processes
-def test_very_many_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, good: Path) -> None:
-    with safe_open(good / "good.safetensors", "pt") as opened:
-        entries = ['"__metadata__":' + json.dumps(opened.metadata())]
-    entries += [f'"k{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(MANY)]
-    header = ("{" + ",".join(entries) + "}").encode()
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * MANY))
-    more = {f"k{i}": ONE for i in range(MANY)}
-    faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", lambda whole: whole["state_dict"].update(more))
-    for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
-        faults.frugal(partial(faults.refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 29)
 
 
 # Versions

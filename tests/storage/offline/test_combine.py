@@ -1,7 +1,6 @@
 """Combined files are tested against the updates themselves."""
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.offline.combine_files import combine_files
-from tests.support.models import randomise, state
+from tests.support.layers import Experts
+from tests.support.models import as_trained, randomise, state
 
 
 class Several(nn.Module):
@@ -25,18 +25,9 @@ class Several(nn.Module):
         self.experts = Experts()
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 4, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.up @ self.down
-
-
 BASE = Several()
 LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
-EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
+EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.stack", "experts.mix"]}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
     "ranks": [
@@ -45,7 +36,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     ],
     "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
     "experts": [EXPERTS] * 2,
-    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.up": 1}, "alpha_pattern": {"experts.down": 7}}] * 2,
+    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.stack": 1}, "alpha_pattern": {"experts.mix": 7}}] * 2,
     "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
 }
 
@@ -97,28 +88,17 @@ def test_a_cut_is_the_best_of_its_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(found, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-3, atol=1e-3)
 
 
-def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
-    def refused(
-        configs: list[dict[str, Any]], error: type[Exception], says: str, weights: Any = None, r: int | None = None
-    ) -> None:
-        paths, _ = saved(tmp_path, configs)
-        with pytest.raises(error, match=says):
-            combine_files(paths, tmp_path / "sum.safetensors", weights or (1.0,) * len(configs), r)
-        assert not (tmp_path / "sum.safetensors").exists()
-
-    refused([LINEAR, {**LINEAR, "use_dora": True}], ll.AdapterMismatchError, "DoRA")
-    refused([LINEAR, {**LINEAR, "bias": "all"}], ll.AdapterMismatchError, "trained in full")
-    refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], ll.AdapterMismatchError, "in other parts")
-    refused([LINEAR], ll.ConfigError, "at least two")
-    refused([LINEAR] * 2, ll.ConfigError, "3 weights", (1.0,) * 3)
-    refused([LINEAR] * 2, ll.ConfigError, "expected finite numbers, and a rank of at least 1", r=0)
-    refused([LINEAR] * 2, ll.ConfigError, "expected finite numbers, and a rank of at least 1", (math.nan, 1.0))
-    (one, other), _ = saved(tmp_path, [LINEAR] * 2)
+def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
+    paths, _ = saved(tmp_path, [LINEAR] * 2)
+    out, other = tmp_path / "sum.safetensors", paths[1]
+    for given, weights, says in ((paths[:1], (1.0,), "at least two"), (paths, (1.0,) * 3, "3 weights")):
+        with pytest.raises(ll.ConfigError, match=says):
+            combine_files(given, out, weights)
     with pytest.raises(ll.AdapterFileError, match=r"end in \.safetensors"):
-        combine_files([one, other], tmp_path / "sum.ckpt", (1.0, 1.0))
+        combine_files(paths, tmp_path / "sum.ckpt", (1.0, 1.0))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, **LINEAR))
-    ll.save_adapter(model, other)
+    ll.save_adapter(as_trained(model, **LINEAR), other)
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
-        combined([one, other], (1.0, 1.0))
+        combine_files(paths, out, (1.0, 1.0))
+    assert not out.exists()
