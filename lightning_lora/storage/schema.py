@@ -9,8 +9,8 @@ from lightning_lora.errors import AdapterFileError
 def fits(value: object, schema: Any) -> bool:
     """Whether ``value`` is as ``schema`` describes it.
 
-    A schema is a type; ``None``; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list;
-    ``{str: schema}`` for any names; or one for each key, where a key that ends in ``"?"`` may be absent.
+    A schema is a type; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list; or
+    ``{str: schema}`` for a dictionary with any names.
     """
     if isinstance(schema, type):
         return type(value) is schema
@@ -19,16 +19,8 @@ def fits(value: object, schema: Any) -> bool:
     if isinstance(schema, list):
         return isinstance(value, list) and all(fits(each, schema[0]) for each in value)
     if isinstance(schema, dict):
-        return isinstance(value, dict) and _fields_fit(value, schema)
-    return value is None if schema is None else bool(schema(value))
-
-
-def _fields_fit(value: dict[Any, Any], schema: dict[Any, Any]) -> bool:
-    if str in schema:
-        return all(type(name) is str and fits(each, schema[str]) for name, each in value.items())
-    known = {name.removesuffix("?"): each for name, each in schema.items()}
-    required = {name for name in schema if not name.endswith("?")}
-    return required <= value.keys() <= known.keys() and all(fits(each, known[name]) for name, each in value.items())
+        return isinstance(value, dict) and fits(list(value), [str]) and fits(list(value.values()), [schema[str]])
+    return bool(schema(value))
 
 
 def check_named(names: Iterable[object], path: object) -> None:

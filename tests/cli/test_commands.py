@@ -85,15 +85,15 @@ def test_a_module_and_a_pipe(files: list[str]) -> None:
 
 
 def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, capsys: Any) -> None:
-    paths, config, deltas = files[:2], ll.LoRAConfig(r=2, alpha=2, target_modules=["q_proj"]), list[Any]()
-    for seed, path in enumerate(paths):
-        ll.save_adapter(model := adapted(seed, config), path)
-        deltas.append(model.q_proj.lora_B @ model.q_proj.lora_A)  # type: ignore[operator]
-    assert main(["combine", *paths, "--weights", "1", "-2", "--out", str(tmp_path / "sum.safetensors")]) == 0
+    for path in files[:2]:
+        saved(Path(path), LitTiny(), target_modules=["q_proj"])
+    assert main(["combine", *files[:2], "--weights", "1", "-3", "--out", str(tmp_path / "sum.safetensors")]) == 0
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
-    ll.load_adapter(model := LitTiny(), tmp_path / "sum.safetensors")
-    torch.testing.assert_close(model.q_proj.lora_B @ model.q_proj.lora_A, deltas[0] - 2 * deltas[1])  # type: ignore[operator]
-    assert main(["combine", paths[0], "--out", str(tmp_path / "one.safetensors")]) == 1
+    ll.load_adapter(one := LitTiny(), files[0])
+    ll.load_adapter(both := LitTiny(), tmp_path / "sum.safetensors")
+    updates = [model.q_proj.lora_settings.scaling * model.q_proj.lora_B @ model.q_proj.lora_A for model in (one, both)]
+    torch.testing.assert_close(updates[1], -2 * updates[0])
+    assert main(["combine", files[0], "--out", str(tmp_path / "one.safetensors")]) == 1
 
 
 def test_inspect_says_which_alpha_was_set(tmp_path: Path, capsys: Any) -> None:

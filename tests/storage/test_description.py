@@ -1,7 +1,6 @@
 """Damaged and forged files are refused."""
 
 import json
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    LoRAConfig,
-    load_adapter,
-)
+from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAConfig, load_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import forms_of_base
@@ -53,58 +44,33 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path
         faults.refused(path)
 
 
-FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=3)
-
-
-def flip(content: bytes, flips: list[tuple[float, int]]) -> bytes:
-    changed = bytearray(content)
-    for place, bit in flips:
-        changed[int(place * len(changed))] ^= 1 << bit
-    return bytes(changed)
-
-
 @KINDS
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
-    content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}"
+    content, path, random = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}", Random(3)
     written = torch.load(good / "good.pt", weights_only=True)
-
-    @settings(database=None, max_examples=150)
-    @given(flips=FLIPS)
-    def check(flips: list[tuple[float, int]]) -> None:
-        path.write_bytes(flip(content, flips))
-        model = LitTiny()
-        before, kinds_before = state(model), faults.kinds(model)
+    for _ in range(150):
+        changed = bytearray(content)
+        for _ in range(random.randint(1, 3)):
+            changed[random.randrange(len(changed))] ^= 1 << random.randrange(8)
+        path.write_bytes(changed)
+        before, kinds_before = state(model := LitTiny()), faults.kinds(model)
         try:
             load_adapter(model, path)
             assert same(state(model), written)
         except (AdapterFileError, AdapterMismatchError, BaseMismatchError):
             assert same(state(model), before) and faults.kinds(model) == kinds_before
 
-    check()
-
-
-def records_of(path: Path) -> dict[str, tuple[int, int]]:
-    """The places of an archive's records in their file: the first byte of each, and the one after the last."""
-    places = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for record in archive.infolist():
-            file.seek(record.header_offset + 26)
-            name, extra = struct.unpack("<HH", file.read(4))
-            start = record.header_offset + 30 + name + extra
-            places[record.filename] = (start, start + record.file_size)
-    return places
-
 
 def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: Path, capsys: Any) -> None:
     """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
-    content, path = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt"
-    records, random = records_of(good / "good.ckpt"), Random(5)
-    tensors = [name for name in records if "/data/" in name]
-    assert len(tensors) > 20 and sum(end - start for start, end in records.values()) > len(content) / 2
-    for start, end in records.values():
-        if end > start:
-            changed = bytearray(content)
-            changed[random.randrange(start, end)] ^= 1 << random.randrange(8)
+    content, path, random = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt", Random(5)
+    with zipfile.ZipFile(good / "good.ckpt") as archive:
+        records = {each.header_offset: archive.read(each) for each in archive.infolist()}
+    assert len(records) > 20
+    for offset, record in records.items():
+        changed, start = bytearray(content), content.index(record, content.index(b"FB", offset) + 4)  # after padding
+        if record:
+            changed[start + random.randrange(len(record))] ^= 1 << random.randrange(8)
             path.write_bytes(changed)
             for way in ("fit", "load_adapter"):
                 with pytest.raises(AdapterFileError, match="is damaged"):
@@ -126,13 +92,10 @@ def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
 A = "q_proj.lora_A"
 CHANGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "a value": lambda checkpoint: checkpoint["state_dict"][A][0].add_(1),
-    "a dtype": put(A, torch.ones(2, 8, dtype=torch.int32)),
     "no tensor": put(A, "A"),
     "dropped key": lambda checkpoint: checkpoint["state_dict"].pop(A),
     "renamed key": lambda checkpoint: checkpoint["state_dict"].update(a=checkpoint["state_dict"].pop(A)),
-    "another alpha": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(alpha=8),
-    "no layers": say(layers=[]),
-    "another base": say(base=[]),
+    "no base": say(base=[]),
     "an unknown form of layers": say(layers=[1]),
     "no description": lambda checkpoint: checkpoint.update(lightning_lora=None),
     "list as state": lambda checkpoint: checkpoint.update(state_dict=[]),
@@ -142,15 +105,6 @@ CHANGED: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
 def test_a_checkpoint_that_was_changed_is_refused(tmp_path: Path, good: Path, change: Any) -> None:
     faults.refused(faults.edited(good / "good.ckpt", tmp_path / "changed.ckpt", change))
-
-
-METADATA = {"number": "3", "no JSON": "{", "deep": "[" * 100_000, "wrong types": '{"format": 3, "config": []}'}
-
-
-@pytest.mark.parametrize("text", METADATA.values(), ids=METADATA)
-def test_metadata_of_wrong_types_is_refused(tmp_path: Path, good: Path, text: str) -> None:
-    save_file(load_file(good / "good.safetensors"), tmp_path / "a.safetensors", {"lightning_lora": text})
-    faults.refused(tmp_path / "a.safetensors", "load_adapter")
 
 
 DIVERGED = {

@@ -186,13 +186,6 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
     assert list(contents(folder)) == [name_for(save)]
 
 
-@saver
-def test_a_name_that_is_too_long_is_an_error(tmp_path: Path, save: Any) -> None:
-    with unchanged(model := adapted()), pytest.raises(AdapterFileError, match=r"could not be written \(OSError: .*too"):
-        save(model, tmp_path / ("a" * 10_000 + name_for(save)))
-    assert contents(tmp_path) == {}
-
-
 @exact
 @pytest.mark.parametrize(
     ("fault", "go_on"), [(full, "same trainer"), (read_only, "new trainer"), (full, "saved elsewhere")]

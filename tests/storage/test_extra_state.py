@@ -103,14 +103,6 @@ def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
     assert len(model.metric.state) == 9
 
 
-def test_a_layer_that_comes_later_does_not_hide_what_training_changed(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(merge=False), model=Counts("tensors", 1))
-    model.more = nn.Linear(2, 2)
-    ll.inject_adapters(model, lora().config)
-    with pytest.warns(ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed"):
-        ll.save_adapter(model, tmp_path / "a.safetensors")
-
-
 class Fails(Keeps):
     def get_extra_state(self) -> Any:
         if not self.count:

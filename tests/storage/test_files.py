@@ -56,9 +56,17 @@ def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
 
 edit = partial(rewrite, checked=False)
 
+
+def describe(path: Path, text: str) -> None:
+    save_file(load_file(path), path, {"lightning_lora": text})
+
+
 TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text": (lambda path: path.write_text("hello"), "truncated, damaged or of another kind"),
     "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
+    "description of a wrong type": (lambda path: describe(path, "3"), "did not write"),
+    "description that is no JSON": (lambda path: describe(path, "["), "damaged or of another kind"),
+    "deep description": (lambda path: describe(path, "[" * 100_000), "damaged or of another kind"),
     "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),
     "newer format": (lambda path: edit(path, lambda about, _: about.update(format=9)), "has format 9; expected 3"),
     "impossible option": (lambda path: edit(path, lambda about, _: about["config"].update(r=0)), "cannot be used"),

@@ -63,17 +63,6 @@ def test_adapters_beside_hyperparameters_of_any_kind_are_read(tmp_path: Path) ->
     restores(path, model)
 
 
-def test_the_classes_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "made_up.py").write_text("class Plan:\n    pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    plan = __import__("made_up").Plan()
-    fitted(path := tmp_path / "a.ckpt", model := Holds(plan=plan))
-    (tmp_path / "made_up.py").unlink()
-    del sys.modules["made_up"]
-    restores(path, model)
-    assert "made_up" not in sys.modules
-
-
 def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, base = tmp_path / "a.ckpt", tmp_path / "base.ckpt"
     fitted(path, Holds(given=Settings))
