@@ -1,6 +1,7 @@
-"""Damaged and forged files are refused."""
+"""Files that are damaged, or were changed, are refused. Those of other versions are read."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAConfig, load_adapter
+import lightning_lora as ll
 from lightning_lora.cli.main import main
-from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import forms_of_base
-from lightning_lora.storage.stored import FORMAT, StoredAdapters
+from lightning_lora.storage.stored import FORMAT, checksum
 from tests.support import faults
-from tests.support.cases import held
-from tests.support.models import LitTiny, same, state
-from tests.support.storage import restores, rewrite, saved
+from tests.support.cases import held, three
+from tests.support.models import LitTiny, as_trained, same, state
+from tests.support.storage import refused, restores, rewrite, saved
 
 pytestmark = faults.forks
 
@@ -55,9 +52,9 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
         path.write_bytes(changed)
         before, kinds_before = state(model := LitTiny()), faults.kinds(model)
         try:
-            load_adapter(model, path)
+            ll.load_adapter(model, path)
             assert same(state(model), written)
-        except (AdapterFileError, AdapterMismatchError, BaseMismatchError):
+        except (ll.AdapterFileError, ll.AdapterMismatchError, ll.BaseMismatchError):
             assert same(state(model), before) and faults.kinds(model) == kinds_before
 
 
@@ -73,7 +70,7 @@ def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: 
             changed[start + random.randrange(len(record))] ^= 1 << random.randrange(8)
             path.write_bytes(changed)
             for way in ("fit", "load_adapter"):
-                with pytest.raises(AdapterFileError, match="is damaged"):
+                with pytest.raises(ll.AdapterFileError, match="is damaged"):
                     faults.WAYS[way](LitTiny(), path)
             assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
 
@@ -107,25 +104,44 @@ def test_a_checkpoint_that_was_changed_is_refused(tmp_path: Path, good: Path, ch
     faults.refused(faults.edited(good / "good.ckpt", tmp_path / "changed.ckpt", change))
 
 
-DIVERGED = {
-    "nan": (A, torch.full((2, 8), float("nan"))),
-    "inf at one place": ("v_proj.lora_B", torch.ones(8, 2).index_fill(1, torch.tensor([1]), float("inf"))),
-}
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, value: float) -> None:
+    def diverge(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][A][1, 3] = value
+        about = checkpoint["lightning_lora"]
+        about["checksum"] = checksum(held(checkpoint), about)
+
+    faults.refused(faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", diverge))
+    path = Path(shutil.copy(good / "good.safetensors", tmp_path))
+    rewrite(path, lambda _, tensors: tensors[A][1].fill_(value))
+    faults.refused(path, "load_adapter")
 
 
-@pytest.mark.parametrize(("name", "value"), DIVERGED.values(), ids=DIVERGED)
-def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, name: str, value: Tensor) -> None:
-    def change(checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"][name] = value
-        stored = StoredAdapters.from_view(view := View(faults.adapted()), held(checkpoint), forms_of_base(view))
-        checkpoint["lightning_lora"] = stored.description()
+def described(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a file of three layers whose description is changed."""
+    ll.save_adapter(three(), path)
+    return rewrite(path, lambda about, _: change(about))
 
-    faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", change)
-    faults.refused(tmp_path / "a.ckpt")
-    written = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    said = {"lightning_lora": json.dumps(written["lightning_lora"])}
-    save_file(held(written), tmp_path / "a.safetensors", said)
-    faults.refused(tmp_path / "a.safetensors", "load_adapter")
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about["layers"][0].pop("kind"),
+        lambda about: about["layers"][0]["parts"][0].update(more=1),
+        lambda about: about.pop("layers"),
+    ],
+)
+def test_a_description_of_another_form_is_refused(tmp_path: Path, change: Any) -> None:
+    with pytest.raises(ll.AdapterFileError, match="did not write"):
+        ll.load_adapter(three(), described(tmp_path / "odd.safetensors", change))
+
+
+def test_adapters_of_other_rows_of_a_weight_are_refused(tmp_path: Path) -> None:
+    there: dict[str, Any] = {"target_modules": ["q_proj"], "target_slices": {"q_proj": {"a": (0, 4)}}}
+    saved(tmp_path / "a.safetensors", LitTiny(), **there)
+    here = there | {"target_slices": {"q_proj": {"a": (4, 8)}}}
+    with refused(model := as_trained(LitTiny(), **here), ll.AdapterMismatchError, "adapts other rows of the weight"):
+        ll.load_adapter(model, tmp_path / "a.safetensors")
 
 
 # Versions
@@ -140,9 +156,9 @@ FIRST = {
 
 
 def test_files_leave_out_defaults_which_no_version_of_the_format_may_change() -> None:
-    known = LoRAConfig().to_dict()
+    known = ll.LoRAConfig().to_dict()
     assert FORMAT == 3 and {name: known[name] for name in FIRST} == FIRST
-    assert LoRAConfig().to_stored() == {} and LoRAConfig.from_dict({}) == LoRAConfig()
+    assert ll.LoRAConfig().to_stored() == {} and ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
 
 
 def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
@@ -153,5 +169,15 @@ def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unkno
     rewrite(path, lambda about, _: about["config"].update({**FIRST, "r": 2, "alpha": 4}))  # an earlier version's
     restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
-    with pytest.raises(AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
-        load_adapter(LitTiny(), path)
+    with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
+        ll.load_adapter(LitTiny(), path)
+
+
+def test_what_earlier_versions_wrote_or_left_out_is_no_damage(tmp_path: Path) -> None:
+    def earlier(about: dict[str, Any]) -> None:
+        about.update(run={"noted": 1, "loops": 2}, copies=[])
+        del about["random"], about["saved"], about["layers"][0]["parts"][0]["tokens"]
+
+    path = described(tmp_path / "a.safetensors", earlier)
+    with pytest.raises(ll.BaseMismatchError):  # which is compared last
+        ll.load_adapter(three(), path)

@@ -239,20 +239,22 @@ def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
 
 def test_threads_that_write_and_read_one_file_find_a_whole_one(tmp_path: Path) -> None:
     models, path = [adapted(seed) for seed in range(4)], tmp_path / "a.safetensors"
+    known, readers = [state(model) for model in models], [LitTiny() for _ in range(40)]
     save_adapter(models[0], path)
-    known = [state(model) for model in models]
 
     def write(model: LitTiny) -> None:
         for _ in range(30):
             save_adapter(model, path)
 
-    def read(_: LitTiny) -> None:
-        for model in [LitTiny() for _ in range(10)]:
-            load_adapter(model, path)
-            assert any(same(state(model), each) for each in known)
+    def read(model: LitTiny) -> None:
+        load_adapter(model, path)
+        assert any(same(state(model), each) for each in known)
 
     with ThreadPoolExecutor(8) as pool:
-        for each in [pool.submit(work, model) for model in models for work in (write, read)]:
+        for each in [
+            *(pool.submit(write, model) for model in models),
+            *(pool.submit(read, model) for model in readers),
+        ]:
             each.result()
     assert list(contents(tmp_path)) == [path.name]
 
