@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_lora as ll
-from tests.support.cases import At, StopError, held, stop, tensors
-from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, state, trainer
+from tests.support.cases import At, StopError, held, stop
+from tests.support.models import TRAINED, LitTiny, X, best, data, lora, state, trainer
 from tests.support.storage import fitted
 
 
@@ -33,14 +33,6 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
         assert checkpoint["lightning_lora"]["format"] == 3
         for optimizer in checkpoint.get("optimizer_states", []):
             assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
-
-
-def test_files_after_fit_are_adapter_only_and_resume(tmp_path: Path) -> None:
-    for name in ("light", "after"):
-        model = fitted(tmp_path / f"{name}.ckpt", LitTiny(), lora(), weights_only=name == "light")
-        assert sorted(tensors(tmp_path / f"{name}.ckpt")) == sorted(TRAINED) and is_plain(model)
-    trainer(tmp_path, [lora()], max_epochs=1).fit(new := LitTiny(), data(), ckpt_path=tmp_path / "after.ckpt")
-    torch.testing.assert_close(new(X), model(X))
 
 
 def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:

@@ -105,14 +105,6 @@ def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: A
     restores(tmp_path / "b.safetensors", loaded, around(Nested()) if outward else Nested())
 
 
-def test_the_configuration_names_what_is_saved_in_full_and_nothing_outside(tmp_path: Path) -> None:
-    loaded = Around(Nested())
-    loaded.head = nn.Dropout()
-    saved(tmp_path / "a.safetensors", Nested(), r=2, target_modules=["q"], modules_to_save=["head", "scale"])
-    ll.load_adapter(loaded, tmp_path / "a.safetensors")
-    assert View(loaded).config.modules_to_save == ("model.encoder.head", "model.encoder.scale")
-
-
 @pytest.mark.parametrize(("argument", "name"), [("modules_to_save", "head"), ("target_parameters", "experts.w")])
 def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: Path, argument: str, name: str) -> None:
     class Twice(Nested):

@@ -196,6 +196,3 @@ def test_a_larger_model_with_the_same_layers_takes_them_without_the_check(file: 
         ll.load_adapter(model, file)
     with pytest.warns(ll.LoRAWarning, match="3 frozen tensors, Larger has 5"):
         ll.load_adapter(model, file, check_base=False)
-    ll.save_adapter(model, file)
-    with refused(LitTiny(), ll.BaseMismatchError, "5 frozen tensors, LitTiny has 3"):
-        ll.load_adapter(LitTiny(), file)

@@ -35,7 +35,6 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["conv"], "r": 4},
     ],
     "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
-    "experts": [EXPERTS] * 2,
     "own ranks": [{**EXPERTS, "rank_pattern": {"experts.stack": 1}, "alpha_pattern": {"experts.mix": 7}}] * 2,
     "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
 }

@@ -69,12 +69,6 @@ def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any
     assert contents(folder) == before
 
 
-def test_a_result_may_replace_an_older_one(folder: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        merge("base.safetensors", name, "out.safetensors")
-        ll.export_peft(folder / name, folder / "new")
-
-
 # Killed
 
 
