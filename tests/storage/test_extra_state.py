@@ -29,18 +29,6 @@ class Keeps(nn.Module):
         self.state = state
 
 
-class Odd:
-    """Cannot be compared, nor pickled."""
-
-    def __eq__(self, other: object) -> bool:
-        raise RuntimeError("no comparison")
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        raise RuntimeError("no copy")
-
-
 KINDS: dict[str, Any] = {
     "tensors": lambda count: {"sums": [torch.full((2,), count)], "none": None},
     "tensor": lambda count: torch.arange(count + 1),  # of another size each time
@@ -110,12 +98,11 @@ class Fails(Keeps):
         return {"seen": self.count}
 
 
-def test_what_cannot_be_asked_for_or_compared_stops_nothing(tmp_path: Path) -> None:
-    for metric in (Fails(None), Keeps(lambda _: Odd())):
-        model = LitTiny()
-        model.metric = metric
-        ll.inject_adapters(model, ll.LoRAConfig(r=2))
-        metric.count = 1
-        with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):
-            ll.save_adapter(model, tmp_path / "a.safetensors")
-        assert set(ADAPTERS) <= set(load_file(tmp_path / "a.safetensors"))
+def test_what_cannot_be_asked_for_yet_stops_nothing(tmp_path: Path) -> None:
+    model = LitTiny()
+    model.metric = Fails(None)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    model.metric.count = 1
+    with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert set(ADAPTERS) <= set(load_file(tmp_path / "a.safetensors"))
