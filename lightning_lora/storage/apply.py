@@ -315,5 +315,11 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
         if isinstance(module, NormBase):
             statistics = (join(name, "running_mean"), join(name, "running_var"))
             checked += [name for name in statistics if name in state]
-    if broken := [name for name in checked if not state[name].isfinite().all()]:
+    if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
+
+
+def _is_sound(value: Tensor, original: Tensor | None) -> bool:
+    """Whether ``value`` is finite, except for infinite values of the base. A mask may have some."""
+    odd = ~value.isfinite()
+    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))

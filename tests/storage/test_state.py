@@ -94,6 +94,21 @@ def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
         ll.load_adapter(base, tmp_path / "a.safetensors")
 
 
+def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+        model[1].mask = nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
+        return model
+
+    model = saved(file := tmp_path / "a.safetensors", build(), target_modules=["0"], modules_to_save=["1"])
+    restores(file, model, build())
+    model[1].mask.data[0] = torch.inf
+    ll.save_adapter(model, file)
+    with pytest.raises(ll.AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
+        ll.load_adapter(build(), file)
+
+
 def test_half_precision_adapters_load_into_wider_ones() -> None:
     model = as_trained(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
     narrow = {name: value.bfloat16() for name, value in ll.adapter_state_dict(model).items()}
