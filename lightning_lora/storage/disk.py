@@ -39,13 +39,10 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         with write_errors(path):
             yield path
         return
-    with write_errors(path):  # such as too long a name
-        target = local.resolve()  # the target of a link, so that the link stays
+    target = local.resolve()  # the target of a link, so that the link stays
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
-        if not temporary.exists():  # Lightning gives no error when it has no permission to write
-            raise OSError(f"nothing was written. Perhaps nobody may write into {target.parent}")
-        temporary.replace(target)
+        temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
 
 
 @contextmanager
