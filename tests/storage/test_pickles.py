@@ -118,6 +118,7 @@ def attacks(mark: Path) -> dict[str, bytes]:
     return {
         "a call": mkdir + b"(" + text + b"tR",
         "a call of eval": b"cbuiltins\neval\n(X\x12\0\0\0__import__('this')tR",
+        "a call of what a call returns": mkdir + b"(" + text + b"tR(" + text + b"tR",
         "a name from the stack": b"\x8c\x04this\x8c\x01d\x93",
         "an instance": b"(" + text + b"iposix\nmkdir\n",
         "an object": b"(" + mkdir + text + b"o",

@@ -166,3 +166,9 @@ def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, bu
     with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
         ll.load_adapter(loaded := build(), tmp_path / "a.safetensors")
     assert is_plain(loaded)
+
+
+def test_a_model_that_differs_by_more_than_a_prefix_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "a.safetensors", Around(nn.Sequential(nn.Linear(4, 4))), target_modules=["model.0"])
+    with pytest.raises(ll.AdapterMismatchError, match=r"'model\.0', which TinyLM does not have"):
+        ll.load_adapter(base(), tmp_path / "a.safetensors")
