@@ -39,7 +39,10 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         with write_errors(path):
             yield path
         return
-    target = local.resolve()  # the target of a link, so that the link stays
+    with write_errors(path):  # such as too long a name
+        target = local.resolve()  # the target of a link, so that the link stays
+        if target.is_dir():
+            raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
