@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.layers import INITIALISATIONS, LoRALayer
+from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
@@ -235,12 +235,11 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 def _check_layers(view: View, stored: StoredAdapters) -> None:
     """Refuse a file of this package that describes other layers than the model now has."""
     for name, layer in view.layers.items() if stored.base else ():
-        there, kind = stored.layers[stored.renaming.name_there(name)], cast(type[LoRALayer], layer.overlaid[0])
-        is_same = (there.adapter_class or kind).lora_as_matrix is kind.lora_as_matrix
-        if not is_same or {*map(bare, there.matrices)} != {*map(bare, layer.lora_matrices)}:
+        there = stored.layers[stored.renaming.name_there(name)]
+        if {*map(bare, there.matrices)} != {*map(bare, layer.lora_matrices)}:
             raise AdapterMismatchError(
-                f"{name!r} is {there.kind} in the file, and {kind.__name__} in this model, or other rows of its weight "
-                "are adapted. Load it onto the model that it was saved from."
+                f"In {name!r}, the file adapts other rows of the weight than this model does. Load it onto the model "
+                "that it was saved from."
             )
 
 
@@ -298,14 +297,10 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
             "training, with the same head, and adapt it with the same r."
         )
-    if value.layout != expected.layout or (value.is_meta and not expected.is_meta):
-        raise AdapterMismatchError(f"{name!r} has no values that could be written ({value.layout}, {value.device}).")
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return
-    is_held = value.dtype == expected.dtype
-    with suppress(RuntimeError):  # torch promotes no type of 8 bits
-        is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
+    is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
     if not is_held or value.is_floating_point() != expected.is_floating_point():
         raise AdapterMismatchError(
             f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "

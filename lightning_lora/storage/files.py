@@ -19,7 +19,7 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
-from lightning_lora.storage.disk import check_output, check_path, local_path
+from lightning_lora.storage.disk import check_output, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import (
@@ -209,7 +209,6 @@ def load_adapter(
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    check_path(path, may_be_open=True)
     local = local_path(path)
     file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
     contents = read_contents(file, asked)
@@ -227,14 +226,14 @@ def load_adapter(
 
 
 def _check_plain(contents: dict[Any, Any], path: Any) -> None:
-    """Refuse tensors that would take more memory than the file has. Also those with which torch cannot compute."""
+    """Refuse tensors with which torch cannot compute."""
     odd = list[object]()
     for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
         odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, nested, quantised, repeated, "
-            "without values, or of 8 bits. Write it again with .to_dense(), .dequantize(), .float() or .clone()."
+            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, or of 8 bits. Write it "
+            "again with .to_dense() or .float()."
         )
 
 

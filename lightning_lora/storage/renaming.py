@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_lora.config import LoRAConfig, matches
-from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
@@ -149,15 +148,4 @@ def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: 
     inside = [name for name in (*modules, *parameters) if is_inside(name, renaming.here) and name != renaming.here]
     saved = [name for name in inside if config.is_saved(renaming.name_there(name))]
     moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
-    exact = by_whole_names(moved, replace(config, modules_to_save=saved or None), modules.keys())
-    for argument, entries, names in (
-        ("modules_to_save", saved, [*modules, *parameters]),
-        ("target_parameters", list(exact.target_parameters or ()), list(parameters)),
-    ):
-        meant = [name for name in names if any(matches(entry, name) for entry in entries)]
-        if more := [name for name in meant if not any(is_inside(name, entry) for entry in entries)]:
-            raise AdapterMismatchError(
-                f"In {view.title}, {argument}={entries} would also mean {listed(more)}, which the file "
-                "does not hold. Load it onto the model that it was saved from."
-            )
-    return exact
+    return by_whole_names(moved, replace(config, modules_to_save=saved or None), modules.keys())

@@ -67,10 +67,6 @@ def set_adapter(
     weights = name if isinstance(name, Mapping) else Counter(name)
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
     title = " + ".join(f"{float(weight)!r} {each}".replace(".0 ", " ") for each, weight in weights.items())
-    if title in record.adapters and not record.adapters[title].sum_of:
-        raise AdapterStateError(
-            f"{title!r}, as the sum would be called, is an adapter already. Give that one another name."
-        )
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]
@@ -126,8 +122,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
 
 def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:
     """The weighted sum of a model's adapters."""
-    is_right = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
-    if not weights or not is_right or not all(isinstance(weight, int | float) for weight in weights.values()):
+    are_numbers = isinstance(weights, Mapping) and all(isinstance(each, int | float) for each in weights.values())
+    if not weights or not are_numbers:
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
     return combined([_stored(model, name) for name in weights], list(weights.values()), r)
 

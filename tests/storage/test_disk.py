@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import AdapterFileError, LoRAError, export_peft, load_adapter, save_adapter
+from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
 from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, kinds, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
@@ -58,7 +58,7 @@ def newest(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-EPOCHS = 24
+EPOCHS = 12
 
 
 def shuffled() -> DataLoader[Any]:
@@ -81,7 +81,7 @@ def run(folder: Path, *callbacks: L.Callback, epochs: int = EPOCHS) -> dict[str,
 @exact
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed, moments = tmp_path / "killed", random.Random(11)
-    for kill in range(9):
+    for kill in range(6):
         if kill % 3 == 1:
             die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
             ended = fork(partial(run, killed, AtSave(moments.randint(1, 4), die)))
@@ -111,27 +111,23 @@ def part_disks(crossing: Callable[[], None]) -> None:
         setattr(os, name, apart(getattr(os, name)))
 
 
-def save_checkpoint(model: LitTiny, path: Path, **kwargs: Any) -> None:
+def save_checkpoint(model: LitTiny, path: Path) -> None:
     t = trainer(path.parent, [lora(merge=False)], enable_checkpointing=False)
     t.validate(model, data(), verbose=False)
-    t.save_checkpoint(path, **kwargs)
+    t.save_checkpoint(path)
 
 
 def name_for(save: Any) -> str:
     return "a.safetensors" if save is save_adapter else "a.ckpt"
 
 
-SAVERS: dict[str, Callable[[LitTiny, Path], object]] = {
-    "save_adapter": save_adapter,
-    "save_checkpoint": save_checkpoint,
-    "weights only": partial(save_checkpoint, weights_only=True),
-}
-saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+saver = pytest.mark.parametrize("save", [save_adapter, save_checkpoint])
 
 
 @pytest.mark.processes
-@saver
-@pytest.mark.parametrize("moment", ["writing", "moving"])
+@pytest.mark.parametrize(
+    ("save", "moment"), [(save_adapter, "writing"), (save_checkpoint, "writing"), (save_checkpoint, "moving")]
+)
 def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
     path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
     save(old, path)
@@ -175,18 +171,14 @@ def says(path: Path) -> str:
 
 @saver
 @fault
-@pytest.mark.parametrize("again", [False, True], ids=["new", "over an old file"])
 @in_fork
-def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
-    tmp_path: Path, fault: Any, save: Any, again: bool
-) -> None:
+def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: Path, fault: Any, save: Any) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     model, path = adapted(), folder / name_for(save)
-    if again:
-        save(adapted(1), path)
+    save(adapted(1), path)
     before = contents(folder)
-    with unchanged(model), fault(folder), pytest.raises((LoRAError, OSError), match=says(path)):
+    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=says(path)):
         save(model, path)
     assert contents(folder) == before
     save(model, path)
@@ -194,38 +186,10 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
     assert list(contents(folder)) == [name_for(save)]
 
 
-@saver
-@in_fork
-def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(tmp_path: Path, save: Any) -> None:
-    path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
-    save(old, path)
-    part_disks(partial(limit, 1000))
-    with suppress(LoRAError, OSError):
-        save(new, path)
-        old = new
-    restores(path, old)
-    assert list(contents(tmp_path)) == [name_for(save)]
-
-
-@saver
-def test_a_name_that_is_too_long_is_an_error(tmp_path: Path, save: Any) -> None:
-    model = adapted()
-    with unchanged(model), pytest.raises(AdapterFileError, match=r"could not be written \(OSError: .*too long"):
-        save(model, tmp_path / ("a" * 10_000 + name_for(save)))
-    with pytest.raises(AdapterFileError, match="too long"):
-        export_peft(model, tmp_path / ("a" * 10_000))
-    assert contents(tmp_path) == {}
-
-
-def test_a_writer_that_writes_nothing_is_not_said_to_lack_the_right_to(tmp_path: Path) -> None:
-    says = r"could not be written \(OSError: what was called .* wrote nothing"
-    with pytest.raises(AdapterFileError, match=says), writing(tmp_path / "a.ckpt"):
-        pass
-
-
 @exact
-@fault
-@pytest.mark.parametrize("go_on", ["same trainer", "new trainer", "saved elsewhere"])
+@pytest.mark.parametrize(
+    ("fault", "go_on"), [(full, "same trainer"), (read_only, "new trainer"), (full, "saved elsewhere")]
+)
 @in_fork
 def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault: Any, go_on: str) -> None:
     through = run(tmp_path / "through", epochs=4)
@@ -269,30 +233,30 @@ def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert [writer.exitcode for writer in writers] == [0, 0, 0] and list(contents(tmp_path)) == [path.name]
     load_adapter(LitTiny(), path)
-    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_threads_that_write_and_read_one_file_find_a_whole_one(tmp_path: Path) -> None:
-    models, readers = [adapted(seed) for seed in range(4)], [[LitTiny() for _ in range(15)] for _ in range(4)]
-    path = tmp_path / "a.safetensors"
+    models, path = [adapted(seed) for seed in range(4)], tmp_path / "a.safetensors"
+    known, readers = [state(model) for model in models], [LitTiny() for _ in range(40)]
     save_adapter(models[0], path)
 
     def write(model: LitTiny) -> None:
         for _ in range(30):
             save_adapter(model, path)
 
-    def read(models: list[LitTiny]) -> None:
-        for model in models:
-            load_adapter(model, path)
+    def read(model: LitTiny) -> None:
+        load_adapter(model, path)
+        assert any(same(state(model), each) for each in known)
 
     with ThreadPoolExecutor(8) as pool:
-        for each in [*(pool.submit(write, model) for model in models), *(pool.submit(read, each) for each in readers)]:
+        for each in [
+            *(pool.submit(write, model) for model in models),
+            *(pool.submit(read, model) for model in readers),
+        ]:
             each.result()
-    known = [state(model) for model in models]
-    assert all(any(same(state(model), each) for each in known) for models in readers for model in models)
-    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+    assert list(contents(tmp_path)) == [path.name]
 
 
 def test_a_file_that_another_machine_is_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,23 +29,9 @@ class Keeps(nn.Module):
         self.state = state
 
 
-class Odd:
-    """Cannot be compared, nor pickled."""
-
-    def __eq__(self, other: object) -> bool:
-        raise RuntimeError("no comparison")
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        raise RuntimeError("no copy")
-
-
 KINDS: dict[str, Any] = {
-    "dict": lambda count: {"seen": count, "names": ["a", "b"]},
     "tensors": lambda count: {"sums": [torch.full((2,), count)], "none": None},
     "tensor": lambda count: torch.arange(count + 1),  # of another size each time
-    "number": lambda count: count,
     "array": lambda count: {"values": np.full(3, count)},
 }
 
@@ -60,14 +46,9 @@ class Counts(LitTiny):
         return super().training_step(*args)
 
 
-def extra(model: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in ll.adapter_state_dict(model).items() if name.endswith("_extra_state")}
-
-
-@pytest.mark.parametrize("merge", ["last", False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: Path, kind: str, merge: Any) -> None:
-    model, _ = fit(tmp_path, ll.LoRACallback(r=2, merge=merge), model=Counts(kind, 0))
+def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: Path, kind: str) -> None:
+    model, _ = fit(tmp_path, ll.LoRACallback(r=2), model=Counts(kind, 0))
     ll.save_adapter(model, tmp_path / "a.safetensors")
     assert "metric._extra_state" not in load_file(tmp_path / "a.safetensors")
     ll.export_peft(model, tmp_path / "peft")
@@ -110,14 +91,6 @@ def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
     assert len(model.metric.state) == 9
 
 
-def test_a_layer_that_comes_later_does_not_hide_what_training_changed(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(merge=False), model=Counts("dict", 1))
-    model.more = nn.Linear(2, 2)
-    ll.inject_adapters(model, lora().config)
-    with pytest.warns(ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed"):
-        ll.save_adapter(model, tmp_path / "a.safetensors")
-
-
 class Fails(Keeps):
     def get_extra_state(self) -> Any:
         if not self.count:
@@ -125,12 +98,11 @@ class Fails(Keeps):
         return {"seen": self.count}
 
 
-def test_what_cannot_be_asked_for_or_compared_stops_nothing(tmp_path: Path) -> None:
-    for metric in (Fails(None), Keeps(lambda _: Odd())):
-        model = LitTiny()
-        model.metric = metric
-        ll.inject_adapters(model, ll.LoRAConfig(r=2))
-        metric.count = 1
-        with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):
-            ll.save_adapter(model, tmp_path / "a.safetensors")
-        assert set(ADAPTERS) <= set(load_file(tmp_path / "a.safetensors"))
+def test_what_cannot_be_asked_for_yet_stops_nothing(tmp_path: Path) -> None:
+    model = LitTiny()
+    model.metric = Fails(None)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    model.metric.count = 1
+    with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert set(ADAPTERS) <= set(load_file(tmp_path / "a.safetensors"))

@@ -1,9 +1,6 @@
 """A file restores the trained model on its base."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,32 +26,15 @@ def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
     assert torch.equal(model(X), trained()(X))
 
 
-WRITES = """
-import sys, torch, lightning_lora as ll
-from tests.support.storage import trained
-ll.save_adapter(trained(), sys.argv[1])
-"""
-
-
-@pytest.mark.processes
-def test_each_process_writes_the_same_bytes(file: Path, tmp_path: Path) -> None:
-    for seed in "12":
-        command = [sys.executable, "-W", "ignore", "-c", WRITES, str(tmp_path / f"{seed}.safetensors")]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.curdir})
-        assert (tmp_path / f"{seed}.safetensors").read_bytes() == file.read_bytes()
-
-
 def test_each_file_of_the_same_adapter_has_the_same_bytes(tmp_path: Path) -> None:
     model, found = trained(), set[bytes]()
-    for i in range(12):
+    for i in range(6):
         ll.save_adapter(model, tmp_path / "ä.safetensors")
         ll.export_peft(model, tmp_path / str(i))
-        found |= {path.read_bytes() for path in (tmp_path / "ä.safetensors", tmp_path / str(i) / WEIGHTS)}
+        written = (tmp_path / "ä.safetensors", tmp_path / str(i) / "adapter_model.safetensors")
+        found |= {path.read_bytes() for path in written}
     assert len(found) == 2
     restores(tmp_path / "ä.safetensors", model)
-
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def test_file_is_adapter_sized_and_plain(file: Path) -> None:
@@ -75,37 +55,35 @@ def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
 
 
 edit = partial(rewrite, checked=False)
-Q, V = "q_proj.lora_A", "v_proj.lora_A"
-
-TAMPERED: dict[str, Callable[[Path], Any]] = {
-    "text": lambda path: path.write_text("hello"),
-    "foreign safetensors": lambda path: save_file({"a": torch.zeros(1)}, path),
-    "foreign torch file": lambda path: torch.save({"a": torch.zeros(1)}, path),
-    "foreign object": lambda path: torch.save([1, 2], path),
-    "full checkpoint": lambda path: torch.save({"state_dict": LitTiny().state_dict()}, path),
-    "description not JSON": lambda path: save_file(load_file(path), path, {"lightning_lora": "{"}),
-    "newer format": lambda path: edit(path, lambda about, _: about.update(format=9)),
-    "unknown option": lambda path: edit(path, lambda about, _: about["config"].update(rank=2)),
-    "impossible option": lambda path: edit(path, lambda about, _: about["config"].update(r=0)),
-    "another dtype": lambda path: edit(path, lambda _, tensors: tensors.update({Q: tensors[Q].view(torch.int32)})),
-    "renamed tensors": lambda path: edit(path, lambda _, tensors: tensors.update({Q: tensors[V], V: tensors[Q]})),
-    "another alpha": lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
-def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper: Callable[[Path], Any]) -> None:
+def describe(path: Path, text: str) -> None:
+    save_file(load_file(path), path, {"lightning_lora": text})
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "text": (lambda path: path.write_text("hello"), "truncated, damaged or of another kind"),
+    "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
+    "description of a wrong type": (lambda path: describe(path, "3"), "did not write"),
+    "description that is no JSON": (lambda path: describe(path, "["), "damaged or of another kind"),
+    "deep description": (lambda path: describe(path, "[" * 100_000), "damaged or of another kind"),
+    "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),
+    "newer format": (lambda path: edit(path, lambda about, _: about.update(format=9)), "has format 9; expected 3"),
+    "impossible option": (lambda path: edit(path, lambda about, _: about["config"].update(r=0)), "cannot be used"),
+    "another alpha": (lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)), "not as they were"),
+    "fewer tensors": (lambda path: edit(path, lambda _, tensors: tensors.popitem()), "6 entries, and 7 were written"),
+}
+
+
+@pytest.mark.parametrize(("tamper", "says"), TAMPERED.values(), ids=TAMPERED)
+def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper: Any, says: str) -> None:
     tamper(file)
-    plain, adapted = LitTiny(), trained()
-    with refused(plain, ll.AdapterFileError, "."):
-        ll.load_adapter(plain, file)
-    with refused(adapted, ll.AdapterFileError, "."):
-        ll.load_adapter(adapted, file)
+    for model in (LitTiny(), trained()):
+        with refused(model, ll.AdapterFileError, says):
+            ll.load_adapter(model, file)
 
 
-@pytest.mark.parametrize(
-    "option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str
-)
+@pytest.mark.parametrize("option", [{"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str)
 def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
     model = as_trained(LitTiny(), **CONFIG.to_dict() | option)
     with refused(model, ll.AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
@@ -128,20 +106,11 @@ def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
         ll.load_adapter(LitTiny(), tmp_path)
 
 
-def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
-    """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
+def test_adapters_on_the_meta_device_are_not_saved(tmp_path: Path) -> None:
     with torch.device("meta"):
-        layers = ({name: nn.Linear(12288, 12288, bias=False) for name in "qv"} for _ in range(96))
-        model = nn.Sequential(*map(nn.ModuleDict, layers)).half()
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
+        ll.inject_adapters(model := LitTiny(), CONFIG)
     with pytest.raises(ll.AdapterStateError, match="meta"):
-        ll.save_adapter(model, tmp_path / "gpt3.safetensors")
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            for name, factor in layer.lora_parameters().items():
-                setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
-    ll.save_adapter(model, tmp_path / "gpt3.safetensors")
-    assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)
+        ll.save_adapter(model, tmp_path / "a.safetensors")
 
 
 def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
@@ -160,15 +129,10 @@ def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path:
     restores(tmp_path / "a.safetensors", model)
 
 
-def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> None:
-    model = trained()
+def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
-    ll.save_adapter(model, tmp_path / "link.safetensors")
+    ll.save_adapter(trained(), tmp_path / "link.safetensors")
     assert (tmp_path / "link.safetensors").is_symlink() and (tmp_path / "a.safetensors").is_file()
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(ll.AdapterFileError, match="is not a file"):
-        ll.save_adapter(model, tmp_path / "pipe.safetensors")
-    assert (tmp_path / "pipe.safetensors").is_fifo()
 
 
 def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
@@ -183,20 +147,6 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, 
     assert {path.name for path in (tmp_path / "home").iterdir()} == names
     for name in names:
         restores(f"~/{name}", model)
-    trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False).fit(LitTiny(), data(), ckpt_path="~/a.ckpt")
-
-
-def test_what_is_written_can_be_read_however_many_names_it_has(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        names = [f"{'an_expert_with_a_name_that_has_many_characters_' * 7}{i:02d}" for i in range(34)]
-        return nn.ModuleDict({outer: nn.ModuleDict({n: nn.Linear(1, 1) for n in names}) for outer in names})
-
-    model = build()
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert sum(map(len, targets)) > 700_000
-    saved(tmp_path / "a.safetensors", model, r=1, target_modules=targets)
-    ll.load_adapter(build(), tmp_path / "a.safetensors")
 
 
 class Shared(LitTiny):
@@ -225,18 +175,12 @@ def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
     restores(tmp_path / "a.safetensors", model)
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_a_checkpoint_loads_to_where_it_is_asked_to(tmp_path: Path, merge: bool) -> None:
-    fitted(tmp_path / "a.ckpt", LitTiny(), lora())
-    for place in ("meta", torch.device("meta")):  # a device that every machine has
-        model = ll.load_from_checkpoint(LitTiny, tmp_path / "a.ckpt", merge=merge, map_location=place)
-        assert {p.device.type for p in model.parameters()} == {"meta"}
-
-
 def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     model = fitted(tmp_path / "lora.ckpt", LitTiny(lr=0.01))
     adapted = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
     assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
+    placed = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", map_location="meta")
+    assert {p.device.type for p in placed.parameters()} == {"meta"}  # a device that every machine has
     merged = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
     assert is_plain(merged) and all(p.requires_grad for p in merged.parameters()) and merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
@@ -249,10 +193,9 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
         ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 
 
-@pytest.mark.parametrize("given", ["a.ckpt", "a", "run.v1", ""])
-def test_a_name_of_another_format_is_refused(tmp_path: Path, given: str) -> None:
+def test_a_name_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ll.AdapterFileError, match=r"does not end in \.safetensors.*'adapter\.safetensors'"):
-        ll.save_adapter(trained(), tmp_path / given)
+        ll.save_adapter(trained(), tmp_path / "a.ckpt")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,6 @@
 """Files may lie wherever fsspec finds them."""
 
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,17 +34,15 @@ def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsew
 
 
 def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:
-    content = bytearray(checkpoint.read_bytes())
+    content, path = bytearray(checkpoint.read_bytes()), f"{elsewhere}/a.ckpt"
     content[content.index(b"state_dict")] ^= 1
-    with fsspec.open(f"{elsewhere}/a.ckpt", "wb") as file:
+    with fsspec.open(path, "wb") as file:
         file.write(bytes(content))
-    for load in (
-        lambda model: load_adapter(model, f"{elsewhere}/a.ckpt"),
-        lambda model: load_adapter(model, BytesIO(content)),
-        lambda model: trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=f"{elsewhere}/a.ckpt"),
-    ):
-        with refused(LitTiny(), AdapterFileError, "is damaged"):
-            load(LitTiny())
+    for source in (path, BytesIO(content)):
+        with refused(model := LitTiny(), AdapterFileError, "is damaged"):
+            load_adapter(model, source)
+    with refused(model := LitTiny(), AdapterFileError, "is damaged"):
+        trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 
 def test_places_that_do_not_exist_are_told(elsewhere: str) -> None:
@@ -54,5 +52,3 @@ def test_places_that_do_not_exist_are_told(elsewhere: str) -> None:
         load_adapter(LitTiny(), "nowhere://a.ckpt")
     with pytest.raises(AdapterFileError, match="nowhere"):
         save_adapter(trained(), "nowhere://a.ckpt")
-    with pytest.raises(AdapterFileError, match="cannot be read"):
-        load_adapter(LitTiny(), StringIO("text"))  # type: ignore[arg-type]

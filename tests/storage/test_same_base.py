@@ -11,13 +11,11 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.storage import fingerprint as base
 from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer
-from tests.support.storage import CONFIG, refused, saved, trained
+from tests.support.storage import CONFIG, fitted, refused, saved, trained
 
 CONVERTED = "trained on a base in .* is in .* It is the same base, converted"
 DTYPES = {"double": torch.float64, "single": torch.float32, "bfloat": torch.bfloat16, "half": torch.float16}
 converted = pytest.mark.filterwarnings(f"ignore:.*{CONVERTED}:lightning_lora.LoRAWarning")
-each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 
 def trained_in(dtype: torch.dtype, file: Path) -> LitTiny:
@@ -34,15 +32,14 @@ def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, 
         with refused(other, ll.BaseMismatchError, "3 of 3 frozen tensors.*rounded twice, or to float16 there"):
             ll.load_adapter(other, file)
         return
-    is_rounded = there == torch.float64 != here  # which adapters never are
-    lossy = refused(other, ll.AdapterMismatchError, "'q_proj.lora_A' is torch") if is_rounded else nullcontext()
     told = nullcontext([1]) if there == here else pytest.warns(ll.LoRAWarning, match=CONVERTED)
-    with told as seen, lossy:
-        ll.load_adapter(other, file)
-    assert len(seen) == 1
-    if is_rounded:
+    if there == torch.float64 != here:  # adapters are never rounded
+        with told, refused(other, ll.AdapterMismatchError, "'q_proj.lora_A' is torch"):
+            ll.load_adapter(other, file)
         return
-    assert torch.allclose(other(X).double(), model(X).double(), atol=0.1)
+    with told as seen:
+        ll.load_adapter(other, file)
+    assert len(seen) == 1 and torch.allclose(other(X).double(), model(X).double(), atol=0.1)
     assert other.embed.weight.dtype == other.head.weight.dtype == here
     assert other.q_proj.lora_A.dtype == (torch.float64 if here == torch.float64 else torch.float32)
 
@@ -57,30 +54,26 @@ def test_what_was_rounded_to_one_half_precision_is_recognised_in_the_other(tmp_p
                 ll.load_adapter(model, tmp_path / "a.safetensors")
 
 
-@each_dtype
-def test_another_base_in_another_precision_is_refused(file: Path, dtype: torch.dtype) -> None:
-    model = LitTiny().to(dtype)
+def test_another_base_in_another_precision_is_refused(file: Path) -> None:
+    model = LitTiny().bfloat16()
     with torch.no_grad():
         model.embed.weight[0, 0] *= 1.01
     with refused(model, ll.BaseMismatchError, r"in float32: 1 of 3 frozen tensors .* differ, such as 'embed.wei"):
         ll.load_adapter(model, file)
 
 
-def test_in_its_own_precision_a_base_is_compared_to_the_bit(tmp_path: Path) -> None:
-    """Also where both are the same after rounding."""
-    trained_in(torch.float32, tmp_path / "a.safetensors")
-    model = LitTiny().bfloat16().float()
+def test_in_its_own_precision_a_base_is_compared_to_the_bit(file: Path) -> None:
+    model = LitTiny().bfloat16().float()  # which is the same after rounding
     with refused(model, ll.BaseMismatchError, "another base: 3 of 3"):
-        ll.load_adapter(model, tmp_path / "a.safetensors")
+        ll.load_adapter(model, file)
 
 
 @converted
-@each_half
-def test_a_converted_model_is_saved_with_the_base_that_it_has(tmp_path: Path, file: Path, dtype: torch.dtype) -> None:
-    model, later = LitTiny().to(dtype), tmp_path / "later.safetensors"
+def test_a_converted_model_is_saved_with_the_base_that_it_has(tmp_path: Path, file: Path) -> None:
+    model, later = LitTiny().bfloat16(), tmp_path / "later.safetensors"
     ll.load_adapter(model, file)
     ll.save_adapter(model, later)
-    for kind in (dtype, torch.float32):
+    for kind in (torch.bfloat16, torch.float32):
         ll.load_adapter(again := LitTiny().to(kind), later)
         held = {name: v.to(again.state_dict()[name].dtype) for name, v in ll.adapter_state_dict(model).items()}
         assert same(ll.adapter_state_dict(again), held)
@@ -101,14 +94,12 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
 
 def test_a_file_that_does_not_say_what_its_base_is_in_half_precision_is_read(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(base, "with_halves", lambda view, forms: forms)
-    trained_in(torch.float32, one := tmp_path / "one.safetensors")
-    trained_in(torch.bfloat16, half := tmp_path / "half.safetensors")
-    ll.load_adapter(LitTiny(), one)
-    for model, file in (LitTiny().double(), one), (LitTiny(), half):
-        with pytest.warns(ll.LoRAWarning, match=CONVERTED):
-            ll.load_adapter(model, file)
+    trained_in(torch.float32, file := tmp_path / "a.safetensors")
+    ll.load_adapter(LitTiny(), file)
+    with pytest.warns(ll.LoRAWarning, match=CONVERTED):
+        ll.load_adapter(LitTiny().double(), file)
     with refused(model := LitTiny().bfloat16(), ll.BaseMismatchError, r"trained on, in float32, and convert the model"):
-        ll.load_adapter(model, one)
+        ll.load_adapter(model, file)
 
 
 class Lit(LitTiny):
@@ -127,24 +118,19 @@ class Lit(LitTiny):
 
 
 @converted
-@each_half
-def test_a_trainer_resumes_and_tests_on_a_converted_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    kind = str(dtype).removeprefix("torch.")
-    saved = best(tmp_path / "first", save_last=True)
-    t = trainer(tmp_path, [lora(merge=False), saved], max_epochs=1)
-    t.fit(Lit(), data(), data())
-    expected = t.test(t.lightning_module, data(), verbose=False)[0]["test_loss"]
-    file, later = saved.last_model_path, best(tmp_path / "second", save_last=True)
-    t = trainer(tmp_path, [lora(merge=False), later], max_epochs=2)
-    found = t.test(Lit(kind), data(), ckpt_path=file, verbose=False)[0]["test_loss"]
+def test_a_trainer_resumes_and_tests_on_a_converted_base(tmp_path: Path) -> None:
+    model = fitted(file := tmp_path / "a.ckpt", Lit())
+    expected = trainer(tmp_path).test(model, data(), verbose=False)[0]["test_loss"]
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    found = t.test(Lit("bfloat16"), data(), ckpt_path=file, verbose=False)[0]["test_loss"]
     assert found == pytest.approx(expected, abs=0.05)
-    t.fit(model := Lit(kind), data(), data(), ckpt_path=file)
-    assert t.current_epoch == 2 and model.embed.weight.dtype == dtype
-    for again in (Lit(), Lit(kind)):
-        ll.load_adapter(again, later.last_model_path)
+    t.fit(model := Lit("bfloat16"), data(), ckpt_path=file)
+    t.save_checkpoint(later := tmp_path / "later.ckpt")
+    assert t.current_epoch == 2 and model.embed.weight.dtype == torch.bfloat16
+    for again in (Lit(), Lit("bfloat16")):
+        ll.load_adapter(again, later)
     assert same(state(again), state(model))
-    loaded = ll.load_from_checkpoint(Lit, file, dtype=kind)
-    assert loaded.embed.weight.dtype == dtype
+    assert ll.load_from_checkpoint(Lit, file, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
 
 
 @converted
@@ -180,14 +166,9 @@ def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
     model = LitTiny()
     with torch.no_grad():
         model.embed.weight.add_(1)
-    with refused(model, ll.BaseMismatchError, "1 of 3 frozen"):
-        ll.load_adapter(model, file)
     with pytest.warns(ll.LoRAWarning, match=r"1 of 3 .* differ, such as 'embed.weight'\. They were"):
         ll.load_adapter(model, file, check_base=False)
     assert same(ll.adapter_state_dict(model), ll.adapter_state_dict(trained()))
-
-
-def test_without_the_check_names_and_shapes_must_fit_still(file: Path) -> None:
     sizes = r"is \(2, 8\)|is \(4, 8\)|is \(8,\)|\(8, 2\)"
     with pytest.warns(match="another architecture"), refused(model := LitTiny(width=6), Exception, sizes):
         ll.load_adapter(model, file, check_base=False)
@@ -202,8 +183,7 @@ def test_without_the_check_a_checkpoint_loads_onto_another_base(checkpoint: Path
     with pytest.raises(ll.BaseMismatchError):
         ll.load_from_checkpoint(Other, checkpoint)
     with pytest.warns(ll.LoRAWarning, match="1 of 4 frozen tensors of Other differ"):
-        model = ll.load_from_checkpoint(Other, checkpoint, check_base=False)
-    assert isinstance(model, Other)
+        ll.load_from_checkpoint(Other, checkpoint, check_base=False)
 
 
 def test_a_larger_model_with_the_same_layers_takes_them_without_the_check(file: Path) -> None:
@@ -216,6 +196,3 @@ def test_a_larger_model_with_the_same_layers_takes_them_without_the_check(file: 
         ll.load_adapter(model, file)
     with pytest.warns(ll.LoRAWarning, match="3 frozen tensors, Larger has 5"):
         ll.load_adapter(model, file, check_base=False)
-    ll.save_adapter(model, file)
-    with refused(LitTiny(), ll.BaseMismatchError, "5 frozen tensors, LitTiny has 3"):
-        ll.load_adapter(LitTiny(), file)

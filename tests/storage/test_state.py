@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, randomise, same, state, unties
+from tests.support.models import LitTiny, X, as_trained, lora, randomise, same, state, unties
 from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
 
 
-def test_state_holds_what_training_changed_and_nothing_else() -> None:
-    assert set(ll.adapter_state_dict(trained())) == {
-        "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
-    }  # fmt: skip
-
-
-def test_state_is_the_same_merged_and_unmerged(file: Path) -> None:
+def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) -> None:
     model = trained()
     before = ll.adapter_state_dict(model)
+    assert set(before) == {
+        "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
+    }  # fmt: skip
     ll.merge_adapters(model)
     assert same(ll.adapter_state_dict(model), before)
     ll.save_adapter(model, file)
@@ -39,28 +36,12 @@ def test_loading_into_a_merged_model_replaces_its_update(file: Path) -> None:
     assert same(state(model), state(trained()))
 
 
-def test_tied_head_trained_whole_is_stored_once_per_name_and_restored(tmp_path: Path) -> None:
-    base = TinyLM()
-    model = as_trained(copy.deepcopy(base), modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.lm_head.weight.add_(1)
-    ll.save_adapter(model, tmp_path / "a.safetensors")
-    ll.load_adapter(base, tmp_path / "a.safetensors")
-    assert base.lm_head.weight is base.embed.weight and torch.equal(base(X), model(X))
-
-
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (lambda s: s.pop("q_proj.lora_A"), "missing 'q_proj.lora_A'"),
-    "unexpected": (lambda s: s.update({"k_proj.lora_A": torch.zeros(1)}), "unexpected 'k_proj.lora_A'"),
     "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
     "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "missing '.*_A' and unexpected '.*_a'"),
     "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
-    "transposed": (lambda s: s.update({"v_proj.lora_B": torch.zeros(2, 8)}), r"\(2, 8\).*\(8, 2\)"),
     "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
-    "no values": (lambda s: s.update({"v_proj.lora_B": torch.zeros(8, 2, device="meta")}), "no values"),
-    "sparse": (lambda s: s.update({"q_proj.lora_A": torch.eye(2, 8).to_sparse()}), "has no values that could be"),
     "double": (lambda s: s.update({"q_proj.lora_A": s["q_proj.lora_A"].double()}), "cannot hold the same values"),
-    "complex": (lambda s: s.update({"q_proj.lora_A": s["q_proj.lora_A"] + 0j}), "cannot hold the same values"),
     "no tensor": (lambda s: s.update({"q_proj.lora_A": "A"}), "str"),  # type: ignore[dict-item]
 }
 
@@ -94,20 +75,19 @@ def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> No
             if state["version"] != self.version:
                 raise ValueError("another version")
 
-    model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
-    as_trained(model, r=2)
-    trained, before = ll.adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
+    model = as_trained(nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4)))
+    trained, before = ll.adapter_state_dict(model), [state(model[0]), state(model[2])]
     trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
     model[1].version = 2
     with pytest.raises(ValueError, match="another version"):
         ll.load_adapter_state_dict(model, trained)
-    assert same(state(nn.Sequential(model[0], nn.Identity(), model[2])), before)
+    assert same(state(model[0]), before[0]) and same(state(model[2]), before[1])
 
 
 def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     base = copy.deepcopy(model)
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, modules_to_save=["1"]))
+    as_trained(model, r=1, modules_to_save=["1"])
     model[1].running_mean.fill_(torch.nan)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(ll.AdapterFileError, match=r"'1.running_mean' hold NaN"):
@@ -115,22 +95,18 @@ def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.mask = nn.Linear(4, 4), nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
-
-    def build() -> nn.Sequential:
+    def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 4), Masked())
+        model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+        model[1].mask = nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
+        return model
 
-    model = saved(tmp_path / "a.safetensors", build(), r=2, target_modules=["0"], modules_to_save=["1"])
-    restores(tmp_path / "a.safetensors", model, build())
-    with torch.no_grad():
-        model[1].mask[0] = torch.inf
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+    model = saved(file := tmp_path / "a.safetensors", build(), target_modules=["0"], modules_to_save=["1"])
+    restores(file, model, build())
+    model[1].mask.data[0] = torch.inf
+    ll.save_adapter(model, file)
     with pytest.raises(ll.AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
-        ll.load_adapter(build(), tmp_path / "a.safetensors")
+        ll.load_adapter(build(), file)
 
 
 def test_half_precision_adapters_load_into_wider_ones() -> None:

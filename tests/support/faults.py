@@ -84,19 +84,6 @@ def in_fork(test: Callable[..., None]) -> Any:
     return forking(run)
 
 
-def frugal(work: Callable[[], object], seconds: float = 60, most: int = 1 << 29) -> None:
-    """Run ``work`` in a fork that may take so much CPU time and memory, and no more."""
-
-    def run() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), -1))  # so that this machine survives a failure
-        work()
-        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < most
-
-    assert fork(run, seconds) == 0, f"took more than {seconds} seconds of CPU time, or crashed"
-
-
 def limit(size: int, then: Any = signal.SIG_IGN) -> None:
     """From now on no file grows over ``size`` bytes: more is an error, or with ``SIG_DFL`` death between two bytes."""
     signal.signal(signal.SIGXFSZ, then)
@@ -201,17 +188,3 @@ def put_pickle(pickled: bytes, path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, contents in records.items():
             archive.writestr(name, pickled if name.endswith("data.pkl") else contents)
-
-
-def laughs(depth: int = 40) -> list[Any]:
-    """A list that is small in a pickle, and endless for whoever walks through it."""
-    found: list[Any] = []
-    for _ in range(depth):
-        found = [found, found]
-    return found
-
-
-def endless() -> list[Any]:
-    found: list[Any] = []
-    found.append(found)
-    return found

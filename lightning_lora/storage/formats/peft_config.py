@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.disk import local_path
-from lightning_lora.storage.schema import fits, slow_expressions
+from lightning_lora.storage.schema import fits
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -141,9 +141,6 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
             f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
             "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    if slow := slow_expressions(stored):
-        patterns = listed(each[:60] for each in slow)
-        raise AdapterFileError(f"{source} holds expressions that may take for ever: {patterns}. Name the layers.")
     given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
     try:

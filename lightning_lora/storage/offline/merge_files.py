@@ -204,8 +204,8 @@ def _write_folder(job: _Merge, out: Path) -> None:
             size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
         if index is not None:
             places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
-            metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-            index = {**index, "weight_map": places, "metadata": {**metadata, "total_size": size}}
+            metadata = {**index.get("metadata", {}), "total_size": size}
+            index = {**index, "weight_map": places, "metadata": metadata}
             (folder / INDEX).write_text(json.dumps(index, indent=2))
         left = _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)})
     if left:

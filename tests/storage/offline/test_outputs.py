@@ -4,9 +4,9 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import lightning as L
 import pytest
@@ -54,11 +54,8 @@ def combine(*names: str) -> None:
 
 OVER: list[tuple[Callable[..., object], list[str]]] = [
     *((merge, ["base.safetensors", "a.safetensors", f"{way}base.safetensors"]) for way in ("", "link.", "hard.")),
-    *((merge, ["base.safetensors", "a.safetensors", f"{way}a.safetensors"]) for way in ("", "link.", "base/../")),
-    (merge, ["link.base.safetensors", "a.safetensors", "base.safetensors"]),
-    (merge, ["base.ckpt", "a.safetensors", "base.ckpt"]),
+    (merge, ["base.safetensors", "a.safetensors", "base/../a.safetensors"]),
     (merge, ["base", "a.safetensors", "base/new"]),
-    (combine, ["a.safetensors", "b.safetensors", "b.safetensors"]),
     (combine, ["link.a.safetensors", "b.safetensors", "a.safetensors"]),
     (ll.export_peft, ["peft/adapter_model.safetensors", "peft"]),
 ]
@@ -72,49 +69,30 @@ def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any
     assert contents(folder) == before
 
 
-def test_a_result_may_replace_an_older_one(folder: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        merge("base.safetensors", name, "out.safetensors")
-        ll.export_peft(folder / name, folder / "new")
-
-
 # Killed
 
 
-class Own(nn.Sequential):
-    """A model that a process is killed in, while it saves itself."""
+@forking
+def test_what_a_killed_writer_of_a_folder_left_is_cleared_by_the_next(folder: Path) -> None:
+    def work(progress: Callable[[str], object] = str) -> None:
+        merge_files(folder / "base", folder / "a.safetensors", folder / "out", progress)
 
-    dies = False
+    before = contents(folder)
+    assert fork(partial(work, lambda _: signal.raise_signal(signal.SIGPROF))) == signal.SIGPROF
+    assert not (folder / "out").exists() and contents(folder) != before  # a part of it is there
+    work()
+    assert contents(folder).keys() - before.keys() == {"out/model.safetensors"}
+
+
+# The disk
+
+
+class Own(nn.Sequential):
+    """A model that saves itself, if it can."""
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()
         save_file(self.state_dict(), folder / "model.safetensors")
-        if self.dies:
-            signal.raise_signal(signal.SIGPROF)
-
-
-@forking
-@pytest.mark.parametrize("write", ["merge", "save_merged"])
-def test_what_a_killed_writer_of_a_folder_left_is_cleared_by_the_next(folder: Path, write: str) -> None:
-    saved = Own(*model())
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2))
-
-    def work(dies: bool = True) -> None:
-        saved.dies = dies
-        if write == "merge":
-            die = (lambda name: signal.raise_signal(signal.SIGPROF)) if dies else str
-            merge_files(folder / "base", folder / "a.safetensors", folder / "out", die)
-        else:
-            ll.save_merged(saved, folder / "out")
-
-    before = contents(folder)
-    assert fork(work) == signal.SIGPROF
-    assert not (folder / "out").exists() and contents(folder) != before  # a part of it is there
-    work(dies=False)
-    assert {Path(name).parts[0] for name in contents(folder)} - {Path(name).parts[0] for name in before} == {"out"}
-
-
-# The disk
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt", "out"])
@@ -122,7 +100,7 @@ def test_what_a_killed_writer_of_a_folder_left_is_cleared_by_the_next(folder: Pa
 def test_a_full_disk_is_named_as_the_reason(tmp_path: Path, name: str) -> None:
     saved = L.LightningModule()
     saved.net = Own(nn.Linear(64, 64))
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2))
+    as_trained(saved)
     limit(1000)
     with pytest.raises(ll.AdapterFileError, match=rf"{re.escape(name)} could not be written .*Free space"):
         ll.save_merged(saved, tmp_path / name)
@@ -135,31 +113,6 @@ def test_a_folder_of_peft_that_cannot_be_made_is_told_with_what_to_do(tmp_path: 
         ll.export_peft(as_trained(model()), tmp_path / "peft")
 
 
-def test_an_error_of_a_model_that_saves_itself_is_told(tmp_path: Path) -> None:
-    class Raises(nn.Sequential):
-        def save_pretrained(self, folder: Path) -> None:
-            raise RuntimeError("my own")
-
-    ll.inject_adapters(saved := Raises(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-    with pytest.raises(ll.AdapterFileError, match=r"could not be written \(RuntimeError: my own\)"):
-        ll.save_merged(saved, tmp_path / "out")
-
-
-WRITERS: dict[str, Callable[[Path, str], object]] = {
-    "save_adapter": lambda folder, name: ll.save_adapter(as_trained(model()), f"{folder}/{name}.safetensors"),
-    "save_merged": lambda folder, name: ll.save_merged(as_trained(model()), f"{folder}/{name}.safetensors"),
-    "export_peft": lambda folder, name: ll.export_peft(as_trained(model()), f"{folder}/{name}"),
-    "merge": lambda folder, name: merge("base.safetensors", "a.safetensors", name),
-    "combine": lambda folder, name: combine(*["a.safetensors"] * 2, f"{name}.safetensors"),
-}
-
-
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_name_that_no_file_can_have_is_refused(folder: Path, write: Any) -> None:
-    with pytest.raises(ll.AdapterFileError, match=r"'.*a\\x00b.*' holds a NUL character"):
-        write(folder, "a\0b")
-
-
 # What cannot be computed or held
 
 
@@ -167,7 +120,7 @@ def of_dtype(dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(8, 8).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_an_adapted_weight_that_takes_no_update_is_named(folder: Path, dtype: torch.dtype) -> None:
     save_file({**model().state_dict(), "0.weight": of_dtype(dtype)}, folder / "other.safetensors")
     with pytest.raises(ll.AdapterMismatchError, match=rf"no update: '0.weight \[8, 8\], {dtype} .* float32, bfloat16"):
@@ -175,36 +128,31 @@ def test_an_adapted_weight_that_takes_no_update_is_named(folder: Path, dtype: to
     assert not (folder / "out.safetensors").exists()
 
 
-BESIDE: dict[str, tuple[torch.Tensor, bool]] = {
-    "float8": (of_dtype(torch.float8_e4m3fn), True),
-    "uint16": (of_dtype(torch.uint16), True),
-    "complex128": (of_dtype(torch.complex128), False),
-    "sparse": (torch.eye(8).to_sparse(), False),
+BESIDE: dict[str, torch.Tensor] = {
+    "float8": of_dtype(torch.float8_e4m3fn),
+    "uint16": of_dtype(torch.uint16),
+    "sparse": torch.eye(8).to_sparse(),
 }
 if hasattr(torch, "float4_e2m1fn_x2"):  # from torch 2.8 on
-    BESIDE["float4"] = (torch.arange(64, dtype=torch.uint8).view(8, 8).view(torch.float4_e2m1fn_x2), True)
+    BESIDE["float4"] = torch.arange(64, dtype=torch.uint8).view(8, 8).view(torch.float4_e2m1fn_x2)
 
 
-@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize|ComplexHalf)")
-@pytest.mark.parametrize(("value", "fits"), BESIDE.values(), ids=BESIDE)
-def test_a_tensor_beside_is_kept_bit_for_bit_or_named(folder: Path, value: torch.Tensor, fits: bool) -> None:
-    base = {**model().state_dict(), "beside": value}
-    torch.save(base, folder / "other.ckpt")
-    if fits:
-        save_file(base, folder / "other.safetensors")
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)")
+@pytest.mark.parametrize("value", BESIDE.values(), ids=BESIDE)
+def test_a_tensor_beside_is_kept_bit_for_bit_or_named(folder: Path, value: torch.Tensor) -> None:
+    torch.save({**model().state_dict(), "beside": value}, folder / "other.ckpt")
     merge("other.ckpt", "a.safetensors", "out.ckpt")
     kept = torch.load(folder / "out.ckpt", weights_only=True)["beside"]
     assert (kept.dtype, kept.layout, kept.shape) == (value.dtype, value.layout, value.shape)
-    if not fits:
+    if value.is_sparse:
         with pytest.raises(ll.AdapterFileError, match=r"safetensors cannot hold 'beside' \(torch\..*\.ckpt"):
             merge("other.ckpt", "a.safetensors", "out.safetensors")
         assert not (folder / "out.safetensors").exists()
         return
-    for there in ("other.ckpt", "other.safetensors"):
-        merge(there, "a.safetensors", "out.safetensors")
-        found = load_file(folder / "out.safetensors")["beside"]
-        assert (found.dtype, found.shape) == (value.dtype, value.shape)
-        assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
+    merge("other.ckpt", "a.safetensors", "out.safetensors")
+    found = load_file(folder / "out.safetensors")["beside"]
+    assert (found.dtype, found.shape) == (value.dtype, value.shape)
+    assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
@@ -218,25 +166,3 @@ def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder:
     assert state.keys() == base.keys() and state["extra"] == {"n": 1}
     merge("base.safetensors", "a.safetensors", "out.safetensors")
     assert torch.equal(state["0.weight"], load_file(folder / "out.safetensors")["0.weight"])
-
-
-def test_a_packed_base_is_refused_before_it_is_unpacked(folder: Path) -> None:
-    torch.save({"0.weight": torch.zeros(1 << 20)}, folder / "whole.ckpt")
-    with ZipFile(folder / "whole.ckpt") as whole, ZipFile(folder / "other.ckpt", "w", ZIP_DEFLATED) as packed:
-        for name in whole.namelist():
-            packed.writestr(name, whole.read(name))
-    with pytest.raises(ll.AdapterFileError, match="is damaged"):
-        merge("other.ckpt", "a.safetensors", "out.ckpt")
-
-
-def test_a_tensor_that_repeats_a_few_values_is_refused(folder: Path) -> None:
-    torch.save({**model().state_dict(), "beside": torch.zeros(1).expand(1 << 35)}, folder / "other.ckpt")
-    for out in ("out.ckpt", "out.safetensors"):
-        with pytest.raises(ll.AdapterFileError, match=r"'beside' in .* larger than the file itself"):
-            merge("other.ckpt", "a.safetensors", out)
-
-
-def test_adapters_that_are_not_there_are_not_found(folder: Path) -> None:
-    for name in ("gone", "a\0b"):
-        with pytest.raises((FileNotFoundError, ll.AdapterFileError)):
-            merge(f"{folder}/base.safetensors", f"{folder}/{name}", f"{folder}/out.safetensors")
