@@ -21,7 +21,6 @@ from lightning_lora.model.view import View
 from tests.support.models import is_plain, randomise, same, state, trainer
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
-ANSWERS = torch.tensor([0, 1])
 IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
 SEQUENCE = torch.linspace(-20, 20, 2 * 6 * 8).sin().view(2, 6, 8)
@@ -81,9 +80,7 @@ CLIP = {"text_config": TEXT, "vision_config": PATCHES, "projection_dim": 8}
 PAIRS = {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True}
 CASES = {
     "gpt2": hub("GPT2LMHeadModel", TEXT | {"n_embd": 8, "n_layer": 1, "n_head": 2}),
-    "llama": hub("LlamaForCausalLM", TEXT),
     "t5": hub("T5ForConditionalGeneration", {"vocab_size": 20} | T5),
-    "vit": hub("ViTForImageClassification", PATCHES, {"pixel_values": IMAGES, "labels": ANSWERS}),
     # in older versions its mask is not for float64
     "clip": hub("CLIPModel", CLIP, PAIRS, dtype=torch.float32),
     "whisper": hub("WhisperForConditionalGeneration", WHISPER, {"input_features": SEQUENCE.mT, "labels": IDS}),
@@ -229,9 +226,7 @@ def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: ll
 
 
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize(
-    "name", [key for key, case in CASES.items() if case.build.__qualname__.startswith("hub")], indirect=True
-)
+@pytest.mark.parametrize("name", ["gpt2", "clip", "wav2vec2", "mixtral", "mamba"], indirect=True)
 def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
     model, again = Lit(name), Lit(name)
     ll.inject_adapters(model, config)
