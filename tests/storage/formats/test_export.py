@@ -34,27 +34,22 @@ class Layers(nn.Module):
         return self.head(self.pre_head(self.norm(self.inner["q"](self.conv1d(x).tanh()))))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": "all-linear"},
-        {"target_modules": "all", "alpha": 5},
-        {"target_modules": ["conv1d"]},
-        {"target_modules": ["embed", "q"], "rank_pattern": {"^q": 5, "inner.q": 1}, "alpha_pattern": {"inner.q": 7}},
-        {"target_modules": r"q", "alpha": 3, "use_rslora": True},
-        {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
-        {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
-        {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
-        {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
-        {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"q": 3}},
-        {"target_modules": ["q"], "use_dora": True, "init": "pissa"},
-        {"target_modules": ["q"], "bias": "lora_only"},
-        {"target_modules": ["q"], "bias": "all"},
-        {"target_modules": ["q"], "modules_to_save": ["pre_head", "head", "norm"], "bias": "all"},
-        {"target_modules": ["conv1d"], "target_slices": {"conv1d": {"a": (0, 3), "b": (6, 8)}}},
-        {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
-    ],
-)
+LINEAR: list[dict[str, Any]] = [
+    {"target_modules": "all", "alpha": 5},
+    {"target_modules": ["conv1d"]},
+    {"target_modules": ["embed", "q"], "rank_pattern": {"^q": 5, "inner.q": 1}, "alpha_pattern": {"inner.q": 7}},
+    {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
+    {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
+    {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
+    {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
+    {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"q": 3}},
+    {"target_modules": "q", "use_dora": True, "init": "pissa", "bias": "lora_only"},
+    {"target_modules": ["q"], "modules_to_save": ["pre_head", "head", "norm"], "bias": "all"},
+    {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("config", LINEAR)
 def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
     check_read(Layers(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
 
@@ -71,31 +66,33 @@ class Convolutions(nn.Module):
         return self.norm(self.c3(self.c2(x).tanh().unsqueeze(2)))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"use_dora": True},
-        {"alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
-        {"init": "pissa", "bias": "lora_only"},
-        {"r": 9, "alpha": 5},
-        {"target_slices": {"c2": {"a": (0, 3), "b": (4, 7)}}},
-        {"r": 5, "alpha": 5, "use_rslora": True, "target_slices": {"c2": {"a": (0, 3), "b": (4, 8)}}},
-        {"modules_to_save": ["norm"]},
-    ],
-)
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"use_dora": True, "modules_to_save": ["norm"]},
+    {"init": "pissa", "bias": "lora_only", "alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
+    {"r": 9, "alpha": 5},
+    {"r": 5, "alpha": 5, "use_rslora": True, "target_slices": {"c2": {"a": (0, 3), "b": (4, 8)}}},
+]
+
+
+@pytest.mark.parametrize("config", CONVOLUTIONS)
 def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
     config = LoRAConfig(**{"r": 2, "target_modules": ["c1", "c2", "c3"]} | config)
     check_read(Convolutions(), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
 
 
-@pytest.mark.parametrize("parts", [["q"], ["v", "k"], ["q", "k", "v"]])
-@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}, {"r": 20}])
+ATTENTION: list[tuple[list[str], dict[str, Any]]] = [
+    (["q"], {"bias": "lora_only"}),
+    (["v", "k"], {"bias": "all", "init": "olora", "alpha": 3}),
+    (["q", "k", "v"], {}),
+    (["q", "k", "v"], {"r": 20}),
+]
+
+
+@pytest.mark.parametrize(("parts", "more"), ATTENTION)
 def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
     x = torch.randn(2, 5, WIDTH)
     how: dict[str, Any] = {"target_modules": ["attn", "out"], "target_slices": {"attn": parts}}
-    config = LoRAConfig(**{"r": 2, **how, **more})
-    check_read(Attending(), config, lambda model: model(x), tmp_path)
+    check_read(Attending(), LoRAConfig(**{"r": 2, **how, **more}), lambda model: model(x), tmp_path)
 
 
 class Recurrent(nn.Module):
@@ -113,11 +110,9 @@ class Recurrent(nn.Module):
     ("model", "config"),
     [
         (Recurrent(num_layers=2, bidirectional=True), {"bias": "lora_only", "alpha": 5}),
-        (Recurrent(proj_size=5), {"dropout": 0.5}),
+        (Recurrent(proj_size=5), {"dropout": 0.5, "bias": "all"}),
         (Recurrent(nn.GRU), {"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}),
-        (Recurrent(nn.RNN), {"target_slices": {"rnn": ["hh_l0"]}, "bias": "all"}),
-        (Recurrent(nn.GRU), {"target_modules": ["rnn"], "init": "pissa"}),
-        (Recurrent(nn.GRU), {"r": 30, "alpha": 7, "use_rslora": True}),
+        (Recurrent(nn.RNN), {"r": 30, "alpha": 7, "init": "pissa"}),
     ],
 )
 def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Path) -> None:
@@ -129,22 +124,19 @@ def around(experts: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(experts=experts))
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_parameters": ["experts.up"]},
-        {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5},
-        {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
-        {"target_parameters": ["experts.up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}},
-        {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all", "dropout": 0.5},
-        {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7},
-        {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3},
-    ],
-)
-def test_experts(config: dict[str, Any], is_transposed: bool, tmp_path: Path) -> None:
-    base = nn.Sequential(around(Experts(is_transposed=is_transposed)))
-    x = torch.randn(1, 6, WIDTH)
+EXPERTS: list[tuple[bool, dict[str, Any]]] = [
+    (False, {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5}),
+    (True, {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True}),
+    (True, {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5}),
+    (False, {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all"}),
+    (False, {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7}),
+    (True, {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3}),
+]
+
+
+@pytest.mark.parametrize(("is_transposed", "config"), EXPERTS)
+def test_experts(is_transposed: bool, config: dict[str, Any], tmp_path: Path) -> None:
+    base, x = nn.Sequential(around(Experts(is_transposed=is_transposed))), torch.randn(1, 6, WIDTH)
     check_read(base, LoRAConfig(**{"r": 2, "target_modules": []} | config), lambda m: m(x), tmp_path)
 
 
@@ -169,8 +161,7 @@ def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
     check_read(around(Block()), config, lambda m: m(x), tmp_path)
 
 
-@pytest.mark.parametrize("r", [2, 100])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "r"), [(4, 100), (8, 2)])
 def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
