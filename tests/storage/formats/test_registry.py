@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.registry import FORMATS, Format
 from lightning_lora.storage.formats.writing import Source, updates_of, write_files
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import described
-from tests.support.models import randomise
+from tests.support.models import as_trained
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"  # kohya's names, which without this are called what they are
 
@@ -56,8 +56,7 @@ def base() -> nn.Sequential:
 
 def test_a_format_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     other = Format("other", "others", read, ("other.safetensors",), write)
-    ll.inject_adapters(model := base(), ll.LoRAConfig(r=2, alpha=5, rank_pattern={"2": 1}))
-    randomise(model)
+    model = as_trained(base(), alpha=5, rank_pattern={"2": 1})
     with pytest.raises(ll.ConfigError, match=r"'other' is not known\. Expected 'peft' or 'diffusers'"):
         ll.export_peft(model, tmp_path / "out", format="other")  # type: ignore[arg-type]
     monkeypatch.setattr(registry, "FORMATS", (*FORMATS, other))
@@ -74,12 +73,9 @@ def test_a_format_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "0.lora_A", "0.lora_B"], ["0.lora_down.weight"]])
 def test_tensors_of_what_is_refused_are_not_read(tmp_path: Path, monkeypatch: Any, names: list[str]) -> None:
-    open_file = own.safe_open
-
     @contextmanager
-    def without_tensors(*given: Any) -> Iterator[Any]:
-        with open_file(*given) as file:
-            yield SimpleNamespace(keys=file.keys, metadata=file.metadata)
+    def without_tensors(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(keys=lambda: names, metadata=dict)
 
     save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "a.safetensors")
     monkeypatch.setattr(own, "safe_open", without_tensors)
