@@ -9,77 +9,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from tests.support.models import WIDTH, WORDS, TinyLM
 from tests.support.peft_export import check_equal, check_read, read, trained
-from tests.support.peft_reading import Attending, Experts
+from tests.support.peft_reading import Attending, Experts, Images, Mixed
 
-INDEX = torch.arange(12).view(3, 4) % WORDS
-
-
-class Layers(nn.Module):
-    """An embedding, linear layers, and a Conv1D, with names that are the ends of others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.q, self.conv1d = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), Conv1D(12, WIDTH)
-        nn.init.normal_(self.conv1d.weight, std=0.3)
-        self.inner = nn.ModuleDict({"q": nn.Linear(12, WIDTH)})
-        self.norm, self.pre_head, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.q(self.embed(index)).tanh()
-        return self.head(self.pre_head(self.norm(self.inner["q"](self.conv1d(x).tanh()))))
-
-
-LINEAR: list[dict[str, Any]] = [
+INDEX = torch.arange(12).view(2, 6)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
+MIXED: list[dict[str, Any]] = [
     {"target_modules": "all", "alpha": 5},
-    {"target_modules": ["conv1d"]},
-    {"target_modules": ["embed", "q"], "rank_pattern": {"^q": 5, "inner.q": 1}, "alpha_pattern": {"inner.q": 7}},
+    {"target_modules": ["c_proj"], "target_slices": {"c_proj": {"a": (0, 3), "b": (6, 8)}}},
+    {"target_modules": ["embed", "linear"], "rank_pattern": {"linear": 5}, "alpha_pattern": {"embed": 7}},
     {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
-    {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
-    {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
+    {"target_modules": ["linear", "c_proj", "head"], "init": "pissa", "alpha": 5},
+    {"target_modules": ["linear", "c_proj"], "init": "olora", "use_rslora": True},
     {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
-    {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"q": 3}},
-    {"target_modules": "q", "use_dora": True, "init": "pissa", "bias": "lora_only"},
-    {"target_modules": ["q"], "modules_to_save": ["pre_head", "head", "norm"], "bias": "all"},
-    {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
+    {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"linear": 3}},
+    {"target_modules": "linear", "use_dora": True, "init": "pissa", "bias": "lora_only"},
+    {"target_modules": ["linear"], "modules_to_save": ["head", "norm"], "bias": "all"},
+    {"target_modules": ["linear"], "target_slices": {"linear": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
 ]
-
-
-@pytest.mark.parametrize("config", LINEAR)
-def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
-    check_read(Layers(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
-
-
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2 = nn.Conv1d(4, 6, 3, padding=1), nn.Conv2d(6, 8, (3, 2), stride=2, bias=False)
-        self.c3, self.norm = nn.Conv3d(8, 4, (1, 3, 3), padding="same"), nn.BatchNorm3d(4)
-        self.norm.running_mean.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c1(x).tanh().unsqueeze(-1).expand(-1, -1, -1, 6)
-        return self.norm(self.c3(self.c2(x).tanh().unsqueeze(2)))
-
-
 CONVOLUTIONS: list[dict[str, Any]] = [
-    {"use_dora": True, "modules_to_save": ["norm"]},
-    {"init": "pissa", "bias": "lora_only", "alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
-    {"r": 9, "alpha": 5},
-    {"r": 5, "alpha": 5, "use_rslora": True, "target_slices": {"c2": {"a": (0, 3), "b": (4, 8)}}},
+    {"use_dora": True, "modules_to_save": ["bn"]},
+    {"init": "pissa", "bias": "lora_only", "alpha": 3, "rank_pattern": {"conv3d": 3}, "use_rslora": True},
+    {"r": 50, "alpha": 5, "use_rslora": True, "target_slices": {"conv2d": {"a": (0, 2), "b": (3, 6)}}},
 ]
-
-
-@pytest.mark.parametrize("config", CONVOLUTIONS)
-def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
-    config = LoRAConfig(**{"r": 2, "target_modules": ["c1", "c2", "c3"]} | config)
-    check_read(Convolutions(), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
-
-
 ATTENTION: list[tuple[list[str], dict[str, Any]]] = [
     (["q"], {"bias": "lora_only"}),
     (["v", "k"], {"bias": "all", "init": "olora", "alpha": 3}),
@@ -88,10 +43,30 @@ ATTENTION: list[tuple[list[str], dict[str, Any]]] = [
 ]
 
 
+EXPERTS: list[tuple[bool, dict[str, Any]]] = [
+    (False, {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5}),
+    (True, {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True}),
+    (True, {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5}),
+    (False, {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all"}),
+    (False, {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7}),
+    (True, {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3}),
+]
+
+
+@pytest.mark.parametrize("config", MIXED)
+def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
+    check_read(Mixed(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
+
+
+@pytest.mark.parametrize("config", CONVOLUTIONS)
+def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
+    config = LoRAConfig(**{"r": 2, "target_modules": ["conv2d", "conv3d"]} | config)
+    check_read(Images(), config, lambda model: model(IMAGES), tmp_path)
+
+
 @pytest.mark.parametrize(("parts", "more"), ATTENTION)
 def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
-    x = torch.randn(2, 5, WIDTH)
-    how: dict[str, Any] = {"target_modules": ["attn", "out"], "target_slices": {"attn": parts}}
+    x, how = torch.randn(2, 5, WIDTH), {"target_modules": ["attn", "out"], "target_slices": {"attn": parts}}
     check_read(Attending(), LoRAConfig(**{"r": 2, **how, **more}), lambda model: model(x), tmp_path)
 
 
@@ -122,16 +97,6 @@ def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Pa
 
 def around(experts: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(experts=experts))
-
-
-EXPERTS: list[tuple[bool, dict[str, Any]]] = [
-    (False, {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5}),
-    (True, {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True}),
-    (True, {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5}),
-    (False, {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all"}),
-    (False, {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7}),
-    (True, {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3}),
-]
 
 
 @pytest.mark.parametrize(("is_transposed", "config"), EXPERTS)
@@ -178,24 +143,24 @@ def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     """Differences of factors that started from the weight are taken in float32."""
-    base, config = Layers().bfloat16(), {"r": 2, "target_modules": ["q", "head"], "init": "pissa"}
-    model = trained(base, LoRAConfig(**config, autocast_adapter_dtype=False), scale=0.01)
+    config = LoRAConfig(r=2, target_modules=["linear"], init="pissa", autocast_adapter_dtype=False)
+    model = trained(Mixed().bfloat16(), config, scale=0.01)
     export_peft(model, tmp_path / "peft")
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    b, a = load_file(tmp_path / "peft" / "adapter_model.safetensors").values()
+    assert a.dtype is b.dtype is torch.float32
     state = adapter_state_dict(model)
-    a, a0, b, b0 = (state[f"q.lora_{letter}"].double() for letter in ("A", "A0", "B", "B0"))
-    there = {name[-13:]: value.double() for name, value in tensors.items() if ".q.lora" in name}
-    check_equal(there["lora_B.weight"] @ there["lora_A.weight"], b @ a - b0 @ a0)
+    own, own0, start, start0 = (state[f"linear.lora_{letter}"].double() for letter in ("B", "B0", "A", "A0"))
+    a, b = sorted((a.double(), b.double()), key=len)
+    check_equal(b @ a, own @ start - own0 @ start0)
 
 
 def test_names_are_exact(tmp_path: Path) -> None:
     """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
-    model = trained(Layers(), LoRAConfig(r=2, target_modules="q"))
+    base = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    model = trained(base, LoRAConfig(r=2, target_modules="q"))
     save_adapter(model, tmp_path / "a.safetensors")
-    everything = trained(Layers(), LoRAConfig(r=2, target_modules="all"))
-    names = ["embed", "q", "conv1d", "inner.q", "pre_head", "head"]
-    for source, expected in ((everything, names), (model, "q"), (tmp_path / "a.safetensors", "q")):
+    everything = trained(base, LoRAConfig(r=2, target_modules="all"))
+    for source, expected in ((everything, ["q", "inner.q"]), (model, "q"), (tmp_path / "a.safetensors", "q")):
         export_peft(source, tmp_path / "peft")
         config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
         assert config["target_modules"] == expected
@@ -227,10 +192,10 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
 
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
-    patterns: dict[str, Any] = {"rank_pattern": {"q": 7}, "alpha_pattern": {"embed": 9}}
-    model = trained(Layers(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
+    patterns: dict[str, Any] = {"rank_pattern": {"linear": 7}, "alpha_pattern": {"embed": 9}}
+    model = trained(Mixed(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
     export_peft(model, tmp_path / "peft", uniform=True)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["alpha_pattern"], config["r"], config["use_rslora"]) == ({}, {}, 7, False)
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert {min(value.shape) for value in tensors.values()} == {7, 5}  # the head has 5 rows
+    assert {min(value.shape[:2]) for value in tensors.values()} == {7, 3}  # the head has 3 rows
