@@ -197,24 +197,6 @@ def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path) -
             check_equal(loaded(unet(), tmp_path), run(part))
 
 
-def test_the_way_through_diffusers_that_is_advised_for_files_of_kohya(tmp_path: Path) -> None:
-    model, whole = trained(unet(), ll.LoRAConfig(r=2, alpha=6, **TARGETS)), pipeline(unet())
-    ll.export_peft(model, tmp_path, format="diffusers")
-    tensors, named = load_file(tmp_path / WEIGHTS), dict[str, Tensor]()
-    for name, value in tensors.items():  # it holds the scaling
-        layer, which, _ = name.removeprefix("unet.").rsplit(".", 2)
-        place = f"lora_unet_{layer.replace('.', '_')}"
-        named[f"{place}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value * (2 if which == "lora_B" else 1)
-        named[f"{place}.alpha"] = torch.tensor(1.0)  # over a rank of two
-    save_file(named, tmp_path / "kohya.safetensors")
-    with pytest.raises(ll.AdapterFileError, match=r"kohya.*adapter_name='default'.*pipe.unet .*save_lora_adapter"):
-        ll.load_adapter(unet(), tmp_path / "kohya.safetensors")
-    whole.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="default")
-    check_equal(run(whole.unet), run(model))
-    whole.unet.save_lora_adapter(tmp_path / "way")
-    check_equal(loaded(unet(), tmp_path / "way"), run(model))
-
-
 def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
     """Two adapted parts of a pipeline, whose adapters diffusers saved."""
     models, given = {"unet": unet(), "text_encoder": text_encoder()}, dict[str, Any]()

