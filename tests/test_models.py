@@ -94,14 +94,14 @@ CASES = {
     ),
     # its mixer multiplies by the weight of dt_proj itself, and never calls that layer
     "mamba": hub("MambaForCausalLM", MAMBA, parameters=["dt_proj.weight"]),
-    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4)),
+    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4, width_mult=0.5)),
     # its attention multiplies by the weights of qkv and proj itself, and never calls these layers
     "torchvision swin": vision(
         lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
         parameters=["attn.qkv.weight", "attn.proj.weight"],
     ),
     "torchvision detection": vision(
-        lambda v: v.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3),
+        lambda v: v.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, width_mult=0.25),
         "detection",
         {"images": list(IMAGES), "targets": BOXES},
     ),

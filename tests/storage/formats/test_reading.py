@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_lora import export_peft, load_adapter, save_adapter
 from tests.support.models import Around
-from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, read_by_peft, write_peft
+from tests.support.peft_export import read
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
@@ -104,4 +105,4 @@ def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Pa
     export_peft(model, tmp_path / "here")
     there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
     assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
-    assert torch.equal(read_by_peft(tmp_path / "here", built(Heads))(TOKENS), model(TOKENS))
+    assert torch.equal(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS))

@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_lora import AdapterFileError, AdapterMismatchError, LoRAWarning, load_adapter
 from tests.support.models import Around
-from tests.support.peft_reading import built, gap, read_by_peft, write_peft
+from tests.support.peft_export import read
+from tests.support.peft_reading import built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6) + 2
 BERT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
@@ -64,7 +65,7 @@ def test_adapters_of_the_model_without_its_head(tmp_path: Path) -> None:
     model: Any = built(whole)
     with pytest.warns(LoRAWarning, match="they begin with 'bert'"):
         load_adapter(model, tmp_path)
-    expected = read_by_peft(tmp_path, built(lambda: whole().bert))
+    expected = read(built(lambda: whole().bert), tmp_path)
     assert gap(model.bert(input_ids=INDEX), expected(input_ids=INDEX)) < 2e-6
 
 

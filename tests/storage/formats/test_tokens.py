@@ -18,7 +18,8 @@ from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from tests.support.models import Around, TinyLM, as_trained, data, same, trainer
-from tests.support.peft_reading import built, gap, read_by_peft, write_peft
+from tests.support.peft_export import read
+from tests.support.peft_reading import built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 TOKENS = [18, 5]
@@ -54,7 +55,7 @@ def test_files_of_peft_are_read_and_written_as_they_are(tmp_path: Path, make: An
         assert there.keys() == here.keys()
         for name, value in here.items():
             assert torch.equal(value, there[name].flip(0) if "token" in name else there[name])  # in the order of rows
-        again = read_by_peft(tmp_path / folder, built(make))
+        again = read(built(make), tmp_path / folder)
         assert gap(logits(again), logits(model)) < 1e-6
     ll.merge_adapters(model)
     assert gap(logits(model), logits(peft.merge_and_unload())) < 1e-6
