@@ -49,7 +49,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"lora_bias": True}, "'lora_bias'"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*cannot be computed again"),
     ({"lora_alpha": "8"}, "alpha='8'"),
-    ({"trainable_token_indices": "up"}, "trainable_token_indices"),
     ({"r": 4}, "has rank 2, but the configuration says 4"),
     ({"rank_pattern": {"lin.*": 1}}, "has rank 2, but the configuration says 1"),
 ]
