@@ -184,14 +184,26 @@ def config(name: str) -> ll.LoRAConfig:
     return ll.LoRAConfig(r=2, **CASES[name].config)
 
 
-def test_fresh_adapters_change_nothing_and_come_off(name: str, config: ll.LoRAConfig, monkeypatch: Any) -> None:
+def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
+    name: str, config: ll.LoRAConfig, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)  # which rounds in its own way
-    model = Lit(name).requires_grad_(False)  # likewise torch's products with weights that train
+    # likewise torch's products with weights that train
+    model, other = (Lit(name).to(CASES[name].dtype).requires_grad_(False) for _ in range(2))
     before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
     ll.inject_adapters(model, config)
     assert torch.equal(run(model), output) and same(base_of(state(model)), before)
     randomise(model)
-    assert not torch.equal(run(model), output)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    with_adapters, adapted = state(model), run(model)
+    assert not torch.equal(adapted, output)
+    ll.merge_adapters(model)
+    torch.testing.assert_close(run(model), adapted)
+    ll.unmerge_adapters(model)
+    assert same(state(model), with_adapters) and torch.equal(run(model), adapted)
+    ll.load_adapter(other, tmp_path / "adapter.safetensors")
+    assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
+    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
     ll.remove_adapters(model)
     assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
     assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
@@ -208,21 +220,6 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     assert same(base_of(after), before)
     idle = [key for key, value in after.items() if "lora_" in key and not value.any()]
     assert not idle and not torch.equal(run(model), output)
-
-
-def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
-    model, other = (Lit(name).to(CASES[name].dtype) for _ in range(2))
-    ll.inject_adapters(model, config)
-    randomise(model)
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    before, adapted = state(model), run(model)
-    ll.merge_adapters(model)
-    torch.testing.assert_close(run(model), adapted)
-    ll.unmerge_adapters(model)
-    assert same(state(model), before) and torch.equal(run(model), adapted)
-    ll.load_adapter(other, tmp_path / "adapter.safetensors")
-    assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
-    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
 
 
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
