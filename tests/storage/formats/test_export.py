@@ -2,6 +2,8 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tests.support.peft_export import check_equal, check_read, read, trained
 from tests.support.peft_reading import Attending, Experts, Images, Mixed
 
 INDEX = torch.arange(12).view(2, 6)
+TOKENS = torch.linspace(-1, 1, 2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
+SHORT = TOKENS[..., :3]
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
 MIXED: list[dict[str, Any]] = [
     {"target_modules": "all", "alpha": 5},
@@ -31,43 +35,37 @@ MIXED: list[dict[str, Any]] = [
     {"target_modules": ["linear"], "target_slices": {"linear": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
 ]
 CONVOLUTIONS: list[dict[str, Any]] = [
-    {"use_dora": True, "modules_to_save": ["bn"]},
-    {"init": "pissa", "bias": "lora_only", "alpha": 3, "rank_pattern": {"conv3d": 3}, "use_rslora": True},
-    {"r": 50, "alpha": 5, "use_rslora": True, "target_slices": {"conv2d": {"a": (0, 2), "b": (3, 6)}}},
+    {"target_modules": ["conv2d", "conv3d"], "use_dora": True, "modules_to_save": ["bn"]},
+    {"target_modules": ["conv2d", "conv3d"], "init": "pissa", "bias": "lora_only", "rank_pattern": {"conv3d": 3}},
+    {"r": 50, "alpha": 5, "use_rslora": True, "target_modules": ["conv2d"]}
+    | {"target_slices": {"conv2d": {"a": (0, 2), "b": (3, 6)}}},
 ]
-ATTENTION: list[tuple[list[str], dict[str, Any]]] = [
-    (["q"], {"bias": "lora_only"}),
-    (["v", "k"], {"bias": "all", "init": "olora", "alpha": 3}),
-    (["q", "k", "v"], {}),
-    (["q", "k", "v"], {"r": 20}),
+ATTENTION: list[dict[str, Any]] = [
+    {"target_slices": {"attn": ["q"]}, "bias": "lora_only"},
+    {"target_slices": {"attn": ["v", "k"]}, "bias": "all", "init": "olora", "alpha": 3},
+    {"target_slices": {"attn": ["q", "k", "v"]}, "r": 20},
+]
+EXPERTS: list[dict[str, Any]] = [
+    {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5},
+    {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
+    {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5},
+    {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7, "target_modules": ["fc"], "bias": "all"},
+    {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3},
+]
+INSIDE: list[dict[str, Any]] = [
+    {"target_parameters": ["experts.v", "experts.u"], "target_slices": {"attn": ["q", "v"]}, "bias": "all"},
 ]
 
 
-EXPERTS: list[tuple[bool, dict[str, Any]]] = [
-    (False, {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5}),
-    (True, {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True}),
-    (True, {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5}),
-    (False, {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all"}),
-    (False, {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7}),
-    (True, {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3}),
-]
+class Block(Attending):
+    """Layers inside of a module with parameters."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
 
-@pytest.mark.parametrize("config", MIXED)
-def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
-    check_read(Mixed(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
-
-
-@pytest.mark.parametrize("config", CONVOLUTIONS)
-def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
-    config = LoRAConfig(**{"r": 2, "target_modules": ["conv2d", "conv3d"]} | config)
-    check_read(Images(), config, lambda model: model(IMAGES), tmp_path)
-
-
-@pytest.mark.parametrize(("parts", "more"), ATTENTION)
-def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
-    x, how = torch.randn(2, 5, WIDTH), {"target_modules": ["attn", "out"], "target_slices": {"attn": parts}}
-    check_read(Attending(), LoRAConfig(**{"r": 2, **how, **more}), lambda model: model(x), tmp_path)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.v) @ self.u
 
 
 class Recurrent(nn.Module):
@@ -80,50 +78,32 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize(
-    ("model", "config"),
-    [
-        (Recurrent(num_layers=2, bidirectional=True), {"bias": "lora_only", "alpha": 5}),
-        (Recurrent(proj_size=5), {"dropout": 0.5, "bias": "all"}),
-        (Recurrent(nn.GRU), {"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}),
-        (Recurrent(nn.RNN), {"r": 30, "alpha": 7, "init": "pissa"}),
-    ],
-)
-def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Path) -> None:
-    x = torch.randn(6, 2, 3)  # weight_ih has less columns than r: its rank is smaller
-    check_read(model, LoRAConfig(**{"r": 4, "target_modules": ["rnn", "head"]} | config), lambda m: m(x), tmp_path)
-
-
 def around(experts: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(experts=experts))
 
 
-@pytest.mark.parametrize(("is_transposed", "config"), EXPERTS)
-def test_experts(is_transposed: bool, config: dict[str, Any], tmp_path: Path) -> None:
-    base, x = nn.Sequential(around(Experts(is_transposed=is_transposed))), torch.randn(1, 6, WIDTH)
-    check_read(base, LoRAConfig(**{"r": 2, "target_modules": []} | config), lambda m: m(x), tmp_path)
+MODELS: list[tuple[Callable[[], nn.Module], Tensor, list[dict[str, Any]]]] = [
+    (Mixed, INDEX, MIXED),
+    (Images, IMAGES, CONVOLUTIONS),
+    (Attending, TOKENS, ATTENTION),
+    (lambda: around(Block()), TOKENS, INSIDE),
+    (lambda: around(Experts()), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(is_transposed=True)), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(experts=1)), TOKENS, [{"target_modules": [], "target_parameters": ["up", "down"]}]),
+    # weight_ih has less columns than r: its rank is smaller
+    (partial(Recurrent, num_layers=2, bidirectional=True), SHORT, [{"r": 4, "bias": "lora_only", "alpha": 5}]),
+    (partial(Recurrent, proj_size=5), SHORT, [{"r": 4, "dropout": 0.5, "bias": "all"}]),
+    (partial(Recurrent, nn.GRU), SHORT, [{"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}]),
+    (partial(Recurrent, nn.RNN), SHORT, [{"r": 30, "alpha": 7, "init": "pissa"}]),
+]
+CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config in configs]
 
 
-def test_one_expert(tmp_path: Path) -> None:
-    config = LoRAConfig(r=2, target_modules=[], target_parameters=["up", "down"])
-    check_read(around(Experts(experts=1)), config, lambda m: m(torch.ones(1, 6, WIDTH).cumsum(1)), tmp_path)
-
-
-def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
-    class Block(Attending):
-        def __init__(self) -> None:
-            super().__init__()
-            self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x @ self.v) @ self.u
-
-    x = torch.randn(2, 5, WIDTH)
-    config = LoRAConfig(
-        r=2, target_parameters=["experts.v", "experts.u"], target_slices={"attn": ["q", "v"]}, bias="all"
-    )
-    check_read(around(Block()), config, lambda m: m(x), tmp_path)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("make", "inputs", "config"), CASES)
+def test_outputs_in_peft_are_those_here(make: Any, inputs: Tensor, config: dict[str, Any], tmp_path: Path) -> None:
+    how = LoRAConfig(**{"r": 2, "target_modules": "all"} | config)
+    check_read(make(), how, lambda model: model(inputs), tmp_path)
 
 
 @pytest.mark.parametrize(("bits", "r"), [(4, 100), (8, 2)])
