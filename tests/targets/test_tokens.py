@@ -91,7 +91,7 @@ REFUSED: list[tuple[type[nn.Module], Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "given", "config", "match"), REFUSED, ids=str)
+@pytest.mark.parametrize(("build", "given", "config", "match"), REFUSED)
 def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[str, Any], match: str) -> None:
     with pytest.raises(TargetError, match=match):
         rows(build(), given, **config)

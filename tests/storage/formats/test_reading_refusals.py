@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.cli.main import main
 from tests.storage.formats.test_reading import INDEX
 from tests.support.layers import Scaled
+from tests.support.models import LitTiny
 from tests.support.peft_reading import Attending, Expert, Experts, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
@@ -263,3 +265,10 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     assert not model.get_parameter("norm.bias").requires_grad
     save_file({f"{PRE}head.weight": torch.ones(3, 12)}, tmp_path / "adapter_model.safetensors")
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no adapters of this package")
+
+
+def test_readers_without_a_model_say_what_it_is(tmp_path: Path, capsys: Any) -> None:
+    written(tmp_path)
+    with pytest.raises(ll.AdapterFileError, match="adapters of PEFT, and only their model tells"):
+        ll.load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 1 and "adapters of PEFT, and only" in capsys.readouterr().err
