@@ -52,15 +52,6 @@ def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
     assert torch.equal(base(x), output)
 
 
-def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16)
-    attention: dict[str, Any] = {"r": 2, "target_modules": ["self_attn"]}
-    assert ll.inject_adapters(model, ll.LoRAConfig(**attention, target_slices={"self_attn": ["q", "v"]}))
-    assert list(ll.adapter_state_dict(model)) == [f"self_attn.lora_{f}_{p}" for p in "qv" for f in "AB"]
-    with pytest.raises(ll.AdapterMismatchError, match="matrices="):
-        ll.inject_adapters(model, ll.LoRAConfig(**attention))
-
-
 REFUSED: list[tuple[dict[str, Any], type[ll.LoRAError], str]] = [
     ({"target_slices": {"c_attn": ["z"]}}, ll.TargetError, "'c_attn' has no parts 'z'. It has 'q', 'k', 'v'"),
     ({"target_slices": {"other": ["q"]}}, ll.TargetError, r"The rows of 'q' in 'other', .* are not known.*\[first, en"),

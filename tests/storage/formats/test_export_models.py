@@ -74,6 +74,7 @@ def load_adapter(base: Any, directory: Path) -> nn.Module:
 
 
 T5 = ["q", "v"] if is_old else ["q", "v", "shared"]  # encoder and decoder use one embedding layer there
+STACKS = ["gate_up_proj", "down_proj"]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Qwen2", "ForCausalLM", {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"}),
     ("Mistral", "ForSequenceClassification", {"modules_to_save": ["score"], "rank_pattern": {"v_proj": 3}}),
@@ -83,8 +84,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Bert", "ForSequenceClassification", {"modules_to_save": ["classifier"], "bias": "lora_only"}),
     ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),  # x @ W.T + b, in its own forward
     ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
-    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
-    ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}),
+    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]}),
+    ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": STACKS}),
 ]
 
 

@@ -122,12 +122,3 @@ def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> N
     only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
     with pytest.raises(ll.ExportError, match="twice"):
         ll.export_peft(only, tmp_path / "other")
-
-
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
-def test_a_router_that_is_named_as_a_parameter_is_exported(tmp_path: Path) -> None:
-    base = tiny("Mixtral", {**DECODER, "num_local_experts": 4})
-    model = trained(base, ll.LoRAConfig(r=2, target_parameters=["gate.weight"]), scale=0.1)
-    ll.export_peft(model, tmp_path / "peft")
-    with torch.no_grad():
-        check_equal(run(read(base, tmp_path / "peft")), run(model))
