@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.model.view import View
 from tests.support.faults import fork
 from tests.support.layers import Scaled
 from tests.support.models import LitTiny, TinyLM, same, state
@@ -102,27 +101,18 @@ def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> N
     check_refused(tmp_path / "adapter.safetensors", tmp_path, "no place for 'embed.weight'.*tied.*load a file onto its")
 
 
+@torch.no_grad()
 def test_values_that_peft_cannot_hold(tmp_path: Path) -> None:
-    base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
-    model = trained(base, ll.LoRAConfig(r=2))
-    with torch.no_grad():
-        model.norm.running_mean.add_(1)
+    base: Any = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    model: Any = trained(base, ll.LoRAConfig(r=2))
+    model.norm.running_mean.add_(1)
     check_refused(model, tmp_path, "no place for 'norm.running_mean'")
-    model = trained(base, ll.LoRAConfig(r=2))
-    View(model).record.adapter.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
-    check_refused(model, tmp_path, "no place for 'norm.weight'.*frozen weights that changed")
-    model = trained(base, ll.LoRAConfig(r=2, use_dora=True))
-    with torch.no_grad():
-        View(model).adapters["q.lora_magnitude"][1] = 0
-    check_refused(model, tmp_path, "'q': .*magnitude is zero")
-    with torch.no_grad():
-        View(model).adapters["q.lora_A"][0, 0] = torch.nan
-        View(model).adapters["q.lora_magnitude"][1] = 1
+    model.norm.running_mean.sub_(1)
+    model.q.lora_A[0, 0] = torch.nan
     check_refused(model, tmp_path, "'q.lora_A' in ModuleDict hold NaN", ll.AdapterFileError)
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 4))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    check_refused(model, tmp_path, "meta device", ll.AdapterStateError)
+    base.to("meta")
+    ll.inject_adapters(base, ll.LoRAConfig(r=2))
+    check_refused(base, tmp_path, "meta device", ll.AdapterStateError)
 
 
 def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
