@@ -110,6 +110,8 @@ def adapters_of(
 
     Modules that train have names that end in one of ``saved``. None: the file holds each tensor of them.
     """
+    if not updates:
+        raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
     for name in frozen & rest.keys():
         _check_same_weight(view, name, rest[name])
