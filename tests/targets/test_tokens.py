@@ -1,6 +1,5 @@
 """What ``trainable_token_indices`` means, and what it refuses."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapt
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
 from tests.support.models import Around, TinyLM, randomise
+from tests.support.ranks import alone
 
 
 class Model(nn.Module):
@@ -129,18 +129,10 @@ def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Pat
     assert len(model.words.weight) == 12 and not (tmp_path / "b.safetensors").exists()
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:DTensor random operators")  # of older versions of torch
-@pytest.mark.usefixtures("one_process")
 def test_a_sharded_embedding_is_refused() -> None:
     model = TinyLM(tied=False)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    model.embed.weight = nn.Parameter(dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh))
-    with pytest.raises(TargetError, match="'embed' does not fit: its weight is sharded"):
-        rows(model, {"embed": [1]})
+    with alone() as mesh:
+        model.embed.weight = nn.Parameter(dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh))
+        with pytest.raises(TargetError, match="'embed' does not fit: its weight is sharded"):
+            rows(model, {"embed": [1]})
