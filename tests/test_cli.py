@@ -56,13 +56,6 @@ def flags(**arguments: str) -> list[str]:
     return [*OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", *values]
 
 
-def test_flags(tmp_path: Path) -> None:
-    cli = run(tmp_path, "fit", *flags(r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"))
-    assert callback_of(cli).config.rank("v_proj") == 1 and callback_of(cli).merge is False
-    assert all(p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B"))
-    assert len(cli.trainer.optimizers[0].param_groups[0]["params"]) == 6
-
-
 def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     options = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"], "merge": "last"}
     save = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}
@@ -82,24 +75,28 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     assert resume.trainer.global_step == 4
 
 
-@pytest.mark.parametrize("scale", [10, 0.5, {"A": 10, "B": 160}])
+@pytest.mark.parametrize("scale", [10, {"A": 10, "B": 160}])
 def test_a_scale_of_rates_is_a_flag_and_in_yaml(tmp_path: Path, scale: Any) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora": {"lr_scale": scale}}))
     for given in (f"--lora.lr_scale={scale}", f"--config={tmp_path / 'config.yaml'}"):
-        cli = run(tmp_path, "fit", *OPTIMIZER, given, cls=LoRACLI)
+        cli = run(tmp_path, *OPTIMIZER, given, cls=LoRACLI)
         assert callback_of(cli).lr_scale == scale
-        rates = [group["lr"] / 0.045 for group in cli.trainer.optimizers[0].param_groups]
-        assert rates == pytest.approx([1, *(scale.values() if isinstance(scale, dict) else [scale])])
+    cli.trainer.fit(cli.model)
+    rates = [group["lr"] / 0.045 for group in cli.trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([1, *(scale.values() if isinstance(scale, dict) else [scale])])
 
 
-def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
-    cli = run(tmp_path, *flags(r="2", modules_to_save="[head]"))
-    x, outputs = torch.arange(20), []
+def test_flags_and_an_optimizer_that_the_cli_builds_train_in_two_fits(tmp_path: Path) -> None:
+    cli = run(tmp_path, *flags(r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"))
+    assert callback_of(cli).config.rank("v_proj") == 1 and callback_of(cli).merge is False
+    x, outputs = torch.arange(20), [CLIModule()(torch.arange(20))]
     for epochs in (1, 2):
         cli.trainer.fit_loop.max_epochs = epochs
         cli.trainer.fit(cli.model)
         outputs.append(cli.model(x))
-    assert not torch.equal(outputs[0], CLIModule()(x)) and not torch.equal(outputs[0], outputs[1])
+        assert not torch.equal(outputs[-1], outputs[-2])
+    assert all(p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B"))
+    assert len(cli.trainer.optimizers[0].param_groups[0]["params"]) == 6
 
 
 @pytest.mark.parametrize("bad", [{"r": "0"}, {"r": "two"}, {"rank": "2"}])
@@ -111,23 +108,21 @@ def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: dict[str, str], capsys
 
 CHOICES = {
     "merge": ["'last'", "'best'", "False"],
-    "save": ["'adapters'", "'model'"],
     "bias": ["'none'", "'all'", "'lora_only'"],
     "init": ["'kaiming'", "'gaussian'", "'pissa'", "'olora'"],
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("place", ["a list of callbacks", "a section", "a flag"])
-def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str, place: str, capsys: Any) -> None:
+def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str, capsys: Any) -> None:
     listed = {"class_path": "lightning_lora.LoRACallback", "init_args": {name: "bset"}}
-    settings = {"a list of callbacks": {"trainer": {"callbacks": [listed]}}, "a section": {"lora": {name: "bset"}}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.get(place)))
-    wrong = f"--lora.{name}=bset" if place == "a flag" else f"--config={tmp_path / 'config.yaml'}"
-    with pytest.raises(SystemExit):
-        run(tmp_path, "fit", *OPTIMIZER, wrong, cls=LoRACLI)
-    said = capsys.readouterr().err.partition("error: ")[2]
-    assert name in said and "bset" in said and [choice for choice in CHOICES[name] if choice not in said] == []
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [listed]}}))
+    (tmp_path / "section.yaml").write_text(yaml.safe_dump({"lora": {name: "bset"}}))
+    for wrong in (f"--config={tmp_path}/list.yaml", f"--config={tmp_path}/section.yaml", f"--lora.{name}=bset"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "fit", *OPTIMIZER, wrong, cls=LoRACLI)
+        said = capsys.readouterr().err.partition("error: ")[2]
+        assert name in said and "bset" in said and [choice for choice in CHOICES[name] if choice not in said] == []
 
 
 def test_help_explains_every_option(capsys: Any) -> None:
@@ -156,9 +151,7 @@ class Noted(LoRACallback):
         self.note = note
 
 
-@pytest.mark.parametrize(("short", "merge", "note"), [("r=2 merge=false", False, ""), ("r=2 note=a", "last", "a")])
-def test_short_flags(tmp_path: Path, short: str, merge: Any, note: str) -> None:
-    flags = [f"--lora.{each}" for each in short.split()]
-    callback: Any = callback_of(run(tmp_path, "fit", *OPTIMIZER, *flags, cls=LoRACLI))
+def test_short_flags(tmp_path: Path) -> None:
+    callback: Any = callback_of(run(tmp_path, *OPTIMIZER, "--lora.r=2", "--lora.note=a", cls=LoRACLI))
     assert callback.config.r == 2 and callback.config.modules_to_save == ("head",)
-    assert (callback.merge, callback.note) == (merge, note)
+    assert (callback.merge, callback.note) == ("last", "a")

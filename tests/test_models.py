@@ -21,7 +21,6 @@ from lightning_lora.model.view import View
 from tests.support.models import is_plain, randomise, same, state, trainer
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
-ANSWERS = torch.tensor([0, 1])
 IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
 SEQUENCE = torch.linspace(-20, 20, 2 * 6 * 8).sin().view(2, 6, 8)
@@ -81,9 +80,7 @@ CLIP = {"text_config": TEXT, "vision_config": PATCHES, "projection_dim": 8}
 PAIRS = {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True}
 CASES = {
     "gpt2": hub("GPT2LMHeadModel", TEXT | {"n_embd": 8, "n_layer": 1, "n_head": 2}),
-    "llama": hub("LlamaForCausalLM", TEXT),
     "t5": hub("T5ForConditionalGeneration", {"vocab_size": 20} | T5),
-    "vit": hub("ViTForImageClassification", PATCHES, {"pixel_values": IMAGES, "labels": ANSWERS}),
     # in older versions its mask is not for float64
     "clip": hub("CLIPModel", CLIP, PAIRS, dtype=torch.float32),
     "whisper": hub("WhisperForConditionalGeneration", WHISPER, {"input_features": SEQUENCE.mT, "labels": IDS}),
@@ -97,14 +94,14 @@ CASES = {
     ),
     # its mixer multiplies by the weight of dt_proj itself, and never calls that layer
     "mamba": hub("MambaForCausalLM", MAMBA, parameters=["dt_proj.weight"]),
-    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4)),
+    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4, width_mult=0.5)),
     # its attention multiplies by the weights of qkv and proj itself, and never calls these layers
     "torchvision swin": vision(
         lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
         parameters=["attn.qkv.weight", "attn.proj.weight"],
     ),
     "torchvision detection": vision(
-        lambda v: v.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3),
+        lambda v: v.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, width_mult=0.25),
         "detection",
         {"images": list(IMAGES), "targets": BOXES},
     ),
@@ -162,6 +159,9 @@ def batches() -> DataLoader[Any]:
     return DataLoader(range(6), batch_size=1)
 
 
+FAST = "torch.backends.mha._is_fastpath_enabled"
+
+
 def base_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if "lora_" not in name}
 
@@ -187,14 +187,28 @@ def config(name: str) -> ll.LoRAConfig:
     return ll.LoRAConfig(r=2, **CASES[name].config)
 
 
-def test_fresh_adapters_change_nothing_and_come_off(name: str, config: ll.LoRAConfig, monkeypatch: Any) -> None:
-    monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)  # which rounds in its own way
-    model = Lit(name).requires_grad_(False)  # likewise torch's products with weights that train
+def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
+    name: str, config: ll.LoRAConfig, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(FAST, False)  # which rounds in its own way, as torch's products with weights that train
+    model, other = (Lit(name).to(CASES[name].dtype).requires_grad_(False) for _ in range(2))
     before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
     ll.inject_adapters(model, config)
     assert torch.equal(run(model), output) and same(base_of(state(model)), before)
     randomise(model)
-    assert not torch.equal(run(model), output)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    with_adapters, adapted = state(model), run(model)
+    assert not torch.equal(adapted, output)
+    ll.merge_adapters(model)
+    monkeypatch.setattr(FAST, True)
+    torch.testing.assert_close(run(model), adapted)
+    ll.unmerge_adapters(model)
+    torch.testing.assert_close(run(model), adapted)
+    monkeypatch.setattr(FAST, False)
+    assert same(state(model), with_adapters) and torch.equal(run(model), adapted)
+    ll.load_adapter(other, tmp_path / "adapter.safetensors")
+    assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
+    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
     ll.remove_adapters(model)
     assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
     assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
@@ -213,25 +227,8 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     assert not idle and not torch.equal(run(model), output)
 
 
-def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
-    model, other = (Lit(name).to(CASES[name].dtype) for _ in range(2))
-    ll.inject_adapters(model, config)
-    randomise(model)
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    before, adapted = state(model), run(model)
-    ll.merge_adapters(model)
-    torch.testing.assert_close(run(model), adapted)
-    ll.unmerge_adapters(model)
-    assert same(state(model), before) and torch.equal(run(model), adapted)
-    ll.load_adapter(other, tmp_path / "adapter.safetensors")
-    assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
-    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
-
-
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize(
-    "name", [key for key, case in CASES.items() if case.build.__qualname__.startswith("hub")], indirect=True
-)
+@pytest.mark.parametrize("name", ["gpt2", "clip", "wav2vec2", "mixtral", "mamba"], indirect=True)
 def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
     model, again = Lit(name), Lit(name)
     ll.inject_adapters(model, config)

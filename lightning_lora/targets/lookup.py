@@ -135,7 +135,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
         parameters = f", but target_parameters can adapt its {listed(held)}" if held else ""
         return f"a {class_of(layer)} is not supported{layers}{parameters}"
     outer = name.rpartition(".")[0]
-    if is_attention(names.modules.get(outer)):
+    if isinstance(names.modules.get(outer), nn.MultiheadAttention):
         return (
             f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
             f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
@@ -185,8 +185,3 @@ def class_of(layer: nn.Module) -> str:
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
     return ", ".join(str(kind).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS)
-
-
-def is_attention(module: nn.Module | None) -> bool:
-    """Whether ``module`` is an nn.MultiheadAttention, which reads weights of layers inside it without calling them."""
-    return isinstance(module, nn.MultiheadAttention)

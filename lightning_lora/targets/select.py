@@ -10,7 +10,7 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
-from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
+from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed, why_not
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.names import starts_of, submodule
@@ -81,7 +81,7 @@ def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
     """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
     left_out = _output_heads(names) if word == "all-linear" else set[object]()
     for module in names.modules.values():
-        if is_attention(module):
+        if isinstance(module, nn.MultiheadAttention):  # it reads weights of layers inside it without calling them
             left_out |= {*module.modules()} - {module}
     kinds = {kind for kind in ADAPTERS.values() if word == "all" or kind.lora_is_linear}
     return {
@@ -94,7 +94,8 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     holders: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         owner, _, leaf = name.rpartition(".")
-        if owner and adapter_for(names.modules[owner]) and not is_attention(names.modules[owner]):
+        is_attention = isinstance(names.modules.get(owner), nn.MultiheadAttention)
+        if owner and adapter_for(names.modules[owner]) and not is_attention:
             owner, _, layer = owner.rpartition(".")
             leaf = f"{layer}.{leaf}"
         why = _why_not_there(names, name, owner)

@@ -52,7 +52,7 @@ def laid_out(layout: str, out: int) -> list[Tensor]:
     return [layouts(x.detach())[layout].requires_grad_(), *others]
 
 
-@pytest.mark.parametrize(("layout", "dropout"), [("transposed", 0.0), ("sliced", 0.4), ("every second", 0.4)])
+@pytest.mark.parametrize(("layout", "dropout"), [("transposed", 0.0), ("every second", 0.4)])
 def test_gradients_pass_torchs_check_to_the_second_order(layout: str, dropout: float) -> None:
     tensors = laid_out(layout, out=3)
 
@@ -64,9 +64,8 @@ def test_gradients_pass_torchs_check_to_the_second_order(layout: str, dropout: f
     assert torch.autograd.gradgradcheck(compute, tensors)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded"])
-def test_gradients_with_gradients_drop_what_those_without_drop(layout: str) -> None:
-    tensors = laid_out(layout, out=4)
+def test_gradients_with_gradients_drop_what_those_without_drop() -> None:
+    tensors = laid_out("expanded", out=4)
     output = adapted_linear(*tensors, 1.0, 0.4).square().sum()
     first = torch.autograd.grad(output, tensors, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(output, tensors, create_graph=True), first)
@@ -84,7 +83,7 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
     trained=st.sets(st.sampled_from(NAMES), min_size=1),
     with_bias=st.booleans(),
 )
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_gradients_are_those_of_the_composition(
     shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
 ) -> None:
@@ -158,12 +157,7 @@ def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> No
 
 @pytest.mark.parametrize(
     ("dtype", "adapters", "dropout"),
-    [
-        (torch.bfloat16, torch.float32, 0.0),
-        (torch.bfloat16, None, 0.3),
-        (torch.float16, torch.float32, 0.3),
-        (torch.float32, None, 0.0),
-    ],
+    [(torch.bfloat16, torch.float32, 0.0), (torch.bfloat16, None, 0.3), (torch.float16, torch.float32, 0.3)],
 )
 def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
     torch.manual_seed(0)
@@ -284,7 +278,7 @@ def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dr
 # Dropped positions follow from the seed, at the asked rate
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.999])
 def test_each_element_is_dropped_by_itself_at_the_asked_rate(p: float) -> None:
     ones = torch.ones(2_000, 500)
     for block, drop in drops(ones, p, seed=3):

@@ -92,8 +92,7 @@ PACKED = nn.utils.rnn.pack_padded_sequence(FLOATS, torch.tensor([3, 2]), batch_f
 PAD = torch.tensor([[False, False, True], [False, False, False]])
 SELF = (FLOATS, FLOATS, FLOATS)
 ATTENTION: dict[str, Any] = {"embed_dim": 5, "num_heads": 1, "batch_first": True}
-Build = Any
-LAYERS: dict[str, tuple[Build, Any]] = {
+LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(5, 4), FLOATS),
     "linear without bias": (lambda: nn.Linear(5, 4, bias=False), FLOATS),
     "subclass": (lambda: PlainSubclass(5, 4), FLOATS),
@@ -144,7 +143,6 @@ LAYERS: dict[str, tuple[Build, Any]] = {
     ),
     "experts": (Experts, FLOATS),
 }
-CONFIG = LoRAConfig(r=2, alpha=3, target_modules="all")
 
 
 def run(model: nn.Sequential, x: Any) -> Tensor:

@@ -36,7 +36,7 @@ def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Modul
     return model
 
 
-def read(base: nn.Module, directory: Path, *, merged: bool = False) -> nn.Module:
+def read(base: nn.Module, directory: Path, *, merged: bool = False) -> Any:
     """What peft makes of a base and a directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

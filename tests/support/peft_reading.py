@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -107,13 +107,6 @@ def write_peft(folder: Path, base: nn.Module, change: Callable[[Any], object] | 
             change(peft)
         peft.save_pretrained(folder)
     return peft
-
-
-def read_by_peft(folder: Path, base: nn.Module) -> Any:
-    """What PEFT makes of its own files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(base, folder).eval()
 
 
 def gap(a: Any, b: Any) -> float:

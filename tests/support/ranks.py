@@ -7,7 +7,8 @@ import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,6 +58,16 @@ def _result(end: Connection, rank: int) -> tuple[str, Any]:
         return found
     except EOFError:
         return "ended without a result", None
+
+
+@contextmanager
+def alone() -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("tensor_parallel",))
+    finally:
+        dist.destroy_process_group()
 
 
 def free_port() -> int:

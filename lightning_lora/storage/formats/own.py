@@ -40,16 +40,11 @@ ADAPTERS = "adapters"  # the item of this package's entry that holds what traini
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
-    try:
+    with writing(path) as place:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in stored.state.items()}
         contents = save(tensors, {"format": "pt", KEY: json.dumps(stored.description())})
-    except Exception as error:
-        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in stored.state.items())
-        raise AdapterFileError(
-            f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
-        ) from error
-    with writing(path) as place, fsspec.open(os.fspath(place), "wb") as file:
-        file.write(contents)
+        with fsspec.open(os.fspath(place), "wb") as file:
+            file.write(contents)
 
 
 def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:

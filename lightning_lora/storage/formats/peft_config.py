@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.disk import local_path
-from lightning_lora.storage.schema import fits
+from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -147,11 +147,9 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": start, **given})
     except ConfigError as error:
         raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
-    if not fits(tokens, ([int], {str: [int]})):
-        raise AdapterFileError(f"{source} holds trainable_token_indices={tokens!r}. Expected a list of rows.")
     numbers = stored.get("layers_to_transform")
     layers = [numbers] if type(numbers) is int else numbers or None
-    if layers is not None and (stored.get("layers_pattern") or not fits(layers, [int])):
+    if layers is not None and stored.get("layers_pattern"):
         layers = []  # which layers it means is not known here
     return PeftConfig(config, tokens, layers)
 

@@ -125,8 +125,6 @@ def _parameters(layer: StoredLayer) -> str | None:
     for matrix in layer.matrices:
         if "." in matrix.weight:
             return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
-        if len(matrix.stack) > 1:
-            return "PEFT adapts matrices and stacks of matrices, not stacks of stacks."
         if matrix.stack == (1,) and layer.options.get("is_transposed"):
             return "PEFT adds the update of one transposed expert the wrong way round."
     return None

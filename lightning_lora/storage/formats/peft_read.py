@@ -77,8 +77,6 @@ def updates_of(
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
-    if odd := [key for key, value in tensors.items() if not (isinstance(value, Tensor) and isinstance(key, str))]:
-        raise AdapterFileError(f"{path} holds {listed(odd)}, which is no tensor with a name: it was changed.")
     for key, value in tensors.items():
         name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
         if found := peft_key(name):
@@ -184,8 +182,6 @@ class _Layers:
         matrices, factors = list[AdaptedMatrix](), list[Factors]()
         for name, tensors in wrapped.items():
             a, b = pair_of(name, tensors)
-            if "magnitude" in tensors:
-                raise AdapterMismatchError(f"{there!r} is an attention, which PEFT does not adapt with DoRA.")
             if _plain(name) == there:
                 matrices += qkv
                 for matrix, block in zip(qkv, torch.atleast_1d(b).tensor_split(3), strict=True):
@@ -230,8 +226,6 @@ class _Layers:
         indices = self.peft.tokens
         if isinstance(indices, dict):
             indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
-        if len(tensors) > 1:
-            raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
         matrix = replace(matrix, tokens=tuple(sorted({*indices})))
         is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
         if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:

@@ -62,8 +62,8 @@ class Update:
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
     """Return A and B of what has this name in the file."""
     a, b = tensors.get("A"), tensors.get("B")
-    if a is None or b is None or not (a.numel() and b.numel()):
-        raise AdapterFileError(f"The file holds only one of A and B of {name!r}, or none of its values: it is damaged.")
+    if a is None or b is None:
+        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
     return a, b
 
 

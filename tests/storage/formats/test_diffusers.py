@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
-from tests.support.models import TinyLM
+from tests.support.models import TinyLM, same
 from tests.support.peft_export import check_equal, read, trained
 
 diffusers = pytest.importorskip("diffusers", minversion="0.34", exc_type=ImportError)
@@ -27,9 +27,8 @@ METADATA = "lora_adapter_metadata"
 def unet() -> Any:
     torch.manual_seed(3)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=4,
     ).eval()  # fmt: skip
 
 
@@ -100,19 +99,16 @@ def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
 # Out
 
 
-@pytest.mark.parametrize(
-    ("build", "config"),
-    [
-        (unet, {"alpha": 3, "target_modules": ["to_q", "to_out.0"], "rank_pattern": {"to_q": 3}}),
-        (unet, {"alpha": 5, "target_modules": "all", "use_rslora": True}),
-        (unet, {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}}),
-        (unet, {"target_modules": ["to_k"], "init": "pissa"}),
-        (transformer, {"alpha": 5}),
-        (text_encoder, {"alpha": 5, "target_modules": ["q_proj", "fc1"], "use_dora": True}),
-    ],
-)
+PIPELINES: list[tuple[Callable[[], Any], dict[str, Any]]] = [
+    (unet, {"alpha": 5, "target_modules": "all", "use_rslora": True, "rank_pattern": {"to_q": 3}}),
+    (unet, {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}}),
+    (transformer, {"alpha": 5, "init": "pissa"}),
+    (text_encoder, {"alpha": 5, "target_modules": ["q_proj", "fc1"], "use_dora": True}),
+]
+
+
+@pytest.mark.parametrize(("build", "config"), PIPELINES)
 def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str, Any], tmp_path: Path) -> None:
-    """A pipeline without the header, as one of diffusers before 0.34, too."""
     model = trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
     here = run(model)
     assert (here - run(build())).norm() > 1e-3 * here.norm()
@@ -123,39 +119,29 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
         part = build()
         part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
         check_equal(run(part), here)
-    for folder in (tmp_path, renamed(tmp_path)):
+    for folder in (tmp_path, renamed(tmp_path)):  # the second one as to diffusers before 0.34
         part = build()
         pipeline(part).load_lora_weights(folder)
         check_equal(run(part), here)
 
 
-def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
-    base, path = unet(), tmp_path / "adapter.safetensors"
-    module = trained(nn.ModuleDict({"unet": base}), ll.LoRAConfig(r=2, alpha=3, target_modules=["to_q"]), scale=0.1)
-    ll.save_adapter(module, path)
-    assert main(["export", str(path), str(tmp_path / "out"), "--root", "unet", "--format", "diffusers"]) == 0
-    pipeline(base).load_lora_weights(tmp_path / "out")
-    check_equal(run(base), run(module["unet"]))
-    ll.save_adapter(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), path)
-    with pytest.raises(ll.ExportError, match=r"none that is known.*Load a file onto its model"):
-        ll.export_peft(path, tmp_path / "none", format="diffusers")
+TARGETS = {"target_modules": ["to_q"]}
 
 
 @pytest.mark.parametrize(
     ("build", "config", "says"),
     [
-        (unet, {"modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
-        (unet, {"target_modules": ["conv1"], "bias": "lora_only"}, "would refuse '.*conv1.base_layer.bias'"),
+        (unet, {**TARGETS, "modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
         (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "TinyLM is none that is known"),
-        (pixart, {}, "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel"),
+        (pixart, TARGETS, "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel"),
     ],
 )
-def test_what_a_pipeline_cannot_hold(
-    build: Callable[[], Any], config: dict[str, Any], says: str, tmp_path: Path
-) -> None:
-    model = trained(build(), ll.LoRAConfig(**{"target_modules": ["to_q"], **config}))
-    with pytest.raises(ll.ExportError, match=says):
-        ll.export_peft(model, tmp_path / "out", format="diffusers")
+def test_what_a_pipeline_cannot_hold(build: Any, config: dict[str, Any], says: str, tmp_path: Path) -> None:
+    model = trained(build(), ll.LoRAConfig(**config))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for source, why in ((model, says), (tmp_path / "a.safetensors", r"none that is known.*Load a file onto its model")):
+        with pytest.raises(ll.ExportError, match=why):
+            ll.export_peft(source, tmp_path / "out", format="diffusers")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,57 +164,31 @@ def test_two_formats_in_one_folder_keep_their_own_configuration(tmp_path: Path) 
 # In
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"lora_alpha": 6, "target_modules": ["to_q", "conv1"], "rank_pattern": {"to_q": 3}, "use_rslora": True},
-        {"lora_alpha": 6, "target_modules": ["to_q"], "use_dora": True},
-    ],
-)
-def test_files_that_diffusers_wrote(config: dict[str, Any], tmp_path: Path) -> None:
+def test_files_that_diffusers_wrote(tmp_path: Path) -> None:
     part = unet()
-    part.add_adapter(LoraConfig(r=2, **config))
+    ranks = {"target_modules": ["to_q", "conv1"], "rank_pattern": {"to_q": 3}}
+    part.add_adapter(LoraConfig(r=2, lora_alpha=6, use_rslora=True, use_dora=True, **ranks))
     change(part)
-    settings = part.peft_config["default"].to_dict()
-    tensors = get_peft_model_state_dict(part)
+    settings, tensors = part.peft_config["default"].to_dict(), get_peft_model_state_dict(part)
     part.save_lora_adapter(tmp_path / "part")
     save = diffusers.StableDiffusionPipeline.save_lora_weights
     save(tmp_path / "pipeline", unet_lora_layers=tensors, unet_lora_adapter_metadata=settings)
-    for path in (tmp_path / "part", tmp_path / "pipeline", tmp_path / "pipeline" / WEIGHTS):
+    for path in (tmp_path / "part", tmp_path / "pipeline" / WEIGHTS):
         check_equal(loaded(unet(), path), run(part))
     assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
 
 
-@pytest.mark.parametrize("ends", [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
-def test_a_file_without_a_header_is_read_as_diffusers_reads_it(ends: tuple[str, str], tmp_path: Path) -> None:
-    model, part = trained(unet(), ll.LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet()
-    ll.export_peft(model, tmp_path, format="diffusers")
-    renamed(tmp_path, lambda name: name.replace(".lora_A.", ends[0]).replace(".lora_B.", ends[1]))
-    pipeline(part).load_lora_weights(tmp_path)
-    with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
-        check_equal(loaded(unet(), tmp_path), run(part))
+def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+    ll.export_peft(trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers")
+    for a, b in ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")):
+        renamed(tmp_path, lambda name, a=a, b=b: name.replace(".lora_A.", a).replace(".lora_B.", b))
+        pipeline(part := unet()).load_lora_weights(tmp_path)
+        with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
+            check_equal(loaded(unet(), tmp_path), run(part))
 
 
-def test_the_way_through_diffusers_that_is_advised_for_files_of_kohya(tmp_path: Path) -> None:
-    model, whole = trained(unet(), ll.LoRAConfig(r=2, alpha=6, target_modules=["to_q", "to_v"])), pipeline(unet())
-    ll.export_peft(model, tmp_path, format="diffusers")
-    tensors, named = load_file(tmp_path / WEIGHTS), dict[str, Tensor]()
-    for name, value in tensors.items():  # it holds the scaling
-        layer, which, _ = name.removeprefix("unet.").rsplit(".", 2)
-        place = f"lora_unet_{layer.replace('.', '_')}"
-        named[f"{place}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value * (2 if which == "lora_B" else 1)
-        named[f"{place}.alpha"] = torch.tensor(1.0)  # over a rank of two
-    save_file(named, tmp_path / "kohya.safetensors")
-    with pytest.raises(ll.AdapterFileError, match=r"kohya.*adapter_name='default'.*pipe.unet .*save_lora_adapter"):
-        ll.load_adapter(unet(), tmp_path / "kohya.safetensors")
-    whole.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="default")
-    check_equal(run(whole.unet), run(model))
-    whole.unet.save_lora_adapter(tmp_path / "way")
-    check_equal(loaded(unet(), tmp_path / "way"), run(model))
-
-
-def parts_in(folder: Path, use_dora: bool = False) -> dict[str, Any]:
-    """Two adapted parts of a pipeline, of which diffusers saved the adapters."""
+def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
+    """Two adapted parts of a pipeline, whose adapters diffusers saved."""
     models, given = {"unet": unet(), "text_encoder": text_encoder()}, dict[str, Any]()
     for name, model in models.items():
         settings = LoraConfig(r=len(name), use_rslora=name == "unet", target_modules=["to_q", "q_proj"])
@@ -240,15 +200,6 @@ def parts_in(folder: Path, use_dora: bool = False) -> dict[str, Any]:
         given[f"{name}_lora_adapter_metadata"] = settings.to_dict()
     diffusers.StableDiffusionPipeline.save_lora_weights(folder, **given)
     return models
-
-
-def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
-    models = parts_in(tmp_path)
-    for build, other in ((unet, "text_encoder"), (text_encoder, "unet")):
-        with pytest.warns(ll.LoRAWarning, match=f"also holds adapters of '{other}'"):
-            check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
-    with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
-        ll.load_adapter(TinyLM(), tmp_path)
 
 
 class DreamBooth(L.LightningModule):
@@ -267,30 +218,26 @@ BOTH["exclude_modules"] = ["vae"]
 
 def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path) -> None:
     module: Any = trained(DreamBooth(), ll.LoRAConfig(**BOTH), scale=0.1)
-    parts = {"unet": module.unet, "text_encoder": module.text_encoder}
     ll.save_adapter(module, tmp_path / "adapter.safetensors")
-    for i, source in enumerate((module, tmp_path / "adapter.safetensors")):
-        folder = tmp_path / str(i)
-        ll.export_peft(source, folder, format="diffusers")
-        whole = pipeline(unet())
-        whole.load_lora_weights(folder)
-        ll.load_adapter(fresh := DreamBooth(), folder)
-        for name, part in parts.items():
-            plain = run({"unet": unet, "text_encoder": text_encoder}[name]())
-            assert (run(part) - plain).norm() > 1e-3 * plain.norm()
-            check_equal(run(getattr(whole, name)), run(part))
-            check_equal(run(getattr(fresh, name)), run(part))
+    export = ["export", str(tmp_path / "adapter.safetensors"), str(tmp_path / "file"), "--format", "diffusers"]
+    assert main(export) == 0
+    ll.export_peft(module, tmp_path / "model", format="diffusers")
+    assert same(load_file(tmp_path / "file" / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS))
+    whole = pipeline(unet())
+    whole.load_lora_weights(tmp_path / "file")
+    ll.load_adapter(fresh := DreamBooth(), tmp_path / "file")
+    for build in (unet, text_encoder):
+        here, plain = run(getattr(module, build.__name__)), run(build())
+        assert (here - plain).norm() > 1e-3 * plain.norm()
+        for other in (whole, fresh):
+            check_equal(run(getattr(other, build.__name__)), here)
     with pytest.raises(ll.ExportError, match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out"):
         ll.export_peft(module, tmp_path / "one", root="unet", format="diffusers")
     with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
-        ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path / "0", format="diffusers")
-    for match, config in (
-        (r"'head.bias', 'head.weight' .* outside of 'unet'", {**BOTH, "modules_to_save": ["head"]}),
-        (r"'vae\..* outside of 'unet', 'text_encoder'", {"target_modules": ["to_q", "q_proj"]}),
-    ):
-        module = trained(DreamBooth(), ll.LoRAConfig(**config))
-        with pytest.raises(ll.ExportError, match=match):
-            ll.export_peft(module, tmp_path / "one", format="diffusers")
+        ll.export_peft(trained(unet(), ll.LoRAConfig(**TARGETS)), tmp_path / "file", format="diffusers")
+    module = trained(DreamBooth(), ll.LoRAConfig(**BOTH, modules_to_save=["head"]))
+    with pytest.raises(ll.ExportError, match=r"'head.bias', 'head.weight' .* outside of 'unet', 'text_encoder'"):
+        ll.export_peft(module, tmp_path / "one", format="diffusers")
 
 
 def test_a_part_goes_where_its_name_is(tmp_path: Path) -> None:
@@ -303,29 +250,26 @@ def test_a_part_goes_where_its_name_is(tmp_path: Path) -> None:
     check_equal(run(parts["text_encoder"]), run(text_encoder()))
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_module_reads_what_diffusers_saved_of_its_parts(use_dora: bool, tmp_path: Path) -> None:
-    models, module = parts_in(tmp_path, use_dora), DreamBooth()
-    if use_dora:
-        with pytest.raises(ll.AdapterFileError, match="parts with other use_dora"):
-            ll.load_adapter(module, tmp_path)
-        return
+def test_a_module_or_a_model_gets_its_parts_of_a_file(tmp_path: Path) -> None:
+    models, module = parts_in(tmp_path), DreamBooth()
     ll.load_adapter(module, tmp_path)
-    for name, model in models.items():
-        check_equal(run(getattr(module, name)), run(model))
-    module = DreamBooth()
-    del module.text_encoder
-    with pytest.warns(ll.LoRAWarning, match="also holds adapters of 'text_encoder'"):
-        ll.load_adapter(module, tmp_path)
-    check_equal(run(module.unet), run(models["unet"]))
+    for build, other in ((unet, "text_encoder"), (text_encoder, "unet")):
+        check_equal(run(getattr(module, build.__name__)), run(models[build.__name__]))
+        with pytest.warns(ll.LoRAWarning, match=f"also holds adapters of '{other}'"):
+            check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
+    with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
+        ll.load_adapter(TinyLM(), tmp_path)
+    parts_in(tmp_path, use_dora=True)
+    with pytest.raises(ll.AdapterFileError, match="parts with other use_dora"):
+        ll.load_adapter(DreamBooth(), tmp_path)
 
 
-@pytest.mark.parametrize("header", ["{", "[]", json.dumps({"unet.peft_type": "LOKR"}), json.dumps({"unet.r": "two"})])
-def test_a_header_that_says_something_else(header: str, tmp_path: Path) -> None:
-    ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path, format="diffusers")
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
-    with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
-        ll.load_adapter(unet(), tmp_path)
+def test_a_header_that_says_something_else(tmp_path: Path) -> None:
+    ll.export_peft(trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])), tmp_path, format="diffusers")
+    for header in ("{", json.dumps({"text_encoder.peft_type": "LOKR"}), json.dumps({"text_encoder.r": "two"})):
+        save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
+        with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
+            ll.load_adapter(text_encoder(), tmp_path)
 
 
 def test_a_pipeline_of_adapted_models_is_written_merged(tmp_path: Path) -> None:

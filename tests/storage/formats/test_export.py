@@ -2,6 +2,8 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,93 +11,61 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from tests.support.models import WIDTH, WORDS, TinyLM
 from tests.support.peft_export import check_equal, check_read, read, trained
-from tests.support.peft_reading import Attending, Experts
+from tests.support.peft_reading import Attending, Experts, Images, Mixed
 
-INDEX = torch.arange(12).view(3, 4) % WORDS
+INDEX = torch.arange(12).view(2, 6)
+TOKENS = torch.linspace(-1, 1, 2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
+SHORT = TOKENS[..., :3]
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
+MIXED: list[dict[str, Any]] = [
+    {"target_modules": "all", "alpha": 5},
+    {"target_modules": ["c_proj"], "target_slices": {"c_proj": {"a": (0, 3), "b": (6, 8)}}},
+    {"target_modules": ["embed", "linear"], "rank_pattern": {"linear": 5}, "alpha_pattern": {"embed": 7}},
+    {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
+    {"target_modules": ["linear", "c_proj", "head"], "init": "pissa", "alpha": 5},
+    {"target_modules": ["linear", "c_proj"], "init": "olora", "use_rslora": True},
+    {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
+    {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"linear": 3}},
+    {"target_modules": "linear", "use_dora": True, "init": "pissa", "bias": "lora_only"},
+    {"target_modules": ["linear"], "modules_to_save": ["head", "norm"], "bias": "all"},
+    {"target_modules": ["linear"], "target_slices": {"linear": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
+]
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"target_modules": ["conv2d", "conv3d"], "use_dora": True, "modules_to_save": ["bn"]},
+    {"target_modules": ["conv2d", "conv3d"], "init": "pissa", "bias": "lora_only", "rank_pattern": {"conv3d": 3}},
+    {"r": 50, "alpha": 5, "use_rslora": True, "target_modules": ["conv2d"]}
+    | {"target_slices": {"conv2d": {"a": (0, 2), "b": (3, 6)}}},
+]
+ATTENTION: list[dict[str, Any]] = [
+    {"target_slices": {"attn": ["q"]}, "bias": "lora_only"},
+    {"target_slices": {"attn": ["v", "k"]}, "bias": "all", "init": "olora", "alpha": 3},
+    {"target_slices": {"attn": ["q", "k", "v"]}, "r": 20},
+]
+EXPERTS: list[dict[str, Any]] = [
+    {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5},
+    {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
+    {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5},
+    {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7, "target_modules": ["fc"], "bias": "all"},
+    {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3},
+]
+INSIDE: list[dict[str, Any]] = [
+    {"target_parameters": ["experts.v", "experts.u"], "target_slices": {"attn": ["q", "v"]}, "bias": "all"},
+]
 
 
-class Layers(nn.Module):
-    """An embedding, linear layers, and a Conv1D, with names that are the ends of others."""
+class Block(Attending):
+    """Layers inside of a module with parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.q, self.conv1d = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), Conv1D(12, WIDTH)
-        nn.init.normal_(self.conv1d.weight, std=0.3)
-        self.inner = nn.ModuleDict({"q": nn.Linear(12, WIDTH)})
-        self.norm, self.pre_head, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.q(self.embed(index)).tanh()
-        return self.head(self.pre_head(self.norm(self.inner["q"](self.conv1d(x).tanh()))))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": "all-linear"},
-        {"target_modules": "all", "alpha": 5},
-        {"target_modules": ["conv1d"]},
-        {"target_modules": ["embed", "q"], "rank_pattern": {"^q": 5, "inner.q": 1}, "alpha_pattern": {"inner.q": 7}},
-        {"target_modules": r"q", "alpha": 3, "use_rslora": True},
-        {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
-        {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
-        {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
-        {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
-        {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"q": 3}},
-        {"target_modules": ["q"], "use_dora": True, "init": "pissa"},
-        {"target_modules": ["q"], "bias": "lora_only"},
-        {"target_modules": ["q"], "bias": "all"},
-        {"target_modules": ["q"], "modules_to_save": ["pre_head", "head", "norm"], "bias": "all"},
-        {"target_modules": ["conv1d"], "target_slices": {"conv1d": {"a": (0, 3), "b": (6, 8)}}},
-        {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
-    ],
-)
-def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
-    check_read(Layers(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
-
-
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2 = nn.Conv1d(4, 6, 3, padding=1), nn.Conv2d(6, 8, (3, 2), stride=2, bias=False)
-        self.c3, self.norm = nn.Conv3d(8, 4, (1, 3, 3), padding="same"), nn.BatchNorm3d(4)
-        self.norm.running_mean.normal_()
+        self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c1(x).tanh().unsqueeze(-1).expand(-1, -1, -1, 6)
-        return self.norm(self.c3(self.c2(x).tanh().unsqueeze(2)))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"use_dora": True},
-        {"alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
-        {"init": "pissa", "bias": "lora_only"},
-        {"r": 9, "alpha": 5},
-        {"target_slices": {"c2": {"a": (0, 3), "b": (4, 7)}}},
-        {"r": 5, "alpha": 5, "use_rslora": True, "target_slices": {"c2": {"a": (0, 3), "b": (4, 8)}}},
-        {"modules_to_save": ["norm"]},
-    ],
-)
-def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
-    config = LoRAConfig(**{"r": 2, "target_modules": ["c1", "c2", "c3"]} | config)
-    check_read(Convolutions(), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
-
-
-@pytest.mark.parametrize("parts", [["q"], ["v", "k"], ["q", "k", "v"]])
-@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}, {"r": 20}])
-def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
-    x = torch.randn(2, 5, WIDTH)
-    how: dict[str, Any] = {"target_modules": ["attn", "out"], "target_slices": {"attn": parts}}
-    config = LoRAConfig(**{"r": 2, **how, **more})
-    check_read(Attending(), config, lambda model: model(x), tmp_path)
+        return super().forward(x @ self.v) @ self.u
 
 
 class Recurrent(nn.Module):
@@ -108,69 +78,35 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize(
-    ("model", "config"),
-    [
-        (Recurrent(num_layers=2, bidirectional=True), {"bias": "lora_only", "alpha": 5}),
-        (Recurrent(proj_size=5), {"dropout": 0.5}),
-        (Recurrent(nn.GRU), {"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}),
-        (Recurrent(nn.RNN), {"target_slices": {"rnn": ["hh_l0"]}, "bias": "all"}),
-        (Recurrent(nn.GRU), {"target_modules": ["rnn"], "init": "pissa"}),
-        (Recurrent(nn.GRU), {"r": 30, "alpha": 7, "use_rslora": True}),
-    ],
-)
-def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Path) -> None:
-    x = torch.randn(6, 2, 3)  # weight_ih has less columns than r: its rank is smaller
-    check_read(model, LoRAConfig(**{"r": 4, "target_modules": ["rnn", "head"]} | config), lambda m: m(x), tmp_path)
-
-
 def around(experts: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(experts=experts))
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_parameters": ["experts.up"]},
-        {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5},
-        {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
-        {"target_parameters": ["experts.up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}},
-        {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all", "dropout": 0.5},
-        {"target_parameters": ["experts.up", "gate"], "r": 30, "alpha": 7},
-        {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3},
-    ],
-)
-def test_experts(config: dict[str, Any], is_transposed: bool, tmp_path: Path) -> None:
-    base = nn.Sequential(around(Experts(is_transposed=is_transposed)))
-    x = torch.randn(1, 6, WIDTH)
-    check_read(base, LoRAConfig(**{"r": 2, "target_modules": []} | config), lambda m: m(x), tmp_path)
+MODELS: list[tuple[Callable[[], nn.Module], Tensor, list[dict[str, Any]]]] = [
+    (Mixed, INDEX, MIXED),
+    (Images, IMAGES, CONVOLUTIONS),
+    (Attending, TOKENS, ATTENTION),
+    (lambda: around(Block()), TOKENS, INSIDE),
+    (lambda: around(Experts()), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(is_transposed=True)), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(experts=1)), TOKENS, [{"target_modules": [], "target_parameters": ["up", "down"]}]),
+    # weight_ih has less columns than r: its rank is smaller
+    (partial(Recurrent, num_layers=2, bidirectional=True), SHORT, [{"r": 4, "bias": "lora_only", "alpha": 5}]),
+    (partial(Recurrent, proj_size=5), SHORT, [{"r": 4, "dropout": 0.5, "bias": "all"}]),
+    (partial(Recurrent, nn.GRU), SHORT, [{"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}]),
+    (partial(Recurrent, nn.RNN), SHORT, [{"r": 30, "alpha": 7, "init": "pissa"}]),
+]
+CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config in configs]
 
 
-def test_one_expert(tmp_path: Path) -> None:
-    config = LoRAConfig(r=2, target_modules=[], target_parameters=["up", "down"])
-    check_read(around(Experts(experts=1)), config, lambda m: m(torch.ones(1, 6, WIDTH).cumsum(1)), tmp_path)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("make", "inputs", "config"), CASES)
+def test_outputs_in_peft_are_those_here(make: Any, inputs: Tensor, config: dict[str, Any], tmp_path: Path) -> None:
+    how = LoRAConfig(**{"r": 2, "target_modules": "all"} | config)
+    check_read(make(), how, lambda model: model(inputs), tmp_path)
 
 
-def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
-    class Block(Attending):
-        def __init__(self) -> None:
-            super().__init__()
-            self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x @ self.v) @ self.u
-
-    x = torch.randn(2, 5, WIDTH)
-    config = LoRAConfig(
-        r=2, target_parameters=["experts.v", "experts.u"], target_slices={"attn": ["q", "v"]}, bias="all"
-    )
-    check_read(around(Block()), config, lambda m: m(x), tmp_path)
-
-
-@pytest.mark.parametrize("r", [2, 100])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "r"), [(4, 100), (8, 2)])
 def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
@@ -187,24 +123,24 @@ def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     """Differences of factors that started from the weight are taken in float32."""
-    base, config = Layers().bfloat16(), {"r": 2, "target_modules": ["q", "head"], "init": "pissa"}
-    model = trained(base, LoRAConfig(**config, autocast_adapter_dtype=False), scale=0.01)
+    config = LoRAConfig(r=2, target_modules=["linear"], init="pissa", autocast_adapter_dtype=False)
+    model = trained(Mixed().bfloat16(), config, scale=0.01)
     export_peft(model, tmp_path / "peft")
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    b, a = load_file(tmp_path / "peft" / "adapter_model.safetensors").values()
+    assert a.dtype is b.dtype is torch.float32
     state = adapter_state_dict(model)
-    a, a0, b, b0 = (state[f"q.lora_{letter}"].double() for letter in ("A", "A0", "B", "B0"))
-    there = {name[-13:]: value.double() for name, value in tensors.items() if ".q.lora" in name}
-    check_equal(there["lora_B.weight"] @ there["lora_A.weight"], b @ a - b0 @ a0)
+    own, own0, start, start0 = (state[f"linear.lora_{letter}"].double() for letter in ("B", "B0", "A", "A0"))
+    a, b = sorted((a.double(), b.double()), key=len)
+    check_equal(b @ a, own @ start - own0 @ start0)
 
 
 def test_names_are_exact(tmp_path: Path) -> None:
     """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
-    model = trained(Layers(), LoRAConfig(r=2, target_modules="q"))
+    base = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    model = trained(base, LoRAConfig(r=2, target_modules="q"))
     save_adapter(model, tmp_path / "a.safetensors")
-    everything = trained(Layers(), LoRAConfig(r=2, target_modules="all"))
-    names = ["embed", "q", "conv1d", "inner.q", "pre_head", "head"]
-    for source, expected in ((everything, names), (model, "q"), (tmp_path / "a.safetensors", "q")):
+    everything = trained(base, LoRAConfig(r=2, target_modules="all"))
+    for source, expected in ((everything, ["q", "inner.q"]), (model, "q"), (tmp_path / "a.safetensors", "q")):
         export_peft(source, tmp_path / "peft")
         config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
         assert config["target_modules"] == expected
@@ -236,10 +172,10 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
 
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
-    patterns: dict[str, Any] = {"rank_pattern": {"q": 7}, "alpha_pattern": {"embed": 9}}
-    model = trained(Layers(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
+    patterns: dict[str, Any] = {"rank_pattern": {"linear": 7}, "alpha_pattern": {"embed": 9}}
+    model = trained(Mixed(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
     export_peft(model, tmp_path / "peft", uniform=True)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["alpha_pattern"], config["r"], config["use_rslora"]) == ({}, {}, 7, False)
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert {min(value.shape) for value in tensors.values()} == {7, 5}  # the head has 5 rows
+    assert {min(value.shape[:2]) for value in tensors.values()} == {7, 3}  # the head has 3 rows

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.model.view import View
 from tests.support.faults import fork
+from tests.support.layers import Scaled
 from tests.support.models import LitTiny, TinyLM, same, state
 from tests.support.peft_export import read, trained
 
@@ -31,11 +31,6 @@ def check_refused(source: Any, folder: Path, match: str, error: type[Exception] 
     with pytest.raises(error, match=match):
         ll.export_peft(source, folder / "peft", **how)
     assert not (folder / "peft").exists()
-
-
-class Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
 
 
 class Stacks(nn.Module):
@@ -48,20 +43,10 @@ class Stacks(nn.Module):
         return x @ self.up
 
 
-class Counting(nn.Linear):
-    def get_extra_state(self) -> Any:
-        self.counts = [*getattr(self, "counts", ()), 3]  # another state each time
-        return self.counts
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
-
-
 UP: dict[str, Any] = {"target_modules": ["other"], "target_parameters": ["up"]}
 OTHER: dict[str, Any] = {"target_modules": ["other"]}
 SHARED = nn.Linear(4, 4)
 CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
-    (nn.ConvTranspose1d(4, 4, 3), {}, "'layer': .*no counterpart for our adapter of ConvTranspose1d"),
     (nn.Bilinear(4, 4, 4), {}, "'layer': .*no counterpart for our adapter of Bilinear"),
     (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, r"'layer': .*dilation=.*1, 2.*exclude_modules"),
     (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), {}, "'layer': .*padding_mode='circular'"),
@@ -75,45 +60,33 @@ CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
     (Stacks(4, 4), {**UP, "modules_to_save": ["fc"]}, "'layer.fc', inside of a module whose parameters"),
     (nn.Linear(4, 4), {**OTHER, "modules_to_save": ["layer.weight"]}, "no place for 'layer.weight'.*single parameters"),
-    (Counting(4, 4), OTHER, "no place for 'layer._extra_state'"),
 ]
 
 
 @pytest.mark.parametrize(("layer", "config", "match"), CASES)
-def test_what_peft_lacks_or_computes_otherwise(
-    layer: nn.Module, config: dict[str, Any], match: str, tmp_path: Path
-) -> None:
+def test_what_peft_lacks_or_computes_otherwise(layer: nn.Module, config: Any, match: str, tmp_path: Path) -> None:
     base = nn.ModuleDict({"layer": layer, "other": nn.Linear(4, 4)})
     model = trained(base, ll.LoRAConfig(**{"r": 2, "target_modules": "all", **config}))
     check_refused(model, tmp_path, match)
-    if not isinstance(layer, Counting):
-        ll.save_adapter(model, tmp_path / "adapter.safetensors")
-        check_refused(tmp_path / "adapter.safetensors", tmp_path, match)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    check_refused(tmp_path / "adapter.safetensors", tmp_path, match)
 
 
-class Own(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
+class Own(nn.Linear):
+    pass
 
 
 class LoRAOwn(LoRALinear):
-    """An adapter that computes something else than PEFT's of the same layer."""
+    """An adapter that may compute something else than PEFT's of the same layer."""
 
 
-@pytest.mark.parametrize(("layer_class", "adapter_class"), [(Own, LoRALinear), (Own, LoRAOwn), (nn.Linear, LoRAOwn)])
-def test_what_a_user_has_registered(
-    layer_class: Any, adapter_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PEFT has adapters for some of ours: another one is refused until it is known."""
+@pytest.mark.parametrize(("layer_class", "adapter_class"), [(Own, LoRALinear), (nn.Linear, LoRAOwn)])
+def test_what_a_user_has_registered(layer_class: Any, adapter_class: Any, tmp_path: Path, monkeypatch: Any) -> None:
     for known, its_class in ((LoRALinear, Own), (LoRAOwn, nn.Linear)):
         monkeypatch.setattr(known, "lora_layer_types", (nn.Linear,))
         monkeypatch.setitem(ADAPTERS, its_class, LoRALinear)
     ll.register_adapter(layer_class, adapter_class)
-    model = trained(nn.Sequential(Own() if layer_class is Own else nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+    model = trained(nn.Sequential(layer_class(4, 4)), ll.LoRAConfig(r=2))
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
         check_refused(source, tmp_path, f"'0': PEFT has no counterpart for .*{layer_class.__name__}.*merge_adapters")
@@ -128,46 +101,31 @@ def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> N
     check_refused(tmp_path / "adapter.safetensors", tmp_path, "no place for 'embed.weight'.*tied.*load a file onto its")
 
 
+@torch.no_grad()
 def test_values_that_peft_cannot_hold(tmp_path: Path) -> None:
-    base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
-    model = trained(base, ll.LoRAConfig(r=2))
-    with torch.no_grad():
-        model.norm.running_mean.add_(1)
+    base: Any = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    model: Any = trained(base, ll.LoRAConfig(r=2))
+    model.norm.running_mean.add_(1)
     check_refused(model, tmp_path, "no place for 'norm.running_mean'")
-    model = trained(base, ll.LoRAConfig(r=2))
-    View(model).record.adapter.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
-    check_refused(model, tmp_path, "no place for 'norm.weight'.*frozen weights that changed")
-    model = trained(base, ll.LoRAConfig(r=2, use_dora=True))
-    with torch.no_grad():
-        View(model).adapters["q.lora_magnitude"][1] = 0
-    check_refused(model, tmp_path, "'q': .*magnitude is zero")
-    with torch.no_grad():
-        View(model).adapters["q.lora_A"][0, 0] = torch.nan
-        View(model).adapters["q.lora_magnitude"][1] = 1
+    model.norm.running_mean.sub_(1)
+    model.q.lora_A[0, 0] = torch.nan
     check_refused(model, tmp_path, "'q.lora_A' in ModuleDict hold NaN", ll.AdapterFileError)
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 4))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    check_refused(model, tmp_path, "meta device", ll.AdapterStateError)
+    base.to("meta")
+    ll.inject_adapters(base, ll.LoRAConfig(r=2))
+    check_refused(base, tmp_path, "meta device", ll.AdapterStateError)
 
 
 def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(4, 4))
-    model = trained(base, ll.LoRAConfig(r=2))
-    check_refused(model, tmp_path, "not the module itself", root="0")
-    check_refused(model, tmp_path, r"root='1' holds no adapted layer", ll.ConfigError, root="1")
-    check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
-    check_refused(base, tmp_path, "has no adapters", ll.AdapterStateError)
-    check_refused(tmp_path / "none.safetensors", tmp_path, "none.safetensors", FileNotFoundError)
-    check_refused(model, tmp_path / "none", "does not exist", FileNotFoundError)
-
-
-def test_files_that_say_too_little(tmp_path: Path) -> None:
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    check_refused(base, tmp_path, "has no adapters", ll.AdapterStateError)
+    check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
     ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
-    ll.save_adapter(base, tmp_path / "fresh.safetensors")
+    check_refused(base, tmp_path, "not the module itself", root="q")
+    check_refused(base, tmp_path, "root='1' holds no adapted layer", ll.ConfigError, root="1")
+    check_refused(base, tmp_path / "none", "does not exist", FileNotFoundError)
+    check_refused(base, tmp_path, "'a' is not known. Expected 'peft' or 'diffusers'", ll.ConfigError, format="a")
+    ll.save_adapter(base, tmp_path / "fresh.safetensors")  # without what is as in the base
     check_refused(tmp_path / "fresh.safetensors", tmp_path, "does not hold 'norm.running_mean'.*export the model")
-    ll.export_peft(base, tmp_path / "peft")
 
 
 # Writing
@@ -194,45 +152,41 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-close = partial(torch.allclose, atol=1e-6)
-
-
 def fill_disk() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    ("fault", "writer", "alpha"),
-    [(die, "peft", 30), (die, "this package", 30), (die, "this package", 3), (fill_disk, "peft", 30)],
-)
-def test_both_files_are_written_or_none(fault: Callable[[], None], writer: str, alpha: float, tmp_path: Path) -> None:
+@torch.no_grad()
+def here(model: Any) -> Tensor:
+    return model(torch.arange(4)[None])
+
+
+def is_one_of(output: Tensor, outputs: list[Tensor]) -> bool:
+    return any(torch.allclose(output, each, atol=1e-6) for each in outputs)
+
+
+@pytest.mark.parametrize("fault", [die, fill_disk])
+def test_both_files_are_written_or_none(fault: Callable[[], None], tmp_path: Path) -> None:
     """Whatever is there loads as the old or as the new version, and PEFT never reads anything else."""
     base, folder, fresh = TinyLM(tied=False), tmp_path / "peft", tmp_path / "fresh"
-    old, new = (
-        trained(base, ll.LoRAConfig(r=2, alpha=a, target_modules=["q_proj"]), scale)
-        for a, scale in ((3, 0.3), (alpha, 0.5))
-    )
-    runs = [here(model) for model in (old, new)]
+    old, new = (trained(base, ll.LoRAConfig(r=2, alpha=a, target_modules=["q_proj"]), a / 30) for a in (6, 30))
+    runs = [here(old), here(new)]
     for step in range(1, 99):
         ll.export_peft(old, folder)
-        if writer == "peft":  # its files have no configuration in their header
-            tensors = load_file(folder / "adapter_model.safetensors")
-            save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})  # as PEFT writes them
         is_done = fork(partial(interrupted, step, fault, partial(ll.export_peft, new, folder))) == 0
         ll.load_adapter(ours := deepcopy(base), folder)
-        found = [here(ours)]
-        with suppress(ValueError):  # it finds no configuration
-            found.append(here(read(base, folder)))
-        if len(found) < 2:  # nothing is in the way where the configuration stays, and an error puts it back
-            assert alpha == 30 and (fault is die or close(found[0], runs[1]))
-        for each in found:
-            assert any(close(each, run) for run in runs)
+        assert is_one_of(here(ours), runs)
+        try:
+            assert is_one_of(here(read(base, folder)), runs)
+        except ValueError:  # PEFT finds no configuration, which an error would have put back
+            assert fault is die or is_one_of(here(ours), runs[1:])
         ll.export_peft(new, folder)
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-        assert close(here(read(base, folder)), runs[1])
         if fault is fill_disk:
             fork(partial(interrupted, step, fault, partial(ll.export_peft, new, fresh)))
-            assert not fresh.exists() or close(here(read(base, fresh)), runs[1])
+            assert not fresh.exists() or is_one_of(here(read(base, fresh)), runs[1:])
             shutil.rmtree(fresh, ignore_errors=True)
         if is_done:
             break
@@ -243,23 +197,15 @@ def interrupted(step: int, fault: Callable[[], None], work: Callable[[], object]
     """Do some work with a fault at the so-manieth change in the folder, and die in the end if there was one."""
     calls = list[str]()
 
-    def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
-        def change(*args: Any, **kwargs: Any) -> Any:
-            calls.append(own.__name__)
-            if len(calls) == step:
-                fault()
-            return own(*args, **kwargs)
-
-        return change
+    def wrapped(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(own.__name__)
+        if len(calls) == step:
+            fault()
+        return own(*args, **kwargs)
 
     for name in ("write_bytes", "replace", "unlink"):
-        setattr(Path, name, wrapped(getattr(Path, name)))
+        setattr(Path, name, partialmethod(partial(wrapped, getattr(Path, name))))
     with suppress(ll.AdapterFileError):
         work()
     if len(calls) >= step:
         die()
-
-
-@torch.no_grad()
-def here(model: Any) -> Tensor:
-    return model(torch.arange(4)[None])

@@ -1,7 +1,10 @@
 """Files of tools that this package does not read are called what they are, in the console too."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,25 +14,23 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.__main__ import main
+from lightning_lora.storage.formats import own
+from tests.support.models import as_trained
 
-DEEP, ONE = "decoder.layers.0.self_attention", torch.ones(2, 4)
-MODEL = "base_model.model.q_proj"
-NAMES: dict[str, tuple[list[str], str]] = {
-    "kohya": (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's sd-scripts.*diffusers"),
-    "ComfyUI": (["diffusion_model.blocks.0.qkv.lora_down.weight"], "ComfyUI.*load_lora_weights.*save_lora_adapter"),
-    "ComfyUI, PEFT's ends": (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "ComfyUI"),
-    "LyCORIS": (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "LyCORIS"),
-    "LoKr": (["lora_unet_to_q.lokr_w1", "lora_unet_to_q.lokr_w2"], "LyCORIS"),
-    "torchtune": (["layers.0.attn.q_proj.lora_a.weight"], "torchtune.*adapter_config.json"),
-    "PEFT's state": (
-        [f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"],
-        "PEFT, as state.*save_pretrained",
-    ),
-    "PEFT's embedding": ([f"{MODEL}.lora_embedding_A.default"], "PEFT, as state"),
-    "mlx-lm": (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "mlx-lm.*mlx_lm.fuse"),
-    "NeMo 1": ([f"model.{DEEP}.adapter_layer.lora_kqv_adapter.linear_in.weight"], "NeMo.*Hugging Face"),
-    "NeMo 2": ([f"module.{DEEP}.linear_qkv.adapter.linear_out.weight"], "NeMo.*Hugging Face"),
-}
+DEEP, ONE, MODEL = "decoder.layers.0.self_attention", torch.ones(2, 4), "base_model.model.q_proj"
+NAMES: list[tuple[list[str], str]] = [
+    (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's sd-scripts.*diffusers"),
+    (["diffusion_model.blocks.0.qkv.lora_down.weight"], "ComfyUI.*load_lora_weights.*save_lora_adapter"),
+    (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "ComfyUI"),
+    (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "LyCORIS"),
+    (["lora_unet_to_q.lokr_w1", "lora_unet_to_q.lokr_w2"], "LyCORIS"),
+    (["layers.0.attn.q_proj.lora_a.weight"], "torchtune.*adapter_config.json"),
+    ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
+    ([f"{MODEL}.lora_embedding_A.default"], "PEFT, as state"),
+    (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "mlx-lm.*mlx_lm.fuse"),
+    ([f"model.{DEEP}.adapter_layer.lora_kqv_adapter.linear_in.weight"], "NeMo.*Hugging Face"),
+    ([f"module.{DEEP}.linear_qkv.adapter.linear_out.weight"], "NeMo.*Hugging Face"),
+]
 
 
 def check_named(path: Path, match: str, capsys: Any) -> None:
@@ -39,31 +40,28 @@ def check_named(path: Path, match: str, capsys: Any) -> None:
     assert match.partition(".")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("names", "match"), NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize(("names", "match"), NAMES, ids=str)
 def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match: str, capsys: Any) -> None:
-    tensors = dict.fromkeys(names, ONE)
-    save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "a.safetensors")
-    torch.save(tensors, tmp_path / "a.pt")
+    tensors = {name: ONE.clone() for name in names}
+    save_file(tensors, tmp_path / "a.safetensors")
     torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.4.0"}, tmp_path / "a.ckpt")
     for path in tmp_path.iterdir():
         check_named(path, match, capsys)
 
 
+FILES = [
+    ("mlx", "adapter_config.json", json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}), "mlx-lm"),
+    ("nemo", "weights/adapter_metadata.json", "{}", "NeMo"),
+    ("lit", "lit_model.pth.lora", "", "litgpt.*merge_lora"),
+]
+
+
 def test_names_of_files_tell_the_tool(tmp_path: Path, capsys: Any) -> None:
-    files = {
-        "mlx/adapter_config.json": (json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}), "mlx-lm"),
-        "nemo/weights/adapter_metadata.json": ("{}", "NeMo"),
-        "one.nemo": ("", "NeMo"),
-        "lit/lit_model.pth.lora": ("", "litgpt.*merge_lora"),
-    }
-    for name, (text, match) in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-        check_named(tmp_path / name.partition("/")[0], match, capsys)
+    for folder, file, text, match in FILES:
+        (path := tmp_path / folder / file).parent.mkdir(parents=True)
+        path.write_text(text)
+        check_named(tmp_path / folder, match, capsys)
     check_named(tmp_path / "lit" / "lit_model.pth.lora", "litgpt", capsys)
-
-
-def test_a_folder_names_a_file_in_it(tmp_path: Path) -> None:
     save_file({"lora_te_text_q_proj.lora_down.weight": ONE}, tmp_path / "mine.safetensors")
     with pytest.raises(ll.AdapterFileError, match=r"no adapters of PEFT.*one file, such as 'mine.safetensors'"):
         ll.load_adapter(nn.Linear(4, 4), tmp_path)
@@ -78,10 +76,21 @@ def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypa
     for folder in ("refs", "snapshots"):
         (kept / folder).mkdir(parents=True)
     (kept / "refs" / "main").write_text("1" * 40)
-    ll.inject_adapters(model := nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-    nn.init.ones_(model[0].lora_B)
+    model = as_trained(nn.Sequential(nn.Linear(4, 4)))
     ll.export_peft(model, kept / "snapshots" / ("1" * 40))
     ll.load_adapter(other := nn.Sequential(nn.Linear(4, 4)), "someone/lora")
     assert torch.equal(other[0].lora_A, model[0].lora_A)
     with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")
+
+
+@pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "0.lora_A", "0.lora_B"], ["0.lora_down.weight"]])
+def test_tensors_of_what_is_refused_are_not_read(tmp_path: Path, monkeypatch: Any, names: list[str]) -> None:
+    @contextmanager
+    def without_tensors(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(keys=lambda: names, metadata=dict)
+
+    save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(own, "safe_open", without_tensors)
+    with pytest.raises(ll.AdapterFileError, match=r"no adapters of this|does not say how|sd-scripts"):
+        ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a.safetensors")

@@ -1,5 +1,6 @@
 """PEFT's files load, and give the outputs that PEFT gives."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_lora import export_peft, load_adapter, save_adapter
 from tests.support.models import Around
-from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, read_by_peft, write_peft
+from tests.support.peft_export import read
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
@@ -22,68 +24,54 @@ def parameters(*names: str, **more: Any) -> dict[str, Any]:
     return {"target_modules": [], "target_parameters": list(names), **more}
 
 
-MIXED: dict[str, dict[str, Any]] = {
-    "linear": {"target_modules": ["linear", "c_proj"]},
-    "all": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
-    "rslora": {"target_modules": ["embed", "conv1d", "linear"], "use_rslora": True, "lora_alpha": 3},
-    "dora": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "use_dora": True},
-    "large r": {"r": 16, "target_modules": ["embed", "conv1d", "linear", "head"]},
-    "large r, rslora, dora": {"r": 16, "target_modules": ["linear", "head"], "use_rslora": True, "use_dora": True},
-    "patterns": {
-        "target_modules": "(embed|linear|c_.*)",
-        "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1},
-        "alpha_pattern": {"^c_proj": 7, "embed": 9},
-    },
-    "saved": {"target_modules": ["linear"], "modules_to_save": ["head", "norm"]},
-    "biases of its layers": {"target_modules": ["linear", "conv1d"], "bias": "lora_only"},
-    "all biases, saved": {"target_modules": ["linear", "conv1d"], "bias": "all", "modules_to_save": ["head"]},
-    "tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
-    "many tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": list(range(10))}},
-    "tokens, rslora": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [3, 11]}, "use_rslora": True},
-    "pissa": {"target_modules": ["linear", "c_proj"], "init_lora_weights": "pissa"},
-    "pissa, rslora": {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_rslora": True},
-    "pissa, large r": {"r": 16, "target_modules": ["linear", "head"], "init_lora_weights": "pissa"},
-    "pissa, dora": {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_dora": True},
-    "olora": {"target_modules": ["linear"], "init_lora_weights": "olora"},
-    "gaussian": {"target_modules": ["linear", "embed"], "init_lora_weights": "gaussian"},
-    "one layer of several": {"target_modules": "all-linear", "exclude_modules": ["head"]},
-    "a weight as a parameter": parameters("linear.weight", "embed.weight"),
-    "a weight by its own name": parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
+BOTH, PISSA = ["experts.up", "experts.down"], {"init_lora_weights": "pissa"}
+MIXED: list[dict[str, Any]] = [
+    {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
+    {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 3, "use_rslora": True, "use_dora": True},
+    {"target_modules": ["embed", "conv1d", "linear", "head"], "r": 16, "use_rslora": True},
+    {"target_modules": "(embed|linear|c_.*)", "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1}}
+    | {"alpha_pattern": {"^c_proj": 7, "embed": 9}},
+    {"target_modules": ["linear"], "bias": "lora_only", "modules_to_save": ["head", "norm"]},
+    {"target_modules": ["linear", "conv1d"], "bias": "all", "modules_to_save": ["head"]},
+    {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
+    {"target_modules": ["linear"], "trainable_token_indices": {"embed": list(range(10))}, "use_rslora": True},
+    {"target_modules": ["linear", "c_proj"], **PISSA, "use_rslora": True},
+    {"target_modules": ["linear", "head"], **PISSA, "r": 16, "use_dora": True},
+    {"target_modules": ["linear"], "init_lora_weights": "olora"},
+    {"target_modules": "all-linear", "exclude_modules": ["head"], "init_lora_weights": "gaussian"},
+    parameters("linear.weight", "embed.weight"),
+    parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
     | {"alpha_pattern": {"linear.weight": 32, "c_proj": 64}},
-}
-ATTENDING: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ["attn", "out"]},
-    "attention, large r": {"r": 12, "target_modules": ["attn"]},
-    "attention, biases": {"target_modules": ["attn"], "bias": "lora_only"},
-    "attention, all biases": {"target_modules": ["attn"], "bias": "all", "use_rslora": True},
-    "in_proj as a parameter": parameters("attn.in_proj_weight"),
-}
-BOTH = ["experts.up", "experts.down"]
-EXPERT: dict[str, dict[str, Any]] = {
-    "one stack": parameters("experts.down"),
-    "two stacks": parameters(*BOTH),
-    "large r": parameters(*BOTH, r=9),
-    "a matrix and a stack": parameters("gate", "experts.up"),
-    "two ranks": parameters(*BOTH, rank_pattern={"experts.up": 1}, alpha_pattern={"experts.down": 3}),
-    "recurrent": parameters("rnn.weight_ih_l0", "rnn.weight_hh_l0"),
-    "one recurrent": parameters("rnn.weight_hh_l0"),
-}
-IMAGE: dict[str, dict[str, Any]] = {
-    "convolutions": {"target_modules": ["conv2d", "conv3d"]},
-    "convolutions, dora": {"target_modules": ["conv2d", "conv3d"], "use_dora": True},
-    "statistics": {"target_modules": ["conv2d"], "modules_to_save": ["bn"]},
-    "large r": {"r": 40, "target_modules": ["conv2d", "conv3d"]},
-}
-CASES: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
-    **{f"mixed: {name}": (Mixed, INDEX, config) for name, config in MIXED.items()},
-    **{f"attention: {name}": (Attending, TOKENS, config) for name, config in ATTENDING.items()},
-    **{f"experts: {name}": (Expert, TOKENS, config) for name, config in EXPERT.items()},
-    **{f"transposed: {name}": (lambda: Expert(is_transposed=True), TOKENS, EXPERT[name]) for name in [*EXPERT][:5]},
-    **{f"images: {name}": (Images, IMAGES, config) for name, config in IMAGE.items()},
-}
+]
+ATTENDING: list[dict[str, Any]] = [
+    {"r": 12, "target_modules": ["attn", "out"], "bias": "lora_only"},
+    {"target_modules": ["attn"], "bias": "all", "use_rslora": True},
+    parameters("attn.in_proj_weight"),
+]
+STACKED: list[dict[str, Any]] = [
+    parameters(*BOTH, r=9),
+    parameters("gate", "experts.up"),
+    parameters(*BOTH, rank_pattern={"experts.up": 1}, alpha_pattern={"experts.down": 3}),
+]
+RECURRENT: list[dict[str, Any]] = [
+    parameters("rnn.weight_ih_l0", "rnn.weight_hh_l0"),
+    parameters("rnn.weight_hh_l0"),
+]
+IMAGE: list[dict[str, Any]] = [
+    {"target_modules": ["conv2d", "conv3d"], "use_dora": True},
+    {"target_modules": ["conv2d", "conv3d"], "r": 40, "modules_to_save": ["bn"]},
+]
+MODELS: list[tuple[Any, Tensor, list[dict[str, Any]]]] = [
+    (Mixed, INDEX, MIXED),
+    (Attending, TOKENS, ATTENDING),
+    (Expert, TOKENS, STACKED + RECURRENT),
+    (partial(Expert, is_transposed=True), TOKENS, STACKED),
+    (Images, IMAGES, IMAGE),
+]
+CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config in configs]
 
 
-@pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("make", "inputs", "config"), CASES)
 def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, config: Any) -> None:
     expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)
     loaded, around = built(make), Around(built(make)).eval()
@@ -117,4 +105,4 @@ def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Pa
     export_peft(model, tmp_path / "here")
     there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
     assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
-    assert torch.equal(read_by_peft(tmp_path / "here", built(Heads))(TOKENS), model(TOKENS))
+    assert torch.equal(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS))
