@@ -72,13 +72,14 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def check(model: nn.Module, run: Callable[[], Any], names: Names, later: int = 0, **close: Any) -> Any:
     """Expect each row as it is alone with its adapter, or bit for bit as the base is. Return the output."""
+    is_exact = close.pop("is_exact", True)
     expected = rows_alone(run, model, names, later)
     with adapter_names(model, names):
         output = run()
     for row, (name, alone) in enumerate(zip(names, expected, strict=True)):
         found = tensors(taken(output, torch.tensor([row]), len(names), later))
         torch.testing.assert_close(found, alone, **close)
-        assert name or all(map(torch.equal, found, alone))
+        assert name or not is_exact or all(map(torch.equal, found, alone))
     assert not any("forward" in vars(module) for module in model.modules())
     return output
 
@@ -87,7 +88,9 @@ KINDS = ["linear", "conv1d", "scaled", "recursive", "padded embedding", "bag of 
 KINDS += ["transposed to a size", "lstm with projections", "gru cell", "attention"]
 
 
-@pytest.mark.parametrize(("kind", "dora"), [*((kind, False) for kind in KINDS), ("linear", True), ("convolution", True)])
+@pytest.mark.parametrize(
+    ("kind", "dora"), [*((kind, False) for kind in KINDS), ("linear", True), ("convolution", True)]
+)
 def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
     build, x = LAYERS[kind]
     model: Any = nn.Sequential(build()).double().eval()
@@ -242,8 +245,9 @@ def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> N
     set_adapter(with_adapters(model, only("linear2"), only(targets)), "other")
     x, pad = torch.randn(3, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
     switches = [each.activation_relu_or_gelu for each in model.layers]
-    with torch.no_grad():
-        check(model, lambda: model(x, src_key_padding_mask=pad).masked_fill(pad.unsqueeze(-1), 0), MIXED)
+    with torch.no_grad():  # the base alone takes the path
+        run = lambda: model(x, src_key_padding_mask=pad).masked_fill(pad.unsqueeze(-1), 0)  # noqa: E731
+        check(model, run, MIXED, is_exact=False)
     assert [each.activation_relu_or_gelu for each in model.layers] == switches
 
 
