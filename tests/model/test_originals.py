@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.layers import LoRALayer
-from lightning_lora.model.view import View
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
 
@@ -23,7 +21,8 @@ def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
     def kept_when_added(name: str) -> bool:
         model[0].register_buffer(name, torch.ones(2))
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
-        return f"0.{name}" in View(model).adapter.originals
+        model[0].get_buffer(name).add_(1)
+        return f"0.{name}" in ll.adapter_state_dict(model)
 
     assert kept_when_added("at_first") and kept_when_added("before_training")
     randomise(model)
@@ -32,62 +31,38 @@ def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
     assert kept_when_added("beside_a_new_layer")
 
 
-def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path) -> None:
-    def build() -> nn.Sequential:
+class Odd(nn.Module):
+    """Buffers of all kinds: sparse, expanded, NaN, empty, a number, one that grows, and a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+        self.linear, self.norm, self.other = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("nan", torch.tensor([float("nan")]))
+        self.register_buffer("bank", torch.zeros(0, 4))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("waves", torch.fft.fft(torch.arange(4.0)).conj())
 
-    model = build()
+
+def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path) -> None:
+    model, factors = Odd(), {"linear.lora_A", "linear.lora_B"}
     ll.inject_adapters(model, ll.LoRAConfig(r=1))
-    fresh = ll.adapter_state_dict(model)
-    assert set(fresh) == {"0.lora_A", "0.lora_B"}
-    fresh = {name: value.clone() for name, value in fresh.items()}
-    for buffer in model[1].buffers():
-        buffer.add_(1)
-    assert set(ll.adapter_state_dict(model)) - set(fresh) == {f"1.{name}" for name in model[1]._buffers}
-    ll.save_adapter(model, tmp_path / "a.safetensors")
-    again = build()
-    ll.load_adapter(again, tmp_path / "a.safetensors")
-    assert same(state(again), state(model))
-    ll.load_adapter_state_dict(again, fresh)
-    assert torch.equal(again[1].running_mean, torch.zeros(3)) and set(ll.adapter_state_dict(again)) == set(fresh)
-
-
-def test_odd_buffers_are_stored_and_restored(tmp_path: Path) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 3)
-            self.register_buffer("sparse", torch.eye(3).to_sparse())
-            self.register_buffer("expanded", torch.ones(1).expand(4))
-            self.register_buffer("nan", torch.tensor([float("nan")]))
-            self.register_buffer("empty", torch.zeros(0))
-            self.register_buffer("count", torch.tensor(0))
-
-    torch.manual_seed(0)
-    model = Odd()
-    ll.inject_adapters(model, ll.LoRAConfig(r=1))
-    assert set(ll.adapter_state_dict(model)) == {"linear.lora_A", "linear.lora_B"}
     fresh = copy.deepcopy(ll.adapter_state_dict(model))
+    assert set(fresh) == factors
     model.count += 1
-    assert set(ll.adapter_state_dict(model)) - set(fresh) == {"count"}
-    ll.load_adapter_state_dict(model, fresh)
-    assert model.count == 0
+    for buffer in model.norm.buffers():
+        buffer.add_(1)
+    assert set(ll.adapter_state_dict(model)) - factors == {"count", *(f"norm.{name}" for name in model.norm._buffers)}
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    torch.manual_seed(0)
-    ll.load_adapter(Odd(), tmp_path / "a.safetensors")
+    ll.load_adapter(again := Odd(), tmp_path / "a.safetensors")
+    assert same(ll.adapter_state_dict(again), ll.adapter_state_dict(model))
+    ll.load_adapter_state_dict(again, fresh)
+    assert again.count == 0 and not again.norm.running_mean.any() and set(ll.adapter_state_dict(again)) == factors
+    model.bank = torch.ones(3, 4)
     ll.remove_adapters(model)
-
-
-def test_buffers_that_grew_or_are_views_are_given_back() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
-    model[1].register_buffer("bank", torch.zeros(0, 4))
-    model[1].register_buffer("waves", torch.fft.fft(torch.arange(4.0)).conj())
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    assert "1.waves" not in ll.adapter_state_dict(model)
-    model[1].bank = torch.ones(3, 4)
-    ll.remove_adapters(model)
-    assert model[1].bank.shape == (0, 4) and not isinstance(model[0], LoRALayer)
+    assert model.bank.shape == (0, 4) and model.count == 0 and type(model.linear) is nn.Linear
 
 
 class Codebook(LitTiny):
@@ -137,8 +112,7 @@ def test_what_other_code_changes_is_stored_and_restored(tmp_path: Path) -> None:
     assert same(state(third), state(Codebook()))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
-@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize(("merge", "precision"), [("last", "bf16-true"), (False, "32-true")])
 def test_a_run_whose_base_changes_resumes_bit_for_bit(tmp_path: Path, merge: Any, precision: Any) -> None:
     def run(folder: str, epochs: int, ckpt: Any = None) -> tuple[Codebook, L.Trainer]:
         torch.manual_seed(0)
@@ -198,13 +172,9 @@ class Anything(L.LightningModule):
             kinds: dict[str, Any] = {
                 "linear": lambda: nn.Linear(4, 4),
                 "norm": lambda: nn.BatchNorm1d(4),
-                "layer_norm": lambda: nn.LayerNorm(4),
                 "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
-                "dropout": lambda: nn.Dropout(0.2),
                 "convolution": lambda: Rows(nn.Conv1d(4, 4, 1), lambda layer, x: layer(x[..., None])[..., 0]),
-                "lstm": lambda: Rows(nn.LSTM(4, 4), lambda layer, x: layer(x)[0]),
                 "attention": lambda: Rows(nn.MultiheadAttention(4, 2), lambda layer, x: layer(x, x, x)[0]),
-                "bilinear": lambda: Rows(nn.Bilinear(4, 4, 4), lambda layer, x: layer(x, x)),
             }
             self.layers = nn.Sequential(nn.Linear(4, 4), *(kinds[kind]() for kind in layers))
             self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
@@ -227,8 +197,8 @@ class Anything(L.LightningModule):
 
 
 DRIFTING = ["frozen", "trains", "real", "integer", "flag", "gone", "embed.weight"]
-ADAPTED = ("linear", "convolution", "lstm", "attention", "bilinear")
-METHODS: list[dict[str, Any]] = [{}, {"init": "pissa"}, {"init": "olora", "use_rslora": True}, {"dropout": 0.5}]
+ADAPTED = ("linear", "convolution", "attention")
+METHODS: list[dict[str, Any]] = [{}, {"init": "olora", "use_rslora": True}, {"dropout": 0.5}]
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -236,9 +206,9 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous().reshape(-1).view(torch.uint8) for name, value in state(model).items()}
 
 
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(
-    layers=st.lists(st.sampled_from([*ADAPTED, "norm", "layer_norm", "spectral", "dropout"]), max_size=4),
+    layers=st.lists(st.sampled_from([*ADAPTED, "norm", "spectral"]), max_size=4),
     method=st.sampled_from(METHODS),
     drifting=st.lists(st.sampled_from(DRIFTING), unique=True),
     whole=st.booleans(),
