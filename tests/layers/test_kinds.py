@@ -10,7 +10,15 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import disable_adapters, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
+from lightning_lora import (
+    ConfigError,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    register_adapter,
+    remove_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.layers import LoRALayer
 from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights
 from tests.support.models import randomise, same, state
@@ -26,6 +34,12 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Sequential, Any]:
 def some(*kinds: str) -> Any:
     """These kinds of layers, where a rule does not depend on what the layer computes."""
     return pytest.mark.parametrize("case", kinds, indirect=True)
+
+
+@pytest.mark.parametrize("pair", [(nn.Linear(2, 2), LoRALayer), (nn.Linear, nn.Linear), (nn.Linear, LoRALayer())])
+def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(pair: Any) -> None:
+    with pytest.raises(ConfigError, match="register_adapter got .*Expected a class of layers, and"):
+        register_adapter(*pair)
 
 
 def test_fresh_adapter_changes_nothing_and_is_removed_without_a_trace(case: tuple[nn.Sequential, Any]) -> None:

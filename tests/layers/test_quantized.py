@@ -255,27 +255,17 @@ class Lightnings(Precision):
 
 
 def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path) -> None:
-    def plain() -> Lit:
-        module = Lit(PLAIN)
-        module.net.requires_grad_(True)
-        return module
-
-    model = plain()
+    model = Lit(PLAIN)
+    model.net.requires_grad_(True)
 
     class Look(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
             assert held == {id(p) for p in pl_module.parameters() if p.requires_grad}
 
-    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    t = trainer(tmp_path, [lora(dropout=0.1), Look(), saves], max_epochs=2, plugins=[Lightnings()])
-    t.fit(model)
+    trainer(tmp_path, [lora(), Look()], max_epochs=2, plugins=[Lightnings()]).fit(model)
     assert isinstance(model.net[0], LoRALayer) and isinstance(model.net[0], bnb.nn.Linear4bit)
     assert model.net[0].weight.dtype == torch.uint8 and model.net[0].lora_B.any()
-    resumed = plain()
-    t = trainer(tmp_path, [lora(dropout=0.1)], max_epochs=2, plugins=[Lightnings()])
-    t.fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert same(ll.adapter_state_dict(resumed), ll.adapter_state_dict(model))
 
 
 @pytest.mark.parametrize(

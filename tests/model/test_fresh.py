@@ -1,6 +1,5 @@
 """What stays random or frozen against expectation is found, and nothing else."""
 
-import contextlib
 import copy
 import importlib.metadata
 from collections.abc import Callable
@@ -164,17 +163,6 @@ def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: to
     assert fresh(classifier, target_modules=targets or ["query"]).random == ("classifier",)
 
 
-def test_no_pretrained_matrix_would_look_new_if_its_own_deviation_were_a_usual_one() -> None:
-    models = [efficientnet()]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        models.append(minilm("AutoModel"))
-    named = [pair for model in models for pair in model.named_parameters()]
-    for weight in (p for name, p in named if p.dim() > 1 and name != "pooler.dense.weight"):  # that is not trained
-        block = block_of(weight)
-        assert not is_normal(block, block.square().mean().sqrt().item())
-        assert not is_uniform(block, block.abs().max().item())
-
-
 SHAPES = [(2, 384), (32, 27), (64, 64), (3072, 768), (40_000, 16), (64, 3, 7, 7)]
 
 
@@ -243,42 +231,7 @@ def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
     return left_alone(View(model))
 
 
-@pytest.mark.filterwarnings("ignore:No adapter for '3':lightning_lora.LoRAWarning")
-def test_convolutions_that_linear_targets_leave_alone_are_counted() -> None:
-    def share(**options: Any) -> float:
-        model = nn.Sequential(nn.Conv1d(32, 32, 3), nn.Linear(32, 32), nn.Embedding(500, 32), nn.LSTM(32, 8))
-        model[3].requires_grad_(False)
-        found, share = left(model, **options)
-        assert found == ({"0.weight": "Conv1d"} if share else {})
-        return share
-
-    assert 0.1 < share() < 0.2
-    assert share(target_modules="all") == share(target_modules=["1"]) == 0  # the user has chosen
-    assert share(exclude_modules=["0"]) == share(modules_to_save=["0"]) == 0
-
-
 OWN = "tests.support.layers.Linear"
-
-
-class Mixed(nn.Module):
-    """Layers of several kinds, and parameters that are no matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.own, self.small = nn.Linear(8, 8), Linear(32, 32), Linear(2, 2)
-        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 9))
-        self.norm, self.positions = nn.LayerNorm((64, 64)), nn.Parameter(torch.randn(1, 200, 32))
-        self.grid, self.codes = nn.Parameter(torch.randn(4, 4, 4, 8)), nn.Parameter(torch.ones(99, 99).int(), False)
-
-
-def test_matrices_in_layers_of_every_kind_are_counted_and_positions_and_norms_are_not() -> None:
-    total = sum(p.numel() for p in Mixed().parameters())
-    for word in ("all-linear", "all"):
-        found, share = left(Mixed(), target_modules=word)
-        assert found == {"own.weight": OWN, "small.weight": OWN, "grid": f"{__name__}.Mixed"}
-        assert share == (32 * 32 + 2 * 2 + 8 * 8 * 9 + 8 + 4**3 * 8) / total
-    rest = left(Mixed(), target_parameters=["own.weight"])[0]
-    assert rest == {"grid": f"{__name__}.Mixed"}  # classes with few weights are not named
 
 
 def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:

@@ -196,7 +196,7 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
     merged, call = CALLS[name]
     whole = build(merged=merged)
     before, output, about, stored = state(whole), whole(INDEX), kinds(whole), ll.adapter_state_dict(whole)
-    for place in range(1, 5000, 9):
+    for place in (*range(1, 40), *range(40, 5000, 9)):
         model = copy.deepcopy(whole)
         try:
             with FailsAt(place) as mode:

@@ -210,7 +210,7 @@ def test_only_a_with_block_acts_on_the_model_as_it_is_then_and_blocks_nest() -> 
     model, x = linear(nn.Linear(4, 4), de=only("0"), fr=only("1"))
     expected = model(x)
     block = adapter_names(model, MIXED)
-    assert "with" in repr(block) and torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
     set_adapter(model, "de")
     for _ in range(2):
         with block:
