@@ -102,12 +102,13 @@ def test_all_rows_with_a_name_have_one_magnitude_without_it() -> None:
     assert list(ll.adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
 
 
-def test_magnitudes_of_a_half_precision_base_are_not_rounded() -> None:
-    model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()
-    before = model(x)
+@pytest.mark.parametrize("converted_first", [True, False])
+def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(converted_first: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64).bfloat16()
+    plain = copy.deepcopy(model).bfloat16()
+    model.to(torch.bfloat16 if converted_first else torch.float32)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
-    assert torch.equal(model(x), before) and model[0].lora_magnitude.dtype is torch.float32
-    assert torch.equal(model.to(torch.bfloat16)(x), before)
+    assert torch.equal(model.bfloat16()(x), plain(x)) and model[0].lora_magnitude.dtype is torch.float32
 
 
 @pytest.mark.parametrize(
