@@ -36,9 +36,9 @@ def some(*kinds: str) -> Any:
     return pytest.mark.parametrize("case", kinds, indirect=True)
 
 
-@pytest.mark.parametrize("pair", [(nn.Linear(2, 2), LoRALayer), (nn.Linear, nn.Linear), (nn.Linear, LoRALayer())])
+@pytest.mark.parametrize("pair", [(nn.Linear(2, 2), LoRALayer), (nn.Linear, nn.Linear)])
 def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(pair: Any) -> None:
-    with pytest.raises(ConfigError, match="register_adapter got .*Expected a class of layers, and"):
+    with pytest.raises(ConfigError, match=r"register_adapter got .*Expected a class of layers, and"):
         register_adapter(*pair)
 
 
