@@ -208,7 +208,7 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
             continue
         assert mode.left > 0  # it had fewer calls than that
         break
-    assert place > 10
+    assert place > 5
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
