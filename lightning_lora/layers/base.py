@@ -26,9 +26,6 @@ HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
 
 
-_OF_ADAPTER = ("lora_settings", "lora_matrices", "lora_init_digests", "lora_enabled", "lora_step")
-
-
 class LoRALayer(LayerKind):
     """Base class of all adapted layers. Their kinds are in ``LayerKind``."""
 
@@ -184,7 +181,7 @@ class LoRALayer(LayerKind):
     def lora_detach(self) -> Adapter:
         """Remove the adapter. The layer gets its earlier class and state dict keys back."""
         adapter = self._lora_adapter()
-        for name in (*adapter.parameters, *_OF_ADAPTER):
+        for name in (*adapter.parameters, *attributes_of(adapter)):
             delattr(self, name)
         uncover(self)
         return adapter

@@ -81,10 +81,9 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
         return output
 
 
-def _each(value: int | Sequence[int]) -> tuple[int, ...]:
+def _each(value: int | Sequence[int]) -> Sequence[int]:
     """The values for height and width. Torch takes one number for both, if it is set later."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return 2 * values if len(values) == 1 else values
+    return (value,) if isinstance(value, int) else value
 
 
 def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:

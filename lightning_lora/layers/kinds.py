@@ -79,13 +79,11 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
         >>> inject_adapters(nn.Sequential(Doubling()), LoRAConfig(r=2))
         ('0',)
     """
-    if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
-        raise ConfigError(f"register_adapter got {layer_class!r}. Expected a class of layers, a subclass of nn.Module.")
-    if not (isinstance(adapter_class, type) and issubclass(adapter_class, LoRALayer)):
+    if not (isinstance(layer_class, type) and isinstance(adapter_class, type) and issubclass(adapter_class, LoRALayer)):
         raise ConfigError(
-            f"register_adapter got {adapter_class!r} for {layer_class.__name__}. Expected a subclass of "
+            f"register_adapter got ({layer_class!r}, {adapter_class!r}). Expected a class of layers, and a subclass of "
             "lightning_lora.layers.LoRALayer."
         )
-    if layer_class not in vars(adapter_class).get("lora_layer_types", ()):
-        adapter_class.lora_layer_types = (*vars(adapter_class).get("lora_layer_types", ()), layer_class)
+    known = vars(adapter_class).get("lora_layer_types", ())
+    adapter_class.lora_layer_types = tuple(dict.fromkeys((*known, layer_class)))
     ADAPTERS[layer_class] = adapter_class

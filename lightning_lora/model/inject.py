@@ -31,7 +31,6 @@ from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
-from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
 
 
@@ -140,7 +139,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         _check_not_parallel(model)
     with attach.undone_on_error(view):
         record = records.begin_record(model, config, name)
-        record.adapter.set_networks(found)
+        record.adapter.networks = found
         attach.attach_adapters(view, adapters)
         view.follow_base()
         follow_originals(view)
@@ -164,9 +163,9 @@ def _note_flags(view: View) -> None:
         return
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     known = view.record.requires_grad
-    view.record.flags_were_set({n: True for n, p in view.frozen.items() if p.requires_grad and n in known})
+    known |= {n: True for n, p in view.frozen.items() if p.requires_grad and n in known}
     copied = [n for n, layer in view.layers.items() if n not in view.recorded and any(_flags(layer))]
-    view.record.flags_were_set({n: True for n in view.base if is_in_any(n, copied)})  # the base was frozen by us
+    known |= {n: True for n in view.base if is_in_any(n, copied)}  # the base was frozen by us
     note_frozen(view)
 
 
@@ -175,7 +174,7 @@ def note_frozen(view: View) -> None:
     for name, layer in view.layers.items() if not view.adapter.is_trained else ():
         own = layer.lora_trained() if name in view.recorded else []
         if own and not any(p.requires_grad for p in own):
-            view.record.flags_were_set({each: False for each in view.base if owner_of(each) == name})
+            view.record.requires_grad |= {each: False for each in view.base if owner_of(each) == name}
 
 
 def _flags(layer: LoRALayer) -> list[bool]:
@@ -205,7 +204,7 @@ def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     found = _networks(view, kinds, still)
     known = view.adapter.networks
     below = tuple(dict.fromkeys((*known.below, *found.below)))
-    view.adapter.set_networks(replace(known, below=below, copies={**known.copies, **found.copies}))
+    view.adapter.networks = replace(known, below=below, copies={**known.copies, **found.copies})
     leave_alone(model, found.still)
     follow_originals(view_of(model))
 
@@ -223,7 +222,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
         raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
     adapter.set_layers(view.layers)
-    adapter.set_networks(now)
+    adapter.networks = now
     attach.freeze(view)
 
 
@@ -234,7 +233,7 @@ def follow_copied(view: View, idle: Set[str]) -> set[str]:
     busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     copies, known = find_copies(view.modules, view.base, view.layers.keys(), still), view.adapter.networks
-    view.adapter.set_networks(replace(known, copies={**known.copies, **copies}))
+    view.adapter.networks = replace(known, copies={**known.copies, **copies})
     follow_originals(view)
     return {name for name in idle if not is_in_any(name, copies)}
 
@@ -275,7 +274,6 @@ def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
     with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():
             if not isinstance(choice.layer, LoRALayer):
-                combined(choice.kind, type(choice.layer))  # if this fails, then before the model is changed
                 adapters[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
     return adapters
 

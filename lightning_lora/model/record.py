@@ -3,7 +3,6 @@
 All keys in it are names as in ``named_parameters``.
 """
 
-import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -86,10 +85,6 @@ class AdapterState:
     def set_layers(self, layers: Iterable[str]) -> None:
         """It is on these layers, and on no others."""
         self.layers = tuple(layers)
-
-    def set_networks(self, networks: Networks) -> None:
-        """The model's networks are these."""
-        self.networks = networks
 
     def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""
@@ -196,10 +191,6 @@ class Record:
         for name, parameter in parameters.items():
             self.requires_grad.setdefault(name, parameter.requires_grad)
 
-    def flags_were_set(self, flags: Mapping[str, bool]) -> None:
-        """The user has frozen or thawed these parameters of the base."""
-        self.requires_grad |= flags
-
     def base_was_loaded(self, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
         """Other code loads these tensors as the base, some of which the adapters have copied."""
         for name in names:
@@ -286,7 +277,7 @@ class Record:
         kept = replace(self, adapter=adapter)
         for name, value in vars(self).items():
             if isinstance(value, dict):
-                vars(kept)[name] = copy.copy(value)
+                vars(kept)[name] = dict(value)
         return kept
 
 

@@ -47,8 +47,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: ``names`` is no list; or, in forward, a layer reads something else than one row for each name, or a
-            trained norm with running statistics is in train mode.
+        ConfigError: in forward, a layer reads something else than one row for each name, or a trained norm with running
+            statistics is in train mode.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -62,8 +62,6 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
         tensor([ True,  True, False])
     """
     record = record_of(model)
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ConfigError(f"adapter_names got {names!r}. Expected a list: for each row a name, or None for the base.")
     names = tuple(names)
     for name in names:
         check_known(record, name, model)
@@ -76,9 +74,6 @@ class _Block(ExitStack):
     def __init__(self, model: nn.Module, names: tuple[Name, ...]) -> None:
         super().__init__()
         self.model, self.names, self.running = model, names, list[Name]()
-
-    def __repr__(self) -> str:
-        return "<adapter_names: it acts inside a with block>"
 
     def __enter__(self) -> "_Block":
         view, forwards = view_of(self.model), list[tuple[nn.Module, str, Any]]()

@@ -15,9 +15,6 @@ from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
 _WRAPPED = (COMPILED, CHECKPOINTED)
 
-_OF_FABRIC = {FABRIC_WRAPPED, FABRIC_OWN}
-"""The modules in Fabric's wrapper: the model as the strategy wraps it, and the model itself."""
-
 
 def plain_name(name: str) -> str:
     """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
@@ -31,13 +28,10 @@ def plain_module(module: nn.Module) -> nn.Module:
     children = module._modules
     if not children:
         return module
-    for name in _WRAPPED:
+    for name in (*_WRAPPED, FABRIC_OWN) if FABRIC_WRAPPED in children else _WRAPPED:
         inner = children.get(name)
         if inner is not None:
             return plain_module(inner)
-    if children.keys() >= _OF_FABRIC:
-        inner = children[FABRIC_OWN]
-        return module if inner is None else plain_module(inner)
     return module
 
 

@@ -17,8 +17,7 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router, self.experts = nn.Linear(5, 3), LAYERS["experts"][0]()
-        self.own, self.attention = nn.Parameter(torch.randn(5, 5)), nn.MultiheadAttention(5, 1)
-        self.gru = nn.GRU(5, 5)
+        self.own, self.gru = nn.Parameter(torch.randn(5, 5)), nn.GRU(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x @ self.own) * self.router(x).softmax(-1).sum(-1, keepdim=True)
@@ -51,25 +50,23 @@ class Reader(nn.Module):
 
 
 def test_weight_that_its_holder_reads_is_adapted_there() -> None:
-    torch.manual_seed(0)
     model, x = nn.Sequential(Reader()), torch.randn(2, 5)
-    how = ll.LoRAConfig(r=2, alpha=2, target_parameters=["read.weight"])
-    base = state(model)
-    assert ll.inject_adapters(model, how) == ("0", "0.called")
+    plain, base = copy.deepcopy(model), list(state(model))
+    assert ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_parameters=["read.weight"])) == (
+        "0",
+        "0.called",
+    )
     train(model)
     output = model(x)
-    update = model[0].lora_B_read_weight @ model[0].lora_A_read_weight
-    plain = nn.Sequential(Reader())
-    plain.load_state_dict(base)
     with torch.no_grad():
-        plain[0].read.weight += update
+        plain[0].read.weight += model[0].lora_B_read_weight @ model[0].lora_A_read_weight
         plain[0].called.weight += model[0].called.lora_B @ model[0].called.lora_A
     torch.testing.assert_close(output, plain(x))
     output.sum().backward()
     assert model[0].lora_A_read_weight.grad is not None
     ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
-    assert list(state(model)) == list(base)
+    assert list(state(model)) == base
     ll.remove_adapters(model)
     torch.testing.assert_close(model(x), output)
 
@@ -95,7 +92,6 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
         ("router.weight", r"a weight of a layer: name 'router' in target_modules\. If Mixture reads"),
         ("router.bias", "no update of 'bias' of a Linear is possible"),
         ("gru.weight_ih_l0", r"name 'gru' in target_modules, with target_slices=\{'gru': \['ih_l0'\]\}"),
-        ("attention.in_proj_weight", "name 'attention' in target_modules"),
         ("stakc", r"\['stakc'\] match no .*stack"),
     ],
 )
@@ -108,7 +104,6 @@ def test_parameters_that_cannot_be_adapted_are_refused(name: str, words: str) ->
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_patterns_mean_a_parameter_by_its_own_name(init: Any, tmp_path: Path) -> None:
-    """Each parameter of one module may have a rank and a scaling of its own."""
     how: dict[str, Any] = {"r": 2, "alpha": 4, "target_modules": [], "target_parameters": ["stack", "mix"]}
     patterns: dict[str, Any] = {"rank_pattern": {"experts.stack": 3}, "alpha_pattern": {"mix": 1}}
     model, x = Mixture(), torch.randn(2, 5)
@@ -137,8 +132,6 @@ def test_patterns_mean_a_parameter_by_its_module_too() -> None:
     how: dict[str, Any] = {"target_modules": [], "target_parameters": ["stack", "mix"]}
     ll.inject_adapters(model, ll.LoRAConfig(r=4, **how, rank_pattern={"experts.mix": 1, "experts": 2}))
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and len(model.experts.lora_A_mix) == 1
-    with pytest.raises(ll.TargetError, match=r"'experts\.mix' has no effect"):
-        ll.inject_adapters(Mixture(), ll.LoRAConfig(r=4, **how, rank_pattern={"experts": 2, "experts.mix": 1}))
     with pytest.raises(ll.TargetError, match=r"match parameters of Mixture .* target_parameters too"):
         ll.inject_adapters(Mixture(), ll.LoRAConfig(r=2, target_parameters=["mix"], rank_pattern={"stack": 1}))
     with pytest.raises(ll.ConfigError, match=r"'experts\.mix' \(r=9, at most"):

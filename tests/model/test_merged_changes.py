@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,9 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
     ll.load_adapter(Clips(), tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_adapters_of_a_merged_converted_model_load_onto_the_converted_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = as_merged(LitTiny())
-    model.to(dtype)
+def test_adapters_of_a_merged_converted_model_load_onto_the_converted_base(tmp_path: Path) -> None:
+    model, base = as_merged(LitTiny()).bfloat16(), LitTiny().bfloat16()
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    base = LitTiny().to(dtype)
     ll.load_adapter(base, tmp_path / "a.safetensors")
     ll.unmerge_adapters(model)
     assert same(state(base), state(model))
@@ -83,18 +79,8 @@ def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapt
     assert same(ll.adapter_state_dict(model), stored)
 
 
-@pytest.mark.parametrize("changed", ["embed.weight", "head.bias", "q_proj.bias"])
-def test_a_merged_model_that_trained_beside_its_adapted_weights_has_no_way_back(changed: str) -> None:
-    model = as_merged(LitTiny(), modules_to_save=["head"], bias="lora_only")
-    with torch.no_grad():
-        model.get_parameter(changed).add_(1)
-    with pytest.raises(ll.AdapterStateError, match=CHANGED):
-        ll.unmerge_adapters(model)
-
-
 TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
-    "the other converted": lambda model: model.lm_head.half(),
     "the base changed": lambda model: model.embed.weight.data.add_(1),
     "the tie broken": lambda model: setattr(model.embed, "weight", nn.Parameter(model.embed.weight.detach().clone())),
     "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
@@ -113,7 +99,7 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
 
 
 @unties
-@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed"), ("q_proj", "embed.weight"), ("lm_head", "embed")])
+@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed.weight"), ("lm_head", "embed")])
 def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
     model, index = TinyLM(), torch.arange(5)
     base = model(index)
@@ -125,10 +111,8 @@ def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full
         assert torch.equal(model(index), base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: torch.dtype) -> None:
-    model = as_merged(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
-    model.to(dtype)
+def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it() -> None:
+    model = as_merged(nn.Sequential(nn.Linear(16, 16))).half()
     before, parameters = state(model), list(model.parameters())
     with ll.disable_adapters(model):
         assert is_plain(model)
@@ -164,21 +148,13 @@ def test_a_fresh_dora_adapter_changes_nothing_of_a_base_that_was_converted_while
     assert torch.equal(model(x.bfloat16()), plain(x.bfloat16()))
 
 
-def pair() -> tuple[nn.Sequential, nn.Sequential]:
-    """A whole and its part, both adapted by calls of their own."""
-    part = nn.Sequential(nn.Linear(4, 4))
-    whole = nn.Sequential(part, nn.Linear(4, 4))
-    as_trained(whole)
-    ll.inject_adapters(part, ll.LoRAConfig(r=2))
-    return whole, part
-
-
 def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None:
-    whole, part = pair()
+    part = nn.Sequential(nn.Linear(4, 4))
+    whole = as_trained(nn.Sequential(part, nn.Linear(4, 4)))
+    ll.inject_adapters(part, ll.LoRAConfig(r=2))
     before = state(whole)
     ll.merge_adapters(part)
     calls: tuple[Callable[[nn.Module], Any], ...] = (
-        ll.adapter_state_dict,
         ll.merge_adapters,
         ll.remove_adapters,
         lambda m: ll.save_adapter(m, tmp_path / "a.safetensors"),
@@ -188,12 +164,10 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
         with pytest.raises(ll.AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
             call(whole)
     ll.unmerge_adapters(part)
-    assert same(state(whole), before)
-    assert len(ll.adapter_state_dict(whole)) == 4
+    assert same(state(whole), before) and len(ll.adapter_state_dict(whole)) == 4
 
 
-@pytest.mark.parametrize("fused", [False, True])  # torch does not count a fused step
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("adapted", "fused"), [(True, False), (False, True)])  # torch does not count a fused step
 def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused: bool) -> None:
     model = nn.Sequential(nn.Embedding(20_000, 64), nn.Linear(64, 4))
     as_merged(model, target_modules=["0", "1"] if adapted else ["1"])
@@ -245,39 +219,22 @@ def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
-# Without its adapters, the model is the base
-
-
-def test_running_the_base_in_training_mode_leaves_no_trace() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    before = state(model)
-    with suppress(ZeroDivisionError), ll.disable_adapters(model):
-        model(torch.randn(5, 4))
-        _ = 1 / 0
-    assert same(state(model), before) and set(ll.adapter_state_dict(model)) == {"0.lora_A", "0.lora_B"}
-
-
-def test_autocast_remembers_no_weight_of_another_model() -> None:
+@pytest.mark.parametrize("base_first", [True, False])
+def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None:
     """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
+    model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), target_modules=["0"], modules_to_save=["1"])
+    nn.init.constant_(model[1].weight, 5)
+    plain, x = copy.deepcopy(model), torch.randn(2, 4)
+    ll.remove_adapters(plain)
 
-    def trained() -> nn.Sequential:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
-        with torch.no_grad():
-            model[0].lora_B.fill_(1), model[1].weight.fill_(5)
-        return model
-
-    def base(model: nn.Module) -> Tensor:
+    def base() -> Tensor:
         with ll.disable_adapters(model):
             return model(x)
 
-    x = torch.randn(2, 4)
+    def adapted() -> Tensor:
+        return model(x)
+
     with torch.autocast("cpu", torch.bfloat16):
-        expected = base(trained()), trained()(x)
-    for first in (0, 1):
-        model = trained()
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = [base(model), model(x)] if first == 0 else [model(x), base(model)][::-1]
-        assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])
+        alone = {base: plain(x), adapted: copy.deepcopy(model)(x)}
+        for run in (base, adapted) if base_first else (adapted, base):
+            assert torch.equal(run(), alone[run])

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,23 @@ from lightning_lora import (
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
-from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
+from lightning_lora.layers import ADAPTERS, LoRALayer
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM
 
-NAMES = ("de", "fr")
-NOT_FIRST = {"lstm", "rnn", "attention with every option"}  # batch_first=False
-NO_ROWS = {"bag", "bag of weighted sums", "packed lstm", "unbatched convolution", "unbatched transposed convolution"}
+Names = list[str | None]
+MIXED: Names = ["de", None, "fr"]
+ALL = LoRAConfig(r=2, alpha=3, target_modules="all")
 
 
-def with_adapters(model: nn.Module, **each: Any) -> nn.Module:
-    """The model with the adapters "de" and "fr", which is active, as if trained. ``each``: their configurations."""
-    for seed, name in enumerate(NAMES):
-        inject_adapters(model, each.get(name) or LoRAConfig(r=2 + seed, alpha=3, target_modules="all"), name=name)
+def only(*targets: str, **more: Any) -> LoRAConfig:
+    return LoRAConfig(**{"r": 2, "target_modules": list(targets), **more})
+
+
+def with_adapters(model: nn.Module, de: LoRAConfig = ALL, fr: LoRAConfig = ALL) -> Any:
+    """The model with the adapters "de" and "fr", which is active, as if trained."""
+    for seed, (name, each) in enumerate({"de": de, "fr": fr}.items()):
+        inject_adapters(model, each, name=name)
         torch.manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters():
@@ -48,24 +51,18 @@ def with_adapters(model: nn.Module, **each: Any) -> nn.Module:
     return model
 
 
-def mixed(n: int) -> list[list[str | None]]:
-    """Names for n rows, so that each row has each name once, and once all have the same."""
-    turns = ["de", None, "fr"]
-    return [[turns[(i + k) % 3] for i in range(n)] for k in range(3)] + [["de"] * n]
+def linear(*more: nn.Module, **each: LoRAConfig) -> tuple[Any, Tensor]:
+    """A linear layer and more, with adapters, and a batch of three rows."""
+    torch.manual_seed(0)
+    return with_adapters(nn.Sequential(nn.Linear(5, 4), *more).double(), **each), torch.randn(3, 5).double()
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    return model[0](*x) if type(x) is tuple else model[0](x)
-
-
-def rows_alone(model: nn.Module, x: Any, n: int, later: int) -> dict[tuple[str | None, int], list[Tensor]]:
-    """What each name gives for each row, by set_adapter."""
-    found = {}
-    for name in (*NAMES, None):
-        with set_adapter(model, name), torch.no_grad():
-            output = call(model, x)
-        for row in range(n):
-            found[name, row] = tensors(taken(output, torch.tensor([row]), n, later))
+def rows_alone(run: Callable[[], Any], model: nn.Module, names: Names, later: int = 0) -> list[list[Tensor]]:
+    """The tensors that ``run`` returns for each row, by set_adapter."""
+    found = []
+    for row, name in enumerate(names):
+        with set_adapter(model, name):
+            found.append(tensors(taken(run(), torch.tensor([row]), len(names), later)))
     return found
 
 
@@ -73,50 +70,35 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-KINDS = sorted(LAYERS.keys() - NOT_FIRST - NO_ROWS - {"experts"})
-FIT_DORA = [kind for kind in KINDS if getattr(adapter_for(LAYERS[kind][0]()), "lora_fits_dora", False)]
+def check(model: nn.Module, run: Callable[[], Any], names: Names, later: int = 0, **close: Any) -> Any:
+    """Expect each row as it is alone with its adapter, or bit for bit as the base is. Return the output."""
+    is_exact = close.pop("is_exact", True)
+    expected = rows_alone(run, model, names, later)
+    with adapter_names(model, names):
+        output = run()
+    for row, (name, alone) in enumerate(zip(names, expected, strict=True)):
+        found = tensors(taken(output, torch.tensor([row]), len(names), later))
+        torch.testing.assert_close(found, alone, **close)
+        assert name or not is_exact or all(map(torch.equal, found, alone))
+    assert not any("forward" in vars(module) for module in model.modules())
+    return output
 
 
-@pytest.mark.parametrize(("kind", "use_dora"), [*product(KINDS, [False]), *product(FIT_DORA, [True])])
-def test_each_row_is_as_with_its_adapter_alone(kind: str, use_dora: bool) -> None:
+KINDS = ["linear", "conv1d", "scaled", "recursive", "padded embedding", "bag of sums", "convolution", "bilinear"]
+KINDS += ["transposed to a size", "lstm with projections", "gru cell", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dora"), [*((kind, False) for kind in KINDS), ("linear", True), ("convolution", True)]
+)
+def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
     build, x = LAYERS[kind]
-    torch.manual_seed(0)
-    model = nn.Sequential(build()).double().eval()
+    model: Any = nn.Sequential(build()).double().eval()
     later, n = int(isinstance(model[0], nn.RNNBase)), len(tensors(x)[0])
-    with_adapters(model, **{name: config(model, r=2 + i, use_dora=use_dora) for i, name in enumerate(NAMES)})
-    expected = rows_alone(model, x, n, later)
-    for names in mixed(n):
-        with adapter_names(model, names), torch.no_grad():
-            output = call(model, x)
-        for row, name in enumerate(names):
-            found = tensors(taken(output, torch.tensor([row]), n, later))
-            for one, other in zip(found, expected[name, row], strict=True):
-                torch.testing.assert_close(one, other)
-            assert name or all(map(torch.equal, found, expected[None, row]))  # the base's bits
-        assert "forward" not in vars(model[0])
-
-
-@pytest.mark.parametrize("kind", sorted(NO_ROWS))
-def test_what_is_not_rows_is_refused_by_the_name_of_the_layer(kind: str) -> None:
-    build, x = LAYERS[kind]
-    model = with_adapters(nn.Sequential(build()).double())
-    with adapter_names(model, ["de", "fr"]), pytest.raises(ConfigError, match=r"'0' reads .* got 2 names"):
-        call(model, x)
-    call(model, x)
-
-
-@pytest.mark.parametrize("kind", sorted(NOT_FIRST))
-def test_layers_whose_rows_are_second_are_refused(kind: str) -> None:
-    model = with_adapters(nn.Sequential(LAYERS[kind][0]()))
-    with pytest.raises(AdapterStateError, match="'0' of Sequential has batch_first=False"):
-        adapter_names(model, ["de", None]).__enter__()
-
-
-def test_experts_are_refused() -> None:
-    model = nn.Sequential(Experts())
-    with_adapters(model, **{name: config(model) for name in NAMES})
-    with pytest.raises(AdapterStateError, match="'0' of Sequential has an adapter of experts"):
-        adapter_names(model, ["de"]).__enter__()
+    with_adapters(model, *(config(model, r=r, use_dora=dora) for r in (2, 3)))
+    for names in ([MIXED[i % 3] for i in range(n)], [MIXED[(i + 1) % 3] for i in range(n)], ["de"] * n):
+        with torch.no_grad():
+            check(model, lambda: model[0](*x) if type(x) is tuple else model[0](x), names, later)
 
 
 class Block(nn.Module):
@@ -132,44 +114,11 @@ class LoRABlock(LoRALayer):
     lora_layer_types = (Block,)
 
 
-def test_layers_inside_a_layer_of_another_adapter_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_inside_a_layer_of_another_adapter_and_shared_ones_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ADAPTERS, Block, LoRABlock)
-    outer, inner = (LoRAConfig(r=2, target_modules=[name]) for name in ("0", "0.inner"))
-    model, x = with_adapters(nn.Sequential(Block()).double(), de=outer, fr=inner), torch.randn(3, 5).double()
-    expected = rows_alone(model, x, 3, 0)
-    with adapter_names(model, ["de", None, "fr"]):
-        found = model(x)
-    for row, name in enumerate(["de", None, "fr"]):
-        torch.testing.assert_close(found[row : row + 1], expected[name, row][0])
-
-
-def test_trained_tokens_are_refused() -> None:
-    model = TinyLM()
-    with_adapters(model, fr=LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]}))
-    with pytest.raises(AdapterStateError, match=r"'embed' of TinyLM has an adapter of .* tokens"):
-        adapter_names(model, ["de"]).__enter__()  # "fr" is active: the layer that is tied to its tokens is changed
-    with set_adapter(model, "de"), adapter_names(model, ["de", None]):
-        model(torch.ones(2, 3, dtype=torch.int64))
-
-
-def test_a_shared_module_takes_part_once() -> None:
-    layer = nn.Linear(5, 5)
-    config = LoRAConfig(r=2, target_modules="all", bias="lora_only")
-    model, x = with_adapters(nn.Sequential(layer, nn.Tanh(), layer).double(), de=config), torch.randn(2, 5).double()
-    with set_adapter(model, "de"):
-        expected = model(x)[0]
-    with adapter_names(model, ["de", "fr"]):
-        torch.testing.assert_close(model(x)[0], expected)
-
-
-def test_a_row_is_the_product_of_the_plain_matrices() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4)).double()), torch.randn(3, 7, 5).double()
-    expected = nn.functional.linear(x, model[0].weight, model[0].bias)
-    for row, name in ((0, "de"), (2, "fr")):
-        with set_adapter(model, name):
-            expected[row] += 3 / model[0].lora_settings.r * x[row] @ model[0].lora_A.T @ model[0].lora_B.T
-    with adapter_names(model, ["de", None, "fr"]):
-        torch.testing.assert_close(model(x), expected)
+    block, x = Block(), torch.randn(3, 5).double()
+    model = with_adapters(nn.Sequential(block, nn.Tanh(), block).double(), only("0"), only("0.inner"))
+    check(model, lambda: model(x), MIXED)
 
 
 class Net(nn.Module):
@@ -187,87 +136,54 @@ class Net(nn.Module):
         return {"scores": self.head(x + self.shifts[0])}
 
 
-CONFIGS = {
-    "de": LoRAConfig(r=2, target_modules=["first"], modules_to_save=["head", "start", "norm"], bias="lora_only"),
-    "fr": LoRAConfig(r=3, target_modules=["second", "head.0"], modules_to_save=["shifts"], bias="all"),
-}
-
-
 @pytest.fixture
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    model = with_adapters(Net().double(), **CONFIGS).eval()
+def net() -> Any:
+    de = only("first", modules_to_save=["head", "start", "norm"], bias="lora_only")
+    model = with_adapters(Net().double(), de, only("second", "head.0", modules_to_save=["shifts"], bias="all"))
     with set_adapter(model, "de"):
         model.train()(torch.randn(8, 6).double())  # moves the statistics of its norm
     return model.eval()
 
 
-def rows_of(model: nn.Module, x: Tensor, names: list[str | None]) -> Any:
-    """Each row of a batch, by set_adapter."""
-    rows = []
-    for i, name in enumerate(names):
-        with set_adapter(model, name):
-            output = model(x)
-            rows.append((output["scores"] if isinstance(output, dict) else output)[i])
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("active", NAMES)
-def test_norms_that_one_adapter_trains_need_eval_mode(active: str) -> None:
-    saved = LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"])
-    norm = nn.BatchNorm1d(4)
-    model = with_adapters(nn.Sequential(nn.Linear(5, 4), norm).double(), de=saved)  # frozen in "fr"
-    set_adapter(model, active)
-    before, x = {name: b.clone() for name, b in norm.named_buffers()}, torch.randn(3, 5).double()
-    with adapter_names(model.train(), ["de", None, "fr"]), pytest.raises(ConfigError, match=r"'1' .* model\.eval\(\)"):
-        model(x)
-    assert all(torch.equal(b, before[name]) for name, b in norm.named_buffers())
-    expected = rows_of(model.eval(), x, ["de", None, "fr"])
-    with adapter_names(model, ["de", None, "fr"]):
-        torch.testing.assert_close(model(x), expected)
-
-
-def test_norms_that_are_frozen_in_all_adapters_take_part_in_train_mode() -> None:
-    targets = LoRAConfig(r=2, target_modules=["0"], bias="all")
-    layers = nn.Linear(5, 4), nn.BatchNorm1d(4)
-    model, x = with_adapters(nn.Sequential(*layers).double(), de=targets).train(), torch.randn(3, 5).double()
-    expected = rows_of(model, x, ["de", None, "fr"])
-    with adapter_names(model, ["de", None, "fr"]):
-        torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], ["de"] * 4, [None] * 4])
-@pytest.mark.parametrize("active", NAMES)
-def test_what_was_trained_in_full_follows_its_adapter(net: nn.Module, names: Any, active: str) -> None:
+@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], [None] * 4])
+@pytest.mark.parametrize("active", ["de", "fr"])
+def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, active: str) -> None:
     x = torch.randn(4, 6).double()
-    expected = rows_of(net, x, names)
     set_adapter(net, active)
     before = {name: (p, p._version) for name, p in net.named_parameters()}
+    check(net, lambda: net(x), names)
+    assert {name: (p, p._version) for name, p in net.named_parameters()} == before  # nothing is written
+
+
+def test_gradients_are_those_of_the_rows_alone(net: Any) -> None:
+    x, names = torch.randn(3, 6).double(), list[str | None](["fr", "de", "fr"])
+    set_adapter(net, "fr")
+    torch.cat([row for (row,) in rows_alone(lambda: net(x), net, names)]).square().sum().backward()
+    expected = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
     with adapter_names(net, names):
-        torch.testing.assert_close(net(x)["scores"], expected)
-        assert {name: (p, p._version) for name, p in net.named_parameters()} == before  # nothing is written
-    torch.testing.assert_close(net(x)["scores"], rows_of(net, x, [active] * 4))
-    assert not any("forward" in vars(module) for module in net.modules())
+        net(x)["scores"].square().sum().backward()
+    assert len(expected) > 4
+    torch.testing.assert_close({name: net.get_parameter(name).grad for name in expected}, expected)
 
 
-def test_gradients_are_those_of_the_rows_alone(net: nn.Module) -> None:
-    x, names = torch.randn(3, 6).double(), ["fr", "de", "fr"]
-    found = []
-    for run in (lambda: rows_of(net, x, names), lambda: net(x)["scores"]):
-        set_adapter(net, "fr")
-        net.zero_grad()
-        with adapter_names(net, names) if found else set_adapter(net, "fr"):
-            run().square().sum().backward()
-        found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 4
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient)
+@pytest.mark.parametrize("active", ["de", "fr"])
+def test_norms_that_an_adapter_trains_need_eval_mode_and_frozen_ones_do_not(active: str) -> None:
+    model, x = linear(nn.BatchNorm1d(4), de=only("0", modules_to_save=["1"]), fr=only("0"))
+    set_adapter(model, active)
+    before = {name: b.clone() for name, b in model[1].named_buffers()}
+    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' .* model\.eval\(\)"):
+        model(x)
+    assert all(torch.equal(b, before[name]) for name, b in model[1].named_buffers())
+    check(model, lambda: model.eval()(x), MIXED)
+    frozen, x = linear(nn.BatchNorm1d(4), de=only("0", bias="all"), fr=only("0"))
+    check(frozen.train(), lambda: frozen(x), MIXED)
 
 
 def test_what_is_trained_in_the_block_counts_at_once() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4)).double()), torch.randn(2, 5).double()
+    model, x = linear()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with adapter_names(model, ["fr", None]):
+    with adapter_names(model, ["fr", None, None]):
         for _ in range(3):
             with torch.no_grad():
                 seen = model(x)
@@ -277,137 +193,39 @@ def test_what_is_trained_in_the_block_counts_at_once() -> None:
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            row, base = model(x)
+            row = model(x)[0]
             model[0].lora_B.zero_()
-            assert not torch.equal(model(x)[0], row) and torch.equal(model(x)[1], base)
+            assert not torch.equal(model(x)[0], row)
             torch.testing.assert_close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
 def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
-    dropping = LoRAConfig(r=2, dropout=0.5, target_modules="all")
-    model, x = with_adapters(nn.Sequential(nn.Linear(50, 4)), de=dropping).train(), torch.randn(3, 50)
-    with adapter_names(model, ["de", None, "fr"]):
-        one, other = model(x), model(x)
-        same = (one == other).all(dim=1).tolist()
-        assert same == [False, True, True]
+    model, x = with_adapters(nn.Sequential(nn.Linear(50, 4)), only("0", dropout=0.5)).train(), torch.randn(3, 50)
+    with adapter_names(model, MIXED):
+        assert (model(x) == model(x)).all(dim=1).tolist() == [False, True, True]
         assert torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("unknown", ["dee", ""])
-def test_names_are_checked_at_the_call(unknown: str) -> None:
-    model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
-    with pytest.raises(AdapterStateError, match=rf"no adapter '{unknown}'.*'de'"):
-        adapter_names(model, ["de", unknown])
-    with pytest.raises(AdapterStateError, match="no adapters"):
-        adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
-
-
-def test_only_a_with_block_acts_and_on_the_model_as_it_is_then() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), torch.randn(2, 5)
+def test_only_a_with_block_acts_on_the_model_as_it_is_then_and_blocks_nest() -> None:
+    model, x = linear(nn.Linear(4, 4), de=only("0"), fr=only("1"))
     expected = model(x)
-    block = adapter_names(model, ["fr", None])
-    assert "with" in repr(block) and torch.equal(model(x), expected)
+    block = adapter_names(model, MIXED)
+    assert torch.equal(model(x), expected)
     set_adapter(model, "de")
     for _ in range(2):
         with block:
-            torch.testing.assert_close(model(x)[0], expected[0])
-        assert "forward" not in vars(model[0])
-
-
-def test_a_model_without_adapters_to_choose_from_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(5, 4))
-    with pytest.raises(AdapterStateError, match="no adapters"):
-        adapter_names(model, [None]).__enter__()
-    with_adapters(model)
-    with disable_adapters(model), pytest.raises(AdapterStateError):
-        adapter_names(model, ["de"]).__enter__()
-    merge_adapters(model)
-    with pytest.raises(AdapterStateError, match="is merged"):
-        adapter_names(model, ["de"]).__enter__()
-
-
-@pytest.mark.parametrize("names", [["de", None, "fr"], ["de"] * 3, [None] * 3])
-@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (6, 5), (5,)])
-def test_another_number_of_rows_is_refused(shape: tuple[int, ...], names: list[str | None]) -> None:
-    model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
-    with adapter_names(model, names):
-        with pytest.raises(ConfigError, match=r"'0' reads a Tensor of shape .* got 3 names"):
-            model(torch.ones(shape))
-        assert model(torch.ones(3, 5)).shape == (3, 4)  # and the block goes on
-    assert model(torch.ones(shape)).shape == (*shape[:-1], 4)
-
-
-def test_features_or_bags_in_one_dimension_are_no_rows() -> None:
-    flat, bags = torch.ones(2), (torch.tensor([0, 1]), torch.tensor([0, 2]))  # the second bag is empty
-    for layer, x in ((nn.Linear(2, 4), flat), (nn.EmbeddingBag(3, 4), bags)):
-        model = with_adapters(nn.Sequential(layer))
-        with adapter_names(model, ["de", "fr"]), pytest.raises(ConfigError, match=r"'0' reads .* of shape \(2,\)"):
-            call(model, x)
-
-
-def test_blocks_nest_and_end_after_errors() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), torch.randn(2, 5)
-    with adapter_names(model, ["de", "fr"]):
-        outer = model(x)
-        with pytest.raises(KeyError), adapter_names(model, ["fr", "de"]):  # noqa: PT012  # the block is what is tested
-            assert not torch.allclose(model(x), outer)
-            raise KeyError
-        assert torch.equal(model(x), outer)
-        with disable_adapters(model):
-            base = model(x)
-        with set_adapter(model, "de"):
+            outer = model(x)
+            torch.testing.assert_close(outer[2], expected[2])
+            with pytest.raises(KeyError), adapter_names(model, ["fr"] * 3):  # noqa: PT012  # the block is what is tested
+                torch.testing.assert_close(model(x), expected)
+                raise KeyError
             assert torch.equal(model(x), outer)
-    assert torch.allclose(model(x)[1], outer[1])  # some processors add in another order beside another row
-    with disable_adapters(model):
-        assert torch.equal(model(x), base)
-
-
-def test_what_would_change_the_layers_is_refused_by_name_in_a_block(tmp_path: Path) -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4)).double()), torch.randn(3, 5).double()
-    save_adapter(model, tmp_path / "a.safetensors")
-    calls: dict[str, Callable[[], object]] = {
-        "inject_adapters": lambda: inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]), name="new"),
-        "load_adapter": lambda: load_adapter(model, tmp_path / "a.safetensors", name="file"),
-        "merge_adapters": lambda: merge_adapters(model),
-        "remove_adapters": lambda: remove_adapters(model, "fr"),
-    }
-    with adapter_names(model, ["de", None, "fr"]):
-        expected = model(x)
-        for name, call in calls.items():
-            with pytest.raises(AdapterStateError, match=rf"{name} is not possible in a block of adapter_names"):
-                call()
-            assert torch.equal(model(x), expected)
-        set_adapter(model, "de")  # an adapter is another object than its layer: each row has its own
-        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
-        with pytest.raises(AdapterStateError, match="remove_adapters"):
-            remove_adapters(model)
-        merge_adapters(copy.deepcopy(model))  # no block is open for a copy
-    for name in ("inject_adapters", "load_adapter", "merge_adapters"):
-        calls[name]()
-
-
-def test_an_empty_batch_has_an_empty_output() -> None:
-    dropping = LoRAConfig(r=2, target_modules="all", dropout=0.5, modules_to_save=["2"])
-    layers = nn.Linear(5, 4), nn.Conv1d(4, 3, 1), nn.Linear(3, 2)
-    model = with_adapters(nn.Sequential(*layers), de=dropping)
-    with adapter_names(model, []):
-        assert model[0](torch.ones(0, 5)).shape == (0, 4)
-        assert model[1](torch.ones(0, 4, 7)).shape == (0, 3, 7)
-        assert model[2](torch.ones(0, 3)).shape == (0, 2)
-        with pytest.raises(ConfigError, match="got 0 names"):
-            model[0](torch.ones(1, 5))
-
-
-def test_a_block_inside_another_undoes_layers_that_only_the_outer_one_names() -> None:
-    targets = {name: LoRAConfig(r=2, target_modules=[str(i)]) for i, name in enumerate(NAMES)}
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), **targets), torch.randn(2, 5)
-    set_adapter(model, "de")
-    expected = model(x)
-    with adapter_names(model, ["fr", None]):
-        outer = model(x)
-        with adapter_names(model, ["de", "de"]):
-            torch.testing.assert_close(model(x), expected)
-        assert torch.equal(model(x), outer)
+            with disable_adapters(model):
+                base = model(x)
+            with set_adapter(model, "fr"):
+                assert torch.equal(model(x), outer)
+        with disable_adapters(model):
+            assert torch.equal(model(x), base)
 
 
 def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
@@ -422,112 +240,138 @@ def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
 @pytest.mark.parametrize("targets", ["linear1", "self_attn"])
 def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["layers.0.linear2"]), name="other")
-    with_adapters(model, de=LoRAConfig(r=2, target_modules=["linear2"]), fr=LoRAConfig(r=2, target_modules=[targets]))
-    set_adapter(model, "other")
-    x, names = torch.randn(3, 4, 8), ["de", "fr", None]
-    pad = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
-    expected = []
-    for row, name in enumerate(names):
-        with set_adapter(model, name), torch.no_grad():
-            expected.append(model(x, src_key_padding_mask=pad)[row])
+    model: Any = nn.TransformerEncoder(layer, 2).eval()
+    inject_adapters(model, only("layers.0.linear2"), name="other")
+    set_adapter(with_adapters(model, only("linear2"), only(targets)), "other")
+    x, pad = torch.randn(3, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
     switches = [each.activation_relu_or_gelu for each in model.layers]
-    with adapter_names(model, names), torch.no_grad():
-        found = model(x, src_key_padding_mask=pad)
-    for row in range(3):
-        keep = ~pad[row]
-        torch.testing.assert_close(found[row][keep], expected[row][: len(keep)][keep])
+    with torch.no_grad():  # the base alone takes the path
+        run = lambda: model(x, src_key_padding_mask=pad).masked_fill(pad.unsqueeze(-1), 0)  # noqa: E731
+        check(model, run, MIXED, is_exact=False)
     assert [each.activation_relu_or_gelu for each in model.layers] == switches
 
 
 def test_a_mask_of_positions_is_for_all_rows() -> None:
-    torch.manual_seed(0)
     model, x = with_adapters(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))), torch.randn(3, 3, 8)
-    rows: list[Tensor] = []
     mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
-    for name in ("de", "fr", None):
-        with set_adapter(model, name):
-            rows.append(model[0](x, x, x, attn_mask=mask)[0][len(rows)])
-    with adapter_names(model, ["de", "fr", None]):
-        torch.testing.assert_close(model[0](x, x, x, attn_mask=mask)[0], torch.stack(rows))
-        torch.testing.assert_close(model[0](x, x, x, None, True, mask)[0], torch.stack(rows))
-
-
-def test_a_seq_first_transformer_is_refused_also_where_linear_layers_read_it() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False)
-    with_adapters(model, **{name: LoRAConfig(r=2, target_modules=["linear1"]) for name in NAMES})
-    with pytest.raises(AdapterStateError, match=r"'layers.0.self_attn' of TransformerEncoder has batch_first=False"):
-        adapter_names(model, ["de"]).__enter__()
+    check(model, lambda: model[0](x, x, x, attn_mask=mask)[0], MIXED)
+    check(model, lambda: model[0](x, x, x, None, True, mask)[0], MIXED)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers take no method for a module's forward")
 def test_compiled_layers_take_part() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))), torch.randn(3, 5)
-    names = ["de", None, "fr"]
-    with adapter_names(model, names):
-        expected = model(x)
+    model, x = linear(nn.Tanh(), nn.Linear(4, 3))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    plain = compiled(x)
-    with adapter_names(model, names):
-        torch.testing.assert_close(compiled(x), expected)
-    torch.testing.assert_close(compiled(x), plain)
+    check(model, lambda: compiled(x), MIXED)
 
 
-def test_resting_adapters_follow_a_converted_model() -> None:
-    model, names = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)), ["de", None, "fr"]
-    with_adapters(model, de=LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
-    x = torch.randn(3, 5)
-    with adapter_names(model, names):
-        expected = model(x)
-    model.double()
-    with adapter_names(model, names):
-        torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
-
-
-def test_half_precision_and_autocast_compute_as_one_adapter_does() -> None:
-    model, names, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), ["de", None, "fr"], torch.randn(3, 7, 5)
+def test_resting_adapters_follow_a_converted_model_in_half_precision_and_under_autocast() -> None:
+    model, x = linear(nn.Linear(4, 2), de=only("0", modules_to_save=["1"]))
     for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
         model.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            found, expected = [], []
-            for row, name in enumerate(names):
-                with set_adapter(model, name):
-                    expected.append(model(x.to(dtype))[row])
-            with adapter_names(model, names):
-                found = model(x.to(dtype))
+            found = check(model, lambda: model(x.to(dtype)), MIXED, rtol=0.02, atol=0.02)  # noqa: B023
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, torch.stack(expected), rtol=0.02, atol=0.02)
-        assert torch.equal(found[1], expected[1])
 
 
 def test_a_language_model_writes_with_an_adapter_for_each_prompt() -> None:
-    torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape, pad_token_id=0, eos_token_id=None, bos_token_id=1))
-    de, fr = LoRAConfig(r=2, target_modules="all"), LoRAConfig(r=3, target_modules=["q_proj"], use_dora=True)
-    with_adapters(model.double().eval(), de=de, fr=fr)
-    prompts, names = torch.randint(1, 50, (4, 5)), ["fr", "de", None, "de"]
-    options = {"max_new_tokens": 8, "do_sample": False}
-    expected = []
-    for row, name in enumerate(names):
-        with set_adapter(model, name):
-            expected.append(model.generate(prompts[row : row + 1], **options)[0])
-    with adapter_names(model, names):
-        assert torch.equal(model.generate(prompts, **options), torch.stack(expected))
+    with_adapters(model.double().eval(), fr=only("q_proj", r=3, use_dora=True))
+    prompts, names = torch.randint(1, 50, (4, 5)), list[str | None](["fr", "de", None, "de"])
+    check(model, lambda: model.generate(prompts, max_new_tokens=8, do_sample=False), names)
     with adapter_names(model, [name for name in names for _ in range(2)]):  # each beam
-        model.generate(prompts, num_beams=2, **options)
+        model.generate(prompts, max_new_tokens=8, do_sample=False, num_beams=2)
 
 
 def test_4_bit_layers_take_part() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
-    model[0].weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False)
     with_adapters(model.to("cpu").eval())
-    x, names = torch.randn(3, 64), ["de", None, "fr"]
-    expected = []
-    for row, name in enumerate(names):
-        with set_adapter(model, name), torch.no_grad():
-            expected.append(model(x)[row])
-    with adapter_names(model, names), torch.no_grad():
-        torch.testing.assert_close(model(x), torch.stack(expected))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        check(model, lambda: model(x), MIXED)
+
+
+# What is refused
+
+
+EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
+TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
+WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
+    (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
+    (nn.Sequential(nn.MultiheadAttention(4, 1)), ALL, "'0' of Sequential has batch_first=False"),
+    (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
+    (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
+    (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
+]
+
+
+@pytest.mark.parametrize(("model", "targets", "message"), WITHOUT_ROWS)
+def test_layers_without_rows_of_their_own_are_refused(model: nn.Module, targets: LoRAConfig, message: str) -> None:
+    with_adapters(model, targets, targets)
+    with pytest.raises(AdapterStateError, match=message):
+        adapter_names(model, ["de", None]).__enter__()
+
+
+READ: list[tuple[nn.Module, tuple[Any, ...]]] = [
+    (nn.Linear(5, 4), (torch.ones(4, 5),)),
+    (nn.Linear(5, 4), (torch.ones(6, 5),)),
+    (nn.Linear(3, 4), (torch.ones(3),)),  # features
+    (nn.EmbeddingBag(3, 4), (torch.tensor([0, 1, 2]), torch.tensor([0, 2, 3]))),  # the third bag is empty
+    (nn.LSTM(5, 4, batch_first=True), (nn.utils.rnn.pack_sequence([torch.ones(2, 5)] * 3),)),
+]
+
+
+@pytest.mark.parametrize("names", [MIXED, ["de"] * 3, [None] * 3])
+@pytest.mark.parametrize(("layer", "x"), READ)
+def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, names: Names) -> None:
+    model = with_adapters(nn.Sequential(copy.deepcopy(layer)))
+    with adapter_names(model, names), pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"):
+        model[0](*x)
+    model[0](*x)
+
+
+def test_an_empty_batch_has_an_empty_output() -> None:
+    model, _ = linear(nn.Conv1d(4, 3, 1), de=LoRAConfig(r=2, target_modules="all", dropout=0.5, modules_to_save=["1"]))
+    with adapter_names(model, []):
+        assert model[0](torch.ones(0, 5).double()).shape == (0, 4)
+        assert model[1](torch.ones(0, 4, 7).double()).shape == (0, 3, 7)
+        with pytest.raises(ConfigError, match="got 0 names"):
+            model[0](torch.ones(1, 5).double())
+
+
+def test_names_and_models_without_such_adapters_are_refused() -> None:
+    model, _ = linear()
+    with pytest.raises(AdapterStateError, match=r"no adapter 'dee'.*'de'"):
+        adapter_names(model, ["de", "dee"])
+    with pytest.raises(AdapterStateError, match="no adapters"):
+        adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
+    block = adapter_names(model, ["de"])
+    with disable_adapters(model), pytest.raises(AdapterStateError, match="shows its base"):
+        block.__enter__()
+    merge_adapters(model)
+    with pytest.raises(AdapterStateError, match="is merged"):
+        block.__enter__()
+
+
+def test_what_would_change_the_layers_is_refused_by_name_in_a_block(tmp_path: Path) -> None:
+    model, x = linear(nn.Linear(4, 4))
+    save_adapter(model, tmp_path / "a.safetensors")
+    calls: dict[str, Callable[[], object]] = {
+        "inject_adapters": lambda: inject_adapters(model, only("1"), name="new"),
+        "load_adapter": lambda: load_adapter(model, tmp_path / "a.safetensors", name="file"),
+        "merge_adapters": lambda: merge_adapters(model),
+        "remove_adapters": lambda: remove_adapters(model, "fr"),
+    }
+    with adapter_names(model, MIXED):
+        expected = model(x)
+        for name, call in calls.items():
+            with pytest.raises(AdapterStateError, match=rf"{name} is not possible in a block of adapter_names"):
+                call()
+            assert torch.equal(model(x), expected)
+        set_adapter(model, "de")  # an adapter is another object than its layer: each row has its own
+        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
+        merge_adapters(copy.deepcopy(model))  # no block is open for a copy
+    for call in calls.values():
+        call()

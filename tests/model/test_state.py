@@ -1,10 +1,10 @@
 """A model and its parts remember their own base, and read its tensors once."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -14,7 +14,22 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import AdapterState, Record, find_record
 from lightning_lora.tensors import names
 from lightning_lora.tensors.digests import digest
-from tests.support.models import LitTiny, best, data, flags, lora, randomise, same, state, trainer, unfreezable
+from tests.support.models import (
+    Around,
+    LitTiny,
+    TinyLM,
+    as_merged,
+    as_trained,
+    best,
+    data,
+    flags,
+    lora,
+    randomise,
+    same,
+    state,
+    trainer,
+    unfreezable,
+)
 
 
 def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
@@ -31,42 +46,24 @@ def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
 
 
-class Plan(L.LightningModule):
-    """Trains a network that its users hold, as scvi's plans do."""
-
-    def __init__(self, module: LitTiny) -> None:
-        super().__init__()
-        self.module = module
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.module.loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "save_adapter": lambda part, folder: ll.save_adapter(part, folder / "a.safetensors"),
-    "unmerge_adapters": lambda part, _: ll.unmerge_adapters(part),
     "merge_adapters": lambda part, _: ll.merge_adapters(part),
     "remove_adapters": lambda part, _: ll.remove_adapters(part),
     "disable_adapters": lambda part, _: ll.disable_adapters(part),
-    "adapter_state_dict": lambda part, _: ll.adapter_state_dict(part),
     "save_merged": lambda part, folder: ll.save_merged(part, folder / "a.ckpt"),
     "export_peft": lambda part, folder: ll.export_peft(part, folder / "peft"),
 }
 
 
-@pytest.mark.parametrize("merge", ["last", False])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Path, merge: Any, call: str) -> None:
-    net = LitTiny()
-    t = trainer(tmp_path, [lora(modules_to_save=None, merge=merge)], max_epochs=1, enable_checkpointing=False)
-    t.fit(Plan(net), data())
-    for part, title in ((net, "LitTiny"), (net.q_proj, "Linear")):
+def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Path, call: str) -> None:
+    net = TinyLM()
+    as_merged(plan := Around(net))  # as scvi's plans train a network that their users hold
+    for part, title in ((net, "TinyLM"), (net.q_proj, "Linear")):
         with pytest.raises(ll.AdapterStateError, match=rf"{title} has no adapters. .* pass that model \(after a fit:"):
             CALLS[call](part, tmp_path)
-    CALLS[call](t.lightning_module, tmp_path)
+    CALLS[call](plan, tmp_path)
 
 
 def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
@@ -81,24 +78,24 @@ def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
     one, two = LitTiny(), LitTiny()
     two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
-    t = trainer(tmp_path, [lora(), best(tmp_path)])
+    t = trainer(tmp_path, [lora(), best(tmp_path)], max_epochs=1)
     t.fit(one, data(), data())
-    trainer(tmp_path, [lora(merge=False)]).fit(two, data())
+    as_trained(two)
     before = state(two)
-    with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have the adapters of another model"):
-        t.test(one, data(), ckpt_path="best", verbose=False)
-    for call in (ll.unmerge_adapters, lambda model: t.validate(model, data(), verbose=False)):
-        with pytest.raises(ll.AdapterStateError, match="have the adapters of another model"):
-            call(one)
+    for call in (
+        lambda: t.test(one, data(), ckpt_path="best", verbose=False),
+        lambda: t.validate(one, data(), verbose=False),
+        lambda: ll.unmerge_adapters(one),
+    ):
+        with pytest.raises(ll.AdapterStateError, match="'q_proj', 'v_proj' of LitTiny have the adapters of another"):
+            call()
     assert same(state(two), before)
     ll.remove_adapters(two)
     t.test(one, data(), ckpt_path="best", verbose=False)
 
 
-def test_a_merged_module_inside_another_is_a_base_as_it_is(tmp_path: Path) -> None:
-    inner, outer = LitTiny(), LitTiny()
-    trainer(tmp_path, [lora()]).fit(inner, data())
-    outer.inner = inner
+def test_a_merged_module_inside_another_is_a_base_as_it_is() -> None:
+    outer = nn.Sequential(as_merged(LitTiny()), nn.Linear(4, 4))
     before = state(outer)
     ll.inject_adapters(outer, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     with ll.disable_adapters(outer):
@@ -186,56 +183,45 @@ def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None
 # A call walks over a model few times
 
 
-class Model(nn.Module):
-    """Blocks of two linear layers and a norm, and a head."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(4, 4) for name in "qk"}) for _ in range(blocks))
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+def blocks(number: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    pairs = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "qk"}) for _ in range(number)]
+    return nn.Sequential(*pairs, nn.BatchNorm1d(4), nn.ModuleDict({"head": nn.Linear(4, 2)}))
 
 
-class Walks:
-    """Counts the walks over all modules of a model: ours, torch's, and state dicts."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        for holder, name in ((names, "_walk"), (nn.Module, "named_modules"), (nn.Module, "state_dict")):
-            monkeypatch.setattr(holder, name, self.counted(getattr(holder, name)))
-
-    def counted(self, walk: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.count += isinstance(module, Model)
-            return walk(module, *args, **kwargs)
-
-        return counting
-
-    def of(self, call: Callable[[], Any]) -> int:
-        before = self.count
-        call()
-        return self.count - before
-
-
-def walks(blocks: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    model, config, file = Model(blocks), ll.LoRAConfig(r=2, modules_to_save=["head"]), folder / f"{blocks}.safetensors"
+def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The walks of each call over all modules of a model: ours, torch's, and state dicts."""
+    model, config, count = blocks(number), ll.LoRAConfig(r=2, modules_to_save=["head"]), Counter[str]()
     calls: dict[str, Callable[[], Any]] = {
         "inject": lambda: ll.inject_adapters(model, config),
         "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(model, ll.adapter_state_dict(model)),
         "save_adapter": lambda: ll.save_adapter(model, file),
-        "load_adapter": lambda: ll.load_adapter(Model(blocks), file),
+        "load_adapter": lambda: ll.load_adapter(model, file),
         "disable": lambda: ll.disable_adapters(model).__exit__(None, None, None),
         "merge": lambda: ll.merge_adapters(model),
         "summarize": lambda: ll.summarize(model),
         "unmerge": lambda: ll.unmerge_adapters(model),
         "remove": lambda: ll.remove_adapters(model),
     }
+
+    def counted(walk: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            count["now"] += module is model
+            return walk(module, *args, **kwargs)
+
+        return counting
+
     with monkeypatch.context() as patch:
-        counted = Walks(patch)
-        return {name: counted.of(call) for name, call in calls.items()}
+        for holder, name in ((names, "_walk"), (nn.Module, "named_modules"), (nn.Module, "state_dict")):
+            patch.setattr(holder, name, counted(getattr(holder, name)))
+        for name, call in calls.items():
+            count["now"] = 0
+            call()
+            count[name] = count["now"]
+    return dict(count)
 
 
 def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = (walks(blocks, tmp_path, monkeypatch) for blocks in (2, 24))
+    few, many = (walks(number, tmp_path / f"{number}.safetensors", monkeypatch) for number in (2, 24))
     assert few == many
     assert max(few.values()) <= 16 and few["inject"] <= 5 and few["save_adapter"] <= 4 and few["merge"] <= 4

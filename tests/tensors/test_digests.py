@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.processes,
 ]
 
-SHAPES = [(5,), (1,), (7, 3), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
-DTYPES = [torch.bfloat16, torch.float64, torch.uint8]
+SHAPES = [(5,), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
+DTYPES = [torch.bfloat16, torch.float64]
 
 
 def tensors() -> list[Tensor]:
@@ -51,7 +51,7 @@ def spread(shape: tuple[int, ...], splits: list[tuple[int | None, ...]]) -> list
 @pytest.mark.parametrize(("shape", "splits", "size"), [((3,), LINE, 3), ((2, 2), SQUARE, 4)])
 def test_digest_of_parts_is_that_of_the_whole(shape: Any, splits: Any, size: int) -> None:
     for found in run_ranks(spread, shape, splits, size=size):
-        assert len(found) > 60
+        assert len(found) > 30
         assert not [layout for layout, of_parts, of_whole in found if of_parts != of_whole]
 
 

@@ -31,30 +31,21 @@ def test_what_was_seen_of_a_weight_holds_for_its_copies(copied: object) -> None:
     weight = torch.randn(50, 50)
     other, seen = copied((weight, Seen(weight)))  # type: ignore[operator]
     assert seen.is_still(other) and seen.is_alike(other)
-    other[3, 7] += 1
-    assert not seen.is_still(other)
     other.mul_(2)
-    assert not seen.is_alike(other)
+    assert not seen.is_still(other) and not seen.is_alike(other)
 
 
-def test_a_weight_with_other_memory_is_compared_by_its_digest() -> None:
-    weight = nn.Parameter(torch.randn(50, 50))
+def test_a_weight_with_other_memory_is_compared_by_its_digest_and_otherwise_each_element_counts() -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
     seen = Seen(weight, digest(weight))
     weight.data = weight.data.clone()
     assert seen.is_still(weight)
-    weight.data = weight.data.clone().mul_(2)
-    assert not seen.is_still(weight)
-
-
-def test_one_element_that_changed_between_the_samples_is_noticed() -> None:
-    weight = nn.Parameter(torch.randn(100, 100))
-    seen = Seen(weight)
     with torch.no_grad():
-        weight[0, 1] += 1
+        weight[0, 1] += 1  # between the samples
     assert not seen.is_still(weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype) -> None:
     tensor = torch.arange(1, 9).to(dtype)
     seen, content = {digest(tensor)}, tensor.view(torch.uint8)
