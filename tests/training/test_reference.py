@@ -110,11 +110,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
         ({}, NONE, None),
         ({"comes_first": False, "has_gradients": True}, BOTH, "bf16-mixed"),
         ({"reentrant": True, "comes_first": False}, BOTH, None),
-        ({"reentrant": True, "has_gradients": True}, BOTH, None),
-        ({"reentrant": False, "comes_first": False, "has_gradients": True}, NONE, None),
-        ({"reentrant": False}, BOTH, None),
+        ({"reentrant": True, "has_gradients": True}, NONE, None),
+        ({"reentrant": False, "comes_first": False}, BOTH, None),
         ({"backend": "eager", "has_gradients": True}, BOTH, None),
-        ({"backend": "eager", "comes_first": False}, NONE, None),
     ],
     ids=str,
 )
@@ -128,8 +126,7 @@ def test_it_has_the_bits_of_a_second_model(tmp_path: Path, how: dict[str, Any], 
     ("ddp", "how", "batches"),
     [
         ({}, {"comes_first": False, "reentrant": True}, 2),
-        ({}, {"has_gradients": True}, 1),
-        ({"find_unused_parameters": True}, {"reentrant": False}, 2),
+        ({"find_unused_parameters": True}, {"has_gradients": True}, 1),
         ({"static_graph": True}, {"reentrant": True}, 1),
     ],
     ids=str,
@@ -154,7 +151,7 @@ class Beside(Tiny):
             return self(x)
 
 
-@pytest.mark.parametrize(("comes_first", "drops"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("comes_first", "drops"), [(False, True), (True, False)])
 def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool, drops: bool) -> None:
     file = tmp_path / "a.safetensors"
     save_adapter(as_trained(LitTiny(), modules_to_save=["head"], dropout=0.1), file)
@@ -200,7 +197,7 @@ def on_shards(folder: Path, how: dict[str, bool], kwargs: Any) -> list[Any]:
 
 @pytest.mark.processes
 @pytest.mark.skipif(not has_shards, reason="torch 2.7")
-@pytest.mark.parametrize("how", [{}, {"comes_first": False}, {"has_gradients": True}], ids=str)
+@pytest.mark.parametrize("how", [{"comes_first": False}, {"has_gradients": True}], ids=str)
 def test_shards_have_the_bits_of_second_models(tmp_path: Path, how: dict[str, bool]) -> None:
     for second, own in run_ranks(on_shards, tmp_path, how, {"modules_to_save": ["head"]}):
         torch.testing.assert_close(own, second, rtol=0, atol=0)
@@ -232,23 +229,6 @@ def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_refer
     backend, graphs = counted()
     fit(tmp_path, lora(), model=Tiny(False, backend=backend), limit_val_batches=0, max_epochs=3)
     assert len(graphs) == 2
-
-
-class Looks(Tiny):
-    """Compares two passes of the reference, and two of the policy, in each step."""
-
-    def on_train_start(self) -> None:
-        self.train(self.drops)
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        assert torch.equal(self.reference(batch[0]), self.reference(batch[0])) is not self.drops
-        assert not torch.equal(self(batch[0]), self(batch[0])) or self.global_step == 0
-        return super().training_step(batch, _)
-
-
-@pytest.mark.parametrize("drops", [True, False])
-def test_in_eval_mode_the_reference_drops_nothing_and_adapters_still_do(tmp_path: Path, drops: bool) -> None:
-    fit(tmp_path, lora(dropout=0.5), model=Looks(False, drops=drops))
 
 
 class Evaluated(Tiny):
