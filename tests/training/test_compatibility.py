@@ -211,19 +211,6 @@ def test_fit_after_tuning_is_fit_with_what_was_found(tmp_path: Path, tuning: str
     assert same(*ends)
 
 
-@pytest.mark.parametrize("tuning", TUNING)
-def test_tuning_leaves_the_random_numbers_where_lightning_does(tmp_path: Path, tuning: str) -> None:
-    states = []
-    for callbacks in ([lora()], []):
-        model = OwnData()
-        if callbacks:
-            inject_adapters(model, lora().config)
-        torch.manual_seed(7)
-        TUNING[tuning][0](trainer(tmp_path, callbacks, enable_checkpointing=False), model)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
-
-
 @pytest.mark.parametrize(
     ("method", "came"),
     [

@@ -101,19 +101,12 @@ def first_half(model: nn.Module) -> Any:
     return adam([{"params": weights}, {"params": [p for n, p in model.named_parameters() if n == "v_proj.lora_B"]}])
 
 
-def as_peft(model: Any) -> Any:
-    """PEFT's own LoRA+."""
-    optimizers = pytest.importorskip("peft.optimizers")
-    return optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
-
-
 A, B = ADAPTERS[::2], ADAPTERS[1::2]
 HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
     "by names": (by_names, [A, B, ["head.weight", "head.bias"]]),
     "by layers": (by_layers, [[], ADAPTERS[:2], ADAPTERS[2:], ["head.weight", "head.bias"]]),
     "by decay": (by_decay, [["head.weight"], [*ADAPTERS, "head.bias"]]),
     "first half": (first_half, [[*ADAPTERS[:3], "head.weight", "head.bias"], ["v_proj.lora_B"]]),
-    "as peft": (as_peft, [[*A, "head.weight"], [], B, ["head.bias"]]),
 }
 """What users write in configure_optimizers, and what each group trains."""
 
@@ -163,10 +156,6 @@ class Chosen(LitTiny):  # manual optimization by two optimizers over what the us
         return made, [torch.optim.lr_scheduler.StepLR(each, 1) for each in made]
 
 
-def everything(name: str) -> bool:
-    return True
-
-
 def is_base(name: str) -> bool:
     return "lora_" not in name
 
@@ -177,9 +166,7 @@ CHOICES: dict[str, tuple[tuple[Callable[[str], bool], ...], list[list[str]]]] = 
         (lambda n: n.startswith(("embed", "q_")), lambda n: n.startswith(("v_", "head"))),
         [Q, [*V, *TRAINED[4:]]],
     ),
-    "both hold all": ((everything, everything), [TRAINED, TRAINED]),
     "both hold the base": ((is_base, is_base), [TRAINED, TRAINED]),
-    "some adapters apart": ((is_base, lambda n: n in V), [[*Q, *TRAINED[4:]], V]),
     "some with another weight": ((is_base, lambda n: n in V or n == "q_proj.weight"), [[*Q, *TRAINED[4:]], [*Q, *V]]),
 }
 

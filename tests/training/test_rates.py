@@ -215,29 +215,16 @@ def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_t
     assert [group["param_names"] for group in optimizer.param_groups] == [[], HEAD, ADAPTERS[:2], ADAPTERS[2:]]
 
 
-class Halves:
-    """A scheduler of no class of torch, with one rate for each group."""
+class Noam:
+    """A scheduler of no class of torch: it sets one rate for each group, and calls the optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.rates = optimizer, [group["lr"] for group in optimizer.param_groups]
 
-    def step(self, *_: Any) -> None:
+    def step(self) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
             self.rates[number] *= 0.5
             group["lr"] = self.rates[number]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Lightning asks for it."""
-
-
-class Noam(Halves):
-    """Sets the rates, and calls the optimizer."""
-
-    def step(self, *args: Any) -> None:
-        super().step(*args)
         self.optimizer.step()
 
 
@@ -251,38 +238,29 @@ KEPT: dict[str, tuple[Build, Callable[[Any], Any]]] = {
         lambda o: [inner := half(o), lr_scheduler.ChainedScheduler([inner, lr_scheduler.ConstantLR(o, 1.0)])],
         lambda kept: kept[1],
     ),
-    "trainer": (Halves, lambda kept: kept),
     "noam": (Noam, lambda kept: kept),
 }
 
 
 class Keeps(Plain):
-    """Manual optimization with schedulers of its own; or one of another class for the Trainer."""
+    """Manual optimization with schedulers of its own."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.automatic_optimization = kind, kind == "trainer"
+        self.kind, self.automatic_optimization = kind, False
 
     def configure_optimizers(self) -> Any:
-        optimizer = SGD(self.parameters(), 0.1)
-        scheduler = KEPT[self.kind][0](optimizer)
-        if self.automatic_optimization:
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-        self.kept = scheduler
+        optimizer = super().configure_optimizers()
+        self.kept = KEPT[self.kind][0](optimizer)
         return optimizer
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss, optimizer = self.loss(batch), self.optimizers()
-        if not self.automatic_optimization:
-            optimizer.zero_grad()  # type: ignore[union-attr]
-            self.manual_backward(loss)
-            if self.kind != "noam":
-                optimizer.step()  # type: ignore[union-attr]
-            KEPT[self.kind][1](self.kept).step()
-        return loss
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        if self.kind != "noam":
+            optimizer.step()
+        KEPT[self.kind][1](self.kept).step()
 
 
 @pytest.mark.parametrize("kind", KEPT)

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
@@ -108,23 +108,14 @@ def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None
 # Where Lightning does not resume to the same bits, what docs/hazards.md says to do does
 
 
-class Plateau(LitTiny):  # whose learning rate halves in every epoch after the first
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
-        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
-        every = {"interval": "step", "frequency": len(data())}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss", **every}}
-
-
-@pytest.mark.parametrize(("cls", "steps"), [(Plateau, None), (LitTiny, 6)])
-def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path, cls: type[LitTiny], steps: int | None) -> None:
+def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path) -> None:
     def run(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], list[Path]]:
-        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=steps)
-        model, _ = fit(tmp_path, lora(), saves, model=cls(), train=Stateful(), ckpt_path=file, max_epochs=3)
+        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=6)
+        model, _ = fit(tmp_path, lora(), saves, train=Stateful(), ckpt_path=file, max_epochs=3)
         return state(model), sorted(folder.glob("*.ckpt"))
 
     expected, files = run(tmp_path / "through")
-    assert len(files) == 12 // (steps or 4)
+    assert len(files) == 2
     for file in files:
         once, again = run(tmp_path / file.stem, file)
         assert same(once, expected)

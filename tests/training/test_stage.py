@@ -1,7 +1,5 @@
 """Each stage computes with the right adapters."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,16 +85,6 @@ def test_stages_before_fit_do_not_change_what_it_learns(tmp_path: Path, new: boo
     assert same(state(models[0]), state(models[1])) and base_is_whole(model)
 
 
-def test_copies_of_a_merged_model_take_its_files(tmp_path: Path) -> None:
-    model, t = fit(tmp_path, lora(), best(tmp_path))
-    path = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    score = pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
-    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), LitTiny()):
-        assert outcome(trainer(tmp_path, [lora()]), "test", each, ckpt_path=path).item() == score
-    ll.load_adapter(model, path)
-    assert outcome(trainer(tmp_path), "test", model).item() == score
-
-
 def flags(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -148,14 +136,6 @@ def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) 
     with pytest.raises(StopError):
         t.test(model, data())
     assert not is_plain(model)
-
-
-def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
-    model, t = fit(tmp_path, lora(), best(tmp_path))
-    model.load_state_dict(LitTiny().state_dict())
-    with pytest.warns(ll.LoRAWarning, match="new base"):
-        tested = outcome(t, "test", model, ckpt_path="best")
-    assert tested.item() == pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
 
 
 class MakesNone(Normed):  # that raises where it should make its optimizer
