@@ -181,3 +181,10 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, f
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
     assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
+
+
+def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
+    t, callback = trainer(tmp_path, [lora()]), lora()
+    callback.setup(t, model := LitTiny(), "fit")
+    with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
+        callback.on_train_start(t, model)

@@ -187,7 +187,7 @@ def test_what_no_adapter_fits_is_named_with_what_trains_it(tmp_path: Path) -> No
 
 
 class HoldsNetwork(LitTiny):  # that keeps the network which it was given as a hyperparameter, as rl4co's do
-    def __init__(self, policy: Any, ignored: bool = False, others: Any = ((3, "a"), {"b": (None, Path())})) -> None:
+    def __init__(self, policy: Any, ignored: bool = False, others: Any = ((3, "a"), {"b": (None, "a")})) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["policy"] if ignored else [])
         self.policy = policy

@@ -1,6 +1,5 @@
 """Gradients reach every adapter, or it is named."""
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError, inject_adapters
-from lightning_lora.training.gradients import gradients_pass
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, as_trained, data, lora, same, state
 
@@ -94,38 +92,6 @@ def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_pa
     assert all(each.exception() is None for each in fits)
     assert torch.utils.checkpoint.CheckpointFunction is own
     assert all(same(state(model), state(alone)) for model in models)
-
-
-def test_other_threads_recompute_as_torch_does_beside_a_trainer(tmp_path: Path) -> None:
-    found = []
-
-    def elsewhere() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # none of the inputs has requires_grad=True
-            found.append(checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=True).requires_grad)
-
-    class Beside(Recomputed):
-        def on_train_batch_start(self, *_: Any) -> None:
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(elsewhere).result()
-
-    train(tmp_path, lora(), model=Beside(reentrant=True))
-    assert found and not any(found)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the inner one, without gradients
-def test_layers_that_another_thread_recomputes_train_what_is_inside() -> None:
-    """On a GPU, the backward pass runs in a thread of torch."""
-    layer = nn.Linear(2, 2)
-
-    def nested(x: Tensor) -> Tensor:
-        return checkpoint(layer, x.detach(), use_reentrant=True)
-
-    with gradients_pass():
-        output = checkpoint(nested, torch.ones(2), use_reentrant=True)
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(output.sum().backward).result()
-    assert layer.weight.grad is not None
 
 
 class Skips(LitTiny):  # that leaves one projection out: for good, or in every other batch of every other process

@@ -320,7 +320,10 @@ def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
         torch.testing.assert_close(found["state"], optimizer.state_dict()["state"])
 
 
-def test_parameters_without_a_state_start_at_zero() -> None:
+def test_each_parameter_has_a_state_of_its_own_and_without_one_it_starts_at_zero() -> None:
+    first, second, *_ = partition_of(0).full_states({"step": torch.tensor(3.0)}, torch.device("cpu"))
+    first["step"] += 1
+    assert second["step"] == 3
     moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(2, 3)}
     found = partition_of(0).local_state([moments, {}, {"exp_avg": None}])
     assert found["step"] == 2 and found["exp_avg"].tolist() == [1.0] * 4

@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from lightning_lora import OptimizerError, remove_adapters
+from tests.support.cases import At
 from tests.support.fits import Notes, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, same, state, trainer
 
@@ -291,24 +292,15 @@ def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(tmp_path
     assert seen == [pytest.approx(rate_of(r, r, r / 10)) for r in (0.1, 0.2, 0.1, 0.2)]
 
 
-class OfTensors(LitTiny):
-    """Its rates are tensors that stay the same ones, as compiled steps and CUDA graphs need."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), torch.tensor(0.05))
-        return [optimizer], [{"scheduler": lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}]
-
-    def on_train_start(self) -> None:
-        self.tensors = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
-
-    def on_train_end(self) -> None:
-        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
-        assert list(map(id, rates)) == list(map(id, self.tensors))
-
-
-def test_rates_that_are_tensors(tmp_path: Path) -> None:
-    seen = rates_in(tmp_path, OfTensors)
+def test_rates_that_are_tensors_stay_the_same_ones(tmp_path: Path) -> None:
+    model, first = LitTiny(), list[Tensor]()
+    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.05))
+    schedule = {"scheduler": lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}
+    model.configure_optimizers = lambda: ([optimizer], [schedule])  # type: ignore[method-assign]
+    looks = At(0, lambda t, m: first.extend(group["lr"] for group in optimizer.param_groups))
+    seen = rates_in(tmp_path, model, scaled(), looks)
     assert seen == [pytest.approx(rate_of(r, r, r / 10)) for r in (0.25, 0.125, 0.0625, 0.03125)]
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, first, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "fast"), [(SGD, {}), (AdamW, {"foreach": True}), (AdamW, {"fused": True})])
@@ -319,16 +311,13 @@ def test_an_optimizer_takes_the_group_that_is_empty_then(tmp_path: Path, kind: A
     assert seen == dict.fromkeys(ADAPTERS[:2], pytest.approx(0.01)) and model.q_proj.lora_B.any()
 
 
-class Told(LitTiny):
-    """With an optimizer of any kind, whose rate may be zero in the first two steps."""
-
-    def __init__(self, kind: Any, warms: bool = False) -> None:
-        super().__init__()
-        self.made, self.warms = kind(self.parameters(), 0.1), warms
-
-    def configure_optimizers(self) -> Any:
-        schedule = lr_scheduler.LambdaLR(self.made, lambda n: float(n > 1 or not self.warms))
-        return [self.made], [{"scheduler": schedule, "interval": "step"}]
+def told(kind: Any, warms: bool = False) -> LitTiny:
+    """A module with an optimizer of any kind, whose rate may be zero in the first two steps."""
+    model = LitTiny()
+    optimizer = kind(model.parameters(), 0.1)
+    schedule = {"scheduler": lr_scheduler.LambdaLR(optimizer, lambda n: float(n > 1 or not warms)), "interval": "step"}
+    model.configure_optimizers = lambda: ([optimizer], [schedule])  # type: ignore[method-assign]
+    return model
 
 
 class Zips(Optimizer):
@@ -377,29 +366,24 @@ class Prepares(SGD):
 def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
     tmp_path: Path, kind: Any, warms: bool, says: str
 ) -> None:
-    model = Told(kind, warms)
+    model = told(kind, warms)
     with pytest.raises(OptimizerError, match=says):
         fit(tmp_path, scaled(), model=model)
-    assert model.global_step == 2 * warms and not model.q_proj.lora_B.any()
+    factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    assert model.global_step == 2 * warms and not any(map(torch.any, factors))
 
 
 @pytest.mark.parametrize(("kind", "warms"), [(Prepares, False), (SGD, True)])
 def test_an_optimizer_that_moves_the_adapters_late_is_none(tmp_path: Path, kind: Any, warms: bool) -> None:
-    fit(tmp_path, scaled(), model=(model := Told(kind, warms)), max_epochs=1)
+    fit(tmp_path, scaled(), model=(model := told(kind, warms)), max_epochs=1)
     assert model.q_proj.lora_A.any() and model.q_proj.lora_B.any()
-
-
-class Overflows(Told):
-    """With a gradient of infinity in the first step, but not in the adapters."""
-
-    def on_after_backward(self) -> None:
-        self.head.bias.grad.fill_(torch.inf)  # type: ignore[union-attr]
 
 
 def test_a_step_that_a_gradient_scaler_skips_says_nothing(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4)
-    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
-    model, _ = fit(tmp_path, scaled(), model=Overflows(partial(AdamW, fused=True)), plugins=plugins, max_epochs=1)
+    plugins, model = [MixedPrecision("16-mixed", "cpu", scaler)], told(partial(AdamW, fused=True))
+    model.on_after_backward = lambda: model.head.bias.grad.fill_(torch.inf)  # type: ignore[method-assign,union-attr]
+    fit(tmp_path, scaled(), model=model, plugins=plugins, max_epochs=1)
     assert scaler.get_scale() < 4 and not model.q_proj.lora_B.any()
 
 
@@ -475,7 +459,7 @@ SHOWN: list[tuple[Any, dict[str, Any], float, str, bool]] = [
 def test_the_rates_are_shown_and_a_low_one_is_named(
     tmp_path: Path, kind: Any, options: Any, rate: float, row: str, is_low: bool, capsys: Any, caplog: Any
 ) -> None:
-    model = Told(lambda p, _: kind(p, rate), warms=True)  # from a rate of zero
+    model = told(lambda p, _: kind(p, rate), warms=True)  # from a rate of zero
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
     assert " ".join(line.split()) == f"Learning rate {row}"

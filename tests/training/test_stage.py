@@ -427,7 +427,7 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     model.q_proj.lora_B.data.fill_(0.1)  # type: ignore[union-attr,operator]
     add(model)
     expected = outcome(trainer(tmp_path), "predict", model)
-    t = trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj"])])
+    t = trainer(tmp_path, [lora(target_modules=["q_proj"])])
     assert torch.equal(outcome(t, "predict", model), expected) and not is_plain(model)
     ll.remove_adapters(model)
     assert torch.equal(model.head.weight, LitTiny().head.weight)

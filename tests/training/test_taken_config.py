@@ -11,10 +11,8 @@ from torch import Tensor
 
 import lightning_lora as ll
 from lightning_lora.model.view import view_of
-from tests.support.cases import tensors
 from tests.support.fits import fit, loaded, outcome
-from tests.support.late import Normed
-from tests.support.models import CLASSES, WIDTH, LitTiny, best, is_plain, lora, same, state, trainer
+from tests.support.models import CLASSES, LitTiny, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
 ARGUMENTS: dict[str, Any] = {
@@ -116,27 +114,6 @@ def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_rea
     _, t = fit(tmp_path, ll.LoRACallback(target_modules="all", merge=False), model=Words())
     t.save_checkpoint(tmp_path / "words.ckpt")
     result_of(tmp_path / "words.ckpt", model=Words())
-
-
-@pytest.mark.parametrize(("saved", "resumed"), [(["head"], False), (["head", "norm"], True)])
-def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str], resumed: bool) -> None:
-    class Late(Normed):
-        def setup(self, stage: str) -> None:
-            self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
-            self.head.bias.data.fill_(0.25)
-
-    trained, t = fit(tmp_path, lora(merge=False, modules_to_save=saved), model=Late())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    assert ("norm.running_mean" in tensors(tmp_path / "a.ckpt")) is ("norm" in saved)
-    model = Late()
-    if resumed:  # at its end
-        fit(tmp_path, ll.LoRACallback(merge=False, modules_to_save=saved), model=model, ckpt_path=tmp_path / "a.ckpt")
-    else:
-        result_of(tmp_path / "a.ckpt", model=model, modules_to_save=saved)
-    assert same(state(model), state(trained))
-    ll.remove_adapters(model)
-    assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]
-    assert torch.equal(model.head.bias, torch.full_like(model.head.bias, 0.25))
 
 
 def test_adapters_that_were_there_before_are_not_removed(file: Path) -> None:
