@@ -15,28 +15,26 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_lora import inject_adapters
 from lightning_lora.model.record import find_record
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, resumes_to_the_bit, trainable
-from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, X, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
-
-
-def told(configure: Callable[[Any], Any]) -> LitTiny:
-    """A module that is told how to configure its optimizers."""
-    model = LitTiny()
-    model.configure_optimizers = lambda: configure(model.parameters())  # type: ignore[method-assign]
-    return model
 
 
 def fit_and_resume(tmp_path: Path, configure: Any, *more: Callable[[], L.Callback], **options: Any) -> LitTiny:
     """Fit three epochs, and again from the file of the first two; return the module after both came to the same end."""
     make = (lambda: lora(merge=False), *more)
     options = {"max_epochs": 3} | options
-    through = resumes_to_the_bit(tmp_path, lambda: told(configure), *make, at="epoch=1", **options)
+
+    def build() -> LitTiny:
+        model = LitTiny()
+        model.configure_optimizers = lambda: configure(model.parameters())  # type: ignore[method-assign]
+        return model
+
+    through = resumes_to_the_bit(tmp_path, build, *make, at="epoch=1", **options)
     a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
     assert files_hold_adapters_alone(tmp_path)
     for key in ("optimizer_states", "lr_schedulers", "lightning_lora"):
@@ -157,58 +155,14 @@ def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path) -> None:
 
 
 class OwnData(LitTiny):  # with loaders of its own, whose batch size is to be found
-    shuffle = True
-
     def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
         super().__init__(lr=lr)
         self.save_hyperparameters()
 
     def train_dataloader(self) -> Any:
-        return DataLoader(data().dataset, batch_size=self.hparams["batch_size"], shuffle=self.shuffle)
-
-    def val_dataloader(self) -> Any:
         return data(batch_size=self.hparams["batch_size"])
 
-    test_dataloader = predict_dataloader = val_dataloader
-
-
-class HandsOut(OwnData):  # that built its optimizer early
-    def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
-        super().__init__(lr=lr, batch_size=batch_size)
-        self.made = torch.optim.AdamW(self.parameters(), lr=lr)
-
-    def configure_optimizers(self) -> Any:
-        return self.made
-
-
-TUNING: dict[str, tuple[Callable[[L.Trainer, OwnData], Any], str]] = {
-    "lr": (lambda t, m: Tuner(t).lr_find(m, num_training=14, early_stop_threshold=None), "lr"),
-    "batch size": (lambda t, m: Tuner(t).scale_batch_size(m, max_trials=3, steps_per_trial=2), "batch_size"),
-}
-
-
-@exact
-@pytest.mark.parametrize(("tuning", "cls"), [("lr", HandsOut), ("batch size", OwnData)])
-def test_fit_after_tuning_is_fit_with_what_was_found(tmp_path: Path, tuning: str, cls: type[OwnData]) -> None:
-    tune, name = TUNING[tuning]
-    numbers: dict[str, Any] = {}
-    ends = []
-    for tuned in (True, False):
-        torch.manual_seed(5)
-        model, t = cls(**numbers), trainer(tmp_path, [lora(dropout=0.3)], enable_checkpointing=False)
-        inject_adapters(model, lora(dropout=0.3).config)
-        before = state(model)
-        if tuned:
-            tune(t, model)
-            assert same(state(model), before) and not list(tmp_path.iterdir())
-            assert model.hparams[name] != cls().hparams[name]
-            numbers = {name: model.hparams[name]}
-        torch.manual_seed(6)
-        t.fit(model)
-        ends.append(state(model))
-        held = [p for group in t.optimizers[0].param_groups for p in group["params"]]
-        assert base_is_whole(model) and {id(p) for p in held} == {id(model.get_parameter(each)) for each in TRAINED}
-    assert same(*ends)
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 @pytest.mark.parametrize(
@@ -230,7 +184,7 @@ def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, method: Any, ca
     before, kinds = state(model), [type(module) for module in model.modules()]
     flags, output = [p.requires_grad for p in model.parameters()], model(X)
     if method == "lr_find":
-        TUNING["lr"][0](t, model)
+        Tuner(t).lr_find(model, num_training=14, early_stop_threshold=None)
     else:
         Tuner(t).scale_batch_size(model, method=method, max_trials=2, steps_per_trial=1)
     assert torch.equal(model(X), output) and not list(tmp_path.rglob("*.ckpt"))
@@ -242,26 +196,29 @@ def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, method: Any, ca
     assert find_record(model) is None or base_is_whole(model)
 
 
-class InOrder(OwnData):  # the same, in order: Lightning's callbacks draw a loader's order another time
-    shuffle = False
+def finds_lr() -> L.Callback:
+    return LearningRateFinder(num_training_steps=14, early_stop_threshold=None)
 
 
-AVERAGED = [("lr", average) for average in list(AVERAGES)[-1:]]
-FINDERS: dict[str, tuple[Callable[[], L.Callback], str]] = {
-    "lr": (lambda: LearningRateFinder(num_training_steps=14, early_stop_threshold=None), "lr"),
-    "batch size": (lambda: BatchSizeFinder(max_trials=3, steps_per_trial=2), "batch_size"),
-}
+def finds_batch_size() -> L.Callback:
+    return BatchSizeFinder(max_trials=3, steps_per_trial=2)
 
 
 @exact
-@pytest.mark.parametrize(("finder", "average"), [("lr", "none"), ("batch size", "none"), *AVERAGED])
-def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: str, average: str) -> None:
-    make, name = FINDERS[finder]
-    found, plain = InOrder(), InOrder()
-    for model, callbacks in ((found, [make()]), (plain, [])):
+@pytest.mark.parametrize(
+    ("finder", "name", "average"),
+    [
+        (finds_lr, "lr", None),
+        (finds_batch_size, "batch_size", None),
+        *((finds_lr, "lr", average) for average in list(AVERAGES)[-1:]),
+    ],
+)
+def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: Any, name: str, average: Any) -> None:
+    found, plain = OwnData(), OwnData()
+    for model, callbacks in ((found, [finder()]), (plain, [])):
         torch.manual_seed(5)
         callbacks.append(ModelCheckpoint(tmp_path / str(model is found), "{step}", save_top_k=-1))
-        if average != "none":
+        if average:
             callbacks.append(AVERAGES[average][0]())
         trainer(tmp_path, [lora(), *callbacks]).fit(model)
         plain.hparams[name] = found.hparams[name]

@@ -33,9 +33,7 @@ SEEING = ["eva", "lora_ga"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
 
 
-class Deep(L.LightningModule):
-    """Three layers in float64, with dropout between them, that remembers its inputs."""
-
+class Deep(L.LightningModule):  # three layers in float64, with dropout between them, that remembers its inputs
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -60,9 +58,7 @@ def numbers(samples: int = 240, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, x[:, :7].sin()), **{"batch_size": 20, **options})
 
 
-class Notes(DummyLogger):
-    """A logger that keeps what it gets."""
-
+class Notes(DummyLogger):  # a logger that keeps what it gets
     def __init__(self) -> None:
         super().__init__()
         self.metrics = list[dict[str, float]]()
@@ -71,9 +67,7 @@ class Notes(DummyLogger):
         self.metrics.append(metrics)
 
 
-class Begun(L.Callback):
-    """Keep what a module has when its fit begins to train."""
-
+class Begun(L.Callback):  # keep what a module has when its fit begins to train
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not hasattr(self, "state"):
             self.state = state(pl_module)
@@ -130,9 +124,7 @@ def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: 
 # Without a trace
 
 
-class Busy(Deep):
-    """A module whose training step draws numbers, and leaves traces wherever it can."""
-
+class Busy(Deep):  # a module whose training step draws numbers, and leaves traces wherever it can
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -172,9 +164,7 @@ def fit_of(folder: Path, init: str, train: Callable[[], Any] = numbers, **option
     return model, found, notes
 
 
-class Stream(IterableDataset[Any]):
-    """Data that know where they are."""
-
+class Stream(IterableDataset[Any]):  # data that know where they are
     def __init__(self) -> None:
         self.at, self.data = 0, numbers().dataset
 
@@ -185,9 +175,7 @@ class Stream(IterableDataset[Any]):
         self.at = 0
 
 
-class Own:
-    """A loader that is no DataLoader, and an iterator itself."""
-
+class Own:  # a loader that is no DataLoader, and an iterator itself
     def __iter__(self) -> Any:
         self.left = list(numbers())
         return self
@@ -434,9 +422,7 @@ def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int)
         assert torch.equal(a, a0) and torch.equal(b, b0)
 
 
-class Kinds(L.LightningModule):
-    """Layers of several kinds."""
-
+class Kinds(L.LightningModule):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.conv = nn.Embedding(20, 8), nn.Conv1d(8, 6, 3, groups=2)
@@ -496,9 +482,7 @@ def test_lora_ga_starts_the_same_with_checkpoints(tmp_path: Path, reentrant: boo
         assert angles(found.state[name], plain.state[name]).min() > 0.9999
 
 
-class Writes(Deep):
-    """Its step skips bad batches, moves a copy, a rate and a teacher's statistics, and stops the fit."""
-
+class Writes(Deep):  # its step skips bad batches, moves a copy, a rate and a teacher's statistics, and stops the fit
     def __init__(self) -> None:
         super().__init__()
         self.momentum, self.teacher = copy.deepcopy(self.layers), [nn.BatchNorm1d(12).double()]

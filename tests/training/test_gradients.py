@@ -246,9 +246,7 @@ def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_pa
     assert same(*states)
 
 
-class Probe(LitTiny):
-    """A linear probe that freezes all but its head when the optimizer is made."""
-
+class Probe(LitTiny):  # a linear probe that freezes all but its head when the optimizer is made
     def freeze_body(self) -> None:
         self.requires_grad_(False)
         self.head.requires_grad_(True)
@@ -269,17 +267,13 @@ def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> Non
         train(tmp_path, lora(merge=False), model=FreezesLate())
 
 
-class ReadsFeatures(LitTiny):
-    """Its adapted layers run without gradients."""
-
+class ReadsFeatures(LitTiny):  # its adapted layers run without gradients
     def training_step(self, batch: Any) -> Tensor:
         with torch.no_grad():
             return self.loss(batch)
 
 
-class Keeps(LitTiny):
-    """It keeps the graph of its loss itself."""
-
+class Keeps(LitTiny):  # it keeps the graph of its loss itself
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.kept = self.loss(batch)
         return self.kept.detach()

@@ -87,9 +87,7 @@ def test_what_setup_takes_from_data_is_in_every_file_and_restored(tmp_path: Path
             torch.testing.assert_close(loads(Scaled(3.0), tmp_path / file)(X), model(X))
 
 
-class Registering(LitTiny):
-    """Its buffer exists only after set-up."""
-
+class Registering(LitTiny):  # its buffer exists only after set-up
     def setup(self, stage: str) -> None:
         self.register_buffer("mean", torch.zeros(4))
         if stage == "fit":
@@ -397,9 +395,7 @@ def test_a_hook_reads_plain_names_and_nothing_is_copied(tmp_path: Path, save: st
 # Streams
 
 
-class Stream(IterableDataset[Any]):
-    """Items that come once, wherever they are read."""
-
+class Stream(IterableDataset[Any]):  # items that come once, wherever they are read
     def __init__(self) -> None:
         self.at, self.begun = torch.zeros(1).share_memory_(), torch.zeros(1).share_memory_()
 
@@ -410,9 +406,7 @@ class Stream(IterableDataset[Any]):
             yield self.at[0].long() % 20, self.at[0].long() % 4
 
 
-class Sees(LitTiny):
-    """A module that keeps which items its steps see."""
-
+class Sees(LitTiny):  # a module that keeps which items its steps see
     def __init__(self) -> None:
         super().__init__()
         self.items: list[int] = []

@@ -46,9 +46,7 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Module(L.LightningModule):
-    """A module whose optimizer gets all parameters, or those of ``net``."""
-
+class Module(L.LightningModule):  # a module whose optimizer gets all parameters, or those of ``net``
     def __init__(self, optimized: str = "all") -> None:
         super().__init__()
         self.optimized = optimized
@@ -70,9 +68,7 @@ class Module(L.LightningModule):
         return torch.optim.Adam(held.parameters(), lr=0.01)
 
 
-class Perceptual(Module):
-    """A frozen network in the loss."""
-
+class Perceptual(Module):  # a frozen network in the loss
     def build(self) -> None:
         self.net, self.vgg = mlp(8, 15, 15, 8), mlp(8, 15, 4).requires_grad_(False)
 
@@ -87,41 +83,31 @@ class SmallBesideLarge(Perceptual):
         self.net, self.vgg = mlp(8, 9, 8), mlp(8, 15, 15, 4).requires_grad_(False)
 
 
-class Distilled(SmallBesideLarge):
-    """A frozen teacher."""
-
+class Distilled(SmallBesideLarge):  # a frozen teacher
     def loss(self, x: Tensor) -> Tensor:
         return (self.net(x)[:, :4] - self.vgg(x)).square().mean()
 
 
-class AlikeInShape(Distilled):
-    """A teacher of the same layers with other weights, which is no copy."""
-
+class AlikeInShape(Distilled):  # a teacher of the same layers with other weights, which is no copy
     def build(self) -> None:
         self.net, self.vgg = mlp(8, 15, 15, 4), mlp(8, 15, 15, 4).requires_grad_(False)
 
 
-class DistilledQuietly(SmallBesideLarge):
-    """A teacher that passes no gradients."""
-
+class DistilledQuietly(SmallBesideLarge):  # a teacher that passes no gradients
     def loss(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.vgg(x)
         return (self.net(x)[:, :4] - wanted).square().mean()
 
 
-class NotGiven(SmallBesideLarge):
-    """Nobody froze it, but the optimizer does not get it."""
-
+class NotGiven(SmallBesideLarge):  # nobody froze it, but the optimizer does not get it
     def build(self) -> None:
         super().build()
         self.vgg.requires_grad_(True)
         self.optimized = "net"
 
 
-class Blocks(Module):
-    """The first layers are frozen."""
-
+class Blocks(Module):  # the first layers are frozen
     def build(self) -> None:
         self.net = mlp(8, 15, 15, 4)
         self.vgg = self.net[:3].requires_grad_(False)
@@ -130,9 +116,7 @@ class Blocks(Module):
         return self.net(x).square().mean()
 
 
-class Headed(Module):
-    """A frozen backbone under a head that is trained already."""
-
+class Headed(Module):  # a frozen backbone under a head that is trained already
     def build(self) -> None:
         self.net = nn.ModuleDict({"backbone": mlp(8, 15, 15, 8).requires_grad_(False), "head": nn.Linear(8, 2)})
 
@@ -141,9 +125,7 @@ class Headed(Module):
         return self.net["head"](features).square().mean()
 
 
-class Recomputed(Headed):
-    """Its backbone is behind a reentrant checkpoint, whose graph nobody sees."""
-
+class Recomputed(Headed):  # its backbone is behind a reentrant checkpoint, whose graph nobody sees
     def loss(self, x: Tensor) -> Tensor:
         features: Any = checkpoint(self.net["backbone"], x, use_reentrant=True)
         return self.net["head"](features).square().mean()
@@ -155,9 +137,7 @@ class AllFrozen(Headed):
         self.net.requires_grad_(False)
 
 
-class Momentum(Module):
-    """A network and a copy that follows it, as in BYOL."""
-
+class Momentum(Module):  # a network and a copy that follows it, as in BYOL
     def build(self) -> None:
         self.net = mlp(8, 15, 4)
         self.copy_now()
@@ -171,9 +151,7 @@ class Momentum(Module):
         return (self.net(x) - self.copy(x.roll(1, 0))).square().mean() + (self.net(x) - 1).square().mean()
 
 
-class Average(Momentum):
-    """A copy that nobody froze, as in timm's ModelEma."""
-
+class Average(Momentum):  # a copy that nobody froze, as in timm's ModelEma
     def copy_now(self) -> None:
         self.copy = nn.ModuleDict({"module": copy.deepcopy(self.net)}).eval()
 

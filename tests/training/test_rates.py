@@ -49,9 +49,7 @@ SCHEDULERS: dict[str, Build] = {
 }
 
 
-class Scheduled(LitTiny):
-    """With a scheduler that moves in each step, perhaps made early or by hand."""
-
+class Scheduled(LitTiny):  # with a scheduler that moves in each step, perhaps made early or by hand
     def __init__(self, name: str, *, early: bool = False, by_hand: bool = False) -> None:
         super().__init__()
         self.made, self.automatic_optimization = None, not by_hand
@@ -111,9 +109,7 @@ def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, n
     assert same(state(model), state(trained_by_hand(SCHEDULERS[name])))
 
 
-class Rates(L.Callback):
-    """Keep the rate of each parameter at the start of the fit and after each step."""
-
+class Rates(L.Callback):  # keep the rate of each parameter at the start of the fit and after each step
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
         self.seen: list[dict[str, float]] = []
@@ -141,9 +137,7 @@ def rate_of(a: float, b: float, head: float) -> dict[str, float]:
     return {**dict.fromkeys(A, a), **dict.fromkeys(B, b), **dict.fromkeys(HEAD, head)}
 
 
-class Plain(LitTiny):
-    """Without a scheduler. It keeps the rates of its groups in each step."""
-
+class Plain(LitTiny):  # without a scheduler. It keeps the rates of its groups in each step
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__(lr=lr)
 
@@ -155,9 +149,7 @@ class Plain(LitTiny):
         self.used.append([group["lr"] for group in optimizer.param_groups])
 
 
-class Moves(L.Callback):
-    """Each parameter moves by the rate that is shown, times its gradient."""
-
+class Moves(L.Callback):  # each parameter moves by the rate that is shown, times its gradient
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
@@ -189,9 +181,7 @@ def by_layer(first: float, second: float) -> dict[str, float]:
     return {**own, **others, **dict.fromkeys(HEAD, second)}
 
 
-class TwoGroups(LitTiny):
-    """Groups with names, rates and lambdas of their own, which take parameters by name."""
-
+class TwoGroups(LitTiny):  # groups with names, rates and lambdas of their own, which take parameters by name
     def configure_optimizers(self) -> Any:
         first = [*self.embed.named_parameters("embed"), *self.q_proj.named_parameters("q_proj")]
         second = [*self.v_proj.named_parameters("v_proj"), *self.head.named_parameters("head")]
@@ -216,9 +206,7 @@ def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_t
     assert [group["param_names"] for group in optimizer.param_groups] == [[], HEAD, ADAPTERS[:2], ADAPTERS[2:]]
 
 
-class Noam:
-    """A scheduler of no class of torch: it sets one rate for each group, and calls the optimizer."""
-
+class Noam:  # a scheduler of no class of torch: it sets one rate for each group, and calls the optimizer
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.rates = optimizer, [group["lr"] for group in optimizer.param_groups]
 
@@ -243,9 +231,7 @@ KEPT: dict[str, tuple[Build, Callable[[Any], Any]]] = {
 }
 
 
-class Keeps(Plain):
-    """Manual optimization with schedulers of its own."""
-
+class Keeps(Plain):  # manual optimization with schedulers of its own
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.automatic_optimization = kind, False
@@ -276,9 +262,7 @@ def write(trainer: L.Trainer, rate: float) -> None:
         group["lr"] = rate
 
 
-class WarmsUp(Plain):
-    """Writes one rate to all groups by hand: before the step, or in it."""
-
+class WarmsUp(Plain):  # writes one rate to all groups by hand: before the step, or in it
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         write(self.trainer, 0.01)
 
@@ -320,9 +304,7 @@ def told(kind: Any, warms: bool = False) -> LitTiny:
     return model
 
 
-class Zips(Optimizer):
-    """Plain SGD, whose groups it knows from the start, as torch_optimizer's AdaBound."""
-
+class Zips(Optimizer):  # plain SGD, whose groups it knows from the start, as torch_optimizer's AdaBound
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
         self.known = len(self.param_groups)
@@ -334,17 +316,13 @@ class Zips(Optimizer):
                 p.data.add_(p.grad, alpha=-group["lr"])
 
 
-class Empties(Zips):
-    """Ends without gradients, as SAM."""
-
+class Empties(Zips):  # ends without gradients, as SAM
     def step(self, closure: Any = None) -> None:
         super().step(closure)
         self.zero_grad()
 
 
-class Prepares(SGD):
-    """Its first step only keeps states, as SOAP's."""
-
+class Prepares(SGD):  # its first step only keeps states, as SOAP's
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.state:
             super().step(closure)

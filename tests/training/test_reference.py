@@ -22,9 +22,7 @@ from tests.support.ranks import has_shards, run_ranks
 from tests.training.test_compiled import counted
 
 
-class Anchored:
-    """The step of a module that stays close to its base: a second model, or its own without adapters."""
-
+class Anchored:  # the step of a module that stays close to its base: a second model, or its own without adapters
     second: list[nn.Module]  # in a list, so that it is no module of this one
     comes_first, has_gradients = True, False
 
@@ -45,9 +43,7 @@ class Anchored:
         return F.cross_entropy(now, labels) + anchor
 
 
-class Tiny(Anchored, LitTiny):
-    """With dropout of its own, layers that are recomputed, and a compiled one."""
-
+class Tiny(Anchored, LitTiny):  # with dropout of its own, layers that are recomputed, and a compiled one
     def __init__(
         self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
     ) -> None:
@@ -67,9 +63,7 @@ class Tiny(Anchored, LitTiny):
         return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
 
 
-class Noted(L.Callback):
-    """Keeps the losses, and what trains after each step."""
-
+class Noted(L.Callback):  # keeps the losses, and what trains after each step
     def __init__(self) -> None:
         self.seen = list[Any]()
 
@@ -112,9 +106,7 @@ def test_it_has_the_bits_of_a_second_model(tmp_path: Path, how: dict[str, Any], 
     assert_same(*both(tmp_path, partial(Tiny, **how), kwargs, precision=precision))
 
 
-class Beside(Tiny):
-    """Whose reference is another adapter, beside the one that trains."""
-
+class Beside(Tiny):  # whose reference is another adapter, beside the one that trains
     drops = True
 
     def on_train_start(self) -> None:
@@ -184,9 +176,7 @@ def test_shards_have_the_bits_of_second_models(tmp_path: Path) -> None:
 # What it costs, and what it draws
 
 
-class Measured(Tiny):
-    """Notes the bytes of its tensors and of the copies that it keeps."""
-
+class Measured(Tiny):  # notes the bytes of its tensors and of the copies that it keeps
     def reference(self, x: Tensor) -> Tensor:
         kept, output = find_record(self).adapter.originals, super().reference(x)  # type: ignore[union-attr]
         tensors = [*self.parameters(), *kept.values()]
@@ -208,9 +198,7 @@ def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_refer
     assert len(graphs) == 2
 
 
-class Evaluated(Tiny):
-    """Compares itself with the base, where Lightning evaluates in inference mode."""
-
+class Evaluated(Tiny):  # compares itself with the base, where Lightning evaluates in inference mode
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         self.log("val_loss", F.mse_loss(self(batch[0]), self.reference(batch[0])))
 

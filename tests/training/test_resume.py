@@ -17,13 +17,13 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
+from lightning_lora import LoRAWarning, MergePrecisionWarning
 from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import leave_adapters
 from tests.support.cases import held
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
-from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
-from tests.support.versions import exact, needs_averaging
+from tests.support.models import ADAPTERS, TRAINED, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.versions import exact
 
 
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": None, "target_modules": "all"}], ids=str)
@@ -141,13 +141,6 @@ def test_data_that_are_drawn_for_each_epoch_resume_as_the_guide_says(tmp_path: P
     assert same(run(), run(tmp_path / "True" / "epoch=1.ckpt"))
 
 
-@needs_averaging
-def test_the_last_file_of_a_killed_run_holds_its_averages(tmp_path: Path) -> None:
-    model, t = fit(tmp_path, lora(), bundled.EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, "{epoch}"))
-    load_adapter(again := LitTiny(), t.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
-    torch.testing.assert_close(again(X), model(X))
-
-
 # Files of any CheckpointIO
 
 
@@ -234,16 +227,3 @@ def test_a_file_that_is_written_at_once_is_not_copied_first(tmp_path: Path, monk
     (checkpoint,) = taken
     assert checkpoint["callbacks"]["Counts"]["seen"] is counts.seen
     assert checkpoint["state_dict"]["q_proj.lora_A"].data_ptr() == model.get_parameter("q_proj.lora_A").data_ptr()
-
-
-class Notes(TorchCheckpointIO):  # a CheckpointIO that writes down where the code was
-    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        super().save_checkpoint({**checkpoint, "git": "abc"}, *args, **kwargs)
-
-
-def test_a_writer_may_add_an_entry_of_its_own(tmp_path: Path) -> None:
-    _, t = fit(tmp_path, lora(merge=False), max_epochs=1, plugins=[Notes()])
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["git"] == "abc"
-    _, again = fit(tmp_path, lora(merge=False), ckpt_path=tmp_path / "a.ckpt")
-    assert again.global_step == 8
