@@ -30,17 +30,21 @@ def new_head() -> LitTiny:
     return model
 
 
-def fit(folder: Path, model: L.LightningModule, shown: Any = "always", **options: Any) -> list[str]:
+def fit(folder: Path, model: L.LightningModule, **options: Any) -> list[str]:
     """What a fit warns of."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter(shown)
+        warnings.simplefilter("always")
         trainer(folder, [ll.LoRACallback(**options)], max_epochs=1).fit(model, data())
     return [f"{each.category.__name__}: {each.message}" for each in caught if issubclass(each.category, ll.LoRAWarning)]
 
 
 def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
-    for _ in range(2):  # Python shows the same text of one place once, but every fit says it
-        (said,) = fit(tmp_path, new_head(), "default", **TARGETS, modules_to_save=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
+    assert [w.category for w in caught].count(ll.FreshLayerWarning) == 2  # in every fit
+    (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their weights are frozen" in said
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
     assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
