@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, LoRAError
+from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
@@ -23,14 +23,14 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, Gradients, gradients_pass
+from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged
 from lightning_lora.training.strategies.overlay import overlay_strategy
-from lightning_lora.training.strategies.strategy import NO_FIT, LoRAStrategy
+from lightning_lora.training.strategies.strategy import LoRAStrategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
@@ -96,7 +96,7 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
-    _gradients: Gradients | None = None  # in training
+    _gradients: Any = None  # in training
     _feeding: Any = None
 
     def __init__(
@@ -246,25 +246,20 @@ class LoRACallback(Callback):
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
-    def _watched(self) -> Gradients:
-        if self._gradients is None:
-            raise AdapterStateError(NO_FIT)
-        return self._gradients
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._watched().end_backward()
+        self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
-        copied = self._watched().copied is not None
+        copied = self._gradients.copied is not None
         if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
             log_values(trainer, {"lora/trained_share": share})
         check_frozen(pl_module, optimizer)
         follow(optimizer)
-        self._watched().check(optimizer)
+        self._gradients.check(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """End dropout until the next training step."""

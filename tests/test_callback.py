@@ -34,18 +34,11 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -
     assert [name for name in base if not torch.equal(trained[name], base[name])] == ["head.weight", "head.bias"]
 
 
-class NoLinear(LitTiny):
-    """A module with nothing to adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = self.v_proj = self.head = nn.Identity()  # type: ignore[assignment]
-
-
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
-    model = NoLinear()
+    model = LitTiny()
+    model.q_proj = model.v_proj = model.head = nn.Identity()  # type: ignore[assignment]
     before = state(model)
-    with pytest.raises(ll.TargetError, match="NoLinear"):
+    with pytest.raises(ll.TargetError, match="LitTiny"):
         trainer(tmp_path, [ll.LoRACallback(r=1)]).fit(model, data())
     assert same(state(model), before)
     with pytest.raises(ll.TargetError, match="'q_proj'"):
@@ -80,18 +73,10 @@ def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path
         assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
-class Capped(LitTiny):
-    """A module whose frozen embedding rescales its own rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed.max_norm = 0.5
-
-
 def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: Path) -> None:
-    model, checkpoint = Capped(), best(tmp_path)
+    model, again, checkpoint = LitTiny(), LitTiny(), best(tmp_path)
+    model.embed.max_norm = again.embed.max_norm = 0.5
     trainer(tmp_path, [lora(merge="best"), checkpoint]).fit(model, data(), data())
-    again = Capped()
     ll.load_adapter(again, checkpoint.best_model_path)
     torch.testing.assert_close(again(X), model(X))
 
@@ -180,14 +165,6 @@ def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: 
         assert is_plain(model) and same(state(model), before)
 
 
-class HasBackbone(LitTiny):
-    """A module with what BackboneFinetuning asks for."""
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.q_proj
-
-
 OPPOSED: dict[str, Callable[[], L.Callback]] = {
     "BackboneFinetuning": lambda: BackboneFinetuning(1),
     "ModelPruning": lambda: ModelPruning("l1_unstructured"),
@@ -197,7 +174,8 @@ OPPOSED: dict[str, Callable[[], L.Callback]] = {
 @pytest.mark.parametrize("name", OPPOSED)
 @either_order
 def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, first: bool) -> None:
-    model = HasBackbone()
+    model = LitTiny()
+    model.backbone = model.q_proj
     before = state(model)
     with pytest.raises(ll.ConfigError, match=name):
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
@@ -205,15 +183,8 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, f
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
 
 
-def test_hooks_called_outside_of_a_fit_say_so(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora()])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for prepare in (lambda: None, lambda: lora().setup(t, model, "fit")):
-        prepare()
-        for name, rest in {"on_after_backward": (), "on_before_optimizer_step": (optimizer,)}.items():
-            with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
-                getattr(lora(), name)(t, model, *rest)
-    callback = lora()
-    callback.setup(t, model, "fit")
+def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
+    t, callback = trainer(tmp_path, [lora()]), lora()
+    callback.setup(t, model := LitTiny(), "fit")
     with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
         callback.on_train_start(t, model)

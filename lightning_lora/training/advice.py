@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -269,7 +268,7 @@ def _bytes_in(value: object) -> int:
             inside += [*each.parameters(), *each.buffers()]
         elif isinstance(each, Mapping | list | tuple):
             inside += each.values() if isinstance(each, Mapping) else each
-    return sum(t.nbytes for t in found.values() if isinstance(t, Tensor) and t.layout is torch.strided)
+    return sum(t.numel() * t.element_size() for t in found.values() if isinstance(t, Tensor))
 
 
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:

@@ -41,8 +41,6 @@ def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRACo
         raise _refusal(config, f"{type(trainer.strategy).__name__} shards the fit (ddp does not)", StrategyError)
     if not pl_module.automatic_optimization:
         raise _refusal(config, f"{type(pl_module).__name__} steps optimizers there (automatic_optimization=False)")
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise _refusal(config, f"that of {type(pl_module).__name__} takes a dataloader_iter")
 
 
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,7 +49,6 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     config, how = view.config, INITIALISATIONS[view.config.init]
     if how.observe is None or not view.is_fresh():
         return
-    check_data_init(trainer, pl_module, config)
     layers = {name: layer for name, layer in view.layers.items() if not layer.lora_settings.follows}
     packed = [name for name, layer in layers.items() if layer.lora_is_quantised(layer)]
     if packed and how.needs_gradients:
@@ -137,8 +134,6 @@ def _batches(trainer: Trainer, pl_module: Any, config: LoRAConfig) -> Generator[
 
 def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone."""
-    if hasattr(loader, "__next__") and type(loader).__module__ in ("builtins", "itertools"):
-        raise _refusal(config, f"the data are a {type(loader).__name__}, which can be read once (a DataLoader: twice)")
     again = copy(loader)
     if isinstance(loader, DataLoader):
         own, memo = vars(again), {id(loader.dataset): loader.dataset}

@@ -1,7 +1,7 @@
 """Make optimizers train the adapters instead of the base."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -47,7 +47,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
         if not any(after):
             title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"
-            _check_emptied(view, title, _held(before), followers)
+            _check_emptied(view, title, _held(before))
         check_splits(optimizer, after, scales)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, split(optimizer, after, scales))
@@ -179,11 +179,6 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )
-    elif rest and not groups:
-        raise OptimizerError(
-            f"configure_optimizers of {view.title} returns no optimizer, so nothing would train. Return "
-            "one of self.parameters(), also for manual optimisation."
-        )
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "
@@ -192,7 +187,7 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
         )
 
 
-def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter], adapted: Collection[nn.Parameter]) -> None:
+def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     lost = [name for name, p in view.base.items() if p in held and view.record.requires_grad.get(name)]
     if not lost:
@@ -200,15 +195,10 @@ def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter], adapted:
     around = set.intersection(*(set(starts_of(owner_of(name))) for name in lost))
     shared = max(around, key=len, default="")
     networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
-    if not held.isdisjoint(adapted):
-        raise OptimizerError(
-            f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, and their "
-            "adapters are in another optimizer. Leave this optimizer out."
-        )
     raise OptimizerError(
-        f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
-        "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "
-        f"train them in full: modules_to_save={networks}. Or leave this optimizer out."
+        f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, without adapters or "
+        "with adapters that are in another optimizer. Adapt their layers (target_modules), or train them in full: "
+        f"modules_to_save={networks}. Or leave this optimizer out."
     )
 
 

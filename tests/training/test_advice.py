@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support import fits
-from tests.support.fits import Notes, adapted, resumes_to_the_bit
+from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
 from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
@@ -30,11 +30,11 @@ def new_head() -> LitTiny:
     return model
 
 
-def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **options: Any) -> list[str]:
+def fit(folder: Path, model: L.LightningModule, **options: Any) -> list[str]:
     """What a fit warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (t or trainer(folder, [ll.LoRACallback(**options)], max_epochs=1)).fit(model, data())
+        trainer(folder, [ll.LoRACallback(**options)], max_epochs=1).fit(model, data())
     return [f"{each.category.__name__}: {each.message}" for each in caught if issubclass(each.category, ll.LoRAWarning)]
 
 
@@ -88,11 +88,9 @@ def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: P
 
 def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     model = new_head()
-    t = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
-    assert len(fit(tmp_path, model, t)) == 1
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    t.fit_loop.max_epochs = 2
-    assert fit(tmp_path, model, t) == []
+    assert len(fit(tmp_path, model, **TARGETS)) == 1
+    model.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert fit(tmp_path, model, **TARGETS) == []
     resumed = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=2)  # a warning would be an error
     resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
 
@@ -135,6 +133,7 @@ def test_most_weights_left_alone_by_the_default_targets_are_named(tmp_path: Path
     assert "'conv'" in said and 'Use target_modules="all"' in said
     assert fit(tmp_path, Convolved(), r=2, target_modules="all") == []
     assert fit(tmp_path, Convolved(), r=2, modules_to_save=["conv"]) == []
+    assert fit(tmp_path, Convolved(), r=2, target_modules=["q_proj"]) == []  # layers that the user names are enough
 
 
 class Graph(LitTiny):
@@ -191,12 +190,8 @@ def test_what_no_adapter_fits_is_named_with_what_trains_it(tmp_path: Path) -> No
     assert fit(tmp_path, Grid(), r=2, modules_to_save=["grid"]) == []
 
 
-def test_layers_that_the_user_names_are_enough(tmp_path: Path) -> None:
-    assert fit(tmp_path, Graph(), r=2, target_modules=["q_proj"]) == []
-
-
 class HoldsNetwork(LitTiny):  # that keeps the network which it was given as a hyperparameter, as rl4co's do
-    def __init__(self, policy: Any, ignored: bool = False) -> None:
+    def __init__(self, policy: Any, ignored: bool = False, others: Any = ((3, "a"), {"b": (None, "a")})) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["policy"] if ignored else [])
         self.policy = policy
@@ -213,21 +208,13 @@ LARGE = (
 def test_a_network_among_the_hyperparameters_is_named_and_what_is_said_works(tmp_path: Path) -> None:
     policy, sizes = nn.Linear(1000, 500), []
     for held, ignored in ((policy, False), ({"nets": [policy]}, False), (policy, True)):
-        model, t = HoldsNetwork(held, ignored), trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
-        said = fit(tmp_path, model, t)
-        assert [text for text in said if "policy" in text] == ([] if ignored else [LARGE])
-        t.save_checkpoint(path := tmp_path / "a.ckpt")
+        said = fit(tmp_path, model := HoldsNetwork(held, ignored), **TARGETS)
+        assert [text for text in said if "Hyperparameters" in text] == ([] if ignored else [LARGE])
+        model.trainer.save_checkpoint(path := tmp_path / "a.ckpt")
         sizes.append(path.stat().st_size)
     assert sizes[0] > 2_000_000 and sizes[2] < 100_000
     ll.unmerge_adapters(model)
     assert same(state(ll.load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
-
-
-def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
-    inside: list[Any] = [torch.eye(2).to_sparse()]
-    inside.append(inside)
-    model = HoldsNetwork([3, "a", Tensor([1.0]), {"b": (None, Path())}, inside])
-    assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]
 
 
 class Normed(Convolved):  # its largest layers have weight_norm, as in a TCN
@@ -247,15 +234,6 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
     assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []
     assert fit(tmp_path, Normed(), r=2, target_modules=["q_proj"]) == []
-
-
-def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ll.LoRAWarning)
-        through = resumes_to_the_bit(tmp_path, Normed, lambda: ll.LoRACallback(target_modules="all"))
-        assert list(state(through)) == list(Normed().state_dict())
-        again = ll.load_from_checkpoint(Normed, tmp_path / "through" / "epoch=1.ckpt", merge=True)
-    assert same(state(again), state(through))
 
 
 # What loggers show
@@ -279,11 +257,10 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def log(folder: Path, *callbacks: L.Callback, notes: Notes | None = None, **options: Any) -> list[dict[str, Any]]:
-    """What a logger has got in a fit."""
-    notes = notes or Notes()
-    fits.fit(folder, *(callbacks or [lora()]), logger=notes, log_every_n_steps=1, **options)
-    return notes.ours
+def log(folder: Path, notes: Notes, *callbacks: L.Callback, **options: Any) -> LitTiny:
+    """The module after a fit with a logger."""
+    model, _ = fits.fit(folder, *(callbacks or [lora()]), logger=notes, log_every_n_steps=1, **options)
+    return model
 
 
 def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(tmp_path: Path) -> None:
@@ -295,6 +272,11 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
     assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.03}]
     (file,) = tmp_path.rglob("lora.json")
     assert json.loads(file.read_text()) == {**ARGUMENTS, "lora/base": base}
+    options = {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
+    log(tmp_path, notes := Notes(), lora(**options))  # lists and patterns are text
+    (found,) = notes.ours
+    assert found["lora/target_modules"] == '["q_proj"]' and found["lora/rank_pattern"] == r'{"q_\\w+": 1}'
+    assert found["lora/alpha"] == 4 and found["lora/merge"] is False
 
 
 class TakesAny(LitTiny):
@@ -319,50 +301,36 @@ def test_a_module_that_takes_any_argument_gets_only_its_own_from_hparams_yaml(tm
     assert found[1].others == found[0].others
 
 
-def test_tensorboards_yaml_is_without_them(tmp_path: Path) -> None:
+def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path: Path) -> None:
     class Board(Notes):
         hparams: ClassVar[dict[str, Any]] = {}
 
         def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+            super().log_hyperparams(params)
             self.hparams.update(params)
 
     Board.__name__ = "TensorBoardLogger"  # where tensorboard is not installed
-    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=(board := Board()), log_every_n_steps=1)
+    log(tmp_path, board := Board(), model=LitTiny(lr=0.03))
     assert board.hparams == {"width": 8, "lr": 0.03}
-
-
-def test_patterns_and_lists_are_text(tmp_path: Path) -> None:
-    options = {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
-    (found,) = log(tmp_path, lora(**options))
-    assert found["lora/target_modules"] == '["q_proj"]' and found["lora/rank_pattern"] == r'{"q_\\w+": 1}'
-    assert found["lora/alpha"] == 4 and found["lora/merge"] is False
-    assert all(isinstance(value, bool | int | float | str) for value in found.values())
-
-
-def test_the_base_is_told_apart(tmp_path: Path) -> None:
-    bases = []
-    for change in (0.0, 0.0, 1.0):
-        model = LitTiny()
-        model.embed.weight.data += change
-        (found,) = log(tmp_path, lora(r=1 + len(bases)), model=model)
-        bases.append(found["lora/base"])
-    assert bases[0] == bases[1] != bases[2]
+    assert [each["lr"] for each in board.ours] == [0.03]
 
 
 def test_a_resumed_run_and_a_second_fit_say_the_same(tmp_path: Path) -> None:
-    notes, model = Notes(), LitTiny()
-    log(tmp_path, notes=notes, model=model)
+    model = log(tmp_path, notes := Notes())
     model.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    log(tmp_path, notes=notes, model=model)
-    log(tmp_path, ll.LoRACallback(), notes=notes, ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
+    log(tmp_path, notes, model=model)
+    log(tmp_path, notes, ll.LoRACallback(), ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
     assert len(notes.ours) == 3 and notes.ours[0] == notes.ours[1] == notes.ours[2]
 
 
 def test_a_logger_that_refuses_is_named_and_the_fit_goes_on(tmp_path: Path) -> None:
-    log(tmp_path, notes=(notes := Notes()))
+    log(tmp_path, notes := Notes())
     with pytest.warns(ll.LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
-        assert len(log(tmp_path, lora(r=1), notes=notes, model=(model := LitTiny()))) == 1
-    assert model.trainer.global_step == 8
+        model = log(tmp_path, notes, lora(r=1))
+    assert model.trainer.global_step == 8 and len(notes.ours) == 1
+    (other := LitTiny()).embed.weight.data += 1
+    log(tmp_path, others := Notes(), model=other)
+    assert others.ours[0]["lora/base"] != notes.ours[0]["lora/base"]
 
 
 def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
@@ -374,17 +342,3 @@ def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
         fits.fit(tmp_path, lora(), **{"max_steps": 1, "log_every_n_steps": 1, **options})
     trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)
     assert not notes.ours
-
-
-def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
-    (file,) = tmp_path.rglob("hparams.yaml")
-    assert {"lr": 0.03, "lora/r": 2}.items() <= yaml.safe_load(file.read_text()).items()
-    events = EventAccumulator(str(file.parent)).Reload()
-    shown = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
-    values = shown.session_start_info.hparams
-    assert values["lr"].number_value == 0.03 and values["lora/r"].number_value == 2

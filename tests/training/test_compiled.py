@@ -10,7 +10,7 @@ from torch import nn
 import lightning_lora as ll
 from tests.support.cases import Three, held, three
 from tests.support.fits import fit, loaded
-from tests.support.models import TRAINED, LitTiny, X, data, lora, randomise, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, lora, randomise, state, trainer
 
 
 class Compiled(LitTiny):  # whose q_proj was compiled before it met any adapter
@@ -94,12 +94,3 @@ def test_model_that_was_compiled_and_called_first_computes_with_what_it_has_now(
         torch.testing.assert_close(compiled(X), adapted)
     ll.remove_adapters(model)
     torch.testing.assert_close(compiled(X), base)
-
-
-def test_model_that_is_compiled_itself_is_the_model_inside() -> None:
-    model = three()
-    compiled = torch.compile(Three(), backend="eager")
-    assert ll.inject_adapters(compiled, ll.LoRAConfig(r=2, target_modules="all")) == ("embed", "linear", "conv")
-    assert list(ll.adapter_state_dict(compiled)) == list(ll.adapter_state_dict(compiled._orig_mod))
-    ll.load_adapter_state_dict(compiled, ll.adapter_state_dict(model))
-    assert same(ll.adapter_state_dict(compiled), ll.adapter_state_dict(model))

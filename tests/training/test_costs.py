@@ -143,15 +143,3 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fail
     model.trainer.save_checkpoint(tmp_path / "after.ckpt")
     stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)
-
-
-WITHOUT_HEAD = {"modules_to_save": None, "exclude_modules": ["head"]}
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_a_merged_model_evaluated_in_another_precision_still_takes_its_files(tmp_path: Path, precision: Any) -> None:
-    model, t = fit(tmp_path, lora(**WITHOUT_HEAD))
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    other = trainer(tmp_path, [lora(**WITHOUT_HEAD)], precision=precision)
-    outcome(other, "validate", model)
-    outcome(other, "test", model, ckpt_path=tmp_path / "a.ckpt")

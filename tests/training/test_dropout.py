@@ -178,16 +178,6 @@ def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
     assert model.acts["train"] == {True} and torch.equal(model(X), model(X))
 
 
-class Noted(L.Callback):  # checks in every process what the module has noted
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert pl_module.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
-
-
-@pytest.mark.processes
-def test_it_acts_in_forked_processes(tmp_path: Path) -> None:
-    fit(tmp_path, lora(), Noted(), model=adapted(), strategy="ddp_fork", devices=2)
-
-
 class Labels(Lit):  # that predicts labels for itself, and copies its network in a step, as a mean teacher does
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.__dict__["teacher"] = teacher = copy.deepcopy(self.model)

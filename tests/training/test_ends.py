@@ -65,16 +65,19 @@ def all_values(model: LitTiny) -> dict[str, Tensor]:
     return values
 
 
-ONE: list[tuple[str, dict[str, Any]]] = [
-    (start, {**options, **({} if start in ("plain", "base") else {"name": "b"})})
-    for start in STARTS
-    for options in ({}, {"merge": False}, {"merge": "best", "save": "model"}, {"merge": False, "save": "model"})
-]
-SEVERAL = [("plain", {}), ("plain", {"save": "model"}), ("merged", {"name": "b"}), ("adapted", {"merge": False})]
-
-
 @pytest.mark.parametrize(
-    ("start", "arguments", "options"), [(*each, {}) for each in ONE] + [(*each, FORKED) for each in SEVERAL]
+    ("start", "arguments", "options"),
+    [
+        ("plain", {}, {}),
+        ("plain", {"merge": "best", "save": "model"}, {}),
+        ("plain", {"save": "model"}, FORKED),
+        ("adapted", {"name": "b", "merge": False}, {}),
+        ("rests", {"name": "b", "merge": "best", "save": "model"}, {}),
+        ("base", {"merge": False, "save": "model"}, {}),
+        ("merged", {"name": "b"}, {}),
+        ("merged", {"name": "b", "merge": False}, {}),
+        ("merged", {"name": "b"}, FORKED),
+    ],
 )
 def test_a_finished_run_that_is_run_again_ends_as_it_did(
     tmp_path: Path, start: str, arguments: Any, options: Any
@@ -95,9 +98,12 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
 
 
 NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *(("plain", {"merge": merge}, {limit: 0}) for merge in ("last", False) for limit in ("max_epochs", "max_steps")),
-    *((start, arguments, {"limit_train_batches": 0}) for start in STARTS for arguments in ({}, {"name": "b"})),
-    *((start, {"save": "model"}, {"limit_train_batches": 0, **FORKED}) for start in ("plain", "merged")),
+    ("plain", {"merge": "last"}, {"max_epochs": 0}),
+    ("plain", {"merge": False}, {"max_steps": 0}),
+    *((start, {"name": "b"}, {"limit_train_batches": 0}) for start in STARTS),
+    ("base", {}, {"limit_train_batches": 0}),
+    ("merged", {}, {"limit_train_batches": 0}),
+    ("merged", {"save": "model"}, {"limit_train_batches": 0, **FORKED}),
 ]
 
 

@@ -1,6 +1,5 @@
 """Gradients reach every adapter, or it is named."""
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError, inject_adapters
-from lightning_lora.training.gradients import gradients_pass
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, data, lora, randomise, same, state
+from tests.support.models import ADAPTERS, LitTiny, as_trained, data, lora, same, state
 
 train = partial(fit, limit_val_batches=0)
 
@@ -25,18 +23,18 @@ train = partial(fit, limit_val_batches=0)
 class Recomputed(LitTiny):
     """Its projections are recomputed, behind a frozen embedding, and read integers, flags and a number too."""
 
-    def __init__(self, *, reentrant: bool | None, head: bool = False) -> None:
+    def __init__(self, *, reentrant: bool | None) -> None:
         super().__init__()
-        self.reentrant, self.with_head = reentrant, head
+        self.reentrant = reentrant
 
     def inner(self, x: Tensor, order: Tensor, kept: Tensor, scale: float) -> Tensor:
         return scale * (torch.tanh(self.q_proj(x[:, order])) + self.v_proj(x.where(kept, 0)))
 
     def forward(self, index: Tensor) -> Tensor:
         inputs: tuple[Any, ...] = (self.embed(index), torch.arange(7, -1, -1), torch.arange(8) > 2, 0.5)
-        recompute = partial(checkpoint, use_reentrant=self.reentrant)
-        x = self.inner(*inputs) if self.reentrant is None else recompute(self.inner, *inputs)
-        return recompute(self.head, x) if self.with_head else self.head(x)
+        if self.reentrant is None:
+            return self.head(self.inner(*inputs))
+        return self.head(checkpoint(self.inner, *inputs, use_reentrant=self.reentrant))
 
 
 @pytest.mark.parametrize(("reentrant", "saved"), [(True, ["head"]), (True, None), (False, None)])
@@ -73,18 +71,12 @@ class Turns(L.Callback):  # tells that training has begun, and waits for another
         self.wait.wait()
 
 
-def recomputed() -> Recomputed:
-    model = Recomputed(reentrant=True)
-    inject_adapters(model, lora().config)
-    randomise(model)
-    return model
-
-
 def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
     """The second one starts before the first ends, and trains on after it."""
-    own, alone = torch.utils.checkpoint.CheckpointFunction, recomputed()
+    own, events = torch.utils.checkpoint.CheckpointFunction, (Event(), Event(), Event())
+    alone, *models = (as_trained(Recomputed(reentrant=True), modules_to_save=["head"]) for _ in range(3))
     train(tmp_path, lora(merge=False), model=alone)
-    models, (first, second, ended) = (recomputed(), recomputed()), (Event(), Event(), Event())
+    first, second, ended = events
 
     def run(model: Recomputed, turns: Turns) -> None:
         try:
@@ -100,38 +92,6 @@ def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_pa
     assert all(each.exception() is None for each in fits)
     assert torch.utils.checkpoint.CheckpointFunction is own
     assert all(same(state(model), state(alone)) for model in models)
-
-
-def test_other_threads_recompute_as_torch_does_beside_a_trainer(tmp_path: Path) -> None:
-    found = []
-
-    def elsewhere() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # none of the inputs has requires_grad=True
-            found.append(checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=True).requires_grad)
-
-    class Beside(Recomputed):
-        def on_train_batch_start(self, *_: Any) -> None:
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(elsewhere).result()
-
-    train(tmp_path, lora(), model=Beside(reentrant=True))
-    assert found and not any(found)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the inner one, without gradients
-def test_layers_that_another_thread_recomputes_train_what_is_inside() -> None:
-    """On a GPU, the backward pass runs in a thread of torch."""
-    layer = nn.Linear(2, 2)
-
-    def nested(x: Tensor) -> Tensor:
-        return checkpoint(layer, x.detach(), use_reentrant=True)
-
-    with gradients_pass():
-        output = checkpoint(nested, torch.ones(2), use_reentrant=True)
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(output.sum().backward).result()
-    assert layer.weight.grad is not None
 
 
 class Skips(LitTiny):  # that leaves one projection out: for good, or in every other batch of every other process
@@ -286,60 +246,45 @@ def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_pa
     assert same(*states)
 
 
-class Probe(LitTiny):
-    """A linear probe that freezes all but its head, when the optimizer is made or when training starts."""
-
-    def __init__(self, when: str) -> None:
-        super().__init__()
-        self.when = when
-
-    def freeze_body(self, when: str) -> None:
-        if when == self.when:
-            self.requires_grad_(False)
-            self.head.requires_grad_(True)
+class Probe(LitTiny):  # a linear probe that freezes all but its head when the optimizer is made
+    def freeze_body(self) -> None:
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
 
     def configure_optimizers(self) -> Any:
-        self.freeze_body("optimizers")
+        self.freeze_body()
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.05)
 
-    def on_train_start(self) -> None:
-        self.freeze_body("start")
+
+class FreezesLate(Probe):
+    configure_optimizers, on_train_start = LitTiny.configure_optimizers, Probe.freeze_body
 
 
 def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> None:
-    model, _ = train(tmp_path, lora(merge=False), model=Probe("optimizers"))
+    model, _ = train(tmp_path, lora(merge=False), model=Probe())
     assert all(model.get_parameter(name).any() for name in ADAPTERS)
     with pytest.warns(DeadAdapterWarning, match=r"frozen them \(requires_grad"):
-        train(tmp_path, lora(merge=False), model=Probe("start"))
+        train(tmp_path, lora(merge=False), model=FreezesLate())
 
 
-class ReadsFeatures(LitTiny):
-    """Its adapted layers run without gradients, below convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv1d(1, 1, 3)
-
+class ReadsFeatures(LitTiny):  # its adapted layers run without gradients
     def training_step(self, batch: Any) -> Tensor:
         with torch.no_grad():
-            features = self(batch[0])
-        return self.convolution(features.unsqueeze(1)).square().mean()
+            return self.loss(batch)
+
+
+class Keeps(LitTiny):  # it keeps the graph of its loss itself
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.kept = self.loss(batch)
+        return self.kept.detach()
+
+    def backward(self, loss: Tensor, *_: Any) -> None:
+        self.kept.backward()
 
 
 def test_a_loss_that_depends_on_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="loss of ReadsFeatures depends on no adapter: 'q_proj'"):
         train(tmp_path, lora(), model=ReadsFeatures())
-
-
-def test_a_loss_whose_graph_the_module_keeps_itself_is_not(tmp_path: Path) -> None:
-    class Keeps(LitTiny):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.kept = self.loss(batch)
-            return self.kept.detach()
-
-        def backward(self, loss: Tensor, *_: Any) -> None:
-            self.kept.backward()
-
     model, _ = train(tmp_path, lora(merge=False), model=Keeps())
     assert all(model.get_parameter(name).any() for name in ADAPTERS)
 

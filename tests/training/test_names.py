@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -35,19 +34,7 @@ def values(model: LitTiny) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("merge", ["last", False])
-def test_no_gradient_is_left_when_a_fit_has_ended(tmp_path: Path, merge: Any) -> None:
-    model = LitTiny()
-    for name in ("de", "fr"):
-        trainer(tmp_path, [lora(merge=merge, name=name)], max_steps=1).fit(model, data())  # without a validation
-        ll.unmerge_adapters(model)
-    for name in ll.adapters(model):
-        ll.set_adapter(model, name)
-        assert all(p.grad is None for p in model.parameters()), name
-
-
-@pytest.mark.parametrize("merge", ["last", "best", False])
-@pytest.mark.parametrize("came", ["last", False])
+@pytest.mark.parametrize(("came", "merge"), [("last", "last"), (False, "best"), ("last", False)])
 def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: Any, came: Any) -> None:
     alone, _ = fit(tmp_path / "alone", lora(merge=merge, name="de"), best(tmp_path / "alone"))
     model, before = two(tmp_path, came)
@@ -64,13 +51,15 @@ def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: 
     contents = []
     for saved in (model, alone):
         ll.save_adapter(saved, tmp_path / "de.safetensors")
-        with safe_open(tmp_path / "de.safetensors", "pt") as file:
-            contents.append((file.metadata(), {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
-    assert contents[0][0] == contents[1][0] and same(contents[0][1], contents[1][1])
+        contents.append((tmp_path / "de.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    ll.unmerge_adapters(model)
+    for name in ll.adapters(model):
+        ll.set_adapter(model, name)
+        assert all(p.grad is None for p in model.parameters()), name
 
 
-@pytest.mark.parametrize("name", ["fr", "de"])
-@pytest.mark.parametrize("came", ["last", False])
+@pytest.mark.parametrize(("came", "name"), [("last", "fr"), (False, "de"), ("last", "de")])
 def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came: Any, name: str) -> None:
     model, before = two(tmp_path, came)
     bits, names = state(model), ll.adapters(model)

@@ -86,12 +86,10 @@ def samplers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("mode", "arguments", "is_told"),
     [
-        ("hooks", {}, False),
         ("hooks", {}, True),
         ("functorch", {"use_dora": True}, False),
         ("ghost", {}, True),
-        ("ghost", {"bias": "all", "use_rslora": True}, False),
-        ("ghost", {"init": "pissa"}, False),
+        ("ghost", {"bias": "all", "init": "pissa"}, False),
         ("hooks", {"target_modules": "all", "modules_to_save": None}, False),
     ],
     ids=str,

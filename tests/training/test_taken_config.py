@@ -11,10 +11,8 @@ from torch import Tensor
 
 import lightning_lora as ll
 from lightning_lora.model.view import view_of
-from tests.support.cases import tensors
 from tests.support.fits import fit, loaded, outcome
-from tests.support.late import Normed
-from tests.support.models import CLASSES, WIDTH, LitTiny, best, is_plain, lora, same, state, trainer
+from tests.support.models import CLASSES, LitTiny, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
 ARGUMENTS: dict[str, Any] = {
@@ -90,13 +88,16 @@ def test_a_fit_is_resumed_with_the_arguments_of_its_file(file: Path) -> None:
         ({"target_modules": ["q_proj"]}, "v_proj"),
         ({"modules_to_save": ["embed"]}, "missing 'embed.weight'"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
+        ([8], "trained with r=3"),  # by its place
     ],
+    ids=str,
 )
-def test_an_argument_that_was_given_must_agree(file: Path, given: dict[str, Any], says: str) -> None:
+def test_an_argument_that_was_given_must_agree(file: Path, given: Any, says: str) -> None:
     model = LitTiny()
     before = state(model)
+    args, named = ((), given) if isinstance(given, dict) else (given, {})
     with pytest.raises((ll.AdapterMismatchError, ll.TargetError), match=says):
-        result_of(file, model=model, **given)
+        result_of(file, *args, model=model, **named)
     assert is_plain(model) and same(state(model), before)
 
 
@@ -115,38 +116,12 @@ def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_rea
     result_of(tmp_path / "words.ckpt", model=Words())
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [(["head"], False), (["head", "norm"], True)])
-def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str], resumed: bool) -> None:
-    class Late(Normed):
-        def setup(self, stage: str) -> None:
-            self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
-            self.head.bias.data.fill_(0.25)
-
-    trained, t = fit(tmp_path, lora(merge=False, modules_to_save=saved), model=Late())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    assert ("norm.running_mean" in tensors(tmp_path / "a.ckpt")) is ("norm" in saved)
-    model = Late()
-    if resumed:  # at its end
-        fit(tmp_path, ll.LoRACallback(merge=False, modules_to_save=saved), model=model, ckpt_path=tmp_path / "a.ckpt")
-    else:
-        result_of(tmp_path / "a.ckpt", model=model, modules_to_save=saved)
-    assert same(state(model), state(trained))
-    ll.remove_adapters(model)
-    assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]
-    assert torch.equal(model.head.bias, torch.full_like(model.head.bias, 0.25))
-
-
 def test_adapters_that_were_there_before_are_not_removed(file: Path) -> None:
     model, _ = fit(file.parent, ll.LoRACallback(**{**ARGUMENTS, "r": 4}, merge=False))
     before = state(model)
     with pytest.raises(ll.AdapterMismatchError, match="r=4"):
         result_of(file, model=model)
     assert same(state(model), before)
-
-
-def test_an_argument_that_was_given_by_its_place_must_agree_too(file: Path) -> None:
-    with pytest.raises(ll.LoRAError, match="r=3"):
-        result_of(file, 8, target_modules=["q_proj", "v_proj"])
 
 
 def test_a_command_line_which_gives_every_default_takes_them(file: Path) -> None:
