@@ -155,7 +155,7 @@ def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None
     assert same(state(plain), state(build()))
 
 
-@pytest.mark.parametrize("name", [3, 1.5, object()], ids=str)
+@pytest.mark.parametrize("name", [3, 1.5, object()])
 def test_what_is_no_name_is_no_adapter(name: Any) -> None:
     model, outputs = several()
     for call in (ll.set_adapter, ll.remove_adapters, lambda model, name: ll.adapter_names(model, [name])):

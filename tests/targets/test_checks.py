@@ -245,7 +245,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "config", "message"), MISTAKES, ids=str)
+@pytest.mark.parametrize(("build", "config", "message"), MISTAKES)
 def test_mistake_is_named_and_changes_nothing(
     build: Callable[[], nn.Module], config: dict[str, Any], message: str
 ) -> None:

@@ -76,7 +76,7 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
 ]
 
 
-@pytest.mark.parametrize(("build", "config", "expected"), SELECTED, ids=str)
+@pytest.mark.parametrize(("build", "config", "expected"), SELECTED)
 def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any], expected: tuple[str, ...]) -> None:
     assert adapted(model := build(), **config) == adapted(model, **config) == expected
 

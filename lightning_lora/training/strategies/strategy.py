@@ -77,8 +77,6 @@ class LoRAStrategy(Strategy, InPlace):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
         reduced = super().__reduce_ex__(protocol)
-        if reduced[1] != self.overlaid:  # the class's own way
-            return reduced
         kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
         others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
         return object.__new__, (self.lora_kind,), {**kept, **others}
