@@ -312,7 +312,7 @@ def texts() -> list[str]:
     found = []
     for path in (ROOT / "lightning_lora").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        alone = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)

@@ -79,9 +79,7 @@ def test_resting_adapters_are_sent_too() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "layers": (Three, {"target_modules": "all"}),
-    "dora": (Three, {"target_modules": "all", "use_dora": True}),
-    "pissa": (LitTiny, {"init": "pissa"}),
+    "layers": (Three, {"target_modules": "all", "use_dora": True}),
     "slices": (LitTiny, {"target_modules": ["q_proj"], "target_slices": {"q_proj": {"a": [0, 4]}}}),
     "parameters": (lambda: nn.Sequential(Experts(), nn.Linear(4, 4)), {"target_parameters": ["stack"]}),
     "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)), {"target_modules": "all"}),
