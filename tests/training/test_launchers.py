@@ -94,8 +94,6 @@ def run(folder: Path, commands: Sequence[Command]) -> None:
 
 
 Launcher = Callable[[Path], list[Command]]
-LAUNCHED = ("-m", "tests.support.launched")
-TORCHRUN = ("-m", "torch.distributed.run")
 
 
 def forking(folder: Path) -> list[Command]:
@@ -103,13 +101,14 @@ def forking(folder: Path) -> list[Command]:
 
 
 def lightning(folder: Path) -> list[Command]:
-    return [Command(*LAUNCHED, str(folder))]
+    return [Command("-m", "tests.support.launched", str(folder))]
 
 
 def torchrun_on_two_nodes(folder: Path) -> list[Command]:
-    options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    program = [*LAUNCHED, str(folder), "--nodes=2", "--devices=1"]
-    return [Command(*TORCHRUN, *options, f"--node_rank={node}", *program) for node in range(2)]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    job |= {"TORCHELASTIC_RUN_ID": "fit", "LOCAL_RANK": "0"}
+    ranks = [{"RANK": str(node), "GROUP_RANK": str(node)} for node in range(2)]
+    return [Program(str(folder), "--nodes=2", "--devices=1", **job, **rank) for rank in ranks]
 
 
 def slurm(folder: Path, *options: str) -> list[Command]:
@@ -254,15 +253,8 @@ def test_nothing_of_ours_is_left_in_the_temporary_folder(tmp_path: Path, monkeyp
 
 
 def train(folder: Path, strategy: str, devices: int, *options: str) -> Any:
-    """Run tests.support.train in a fork, or as a program if its strategy starts it again; return the result."""
-    arguments = [str(folder), strategy, str(devices), *options]
-    if strategy == "ddp":
-        command = [sys.executable, "-m", "tests.support.train", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-    else:
-        assert fork(lambda: training.main(*arguments)) == 0, "it was killed"
+    """Run tests.support.train in a fork, and return the result."""
+    assert fork(lambda: training.main(str(folder), strategy, str(devices), *options)) == 0, "it was killed"
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -278,13 +270,15 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return held(weights(path))
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 2), ("ddp_spawn", 2)])
-def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
+@pytest.mark.parametrize(("strategy", "later", "devices"), [("single", "single", 1), ("ddp_fork", "ddp_spawn", 2)])
+def test_killed_and_resumed_ends_with_the_same_adapters(
+    tmp_path: Path, strategy: str, later: str, devices: int
+) -> None:
     through, killed = tmp_path / "through", tmp_path / "killed"
-    expected = train(through, "ddp_fork" if devices > 1 else "single", devices)
+    expected = train(through, strategy, devices)
     failing(killed, strategy, devices, "--kill-at", str(3 * 4 // devices - 1))  # in the third epoch
     assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
-    resumed = train(killed, strategy, devices, "--resume", "--test")
+    resumed = train(killed, later, devices, "--resume", "--test")
     assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
     assert same(resumed["state"], expected["state"])
     check(killed, resumed)
