@@ -66,17 +66,6 @@ def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path) -> None:
     assert same(weights, weights2) and torch.equal(random, random2) and numbers == numbers2
 
 
-def test_the_base_is_validated_with_the_trainer_of_the_fit(tmp_path: Path) -> None:
-    (expected,) = trainer(tmp_path).validate(LitTiny(), data(), verbose=False)
-    for merge in ("last", False):
-        t = trainer(tmp_path, [lora(merge=merge)])
-        t.fit(model := LitTiny(), data())
-        (before,) = t.validate(model, data(), verbose=False)
-        with ll.disable_adapters(model):
-            assert t.validate(model, data(), verbose=False) == [expected]
-        assert t.validate(model, data(), verbose=False) == [before] != [expected]
-
-
 def sharded_fit(folder: Path) -> dict[str, float]:
     L.seed_everything(1, verbose=False)
     model = sharded.LitNet()

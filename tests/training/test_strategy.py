@@ -20,7 +20,7 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.strategies.overlay import overlay_strategy
-from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, stop, tensors
+from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
@@ -104,7 +104,7 @@ class ReadsAtEnd(L.Callback):  # reads a file through the strategy when the fit 
         assert same(state(pl_module), before)
 
 
-@pytest.mark.parametrize(("stage", "merge"), [(None, False), ("validate", "last"), ("predict", False)])
+@pytest.mark.parametrize(("stage", "merge"), [(None, False), ("validate", "last")])
 def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path: Path, stage: Any, merge: Any) -> None:
     worst = best(tmp_path, mode="max")
     model, t = fit(tmp_path, lora(merge=merge), worst, ReadsAtEnd(), max_epochs=3)
@@ -125,29 +125,14 @@ def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path
         t.strategy.load_model_state_dict(checkpoint, strict=False)
 
 
-def removed(t: L.Trainer, model: LitTiny) -> None:
-    t.fit(model, data())
+def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(), enable_checkpointing=False)
     remove_adapters(model)
-
-
-def failed(t: L.Trainer, model: LitTiny) -> None:
-    model.configure_optimizers = stop  # type: ignore[method-assign]
-    with pytest.raises(StopError):
-        t.fit(model, data())
-    del model.configure_optimizers
-
-
-@pytest.mark.parametrize(("begin", "weights_only"), [(removed, False), (failed, True)])
-def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path, begin: Any, weights_only: bool) -> None:
-    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False), LitTiny()
-    begin(t, model)
-    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
-    plain = trainer(tmp_path, enable_checkpointing=False)
-    plain.fit(LitTiny(), data()) if begin is removed else plain.strategy.connect(LitTiny())
-    plain.save_checkpoint(tmp_path / "b.ckpt", weights_only=weights_only)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, enable_checkpointing=False)[1].save_checkpoint(tmp_path / "b.ckpt")
     ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("a.ckpt", "b.ckpt"))
     assert list(ours) == list(theirs) and same(ours["state_dict"], state(model))
-    assert ours.get("callbacks") == theirs.get("callbacks")
+    assert ours["callbacks"] == theirs["callbacks"]
 
 
 class Counts:  # a method of a strategy that counts its calls, around one that was there
