@@ -119,9 +119,7 @@ class LoRAStrategy(Strategy, InPlace):
             self.lora_note_base()
         with keeping_adapters(self.precision_plugin):
             super().setup(trainer)
-        view = view_of(self.lora_module)
-        freeze(view)  # sync_batchnorm makes new norms
-        view.follow_base()  # which may have been converted
+        view_of(self.lora_module).follow_base()  # which may have been converted
         self.lora_note_converted_base()
 
     def lora_adapt(self, **options: Any) -> None:
@@ -164,7 +162,7 @@ class LoRAStrategy(Strategy, InPlace):
             yield
         finally:
             note_frozen(view_of(self.lora_module))
-            freeze(view_of(self.lora_module))
+            freeze(view_of(self.lora_module))  # also the norms that sync_batchnorm has made
 
     # Load
 
