@@ -1,6 +1,6 @@
 """Every private name of torch, Lightning and DeepSpeed that this package reads.
 
-A release may rename any of them: ``tests/test_private.py`` asks for each. Beside it stands what breaks without it.
+Beside each stands what breaks without it. ``tests/test_private.py`` asks for those whose absence is no error.
 """
 
 import sys

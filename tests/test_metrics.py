@@ -8,8 +8,6 @@ import lightning as L
 import matplotlib as mpl
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,10 +78,7 @@ def check(model: nn.Module, r: int = 2, **tolerance: float) -> None:
         torch.testing.assert_close(top.norms[name][1], projected(w, w, r).norm(), **close)
 
 
-KINDS = ["linear", "conv1d", "embedding", "grouped convolution", "transposed convolution", "bilinear", "lstm"]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "attention", "attention to others", "experts"])
+@pytest.mark.parametrize("kind", ["conv1d", "embedding", "grouped convolution", "lstm", "attention", "experts"])
 def test_each_kind_of_layer_is_measured_as_its_plain_matrices(kind: str) -> None:
     model = Model(LAYERS[kind][0]()).double()
     ll.inject_adapters(model, config(model))
@@ -91,7 +86,7 @@ def test_each_kind_of_layer_is_measured_as_its_plain_matrices(kind: str) -> None
     check(model)
 
 
-@pytest.mark.parametrize("kwargs", [{"use_dora": True}, {"init": "pissa"}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{"use_dora": True}, {"init": "pissa", "use_rslora": True}], ids=str)
 def test_each_form_of_update_is_the_merged_weight_minus_the_bases(kwargs: dict[str, Any]) -> None:
     check(two(**kwargs), 4)
 
@@ -160,7 +155,7 @@ def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one
 # Similarity
 
 
-@given(st.integers(1, 5), st.integers(1, 8), st.sampled_from("AB"))
+@pytest.mark.parametrize(("i", "j", "side"), [(1, 8, "A"), (5, 3, "A"), (2, 2, "B")])
 def test_similarity_is_that_of_singular_vectors(i: int, j: int, side: str) -> None:
     one, other = two(5), two(8, seed=1)
     metric, grid = SubspaceSimilarity(i, j, side=side), SubspaceSimilarity(side=side)  # type: ignore[arg-type]
@@ -214,10 +209,9 @@ def test_grids_are_pooled_as_far_as_all_matrices_go_and_i_stops_there_too() -> N
 
 
 def test_one_number_is_pooled() -> None:
-    model = two()
-    each = list(UpdateNorm()(model).values())
-    for reduction, function in (("mean", torch.mean), ("max", torch.max), ("min", torch.min)):
-        assert UpdateNorm(reduction=reduction)(model) == function(torch.stack(each))  # type: ignore[arg-type]
+    each = torch.stack(list(UpdateNorm()(model := two()).values()))
+    for reduction in ("mean", "max", "min"):
+        assert UpdateNorm(reduction=reduction)(model) == getattr(each, reduction)()  # type: ignore[arg-type]
 
 
 def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,15 +256,11 @@ def test_an_unknown_word_is_refused() -> None:
     for kind, name in ((UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")):
         with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
             kind(**{name: "sum"})
-    for i, j in ((0, None), (2, 0), (-1, None), (None, -2)):
-        with pytest.raises(ll.ConfigError, match="Expected numbers of directions, at least 1"):
-            SubspaceSimilarity(i, j)
 
 
 def test_a_model_without_adapters_is_refused() -> None:
-    for metric in (UpdateNorm(), EffectiveRank(), Amplification()):
-        with pytest.raises(ll.AdapterStateError, match="Linear has no adapters"):
-            metric.update(nn.Linear(2, 2))
+    with pytest.raises(ll.AdapterStateError, match="Linear has no adapters"):
+        UpdateNorm().update(nn.Linear(2, 2))
 
 
 # In a Trainer, and over processes

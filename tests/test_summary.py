@@ -110,12 +110,11 @@ def test_blocks_are_one_row_and_different_layers_are_several() -> None:
     assert groups["layer*.self_attention"].parts == ("q", "k", "v", "out")
 
 
-@pytest.mark.parametrize("width", [44, 80])
-def test_rows_fit_and_hold_whole_names_at_any_width(width: int) -> None:
+def test_rows_fit_and_hold_whole_names() -> None:
     model = nn.ModuleDict({"network": Stacks(), "norm": nn.LayerNorm(8)})
     inject_adapters(model, LoRAConfig(r=2))
-    lines = printed(summarize(model), width, trained_only=True).splitlines()
-    assert all(len(line) <= width for line in lines)
+    lines = printed(summarize(model), 44, trained_only=True).splitlines()
+    assert all(len(line) <= 44 for line in lines)
     names = "".join(line.split("│")[1] for line in lines if "│" in line).replace(" ", "")
     assert "network.blocks.encoder_layer_*.self_attention[q,k,v,out](×12)network.blocks" in names
     assert "network.heads.21otherlayer" in names and "1,536" in "".join(lines)

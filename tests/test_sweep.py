@@ -103,12 +103,11 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
 @pytest.mark.parametrize(
     ("build", "varied", "options"),
     [
-        (Rich, {"r": [1, 2, 4]}, {"accumulate_grad_batches": 2}),
+        (Rich, {"r": [1, 2]}, {"accumulate_grad_batches": 2, "loaders": lambda: loaders(num_workers=1)}),
         (lambda: Rich(manual=True), {"init": ["kaiming", "pissa"]}, {}),
         (Rich, {"lr_scale": [1, 10], "dropout": [0.0, 0.1]}, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
-        (Rich, {"r": [1, 2]}, {"loaders": lambda: loaders(num_workers=1)}),
     ],
-    ids=["accumulated", "manual", "validated often", "workers"],
+    ids=["accumulated, workers", "manual", "validated often"],
 )
 def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, varied: Any, options: Any) -> None:
     fit, made = fitting(tmp_path, build, **options)
@@ -126,7 +125,7 @@ def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, va
 def test_one_module_may_be_used_for_all(tmp_path: Path) -> None:
     model = Rich()
     fit, made = fitting(tmp_path, lambda: model)
-    sweep = LoRASweep(r=[1, 2], alpha=[4, 64], keep=1, **HEAD, directory=tmp_path / "sweep")
+    sweep = LoRASweep(r=[1, 2], keep=1, **HEAD, directory=tmp_path / "sweep")
     base = state(model)
     L.seed_everything(3, verbose=False)
     sweep.run(fit)
@@ -137,23 +136,21 @@ def test_one_module_may_be_used_for_all(tmp_path: Path) -> None:
 
 
 def test_the_better_half_goes_on_after_each_epoch(tmp_path: Path, capsys: Any, caplog: Any) -> None:
-    fit, made = fitting(tmp_path, LitTiny, max_epochs=4)
-    sweep = LoRASweep(r=[1, 2], alpha=[1, 4, 16, 64], directory=tmp_path / "sweep")
+    fit, made = fitting(tmp_path, LitTiny)
+    sweep = LoRASweep(r=[1, 2], alpha=[1, 16], directory=tmp_path / "sweep")
     with caplog.at_level("INFO"):
         results = sweep.run(fit)
-    assert [each["dropped"] for each in results] == [None, 3, 2, 2, 1, 1, 1, 1]
-    assert [len(each["metrics"]) for each in results] == [4, 3, 2, 2, 1, 1, 1, 1]
-    assert len(made) == 8 + 4 + 2 + 1 + 1 and results is sweep.results
-    ends = [each["metrics"][-1] for each in results]
-    assert ends[2:4] == sorted(ends[2:4]) and ends[4:] == sorted(ends[4:])
-    assert f"LoRASweep, epoch 3: {results[0]['name']} is best; 1 of 2 go on." in caplog.text
+    assert [each["dropped"] for each in results] == [None, 2, 1, 1]
+    assert [len(each["metrics"]) for each in results] == [3, 2, 1, 1]
+    assert len(made) == 4 + 2 + 1 + 1 and results is sweep.results
+    assert results[2]["metrics"] < results[3]["metrics"]
+    assert f"LoRASweep, epoch 2: {results[0]['name']} is best; 1 of 2 go on." in caplog.text
     shown = capsys.readouterr().out
     assert all(f"{name} " in shown for name in ("Adapter", "val_loss", "Dropped after", *sweep.runs))
     assert {each.name for each in sweep.directory.iterdir()} == {f"{name}.ckpt" for name in sweep.runs}
 
 
-@pytest.mark.parametrize("merge", ["best", False])
-def test_the_module_ends_as_after_a_fit_of_the_best_alone(tmp_path: Path, merge: Any) -> None:
+def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def fit(callback: Any, ckpt_path: Any = None) -> None:
@@ -161,22 +158,21 @@ def test_the_module_ends_as_after_a_fit_of_the_best_alone(tmp_path: Path, merge:
         made.append(trainer(tmp_path, [callback, files], max_epochs=3))
         made[-1].fit(Rich(), *loaders(), ckpt_path=ckpt_path)
 
-    sweep = LoRASweep(r=[1, 2], merge=merge, monitor="val_acc", mode="max", directory=tmp_path / "sweep")
+    sweep = LoRASweep(r=[1, 2], merge="best", monitor="val_acc", mode="max", directory=tmp_path / "sweep")
     L.seed_everything(3, verbose=False)
     best = sweep.run(fit)[0]
     L.seed_everything(3, verbose=False)
     swept = made[-1].lightning_module
     fit(LoRACallback(**sweep.runs[best["name"]]))
-    assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept) is (merge == "best")
+    assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path, first: bool) -> None:
+def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             trainer.should_stop = len(pl_module.q_proj.lora_A) == 1
 
-    fit, _ = fitting(tmp_path, LitTiny, *([Stop] if first else [Stop, lambda: EarlyStopping("val_loss")]))
+    fit, _ = fitting(tmp_path, LitTiny, Stop, lambda: EarlyStopping("val_loss"))
     sweep = LoRASweep(r=[1, 2, 3], keep=0.9, directory=tmp_path / "sweep")
     sweep.run(fit)
     assert {each["r"]: len(each["metrics"]) for each in sweep.results} == {1: 1, 2: 3, 3: 3}
@@ -208,39 +204,27 @@ def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> Non
     assert adapters(model) == ("de",)
 
 
-def test_a_fit_that_is_left_out_at_the_end_is_noticed(tmp_path: Path) -> None:
-    fit, made = fitting(tmp_path, LitTiny)
-    with pytest.raises(ConfigError, match="the last one merges the best adapter"):
-        LoRASweep(r=[1, 2], keep=1, directory=tmp_path).run(lambda *given: len(made) == 2 or fit(*given))
-
-
 class Diverges(LitTiny):
-    """Adapters of some ranks have no loss."""
-
-    ranks = (1,)
+    """Adapters of rank 1 have no loss."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         rank = len(self.q_proj.lora_A)  # type: ignore[arg-type]
-        self.log("val_loss", self.loss(batch) * (torch.nan if rank in self.ranks else 1))
-
-
-class DivergesAlways(Diverges):
-    ranks = (1, 2, 3)  # type: ignore[assignment]
+        self.log("val_loss", self.loss(batch) * (torch.nan if rank == 1 else 1))
 
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_an_adapter_without_a_number_is_last_also_if_it_stopped_by_itself(tmp_path: Path, stops: bool) -> None:
     others = [lambda: EarlyStopping("val_loss")] * stops
     fit, _ = fitting(tmp_path, Diverges, *others)
-    assert [each["r"] for each in LoRASweep(r=[1, 2, 3], directory=tmp_path).run(fit)][-1] == 1
+    assert [each["r"] for each in LoRASweep(r=[1, 2], directory=tmp_path).run(fit)][-1] == 1
 
 
 def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
-    model = DivergesAlways()
+    model = Diverges()
     fit, _ = fitting(tmp_path, lambda: model)
     before = state(model)
     with pytest.raises(ConfigError, match="val_loss is NaN for all adapters"):
-        LoRASweep(r=[1, 2, 3], directory=tmp_path).run(fit)
+        LoRASweep(r=1, alpha=[1, 2], directory=tmp_path).run(fit)
     assert same(state(model), before) and find_record(model) is None
 
 
@@ -261,11 +245,7 @@ def forgets_the_callback(folder: Path) -> Any:
         (forgets_the_callback, {}, "makes a Trainer with the callback that it gets"),
         (lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0], {}, "No validation has run"),
         (lambda folder: fitting(folder, max_steps=9)[0], {}, "does not work with max_steps"),
-        (
-            lambda folder: fitting(folder, LitTiny, lambda: StochasticWeightAveraging(0.1))[0],
-            {},
-            "that average weights",
-        ),
+        (lambda folder: fitting(folder, Rich, lambda: StochasticWeightAveraging(0.1))[0], {}, "that average weights"),
         (lambda folder: fitting(folder, reload_dataloaders_every_n_epochs=1)[0], {}, "with reload_dataloaders"),
         (lambda folder: fitting(folder)[0], {"monitor": "val_los_"}, "'val_los_' is not logged .* Found: .*'val_loss'"),
     ],
@@ -282,16 +262,15 @@ def test_other_processes_are_refused(tmp_path: Path) -> None:
         LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(fit)
 
 
-@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
-def test_an_error_in_a_fit_ends_all_and_leaves_the_base(tmp_path: Path, error: Any) -> None:
+def test_an_error_in_a_fit_ends_all_and_leaves_the_base(tmp_path: Path) -> None:
     class Stops(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 3 and len(pl_module.q_proj.lora_A) == 2:
-                raise error
+                raise StopError
 
     model = LitTiny()
     before = state(model)
-    with pytest.raises((StopError, SystemExit)):
+    with pytest.raises(StopError):
         LoRASweep(r=[1, 2], directory=tmp_path).run(fitting(tmp_path, lambda: model, Stops)[0])
     assert same(state(model), before) and find_record(model) is None
     with pytest.raises(TargetError, match="q_porj"):

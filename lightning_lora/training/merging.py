@@ -24,7 +24,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.record import find_record, forget_record, keep_record
+from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
@@ -181,16 +181,9 @@ def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results:
     if _KEY not in results:
         return
     pl_module, folder = trainer.lightning_module, results[_KEY]
-    try:
-        contents, tensors = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=True)
-        record = _Unpickler(BytesIO(contents), tensors).load()
-    except Exception as error:
-        _warn_of_loss(error)
-        forget_record(pl_module)  # which is of earlier weights
-        return
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    keep_record(pl_module, record)
+    contents, tensors = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=True)
+    shutil.rmtree(folder)
+    keep_record(pl_module, _Unpickler(BytesIO(contents), tensors).load())
     rank_zero_info(
         f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and its "
         "adapters back. (To use these weights as a new base, call remove_adapters on it first.)"

@@ -1,7 +1,6 @@
 """A training run in its own process, for tests that kill, spawn and resume.
 
-Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [OPTION ...]
-Writes FOLDER/result.pt: the module's state after fit, and what tests of the best file give.
+It writes FOLDER/result.pt: the module's state after fit, and what tests of the best file give.
 """
 
 import argparse
@@ -70,7 +69,7 @@ def main(*argv: str) -> None:
     parser.add_argument("--merge", default="last")
     parser.add_argument("--module", default="LitTiny")
     parser.add_argument("--test", action="store_true")
-    arguments = parser.parse_args(argv or None)
+    arguments = parser.parse_args(argv)
 
     L.seed_everything(7, verbose=False)
     model = {module.__name__: module for module in (LitTiny, Tied, Wide)}[arguments.module]()
@@ -93,7 +92,3 @@ def main(*argv: str) -> None:
     result["best"] = checkpoint.best_model_path
     if t.global_rank == 0:
         torch.save(result, arguments.folder / "result.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -160,33 +160,22 @@ DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 @pytest.mark.parametrize(
     ("kind", "build", "kwargs", "options"),
     [
-        ("sharded", LitNet, {}, {}),
-        ("in one file", LitNet, {}, {}),
         ("sharded", LitNet, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        ("in one file", LitNet, {**HEAD, "init": "pissa"}, {}),
+        ("sharded", LitNet, {**ALL, "dropout": 0.0}, {}),
         ("sharded", Manual, {}, {}),
-        pytest.param("sharded", Late, {}, {}, marks=UNTRAINED),
-        ("sharded", Checkpointed, {}, {}),
         ("sharded", Blocks, {}, {}),
         pytest.param("sharded", Uneven, {}, {}, marks=DEAD),
         ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),
         ("sharded", Llama, {"merge": "last"}, {}),
         ("sharded", Fused, HEAD, {}),
-        ("sharded", LitNet, {"bias": "all"}, {}),
-        ("sharded", LitNet, {"init": "olora"}, {}),
-        ("sharded", LitNet, {**HEAD, "use_dora": True, "dropout": 0.0}, {}),
-        ("sharded", LitNet, {**HEAD, "init": "pissa"}, {}),
-        ("sharded", LitNet, {**HEAD, "lr_scale": 10}, {}),
-        zero("zero2", LitNet, {**HEAD, "lr_scale": {"A": 2, "B": 8}}, {}),
-        zero("zero1", LitNet, {}, {}),
-        zero("zero2", LitNet, ALL, {}),
+        zero("zero2", LitNet, {**ALL, "lr_scale": {"A": 2, "B": 8}}, {}),
         # up to rounding
         ("sharded", LitNet, {**HEAD, "bias": "lora_only"}, {"gradient_clip_val": 0.1, **NEAR}),
         ("sharded", LitNet, HEAD, {"precision": "bf16-true", **ROUNDED}),
-        ("sharded", LitNet, HEAD, {"precision": "bf16-mixed", **ROUNDED}),
         # four gradients are added in another order
         ("sharded", sharded.InPairs, {**HEAD, "merge": "last"}, {"devices": 4, **NEAR}),
-        zero("zero1", LitNet, {}, {"accumulate_grad_batches": 2, **ROUNDED}),
-        zero("zero2", LitNet, {}, {"gradient_clip_val": 0.1, **ROUNDED}),
+        zero("zero1", LitNet, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, **ROUNDED}),
     ],
 )
 def test_processes_train_and_store_what_ddp_does(
@@ -215,22 +204,15 @@ def test_processes_train_and_store_what_ddp_does(
 @pytest.mark.parametrize(
     ("written", "resumed", "build", "kwargs"),
     [
-        ("ddp", "ddp", LitNet, {}),
-        ("ddp", "sharded", LitNet, {}),
         ("sharded", "sharded", WarmsUp, {}),
         ("sharded", "sharded", Meta, {}),
-        ("sharded", "sharded", Late, {}),
-        ("sharded", "ddp", Meta, {}),
+        pytest.param("sharded", "sharded", Late, {}, marks=UNTRAINED),
         ("sharded", "ddp", Checkpointed, {}),
-        ("ddp", "sharded", LitNet, {**HEAD, "merge": "last"}),
-        ("sharded", "sharded", LitNet, {"use_dora": True, "merge": "last"}),
-        ("ddp", "sharded", LitNet, {"init": "pissa", "merge": "last"}),
-        ("sharded", "sharded", LitNet, {"lr_scale": 10, "merge": "last"}),
-        zero("zero1", "zero1", LitNet, {}),
-        zero("zero2", "zero2", LitNet, {}),
+        ("ddp", "sharded", LitNet, {**HEAD, "init": "pissa", "merge": "last"}),
+        ("sharded", "sharded", LitNet, {"use_dora": True, "lr_scale": 10, "merge": "last"}),
         zero("ddp", "zero2", LitNet, {}),
         zero("zero2", "sharded", LitNet, {}),
-        zero("zero2", "ddp", LitNet, {"lr_scale": 10}),
+        zero("zero1", "ddp", LitNet, {"lr_scale": 10}),
     ],
 )
 def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str, build: Any, kwargs: Any) -> None:
@@ -274,12 +256,12 @@ def test_evaluation_on_shards_adds_what_a_file_has(tmp_path: Path) -> None:
 # Merging
 
 
-def whole_life(kind: str, folder: Path, merge: str) -> tuple[State, list[str], State, State, list[float]]:
+def whole_life(kind: str, folder: Path) -> tuple[State, list[str], State, State, list[float]]:
     """Fit with a merge, evaluate, evaluate a file, unmerge, fit again."""
     L.seed_everything(1, verbose=False)
     module, scores = LitNet(), []
     best = ModelCheckpoint(folder / kind, monitor="loss", filename="best")
-    t = trainer_of(kind, folder, [lora(merge=merge), best], enable_checkpointing=True)
+    t = trainer_of(kind, folder, [lora(merge="best"), best], enable_checkpointing=True)
     t.fit(module, data(), data())
     merged, classes = whole_state(module), sorted({type(m).__name__ for m in module.modules()})
     scores.append(t.validate(module, data(), verbose=False)[0]["loss"])
@@ -295,10 +277,10 @@ def whole_life(kind: str, folder: Path, merge: str) -> tuple[State, list[str], S
     return merged, classes, base, whole_state(module), scores
 
 
-@pytest.mark.parametrize(("kind", "merge"), [("sharded", "best"), ("sharded", "last"), zero("zero2", "best")])
-def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str, merge: str) -> None:
-    merged, classes, base, second, scores = run_ranks(whole_life, kind, tmp_path, merge)[1]
-    of_ddp = run_ranks(whole_life, "ddp", tmp_path, merge)[0]
+@pytest.mark.parametrize("kind", ["sharded", zero("zero2")])
+def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> None:
+    merged, classes, base, second, scores = run_ranks(whole_life, kind, tmp_path)[1]
+    of_ddp = run_ranks(whole_life, "ddp", tmp_path)[0]
     assert_same(merged, of_ddp[0])
     assert_same(base, {f"model.{name}": value for name, value in pretrained().items()})
     assert_same(second, of_ddp[3])
@@ -306,9 +288,8 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str, merg
     assert not [name for name in classes if "LoRA" in name]
     module = built(tmp_path / kind / "best.ckpt")
     merge_adapters(module)
-    if merge == "best":
-        assert scores[0] == pytest.approx(scores[2], rel=1e-5)
-        assert_same(whole_state(module), merged)
+    assert scores[0] == pytest.approx(scores[2], rel=1e-5)
+    assert_same(whole_state(module), merged)
 
 
 # Errors
@@ -349,7 +330,7 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
     [
         ("sharded", FailsAlone, HEAD, "ValueError: alone"),
         ("sharded", InjectsFirst, {}, r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base"),
-        *((kind, Unused, {}, NO_GRADIENT) for kind in ("ddp", "sharded")),
+        ("sharded", Unused, {}, NO_GRADIENT),
         zero("zero2", Unused, {}, NO_GRADIENT),
         ("sharded", New, {}, r"FreshLayerWarning: .*model.layers.1.up"),
     ],
@@ -439,15 +420,13 @@ def in_processes(size: int, folder: Path, kwargs: dict[str, Any], path: Path | N
 
 
 KWARGS: list[dict[str, Any]] = [
-    {},
     {"use_dora": True},
-    {"init": "pissa"},
     {"modules_to_save": ["up", "norm"], "bias": "all"},
     {"target_modules": ["up", "down"], "target_slices": {"up": {"a": [0, 24]}, "down": {"a": [0, 5], "b": [7, 12]}}},
 ]
 
 
-@pytest.mark.parametrize(("size", "kwargs"), [(2, KWARGS[0]), *((1, kwargs) for kwargs in KWARGS)], ids=str)
+@pytest.mark.parametrize(("size", "kwargs"), [(2, {}), *((1, kwargs) for kwargs in KWARGS)], ids=str)
 def test_parallel_matrices_train_as_in_one_process(tmp_path: Path, size: int, kwargs: dict[str, Any]) -> None:
     if kwargs.get("use_dora") and Version(torch.__version__) < Version("2.13"):
         pytest.skip("torch 2.7 cannot split what DoRA computes, and says so")
@@ -463,14 +442,13 @@ def test_processes_that_share_a_matrix_drop_the_same_features(tmp_path: Path) ->
     assert_same(second, first)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_they_resume_load_and_merge_anywhere(tmp_path: Path, size: int) -> None:
-    whole = in_processes(size, tmp_path, {})[0]
-    for found in in_processes(size, tmp_path / "b", {}, path_of(tmp_path, "parallel", 0)):
+def test_they_resume_load_and_merge_anywhere(tmp_path: Path) -> None:
+    whole = in_processes(1, tmp_path, {})[0]
+    for found in in_processes(1, tmp_path / "b", {}, path_of(tmp_path, "parallel", 0)):
         assert_same(found, whole)
     file = path_of(tmp_path, "parallel", 1)
     assert_same(whole_state(built(file)), whole)
-    merged = in_processes(size, tmp_path / "c", {"merge": "last"}, path_of(tmp_path, "parallel", 0))[0]
+    merged = in_processes(1, tmp_path / "c", {"merge": "last"}, path_of(tmp_path, "parallel", 0))[0]
     one = in_one_process(tmp_path / "d", {"merge": "last"}, file)
     assert_same(merged, one)
     assert not torch.equal(merged["model.layers.0.up.weight"], pretrained()["layers.0.up.weight"])

@@ -38,7 +38,8 @@ def fitted(folder: Path, **kwargs: Any) -> LitNet:
     return module.eval()
 
 
-def files(folder: Path, kwargs: dict[str, Any]) -> tuple[State, State, Tensor]:
+def files(folder: Path) -> tuple[State, State, Tensor]:
+    kwargs: dict[str, Any] = {"modules_to_save": ["head"], "use_dora": True, "dropout": 0.0}
     module = fitted(folder, **kwargs)
     ll.save_adapter(module, folder / "a.safetensors")
     assert load_file(folder / "a.safetensors").keys() == ll.adapter_state_dict(module).keys()
@@ -52,9 +53,8 @@ def files(folder: Path, kwargs: dict[str, Any]) -> tuple[State, State, Tensor]:
         return trained, ll.adapter_state_dict(again), module.model(X)
 
 
-@pytest.mark.parametrize("kwargs", [{"modules_to_save": ["head"]}, {"use_dora": True, "dropout": 0.0}], ids=str)
-def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    (trained, state, output), other = run_ranks(files, tmp_path, kwargs)
+def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path) -> None:
+    (trained, state, output), other = run_ranks(files, tmp_path)
     assert not [name for name, value in state.items() if type(value) is not Tensor and type(value) is not nn.Parameter]
     for source in ("a.safetensors", "peft-0", "peft-1"):
         module = built(tmp_path / source)
@@ -108,9 +108,7 @@ def test_verbs_work_on_shards(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     run_ranks(life, tmp_path, kwargs)
 
 
-class Asks(L.Callback):
-    """Calls save_pretrained in the first process alone: without a state, and with one that all have gathered."""
-
+class Asks(L.Callback):  # calls save_pretrained in the first process: without a state, and with one that all gathered
     def __init__(self, folder: Path) -> None:
         self.folder, self.said = folder, set[str]()
 
@@ -276,18 +274,17 @@ class Unseeded(Blocks):  # what is not sharded was drawn anew in each process, w
         return net
 
 
-def unseeded(folder: Path, kwargs: dict[str, Any]) -> State:
+def unseeded(folder: Path) -> State:
     module = Unseeded()
-    trainer_of("sharded", folder, [lora(**kwargs), Saves(folder, "sharded")]).fit(module, data(), data())
+    trainer_of("sharded", folder, [lora(), Saves(folder, "sharded")]).fit(module, data(), data())
     state = whole_state(module)
-    t = trainer_of("sharded", folder, [lora(**kwargs)], max_epochs=3)
+    t = trainer_of("sharded", folder, [lora()], max_epochs=3)
     t.fit(Unseeded(), data(), ckpt_path=path_of(folder, "sharded", 1), weights_only=True)
     return state
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)
-def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path, kwargs: Any) -> None:
-    first, second = run_ranks(unseeded, tmp_path, kwargs)
+def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path) -> None:
+    first, second = run_ranks(unseeded, tmp_path)
     assert_same(second, first)
     assert first["model.mask"].all() and not first["model.turn"].any() and not first["model.count"]
 

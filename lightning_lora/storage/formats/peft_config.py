@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.disk import local_path
-from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first

@@ -77,8 +77,6 @@ class LoRAStrategy(Strategy, InPlace):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
         reduced = super().__reduce_ex__(protocol)
-        if reduced[1] != self.overlaid:  # the class's own way
-            return reduced
         kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
         others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
         return object.__new__, (self.lora_kind,), {**kept, **others}
@@ -121,9 +119,7 @@ class LoRAStrategy(Strategy, InPlace):
             self.lora_note_base()
         with keeping_adapters(self.precision_plugin):
             super().setup(trainer)
-        view = view_of(self.lora_module)
-        freeze(view)  # sync_batchnorm makes new norms
-        view.follow_base()  # which may have been converted
+        view_of(self.lora_module).follow_base()  # which may have been converted
         self.lora_note_converted_base()
 
     def lora_adapt(self, **options: Any) -> None:
@@ -166,7 +162,7 @@ class LoRAStrategy(Strategy, InPlace):
             yield
         finally:
             note_frozen(view_of(self.lora_module))
-            freeze(view_of(self.lora_module))
+            freeze(view_of(self.lora_module))  # also the norms that sync_batchnorm has made
 
     # Load
 

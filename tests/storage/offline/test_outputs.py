@@ -61,7 +61,7 @@ OVER: list[tuple[Callable[..., object], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("write", "names"), OVER, ids=str)
+@pytest.mark.parametrize(("write", "names"), OVER)
 def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any, names: list[str]) -> None:
     before = contents(folder)
     with pytest.raises(ll.AdapterFileError, match=r"would be written over .* Choose another place"):
