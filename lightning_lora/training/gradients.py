@@ -236,6 +236,7 @@ class _RequiringGradients(_OWN):
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in inputs
             )
+        function = gradients_pass(open_ones[-1])(function)  # a backward pass may recompute it in a thread of torch
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
 
 

@@ -93,7 +93,8 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
             moved.append(adapters)
             follows.append((number, scale))
     if moved:
-        hooks = [optimizer.register_step_pre_hook(_begin_step), optimizer.register_step_post_hook(_end_step)]
+        hooks = [optimizer.register_load_state_dict_pre_hook(_check_stored)]
+        hooks += [optimizer.register_step_pre_hook(_begin_step), optimizer.register_step_post_hook(_end_step)]
         _BEHIND[optimizer] = _Behind(slice(len(kept), len(kept + moved)), follows, hooks)
         follow(optimizer)
     return kept + moved
@@ -121,6 +122,14 @@ def follow(*optimizers: Any) -> None:
                         own[key] = own[key].copy_(value * scale) if isinstance(own.get(key), Tensor) else value * scale
                     elif key in _ALIKE:
                         own[key] = value
+
+
+def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the states of A for B: the sizes may be the same."""
+    both = state["param_groups"], optimizer.param_groups
+    stored, here = ([group.get("name") for group in groups[_BEHIND[optimizer].place]] for groups in both)
+    if stored != here:
+        raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
 
 def _show(optimizer: Optimizer) -> None:

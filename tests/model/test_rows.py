@@ -17,6 +17,7 @@ from lightning_lora import (
     LoRAConfig,
     adapter_names,
     adapters,
+    combine_adapters,
     disable_adapters,
     inject_adapters,
     load_adapter,
@@ -359,6 +360,7 @@ def test_what_would_change_the_layers_is_refused_by_name_in_a_block(tmp_path: Pa
     model, x = linear(nn.Linear(4, 4))
     save_adapter(model, tmp_path / "a.safetensors")
     calls: dict[str, Callable[[], object]] = {
+        "combine_adapters": lambda: combine_adapters(model, {"de": 1, "fr": 1}, name="both"),
         "inject_adapters": lambda: inject_adapters(model, only("1"), name="new"),
         "load_adapter": lambda: load_adapter(model, tmp_path / "a.safetensors", name="file"),
         "merge_adapters": lambda: merge_adapters(model),

@@ -382,6 +382,13 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp
             fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
 
 
+def test_the_states_of_a_are_not_taken_for_b_of_the_same_size(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, scaled(lr_scale={"A": 10}, r=8), max_epochs=1)
+    t.save_checkpoint(file := tmp_path / "a.ckpt")
+    with pytest.raises(OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"):
+        fit(tmp_path, scaled(lr_scale={"B": 10}, r=8), ckpt_path=file, max_epochs=2)
+
+
 def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
     model = Scheduled("ExponentialLR", early=True)
     for scale, groups in ((10, 2), ({"A": 2, "B": 3}, 3), (1, 1), (4, 2), (5, 2)):
