@@ -188,7 +188,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("build", "config", "message"), MISTAKES)
-def test_a_mistake_is_named_and_changes_nothing(build: Any, config: dict[str, Any], message: str) -> None:
+def test_mistake_is_named_and_changes_nothing(build: Any, config: dict[str, Any], message: str) -> None:
     with unchanged(model := build()), pytest.raises(TargetError, match=message):
         adapted(model, **config)
     assert is_plain(model)

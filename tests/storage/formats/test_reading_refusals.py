@@ -118,17 +118,6 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(9, 8)}), BASE, "tokens were"),
     (Mixed, {}, holds(TWICE), FILE, "two updates of one Linear"),
     (Mixed, MORE, holds({"linear.lora_magnitude_vector.weight": torch.zeros(8)}), MODEL, "whose magnitude is zero"),
-    # it lacks what the configuration names: PEFT takes start values for these, with a warning at most
-    (Mixed, TWO, lacks("c_proj"), FILE, "'c_proj'"),
-    (Mixed, MORE, lacks(r"c_proj\.lora_mag.*"), FILE, "use_dora=True.*'c_proj'"),
-    (Mixed, MORE, asks(use_dora=False), FILE, "use_dora=False.*'c_proj', 'linear'"),
-    (Mixed, MORE, lacks("head"), FILE, "names 'head' in"),
-    (Mixed, MORE, lacks(r"head\.bias"), FILE, "names 'head' in"),
-    (Mixed, MORE, lacks("embed"), FILE, "'embed: rows'"),
-    (Expert, RNN, lacks("rnn"), FILE, "names 'rnn' in"),
-    (Blocks, {"target_modules": ["q", "k"]}, lacks(r"m\.h\.1\.k"), FILE, r"names 'm\.h\.1\.k' in"),
-    (Blocks, {"target_modules": ["mlp.0", "mlp.2"]}, lacks(r".*mlp\.2"), FILE, r"'m\.h\.0\.mlp\.2'"),
-    (Blocks, {**ONE, "bias": "all"}, asks(layers_to_transform=None), FILE, r"names 'm\.h\.0\.q' in"),
     # what the model is
     (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
     (Attending, {"target_modules": ["out_proj"]}, asks(), MODEL, "its nn.MultiheadAttention never calls"),
@@ -143,6 +132,30 @@ def test_what_does_not_fit(tmp_path: Path, make: Any, config: Any, change: Chang
     written(tmp_path, make, **config)
     change(tmp_path)
     check_refused(tmp_path, built(make), error, match)
+
+
+LACKING: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, str]] = [
+    (Mixed, TWO, lacks("c_proj"), "'c_proj'"),
+    (Mixed, MORE, lacks(r"c_proj\.lora_mag.*"), "use_dora=True.*'c_proj'"),
+    (Mixed, MORE, asks(use_dora=False), "use_dora=False.*'c_proj', 'linear'"),
+    (Mixed, MORE, lacks("head"), "names 'head' in"),
+    (Mixed, MORE, lacks(r"head\.bias"), "names 'head' in"),
+    (Mixed, MORE, lacks("embed"), "'embed: rows'"),
+    (Expert, RNN, lacks("rnn"), "names 'rnn' in"),
+    (Blocks, {"target_modules": ["q", "k"]}, lacks(r"m\.h\.1\.k"), r"names 'm\.h\.1\.k' in"),
+    (Blocks, {"target_modules": ["mlp.0", "mlp.2"]}, lacks(r".*mlp\.2"), r"'m\.h\.0\.mlp\.2'"),
+    (Blocks, {**ONE, "bias": "all"}, asks(layers_to_transform=None), r"names 'm\.h\.0\.q' in"),
+]
+
+
+@pytest.mark.parametrize(("make", "config", "change", "match"), LACKING)
+def test_a_file_that_lacks_what_its_configuration_names(
+    tmp_path: Path, make: Any, config: Any, change: Change, match: str
+) -> None:
+    """PEFT takes start values for these, with a warning at most."""
+    written(tmp_path, make, **config)
+    change(tmp_path)
+    check_refused(tmp_path, built(make), ll.AdapterFileError, match)
 
 
 def test_files_that_are_missing(tmp_path: Path) -> None:
