@@ -21,12 +21,16 @@ from tests.support.storage import trained
 
 def test_injection_is_idempotent_and_takes_in_new_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    config = ll.LoRAConfig(r=2, modules_to_save=None)
+    config, bias = ll.LoRAConfig(r=2, bias="all"), model[0].bias.detach().clone()
     ll.inject_adapters(model, config)
     factor = model[0].lora_A
+    randomise(model)
+    nn.init.ones_(model[0].bias)  # it has trained
     model.append(nn.Linear(4, 4))
     assert ll.inject_adapters(model, config) == ("0", "1")
     assert model[0].lora_A is factor and not model[1].weight.requires_grad
+    ll.remove_adapters(model)
+    assert torch.equal(model[0].bias, bias)
 
 
 OTHERS: list[dict[str, Any]] = [{"r": 1}, {"alpha": 7}, {"dropout": 0.1}, {"target_modules": ["v_proj"]}]

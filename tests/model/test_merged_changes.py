@@ -81,6 +81,7 @@ def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapt
 
 TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
+    "the other converted": lambda model: model.lm_head.half(),
     "the base changed": lambda model: model.embed.weight.data.add_(1),
     "the tie broken": lambda model: setattr(model.embed, "weight", nn.Parameter(model.embed.weight.detach().clone())),
     "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
