@@ -24,3 +24,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a test of the CLI sets it, and new processes obey it
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline gives it to the workers of pytest-xdist

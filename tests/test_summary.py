@@ -132,7 +132,6 @@ def test_a_fit_shows_the_fifteen_rows_that_train_most_and_counts_the_others() ->
 
 
 def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
     long = ("network_inside", "encoder_of_this_network", "a_rather_long_name_of_a_part_of_a_model")
     model: nn.Module = nn.Linear(4, 4)
     for name in reversed(long):
