@@ -99,6 +99,13 @@ def test_bags_are_refused_where_embeddings_are(arguments: dict[str, Any], why: s
         ll.inject_adapters(nn.Sequential(nn.EmbeddingBag(6, 4, **arguments)), ll.LoRAConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_token_that_pads_gives_no_gradient_to_its_column(kind: Any) -> None:
+    layer = adapted(kind(6, 4, padding_idx=2))
+    layer(torch.tensor([[1, 2, 5], [2, 1, 1]])).square().sum().backward()
+    assert layer.lora_A.grad.any(dim=0).tolist() == [False, True, False, False, False, True]
+
+
 # Attention: each projection has an update of its own
 
 
