@@ -92,6 +92,7 @@ def check_supported(
 def check_choices(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse choices that patterns or methods do not fit."""
     _check_patterns(names, config, choices)
+    _check_names(choices)
     _check_rank_pattern(names, config, choices)
     _check_methods(config, choices)
 
@@ -139,6 +140,17 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
             raise TargetError(
                 f"{argument} {key!r} has no effect on {names.title}: {listed(before)} before it match all its layers, "
                 "and the first key that matches decides. Put it first."
+            )
+
+
+def _check_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse matrices of a layer whose factors would have the same name."""
+    for name, choice in choices.items():
+        endings = [matrix.name for matrix in choice.matrices]
+        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
+        if twice:
+            raise TargetError(
+                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name."
             )
 
 
