@@ -77,14 +77,13 @@ def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_module_and_a_pipe(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lightning_lora.__main__", raising=False)  # doctests have imported it
     reader, writer = os.pipe()
     os.close(reader)  # as head does when it has seen enough
     monkeypatch.setattr(sys, "argv", ["lightning-lora", "inspect", files[0], "--json"])
     with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as done:
-            runpy.run_module("lightning_lora", run_name="__main__")
+            runpy.run_path(str(Path(ll.__file__).with_name("__main__.py")), run_name="__main__")
     assert not done.value.code
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import environments
 from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.train import LeaveTheGroup
 
-LIMIT = 240
+LIMIT = 180
 """Seconds after which a process that waits for another one ends, and says where it waited."""
 
 Make = Callable[[list[L.Callback]], L.Trainer]

@@ -27,7 +27,7 @@ from tests.support.versions import exact, keeps_random
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 180.0
+LIMIT = 300.0
 """Seconds for one launcher."""
 
 
