@@ -3,14 +3,37 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
+from statistics import mean
 
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
+from .methods import (
+    BEYOND,
+    DEFINITIONS,
+    E2E,
+    EPOCHS,
+    EVERYTHING,
+    GRID,
+    GRID_RATES,
+    MAIN,
+    METHODS,
+    RANKS,
+    RATE,
+    VARIANTS,
+    WHICH,
+    WHOLE,
+)
 
 
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
-    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
-    jobs = [Job(task, name, lr, epochs=epochs) for lr in METHODS[name].rates]
+    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
+
+    With four epochs, the search begins with the best rate of two, and half of it.
+    """
+    rates = METHODS[name].rates
+    if epochs == 4:
+        best = seeds(results, task, name, 2)[0].lr
+        rates = (best / 2, best)
+    jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
     if all(job in results for job in jobs):
@@ -41,7 +64,12 @@ def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[l
 
 def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the finished jobs at the chosen learning rate, one for each seed."""
-    return min(finalists(results, task, name, epochs), key=lambda jobs: sum(nll(results[job]) for job in jobs))
+    return min(finalists(results, task, name, epochs), key=lambda jobs: loss(results, jobs))
+
+
+def loss(results: Results, jobs: list[Job]) -> float:
+    """Return the mean loss on the validation part."""
+    return mean(nll(results[job]) for job in jobs)
 
 
 def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> list[Job]:
@@ -51,6 +79,21 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
         jobs += search(results, task, name, epochs)
         jobs += chain.from_iterable(finalists(results, task, name, epochs))
     return jobs
+
+
+def by_epochs(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs of one and two epochs, and of four if two are better."""
+    jobs = [*compared(results, task, [name], 1), *compared(results, task, [name], 2)]
+    if all(job in results for job in jobs):
+        once, twice = (loss(results, seeds(results, task, name, epochs)) for epochs in (1, 2))
+        jobs += compared(results, task, [name], 4) if twice < once else []
+    return jobs
+
+
+def at_best_epochs(results: Results, task: str, name: str) -> list[Job]:
+    """Return the finished jobs at the best number of epochs and its best rate, one for each seed."""
+    tried = {job.epochs for job in by_epochs(results, task, name)}
+    return min((seeds(results, task, name, each) for each in tried), key=lambda jobs: loss(results, jobs))
 
 
 def at_one_rate(results: Results, name: str) -> list[Job]:
@@ -82,5 +125,13 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "everything": lambda results: [
         *compared(results, "reviews", ["full", *EVERYTHING], 1),
         *compared(results, "definitions", ["full", *EVERYTHING]),
+    ],
+    "epochs": lambda results: [
+        job for task in ("reviews", "definitions") for name in EPOCHS for job in by_epochs(results, task, name)
+    ],
+    "variants": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
+    "whole": lambda results: [
+        *compared(results, "reviews", ["full", *EVERYTHING], 1),
+        *search(results, "reviews", "LoRA everything, r=384", 1),
     ],
 }

@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md and of the README, made from the JSON files alone."""
+"""The tables of the pages, made from the JSON files alone."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,8 +8,22 @@ import numpy as np
 
 from . import stats
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, finalists, in_grid, search, seeds
+from .methods import (
+    BEYOND,
+    DEFINITIONS,
+    E2E,
+    EPOCHS,
+    EVERYTHING,
+    GRID_RANKS,
+    MAIN,
+    RANKS,
+    SCALINGS,
+    VARIANTS,
+    WHICH,
+    WHOLE,
+    grid_name,
+)
+from .plan import PARTS, at_best_epochs, at_one_rate, by_epochs, finalists, in_grid, loss, ranked, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -20,7 +34,7 @@ def grid(results: Results) -> str:
             jobs = in_grid(results, grid_name(r, scaling))
             losses = [nll(results[job]) for job in jobs]
             best = int(np.argmin(losses))
-            cells = [f"{loss:.3f}" for loss in losses]
+            cells = [f"{each:.3f}" for each in losses]
             cells[best] = f"**{cells[best]}**"
             rows.append([scaling, r, *cells])
     return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs)], rows)
@@ -30,8 +44,8 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
     """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
     rows = []
     for name, jobs in jobs_of.items():
-        accuracies = [100 * items(results[job], "correct").mean() for job in jobs]
-        row = [name, f"{jobs[0].lr:g}", f"{np.mean(accuracies):.1f}", " ".join(f"{value:.1f}" for value in accuracies)]
+        of_seeds = " ".join(f"{accuracy(results, [job]):.1f}" for job in jobs)
+        row = [name, f"{jobs[0].lr:g}", f"{accuracy(results, jobs):.1f}", of_seeds]
         row += differences(results, jobs, best)
         own = np.mean([results[job]["own_task"] for job in jobs])
         rows.append([*row, f"{results[jobs[0]]['trained']:,}", f"{100 * own:.1f}"])
@@ -74,10 +88,11 @@ def written(results: Results) -> str:
 def costs(results: Results, task: str) -> str:
     """What each method costs."""
     found, rows = results.found[f"costs-{task}"], []
+    trained = {each["method"]: f"{each['trained']:,}" for each in results.found.values() if each.get("task") == task}
     for name, cost in found.items():
         seconds, of_full = cost["step_seconds"], found["full"]["step_seconds"]
-        rows.append([name, *sizes(cost), f"{seconds:.2f} s", f"{seconds / of_full:.2f}"])
-    return markdown(["method", *SIZES.values(), "a step", "over full"], rows)
+        rows.append([name, trained.get(name, "–"), *sizes(cost), f"{seconds:.2f} s", f"{seconds / of_full:.2f}"])
+    return markdown(["method", "trained", *SIZES.values(), "a step", "over full"], rows)
 
 
 def amplification(results: Results) -> str:
@@ -101,23 +116,78 @@ def sizes(cost: dict[str, float]) -> list[str]:
 
 def overview(results: Results) -> str:
     """How good the main methods are, and what they cost, for the README."""
-    best, cost = seeds(results, "reviews", "full"), results.found["costs-reviews"]
+    best, cost = at_best_epochs(results, "reviews", "full"), results.found["costs-reviews"]
     rows = []
     for name, title in OVERVIEW.items():
-        jobs = seeds(results, "reviews", name)
-        accuracy = 100 * np.mean([items(results[job], "correct").mean() for job in jobs])
+        jobs = at_best_epochs(results, "reviews", name) if name in EPOCHS else seeds(results, "reviews", name)
         behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
-        rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", checkpoint, memory])
-    return markdown(["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
+        trained = f"{results[jobs[0]]['trained']:,}"
+        rows.append([title, jobs[0].epochs, f"{accuracy(results, jobs):.1f} %", behind, trained, checkpoint, memory])
+    return markdown(["", "epochs", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
 
 
 OVERVIEW = {
     "full": "full fine-tuning",
+    "LoRA everything, r=8": "LoRA, everything, r=8",
     "LoRA all, r=8": "LoRA, all linear layers, r=8",
-    "LoRA q v, r=8": "LoRA, query and value, r=8",
     "probe": "new head only",
 }
+
+
+def accuracy(results: Results, jobs: list[Job]) -> float:
+    """Return the mean accuracy on the test part, in per cent."""
+    return 100 * float(np.mean([items(results[job], "correct").mean() for job in jobs]))
+
+
+def short(results: Results) -> str:
+    """Compare methods with full fine-tuning, each at its own best number of epochs and rate, on both tasks."""
+    rows = []
+    for task in CLASSIFYING:
+        best = at_best_epochs(results, task, "full")
+        for name in EPOCHS:
+            jobs = at_best_epochs(results, task, name)
+            found = [jobs[0].epochs, f"{accuracy(results, jobs):.1f}", *differences(results, jobs, best)]
+            rows.append([f"{task}: {name}", *found])
+    return markdown(["", "epochs", "accuracy", "minus full", "loss minus full"], rows)
+
+
+CLASSIFYING = ("reviews", "definitions")
+
+
+def own_epochs(results: Results, task: str) -> str:
+    """Compare the same with seeds, rates and what is forgotten."""
+    jobs_of = {}
+    for name in EPOCHS:
+        jobs = at_best_epochs(results, task, name)
+        jobs_of[f"{name}, {jobs[0].epochs} epoch{'s' * (jobs[0].epochs > 1)}"] = jobs
+    return classified(results, at_best_epochs(results, task, "full"), jobs_of)
+
+
+def epoch_losses(results: Results) -> str:
+    """Mean loss on the validation part by number of epochs, each at its best rate."""
+    rows = []
+    for task in CLASSIFYING:
+        for name in EPOCHS:
+            cells = dict.fromkeys((1, 2, 4), "–")
+            for epochs in {job.epochs for job in by_epochs(results, task, name)}:
+                jobs = seeds(results, task, name, epochs)
+                cells[epochs] = f"{loss(results, jobs):.4f} (at {jobs[0].lr:g})"
+            best = at_best_epochs(results, task, name)[0].epochs
+            rows.append([f"{task}: {name}", *({**cells, best: f"**{cells[best]}**"}).values()])
+    return markdown(["", "1 epoch", "2 epochs", "4 epochs"], rows)
+
+
+def gpt3() -> str:
+    """Count what the paper counts for GPT-3: adapters on query and value of 96 layers, in fp16."""
+    rows = []
+    for r in (1, 4):
+        trained = 96 * 2 * r * (12288 + 12288)
+        rows.append([r, f"{trained:,}", f"{GPT3 / trained:,.0f}", f"{2 * trained / 1e6:.1f} MB"])
+    return markdown(["r", "trained", "times fewer", "checkpoint"], rows)
+
+
+GPT3 = 175_255_800_000  # parameters, by table 4 of the paper
 
 
 def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.ndarray:
@@ -128,8 +198,8 @@ def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.nd
 
 def differences(results: Results, jobs: list[Job], others: list[Job], *sets: str) -> list[str]:
     """Return the differences of accuracy, in points, and of loss, on the test part or on these parts together."""
-    accuracy = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
-    return [accuracy, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
+    points = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
+    return [points, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
 
 
 def difference(
@@ -142,7 +212,7 @@ def difference(
     digits: int,
     *sets: str,
 ) -> str:
-    """Return a difference with its interval. If that holds zero, it is not resolved; rounding decides nothing."""
+    """Return a difference with its interval, bold if that leaves out zero; rounding decides nothing."""
     if jobs == others:
         return ""
     known = (jobs[0].name, others[0].name, keys[0], *sets)
@@ -152,7 +222,7 @@ def difference(
     exact = results.compared[known]
     found, low, high = (signed(factor * value, digits) for value in exact[:3])
     text = f"{found} [{low}, {high}]"
-    return text if exact.is_resolved else f"{text}, not resolved"
+    return f"**{text}**" if exact.is_resolved else text
 
 
 def signed(value: float, digits: int) -> str:
@@ -180,11 +250,12 @@ def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) ->
     for name in names:
         jobs = search(results, task, name, epochs)
         tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
-        best, *_ = seeds(results, task, name, epochs)
+        best, *_ = ranked(results, jobs)
         if len(last := finalists(results, task, name, epochs)) > 1:
             for of_seeds in last:
                 mean = np.mean([nll(results[job]) for job in of_seeds])
                 tried[of_seeds[0]] += f" ({mean:.3f})"
+            best, *_ = seeds(results, task, name, epochs)
         tried[best] = f"**{tried[best]}**"
         rows.append([name, ", ".join(tried.values())])
     return markdown(["", "rate: loss"], rows)
@@ -204,9 +275,9 @@ def pairs(results: Results, jobs_of: Callable[[Results, str], list[Job]], compar
     return markdown(["", "accuracy", "loss"], rows)
 
 
-def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
+def best_rates(task: str, epochs: int = 2) -> Callable[[Results, str], list[Job]]:
     """Return the jobs of a method at its best learning rate."""
-    return lambda results, name: seeds(results, task, name)
+    return lambda results, name: seeds(results, task, name, epochs)
 
 
 def together(results: Results) -> str:
@@ -226,7 +297,7 @@ def verdicts(results: Results) -> str:
         TABLES[table](results)
     found = [each for key, each in results.compared.items() if len(key) == 3]  # of the test part
     resolved, together = [each.is_resolved for each in found], stats.survivors([each.p for each in found])
-    return markdown(["differences", "resolved", "all together"], [[len(found), sum(resolved), sum(together)]])
+    return markdown(["differences", "clear one by one", "clear all together"], [[len(found), sum(resolved), sum(together)]])
 
 
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
@@ -234,6 +305,7 @@ PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
+VARIANT_PAIRS = [(name, "LoRA all, r=8") for name in VARIANTS]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
@@ -256,15 +328,25 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "everything": lambda results: searched(results, "reviews", ["full", *EVERYTHING], 1),
     "everything-definitions": lambda results: searched(results, "definitions", ["full", *EVERYTHING]),
     "everything-rates": lambda results: rates(results, "reviews", EVERYTHING, 1),
+    "epochs": short,
+    "epochs-reviews": lambda results: own_epochs(results, "reviews"),
+    "epochs-definitions": lambda results: own_epochs(results, "definitions"),
+    "epochs-losses": epoch_losses,
+    "variants": lambda results: searched(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
+    "variants-pairs": lambda results: pairs(results, best_rates("reviews", 1), VARIANT_PAIRS),
+    "variants-rates": lambda results: rates(results, "reviews", ["LoRA all, r=8", *VARIANTS], 1),
+    "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *WHOLE], 1),
+    "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
     "table2-together": together,
     "verdicts": verdicts,
 }
-COMPARING = (
+COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything", "everything-definitions"),
+    *("epochs", "variants", "variants-pairs"),
 )
 """Those with differences."""
 
@@ -284,15 +366,20 @@ def fill(page: str, results: Results) -> str:
 
 def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
-    if table == "table3" and "references" not in results.found:
-        return False
-    if table == "overview":
-        return finished("table2", results) and finished("costs-reviews", results)
-    if table == "table2-together":
-        return finished("table2", results) and finished("table6", results)
-    if table == "verdicts":
-        return all(finished(each, results) for each in COMPARING)
-    for end in ("-pairs", "-rates", "-definitions"):
-        table = table.removesuffix(end)
-    table = "subspaces" if table == "table7" else table
-    return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
+    if table in NEEDS:
+        return all(finished(each, results) for each in NEEDS[table])
+    if table in results.found:
+        return True
+    part, _, _ = table.partition("-")
+    return part in PARTS and all(job in results for job in PARTS[part](results))
+
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "gpt3": (),
+    "overview": ("table2", "epochs", "costs-reviews"),
+    "table2-together": ("table2-rates", "table6"),
+    "table3": ("references", "table3-rates"),
+    "table7": ("subspaces",),
+    "verdicts": COMPARING,
+}
+"""Tables that need what their names do not say."""
