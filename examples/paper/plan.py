@@ -82,18 +82,40 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
 
 
 def by_epochs(results: Results, task: str, name: str) -> list[Job]:
-    """Return the jobs of one and two epochs, and of four if two are better."""
-    jobs = [*compared(results, task, [name], 1), *compared(results, task, [name], 2)]
-    if all(job in results for job in jobs):
-        once, twice = (loss(results, seeds(results, task, name, epochs)) for epochs in (1, 2))
-        jobs += compared(results, task, [name], 4) if twice < once else []
+    """Return the jobs that choose the number of epochs: one or two, and four if two are better.
+
+    Each has a search. Three seeds decide between those whose loss is near the lowest.
+    """
+    jobs: list[Job] = []
+    for tried in ((1, 2), (1, 2, 4)):
+        jobs = [job for epochs in tried for job in search(results, task, name, epochs)]
+        if not all(job in results for job in jobs):
+            return jobs
+        near = near_best(results, task, name, tried)
+        jobs += [job for epochs in near for of_seeds in finalists(results, task, name, epochs) for job in of_seeds]
+        if not all(job in results for job in jobs) or lowest(results, task, name, near)[0].epochs != 2:
+            return jobs
     return jobs
+
+
+def near_best(results: Results, task: str, name: str, tried: Iterable[int]) -> list[int]:
+    """Return the numbers of epochs whose loss of one seed is near the lowest."""
+    losses = {epochs: nll(results[ranked(results, search(results, task, name, epochs))[0]]) for epochs in tried}
+    return [epochs for epochs, found in losses.items() if found < min(losses.values()) + NEAR]
+
+
+def lowest(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+    """Return the jobs of three seeds whose mean loss is the lowest."""
+    return min((seeds(results, task, name, epochs) for epochs in tried), key=lambda jobs: loss(results, jobs))
 
 
 def at_best_epochs(results: Results, task: str, name: str) -> list[Job]:
     """Return the finished jobs at the best number of epochs and its best rate, one for each seed."""
     tried = {job.epochs for job in by_epochs(results, task, name)}
-    return min((seeds(results, task, name, each) for each in tried), key=lambda jobs: loss(results, jobs))
+    return lowest(results, task, name, near_best(results, task, name, tried))
+
+
+NEAR = 0.03  # two and a half times the deviation between seeds of full fine-tuning
 
 
 def at_one_rate(results: Results, name: str) -> list[Job]:

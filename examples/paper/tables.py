@@ -23,7 +23,7 @@ from .methods import (
     WHOLE,
     grid_name,
 )
-from .plan import PARTS, at_best_epochs, at_one_rate, by_epochs, finalists, in_grid, loss, ranked, search, seeds
+from .plan import PARTS, at_best_epochs, at_one_rate, by_epochs, finalists, in_grid, loss, near_best, ranked, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -170,9 +170,12 @@ def epoch_losses(results: Results) -> str:
     for task in CLASSIFYING:
         for name in EPOCHS:
             cells = dict.fromkeys((1, 2, 4), "–")
-            for epochs in {job.epochs for job in by_epochs(results, task, name)}:
-                jobs = seeds(results, task, name, epochs)
-                cells[epochs] = f"{loss(results, jobs):.4f} (at {jobs[0].lr:g})"
+            tried = {job.epochs for job in by_epochs(results, task, name)}
+            near = near_best(results, task, name, tried)
+            for epochs in tried:
+                jobs = ranked(results, search(results, task, name, epochs))[:1]
+                jobs = seeds(results, task, name, epochs) if epochs in near else jobs
+                cells[epochs] = f"{loss(results, jobs):.4f} at {jobs[0].lr:g}" + ", one seed" * (len(jobs) == 1)
             best = at_best_epochs(results, task, name)[0].epochs
             rows.append([f"{task}: {name}", *({**cells, best: f"**{cells[best]}**"}).values()])
     return markdown(["", "1 epoch", "2 epochs", "4 epochs"], rows)
