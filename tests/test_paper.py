@@ -158,12 +158,12 @@ def test_four_epochs_are_tried_where_two_are_better_than_one(tmp_path: Path) -> 
     results, name = Results(tmp_path), "LoRA all, r=8"
 
     def tried() -> list[tuple[int, float]]:
-        return sorted({(job.epochs, job.lr) for job in by_epochs(results, "reviews", name)})
+        return sorted({(job.epochs, job.lr) for job in by_epochs(results, "reviews", name, 4)})
 
     def train(loss: float) -> None:
         """Finish all jobs that are planned: the rate 0.002 is best, and 0.001 for four epochs."""
         for _ in range(6):  # searches, then edges of them, then more seeds
-            for job in by_epochs(results, "reviews", name):
+            for job in by_epochs(results, "reviews", name, 4):
                 if job not in results:
                     off = abs(math.log2(job.lr / (1e-3 if job.epochs == 4 else 2e-3)))
                     results.add(job.name, {"validation": {"nll": [loss - 0.01 * (job.epochs == 2) + 0.1 * off]}})

@@ -81,13 +81,13 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
     return jobs
 
 
-def by_epochs(results: Results, task: str, name: str) -> list[Job]:
-    """Return the jobs that choose the number of epochs: one or two, and four if two are better.
+def by_epochs(results: Results, task: str, name: str, most: int = 2) -> list[Job]:
+    """Return the jobs that choose the number of epochs: one or two, and at most four if two are better.
 
     Each has a search. Three seeds decide between those whose loss is near the lowest.
     """
     jobs: list[Job] = []
-    for tried in ((1, 2), (1, 2, 4)):
+    for tried in ((1, 2), (1, 2, 4))[: most // 2]:
         jobs = [job for epochs in tried for job in search(results, task, name, epochs)]
         if not all(job in results for job in jobs):
             return jobs
@@ -109,9 +109,25 @@ def lowest(results: Results, task: str, name: str, tried: Iterable[int]) -> list
     return min((seeds(results, task, name, epochs) for epochs in tried), key=lambda jobs: loss(results, jobs))
 
 
+def by_all_epochs(results: Results, most: int) -> list[Job]:
+    """Return these jobs for all methods that choose their number of epochs, on both tasks."""
+    jobs = []
+    for task in ("reviews", "definitions"):
+        for name in EPOCHS:
+            jobs += by_epochs(results, task, name, most)
+    return jobs
+
+
+def tried_epochs(results: Results, task: str, name: str) -> list[int]:
+    """Return the numbers of epochs whose jobs are finished."""
+    longer = by_epochs(results, task, name, 4)
+    jobs = longer if all(job in results for job in longer) else by_epochs(results, task, name)
+    return sorted({job.epochs for job in jobs})
+
+
 def at_best_epochs(results: Results, task: str, name: str) -> list[Job]:
     """Return the finished jobs at the best number of epochs and its best rate, one for each seed."""
-    tried = {job.epochs for job in by_epochs(results, task, name)}
+    tried = tried_epochs(results, task, name)
     return lowest(results, task, name, near_best(results, task, name, tried))
 
 
@@ -148,9 +164,8 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
         *compared(results, "reviews", ["full", *EVERYTHING], 1),
         *compared(results, "definitions", ["full", *EVERYTHING]),
     ],
-    "epochs": lambda results: [
-        job for task in ("reviews", "definitions") for name in EPOCHS for job in by_epochs(results, task, name)
-    ],
+    "epochs": lambda results: by_all_epochs(results, 2),
+    "longer": lambda results: by_all_epochs(results, 4),
     "variants": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
     "whole": lambda results: [
         *compared(results, "reviews", ["full", *EVERYTHING], 1),

@@ -23,7 +23,19 @@ from .methods import (
     WHOLE,
     grid_name,
 )
-from .plan import PARTS, at_best_epochs, at_one_rate, by_epochs, finalists, in_grid, loss, near_best, ranked, search, seeds
+from .plan import (
+    PARTS,
+    at_best_epochs,
+    at_one_rate,
+    finalists,
+    in_grid,
+    loss,
+    near_best,
+    ranked,
+    search,
+    seeds,
+    tried_epochs,
+)
 
 
 def grid(results: Results) -> str:
@@ -170,7 +182,7 @@ def epoch_losses(results: Results) -> str:
     for task in CLASSIFYING:
         for name in EPOCHS:
             cells = dict.fromkeys((1, 2, 4), "–")
-            tried = {job.epochs for job in by_epochs(results, task, name)}
+            tried = tried_epochs(results, task, name)
             near = near_best(results, task, name, tried)
             for epochs in tried:
                 jobs = ranked(results, search(results, task, name, epochs))[:1]
@@ -300,7 +312,9 @@ def verdicts(results: Results) -> str:
         TABLES[table](results)
     found = [each for key, each in results.compared.items() if len(key) == 3]  # of the test part
     resolved, together = [each.is_resolved for each in found], stats.survivors([each.p for each in found])
-    return markdown(["differences", "clear one by one", "clear all together"], [[len(found), sum(resolved), sum(together)]])
+    return markdown(
+        ["differences", "clear one by one", "clear all together"], [[len(found), sum(resolved), sum(together)]]
+    )
 
 
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
