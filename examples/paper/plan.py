@@ -169,6 +169,6 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "variants": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
     "whole": lambda results: [
         *compared(results, "reviews", ["full", *EVERYTHING], 1),
-        *search(results, "reviews", "LoRA everything, r=384", 1),
+        *chain.from_iterable(search(results, "reviews", name, 1) for name in WHOLE),
     ],
 }
