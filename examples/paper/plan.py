@@ -160,10 +160,6 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
-    "everything": lambda results: [
-        *compared(results, "reviews", ["full", *EVERYTHING], 1),
-        *compared(results, "definitions", ["full", *EVERYTHING]),
-    ],
     "epochs": lambda results: by_all_epochs(results, 2),
     "longer": lambda results: by_all_epochs(results, 4),
     "variants": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),

@@ -177,20 +177,18 @@ def own_epochs(results: Results, task: str) -> str:
 
 
 def epoch_losses(results: Results) -> str:
-    """Mean loss on the validation part by number of epochs, each at its best rate."""
+    """Loss on the validation part by number of epochs: of one seed at each rate, and the mean of three at the best."""
     rows = []
     for task in CLASSIFYING:
         for name in EPOCHS:
-            cells = dict.fromkeys((1, 2, 4), "–")
-            tried = tried_epochs(results, task, name)
+            tried, best = tried_epochs(results, task, name), at_best_epochs(results, task, name)
             near = near_best(results, task, name, tried)
             for epochs in tried:
-                jobs = ranked(results, search(results, task, name, epochs))[:1]
-                jobs = seeds(results, task, name, epochs) if epochs in near else jobs
-                cells[epochs] = f"{loss(results, jobs):.4f} at {jobs[0].lr:g}" + ", one seed" * (len(jobs) == 1)
-            best = at_best_epochs(results, task, name)[0].epochs
-            rows.append([f"{task}: {name}", *({**cells, best: f"**{cells[best]}**"}).values()])
-    return markdown(["", "1 epoch", "2 epochs", "4 epochs"], rows)
+                jobs = seeds(results, task, name, epochs) if epochs in near else []
+                mean = f"{loss(results, jobs):.4f}" if jobs else "–"
+                mean = f"**{mean}**" if jobs == best else mean
+                rows.append([f"{task}: {name}", epochs, rates_of(results, task, name, epochs), mean])
+    return markdown(["", "epochs", "rate: loss of one seed", "mean of three"], rows)
 
 
 def gpt3() -> str:
@@ -260,20 +258,21 @@ def searched(results: Results, task: str, names: Iterable[str], epochs: int = 2)
 
 
 def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
-    """Loss on the validation part at each learning rate that was tried; the mean over seeds where that decided."""
-    rows = []
-    for name in names:
-        jobs = search(results, task, name, epochs)
-        tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
-        best, *_ = ranked(results, jobs)
-        if len(last := finalists(results, task, name, epochs)) > 1:
-            for of_seeds in last:
-                mean = np.mean([nll(results[job]) for job in of_seeds])
-                tried[of_seeds[0]] += f" ({mean:.3f})"
-            best, *_ = seeds(results, task, name, epochs)
-        tried[best] = f"**{tried[best]}**"
-        rows.append([name, ", ".join(tried.values())])
-    return markdown(["", "rate: loss"], rows)
+    """Loss on the validation part at each learning rate that was tried."""
+    return markdown(["", "rate: loss"], [[name, rates_of(results, task, name, epochs)] for name in names])
+
+
+def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
+    """Return each learning rate with its loss, and with the mean over seeds where that decided; the best is bold."""
+    jobs = search(results, task, name, epochs)
+    tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
+    best, *_ = ranked(results, jobs)
+    if len(last := finalists(results, task, name, epochs)) > 1:
+        for of_seeds in last:
+            tried[of_seeds[0]] += f" ({loss(results, of_seeds):.3f})"
+        best, *_ = seeds(results, task, name, epochs)
+    tried[best] = f"**{tried[best]}**"
+    return ", ".join(tried.values())
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
@@ -342,9 +341,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
     "definitions-rates": lambda results: rates(results, "definitions", DEFINITIONS),
-    "everything": lambda results: searched(results, "reviews", ["full", *EVERYTHING], 1),
-    "everything-definitions": lambda results: searched(results, "definitions", ["full", *EVERYTHING]),
-    "everything-rates": lambda results: rates(results, "reviews", EVERYTHING, 1),
     "epochs": short,
     "epochs-reviews": lambda results: own_epochs(results, "reviews"),
     "epochs-definitions": lambda results: own_epochs(results, "definitions"),
@@ -362,7 +358,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
-    *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything", "everything-definitions"),
+    *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
     *("epochs", "variants", "variants-pairs"),
 )
 """Those with differences."""
