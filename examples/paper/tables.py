@@ -6,23 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from . import stats
+from . import methods, stats
 from .jobs import Job, Results, nll
-from .methods import (
-    BEYOND,
-    DEFINITIONS,
-    E2E,
-    EPOCHS,
-    EVERYTHING,
-    GRID_RANKS,
-    MAIN,
-    RANKS,
-    SCALINGS,
-    VARIANTS,
-    WHICH,
-    WHOLE,
-    grid_name,
-)
+from .methods import BEYOND, DEFINITIONS, E2E, EPOCHS, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
 from .plan import (
     PARTS,
     at_best_epochs,
@@ -297,9 +283,12 @@ def best_rates(task: str, epochs: int = 2) -> Callable[[Results, str], list[Job]
 def together(results: Results) -> str:
     """Compare with full fine-tuning on twice as many texts, after two epochs and each at its own best number."""
     full, rows = seeds(results, "reviews", "full"), []
-    for name in ("LoRA all, r=8", "LoRA all, r=16"):
+    for name in ("LoRA all, r=8", "LoRA all, r=16", *EVERYTHING):
         jobs = seeds(results, "reviews", name)
         rows.append([f"reviews, two epochs: {name}", *differences(results, jobs, full, "validation", "test")])
+    once = at_best_epochs(results, "reviews", *EVERYTHING)
+    title = f"reviews, own epochs, full two: {once[0].method}"
+    rows.append([title, *differences(results, once, full, "validation", "test")])
     for task in CLASSIFYING:
         full, *others = (at_best_epochs(results, task, name) for name in EPOCHS)
         for jobs in others:
@@ -324,7 +313,7 @@ PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
-VARIANT_PAIRS = [(name, "LoRA all, r=8") for name in VARIANTS]
+VARIANT_PAIRS = [(name, "LoRA all, r=8") for name in methods.VARIANTS]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
@@ -348,10 +337,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-reviews": lambda results: own_epochs(results, "reviews"),
     "epochs-definitions": lambda results: own_epochs(results, "definitions"),
     "epochs-losses": epoch_losses,
-    "variants": lambda results: searched(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
+    "variants": lambda results: searched(results, "reviews", ["full", "LoRA all, r=8", *methods.VARIANTS], 1),
     "variants-pairs": lambda results: pairs(results, best_rates("reviews", 1), VARIANT_PAIRS),
-    "variants-rates": lambda results: rates(results, "reviews", ["LoRA all, r=8", *VARIANTS], 1),
-    "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *WHOLE], 1),
+    "variants-rates": lambda results: rates(results, "reviews", ["LoRA all, r=8", *methods.VARIANTS], 1),
+    "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *methods.WHOLE], 1),
     "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
