@@ -162,7 +162,9 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
     "epochs": lambda results: by_all_epochs(results, 2),
     "longer": lambda results: by_all_epochs(results, 4),
-    "variants": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *VARIANTS], 1),
+    "variants": lambda results: list(
+        chain.from_iterable(search(results, "reviews", name, 1) for name in ("LoRA all, r=8", *VARIANTS))
+    ),
     "whole": lambda results: [
         *compared(results, "reviews", ["full", *EVERYTHING], 1),
         *chain.from_iterable(search(results, "reviews", name, 1) for name in WHOLE),

@@ -275,9 +275,9 @@ def pairs(results: Results, jobs_of: Callable[[Results, str], list[Job]], compar
     return markdown(["", "accuracy", "loss"], rows)
 
 
-def best_rates(task: str, epochs: int = 2) -> Callable[[Results, str], list[Job]]:
+def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
     """Return the jobs of a method at its best learning rate."""
-    return lambda results, name: seeds(results, task, name, epochs)
+    return lambda results, name: seeds(results, task, name)
 
 
 def together(results: Results) -> str:
@@ -313,7 +313,6 @@ PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
-VARIANT_PAIRS = [(name, "LoRA all, r=8") for name in methods.VARIANTS]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
@@ -337,9 +336,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-reviews": lambda results: own_epochs(results, "reviews"),
     "epochs-definitions": lambda results: own_epochs(results, "definitions"),
     "epochs-losses": epoch_losses,
-    "variants": lambda results: searched(results, "reviews", ["full", "LoRA all, r=8", *methods.VARIANTS], 1),
-    "variants-pairs": lambda results: pairs(results, best_rates("reviews", 1), VARIANT_PAIRS),
-    "variants-rates": lambda results: rates(results, "reviews", ["LoRA all, r=8", *methods.VARIANTS], 1),
+    "variants": lambda results: rates(results, "reviews", ["LoRA all, r=8", *methods.VARIANTS], 1),
     "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *methods.WHOLE], 1),
     "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
@@ -351,7 +348,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    *("epochs", "variants", "variants-pairs"),
+    "epochs",
 )
 """Those with differences."""
 
