@@ -83,11 +83,11 @@ def test_text_has_the_numbers_of_the_tables(page: str) -> None:
     text = re.sub(r"```.*?```|`[^`]+`|<!-- ([\w-]+) -->.*?<!-- end -->|\]\(.*?\)", "", text, flags=re.DOTALL)
     tables = "".join(table(FOUND) for table in TABLES.values())
     numbers = set(re.findall(r"\d+\.\d+", text))
-    assert len(numbers) > 20 and numbers <= set(re.findall(r"\d+\.\d+", tables)) | OTHERS
+    assert len(numbers) > 10 and numbers <= set(re.findall(r"\d+\.\d+", tables)) | OTHERS
 
 
-OTHERS = {"22.6", "35.4", "0.9"}
-"""Numbers of the models and of the test, which no table has."""
+OTHERS = {"22.6", "35.4", "0.9", "0.03"}
+"""Numbers of the models, of the test and of the plan, which no table has."""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Try the LoRA paper's claims on models and data that fit two CPU cores.
 
-python -m examples.paper --e2e FOLDER     # about five hours on two idle cores; what is finished is not run again
+python -m examples.paper --e2e FOLDER     # about seven hours on two idle cores; what is finished is not run again
 python -m examples.paper --only table2    # one part
 python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
