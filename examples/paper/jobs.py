@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, save_adapter
 
@@ -130,6 +131,9 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     result["validation"] = columns(module.items)
     trainer.test(module, data.test_dataloader(), verbose=False)
     result["test"] = columns(module.items)
+    if job.task == "definitions":
+        trainer.test(module, DataLoader(data.fresh, batch_size=None), verbose=False)
+        result["fresh"] = columns(module.items)
     if job.task == "e2e":
         result["nist"] = family.nist(result["test"]["text"], data.test)
     return {

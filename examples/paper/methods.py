@@ -43,6 +43,15 @@ BEYOND = {
     "DoRA all, r=8": lora("all", 8, use_dora=True),
 }
 EVERYTHING = {"LoRA everything, r=8": lora("everything", 8, bias="all")}
+VARIANTS = {  # where the adapters start, and a head that keeps the module's rate
+    "LoRA all, r=8, EVA": lora("all", 8, init="eva"),
+    "LoRA all, r=8, LoRA-GA": lora("all", 8, init="lora_ga"),
+    "LoRA all, r=8, lr_scale=10": Method((1e-4, 2e-4, 4e-4), weights="all", lora={"r": 8, "lr_scale": 10}),
+}
+WHOLE = {  # a rank so high that it can be full fine-tuning
+    "LoRA everything, r=384": Method((4e-3,), weights="everything", lora={"r": 384, "bias": "all"})
+}
+EPOCHS = ("full", "LoRA all, r=8", *EVERYTHING)
 E2E = {
     "few-shot": Method((0.0,), shots=5),
     "full": MAIN["full"],
@@ -75,4 +84,4 @@ def grid_name(r: int, scaling: str) -> str:
 
 GRID = {grid_name(r, name): lora("all", r, **more) for name, more in SCALINGS.items() for r in GRID_RANKS}
 
-METHODS = GRID | MAIN | BEYOND | EVERYTHING | E2E | WHICH | RANKS
+METHODS = GRID | MAIN | BEYOND | EVERYTHING | VARIANTS | WHOLE | E2E | WHICH | RANKS

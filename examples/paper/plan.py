@@ -3,14 +3,37 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
+from statistics import mean
 
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
+from .methods import (
+    BEYOND,
+    DEFINITIONS,
+    E2E,
+    EPOCHS,
+    EVERYTHING,
+    GRID,
+    GRID_RATES,
+    MAIN,
+    METHODS,
+    RANKS,
+    RATE,
+    VARIANTS,
+    WHICH,
+    WHOLE,
+)
 
 
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
-    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
-    jobs = [Job(task, name, lr, epochs=epochs) for lr in METHODS[name].rates]
+    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
+
+    With four epochs, the search begins with the best rate of two, and half of it.
+    """
+    rates = METHODS[name].rates
+    if epochs == 4:
+        best = seeds(results, task, name, 2)[0].lr
+        rates = (best / 2, best)
+    jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
     if all(job in results for job in jobs):
@@ -41,7 +64,12 @@ def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[l
 
 def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the finished jobs at the chosen learning rate, one for each seed."""
-    return min(finalists(results, task, name, epochs), key=lambda jobs: sum(nll(results[job]) for job in jobs))
+    return min(finalists(results, task, name, epochs), key=lambda jobs: loss(results, jobs))
+
+
+def loss(results: Results, jobs: list[Job]) -> float:
+    """Return the mean loss on the validation part."""
+    return mean(nll(results[job]) for job in jobs)
 
 
 def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> list[Job]:
@@ -51,6 +79,59 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
         jobs += search(results, task, name, epochs)
         jobs += chain.from_iterable(finalists(results, task, name, epochs))
     return jobs
+
+
+def by_epochs(results: Results, task: str, name: str, most: int = 2) -> list[Job]:
+    """Return the jobs that choose the number of epochs: one or two, and at most four if two are better.
+
+    Each has a search. Three seeds decide between those whose loss is near the lowest.
+    """
+    jobs: list[Job] = []
+    for tried in ((1, 2), (1, 2, 4))[: most // 2]:
+        jobs = [job for epochs in tried for job in search(results, task, name, epochs)]
+        if not all(job in results for job in jobs):
+            return jobs
+        near = near_best(results, task, name, tried)
+        jobs += [job for epochs in near for of_seeds in finalists(results, task, name, epochs) for job in of_seeds]
+        if not all(job in results for job in jobs) or lowest(results, task, name, near)[0].epochs != 2:
+            return jobs
+    return jobs
+
+
+def near_best(results: Results, task: str, name: str, tried: Iterable[int]) -> list[int]:
+    """Return the numbers of epochs whose loss of one seed is near the lowest."""
+    losses = {epochs: nll(results[ranked(results, search(results, task, name, epochs))[0]]) for epochs in tried}
+    return [epochs for epochs, found in losses.items() if found < min(losses.values()) + NEAR]
+
+
+def lowest(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+    """Return the jobs of three seeds whose mean loss is the lowest."""
+    return min((seeds(results, task, name, epochs) for epochs in tried), key=lambda jobs: loss(results, jobs))
+
+
+def by_all_epochs(results: Results, most: int) -> list[Job]:
+    """Return these jobs for all methods that choose their number of epochs, on both tasks."""
+    jobs = []
+    for task in ("reviews", "definitions"):
+        for name in EPOCHS:
+            jobs += by_epochs(results, task, name, most)
+    return jobs
+
+
+def tried_epochs(results: Results, task: str, name: str) -> list[int]:
+    """Return the numbers of epochs whose jobs are finished."""
+    longer = by_epochs(results, task, name, 4)
+    jobs = longer if all(job in results for job in longer) else by_epochs(results, task, name)
+    return sorted({job.epochs for job in jobs})
+
+
+def at_best_epochs(results: Results, task: str, name: str) -> list[Job]:
+    """Return the finished jobs at the best number of epochs and its best rate, one for each seed."""
+    tried = tried_epochs(results, task, name)
+    return lowest(results, task, name, near_best(results, task, name, tried))
+
+
+NEAR = 0.03  # two and a half times the deviation between seeds of full fine-tuning
 
 
 def at_one_rate(results: Results, name: str) -> list[Job]:
@@ -79,8 +160,13 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
-    "everything": lambda results: [
+    "epochs": lambda results: by_all_epochs(results, 2),
+    "longer": lambda results: by_all_epochs(results, 4),
+    "variants": lambda results: list(
+        chain.from_iterable(search(results, "reviews", name, 1) for name in ("LoRA all, r=8", *VARIANTS))
+    ),
+    "whole": lambda results: [
         *compared(results, "reviews", ["full", *EVERYTHING], 1),
-        *compared(results, "definitions", ["full", *EVERYTHING]),
+        *chain.from_iterable(search(results, "reviews", name, 1) for name in WHOLE),
     ],
 }

@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md and of the README, made from the JSON files alone."""
+"""The tables of the pages, made from the JSON files alone."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -6,10 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from . import stats
+from . import methods, stats
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, finalists, in_grid, search, seeds
+from .methods import BEYOND, DEFINITIONS, E2E, EPOCHS, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
+from .plan import (
+    PARTS,
+    at_best_epochs,
+    at_one_rate,
+    finalists,
+    in_grid,
+    loss,
+    near_best,
+    ranked,
+    search,
+    seeds,
+    tried_epochs,
+)
 
 
 def grid(results: Results) -> str:
@@ -20,7 +32,7 @@ def grid(results: Results) -> str:
             jobs = in_grid(results, grid_name(r, scaling))
             losses = [nll(results[job]) for job in jobs]
             best = int(np.argmin(losses))
-            cells = [f"{loss:.3f}" for loss in losses]
+            cells = [f"{each:.3f}" for each in losses]
             cells[best] = f"**{cells[best]}**"
             rows.append([scaling, r, *cells])
     return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs)], rows)
@@ -30,8 +42,8 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
     """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
     rows = []
     for name, jobs in jobs_of.items():
-        accuracies = [100 * items(results[job], "correct").mean() for job in jobs]
-        row = [name, f"{jobs[0].lr:g}", f"{np.mean(accuracies):.1f}", " ".join(f"{value:.1f}" for value in accuracies)]
+        of_seeds = " ".join(f"{accuracy(results, [job]):.1f}" for job in jobs)
+        row = [name, f"{jobs[0].lr:g}", f"{accuracy(results, jobs):.1f}", of_seeds]
         row += differences(results, jobs, best)
         own = np.mean([results[job]["own_task"] for job in jobs])
         rows.append([*row, f"{results[jobs[0]]['trained']:,}", f"{100 * own:.1f}"])
@@ -74,10 +86,11 @@ def written(results: Results) -> str:
 def costs(results: Results, task: str) -> str:
     """What each method costs."""
     found, rows = results.found[f"costs-{task}"], []
+    trained = {each["method"]: f"{each['trained']:,}" for each in results.found.values() if each.get("task") == task}
     for name, cost in found.items():
         seconds, of_full = cost["step_seconds"], found["full"]["step_seconds"]
-        rows.append([name, *sizes(cost), f"{seconds:.2f} s", f"{seconds / of_full:.2f}"])
-    return markdown(["method", *SIZES.values(), "a step", "over full"], rows)
+        rows.append([name, trained.get(name, "–"), *sizes(cost), f"{seconds:.2f} s", f"{seconds / of_full:.2f}"])
+    return markdown(["method", "trained", *SIZES.values(), "a step", "over full"], rows)
 
 
 def amplification(results: Results) -> str:
@@ -101,23 +114,79 @@ def sizes(cost: dict[str, float]) -> list[str]:
 
 def overview(results: Results) -> str:
     """How good the main methods are, and what they cost, for the README."""
-    best, cost = seeds(results, "reviews", "full"), results.found["costs-reviews"]
+    best, cost = at_best_epochs(results, "reviews", "full"), results.found["costs-reviews"]
     rows = []
     for name, title in OVERVIEW.items():
-        jobs = seeds(results, "reviews", name)
-        accuracy = 100 * np.mean([items(results[job], "correct").mean() for job in jobs])
+        jobs = at_best_epochs(results, "reviews", name) if name in EPOCHS else seeds(results, "reviews", name)
         behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
-        rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", checkpoint, memory])
-    return markdown(["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
+        trained = f"{results[jobs[0]]['trained']:,}"
+        rows.append([title, jobs[0].epochs, f"{accuracy(results, jobs):.1f} %", behind, trained, checkpoint, memory])
+    return markdown(["", "epochs", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
 
 
 OVERVIEW = {
     "full": "full fine-tuning",
+    "LoRA everything, r=8": "LoRA, everything, r=8",
     "LoRA all, r=8": "LoRA, all linear layers, r=8",
-    "LoRA q v, r=8": "LoRA, query and value, r=8",
     "probe": "new head only",
 }
+
+
+def accuracy(results: Results, jobs: list[Job]) -> float:
+    """Return the mean accuracy on the test part, in per cent."""
+    return 100 * float(np.mean([items(results[job], "correct").mean() for job in jobs]))
+
+
+def short(results: Results) -> str:
+    """Compare methods with full fine-tuning, each at its own best number of epochs and rate, on both tasks."""
+    rows = []
+    for task in CLASSIFYING:
+        best = at_best_epochs(results, task, "full")
+        for name in EPOCHS:
+            jobs = at_best_epochs(results, task, name)
+            found = [jobs[0].epochs, f"{accuracy(results, jobs):.1f}", *differences(results, jobs, best)]
+            rows.append([f"{task}: {name}", *found])
+    return markdown(["", "epochs", "accuracy", "minus full", "loss minus full"], rows)
+
+
+CLASSIFYING = ("reviews", "definitions")
+
+
+def own_epochs(results: Results, task: str) -> str:
+    """Compare the same with seeds, rates and what is forgotten."""
+    jobs_of = {}
+    for name in EPOCHS:
+        jobs = at_best_epochs(results, task, name)
+        jobs_of[f"{name}, {jobs[0].epochs} epoch{'s' * (jobs[0].epochs > 1)}"] = jobs
+    return classified(results, at_best_epochs(results, task, "full"), jobs_of)
+
+
+def epoch_losses(results: Results) -> str:
+    """Loss on the validation part by number of epochs: of one seed at each rate, and the mean of three at the best."""
+    rows = []
+    for task in CLASSIFYING:
+        for name in EPOCHS:
+            tried, best = tried_epochs(results, task, name), at_best_epochs(results, task, name)
+            near = near_best(results, task, name, tried)
+            for epochs in tried:
+                jobs = seeds(results, task, name, epochs) if epochs in near else []
+                mean = f"{loss(results, jobs):.4f}" if jobs else "–"
+                mean = f"**{mean}**" if jobs == best else mean
+                rows.append([f"{task}: {name}", epochs, rates_of(results, task, name, epochs), mean])
+    return markdown(["", "epochs", "rate: loss of one seed", "mean of three"], rows)
+
+
+def gpt3() -> str:
+    """Count what the paper counts for GPT-3: adapters on query and value of 96 layers, in fp16."""
+    rows = []
+    for r in (1, 4):
+        trained = 96 * 2 * r * (12288 + 12288)
+        rows.append([r, f"{trained:,}", f"{GPT3 / trained:,.0f}", f"{2 * trained / 1e6:.1f} MB"])
+    return markdown(["r", "trained", "times fewer", "checkpoint"], rows)
+
+
+GPT3 = 175_255_800_000  # parameters, by table 4 of the paper
 
 
 def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.ndarray:
@@ -128,8 +197,8 @@ def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.nd
 
 def differences(results: Results, jobs: list[Job], others: list[Job], *sets: str) -> list[str]:
     """Return the differences of accuracy, in points, and of loss, on the test part or on these parts together."""
-    accuracy = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
-    return [accuracy, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
+    points = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
+    return [points, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
 
 
 def difference(
@@ -142,7 +211,7 @@ def difference(
     digits: int,
     *sets: str,
 ) -> str:
-    """Return a difference with its interval. If that holds zero, it is not resolved; rounding decides nothing."""
+    """Return a difference with its interval, bold if that leaves out zero; rounding decides nothing."""
     if jobs == others:
         return ""
     known = (jobs[0].name, others[0].name, keys[0], *sets)
@@ -152,7 +221,7 @@ def difference(
     exact = results.compared[known]
     found, low, high = (signed(factor * value, digits) for value in exact[:3])
     text = f"{found} [{low}, {high}]"
-    return text if exact.is_resolved else f"{text}, not resolved"
+    return f"**{text}**" if exact.is_resolved else text
 
 
 def signed(value: float, digits: int) -> str:
@@ -175,19 +244,21 @@ def searched(results: Results, task: str, names: Iterable[str], epochs: int = 2)
 
 
 def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
-    """Loss on the validation part at each learning rate that was tried; the mean over seeds where that decided."""
-    rows = []
-    for name in names:
-        jobs = search(results, task, name, epochs)
-        tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
+    """Loss on the validation part at each learning rate that was tried."""
+    return markdown(["", "rate: loss"], [[name, rates_of(results, task, name, epochs)] for name in names])
+
+
+def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
+    """Return each learning rate with its loss, and with the mean over seeds where that decided; the best is bold."""
+    jobs = search(results, task, name, epochs)
+    tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
+    best, *_ = ranked(results, jobs)
+    if len(last := finalists(results, task, name, epochs)) > 1:
+        for of_seeds in last:
+            tried[of_seeds[0]] += f" ({loss(results, of_seeds):.3f})"
         best, *_ = seeds(results, task, name, epochs)
-        if len(last := finalists(results, task, name, epochs)) > 1:
-            for of_seeds in last:
-                mean = np.mean([nll(results[job]) for job in of_seeds])
-                tried[of_seeds[0]] += f" ({mean:.3f})"
-        tried[best] = f"**{tried[best]}**"
-        rows.append([name, ", ".join(tried.values())])
-    return markdown(["", "rate: loss"], rows)
+    tried[best] = f"**{tried[best]}**"
+    return ", ".join(tried.values())
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
@@ -210,14 +281,20 @@ def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
 
 
 def together(results: Results) -> str:
-    """Compare all linear layers with full fine-tuning on twice as many texts, and at the best number of epochs."""
+    """Compare with full fine-tuning on twice as many texts, after two epochs and each at its own best number."""
     full, rows = seeds(results, "reviews", "full"), []
-    for name in ("LoRA all, r=8", "LoRA all, r=16"):
+    for name in ("LoRA all, r=8", "LoRA all, r=16", *EVERYTHING):
         jobs = seeds(results, "reviews", name)
-        rows.append([f"{name}, validation and test", *differences(results, jobs, full, "validation", "test")])
-        once = seeds(results, "reviews", "full", 1)
-        rows.append([f"{name}, minus full after one epoch", *differences(results, jobs, once)])
-    return markdown(["", "accuracy", "loss"], rows)
+        rows.append([f"reviews, two epochs: {name}", *differences(results, jobs, full, "validation", "test")])
+    once = at_best_epochs(results, "reviews", *EVERYTHING)
+    title = f"reviews, own epochs, full two: {once[0].method}"
+    rows.append([title, *differences(results, once, full, "validation", "test")])
+    for task in CLASSIFYING:
+        full, *others = (at_best_epochs(results, task, name) for name in EPOCHS)
+        for jobs in others:
+            title = f"{task}, own epochs: {jobs[0].method}"
+            rows.append([title, *differences(results, jobs, full, "validation", "test")])
+    return markdown(["", "accuracy minus full", "loss minus full"], rows)
 
 
 def verdicts(results: Results) -> str:
@@ -226,7 +303,9 @@ def verdicts(results: Results) -> str:
         TABLES[table](results)
     found = [each for key, each in results.compared.items() if len(key) == 3]  # of the test part
     resolved, together = [each.is_resolved for each in found], stats.survivors([each.p for each in found])
-    return markdown(["differences", "resolved", "all together"], [[len(found), sum(resolved), sum(together)]])
+    return markdown(
+        ["differences", "clear one by one", "clear all together"], [[len(found), sum(resolved), sum(together)]]
+    )
 
 
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
@@ -253,18 +332,23 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
     "definitions-rates": lambda results: rates(results, "definitions", DEFINITIONS),
-    "everything": lambda results: searched(results, "reviews", ["full", *EVERYTHING], 1),
-    "everything-definitions": lambda results: searched(results, "definitions", ["full", *EVERYTHING]),
-    "everything-rates": lambda results: rates(results, "reviews", EVERYTHING, 1),
+    "epochs": short,
+    "epochs-reviews": lambda results: own_epochs(results, "reviews"),
+    "epochs-definitions": lambda results: own_epochs(results, "definitions"),
+    "epochs-losses": epoch_losses,
+    "variants": lambda results: rates(results, "reviews", ["LoRA all, r=8", *methods.VARIANTS], 1),
+    "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *methods.WHOLE], 1),
+    "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
-    "table2-together": together,
+    "together": together,
     "verdicts": verdicts,
 }
-COMPARING = (
-    *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
-    *("beyond", "beyond-pairs", "definitions", "definitions-pairs", "everything", "everything-definitions"),
+COMPARING: tuple[str, ...] = (
+    *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
+    *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
+    "epochs",
 )
 """Those with differences."""
 
@@ -284,15 +368,20 @@ def fill(page: str, results: Results) -> str:
 
 def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
-    if table == "table3" and "references" not in results.found:
-        return False
-    if table == "overview":
-        return finished("table2", results) and finished("costs-reviews", results)
-    if table == "table2-together":
-        return finished("table2", results) and finished("table6", results)
-    if table == "verdicts":
-        return all(finished(each, results) for each in COMPARING)
-    for end in ("-pairs", "-rates", "-definitions"):
-        table = table.removesuffix(end)
-    table = "subspaces" if table == "table7" else table
-    return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
+    if table in NEEDS:
+        return all(finished(each, results) for each in NEEDS[table])
+    if table in results.found:
+        return True
+    part, _, _ = table.partition("-")
+    return part in PARTS and all(job in results for job in PARTS[part](results))
+
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "gpt3": (),
+    "overview": ("table2", "epochs", "costs-reviews"),
+    "together": ("table2", "epochs"),
+    "table3": ("references", "table3-rates"),
+    "table7": ("subspaces",),
+    "verdicts": COMPARING,
+}
+"""Tables that need what their names do not say."""
