@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -224,7 +225,7 @@ def _bytes(values: Iterable[Any]) -> int:
     """The size of tensors in a file or in memory. Tensors that share their memory count once."""
     sizes = {}
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout is torch.strided:
             place = value.data_ptr() if type(value) in _PLAIN else 0  # other classes have no pointer, and meta has 0
             sizes[place or id(value), value.nbytes] = value.nbytes
     return sum(sizes.values())

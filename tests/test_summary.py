@@ -167,3 +167,20 @@ def test_the_table_shows_the_rank_that_a_layer_has_and_one_line_names_the_smalle
         assert text.count(expected + "heads.0 (r=1)") == 1
     inject_adapters(large := nn.ModuleDict({"body": nn.Linear(16, 16)}), LoRAConfig(r=4))
     assert not summarize(large).smaller and "smaller than r" not in str(summarize(large))
+
+
+class Graph(LitTiny):  # with a sparse matrix of neighbours, as graph networks have
+    def __init__(self, layout: str = "to_sparse") -> None:
+        super().__init__()
+        self.register_buffer("adjacent", getattr(torch.eye(WIDTH), layout)())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_buffer_is_no_obstacle(tmp_path: Path, layout: str) -> None:
+    t = trainer(tmp_path, [LoRACallback(r=2, merge=False)], max_epochs=1)
+    t.fit(Graph(layout), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t = trainer(tmp_path, [LoRACallback(r=2)], max_epochs=2)
+    t.fit(Graph(layout), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert t.current_epoch == 2

@@ -143,6 +143,12 @@ def follow_model(view: View, state: AdapterState) -> None:
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
+    names = (*state.resting, *state.own)
+    if absent := [name for name in names if name not in view.modules and name not in present]:
+        raise AdapterStateError(
+            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
+            f"Give the model its layers back, or call remove_adapters(model, {state.name!r})."
+        )
     for name, adapter in state.resting.items():
         layer = view.modules[name]
         if adapter.kind in ADAPTERS.values():  # the others are for any layer

@@ -297,6 +297,8 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
             "training, with the same head, and adapt it with the same r."
         )
+    if value.layout != expected.layout:
+        raise AdapterMismatchError(f"{name!r} is {value.layout} in the file, but this model has {expected.layout}.")
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return

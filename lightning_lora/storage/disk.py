@@ -41,7 +41,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
-        if target.is_dir():
+        if target.exists() and not target.is_file():
             raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
@@ -75,7 +75,7 @@ def write_errors(path: Any) -> Iterator[None]:
         yield
     except LoRAError:
         raise
-    except (OSError, RuntimeError, ImportError, ValueError, SafetensorError) as error:  # as torch and fsspec report it
+    except (OSError, RuntimeError, ImportError, ValueError, KeyError, SafetensorError) as error:  # as writers report it
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
             "were. Free space on the disk, choose a folder that can be written, or another ending, and save again."

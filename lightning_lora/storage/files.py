@@ -75,6 +75,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
+    stored.check_agrees()
     is_shared = any(map(is_dtensor, view.parameters.values()))
     if not is_shared or dist.get_rank() == 0:
         write_adapter_file(path, stored)
@@ -138,6 +139,7 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
+        stored.check_agrees()
     else:
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)

@@ -1,6 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -14,7 +15,7 @@ from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored_layers import StoredLayer, layers_of
+from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest
 
 KEY = "lightning_lora"
@@ -98,6 +99,21 @@ class StoredAdapters:
         """Return the names of the adapters' tensors in the state."""
         return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}
 
+    def check_agrees(self) -> None:
+        """Refuse layers with another rank or scaling than the configuration says: each reader uses one of them."""
+        wrong = dict[str, None]()
+        for name, layer in self.layers.items():
+            for matrix in layer.matrices:
+                target, r, scaling = asked_of(self.config, name, matrix, layer.kind)
+                if r != matrix.rank(layer.r) or not math.isclose(scaling, matrix.scale(layer.scaling)):
+                    wrong[target] = None
+        if wrong:
+            raise AdapterFileError(
+                f"{listed(wrong)} of {self.source} have another rank or scaling than its configuration says: they come "
+                "from another model, or were changed. Adapt the model with their r and alpha (rank_pattern, "
+                "alpha_pattern), then copy lora_A and lora_B."
+            )
+
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
         broken = [name for name, value in self.state.items() if _is_broken(value)]
@@ -106,7 +122,7 @@ class StoredAdapters:
 
 
 def _is_broken(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.isfinite().all()
+    return is_plain(value) and not bool(value.isfinite().all())
 
 
 _FOREIGN = f"This package did not write the file's {KEY!r} entry, or the file is damaged."

@@ -369,3 +369,15 @@ def test_modules_inside_with_several_adapters_are_refused() -> None:
     inner, _ = several()
     with pytest.raises(ll.AdapterStateError, match="have several adapters"):
         ll.inject_adapters(nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"]))
+
+
+def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
+    model, _ = several()
+    before = state(model)
+    model.append(nn.Linear(3, 3))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
+    ll.set_adapter(model, "fr")
+    del model[4]
+    with pytest.raises(ll.AdapterStateError, match="no longer has '4'"):
+        ll.set_adapter(model, "last")
+    assert same(state(model), before) and ll.adapters(model)[0] == "fr"

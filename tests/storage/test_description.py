@@ -144,6 +144,18 @@ def test_adapters_of_other_rows_of_a_weight_are_refused(tmp_path: Path) -> None:
         ll.load_adapter(model, tmp_path / "a.safetensors")
 
 
+def test_a_layer_with_the_scaling_of_another_model_is_refused_where_it_is_written_and_read(tmp_path: Path) -> None:
+    one, other = (as_trained(LitTiny(), alpha=alpha) for alpha in (4, 32))
+    one.v_proj = other.v_proj
+    for write in (ll.save_adapter, ll.export_peft):
+        with pytest.raises(ll.AdapterFileError, match="'v_proj' of LitTiny have another rank or scaling"):
+            write(one, tmp_path / "b.safetensors")
+    assert not list(tmp_path.iterdir())
+    file = described(tmp_path / "c.safetensors", lambda about: about["layers"][0].update(scaling=16.0))
+    with refused(model := three(), ll.AdapterFileError, "another rank or scaling than its configuration"):
+        ll.load_adapter(model, file)
+
+
 # Versions
 
 

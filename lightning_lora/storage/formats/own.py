@@ -140,6 +140,7 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
         raise AdapterFileError(f"{path} holds {_instead(held, path)}")
     stored = StoredAdapters.from_file(state, description, path)
     check_checksum(state, description, path)
+    stored.check_agrees()
     return stored
 
 
