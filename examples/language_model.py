@@ -1,7 +1,7 @@
 """Teach a small language model to answer questions as a file does, with LoRA.
 
 python examples/language_model.py                   # a dictionary: some minutes on two CPU cores
-python examples/language_model.py --fast            # about a minute on 64 lines, to see that it runs
+python examples/language_model.py --fast            # two minutes on 64 lines, to see that it runs
 python examples/language_model.py --file mine.tsv   # your own: a question, a tab and its answer on each line
 python examples/language_model.py --qlora           # with its weights in 4 bits: pip install bitsandbytes
 """
@@ -146,6 +146,7 @@ def run(pairs: Pairs, folder: Path, *, qlora: bool) -> None:
     """Train, answer with the adapters from their file and merged, and let PEFT read them."""
     seed_everything(0, verbose=False)
     console, base = Console(), folder / "base"
+    print("Reading SmolLM2, and asking it before any training ...", flush=True)
     unpack(base)
     held_out, module = pairs[:HELD_OUT], Assistant(base, qlora=qlora)
     table = Table("", "loss", "answers", title="Questions that are not in the training", show_lines=True)
@@ -199,12 +200,15 @@ if __name__ == "__main__":
     parser.add_argument("--qlora", action="store_true", help="keep the model's weights in 4 bits")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
+    if not options.file.is_file():
+        parser.error(f"--file {options.file} is no file")
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
     pairs = read(options.file)[: HELD_OUT + 64 if options.fast else None]
-    print("About a minute" if options.fast else "Some minutes", "on two CPU cores.", flush=True)
+    print("Two minutes" if options.fast else "Some minutes", "on two CPU cores.", flush=True)
     if options.file == DICTIONARY:
         print("The loss on new words should fall from 5.3 to about", "3.1." if options.fast else "2.6.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         run(pairs, options.output or Path(temporary), qlora=options.qlora)
+    print(f"The adapters are in {options.output}." if options.output else "To keep the adapters: --output FOLDER")

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -76,12 +77,18 @@ class MergePrecisionWarning(LoRAWarning):
     """Merging into half precision rounded away much of the update."""
 
 
-def warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
-    """Warn at the line that called this package."""
-    level, frame = 1, inspect.currentframe()
+def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool = False) -> None:
+    """Warn at the user's own line that led here.
+
+    Python shows a text once for each line. ``anew``: it is shown again, in every fit of a notebook.
+    """
+    frame = last = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+        last, frame = frame, frame.f_back
+    found: Any = frame or last
+    registry = {} if anew else found.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, category, found.f_code.co_filename, found.f_lineno, registry=registry)
 
 
-_INSIDE = (__name__.partition(".")[0], "contextlib", "torch")  # modules whose lines are not those of a caller
+# Modules whose lines are not the user's. And of a warning whose file is Lightning's, Lightning does not show the class.
+_INSIDE = (__name__.partition(".")[0], "contextlib", "torch", "lightning", "pytorch_lightning", "lightning_fabric")

@@ -3,8 +3,8 @@
 import difflib
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, shortened, warn
+from lightning_lora.errors import FreshLayerWarning, listed, shortened, warn
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
@@ -30,6 +30,8 @@ from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
 from lightning_lora.training.rates import peak_rates
+
+_warn = partial(warn, anew=True)
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
@@ -274,11 +276,6 @@ def _bytes_in(value: object) -> int:
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:
     """The argument to write, with what it already lists."""
     return f"modules_to_save={list(dict.fromkeys([*(view.config.modules_to_save or ()), *names]))}"
-
-
-def _warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
-    """Warn in every fit: Python shows the same text once in a program, and a notebook is one program."""
-    warnings.warn_explicit(message, category, __file__, 1, registry={})
 
 
 def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:

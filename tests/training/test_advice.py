@@ -44,6 +44,7 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
         for _ in range(2):
             trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
     assert [w.category for w in caught].count(ll.FreshLayerWarning) == 2  # in every fit
+    assert {w.filename for w in caught if issubclass(w.category, ll.LoRAWarning)} == {__file__}  # the line that fits
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their weights are frozen" in said
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
