@@ -127,10 +127,10 @@ def unpack(folder: Path) -> None:
     """Write model and tokenizer as transformers does: from there, they can be loaded in 4 bits too."""
     with redirect_stderr(io.StringIO()):  # a progress bar
         tokenizer = AutoTokenizer.from_pretrained(SMOLLM, gguf_file=GGUF)
-        read = AutoModelForCausalLM.from_pretrained(SMOLLM, gguf_file=GGUF, dtype=torch.float32)
-    vars(read.config).pop("quantization_config", None)  # of the file
-    model = AutoModelForCausalLM.from_config(read.config)  # type: ignore[no-untyped-call]
-    model.load_state_dict(read.state_dict())
+        loaded = AutoModelForCausalLM.from_pretrained(SMOLLM, gguf_file=GGUF, dtype=torch.float32)
+    vars(loaded.config).pop("quantization_config", None)  # of the file
+    model = AutoModelForCausalLM.from_config(loaded.config)  # type: ignore[no-untyped-call]
+    model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return a short list of quoted names for an error: ``'a', 'b' and 1 more``."""
+    """Return a short list of quoted names: ``'a', 'b' and 1 more``."""
     return shortened(map(repr, names), most)
 
 

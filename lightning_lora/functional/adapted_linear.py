@@ -13,7 +13,7 @@ from lightning_lora.private import tracing
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the update of a linear layer's output, s B A x. The smallest tensor is scaled."""
+    """Return s B A x, the update of a linear layer's output."""
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
 
@@ -21,7 +21,9 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    r"""Return the output of a linear layer with its update: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""Return the output of a linear layer with its update.
+
+    It is :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Separate torch operations would need new memory for each product and each sum, a dropout mask and copies of ``x``.
     So the gradients are written out. Let :math:`\partial` be the gradient of the loss, and take two thin matrices,

@@ -14,13 +14,19 @@ from lightning_lora.private import tree_flatten, tree_unflatten
 
 
 def stacked(updates: Sequence[Factors]) -> Factors:
-    """Return n updates A: (r, in), B: (out, r) as A: (n, r, in), B: (n, out, r). Smaller ranks get zeros."""
+    """Return n updates in two tensors.
+
+    Shape:
+        Each A: (r, in) and B: (out, r). Together A: (n, r, in), B: (n, out, r). Smaller ranks get zeros.
+    """
     reading = pad_sequence([a for a, _ in updates], batch_first=True)
     return reading, pad_sequence([b.mT for _, b in updates], batch_first=True).mT
 
 
 def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    r"""Return the output of a linear layer with an update for each row. An update of zero changes nothing.
+    r"""Add an update to each row of a linear layer's output.
+
+    An update of zero changes nothing.
 
     Shape:
         ``output``: (n, \*, out), ``x``: (n, \*, in), ``lora_A``: (n, r, in), ``lora_B``: (n, out, r), with scaling.
@@ -34,7 +40,10 @@ def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Te
 
 
 def taken(tree: Any, rows: Tensor, n: int, later: int = 0, whole: Tensor | None = None) -> Any:
-    """Return arguments or outputs with some of n rows: dimension 0 of the first one, ``later`` of all but ``whole``."""
+    """Return arguments or outputs with some of n rows.
+
+    Rows are dimension 0 of the first tensor, and dimension ``later`` of the others. ``whole`` stays whole.
+    """
     leaves, spec = tree_flatten(tree)
     for i, leaf in enumerate(leaves):
         if leaf is not whole and _has_rows(leaf, later if i else 0, n):
