@@ -113,6 +113,22 @@ def test_adapters_on_the_meta_device_are_not_saved(tmp_path: Path) -> None:
         ll.save_adapter(model, tmp_path / "a.safetensors")
 
 
+def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
+    """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
+    with torch.device("meta"):
+        layers = ({name: nn.Linear(12288, 12288, bias=False) for name in "qv"} for _ in range(96))
+        model = nn.Sequential(*map(nn.ModuleDict, layers)).half()
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
+    with pytest.raises(ll.AdapterStateError, match="meta"):
+        ll.save_adapter(model, tmp_path / "gpt3.safetensors")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            for name, factor in layer.lora_parameters().items():
+                setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
+    ll.save_adapter(model, tmp_path / "gpt3.safetensors")
+    assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)
+
+
 def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
     model, other = (nn.ModuleDict({"net": LitTiny(), "rest": nn.Linear(2, 2)}) for _ in range(2))
     saved(file, model, **CONFIG.to_dict())
