@@ -12,6 +12,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import AdapterState, Record, find_record
+from lightning_lora.model.view import root_of
 from lightning_lora.tensors import names
 from lightning_lora.tensors.digests import digest
 from tests.support.models import (
@@ -225,3 +226,20 @@ def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypa
     few, many = (walks(number, tmp_path / f"{number}.safetensors", monkeypatch) for number in (2, 24))
     assert few == many
     assert max(few.values()) <= 16 and few["inject"] <= 5 and few["save_adapter"] <= 4 and few["merge"] <= 4
+
+
+def test_the_root_is_the_one_model_inside() -> None:
+    class Around(LitTiny):
+        def __init__(self, *models: nn.Module) -> None:
+            super().__init__()
+            del self.embed, self.q_proj, self.v_proj, self.head
+            for i, model in enumerate(models):
+                self.add_module(f"model{i}", model)
+
+    transformer = type("PreTrainedModel", (TinyLM,), {})
+    assert root_of(TinyLM()) == root_of(LitTiny()) == root_of(transformer()) == ""
+    assert root_of(Around(TinyLM(), nn.ReLU())) == "model0"
+    assert root_of(Around(TinyLM(), TinyLM())) == ""
+    assert root_of(Around(nn.Linear(2, 2), transformer())) == "model1"
+    assert root_of(Around(transformer(), transformer())) == ""
+    assert root_of(nn.Sequential(nn.Sequential(transformer()))) == "0.0"
