@@ -109,3 +109,23 @@ def adapt_late() -> None:
 @pytest.mark.processes
 def test_adapters_that_come_after_the_processes_were_joined_are_refused() -> None:
     run_ranks(adapt_late)
+
+
+# Optimizers
+
+
+def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
+    model = LitTiny()
+    before = torch.optim.Adam(model.parameters(), lr=0.01)
+    before.step()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    with pytest.raises(ll.OptimizerError, match=r"Adam holds .* and no adapter"):
+        before.step()
+    ll.remove_adapters(model)
+    before.step()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    before.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
+    before.step()
+    torch.optim.Adam(nn.Linear(2, 2).parameters()).step()
+    ll.merge_adapters(model)  # a plain model: all of it may train
+    torch.optim.Adam(model.parameters()).step()

@@ -4,12 +4,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.errors import AdapterStateError, OptimizerError, listed
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens, adapter_for, attach, repacks, tie_layers, unpack
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.record import forget_record, keep_record, records_in
@@ -24,6 +27,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         attach(view.modules[name], adapter)
     _layers_have_changed(view)
+    _watch_optimizers(view.model)
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
@@ -124,6 +128,37 @@ def check_as_adapted(view: View) -> None:
             raise AdapterStateError(
                 f"{name!r} of {view.title} was {was} after inject_adapters. Call inject_adapters(model, "
                 "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
+            )
+
+
+# Optimizers that were made before the adapters
+
+_ADAPTED: "WeakSet[nn.Module]" = WeakSet()
+_CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
+_HOOKS: list[RemovableHandle] = []  # one, from the first adapters on: an import changes nothing of the process
+
+
+def _watch_optimizers(model: nn.Module) -> None:
+    """Check each optimizer at its next step."""
+    _ADAPTED.add(model)
+    _CHECKED.clear()
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_check_optimizer))
+
+
+def _check_optimizer(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse an optimizer that holds the weights below adapters, and no adapter: it would train nothing."""
+    if optimizer in _CHECKED:
+        return
+    _CHECKED.add(optimizer)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    for view in map(View, list(_ADAPTED)):
+        below = [name for name in view.adapted_weights if view.layers and view.base.get(name) in held]
+        if below and held.isdisjoint(view.adapters.values()):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter. "
+                "It was made before the adapters. Make it after inject_adapters or load_adapter: "
+                f"{type(optimizer).__name__}(p for p in model.parameters() if p.requires_grad)."
             )
 
 
