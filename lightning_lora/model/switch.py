@@ -17,7 +17,7 @@ from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import plain_module, set_parameter
+from lightning_lora.tensors.names import join, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
@@ -143,8 +143,8 @@ def follow_model(view: View, state: AdapterState) -> None:
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
-    names = (*state.resting, *state.own)
-    if absent := [name for name in names if name not in view.modules and name not in present]:
+    weights = [join(name, matrix.weight) for name, adapter in state.resting.items() for matrix in adapter.matrices]
+    if absent := [name for name in dict.fromkeys((*weights, *state.own)) if name not in present]:
         raise AdapterStateError(
             f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
             f"Give the model its layers back, or call remove_adapters(model, {state.name!r})."
