@@ -198,6 +198,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
+        self._check_set_up()
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
@@ -207,6 +208,13 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
+
+    def _check_set_up(self) -> None:
+        if self._stage.phase is Phase.OVER:
+            raise ConfigError(
+                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
+                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
+            )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
@@ -224,6 +232,7 @@ class LoRACallback(Callback):
 
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
+        self._check_set_up()
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -248,6 +257,7 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        self._check_set_up()
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, ModelCheckpoint, ModelPruning
 from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
-from tests.support.fits import beside, either_order
+from tests.support.fits import beside, either_order, fit
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 
@@ -188,3 +188,12 @@ def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
     callback.setup(t, model := LitTiny(), "fit")
     with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
         callback.on_train_start(t, model)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, hook: str) -> None:
+    model, base = LitTiny(), state(LitTiny())
+    late = LambdaCallback(**{hook: lambda trainer, *_: trainer.callbacks.append(lora())})
+    with pytest.raises(ll.ConfigError, match="whose fit had begun"):
+        fit(tmp_path, late, model=model)
+    assert same(state(model), base)

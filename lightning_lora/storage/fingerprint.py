@@ -317,17 +317,17 @@ def _difference(
     how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {listed(found.differ, 3)}"
     if found.is_same_form:
         return (
-            f"These adapters were trained on another base: {how_many}. Load the pretrained weights that they were "
-            "trained on (in the module's __init__; for a Trainer, setup is early enough). New layers, and rows of a "
-            "head, have none: train them (modules_to_save, trainable_token_indices). A merged model is another base "
-            "too. Of buffers with values from data, files hold those that the module's own setup fills."
+            f"These adapters were trained on another base: {how_many}. Load the same pretrained weights as for the "
+            "training, in the module's __init__ (for a Trainer, setup is early enough). New layers and new rows get "
+            "other random values each time, so they must train: modules_to_save, trainable_token_indices. Of a merged "
+            "model, load the base. Buffers with values from data must be filled in the module's setup."
         )
     there, now = (" and ".join(dtypes) for dtypes in (fingerprint["dtypes"], here["dtypes"]))
     return (
         f"These adapters were trained on another base, in {there}: {how_many}, also after a conversion from "
-        f"{now}{_left_out(found)}. Load the pretrained weights that they were trained on, in {there}, and convert the "
-        "model afterwards if you wish. One that was rounded twice, or to float16 there and to bfloat16 here, cannot be "
-        "recognised."
+        f"{now}{_left_out(found)}. Load the same pretrained weights as for the training, in {there}, and convert the "
+        "model afterwards if you wish. A base that was rounded twice, or to float16 there and to bfloat16 here, cannot "
+        "be recognised."
     )
 
 

@@ -282,8 +282,8 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
     if layer.name == stored.root:
         return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
     if "out_proj.weight" in layer.shapes:
-        remedy = f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}"
-        return f"PEFT 0.21 adds the update of an attention's output projection twice. Train with {remedy}."
+        without = f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}"
+        return f"PEFT 0.21 adds the update of an attention's output projection twice; {without} leaves that out."
     around = stored.layers.keys() & starts_of(owner_of(layer.name))
     if around and peft_layer(layer).is_parameter:
         return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
