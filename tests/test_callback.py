@@ -197,3 +197,22 @@ def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, h
     with pytest.raises(ll.ConfigError, match="whose fit had begun"):
         fit(tmp_path, late, model=model)
     assert same(state(model), base)
+
+
+def test_one_callback_for_two_modules_does_not_mix_up_their_buffers(tmp_path: Path) -> None:
+    class Filled(LitTiny):
+        def __init__(self, mean: float | None = None) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.full((3,), mean or 0.0))
+            self.mean_of = mean
+
+        def setup(self, stage: str) -> None:
+            if self.mean_of is None:
+                self.mean += 1
+
+    callback = lora()
+    for module in (Filled(), Filled(2.0)):
+        fit(tmp_path, callback, model=module)
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    with pytest.raises(ll.BaseMismatchError, match="'mean'"):
+        ll.load_adapter(Filled(3.0), tmp_path / "adapter.safetensors")

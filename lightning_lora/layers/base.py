@@ -167,12 +167,17 @@ class LoRALayer(LayerKind):
         return [own_parameter(self, name) for name, about in roles.items() if about.role.trains]
 
     def lora_follow(self, original: "LoRALayer | None") -> None:
-        """Follow another layer, or no other. An update that is zero gets the values of that layer's."""
+        """Follow another layer, which this one copies, or train again."""
         self.lora_settings = replace(self.lora_settings, follows=original is not None)
         for p in self.lora_trained() if original is None else self.lora_parameters().values():
             set_requires_grad(p, original is None)
             p.grad = None
-        if original is not None and self.lora_is_fresh() and original.lora_is_fresh():
+        if original is not None:
+            self.lora_begin_as(original)
+
+    def lora_begin_as(self, original: "LoRALayer") -> None:
+        """Take the values of another layer's adapter, if both updates are zero."""
+        if self.lora_is_fresh() and original.lora_is_fresh():
             for name, about in self.lora_roles().items():
                 if about.role not in (Role.MAGNITUDE, Role.ROWS):  # which are those of its own weights
                     own, value = own_parameter(self, name), own_parameter(original, name)

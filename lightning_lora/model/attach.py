@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from inspect import signature
 from typing import Any
 from weakref import WeakSet, ref
@@ -12,13 +13,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import AdapterStateError, OptimizerError, listed
-from lightning_lora.layers import Adapter, LoRALayer, LoRATokens, adapter_for, attach, repacks, tie_layers, unpack
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, OptimizerError, listed
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    Adapter,
+    LoRALayer,
+    LoRATokens,
+    Settings,
+    adapter_for,
+    attach,
+    repacks,
+    tie_layers,
+    unpack,
+)
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
+from lightning_lora.targets.select import Choice
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.names import own_parameter, submodule
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 
@@ -129,6 +142,56 @@ def check_as_adapted(view: View) -> None:
                 f"{name!r} of {view.title} was {was} after inject_adapters. Call inject_adapters(model, "
                 "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
             )
+
+
+def check_same(view: View, choices: Mapping[str, Choice]) -> None:
+    """Refuse a selection of layers that is not that of the adapters at hand."""
+    title, name = view.title, f", {view.adapter.name!r}" if view.is_adapted else ""
+    instead = f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
+    for name, layer in view.layers.items():
+        if name not in choices:
+            raise AdapterMismatchError(
+                f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. "
+                f"Target it too, or {instead}."
+            )
+        if layer.lora_is_resized():
+            check_as_adapted(view)
+        asked = choices[name]
+        found, wanted = _about(layer.lora_settings, layer.lora_matrices), _about(asked.settings, asked.matrices)
+        differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if differ:
+            here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
+            raise AdapterMismatchError(
+                f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
+                f"this configuration asks for {there}. Use the same one, or {instead} (after "
+                "unmerge_adapters(model) if the updates are merged)."
+            )
+    for prefix, record in records_in(view.modules).items():
+        if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:
+            _check_same_trained(view, prefix)
+
+
+def _check_same_trained(view: View, prefix: str) -> None:
+    """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
+    inside = f"{prefix}." if prefix else ""
+    theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
+    ours = {name for name in view.trained if name.startswith(inside)}
+    if theirs != ours:
+        raise AdapterMismatchError(
+            f"{view.title} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
+            f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
+            "give another name=..., or call remove_adapters(model) first."
+        )
+
+
+def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
+    """An adapter's settings and matrices, by the names of the arguments that set them."""
+    names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
+    named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
+    if not settings.is_difference:
+        del named["init"]  # otherwise it makes no difference later
+    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
+    return {**named, "matrices": own}
 
 
 # Optimizers that were made before the adapters

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -11,15 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
 from lightning_lora.layers import (
     INITIALISATIONS,
-    AdaptedMatrix,
     Adapter,
     LoRALayer,
     LoRAParameters,
     LoRATokens,
-    Settings,
     new_adapter,
 )
 from lightning_lora.model import attach
@@ -31,7 +29,7 @@ from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
-from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
+from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -133,7 +131,9 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     if loose:
         attach.detach_adapters(view, loose)
         view.look_again(config)
-    _check_same(view, choices)
+    attach.check_same(view, choices)
+    if finds:
+        _warn_of_lost(view, choices)
     adapters = _new_adapters(choices)
     if adapters:
         _check_not_parallel(model)
@@ -150,6 +150,15 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     return tuple(choices)
 
 
+def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
+    """Name layers that were replaced, and so have lost adapters that had learned."""
+    known = view.adapter.layers if view.is_adapted and not view.is_merged and view.adapter.is_trained else ()
+    if lost := [name for name in known if name in choices and not isinstance(choices[name].layer, LoRALayer)]:
+        warn(
+            f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
+        )
+
+
 def _note_flags(view: View) -> None:
     """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
     for prefix, record in records.records_in(view.modules).items():
@@ -163,9 +172,14 @@ def _note_flags(view: View) -> None:
         return
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     known = view.record.requires_grad
-    known |= {n: True for n, p in view.frozen.items() if p.requires_grad and n in known}
+    thawed = {n: True for n, p in view.frozen.items() if p.requires_grad and n in known}
+    view.record.were_set(thawed)
+    known |= thawed
     copied = [n for n, layer in view.layers.items() if n not in view.recorded and any(_flags(layer))]
     known |= {n: True for n in view.base if is_in_any(n, copied)}  # the base was frozen by us
+    for name, layer in view.layers.items() if view.adapter.is_trained else ():
+        if name in view.recorded and not any(_trainable(layer)):
+            view.record.were_set({n: False for n in _weights(name, layer) if known.get(n)})
     note_frozen(view)
 
 
@@ -181,9 +195,19 @@ def _flags(layer: LoRALayer) -> list[bool]:
     return [p.requires_grad for p in layer.lora_parameters().values()]
 
 
+def _trainable(layer: LoRALayer) -> list[bool]:
+    return [p.requires_grad for p in layer.lora_trained()] or [True]
+
+
+def _weights(name: str, layer: LoRALayer) -> list[str]:
+    return [join(name, weight) for weight in layer.lora_weights()]
+
+
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
     """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
     copies = find_copies(view.modules, view.base, kinds.keys(), still)
+    if view.is_adapted and not view.is_merged:  # those of its last optimizer, as long as none trains them
+        copies = {n: o for n, o in view.adapter.networks.copies.items() if {n, o} <= view.modules.keys()} | copies
     if not still or not finds or view.config.target_modules not in AUTOMATIC:
         return Networks(copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
@@ -200,13 +224,33 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
 def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     """Find networks that stand still because nothing trains these parameters. Remove their adapters."""
     view = view_of(model)
+    _check_not_frozen_since(view)
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
-    found = _networks(view, kinds, still)
-    known = view.adapter.networks
+    found, known = _networks(view, kinds, still), view.adapter.networks
+    trained = [n for n, p in view.base.items() if p not in still and view.record.requires_grad.get(n)]
+    copies = {n: o for n, o in found.copies.items() if not any(is_in_any(each, [n]) for each in trained)}
+    for name, layer in view.layers.items():
+        if is_in_any(name, known.copies.keys() - copies):
+            layer.lora_follow(None)
     below = tuple(dict.fromkeys((*known.below, *found.below)))
-    view.adapter.networks = replace(known, below=below, copies={**known.copies, **found.copies})
+    view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
+    attach.freeze(view_of(model))  # what trains in full does not in a copy
     follow_originals(view_of(model))
+
+
+def _check_not_frozen_since(view: View) -> None:
+    """Refuse to train adapters on whose weights the user has frozen since they learned. If all are, nothing is said."""
+    since = view.record.frozen_since
+    frozen = [
+        n for n, layer in view.layers.items() if since.issuperset(_weights(n, layer)) and not layer.lora_is_fresh()
+    ]
+    if 0 < len(frozen) < len(view.layers):
+        raise AdapterStateError(
+            f"{listed(frozen)} of {view.title} were frozen since their adapters learned (requires_grad), and these "
+            "would train on. To keep what they learned, and train the rest: merge_adapters(model), "
+            "remove_adapters(model), then freeze and fit. To train them on, call requires_grad_(True) on them."
+        )
 
 
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:
@@ -226,16 +270,33 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     attach.freeze(view)
 
 
-def follow_copied(view: View, idle: Set[str]) -> set[str]:
-    """Let those of these layers that copy a network with others follow it. Return the others."""
+def follow_copied(view: View, idle: Set[str]) -> None:
+    """Let those of these layers that copy a network with others follow it."""
+    known = view.adapter.networks
+    view.adapter.networks = replace(known, copies={**known.copies, **_copies_among(view, idle)})
+    follow_originals(view)
+
+
+def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
+    """Let those of these layers that copy a network with others begin with its adapters. Return such networks.
+
+    A momentum copy that nobody froze then follows, if other code moves it. One that trains later, as an expert, does.
+    """
+    copies = _copies_among(view, idle)
+    for name in filter(idle.__contains__, view.layers):
+        original = Networks(copies=copies).original_of(name)
+        if original in view.layers:
+            view.layers[name].lora_begin_as(view.layers[original])
+    return copies
+
+
+def _copies_among(view: View, idle: Set[str]) -> dict[str, str]:
+    """Networks of these layers that copy one with other layers."""
     if not idle:
-        return set()
+        return {}
     busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
-    copies, known = find_copies(view.modules, view.base, view.layers.keys(), still), view.adapter.networks
-    view.adapter.networks = replace(known, copies={**known.copies, **copies})
-    follow_originals(view)
-    return {name for name in idle if not is_in_any(name, copies)}
+    return find_copies(view.modules, view.base, view.layers.keys(), still)
 
 
 def follow_originals(view: View) -> None:
@@ -324,52 +385,3 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             undo.pop_all()
         attach.detach_adapters(view)
     records.forget_record(model)
-
-
-def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    title, name = view.title, f", {view.adapter.name!r}" if view.is_adapted else ""
-    instead = f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
-    for name, layer in view.layers.items():
-        if name not in choices:
-            raise AdapterMismatchError(
-                f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. "
-                f"Target it too, or {instead}."
-            )
-        if layer.lora_is_resized():
-            attach.check_as_adapted(view)
-        asked = choices[name]
-        found, wanted = _about(layer.lora_settings, layer.lora_matrices), _about(asked.settings, asked.matrices)
-        differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-        if differ:
-            here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
-            raise AdapterMismatchError(
-                f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
-                f"this configuration asks for {there}. Use the same one, or {instead} (after "
-                "unmerge_adapters(model) if the updates are merged)."
-            )
-    for prefix, record in records.records_in(view.modules).items():
-        if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:
-            _check_same_trained(view, prefix)
-
-
-def _check_same_trained(view: View, prefix: str) -> None:
-    """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    inside = f"{prefix}." if prefix else ""
-    theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
-    ours = {name for name in view.trained if name.startswith(inside)}
-    if theirs != ours:
-        raise AdapterMismatchError(
-            f"{view.title} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
-            f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
-            "give another name=..., or call remove_adapters(model) first."
-        )
-
-
-def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
-    """An adapter's settings and matrices, by the names of the arguments that set them."""
-    names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
-    named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
-    if not settings.is_difference:
-        del named["init"]  # otherwise it makes no difference later
-    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
-    return {**named, "matrices": own}

@@ -129,6 +129,9 @@ class Record:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter of the base required a gradient before."""
 
+    frozen_since: set[str] = field(default_factory=set)
+    """Parameters of the base that the user has frozen since their adapters learned."""
+
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Frozen weights that other code than an optimizer changed: the digests of the last and of the base's values."""
 
@@ -238,7 +241,14 @@ class Record:
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
         self.merge = None
-        self.requires_grad = {**self.requires_grad, **{name: p.requires_grad for name, p in parameters.items()}}
+        flags = {name: p.requires_grad for name, p in parameters.items()}
+        self.were_set({name: flags[name] for name, flag in self.requires_grad.items() if flags.get(name, flag) != flag})
+        self.requires_grad = {**self.requires_grad, **flags}
+
+    def were_set(self, flags: Mapping[str, bool]) -> None:
+        """The user has frozen or thawed parameters below adapters that have learned."""
+        for name, flag in flags.items():
+            (self.frozen_since.discard if flag else self.frozen_since.add)(name)
 
     # Digests of the base's tensors
 
@@ -276,8 +286,8 @@ class Record:
         adapter = replace(adapter, originals=dict(adapter.originals), fingerprints=list(adapter.fingerprints))
         kept = replace(self, adapter=adapter)
         for name, value in vars(self).items():
-            if isinstance(value, dict):
-                vars(kept)[name] = dict(value)
+            if isinstance(value, dict | set):
+                vars(kept)[name] = value.copy()
         return kept
 
 

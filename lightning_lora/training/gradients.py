@@ -1,26 +1,30 @@
 """Gradients of adapters and frozen weights, and dropout, in a run's steps."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, get_ident
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as recompute
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
-from lightning_lora.model.inject import follow_copied
+from lightning_lora.model.inject import begin_alike
 from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.shards import agreed, to_local
 
 
 class Gradients:
@@ -85,8 +89,14 @@ class Gradients:
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
-        left = follow_copied(view, idle)
-        dead = list(filter(left.__contains__, view.layers))
+        copies = begin_alike(view, self._unmoved(view, set(map(id, held)))) if self.copied is None else {}
+        if copies:
+            pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
+            rank_zero_info(
+                f"Copies in {view.title} that have received no gradient yet: {pairs}. They begin with the same "
+                "adapters, for other code to move, or to train in other batches."
+            )
+        dead = [name for name in view.layers if name in idle and not is_in_any(name, copies)]
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
@@ -99,6 +109,14 @@ class Gradients:
                 "FreshLayerWarning says of them." * bool(fresh),
                 DeadAdapterWarning,
             )
+
+    def _unmoved(self, view: View, held: Set[int]) -> set[str]:
+        """The layers that no process has a gradient for. ``held`` are the parameters of the optimizer."""
+        own = {name: layer.lora_trained() for name, layer in view.layers.items()}
+        own = {name: parameters for name, parameters in own.items() if any(id(p) in held for p in parameters)}
+        moved = [any(p.grad is not None and bool(to_local(p.grad).any()) for p in each) for each in own.values()]
+        moved = agreed(moved, list(view.adapters.values()))
+        return {name for name, flag in zip(own, moved, strict=True) if not flag}
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -119,14 +137,24 @@ def check_loss(model: nn.Module, loss: object) -> None:
         )
 
 
+def check_shown(model: nn.Module) -> None:
+    """Refuse a backward pass while the base is shown: what trains in full would get no gradient."""
+    view = View(model)
+    if view.is_adapted and view.record.is_disabled and view.trained:
+        raise AdapterStateError(
+            f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the base's "
+            "values there, and get no gradient. Call it after the block."
+        )
+
+
 class Feeding:
     """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
 
     A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        view = view_of(model)
+    def __init__(self, model: LightningModule) -> None:
+        view, self.trainer = view_of(model), model.trainer
         self.below = {name: set[int]() for name in view.adapter.networks.below}
         self.found, self.have_run = set[int](), set[str]()
         trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
@@ -135,13 +163,17 @@ class Feeding:
             network = next((each for each in self.below if is_in_any(name, [each])), "")
             if network:
                 self.below[network].update(map(id, layer.lora_trained()))
-                self.hooks.append(layer.register_forward_pre_hook(lambda *_, n=network: self.have_run.add(n)))
+                self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
             elif layer.lora_trained():
                 trains.add(layer)
         owners = set(map(owner_of, view.base.keys() - view.frozen_by_user)) - view.layers.keys()
         trains = trains or set(map(view.modules.__getitem__, owners))  # or what would train without adapters
         for module in trains if self.below else ():
             self.hooks.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def _note(self, network: str, *_: Any) -> None:
+        if self.trainer.training:  # in a validation of the fit, all may run
+            self.have_run.add(network)
 
     def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and self.below:

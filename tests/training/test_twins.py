@@ -1,0 +1,181 @@
+"""Networks that are alike and all train, and what users freeze, thaw or replace between two fits."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_lora as ll
+from tests.support.fits import fit
+from tests.support.models import lora, same, state
+
+X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Towers(L.LightningModule):
+    """A network and a copy of it. Nobody froze it, and the optimizer holds both. ``runs`` says when each trains."""
+
+    def __init__(self, runs: str = "one other", *, alike: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4)})
+        self.other = copy.deepcopy(self.one)
+        for p in [] if alike else self.other.parameters():
+            nn.init.normal_(p, std=0.4)
+        self.runs = runs.split()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        tower = getattr(self, self.runs[batch_idx % len(self.runs)])
+        if "other" not in self.runs:
+            self.follow()
+        loss: Tensor = tower["head"](tower["body"](batch).relu()).square().mean()
+        return loss
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for p, q in zip(self.one.parameters(), self.other.parameters(), strict=True):
+            q.lerp_(p, 0.5)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def trained(folder: Path, module: L.LightningModule, *callbacks: Any, **options: Any) -> Any:
+    own = lora(**{"merge": False, "modules_to_save": None} | options.pop("lora", {}))
+    return fit(folder, own, *callbacks, model=module, train=DataLoader(X, batch_size=4), max_epochs=2, **options)[0]
+
+
+def learned(network: nn.Module) -> bool:
+    found = [bool(p.any()) for name, p in network.named_parameters() if name.endswith("lora_B")]
+    return bool(found) and all(found)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["body", "head"]}, {"bias": "all"}], ids=str)
+def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(tmp_path: Path, options: Any) -> None:
+    files = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    through = trained(tmp_path, Towers(), files, lora=options)
+    assert learned(through.one) and learned(through.other)
+    for epoch in (0, 1):
+        resumed = trained(tmp_path, Towers(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", lora=options)
+        assert same(state(resumed), state(through))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
+def test_a_copy_that_nobody_froze_follows_and_its_files_load(tmp_path: Path, options: Any) -> None:
+    module = trained(tmp_path, Towers("one"), lora=options)
+    torch.testing.assert_close(module.other["body"].lora_A, module.one["body"].lora_A, rtol=0.1, atol=0.02)
+    assert learned(module.other)
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    ll.load_adapter(loaded := Towers("one"), tmp_path / "adapter.safetensors")
+    assert same(state(loaded), state(module))
+
+
+def test_a_copy_that_no_optimizer_holds_trains_nothing_in_full(tmp_path: Path) -> None:
+    class Student(Towers):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.one.parameters(), lr=0.01)
+
+    module = trained(tmp_path, Student("one"), lora={"modules_to_save": ["head"]})
+    assert [n for n, p in module.named_parameters() if p.requires_grad and n.startswith("other")] == []
+
+
+# Between two fits
+
+
+def between(module: Towers, *, one: bool, other: bool) -> Towers:
+    module.one.requires_grad_(one)
+    module.other.requires_grad_(other)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # one network runs alone
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("merge", [False, "last"])
+def test_what_is_thawed_trains_and_what_is_frozen_is_not_overruled(tmp_path: Path, merge: Any, alike: bool) -> None:
+    module = between(Towers("one", alike=alike), one=True, other=False)
+    module.follow = lambda: None  # type: ignore[method-assign]
+    trained(tmp_path, module, lora={"merge": merge})
+    module.runs = ["other"]
+    again = trained(tmp_path, between(copy.deepcopy(module), one=True, other=True), lora={"merge": merge})
+    if merge:
+        ll.unmerge_adapters(again)
+    assert learned(again.other)
+    with pytest.raises(ll.AdapterStateError, match=r"'one.body', 'one.head' of Towers were frozen since"):
+        trained(tmp_path, between(module, one=False, other=True), lora={"merge": merge})
+    ll.merge_adapters(module)
+    ll.remove_adapters(module)
+    before = state(module.one)
+    trained(tmp_path, between(module, one=False, other=True))
+    assert all(torch.equal(value, module.one.get_parameter(name)) for name, value in before.items())
+    assert learned(module.other) and not learned(module.one)
+
+
+def test_layers_that_are_frozen_after_a_file_was_loaded_do_not_train_on(tmp_path: Path) -> None:
+    ll.save_adapter(trained(tmp_path, Towers()), tmp_path / "adapter.safetensors")
+    ll.load_adapter(module := Towers(), tmp_path / "adapter.safetensors")
+    with pytest.raises(ll.AdapterStateError, match="frozen since"):
+        trained(tmp_path, between(module, one=False, other=True))
+    trained(tmp_path, between(module, one=True, other=True))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # in the second fit, they are not alike
+def test_a_layer_that_was_replaced_between_two_fits_is_named(tmp_path: Path) -> None:
+    module = trained(tmp_path, Towers())
+    module.one["head"] = nn.Linear(8, 4)
+    with pytest.warns(ll.LoRAWarning, match=r"New adapters for 'one.head' of Towers"):
+        trained(tmp_path, module)
+
+
+# What a validation or a block of disable_adapters must not decide
+
+
+class Backbones(Towers):
+    """Two frozen networks under one head, which train in one epoch each. A validation runs both."""
+
+    def __init__(self) -> None:
+        super().__init__(alike=False)
+        self.top = nn.Linear(4, 2)
+        between(self, one=False, other=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.runs = [["one", "other"][self.current_epoch]]
+        tower = getattr(self, self.runs[0])
+        loss: Tensor = self.top(tower["head"](tower["body"](batch))).square().mean()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for tower in (self.one, self.other):
+            self.top(tower["head"](tower["body"](X)))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the first epoch
+def test_a_validation_does_not_decide_which_networks_feed_what_trains(tmp_path: Path) -> None:
+    module = trained(
+        tmp_path, Backbones(), val_check_interval=0.5, num_sanity_val_steps=0, lora={"modules_to_save": ["top"]}
+    )
+    assert learned(module.one) and learned(module.other)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["one.head"]}, {}], ids=str)
+def test_a_backward_pass_while_the_base_is_shown_is_refused_if_something_trains_in_full(
+    tmp_path: Path, options: Any
+) -> None:
+    class Manual(Towers):
+        automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            loss = super().training_step(batch, batch_idx)
+            with ll.disable_adapters(self):
+                self.manual_backward(loss)
+
+    if not options:
+        trained(tmp_path, Manual())
+        return
+    with pytest.raises(ll.AdapterStateError, match=r"in a block of disable_adapters: 'one.head.weight'"):
+        trained(tmp_path, Manual(), lora=options)
