@@ -10,7 +10,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.core.module import _jit_is_scripting
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -129,26 +128,6 @@ def test_onlookers_change_nothing(tmp_path: Path) -> None:
         predicted = outcome(t, "predict", model)
     assert torch.equal(writer.written, predicted) and same(*states)
     assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path) -> None:
-    class DrawsGraphs(CSVLogger):  # traces the module as TensorBoardLogger(log_graph=True) does
-        def log_graph(self, model: Any, input_array: Any = None) -> None:
-            model.eval()
-            with _jit_is_scripting():
-                self.graph = str(torch.jit.trace(model, model.example_input_array).inlined_graph)
-            model.train()
-
-    states = []
-    for logger in (DrawsGraphs(tmp_path), CSVLogger(tmp_path)):
-        model = LitTiny()
-        model.example_input_array = torch.arange(1)
-        fit(tmp_path, lora(), model=model, logger=logger)
-        states.append(state(model))
-        if isinstance(logger, DrawsGraphs):
-            assert logger.graph.count('name="lora_A"') == 2
-    assert same(*states)
 
 
 # Tuners leave no trace but what they found

@@ -109,11 +109,6 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     assert torch.equal(model(X), model(X))
 
 
-def test_a_model_in_train_mode_stays_so(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(), model=adapted().train())
-    assert model.acts["train"] == {True} and model.acts["validate"] == {False} and all(modes(model).values())
-
-
 def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
     class Fails(Lit):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

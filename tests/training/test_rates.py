@@ -193,15 +193,14 @@ class TwoGroups(LitTiny):  # groups with names, rates and lambdas of their own, 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="optimizers take names from there on")
 def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
-    notes, shown = Notes(), list[Any]()
-    notes.log_metrics = lambda metrics, step=None: shown.append(metrics)  # type: ignore[method-assign]
+    notes = Notes()
     callbacks, model = [scaled(), LearningRateMonitor()], TwoGroups()
     told = rates_in(tmp_path, model, *callbacks, logger=notes, log_every_n_steps=1)
     rates = [(0.01 * 0.5**n, 0.1 * 0.25**n) for n in range(5)]
     assert told == [by_layer(*each) for each in rates[1:]]
     names = ["first", "second", "first-lora", "second-lora"]
     expected = [dict(zip(names, (one, two, 10 * one, 10 * two), strict=True)) for one, two in rates[:4]]
-    assert shown[:4] == [{f"lr-AdamW/{name}": rate for name, rate in each.items()} for each in expected]
+    assert notes.metrics[:4] == [{f"lr-AdamW/{name}": rate for name, rate in each.items()} for each in expected]
     (optimizer,) = model.trainer.optimizers
     assert [group["param_names"] for group in optimizer.param_groups] == [[], HEAD, ADAPTERS[:2], ADAPTERS[2:]]
 
@@ -368,8 +367,13 @@ def test_a_step_that_a_gradient_scaler_skips_says_nothing(tmp_path: Path) -> Non
 # Fits that go on, and other fits
 
 
-def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
-    resumes_to_the_bit(tmp_path, lambda: Scheduled("SequentialLR"), scaled, max_epochs=3)
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "scale", "options"),
+    [("SequentialLR", 10, {}), ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2})],
+)
+def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, scale: Any, options: Any) -> None:
+    resumes_to_the_bit(tmp_path, lambda: Scheduled(name), lambda: lora(lr_scale=scale), max_epochs=3, **options)
 
 
 def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp_path: Path) -> None:
@@ -380,11 +384,8 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
             fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
-
-
-def test_the_states_of_a_are_not_taken_for_b_of_the_same_size(tmp_path: Path) -> None:
-    _, t = fit(tmp_path, scaled(lr_scale={"A": 10}, r=8), max_epochs=1)
-    t.save_checkpoint(file := tmp_path / "a.ckpt")
+    _, t = fit(tmp_path, scaled(lr_scale={"A": 10}, r=8), max_epochs=1)  # A and B have the same sizes
+    t.save_checkpoint(file)
     with pytest.raises(OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"):
         fit(tmp_path, scaled(lr_scale={"B": 10}, r=8), ckpt_path=file, max_epochs=2)
 
@@ -418,13 +419,6 @@ def test_swa_moves_both(tmp_path: Path) -> None:
         fit(tmp_path, *callbacks, StochasticWeightAveraging(0.02, 2, annealing_epochs=2), model=model, max_epochs=4)
         runs.append(model.used)
     assert runs[1] == [[rate, 10 * rate] for (rate,) in runs[0]] and len({rate for (rate,) in runs[0]}) == 3
-
-
-@pytest.mark.processes
-def test_processes_resume_to_the_bit(tmp_path: Path) -> None:
-    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
-    make = partial(lora, lr_scale={"A": 2, "B": 8})
-    resumes_to_the_bit(tmp_path, lambda: Scheduled("OneCycleLR"), make, **options)
 
 
 # What is said

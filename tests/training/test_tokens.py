@@ -186,25 +186,6 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
     torch.testing.assert_close(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_setup_may_resize_what_is_adapted_already(tmp_path: Path) -> None:
-    class Resizes(Lit):
-        def setup(self, stage: str) -> None:
-            self.model.resize_token_embeddings(24, mean_resizing=False)
-            self.model.to(torch.float32)
-
-    module = Resizes(resized("gpt2"))
-    run = trainer(tmp_path, [lora("gpt2")], max_epochs=1)
-    run.fit(module, data())
-    assert len(module.model.transformer.wte.weight) == 24 and module.model.transformer.wte.lora_is_fresh() is False
-    other, file = Resizes(resized("gpt2")), run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    run = trainer(tmp_path, [lora("gpt2")], max_epochs=2)
-    run.fit(other, data(), ckpt_path=file)
-    plain = other.model(input_ids=INDEX).logits
-    ll.merge_adapters(other)
-    torch.testing.assert_close(other.model(input_ids=INDEX).logits, plain)
-
-
 @pytest.mark.processes
 def test_processes_train_the_same_rows(tmp_path: Path) -> None:
     alone, both = Lit(resized("gpt2")), Lit(resized("gpt2"))

@@ -16,7 +16,7 @@ import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from tests.support import fits
-from tests.support.cases import At, StopError, held, stop
+from tests.support.cases import At, StopError, stop
 from tests.support.fits import WritesLater, loaded, outcome
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, same, state, trainer
 from tests.support.versions import keeps_random, needs_averaging
@@ -165,21 +165,6 @@ def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
     assert list(one["state_dict"]) == list(two["state_dict"])
 
 
-def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path) -> None:
-    class Moves(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("moved", torch.zeros(()))
-
-        def training_step(self, *args: Any) -> Any:
-            self.moved += self.current_epoch  # in the second epoch alone: until then, it is the base's
-            return super().training_step(*args)
-
-    saves = best(tmp_path, filename="{epoch}", save_top_k=-1)
-    fits.fit(tmp_path, whole(), saves, model=Moves(), plugins=[WritesLater()])
-    assert [read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["moved"].item() for epoch in range(2)] == [0, 4]
-
-
 def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     model = fit(tmp_path, whole())
     file = read(tmp_path / "last.ckpt")
@@ -298,13 +283,3 @@ def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
         warnings.simplefilter("default")
         fit(tmp_path, whole(merge=False), model=LitTiny(lr=1e-4), precision="bf16-true")
     assert [str(w.message)[:20] for w in caught if w.category is ll.MergePrecisionWarning] == ['With save="model", f']
-
-
-def test_a_plain_loader_is_told_what_a_file_of_adapters_is(tmp_path: Path) -> None:
-    model = fit(tmp_path, lora())
-    file = read(tmp_path / "best.ckpt")
-    assert sorted(held(file)) == sorted(TRAINED)
-    with pytest.raises(ll.AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
-        model.load_state_dict(held(file))
-    with pytest.raises(RuntimeError, match=r"this file holds only adapters: build the model"):
-        LitTiny().load_state_dict(file["state_dict"])
