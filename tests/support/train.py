@@ -60,7 +60,6 @@ class Wide(LitTiny):
 def run(
     folder: Path,
     strategy: str,
-    devices: int,
     *,
     module: type[LitTiny] = LitTiny,
     merge: Any = "last",
@@ -72,7 +71,7 @@ def run(
     model, checkpoint = module(), ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     adapters = lora(merge=merge, dropout=0.3 if keeps_random else 0.0)
     callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(kill_at)] if kill_at else [])]
-    t = trainer(folder, callbacks, strategy=strategy, devices=devices, max_epochs=4)
+    t = trainer(folder, callbacks, strategy=strategy, devices=2, max_epochs=4)
     last = max(folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if resumes else None
     t.fit(model, data(), data(), ckpt_path=last)
 

@@ -143,12 +143,3 @@ def test_a_fit_without_a_temporary_folder_says_what_is_lost(tmp_path: Path, monk
     assert "The fit is complete" in (tmp_path / "said.txt").read_text()
     with pytest.raises(ll.AdapterStateError, match="has no adapters"):
         ll.unmerge_adapters(model)
-
-
-def test_launchers_of_both_packages_are_extended_once() -> None:
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        module: Any = pytest.importorskip(f"{package}.strategies.launchers.multiprocessing")
-        lora(), lora()
-        for name in ("get_extra_results", "update_main_process_results"):
-            (own,) = vars(module._MultiProcessingLauncher)[name].args
-            assert own.__module__ == module.__name__

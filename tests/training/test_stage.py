@@ -72,19 +72,6 @@ def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str
     assert same_parts(trained(model), trained(expected)) and base_is_whole(model)
 
 
-@pytest.mark.parametrize("new", [False, True])
-def test_stages_before_fit_do_not_change_what_it_learns(tmp_path: Path, new: bool) -> None:
-    models = LitTiny(), LitTiny()
-    for model, stages in zip(models, ((), ("validate", "predict", "test", "validate")), strict=True):
-        t = trainer(tmp_path, [lora()])
-        for stage in stages:
-            outcome(t, stage, model)
-            t = trainer(tmp_path, [lora()]) if new else t
-        torch.manual_seed(5)
-        t.fit(model, data(), data())
-    assert same(state(models[0]), state(models[1])) and base_is_whole(model)
-
-
 def flags(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters()}
 

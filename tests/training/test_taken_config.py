@@ -78,8 +78,6 @@ def test_a_file_of_a_version_whose_alpha_was_the_rank_keeps_its_scaling(tmp_path
     ("given", "says"),
     [
         ({"r": 8}, "trained with r=3"),  # its default
-        ({"alpha": 1.0}, "scaling"),
-        ({"target_modules": ["q_proj"]}, "v_proj"),
         ({"modules_to_save": ["embed"]}, "missing 'embed.weight'"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
         ([8], "trained with r=3"),  # by its place
