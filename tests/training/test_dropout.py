@@ -1,7 +1,6 @@
 """Dropout acts in training steps alone, whatever mode the frozen layers are in."""
 
 import copy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
         del self.embed, self.q_proj, self.v_proj, self.head
         self.model = Loaded()
         self.acts: dict[str, set[bool]] = {}
-        self.count: Counter[str] = Counter()
         self.modes: list[dict[str, bool]] = []
 
     def forward(self, index: Tensor) -> Tensor:
@@ -50,7 +48,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
     def note(self, hook: str, batch: list[Tensor]) -> None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             self.acts.setdefault(hook, set()).add(not torch.equal(self(batch[0]), self(batch[0])))
-            self.count[hook] += 1
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("train", batch)
@@ -104,7 +101,7 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     t.validate(model, data(), verbose=False)
     expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
 
-    assert model.acts == expected and model.count["train"] == 8
+    assert model.acts == expected and len(model.modes) == 8
     assert modes(model) == before and all(each == before for each in model.modes)
     assert torch.equal(model(X), model(X))
 

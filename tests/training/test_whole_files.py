@@ -140,7 +140,6 @@ def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.Captur
     ll.unmerge_adapters(model)
     adapted = ll.load_from_checkpoint(LitTiny, file)
     assert same(ll.adapter_state_dict(adapted), ll.adapter_state_dict(model))
-    assert outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", LitTiny(), ckpt_path=file)
     main(["inspect", str(file)])
     assert "q_proj" in capsys.readouterr().out
 
