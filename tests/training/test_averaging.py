@@ -99,7 +99,6 @@ class NormedTwice(Normed):
 
 
 def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
-    """SWA resets every BatchNorm's statistics, and estimates them anew in one more epoch."""
     callbacks = [StochasticWeightAveraging(0.1, swa_epoch_start=2), lora(modules_to_save=["head", "last"])]
     model, _ = fits.fit(tmp_path, *callbacks, model=NormedTwice(), max_epochs=4)
     assert same(state(model.norm), state(Normed().norm)) and type(model.norm) is nn.BatchNorm1d

@@ -164,7 +164,6 @@ def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: 
 
 
 def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
-    """There, the Trainer has no other callbacks."""
     model = adapted()
     Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
     assert model.acts["train"] == {True} and torch.equal(model(X), model(X))

@@ -72,7 +72,6 @@ class Turns(L.Callback):  # tells that training has begun, and waits for another
 
 
 def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
-    """The second one starts before the first ends, and trains on after it."""
     own, events = torch.utils.checkpoint.CheckpointFunction, (Event(), Event(), Event())
     alone, *models = (as_trained(Recomputed(reentrant=True), modules_to_save=["head"]) for _ in range(3))
     train(tmp_path, lora(merge=False), model=alone)

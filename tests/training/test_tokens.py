@@ -110,7 +110,6 @@ def test_a_merge_writes_the_rows_and_an_unmerge_gives_the_base_back(tmp_path: Pa
 
 
 def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(tmp_path: Path) -> None:
-    """Whoever loads an adapter resizes the embedding too, which draws other rows."""
     module = Lit(resized("gpt2"))
     trainer(tmp_path, [lora("gpt2")], max_epochs=1).fit(module, data())
     ll.save_adapter(module, tmp_path / "a.safetensors")

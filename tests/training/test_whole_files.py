@@ -165,6 +165,21 @@ def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
     assert list(one["state_dict"]) == list(two["state_dict"])
 
 
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path) -> None:
+    class Moves(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("moved", torch.zeros(()))
+
+        def training_step(self, *args: Any) -> Any:
+            self.moved += self.current_epoch  # in the second epoch alone: until then, it is the base's
+            return super().training_step(*args)
+
+    saves = best(tmp_path, filename="{epoch}", save_top_k=-1)
+    fits.fit(tmp_path, whole(), saves, model=Moves(), plugins=[WritesLater()])
+    assert [read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["moved"].item() for epoch in range(2)] == [0, 4]
+
+
 def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     model = fit(tmp_path, whole())
     file = read(tmp_path / "last.ckpt")
