@@ -222,22 +222,6 @@ def test_they_are_known_when_a_later_setup_changes_nothing(tmp_path: Path, begin
     assert torch.equal(loads(Scaled(), tmp_path / "a.safetensors")(X), model(X))
 
 
-class FromDataModule(L.LightningDataModule):
-    def setup(self, stage: str) -> None:
-        self.trainer.lightning_module.table.fill_(2.0)  # type: ignore[union-attr]
-
-    def train_dataloader(self) -> Any:
-        return data()
-
-
-def test_buffers_that_other_code_has_filled_before_are_the_base_and_the_error_says_what_to_do(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(tabled(), datamodule=FromDataModule())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ll.BaseMismatchError, match=r"such as 'table'.* those that the module's own setup fills"):
-        ll.load_adapter(tabled(), tmp_path / "a.ckpt")
-
-
 def test_the_base_alone_computes_with_them(tmp_path: Path) -> None:
     model = fitted(tmp_path / "a.ckpt", Scaled(), lora(merge=False))
     again, base = loads(Scaled(), tmp_path / "a.ckpt"), LitTiny()(X) * 2
