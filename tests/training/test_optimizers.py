@@ -204,11 +204,18 @@ def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path, early:
 
 
 def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> None:
-    model = Grouped("by decay")
-    for layer in (model.q_proj, model.v_proj):
-        layer.requires_grad_(False)
-    _, t = fit(tmp_path, lora(merge=False), model=model, max_epochs=1)
-    assert [names_in(model, group) for group in optimizer_of(t)] == HABITS["by decay"][1]
+    def configure(m: LitTiny) -> Any:
+        m.q_proj.requires_grad_(False)
+        m.v_proj.requires_grad_(False)
+
+        def make() -> Any:
+            trains = [(name, p) for name, p in m.named_parameters() if p.requires_grad]
+            return adam([{"params": [p for name, p in trains if name.endswith(end)]} for end in ("weight", "bias")])
+
+        return make
+
+    t, model = fit_with(tmp_path, configure)
+    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
 
 
 def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
