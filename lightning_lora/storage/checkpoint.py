@@ -42,7 +42,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     if any(map(is_dtensor, view.parameters.values())):
         held = full_tensors(held)
     if written_later:
-        held = _copied(held)
+        held = deepcopy(held)
     about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, fingerprints)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
@@ -55,23 +55,10 @@ def with_merged_model(
     """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
     state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
-    held: Any = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
+    held: Any = {"state_dict": deepcopy(merged) if written_later else merged}
     notes = getattr(held["state_dict"], STATE_NOTES)  # for the module itself, as above
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), checkpoint[KEY], state)}
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
-
-
-def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy all entries. One that Python cannot copy, such as a tensor with a graph, stays as it is."""
-    copies: dict[str, Any] = {}
-    known: dict[int, Any] = {}  # a value that two entries hold is copied once
-    for name, value in entries.items():
-        before = dict(known)
-        try:
-            copies[name] = deepcopy(value, known)
-        except Exception:  # a class may raise any error
-            copies[name], known = value, before
-    return copies
 
 
 def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.training.compatibility import judge_of
+from lightning_lora.training.compatibility import callbacks_of, drop_averages, judge_of
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
@@ -108,6 +108,7 @@ def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str]
         if not path:
             raise FileNotFoundError("ModelCheckpoint wrote none")
         load_checkpoint_state(pl_module, read(path))
+        drop_averages(callbacks_of(trainer))  # of the last weights: files would hold these
     except (OSError, LoRAError) as error:
         warn(
             f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",

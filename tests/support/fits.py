@@ -159,6 +159,7 @@ class Notes(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, float]] = []
 
     def log_hyperparams(self, params: Mapping[str, Any], *_: Any, **__: Any) -> None:
         changed = [key for each in self.seen for key, value in each.items() if params.get(key, value) != value]
@@ -166,8 +167,8 @@ class Notes(Logger):
             raise ValueError(f"{changed} cannot be changed")
         self.seen.append(dict(params))
 
-    def log_metrics(self, *_: Any, **__: Any) -> None:
-        pass
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append(metrics)
 
     @property
     def ours(self) -> list[dict[str, Any]]:

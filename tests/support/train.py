@@ -1,9 +1,8 @@
 """A training run in its own process, for tests that kill, spawn and resume.
 
-It writes FOLDER/result.pt: the module's state after fit, and what tests of the best file give.
+It writes result.pt: the module's state after fit, and what tests of the best file give.
 """
 
-import argparse
 import atexit
 import os
 import signal
@@ -16,8 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback
-from tests.support.models import LitTiny, data, state, trainer
+from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.versions import keeps_random
 
 
@@ -59,36 +57,29 @@ class Wide(LitTiny):
         self.double = lambda x: 2 * x
 
 
-def main(*argv: str) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("strategy")
-    parser.add_argument("devices", type=int)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--merge", default="last")
-    parser.add_argument("--module", default="LitTiny")
-    parser.add_argument("--test", action="store_true")
-    arguments = parser.parse_args(argv)
-
+def run(
+    folder: Path,
+    strategy: str,
+    *,
+    module: type[LitTiny] = LitTiny,
+    merge: Any = "last",
+    kill_at: int = 0,
+    resumes: bool = False,
+    tests: bool = False,
+) -> None:
     L.seed_everything(7, verbose=False)
-    model = {module.__name__: module for module in (LitTiny, Tied, Wide)}[arguments.module]()
-    checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
-    merge: Any = False if arguments.merge == "none" else arguments.merge
-    dropout = 0.3 if keeps_random else 0.0
-    adapters = LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout)
-    callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(arguments.kill_at)] if arguments.kill_at else [])]
-    strategy = "auto" if arguments.strategy == "single" else arguments.strategy
-    t = trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices, max_epochs=4)
-    resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
-    t.fit(model, data(), data(), ckpt_path=resume)
+    model, checkpoint = module(), ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
+    adapters = lora(merge=merge, dropout=0.3 if keeps_random else 0.0)
+    callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(kill_at)] if kill_at else [])]
+    t = trainer(folder, callbacks, strategy=strategy, devices=2, max_epochs=4)
+    last = max(folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if resumes else None
+    t.fit(model, data(), data(), ckpt_path=last)
 
-    result: dict[str, Any] = {"state": state(model), "val_loss": float(t.callback_metrics["val_loss"])}
+    result: dict[str, Any] = {"state": state(model), "best": checkpoint.best_model_path}
     result["classes"] = [type(module).__name__ for module in model.modules()]
-    t.save_checkpoint(arguments.folder / "after.ckpt")
-    if arguments.test:
+    t.save_checkpoint(folder / "after.ckpt")
+    if tests:
         result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
-        t.save_checkpoint(arguments.folder / "again.ckpt")
-    result["best"] = checkpoint.best_model_path
+        t.save_checkpoint(folder / "again.ckpt")
     if t.global_rank == 0:
-        torch.save(result, arguments.folder / "result.pt")
+        torch.save(result, folder / "result.pt")

@@ -10,8 +10,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.core.module import _jit_is_scripting
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import Optimizer
@@ -19,8 +17,8 @@ from torch.optim import Optimizer
 from lightning_lora import inject_adapters
 from lightning_lora.model.record import find_record
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
-from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, resumes_to_the_bit, trainable
-from tests.support.models import LitTiny, X, best, data, is_plain, lora, same, state, trainer
+from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, resumes_to_the_bit, trainable
+from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
 
 
@@ -105,50 +103,6 @@ def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path
         t.save_checkpoint(tmp_path / "after.ckpt")
         assert files_hold_adapters_alone(tmp_path)
     assert base_is_whole(model)
-
-
-class Writer(bundled.BasePredictionWriter):  # keep what is predicted
-    def write_on_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, *_: Any) -> None:
-        self.written = torch.cat(predictions)
-
-
-@pytest.mark.filterwarnings("ignore:.*flops_per_batch:UserWarning")
-def test_onlookers_change_nothing(tmp_path: Path) -> None:
-    onlookers = [
-        bundled.LearningRateMonitor("step", log_momentum=True, log_weight_decay=True),
-        bundled.ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
-        bundled.RichModelSummary(max_depth=-1),
-        bundled.LambdaCallback(on_train_epoch_end=lambda t, m: t.save_checkpoint(f"{t.log_dir}/a.ckpt")),
-        writer := Writer("epoch"),
-    ]
-    states = []
-    for callbacks in ([], onlookers):
-        logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-        model, t = fit(tmp_path, *callbacks, lora(), best(tmp_path), logger=logger, log_every_n_steps=1)
-        states.append(state(model))
-        predicted = outcome(t, "predict", model)
-    assert torch.equal(writer.written, predicted) and same(*states)
-    assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path) -> None:
-    class DrawsGraphs(CSVLogger):  # traces the module as TensorBoardLogger(log_graph=True) does
-        def log_graph(self, model: Any, input_array: Any = None) -> None:
-            model.eval()
-            with _jit_is_scripting():
-                self.graph = str(torch.jit.trace(model, model.example_input_array).inlined_graph)
-            model.train()
-
-    states = []
-    for logger in (DrawsGraphs(tmp_path), CSVLogger(tmp_path)):
-        model = LitTiny()
-        model.example_input_array = torch.arange(1)
-        fit(tmp_path, lora(), model=model, logger=logger)
-        states.append(state(model))
-        if isinstance(logger, DrawsGraphs):
-            assert logger.graph.count('name="lora_A"') == 2
-    assert same(*states)
 
 
 # Tuners leave no trace but what they found

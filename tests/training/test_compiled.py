@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.cases import Three, held, three
+from tests.support.cases import held, three
 from tests.support.fits import fit, loaded
-from tests.support.models import TRAINED, LitTiny, X, data, lora, randomise, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, lora, state, trainer
 
 
 class Compiled(LitTiny):  # whose q_proj was compiled before it met any adapter
@@ -77,20 +77,3 @@ def test_no_step_compiles_again(trains: bool) -> None:
         compiled(X).sum().backward()
         optimizer.step()
     assert len(graphs) == 1
-
-
-def test_model_that_was_compiled_and_called_first_computes_with_what_it_has_now() -> None:
-    torch._dynamo.reset()
-    model = Three()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    base = compiled(X)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
-    randomise(model, scale=0.3)
-    adapted = model(X)
-    with ll.disable_adapters(model):
-        torch.testing.assert_close(compiled(X), base)
-    for change in (lambda _: None, ll.merge_adapters, ll.unmerge_adapters):
-        change(model)
-        torch.testing.assert_close(compiled(X), adapted)
-    ll.remove_adapters(model)
-    torch.testing.assert_close(compiled(X), base)

@@ -1,7 +1,6 @@
 """Dropout acts in training steps alone, whatever mode the frozen layers are in."""
 
 import copy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
         del self.embed, self.q_proj, self.v_proj, self.head
         self.model = Loaded()
         self.acts: dict[str, set[bool]] = {}
-        self.count: Counter[str] = Counter()
         self.modes: list[dict[str, bool]] = []
 
     def forward(self, index: Tensor) -> Tensor:
@@ -50,7 +48,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
     def note(self, hook: str, batch: list[Tensor]) -> None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             self.acts.setdefault(hook, set()).add(not torch.equal(self(batch[0]), self(batch[0])))
-            self.count[hook] += 1
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("train", batch)
@@ -104,14 +101,9 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     t.validate(model, data(), verbose=False)
     expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
 
-    assert model.acts == expected and model.count["train"] == 8
+    assert model.acts == expected and len(model.modes) == 8
     assert modes(model) == before and all(each == before for each in model.modes)
     assert torch.equal(model(X), model(X))
-
-
-def test_a_model_in_train_mode_stays_so(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(), model=adapted().train())
-    assert model.acts["train"] == {True} and model.acts["validate"] == {False} and all(modes(model).values())
 
 
 def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
@@ -172,7 +164,6 @@ def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: 
 
 
 def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
-    """There, the Trainer has no other callbacks."""
     model = adapted()
     Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
     assert model.acts["train"] == {True} and torch.equal(model(X), model(X))

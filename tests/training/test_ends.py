@@ -1,7 +1,6 @@
 """How a fit ends that has nothing left to train, never had anything, or is interrupted."""
 
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,24 @@ from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.training.test_launchers import FORKED
 
-
-def with_a() -> LitTiny:
-    ll.inject_adapters(model := LitTiny(), lora().config, name="a")
-    nn.init.ones_(model.get_parameter("q_proj.lora_B"))
-    return model
+STARTS = ["plain", "adapted", "rests", "base", "merged"]
 
 
-def changed(change: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], LitTiny]:
-    """How to make a model with an adapter, changed by one call."""
-
-    def make() -> LitTiny:
-        change(model := with_a(), *args, **kwargs)
+def started(start: str) -> LitTiny:
+    """A plain model; or with an adapter that is active, is so beside another one, is off, or is merged."""
+    model = LitTiny()
+    if start == "plain":
         return model
-
-    return make
-
-
-def with_b(model: LitTiny) -> None:
-    ll.inject_adapters(model, lora(init="gaussian").config, name="b")
-    ll.set_adapter(model, "a")
-
-
-STARTS: dict[str, Callable[[], LitTiny]] = {
-    "plain": LitTiny,
-    "adapted": with_a,
-    "rests": changed(with_b),
-    "base": changed(ll.set_adapter, None),
-    "merged": changed(ll.merge_adapters),
-}
+    ll.inject_adapters(model, lora().config, name="a")
+    nn.init.ones_(model.get_parameter("q_proj.lora_B"))
+    if start == "rests":
+        ll.inject_adapters(model, lora(init="gaussian").config, name="b")
+        ll.set_adapter(model, "a")
+    elif start == "base":
+        ll.set_adapter(model, None)
+    elif start == "merged":
+        ll.merge_adapters(model)
+    return model
 
 
 def about(model: LitTiny) -> tuple[Any, ...]:
@@ -89,10 +77,10 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
         t.fit(model, data(), data(), ckpt_path=path if path.exists() else None)
         return model
 
-    finished = run(STARTS[start](), max_epochs=2)
+    finished = run(started(start), max_epochs=2)
     before, output = about(finished), finished(X)
     limits: list[dict[str, int]] = [{"max_epochs": 2}, {"max_epochs": 9, "max_steps": 4 if options else 8}]
-    for model in (*(run(STARTS[start](), **limit) for limit in limits), run(finished, max_epochs=2)):
+    for model in (*(run(started(start), **limit) for limit in limits), run(finished, max_epochs=2)):
         assert about(model) == before and torch.equal(model(X), output)
     assert same(all_values(model), all_values(finished))
 
@@ -111,7 +99,7 @@ NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
     tmp_path: Path, start: str, arguments: Any, options: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = STARTS[start]()
+    model = started(start)
     before, values = about(model), state(model)
     trainer(tmp_path, [lora(**arguments)], **options).fit(model, data(), data())
     assert about(model) == before and same(state(model), values)

@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError, inject_adapters
+from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, as_trained, data, lora, same, state
+from tests.support.models import ADAPTERS, LitTiny, as_trained, lora, same, state
 
 train = partial(fit, limit_val_batches=0)
 
@@ -72,7 +72,6 @@ class Turns(L.Callback):  # tells that training has begun, and waits for another
 
 
 def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
-    """The second one starts before the first ends, and trains on after it."""
     own, events = torch.utils.checkpoint.CheckpointFunction, (Event(), Event(), Event())
     alone, *models = (as_trained(Recomputed(reentrant=True), modules_to_save=["head"]) for _ in range(3))
     train(tmp_path, lora(merge=False), model=alone)
@@ -110,6 +109,9 @@ class Skips(LitTiny):  # that leaves one projection out: for good, or in every o
         self.unused(x)  # called, but no loss depends on it
         return self.head(torch.tanh(self.q_proj(x)) + (0 if self.training and self.skips else self.v_proj(x)))
 
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers() if self.never else torch.optim.SGD(self.parameters(), lr=0.1)
+
 
 def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> None:
     with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient.*exclude_modules") as caught:
@@ -117,54 +119,20 @@ def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> Non
     assert len([each for each in caught if each.category is DeadAdapterWarning]) == 1
 
 
-def two_processes_by_hand() -> dict[str, Tensor]:
-    """The same run with the batches of both processes one after another."""
-    model = Skips()
-    torch.manual_seed(5)
-    inject_adapters(model, LoRACallback(r=2, exclude_modules=["head"]).config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1)
-    for _ in range(2):
-        for place, (index, label) in enumerate(data()):
-            for rank in range(2):
-                x = model.embed(index[rank::2])
-                v = 0 if (place + rank) % 2 == 0 else model.v_proj(x)
-                loss = nn.functional.cross_entropy(model.head(torch.tanh(model.q_proj(x)) + v), label[rank::2])
-                (loss / 4).backward()
-            if place % 2:
-                optimizer.step()
-                optimizer.zero_grad()
-    return state(model)
-
-
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the other process's layers
-def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path) -> None:
-    """Two processes' gradients are the mean of theirs, where a layer that was left out has a gradient of zero."""
-
-    class Descends(Skips):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    callbacks = [LoRACallback(r=2, exclude_modules=["head"]), keeps := KeepsStates(tmp_path)]
-    options = {"accumulate_grad_batches": 2, "use_distributed_sampler": False, "devices": 2}
-    train(tmp_path, *callbacks, model=Descends(), strategy="ddp_fork", **options)
-    first, by_hand = keeps.same(), two_processes_by_hand()
-    for name in ADAPTERS:
-        torch.testing.assert_close(first[name], by_hand[name], msg=lambda text, n=name: f"{n}: {text}")
-    assert not torch.equal(first["v_proj.lora_B"], torch.zeros(8, 2))
-
-
-@pytest.mark.processes
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("never", "options"), [(False, {}), (True, {"static_graph": True})])
+def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path, never: bool, options: Any) -> None:
     states = []
-    for options in ({"static_graph": True}, {"find_unused_parameters": True}):
-        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
-        train(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips(never=True), strategy=strategy, devices=2)
+    for how in (options, {"find_unused_parameters": True}):  # which searches the graph in each step
+        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **how)
+        callbacks = [LoRACallback(r=2, exclude_modules=["head"]), keeps := KeepsStates(tmp_path)]
+        run = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+        train(tmp_path, *callbacks, model=Skips(never), accumulate_grad_batches=1 if never else 2, **run)
         states.append(keeps.same())
-    assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
-    torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
+    assert states[0]["q_proj.lora_B"].any() and states[0]["v_proj.lora_B"].any() != never
+    assert not states[0]["unused.lora_B"].any()
+    torch.testing.assert_close(*states)  # unused.lora_A too: not even its weight decays
 
 
 class Freezes(LitTiny):  # that freezes an adapter of its own as training starts

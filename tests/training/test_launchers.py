@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import AdapterStateError, load_adapter, remove_adapters, unmerge_adapters
 from tests.support import launched
 from tests.support import train as training
 from tests.support.cases import files_hold_adapters_alone, held
 from tests.support.faults import FORK, fork
 from tests.support.fits import fit, loaded, outcome
-from tests.support.models import TRAINED, LitTiny, X, best, data, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, lora, same, trainer
 from tests.support.ranks import free_port
 from tests.support.versions import exact, keeps_random
 
@@ -200,8 +199,9 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
 FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
 
 
-def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any) -> None:
+def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, merged = LitTiny(), []
     for number in range(2):
         _, t = fit(tmp_path, lora(), model=model, enable_checkpointing=False, **FORKED)
@@ -214,47 +214,22 @@ def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplo
         assert set(adapters(tmp_path / f"{number}.ckpt")) == set(TRAINED)
         again = loaded(tmp_path / f"{number}.ckpt")  # which takes the adapters of its own base alone
         torch.testing.assert_close(again(X), merged[number])
-
-
-@pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
-@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
-def test_the_main_process_reads_files_after_a_fork(tmp_path: Path) -> None:
-    first = best(tmp_path, save_top_k=-1, save_last=True)
-    model, t = fit(tmp_path, lora(), first, model=LitTiny(lr=0.5), **FORKED)
-    merged = state(model)
-    files = {"best": first.best_model_path, str(tmp_path / "last.ckpt"): tmp_path / "last.ckpt"}
-    losses = {asked: outcome(trainer(tmp_path), "test", loaded(path)).item() for asked, path in files.items()}
-    assert len(set(losses.values())) == 2
-    for asked, loss in losses.items():
-        assert outcome(t, "validate", model, ckpt_path=asked).item() == pytest.approx(loss)
-        assert outcome(t, "test", model, ckpt_path=asked).item() == pytest.approx(loss)
-    assert same(state(model), merged)
-    load_adapter(model, tmp_path / "best-epoch=0.ckpt")
-    assert same(state(model), state(loaded(tmp_path / "best-epoch=0.ckpt")))
-
-
-def test_nothing_of_ours_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    model, _ = fit(tmp_path / "run", lora(), enable_checkpointing=False, max_epochs=1, **FORKED)
-    assert [path.name for path in tmp_path.rglob("*") if "lora" in path.name] == []
-    remove_adapters(model)  # its weights are a new base
-    with pytest.raises(AdapterStateError, match="has no adapters"):
-        unmerge_adapters(model)
+    assert not [path for path in tmp_path.rglob("*") if "lora" in path.name]  # nothing of ours is left
 
 
 # Killed and resumed
 
 
-def train(folder: Path, strategy: str, devices: int, *options: str) -> Any:
+def train(folder: Path, strategy: str = "ddp_fork", **options: Any) -> Any:
     """Run tests.support.train in a fork, and return the result."""
-    assert fork(lambda: training.main(str(folder), strategy, str(devices), *options)) == 0, "it was killed"
+    assert fork(lambda: training.run(folder, strategy, **options)) == 0, "it was killed"
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-def failing(folder: Path, strategy: str, devices: int, *options: str) -> str:
+def failing(folder: Path, **options: Any) -> str:
     """What a run says that fails."""
     with pytest.raises((AssertionError, pytest.fail.Exception)) as error:
-        train(folder, strategy, devices, *options)
+        train(folder, **options)
     assert not (folder / "result.pt").exists()
     return str(error.value)
 
@@ -263,43 +238,34 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return held(weights(path))
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp_fork", 2)])
-def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
-    through, killed = tmp_path / "through", tmp_path / "killed"
-    expected = train(through, strategy, devices)
-    failing(killed, strategy, devices, "--kill-at", str(3 * 4 // devices - 1))  # in the third epoch
-    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
-    resumed = train(killed, strategy, devices, "--resume", "--test")
-    assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
-    assert same(resumed["state"], expected["state"])
-    check(killed, resumed)
-
-
 CLASSES = ["Embedding", "Linear", "Linear", "Linear"]
 
 
-def check(folder: Path, result: dict[str, Any]) -> None:
-    """A finished run: plain and merged in the main process, right numbers later, adapters alone in every file."""
-    base, model, merged, x = LitTiny(), LitTiny().eval(), LitTiny(), torch.arange(20)
-    assert list(result["state"]) == list(base.state_dict()) and result["classes"][1:] == CLASSES
-    load_adapter(model, folder / "epoch=3.ckpt")
+def came_back(result: dict[str, Any], file: Path) -> bool:
+    """Whether the main process has a plain module with the adapters of a file merged."""
+    merged = LitTiny()
     merged.load_state_dict(result["state"])
-    torch.testing.assert_close(merged(x), model(x))
-    assert not torch.equal(merged(x), base(x))
-    files = {path.name: set(adapters(path)) for path in folder.glob("*.ckpt")}
+    torch.testing.assert_close(merged(X), loaded(file).eval()(X))
+    return result["classes"][1:] == CLASSES
+
+
+def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path) -> None:
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    expected = train(through)
+    failing(killed, kill_at=5)  # in the third epoch
+    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    resumed = train(killed, resumes=True, tests=True)
+    assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
+    assert same(resumed["state"], expected["state"]) and came_back(resumed, killed / "epoch=3.ckpt")
+    files = {path.name: set(adapters(path)) for path in killed.glob("*.ckpt")}
     assert {"after.ckpt", "again.ckpt"} <= files.keys() and all(names == {*TRAINED} for names in files.values())
-    load_adapter(model, result["best"])
-    loss = trainer(folder).test(model, data(), verbose=False)[0]["test_loss"]
-    assert result["tested"] == pytest.approx(loss, rel=1e-5)
+    loss = outcome(trainer(killed), "test", loaded(resumed["best"]))
+    assert resumed["tested"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
-    result = train(tmp_path / "best", "ddp_spawn", 2, "--merge", "best")
-    model, merged = LitTiny().eval(), LitTiny()
-    load_adapter(model, result["best"])
-    merged.load_state_dict(result["state"])
-    torch.testing.assert_close(merged(torch.arange(20)), model(torch.arange(20)))
-    wide = train(tmp_path / "wide", "ddp_fork", 2, "--module", "Wide", "--merge", "best")
-    assert wide["classes"][1:] == CLASSES
-    assert "merge=False would lose the adapters" in failing(tmp_path / "none", "ddp_fork", 2, "--merge", "none")
-    assert "one tied weight" in failing(tmp_path / "tied", "ddp_fork", 2, "--module", "Tied")
+    result = train(tmp_path / "best", "ddp_spawn", merge="best")
+    assert came_back(result, result["best"])
+    assert train(tmp_path / "wide", module=training.Wide, merge="best")["classes"][1:] == CLASSES
+    assert "merge=False would lose the adapters" in failing(tmp_path / "none", merge=False)
+    assert "one tied weight" in failing(tmp_path / "tied", module=training.Tied)

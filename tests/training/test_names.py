@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.cases import At, StopError, held, stop
+from tests.support.cases import held
 from tests.support.fits import fit
 from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer
 
@@ -73,15 +73,6 @@ def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came:
     assert same(state(model), bits) and ll.adapters(model) == names and same(values(model), before)
     record = find_record(model)
     assert record and record.is_merged is bool(came)
-
-
-def test_an_exception_in_training_keeps_what_was_trained_and_all_others(tmp_path: Path) -> None:
-    model, before = two(tmp_path)
-    with pytest.raises(StopError):
-        fit(tmp_path, lora(name="de"), At(3, stop), model=model)
-    assert ll.adapters(model)[0] == "de"
-    after = values(model)
-    assert not torch.equal(after["de"], before["None"]) and same({name: after[name] for name in before}, before)
 
 
 @pytest.mark.parametrize("came", ["last", False])

@@ -60,24 +60,6 @@ def bring_back(home: nn.Module) -> None:
     receive(home, entry)
 
 
-def test_resting_adapters_are_sent_too() -> None:
-    home, config = LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"])
-    for name in ("fr", "de"):
-        ll.inject_adapters(home, config, name=name)
-        randomise(home, seed=len(name))
-        torch.nn.init.ones_(home.head.weight)
-    adapted = copy.deepcopy(home)
-    ll.set_adapter(home, "fr")
-    ll.set_adapter(home, "de")
-    ll.merge_adapters(home)
-    bring_back(home)
-    ll.unmerge_adapters(home)
-    for name in ("de", "fr", "de"):
-        for model in (home, adapted):
-            ll.set_adapter(model, name)
-        assert ll.adapters(home)[0] == name and same(state(home), state(adapted))
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "layers": (Three, {"target_modules": "all", "use_dora": True}),
     "slices": (LitTiny, {"target_modules": ["q_proj"], "target_slices": {"q_proj": {"a": [0, 4]}}}),
@@ -140,21 +122,6 @@ def test_an_adapter_class_of_the_user_comes_back_or_the_warning_says_that_it_can
                 assert sent(home) == {}
 
 
-def test_a_full_disk_is_told_and_nothing_half_written_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    save = torch.save
-
-    def full(value: Any, path: Path) -> None:
-        save(value, path)
-        path.write_bytes(path.read_bytes()[:1000])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    home = LitTiny()
-    merged(home)
-    with pytest.warns(LoRAWarning, match=r"not the adapters and the base \(OSError: .*No space left.*free some"):
-        assert sent(home) == {}
-
-
 @pytest.mark.processes
 def test_a_fit_without_a_temporary_folder_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, prefix: str = "", **__: Any) -> str:
@@ -176,12 +143,3 @@ def test_a_fit_without_a_temporary_folder_says_what_is_lost(tmp_path: Path, monk
     assert "The fit is complete" in (tmp_path / "said.txt").read_text()
     with pytest.raises(ll.AdapterStateError, match="has no adapters"):
         ll.unmerge_adapters(model)
-
-
-def test_launchers_of_both_packages_are_extended_once() -> None:
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        module: Any = pytest.importorskip(f"{package}.strategies.launchers.multiprocessing")
-        lora(), lora()
-        for name in ("get_extra_results", "update_main_process_results"):
-            (own,) = vars(module._MultiProcessingLauncher)[name].args
-            assert own.__module__ == module.__name__

@@ -76,17 +76,7 @@ def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: s
     assert file.exists() is (kind != "callback")  # it removes its file after a fit that ends
 
 
-class LoadsInSetup(LitTiny):  # that loads its pretrained weights in setup, strictly
-    def __init__(self) -> None:
-        super().__init__()
-        for p in self.parameters():
-            p.data.zero_()
-
-    def setup(self, stage: str) -> None:
-        self.load_state_dict(LitTiny().state_dict())
-
-
-@pytest.mark.parametrize("cls", [BornInSetup, BornInConfigureModel, LoadsInSetup])
+@pytest.mark.parametrize("cls", [BornInSetup, BornInConfigureModel])
 def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -> None:
     expected, _ = fit(tmp_path, lora())
     model, t = fit(tmp_path, lora(), model=cls())
