@@ -12,10 +12,8 @@ import pytest
 
 from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
-from examples.paper.costs import made, width
-from examples.paper.jobs import FEW, Folders, Job, Results
-from examples.paper.methods import MAIN, METHODS
-from examples.paper.minilm import texts
+from examples.paper.jobs import Job, Results
+from examples.paper.methods import MAIN
 from examples.paper.plan import PARTS, at_best_epochs, by_epochs, finalists, search, seeds
 from examples.paper.tables import TABLES, difference, fill, finished
 
@@ -106,13 +104,6 @@ def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, c
     assert named in capsys.readouterr().err
 
 
-def test_files_of_another_form_than_the_e2e_data_are_named(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "valid.txt").write_text("name : The Eagle||The Eagle is a pub .\nname : The Eagle, a pub\n")
-    with pytest.raises(SystemExit):
-        main(["--e2e", str(tmp_path)])
-    assert "valid.txt has a line that is not table||text" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"task": "reviews"}', "another seed's"])
 def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: Path) -> None:
     name = Job("reviews", "full", 1e-4, epochs=2).name
@@ -121,17 +112,6 @@ def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: P
     (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(SystemExit, match=rf"{name}.json does not hold"):
         Results(tmp_path)
-
-
-def test_memory_is_measured_on_the_longest_batches(tmp_path: Path) -> None:
-    job = Job("reviews", "probe", 1e-3)
-    _, _, measured = made(job, Folders(tmp_path, tmp_path, tmp_path), fast=True, place=0)
-    assert width(next(iter(measured))) == max(map(width, texts("reviews", FEW).train_dataloader()))
-
-
-def test_each_method_has_files_of_its_own() -> None:
-    names = {Job("reviews", method, 1e-3).name for method in METHODS}
-    assert len(names) == len(METHODS)
 
 
 @pytest.mark.parametrize("task", ["reviews", "e2e"])

@@ -100,20 +100,28 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     return made[-1].lightning_module
 
 
+class StopsEarly(L.Callback):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
 @pytest.mark.parametrize(
     ("build", "varied", "options"),
     [
         (Rich, {"r": [1, 2]}, {"accumulate_grad_batches": 2, "loaders": lambda: loaders(num_workers=1)}),
         (lambda: Rich(manual=True), {"init": ["kaiming", "pissa"]}, {}),
         (Rich, {"lr_scale": [1, 10], "dropout": [0.0, 0.1]}, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
+        (Rich, {"r": [1, 2], "keep": 1}, {"others": [StopsEarly]}),
     ],
-    ids=["accumulated, workers", "manual", "validated often"],
+    ids=["accumulated, workers", "manual", "validated often", "stops by itself"],
 )
 def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, varied: Any, options: Any) -> None:
-    fit, made = fitting(tmp_path, build, **options)
+    others = options.pop("others", [])
+    fit, made = fitting(tmp_path, build, *others, **options)
     sweep = LoRASweep(**varied, **HEAD, directory=tmp_path / "sweep")
     L.seed_everything(3, verbose=False)
     best = sweep.run(fit)[0]["name"]
+    assert not others or len(sweep.results[0]["metrics"]) == 2
     swept = made[-1].lightning_module
     assert is_plain(swept)
     alone = check_as_alone(sweep, best, fit, made, tmp_path / "alone.ckpt")
@@ -177,22 +185,6 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) ->
     sweep.run(fit)
     assert {each["r"]: len(each["metrics"]) for each in sweep.results} == {1: 1, 2: 3, 3: 3}
     assert all(each["dropped"] is None for each in sweep.results)
-
-
-def test_the_best_may_have_stopped_by_itself(tmp_path: Path) -> None:
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-            trainer.should_stop = trainer.current_epoch == 1
-
-    fit, made = fitting(tmp_path, Rich, Stop)
-    sweep = LoRASweep(r=[1, 2], keep=1, directory=tmp_path / "sweep")
-    L.seed_everything(3, verbose=False)
-    best = sweep.run(fit)[0]
-    swept = state(made[-1].lightning_module)
-    assert len(best["metrics"]) == 2 and made[-1].max_epochs == 3
-    L.seed_everything(3, verbose=False)
-    fit(LoRACallback(**sweep.runs[best["name"]]))
-    assert same(state(made[-1].lightning_module), swept)
 
 
 def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> None:

@@ -64,26 +64,6 @@ def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_pa
     assert torch.equal(again(X), model(X))
 
 
-def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> None:
-    class Versioned(nn.Module):
-        version = 1
-
-        def get_extra_state(self) -> dict[str, int]:
-            return {"version": 1}
-
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            if state["version"] != self.version:
-                raise ValueError("another version")
-
-    model = as_trained(nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4)))
-    trained, before = ll.adapter_state_dict(model), [state(model[0]), state(model[2])]
-    trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
-    model[1].version = 2
-    with pytest.raises(ValueError, match="another version"):
-        ll.load_adapter_state_dict(model, trained)
-    assert same(state(model[0]), before[0]) and same(state(model[2]), before[1])
-
-
 def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     base = copy.deepcopy(model)

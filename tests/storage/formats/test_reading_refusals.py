@@ -98,7 +98,8 @@ TWICE = {"linear.base_layer.lora_A.weight": torch.ones(2, 8), "linear.base_layer
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
-    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'"),
+    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'.*does not merge it right"),
+    (Mixed, {}, asks(kasa_config={"a": 1}), FILE, "'kasa_config'.*Merge it with PEFT"),
     (Mixed, {}, asks(lora_bias=True), FILE, "'lora_bias'"),
     (Mixed, {}, asks(init_lora_weights="pissa_niter_4"), FILE, "'pissa_niter_4'.*cannot be computed again"),
     (Mixed, {}, asks(lora_alpha="8"), FILE, "alpha='8'"),
