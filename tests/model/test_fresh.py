@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
@@ -172,6 +172,24 @@ def test_drawn_weights_look_drawn(shape: tuple[int, ...], dtype: torch.dtype) ->
     for _ in range(5):
         assert is_uniform(block_of(torch.empty(shape).uniform_(-0.1, 0.1).to(dtype)), 0.1)
         assert is_normal(block_of(torch.empty(shape).normal_(0, 0.02).to(dtype)), 0.02)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "larger": lambda weight: 1.2 * weight,
+    "smaller": lambda weight: 0.8 * weight,
+    "heavy tails": lambda weight: weight * weight.abs() / weight.abs().mean(),
+    "slightly heavy tails": lambda weight: weight * (0.6 + 0.8 * torch.randint(2, weight.shape)).sqrt(),
+    "not around zero": lambda weight: weight + 0.3 * weight.std(),
+    "rows of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, len(weight)).unsqueeze(1),
+    "columns of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, weight.shape[1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights_do_not(change: Callable[[Tensor], Tensor]) -> None:
+    for shape in ((100, 100), (1000, 768)):
+        assert not is_uniform(block_of(change(torch.empty(shape).uniform_(-0.1, 0.1))), 0.1)
+        assert not is_normal(block_of(change(torch.empty(shape).normal_(0, 0.02))), 0.02)
 
 
 class Pair(nn.Module):

@@ -118,13 +118,6 @@ def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
         ll.load_adapter(LitTiny(), tmp_path)
 
 
-def test_adapters_on_the_meta_device_are_not_saved(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        ll.inject_adapters(model := LitTiny(), CONFIG)
-    with pytest.raises(ll.AdapterStateError, match="meta"):
-        ll.save_adapter(model, tmp_path / "a.safetensors")
-
-
 def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
     """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
     with torch.device("meta"):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.cli.main import main
 from tests.storage.formats.test_reading import INDEX
 from tests.support.layers import Scaled
 from tests.support.models import LitTiny
@@ -281,8 +280,7 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no adapters of this package")
 
 
-def test_readers_without_a_model_say_what_it_is(tmp_path: Path, capsys: Any) -> None:
+def test_a_module_is_not_built_from_it(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(ll.AdapterFileError, match="adapters of PEFT, and only their model tells"):
         ll.load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
-    assert main(["inspect", str(tmp_path)]) == 1 and "adapters of PEFT, and only" in capsys.readouterr().err
