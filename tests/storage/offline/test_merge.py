@@ -197,7 +197,5 @@ def test_an_update_that_is_rounded_away_is_told(tmp_path: Path) -> None:
     save_files(tmp_path, model := TinyLM(tied=False).bfloat16())
     randomise(model, scale=1e-3)
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    with pytest.warns(
-        ll.MergePrecisionWarning, match="in 3 of 3 layers.*into the base in float32"
-    ):
+    with pytest.warns(ll.MergePrecisionWarning, match="in 3 of 3 layers.*into the base in float32"):
         merged(tmp_path)
