@@ -93,6 +93,21 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
     assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
 
 
+def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.q_proj.weight.add_(1)
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    t.validate(model, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    ll.load_adapter(other, tmp_path / "lora.ckpt")
+    assert torch.equal(other(X), model(X))
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(LitTiny(), tmp_path / "lora.ckpt")
+
+
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path / "full.ckpt", LitTiny(width=6), plain=True)
     with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight has another shape'"):

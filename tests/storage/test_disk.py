@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
 from tests.support.storage import restores
 
@@ -178,6 +178,23 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
 
 
 # Many at once
+
+
+@pytest.mark.processes
+def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    model, path = adapted(), tmp_path / "a.safetensors"
+
+    def write() -> None:
+        for _ in range(50):
+            save_adapter(model, path)
+
+    writers = [FORK.Process(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0] and list(contents(tmp_path)) == [path.name]
+    load_adapter(LitTiny(), path)
 
 
 def test_threads_that_write_and_read_one_file_find_a_whole_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -77,10 +78,11 @@ def test_a_changed_base_that_is_loaded_anew_takes_all_adapters_of_its_run(tmp_pa
     assert same(state(model), state(LitTiny()))
 
 
-def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+@pytest.mark.parametrize("merge", [False, "last"])
+def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path, merge: Any) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=merge)], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data())
-    model.double()
+    ll.unmerge_adapters(model.double())
     t.save_checkpoint(tmp_path / "wide.ckpt")
     restores(tmp_path / "wide.ckpt", model, LitTiny().double())
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
 from tests.support.models import Around
-from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6) + 2
@@ -56,16 +55,6 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Callable[[], nn.Module]
         assert gap(model(input_ids=INDEX), expected) > 1e-5
         load_adapter(model, tmp_path)
         assert gap(model(input_ids=INDEX), expected) < 2e-6
-
-
-def test_adapters_of_the_model_without_its_head(tmp_path: Path) -> None:
-    whole = classifier(hf.BertConfig, **BERT)
-    write_peft(tmp_path, built(lambda: whole().bert), target_modules=["query"])
-    model: Any = built(whole)
-    with pytest.warns(LoRAWarning, match="they begin with 'bert'"):
-        load_adapter(model, tmp_path)
-    expected = read(built(lambda: whole().bert), tmp_path)
-    assert gap(model.bert(input_ids=INDEX), expected(input_ids=INDEX)) < 2e-6
 
 
 def untrained(layer: str, peft: nn.Module) -> None:
