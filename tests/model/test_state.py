@@ -130,6 +130,20 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
     assert (ll.adapter_state_dict(model)["0.embed.weight"] == 1).all()
 
 
+def test_a_part_remembers_itself_when_adapting_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, model, config = part_and_whole()
+    values, before = ll.adapter_state_dict(part), flags(model)
+    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
+    with pytest.raises(TypeError):
+        ll.inject_adapters(model, config)
+    monkeypatch.undo()
+    assert same(ll.adapter_state_dict(part), values) and flags(model) == before
+    with pytest.raises(ll.AdapterStateError):
+        ll.adapter_state_dict(model)
+    ll.remove_adapters(part)
+    assert (part[0].bias == 0).all()
+
+
 # A call walks over a model few times
 
 
