@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import root_of
 from lightning_lora.tensors import names
 from tests.support.models import (
@@ -62,6 +63,15 @@ def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Pa
         with pytest.raises(ll.AdapterStateError, match=rf"{title} has no adapters. .* pass that model \(after a fit:"):
             CALLS[call](part, tmp_path)
     CALLS[call](plan, tmp_path)
+
+
+def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
+    model, config = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}), ll.LoRAConfig(r=2)
+    ll.inject_adapters(model["body"], config)
+    ll.load_adapter_state_dict(model["body"], ll.adapter_state_dict(model["body"]))
+    ll.inject_adapters(model, config)
+    record = find_record(model)
+    assert record is not None and record.adapter.is_trained
 
 
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
@@ -142,6 +152,21 @@ def test_a_part_remembers_itself_when_adapting_the_whole_fails(monkeypatch: pyte
         ll.adapter_state_dict(model)
     ll.remove_adapters(part)
     assert (part[0].bias == 0).all()
+
+
+def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, _, config = part_and_whole()
+    model = nn.Sequential(nn.Linear(4, 4))
+    ll.inject_adapters(model, config)
+    model.append(part)
+    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
+    with pytest.raises(TypeError):
+        ll.inject_adapters(model, config)
+    monkeypatch.undo()
+    ll.remove_adapters(part)
+    nn.init.constant_(part[0].bias, 2)  # another base
+    ll.remove_adapters(model)
+    assert (part[0].bias == 2).all()
 
 
 # A call walks over a model few times

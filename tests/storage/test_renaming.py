@@ -12,7 +12,7 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import is_inside
 from tests.support.models import WIDTH, Around, LitTiny, TinyLM, as_trained, is_plain
-from tests.support.storage import restores, saved
+from tests.support.storage import fitted, restores, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 
@@ -36,6 +36,17 @@ def test_targets_and_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
     ll.load_adapter(loaded := nested(), file)
     settings = [layer.lora_settings for layer in View(loaded).layers.values()]
     assert [(each.r, each.scaling) for each in settings] == [(2, 1.5), (1, 5.0)]  # of 'inner.q' and of 'q'
+
+
+def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> None:
+    class Changing(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.model.embed.weight.data[0, 0] += 1
+
+    there, loaded = Around(base()), base()
+    fitted(tmp_path / "a.ckpt", there, ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing())
+    ll.load_adapter(loaded, tmp_path / "a.ckpt")
+    assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
 
 class Nested(nn.Module):
