@@ -1,6 +1,7 @@
 """The house stays small enough to be read."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def test_the_package_has_at_most_17000_lines() -> None:
 
 def test_the_tests_have_at_most_28000_lines() -> None:
     assert sum(map(lines_of, Path(__file__).parent.rglob("*.py"))) <= 28_000
+
+
+def test_no_prefix_of_a_name_is_without_its_dot() -> None:  # the module "enc" is not around "encoder"
+    texts = [path.read_text() for path in HOUSE.rglob("*.py")]
+    assert not [text for text in texts if re.search(r'startswith\(f"[^"]*\}"\)', text)]
 
 
 def test_each_file_has_a_name_of_its_own() -> None:

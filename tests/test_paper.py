@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,10 @@ import pytest
 
 from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
-from examples.paper.costs import made, width
-from examples.paper.jobs import FEW, Folders, Job, Results
-from examples.paper.methods import MAIN, METHODS
-from examples.paper.minilm import texts
-from examples.paper.plan import PARTS, at_best_epochs, by_epochs, finalists, search, seeds
-from examples.paper.tables import TABLES, difference, fill, finished
+from examples.paper.jobs import Job, Results
+from examples.paper.methods import MAIN
+from examples.paper.plan import PARTS, seeds
+from examples.paper.tables import TABLES, fill, finished
 
 pytest.importorskip("wn")
 FOUND = Results(HERE / "results")
@@ -106,13 +103,6 @@ def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, c
     assert named in capsys.readouterr().err
 
 
-def test_files_of_another_form_than_the_e2e_data_are_named(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "valid.txt").write_text("name : The Eagle||The Eagle is a pub .\nname : The Eagle, a pub\n")
-    with pytest.raises(SystemExit):
-        main(["--e2e", str(tmp_path)])
-    assert "valid.txt has a line that is not table||text" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"task": "reviews"}', "another seed's"])
 def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: Path) -> None:
     name = Job("reviews", "full", 1e-4, epochs=2).name
@@ -121,79 +111,6 @@ def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: P
     (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(SystemExit, match=rf"{name}.json does not hold"):
         Results(tmp_path)
-
-
-def test_memory_is_measured_on_the_longest_batches(tmp_path: Path) -> None:
-    job = Job("reviews", "probe", 1e-3)
-    _, _, measured = made(job, Folders(tmp_path, tmp_path, tmp_path), fast=True, place=0)
-    assert width(next(iter(measured))) == max(map(width, texts("reviews", FEW).train_dataloader()))
-
-
-def test_each_method_has_files_of_its_own() -> None:
-    names = {Job("reviews", method, 1e-3).name for method in METHODS}
-    assert len(names) == len(METHODS)
-
-
-@pytest.mark.parametrize("task", ["reviews", "e2e"])
-def test_the_search_goes_on_where_the_edge_is_best_and_the_seeds_follow(task: str, tmp_path: Path) -> None:
-    results, name = Results(tmp_path), "LoRA all, r=8"
-
-    def trained(losses: dict[float, float], seed: int = 0) -> list[float]:
-        for lr, loss in losses.items():
-            results.add(Job(task, name, lr, seed, epochs=2).name, {"validation": {"nll": [loss, loss]}})
-        return [job.lr for job in search(results, task, name)]
-
-    assert trained({1e-3: 0.3, 2e-3: 0.2}) == [1e-3, 2e-3, 4e-3] and not finalists(results, task, name)
-    assert trained({4e-3: 0.1}) == [1e-3, 2e-3, 4e-3, 8e-3] and not finalists(results, task, name)
-    trained({8e-3: 0.15})
-    found = [Job(task, name, 4e-3, seed, epochs=2) for seed in (0, 1, 2)]
-    others = [Job(task, name, 8e-3, seed, epochs=2) for seed in (0, 1, 2)]
-    assert finalists(results, task, name) == ([found, others] if task == "e2e" else [found])
-    for seed in (1, 2):
-        trained({4e-3: 0.2, 8e-3: 0.1}, seed)
-    assert seeds(results, task, name) == (others if task == "e2e" else found)
-
-
-def test_four_epochs_are_tried_where_two_are_better_than_one(tmp_path: Path) -> None:
-    results, name = Results(tmp_path), "LoRA all, r=8"
-
-    def tried() -> list[tuple[int, float]]:
-        return sorted({(job.epochs, job.lr) for job in by_epochs(results, "reviews", name, 4)})
-
-    def train(loss: float) -> None:
-        """Finish all jobs that are planned: the rate 0.002 is best, and 0.001 for four epochs."""
-        for _ in range(6):  # searches, then edges of them, then more seeds
-            for job in by_epochs(results, "reviews", name, 4):
-                if job not in results:
-                    off = abs(math.log2(job.lr / (1e-3 if job.epochs == 4 else 2e-3)))
-                    results.add(job.name, {"validation": {"nll": [loss - 0.01 * (job.epochs == 2) + 0.1 * off]}})
-
-    train(0.3)
-    assert tried()[-3:] == [(4, 5e-4), (4, 1e-3), (4, 2e-3)]  # the best rate of two, half of it, and beyond the edge
-    best = at_best_epochs(results, "reviews", name)
-    assert [(job.epochs, job.lr, job.seed) for job in best] == [(2, 2e-3, 0), (2, 2e-3, 1), (2, 2e-3, 2)]
-    results.add(best[2].name, {"validation": {"nll": [0.4]}})  # the mean of the seeds decides, and one is bad
-    assert max(tried())[0] == 2 and at_best_epochs(results, "reviews", name)[0].epochs == 1
-
-
-def test_an_interval_is_that_of_paired_items() -> None:
-    draw = np.random.default_rng(1)
-    one = draw.normal(size=(3, 1000, 1))
-    closer, other = one + 0.01 + 0.01 * draw.normal(size=one.shape), draw.normal(size=one.shape)
-    found, low, high, _ = stats.interval(closer, one, stats.average)
-    assert 0.008 < low < found < high < 0.012  # the error of unpaired items is 0.03
-    _, low, high, _ = stats.interval(other, one, stats.average)
-    assert low < 0 < high
-
-
-def test_rounding_decides_no_verdict(tmp_path: Path) -> None:
-    results, jobs = Results(tmp_path), [Job("reviews", "full", lr) for lr in (1e-4, 2e-4)]
-    for job, loss in zip(jobs, (0.5, 0.5004), strict=True):
-        results.add(job.name, {"test": {"nll": [loss] * 9}})
-    one, other = jobs
-    assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "**+0.0004 [+0.0004, +0.0004]**"
-    results.found[other.name]["test"]["nll"], results.compared = [0.5] * 9, {}
-    assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "+0.000 [+0.000, +0.000]"
 
 
 def test_intervals_of_three_seeds_hold_the_truth_nearly_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,11 +131,6 @@ def test_intervals_of_three_seeds_hold_the_truth_nearly_as_often_as_they_say(mon
         held += found.low <= 0 <= found.high
     stats.drawn.cache_clear()
     assert 0.90 < held / 300 < 0.97
-
-
-def test_many_differences_together_need_smaller_ones() -> None:
-    assert stats.survivors([0.04, 0.001, 0.02]) == [True, True, True]  # 0.05 over 3, over 2, over 1
-    assert stats.survivors([0.04, 0.001, 0.03]) == [False, True, False]
 
 
 def test_bleu_from_the_counts_of_each_text_is_that_of_the_corpus() -> None:

@@ -100,20 +100,28 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     return made[-1].lightning_module
 
 
+class StopsEarly(L.Callback):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
 @pytest.mark.parametrize(
     ("build", "varied", "options"),
     [
         (Rich, {"r": [1, 2]}, {"accumulate_grad_batches": 2, "loaders": lambda: loaders(num_workers=1)}),
         (lambda: Rich(manual=True), {"init": ["kaiming", "pissa"]}, {}),
         (Rich, {"lr_scale": [1, 10], "dropout": [0.0, 0.1]}, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
+        (Rich, {"r": [1, 2], "keep": 1}, {"others": [StopsEarly]}),
     ],
-    ids=["accumulated, workers", "manual", "validated often"],
+    ids=["accumulated, workers", "manual", "validated often", "stops by itself"],
 )
 def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, varied: Any, options: Any) -> None:
-    fit, made = fitting(tmp_path, build, **options)
+    others = options.pop("others", [])
+    fit, made = fitting(tmp_path, build, *others, **options)
     sweep = LoRASweep(**varied, **HEAD, directory=tmp_path / "sweep")
     L.seed_everything(3, verbose=False)
     best = sweep.run(fit)[0]["name"]
+    assert not others or len(sweep.results[0]["metrics"]) == 2
     swept = made[-1].lightning_module
     assert is_plain(swept)
     alone = check_as_alone(sweep, best, fit, made, tmp_path / "alone.ckpt")
@@ -179,22 +187,6 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) ->
     assert all(each["dropped"] is None for each in sweep.results)
 
 
-def test_the_best_may_have_stopped_by_itself(tmp_path: Path) -> None:
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-            trainer.should_stop = trainer.current_epoch == 1
-
-    fit, made = fitting(tmp_path, Rich, Stop)
-    sweep = LoRASweep(r=[1, 2], keep=1, directory=tmp_path / "sweep")
-    L.seed_everything(3, verbose=False)
-    best = sweep.run(fit)[0]
-    swept = state(made[-1].lightning_module)
-    assert len(best["metrics"]) == 2 and made[-1].max_epochs == 3
-    L.seed_everything(3, verbose=False)
-    fit(LoRACallback(**sweep.runs[best["name"]]))
-    assert same(state(made[-1].lightning_module), swept)
-
-
 def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> None:
     model = LitTiny()
     inject_adapters(model, LoRACallback(r=2).config, name="de")
@@ -228,21 +220,16 @@ def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
     assert same(state(model), before) and find_record(model) is None
 
 
-def forgets_the_path(folder: Path) -> Any:
-    fit, _ = fitting(folder, LitTiny)
-    return lambda callback, _: fit(callback)
-
-
-def forgets_the_callback(folder: Path) -> Any:
-    fit, _ = fitting(folder, LitTiny)
-    return lambda _, path: fit(LoRACallback(r=1), path)
-
-
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (forgets_the_path, {}, r"passes its second argument on: Trainer.fit\(ckpt_path=...\)"),
-        (forgets_the_callback, {}, "makes a Trainer with the callback that it gets"),
+        # the path, or the callback, is forgotten
+        (lambda folder: lambda callback, _: fitting(folder, LitTiny)[0](callback), {}, r"Trainer.fit\(ckpt_path=...\)"),
+        (
+            lambda folder: lambda _, path: fitting(folder, LitTiny)[0](LoRACallback(r=1), path),
+            {},
+            "makes a Trainer with the callback that it gets",
+        ),
         (lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0], {}, "No validation has run"),
         (lambda folder: fitting(folder, max_steps=9)[0], {}, "does not work with max_steps"),
         (lambda folder: fitting(folder, Rich, lambda: StochasticWeightAveraging(0.1))[0], {}, "that average weights"),

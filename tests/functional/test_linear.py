@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -105,17 +104,6 @@ def test_gradients_are_those_of_the_composition(
         got = torch.autograd.grad(ours, wanted, grad, retain_graph=True)
         for one, other in zip(got, torch.autograd.grad(theirs, wanted, grad, retain_graph=True), strict=True):
             torch.testing.assert_close(one, other)
-
-
-def test_gradients_that_have_gradients_are_right_where_a_layer_is_used_twice() -> None:
-    torch.manual_seed(0)
-    x, weight, bias, a, b = inputs(4, 6, out=6)
-
-    def twice(f: Callable[..., Tensor]) -> Tensor:
-        return f(f(x, weight, bias, a, b, 0.5).tanh(), weight, bias, a, b, 0.5).square().sum()
-
-    found, expected = (torch.autograd.grad(twice(f), [x, a, b], create_graph=True) for f in (adapted_linear, composed))
-    torch.testing.assert_close(found, expected)
 
 
 # The rule that chooses between W x + B A x and (W + B A) x
@@ -253,15 +241,6 @@ def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> N
     plain = composed(x.detach(), weight.clone(), None, a, b, 1.0).square().sum()
     for one, other in zip(once, torch.autograd.grad(plain, [a, b]), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:
-    x, weight, bias, a, b = inputs(3, 6)
-    output = adapted_linear(x, weight, bias, a, b, 1.0)
-    with torch.no_grad():
-        a.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
 
 
 @pytest.mark.parametrize(("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)])

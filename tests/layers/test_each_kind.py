@@ -66,18 +66,6 @@ def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last:
     assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-def test_many_adapters_of_one_convolution_are_computed_by_vmap() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 1)).double()
-    ll.inject_adapters(model, EVERY)
-    many = {f"0.{name}": torch.randn(3, *p.shape).double() for name, p in model[0].lora_parameters().items()}
-
-    def compute(factors: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, factors, (PLANE,))  # type: ignore[no-any-return]
-
-    one_by_one = [compute({name: t[i] for name, t in many.items()}) for i in range(3)]
-    torch.testing.assert_close(torch.func.vmap(compute)(many), torch.stack(one_by_one))
-
-
 # Embeddings and bags of them
 
 
@@ -89,14 +77,6 @@ def test_gradients_are_divided_by_how_often_a_token_occurs_if_the_layer_does_so(
         layer(INDEX).sum().backward()
         grads.append(layer.lora_A.grad)
     torch.testing.assert_close(grads[1], grads[0] / torch.tensor([1.0, 2, 1, 3, 1, 1]).double())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"), [({"max_norm": 2.0}, "max_norm=2 rewrites"), ({"sparse": True}, "gradients are sparse")]
-)
-def test_bags_are_refused_where_embeddings_are(arguments: dict[str, Any], why: str) -> None:
-    with pytest.raises(ll.TargetError, match=why):
-        ll.inject_adapters(nn.Sequential(nn.EmbeddingBag(6, 4, **arguments)), ll.LoRAConfig(target_modules=["0"]))
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
 from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights, train
-from tests.support.models import randomise, same, state
+from tests.support.models import same, state
 
 KINDS: dict[str, list[str]] = {
     "dora": ["linear", "conv1d", "normalised", "embedding", "convolution", "grouped convolution"],
@@ -124,13 +124,3 @@ def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor
     with pytest.warns(ll.LoRAWarning, match="stay as they are, trained"):
         model.load_state_dict({"0.weight": torch.randn(5, 6), "0.bias": torch.zeros(5)})
     assert torch.equal(parameter, trained)
-
-
-@pytest.mark.parametrize("name", ["linear", "convolution"])
-def test_outputs_under_autocast_have_the_dtype_that_the_layer_gives(name: str) -> None:
-    build, x = LAYERS[name]
-    model = Model(build())
-    ll.inject_adapters(model, config(model, use_dora=True))
-    randomise(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x.float()).dtype is torch.bfloat16

@@ -12,7 +12,6 @@ from lightning_lora.layers import Role
 from tests.layers.test_kinds import reference
 from tests.support.layers import LAYERS, Model, config, factors
 from tests.support.models import randomise, same
-from tests.support.peft_export import check_read
 
 X = torch.linspace(-2, 2, 32).view(8, 4, 1)
 
@@ -77,10 +76,3 @@ def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path
     ll.save_adapter(trained(alpha=6), tmp_path / "scaled.safetensors")
     with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1.5 in '0'; here it has r=1, .* of 2 and"):
         ll.load_adapter(trained(), tmp_path / "scaled.safetensors")
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"alpha": 5, "use_rslora": True, "rank_pattern": {"2": 3}}, {"alpha": 5, "init": "pissa"}], ids=str
-)
-def test_peft_computes_the_same_from_an_export(arguments: dict[str, Any], tmp_path: Path) -> None:
-    check_read(curve(), ll.LoRAConfig(**{"r": 6, **arguments}), lambda model: model(X), tmp_path)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.faults import FailsAt, kinds, unchanged
-from tests.support.models import LitTiny, TinyLM, as_merged, flags, randomise, same, state, unfreezable
+from tests.support.models import LitTiny, TinyLM, as_merged, randomise, same, state
 from tests.support.storage import trained
 
 
@@ -34,9 +33,10 @@ def test_injection_is_idempotent_and_takes_in_new_layers() -> None:
 
 
 OTHERS: list[dict[str, Any]] = [{"r": 1}, {"alpha": 7}, {"dropout": 0.1}, {"target_modules": ["v_proj"]}]
+OTHERS += [{"modules_to_save": ["head"]}, {"bias": "all"}, {"init": "pissa"}]
 
 
-@pytest.mark.parametrize("other", [*OTHERS, {"modules_to_save": ["head"]}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_another_config_on_an_adapted_model_is_refused(other: dict[str, Any]) -> None:
     model, config = LitTiny(), {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     ll.inject_adapters(model, ll.LoRAConfig(**config))
@@ -58,14 +58,6 @@ def test_injecting_something_else_is_an_error() -> None:
         ll.inject_adapters(nn.Linear(2, 2), {"r": 8})  # type: ignore[arg-type]
     with pytest.raises(ll.ConfigError, match=r"LoraConfig is PEFT's: write lightning_lora\.LoRAConfig\(r="):
         ll.inject_adapters(nn.Linear(2, 2), peft.LoraConfig(r=8))  # type: ignore[arg-type]
-
-
-def test_adapting_again_asks_for_the_same_kind_of_start() -> None:
-    model = nn.Sequential(nn.Linear(6, 5))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, init="gaussian"))  # which makes no difference any more
-    with pytest.raises(ll.AdapterMismatchError, match="with init=None; this configuration asks for init=pissa"):
-        ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
 
 
 def test_adapters_that_are_made_in_inference_mode_train() -> None:
@@ -108,30 +100,10 @@ def test_a_call_on_a_plain_model_says_what_to_do() -> None:
         ll.merge_adapters(nn.Sequential(trained()))
 
 
-# An injection that fails midway
-
-
-def test_an_injection_that_fails_midway_remembers_no_flag_of_what_it_saw() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    config = ll.LoRAConfig(r=2)
-    ll.inject_adapters(model, config)
-    model.extend([nn.Linear(4, 4), unfreezable()])
-    with pytest.raises(RuntimeError, match="cannot be frozen"):
-        ll.inject_adapters(model, config)
-    del model[2]
-    model[1].bias.requires_grad_(False)
-    ll.inject_adapters(model, config)
-    ll.remove_adapters(model)
-    assert flags(model) == {"0.weight": True, "0.bias": True, "1.weight": True, "1.bias": False}
-
-
-@pytest.mark.parametrize("fails", [True, False])
-def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was(fails: bool) -> None:
+def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was() -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    if fails:
-        model.append(unfreezable())
-    with unchanged(model), pytest.raises(RuntimeError, match="cannot be frozen") if fails else nullcontext():
+    with unchanged(model):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
         ll.merge_adapters(model)
         ll.unmerge_adapters(model)
@@ -213,21 +185,6 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
         assert mode.left > 0  # it had fewer calls than that
         break
     assert place > 5
-
-
-@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
-def test_a_merge_that_fails_after_its_last_weight_counts_no_update_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(merged=False)
-    before, output = state(model), model(INDEX)
-    monkeypatch.setattr(nn.LSTM, "flatten_parameters", None)
-    with pytest.raises(TypeError):
-        ll.merge_adapters(model)
-    monkeypatch.undo()
-    assert same(state(model), before) and torch.equal(model(INDEX), output)
-    ll.merge_adapters(model)
-    torch.testing.assert_close(model(INDEX), output)
-    ll.unmerge_adapters(model)
-    assert same(state(model), before)
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")

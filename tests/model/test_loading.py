@@ -187,15 +187,6 @@ def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_firs
         torch.testing.assert_close(run(), expected)
 
 
-@pytest.mark.parametrize("part_first", [False, True])
-def test_an_encoder_that_was_adapted_twice_has_its_own_inference_path_again(part_first: bool) -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-    ll.inject_adapters(model.layers[0] if part_first else model, ll.LoRAConfig(r=2, target_modules=["linear1"]))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["linear1", "linear2"]))
-    ll.remove_adapters(model)
-    assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1] and model.use_nested_tensor
-
-
 UNDERMINED: dict[str, Any] = {
     "prune": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
     "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),

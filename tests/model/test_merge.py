@@ -34,21 +34,6 @@ def test_converted_merged_model_comes_back_on_its_converted_base(dtype: torch.dt
     assert same(state(model), state(converted)) and model.lm_head.weight is model.embed.weight
 
 
-@unties
-@pytest.mark.parametrize("saved", [None, ["embed"]])
-@pytest.mark.parametrize("head_first", [False, True])
-def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_first: bool, saved: Any) -> None:
-    layers = {"embed": nn.Embedding(6, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 6, bias=False)}
-    layers["head"].weight = layers["embed"].weight
-    model = nn.ModuleDict(dict(reversed(layers.items())) if head_first else layers)
-    as_trained(model, target_modules=["head", "body"], modules_to_save=saved)
-    before = {name: value.clone() for name, value in ll.adapter_state_dict(model).items()}
-    ll.merge_adapters(model)
-    assert same(ll.adapter_state_dict(model), before)
-    ll.remove_adapters(model)
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_merge_that_unties_or_overflows_says_so() -> None:
     model = TinyLM()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["lm_head"]))
@@ -245,15 +230,3 @@ def test_copies_of_copies_are_unmerged_exactly_with_the_same_values_in_other_mem
             model = step(model)
         ll.unmerge_adapters(model)
         assert same(state(model), before) and model.head.weight is model.embed.weight and model.again is model.q
-
-
-@unties
-def test_a_change_that_is_taken_back_around_a_copy_is_none() -> None:
-    model, before = merged()
-    with torch.no_grad():
-        kept = model.q.weight.detach().clone()
-        model.q.weight.mul_(2)
-        model = copy.deepcopy(model)
-        model.q.weight.copy_(kept)
-    ll.unmerge_adapters(model)
-    assert same(state(model), before)

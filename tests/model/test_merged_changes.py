@@ -99,19 +99,6 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
     assert same(state(model), before)
 
 
-@unties
-@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed.weight"), ("lm_head", "embed")])
-def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
-    model, index = TinyLM(), torch.arange(5)
-    base = model(index)
-    as_trained(model, target_modules=[target], modules_to_save=[saved])
-    with torch.no_grad():
-        model.embed.weight.mul_(2)
-    ll.merge_adapters(model)
-    with ll.disable_adapters(model):
-        assert torch.equal(model(index), base)
-
-
 def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it() -> None:
     model = as_merged(nn.Sequential(nn.Linear(16, 16))).half()
     before, parameters = state(model), list(model.parameters())

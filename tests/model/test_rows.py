@@ -122,6 +122,18 @@ def test_layers_inside_a_layer_of_another_adapter_and_shared_ones_take_part(monk
     check(model, lambda: model(x), MIXED)
 
 
+class Sums(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sum()
+
+
+def test_a_layer_that_returns_no_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS, Sums, LoRABlock)
+    model = with_adapters(nn.Sequential(Sums()), only("0"), only("0"))
+    with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
+        model(torch.randn(3, 5))
+
+
 class Net(nn.Module):
     """Layers that one of two adapters leaves out, a norm with statistics, a parameter of its own, and a head."""
 

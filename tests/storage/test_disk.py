@@ -3,11 +3,10 @@
 import errno
 import os
 import random
-import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, kinds, limit, read_only, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
 from tests.support.storage import restores
 
@@ -161,16 +160,8 @@ def full(_: Path) -> Iterator[None]:
     limit(-1)
 
 
-fault = pytest.mark.parametrize("fault", [full, read_only])
-
-
-def says(path: Path) -> str:
-    """An expression for what an error says: which file, and what to do about it."""
-    return rf"(?s){re.escape(path.name)}.*\. (Free|Make|Choose|Pass|Give|Save|Write)\b"
-
-
 @saver
-@fault
+@pytest.mark.parametrize("fault", [full, read_only])
 @in_fork
 def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: Path, fault: Any, save: Any) -> None:
     folder = tmp_path / "folder"
@@ -178,43 +169,12 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
     model, path = adapted(), folder / name_for(save)
     save(adapted(1), path)
     before = contents(folder)
-    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=says(path)):
+    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"):
         save(model, path)
     assert contents(folder) == before
     save(model, path)
     restores(path, model)
     assert list(contents(folder)) == [name_for(save)]
-
-
-@exact
-@pytest.mark.parametrize(
-    ("fault", "go_on"), [(full, "same trainer"), (read_only, "new trainer"), (full, "saved elsewhere")]
-)
-@in_fork
-def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault: Any, go_on: str) -> None:
-    through = run(tmp_path / "through", epochs=4)
-    folder, stack = tmp_path / "folder", ExitStack()
-    seen: dict[str, Any] = {}
-
-    def happen() -> None:
-        seen.update(files=contents(folder), state=state(model), kinds=kinds(model))
-        stack.enter_context(fault(folder))
-
-    model, every = LitTiny(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    t = trainer(tmp_path, [lora(dropout=0.3), every, AtSave(3, happen)], max_epochs=4)
-    torch.manual_seed(7)
-    with stack, pytest.raises((LoRAError, OSError), match=says(folder / "epoch=2.ckpt")):
-        t.fit(model, shuffled(), data())
-    assert contents(folder) == seen["files"]
-    assert same(state(model), seen["state"]) and kinds(model) == seen["kinds"]
-    path = folder / "epoch=1.ckpt"
-    if go_on == "saved elsewhere":
-        t.save_checkpoint(path := tmp_path / "rescue.ckpt")
-    if go_on != "same trainer":
-        model, t = LitTiny(), trainer(tmp_path, [lora(dropout=0.3)], max_epochs=4)
-    torch.manual_seed(8)
-    t.fit(model, shuffled(), data(), ckpt_path=path)
-    assert same(state(model), through)
 
 
 # Many at once

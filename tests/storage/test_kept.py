@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import load_adapter, load_from_checkpoint, merge_adapters, save_adapter
+from lightning_lora import load_adapter, load_from_checkpoint, merge_adapters
 from tests.support.kept import FOLDER, SETTINGS, Kept, outputs, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with")  # by a later Lightning
@@ -45,15 +45,6 @@ def test_a_run_goes_on_as_it_went_on(release: Path) -> None:
     model = Kept()
     quiet(2).fit(model, ckpt_path=release / "run.ckpt")
     check(outputs(model), release, "the run, gone on")
-
-
-def test_what_was_read_can_be_written_again(release: Path, tmp_path: Path) -> None:
-    model = Kept()
-    load_adapter(model, release / "one.safetensors")
-    save_adapter(model, tmp_path / "again.safetensors")
-    again = Kept()
-    load_adapter(again, tmp_path / "again.safetensors")
-    check(outputs(again), release, "one.safetensors")
 
 
 def test_files_are_small_and_name_no_place(release: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
+from lightning_lora.storage.renaming import is_inside
 from tests.support.models import WIDTH, Around, LitTiny, TinyLM, as_trained, is_plain
 from tests.support.storage import fitted, restores, saved
 
@@ -117,6 +118,10 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
     with pytest.raises(ll.AdapterMismatchError, match=rf"do not fit Twice: missing 'encoder\.{name.partition('.')[0]}"):
         ll.load_adapter(loaded := Twice(), path)
     assert is_plain(loaded)
+
+
+def test_a_module_is_not_inside_of_another_whose_name_begins_its_own() -> None:
+    assert is_inside("enc.q", "enc") and not is_inside("encoder.q", "enc")
 
 
 # Files that do not fit

@@ -18,7 +18,6 @@ from transformers import GPT2LMHeadModel
 
 import lightning_lora as ll
 from tests.storage.test_merged_files import LitGPT2, merged
-from tests.support.cases import At, StopError, stop
 from tests.support.faults import unchanged
 from tests.support.models import X, as_trained, data, randomise, same, state, trainer
 from tests.support.storage import refused
@@ -164,17 +163,6 @@ def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, ranks: tuple[in
     assert not any(name.endswith("c_attn.weight") for name in names)
     check(tmp_path / "folder", module.model)
     assert not same(state(GPT2LMHeadModel.from_pretrained(tmp_path / "folder")), state(LitGPT2().model))
-
-
-@quiet
-@fresh
-def test_a_fit_that_was_interrupted_leaves_a_model_that_is_written_whole(tmp_path: Path) -> None:
-    module = Saves(tmp_path)
-    callbacks = [ll.LoRACallback(r=2, target_modules=["c_attn"]), At(1, stop)]
-    with pytest.raises(StopError):
-        trainer(tmp_path, callbacks, enable_checkpointing=False).fit(module, data())
-    module.model.save_pretrained(tmp_path / "folder")
-    check(tmp_path / "folder", module.model)
 
 
 @quiet

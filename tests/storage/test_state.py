@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, X, as_trained, lora, randomise, same, state, unties
+from tests.support.models import LitTiny, X, as_trained, lora, same, unties
 from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
 
 
@@ -24,16 +24,6 @@ def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) ->
     assert same(ll.adapter_state_dict(model), before)
     ll.save_adapter(model, file)
     restores(file, trained())
-
-
-def test_loading_into_a_merged_model_replaces_its_update(file: Path) -> None:
-    ll.inject_adapters(model := LitTiny(), CONFIG)
-    randomise(model, seed=5)
-    ll.merge_adapters(model)
-    ll.load_adapter(model, file)
-    torch.testing.assert_close(model(X), trained()(X))
-    ll.unmerge_adapters(model)
-    assert same(state(model), state(trained()))
 
 
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
@@ -62,26 +52,6 @@ def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_pa
     model = saved(tmp_path / "a.safetensors", Slim(), **CONFIG.to_dict())
     ll.load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
     assert torch.equal(again(X), model(X))
-
-
-def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> None:
-    class Versioned(nn.Module):
-        version = 1
-
-        def get_extra_state(self) -> dict[str, int]:
-            return {"version": 1}
-
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            if state["version"] != self.version:
-                raise ValueError("another version")
-
-    model = as_trained(nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4)))
-    trained, before = ll.adapter_state_dict(model), [state(model[0]), state(model[2])]
-    trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
-    model[1].version = 2
-    with pytest.raises(ValueError, match="another version"):
-        ll.load_adapter_state_dict(model, trained)
-    assert same(state(model[0]), before[0]) and same(state(model[2]), before[1])
 
 
 def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:

@@ -164,22 +164,6 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Stubborn(nn.Parameter):
-    """A parameter that cannot be frozen."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        if not requires_grad:
-            raise RuntimeError("cannot be frozen")
-        return super().requires_grad_(requires_grad)
-
-
-def unfreezable() -> nn.Linear:
-    """A layer on which an injection fails, when what comes before it is frozen already."""
-    layer = nn.Linear(4, 4)
-    layer.weight = Stubborn(torch.zeros(4, 4))
-    return layer
-
-
 def flags(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters() if "lora_" not in name}
 

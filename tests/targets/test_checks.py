@@ -72,6 +72,7 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "its weight is computed .*no update can be"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm=1"),
     "sparse": (lambda: nn.Embedding(4, 4, sparse=True), "its gradients are sparse"),
+    "sparse bag": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "its gradients are sparse"),
     "unsupported type": (lambda: nn.LayerNorm(4), "a LayerNorm is not supported"),
     "integers": (lambda: numbers(torch.int8), "its weight is torch.int8, not floating point"),
     "one byte": (lambda: numbers(torch.float8_e4m3fn), "torch.float8_e4m3fn, with which torch does not compute"),

@@ -1,7 +1,6 @@
 """Digests tell contents apart, and known ones are read once."""
 
 import copy
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -26,25 +25,6 @@ def test_digest_is_the_sum_of_its_definition() -> None:
     assert digest(integers) == total % (1 << 63)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_what_was_seen_of_a_weight_holds_for_its_copies(copied: object) -> None:
-    weight = torch.randn(50, 50)
-    other, seen = copied((weight, Seen(weight)))  # type: ignore[operator]
-    assert seen.is_still(other) and seen.is_alike(other)
-    other.mul_(2)
-    assert not seen.is_still(other) and not seen.is_alike(other)
-
-
-def test_a_weight_with_other_memory_is_compared_by_its_digest_and_otherwise_each_element_counts() -> None:
-    weight = nn.Parameter(torch.randn(100, 100))
-    seen = Seen(weight, digest(weight))
-    weight.data = weight.data.clone()
-    assert seen.is_still(weight)
-    with torch.no_grad():
-        weight[0, 1] += 1  # between the samples
-    assert not seen.is_still(weight)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype) -> None:
     tensor = torch.arange(1, 9).to(dtype)
@@ -60,13 +40,6 @@ def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype)
     assert digest(torch.stack([a, b, b, a])) != digest(torch.stack([b, a, a, b]))
     a, b = a.repeat(1 << 17), b.repeat(1 << 17)
     assert digest(torch.stack([a, b, b, a])) != digest(torch.stack([b, a, a, b]))
-
-
-def test_torch_may_swap_a_tensor_that_was_seen() -> None:
-    weight, other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
-    seen = Seen(weight)
-    torch.utils.swap_tensors(weight, other)
-    assert not seen.is_still(weight)
 
 
 def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
-from lightning_lora.storage.schema import check_named
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace, class_names
@@ -172,7 +171,6 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
-        check_named(merged, checkpoint_path)
         with disk.reading(checkpoint_path):
             check_states(getattr(self, "world_size", 1), checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:

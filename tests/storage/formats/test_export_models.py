@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import lightning_lora
 from lightning_lora import ExportError, LoRAConfig, export_peft
 from lightning_lora.layers import LoRALayer
-from tests.support.models import Around, LitTiny
+from tests.support.models import Around
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
-from tests.support.storage import fitted
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -153,14 +152,6 @@ def test_a_tied_weight_that_trains_whole(kind: str, head: str, target: str, save
     with torch.no_grad():
         assert (run(again) - run(base)).norm() > 1e-3 * run(base).norm()
         check_equal(run(again), run(model.model))
-
-
-def test_a_file_of_a_trainer(tmp_path: Path) -> None:
-    module, index = fitted(tmp_path / "run.ckpt"), torch.arange(6)
-    for i, source in enumerate((tmp_path / "run.ckpt", module)):
-        export_peft(source, tmp_path / str(i))
-        with torch.no_grad():
-            check_equal(read(LitTiny().eval(), tmp_path / str(i))(index), module.eval()(index))
 
 
 def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft.tuners import lora
 from torch import nn
 
-from lightning_lora import AdapterFileError, AdapterMismatchError, LoRAWarning, load_adapter
+from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
 from tests.support.models import Around
-from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6) + 2
@@ -57,16 +55,6 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Callable[[], nn.Module]
         assert gap(model(input_ids=INDEX), expected) > 1e-5
         load_adapter(model, tmp_path)
         assert gap(model(input_ids=INDEX), expected) < 2e-6
-
-
-def test_adapters_of_the_model_without_its_head(tmp_path: Path) -> None:
-    whole = classifier(hf.BertConfig, **BERT)
-    write_peft(tmp_path, built(lambda: whole().bert), target_modules=["query"])
-    model: Any = built(whole)
-    with pytest.warns(LoRAWarning, match="they begin with 'bert'"):
-        load_adapter(model, tmp_path)
-    expected = read(built(lambda: whole().bert), tmp_path)
-    assert gap(model.bert(input_ids=INDEX), expected(input_ids=INDEX)) < 2e-6
 
 
 def untrained(layer: str, peft: nn.Module) -> None:
@@ -131,26 +119,3 @@ def test_a_start_that_peft_takes_off_a_shared_weight_is_refused(tmp_path: Path, 
         return
     with pytest.raises(AdapterMismatchError, match=f"'q.weight', 'k.weight' are one weight.*'{init}'.*Train anew"):
         load_adapter(built(Shared), tmp_path)
-
-
-METHODS: list[tuple[dict[str, Any], str]] = [
-    ({"layer_replication": [[0, 2], [1, 2]]}, "does not merge it right"),
-    ({"alora_invocation_tokens": [3]}, "does not merge it right"),
-    ({"kasa_config": lora.KasaConfig()}, "Merge it with PEFT"),
-    ({"use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)}, "Merge it with PEFT"),
-]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("fields", "advised"), METHODS, ids=str)
-def test_a_merge_by_peft_is_advised_where_it_is_right(tmp_path: Path, fields: Any, advised: str) -> None:
-    make = causal(hf.LlamaConfig, **LLAMA)
-    peft = write_peft(tmp_path, built(make), target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
-    expected = peft(input_ids=INDEX)
-    try:
-        merges = gap(peft.merge_and_unload()(input_ids=INDEX), expected) < 1e-6
-    except (NotImplementedError, RuntimeError):
-        merges = False
-    assert merges == (advised == "Merge it with PEFT")
-    with pytest.raises(AdapterFileError, match=f"'{next(iter(fields))}'.*{advised}"):
-        load_adapter(built(make), tmp_path)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.cli.main import main
 from tests.storage.formats.test_reading import INDEX
 from tests.support.layers import Scaled
 from tests.support.models import LitTiny
@@ -98,7 +97,8 @@ TWICE = {"linear.base_layer.lora_A.weight": torch.ones(2, 8), "linear.base_layer
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
-    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'"),
+    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'.*does not merge it right"),
+    (Mixed, {}, asks(kasa_config={"a": 1}), FILE, "'kasa_config'.*Merge it with PEFT"),
     (Mixed, {}, asks(lora_bias=True), FILE, "'lora_bias'"),
     (Mixed, {}, asks(init_lora_weights="pissa_niter_4"), FILE, "'pissa_niter_4'.*cannot be computed again"),
     (Mixed, {}, asks(lora_alpha="8"), FILE, "alpha='8'"),
@@ -280,8 +280,7 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no adapters of this package")
 
 
-def test_readers_without_a_model_say_what_it_is(tmp_path: Path, capsys: Any) -> None:
+def test_a_module_is_not_built_from_it(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(ll.AdapterFileError, match="adapters of PEFT, and only their model tells"):
         ll.load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
-    assert main(["inspect", str(tmp_path)]) == 1 and "adapters of PEFT, and only" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -97,15 +96,6 @@ def test_links_to_files_are_followed_and_nothing_else_is(tmp_path: Path) -> None
         assert same_tensors(merged(tmp_path), expected)
     assert contents(tmp_path / "out").keys() == {"w.safetensors", "config.json", INDEX}
     assert not (tmp_path / "out" / "config.json").is_symlink()
-
-
-def test_a_folder_with_adapters_in_it_is_merged_without_a_word(tmp_path: Path) -> None:
-    expected = divided(tmp_path, ["w.safetensors"] * 8)
-    (tmp_path / "a.safetensors").rename(tmp_path / "base" / "a.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merge_files(tmp_path / "base", tmp_path / "base" / "a.safetensors", tmp_path / "out")
-    assert same_tensors(load_file(tmp_path / "out" / "w.safetensors"), expected)
 
 
 # An index that is damaged, or means harm
