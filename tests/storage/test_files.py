@@ -198,7 +198,7 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     for verb in (ll.unmerge_adapters, ll.remove_adapters):  # it remembers nothing
         with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
             verb(merged)
-    with pytest.raises(ll.BaseMismatchError, match="merged model is another base"):
+    with pytest.raises(ll.BaseMismatchError, match="Of a merged model, load the base"):
         ll.load_adapter(merged, tmp_path / "lora.ckpt")
     with pytest.raises(ll.BaseMismatchError):
         ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
