@@ -243,7 +243,8 @@ class LoRACallback(Callback):
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
-        if self._stage.phase is Phase.SET_UP:
+        begins = self._stage.phase is Phase.SET_UP
+        if begins:
             start_from_data(trainer, pl_module)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
@@ -253,6 +254,7 @@ class LoRACallback(Callback):
         view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
+        self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
         self._training.enter_context(gradients_pass(find_record(pl_module)))
         if self._stage.resumed:

@@ -118,14 +118,24 @@ def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
     model = LitTiny()
     before = torch.optim.Adam(model.parameters(), lr=0.01)
     before.step()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    with pytest.raises(ll.OptimizerError, match=r"Adam holds .* and no adapter"):
-        before.step()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    for _ in range(2):  # also where a cell runs again
+        with pytest.raises(ll.OptimizerError, match=r"Adam holds .* and no adapter"):
+            before.step()
     ll.remove_adapters(model)
     before.step()
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     before.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
     before.step()
+
+
+def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:
+    ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    for held in (adapters, [p for p in model.parameters() if all(p is not each for each in adapters)]):
+        torch.optim.Adam(held).step()  # the second one has the head
+    model.q_proj.weight.requires_grad_(True)
+    torch.optim.Adam([model.q_proj.weight]).step()
     torch.optim.Adam(nn.Linear(2, 2).parameters()).step()
     ll.merge_adapters(model)  # a plain model: all of it may train
     torch.optim.Adam(model.parameters()).step()

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -210,19 +211,20 @@ def _watch_optimizers(model: nn.Module) -> None:
 
 
 def _check_optimizer(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse an optimizer that holds the weights below adapters, and no adapter: it would train nothing."""
-    if optimizer in _CHECKED:
+    """Refuse an optimizer of weights below adapters that holds nothing else: it trains nothing."""
+    if optimizer in _CHECKED or (dist.is_available() and dist.is_initialized()):  # there, each may hold only its share
         return
-    _CHECKED.add(optimizer)
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    for view in map(View, list(_ADAPTED)):
+    is_idle = all(p.grad is None and not p.requires_grad for p in held)
+    for view in map(View, list(_ADAPTED) if is_idle else ()):
         below = [name for name in view.adapted_weights if view.layers and view.base.get(name) in held]
         if below and held.isdisjoint(view.adapters.values()):
             raise OptimizerError(
-                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter. "
-                "It was made before the adapters. Make it after inject_adapters or load_adapter: "
+                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter: "
+                "it trains nothing. Make it after inject_adapters or load_adapter: "
                 f"{type(optimizer).__name__}(p for p in model.parameters() if p.requires_grad)."
             )
+    _CHECKED.add(optimizer)
 
 
 # What bypasses adapted layers: inference paths, and save_pretrained of other libraries

@@ -224,7 +224,7 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
 def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     """Find networks that stand still because nothing trains these parameters. Remove their adapters."""
     view = view_of(model)
-    _check_not_frozen_since(view)
+    _warn_of_frozen_since(view)
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found, known = _networks(view, kinds, still), view.adapter.networks
     trained = [n for n, p in view.base.items() if p not in still and view.record.requires_grad.get(n)]
@@ -239,17 +239,16 @@ def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     follow_originals(view_of(model))
 
 
-def _check_not_frozen_since(view: View) -> None:
-    """Refuse to train adapters on whose weights the user has frozen since they learned. If all are, nothing is said."""
-    since = view.record.frozen_since
-    frozen = [
-        n for n, layer in view.layers.items() if since.issuperset(_weights(n, layer)) and not layer.lora_is_fresh()
-    ]
+def _warn_of_frozen_since(view: View) -> None:
+    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
+    since, learned = view.record.frozen_since, [n for n, layer in view.layers.items() if not layer.lora_is_fresh()]
+    frozen = [name for name in learned if since.issuperset(_weights(name, view.layers[name]))]
+    since.clear()
     if 0 < len(frozen) < len(view.layers):
-        raise AdapterStateError(
-            f"{listed(frozen)} of {view.title} were frozen since their adapters learned (requires_grad), and these "
-            "would train on. To keep what they learned, and train the rest: merge_adapters(model), "
-            "remove_adapters(model), then freeze and fit. To train them on, call requires_grad_(True) on them."
+        warn(
+            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned. The "
+            "adapters train on. To keep what they learned, and train the rest: merge_adapters(model), "
+            "remove_adapters(model), then freeze and fit."
         )
 
 
@@ -273,16 +272,16 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
 def follow_copied(view: View, idle: Set[str]) -> None:
     """Let those of these layers that copy a network with others follow it."""
     known = view.adapter.networks
-    view.adapter.networks = replace(known, copies={**known.copies, **_copies_among(view, idle)})
+    view.adapter.networks = replace(known, copies={**known.copies, **copies_among(view, idle)})
     follow_originals(view)
 
 
 def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
-    """Let those of these layers that copy a network with others begin with its adapters. Return such networks.
+    """Return networks of these layers that copy others. If their updates are zero, they begin with the same adapters.
 
     A momentum copy that nobody froze then follows, if other code moves it. One that trains later, as an expert, does.
     """
-    copies = _copies_among(view, idle)
+    copies = copies_among(view, idle)
     for name in filter(idle.__contains__, view.layers):
         original = Networks(copies=copies).original_of(name)
         if original in view.layers:
@@ -290,8 +289,8 @@ def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     return copies
 
 
-def _copies_among(view: View, idle: Set[str]) -> dict[str, str]:
-    """Networks of these layers that copy one with other layers."""
+def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
+    """Return networks of these layers that copy one with other layers."""
     if not idle:
         return {}
     busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))

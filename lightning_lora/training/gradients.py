@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
+from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
-from lightning_lora.model.inject import begin_alike
+from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
@@ -50,6 +50,7 @@ class Gradients:
         self.frozen = list(view.frozen.values())
         self.random = view.adapter.random or ()
         self.has_begun = False
+        self.begins = True  # whether its fit loaded no adapters
         self.now: set[int] = set()
         self.ever: set[int] = set()
         self.optimizers: list[Optimizer] = []
@@ -89,13 +90,7 @@ class Gradients:
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
-        copies = begin_alike(view, self._unmoved(view, set(map(id, held)))) if self.copied is None else {}
-        if copies:
-            pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
-            rank_zero_info(
-                f"Copies in {view.title} that have received no gradient yet: {pairs}. They begin with the same "
-                "adapters, for other code to move, or to train in other batches."
-            )
+        copies = self._copies(view, set(map(id, held)))
         dead = [name for name in view.layers if name in idle and not is_in_any(name, copies)]
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
@@ -110,13 +105,23 @@ class Gradients:
                 DeadAdapterWarning,
             )
 
-    def _unmoved(self, view: View, held: Set[int]) -> set[str]:
-        """The layers that no process has a gradient for. ``held`` are the parameters of the optimizer."""
+    def _copies(self, view: View, held: Set[int]) -> dict[str, str]:
+        """Networks that copy others, and have no gradient yet. In a fit that begins, they get the same adapters."""
         own = {name: layer.lora_trained() for name, layer in view.layers.items()}
         own = {name: parameters for name, parameters in own.items() if any(id(p) in held for p in parameters)}
         moved = [any(p.grad is not None and bool(to_local(p.grad).any()) for p in each) for each in own.values()]
-        moved = agreed(moved, list(view.adapters.values()))
-        return {name for name, flag in zip(own, moved, strict=True) if not flag}
+        moved = agreed(moved, list(view.adapters.values()))  # in any process
+        idle = {name for name, flag in zip(own, moved, strict=True) if not flag}
+        if self.copied is not None or not self.begins:
+            return copies_among(view, idle)
+        copies = begin_alike(view, idle)
+        if copies:
+            pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
+            rank_zero_info(
+                f"Copies in {view.title} that have received no gradient yet: {pairs}. They begin with the same "
+                "adapters, for other code to move, or to train in other batches."
+            )
+        return copies
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -137,13 +142,13 @@ def check_loss(model: nn.Module, loss: object) -> None:
         )
 
 
-def check_shown(model: nn.Module) -> None:
-    """Refuse a backward pass while the base is shown: what trains in full would get no gradient."""
+def warn_if_base_is_shown(model: nn.Module) -> None:
+    """Warn of a backward pass while the base is shown: what trains in full gets no gradient."""
     view = View(model)
     if view.is_adapted and view.record.is_disabled and view.trained:
-        raise AdapterStateError(
+        warn(
             f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the base's "
-            "values there, and get no gradient. Call it after the block."
+            "values there, and get no gradient. For theirs, call it after the block."
         )
 
 

@@ -97,7 +97,7 @@ def between(module: Towers, *, one: bool, other: bool) -> Towers:
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # one network runs alone
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("merge", [False, "last"])
-def test_what_is_thawed_trains_and_what_is_frozen_is_not_overruled(tmp_path: Path, merge: Any, alike: bool) -> None:
+def test_what_is_thawed_trains_and_what_is_frozen_is_named(tmp_path: Path, merge: Any, alike: bool) -> None:
     module = between(Towers("one", alike=alike), one=True, other=False)
     module.follow = lambda: None  # type: ignore[method-assign]
     trained(tmp_path, module, lora={"merge": merge})
@@ -106,8 +106,8 @@ def test_what_is_thawed_trains_and_what_is_frozen_is_not_overruled(tmp_path: Pat
     if merge:
         ll.unmerge_adapters(again)
     assert learned(again.other)
-    with pytest.raises(ll.AdapterStateError, match=r"'one.body', 'one.head' of Towers were frozen since"):
-        trained(tmp_path, between(module, one=False, other=True), lora={"merge": merge})
+    with pytest.warns(ll.LoRAWarning, match=r"'one.body', 'one.head' of Towers were frozen .* The adapters train on"):
+        trained(tmp_path, between(copy.deepcopy(module), one=False, other=True), lora={"merge": merge})
     ll.merge_adapters(module)
     ll.remove_adapters(module)
     before = state(module.one)
@@ -116,10 +116,10 @@ def test_what_is_thawed_trains_and_what_is_frozen_is_not_overruled(tmp_path: Pat
     assert learned(module.other) and not learned(module.one)
 
 
-def test_layers_that_are_frozen_after_a_file_was_loaded_do_not_train_on(tmp_path: Path) -> None:
+def test_layers_that_are_frozen_after_a_file_was_loaded_are_named_once(tmp_path: Path) -> None:
     ll.save_adapter(trained(tmp_path, Towers()), tmp_path / "adapter.safetensors")
     ll.load_adapter(module := Towers(), tmp_path / "adapter.safetensors")
-    with pytest.raises(ll.AdapterStateError, match="frozen since"):
+    with pytest.warns(ll.LoRAWarning, match="after their adapters had learned"):
         trained(tmp_path, between(module, one=False, other=True))
     trained(tmp_path, between(module, one=True, other=True))
 
@@ -163,7 +163,7 @@ def test_a_validation_does_not_decide_which_networks_feed_what_trains(tmp_path: 
 
 
 @pytest.mark.parametrize("options", [{"modules_to_save": ["one.head"]}, {}], ids=str)
-def test_a_backward_pass_while_the_base_is_shown_is_refused_if_something_trains_in_full(
+def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(
     tmp_path: Path, options: Any
 ) -> None:
     class Manual(Towers):
@@ -177,5 +177,5 @@ def test_a_backward_pass_while_the_base_is_shown_is_refused_if_something_trains_
     if not options:
         trained(tmp_path, Manual())
         return
-    with pytest.raises(ll.AdapterStateError, match=r"in a block of disable_adapters: 'one.head.weight'"):
+    with pytest.warns(ll.LoRAWarning, match=r"in a block of disable_adapters: 'one.head.weight'"):
         trained(tmp_path, Manual(), lora=options)
