@@ -21,6 +21,8 @@ X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 class Towers(L.LightningModule):
     """A network and a copy of it. Nobody froze it, and the optimizer holds both. ``runs`` says when each trains."""
 
+    follows = True
+
     def __init__(self, runs: str = "one other", *, alike: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -32,7 +34,7 @@ class Towers(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         tower = getattr(self, self.runs[batch_idx % len(self.runs)])
-        if "other" not in self.runs:
+        if self.runs == ["one"] and self.follows:
             self.follow()
         loss: Tensor = tower["head"](tower["body"](batch).relu()).square().mean()
         return loss
@@ -64,6 +66,27 @@ def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(tmp_pat
     for epoch in (0, 1):
         resumed = trained(tmp_path, Towers(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", lora=options)
         assert same(state(resumed), state(through))
+
+
+def test_a_file_from_before_their_first_update_resumes_to_the_bit(tmp_path: Path) -> None:
+    class WarmUp(Towers):  # both run in the first epoch, whose rate is zero, then one of them
+        follows = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.runs = [["one", "one", "other"][self.current_epoch]]
+            loss = super().training_step(batch, 0)
+            self.runs = ["other"]
+            return loss + super().training_step(batch, 0) if self.current_epoch == 0 else loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch > 0))]
+
+    options = {"train": DataLoader(X[:4], batch_size=4), "max_epochs": 3}
+    files, own = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), {"merge": False, "modules_to_save": None}
+    through, _ = fit(tmp_path, lora(**own), files, model=WarmUp(), **options)
+    resumed, _ = fit(tmp_path, lora(**own), model=WarmUp(), ckpt_path=tmp_path / "epoch=0.ckpt", **options)
+    assert learned(through.other) and same(state(resumed), state(through))
 
 
 @pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
@@ -99,7 +122,7 @@ def between(module: Towers, *, one: bool, other: bool) -> Towers:
 @pytest.mark.parametrize("merge", [False, "last"])
 def test_what_is_thawed_trains_and_what_is_frozen_is_named(tmp_path: Path, merge: Any, alike: bool) -> None:
     module = between(Towers("one", alike=alike), one=True, other=False)
-    module.follow = lambda: None  # type: ignore[method-assign]
+    module.follows = False
     trained(tmp_path, module, lora={"merge": merge})
     module.runs = ["other"]
     again = trained(tmp_path, between(copy.deepcopy(module), one=True, other=True), lora={"merge": merge})
