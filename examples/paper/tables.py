@@ -248,6 +248,15 @@ def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) ->
     return markdown(["", "rate: loss"], [[name, rates_of(results, task, name, epochs)] for name in names])
 
 
+def one_epoch(results: Results, names: Iterable[str]) -> str:
+    """Loss at each learning rate on reviews, and the mean over the seeds at the best one."""
+    rows = []
+    for name in names:
+        of_seeds = seeds(results, "reviews", name, 1)
+        rows.append([name, rates_of(results, "reviews", name, 1), f"{loss(results, of_seeds):.4f}"])
+    return markdown(["", "rate: loss of one seed", "mean of three"], rows)
+
+
 def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
     """Return each learning rate with its loss, and with the mean over seeds where that decided; the best is bold."""
     jobs = search(results, task, name, epochs)
@@ -336,8 +345,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-reviews": lambda results: own_epochs(results, "reviews"),
     "epochs-definitions": lambda results: own_epochs(results, "definitions"),
     "epochs-losses": epoch_losses,
-    "variants": lambda results: rates(results, "reviews", ["LoRA all, r=8", *methods.VARIANTS], 1),
-    "whole": lambda results: rates(results, "reviews", ["full", *EVERYTHING, *methods.WHOLE], 1),
+    "variants": lambda results: one_epoch(results, ["LoRA all, r=8", *methods.VARIANTS]),
+    "whole": lambda results: one_epoch(results, ["full", *EVERYTHING, *methods.WHOLE]),
     "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
