@@ -137,7 +137,10 @@ class LoRALayer(LayerKind):
             return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a merged weight and the share lost to rounding. Of a DTensor, it has the bits of one process."""
+        """Return a merged weight, and the share of its update lost to rounding.
+
+        A DTensor gets the same bits as in one process.
+        """
         weight = own_parameter(self, name)
         full = full_tensor(weight)
         is_plain = type(full.data) is Tensor and full.dim() == 2
@@ -225,7 +228,10 @@ class LoRALayer(LayerKind):
         return is_resized(self, self._lora_adapter())
 
     def lora_follow_base(self) -> None:
-        """Initialise again an untrained adapter that depends on the base's weights. Only if these have changed."""
+        """Initialise an untrained adapter again if its weights have changed.
+
+        Only one that starts from them.
+        """
         has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta
         if has_values and self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
@@ -241,7 +247,10 @@ class LoRALayer(LayerKind):
     # Methods of nn.Module
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does. A mode that is set in a training step decides until the next one."""
+        """Set the mode as nn.Module does.
+
+        A mode that is set in a training step holds until the next step.
+        """
         self.lora_step.runs = False
         return super().train(mode)
 

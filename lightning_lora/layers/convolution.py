@@ -13,7 +13,9 @@ from lightning_lora.private import CONVOLVES, convolve
 
 
 class LoRAConvNd(LoRALayer):
-    r"""A convolution: its update convolves with A, to r channels, and then with B, with a kernel of size 1.
+    r"""A convolution with a low-rank update.
+
+    The update convolves with A, to r channels, and then with B, whose kernel has size 1.
 
     All groups share A, and each has its own rows of B. With several groups, the product :math:`B A` is smaller: the
     layer convolves with that.
@@ -50,7 +52,9 @@ class LoRAConvNd(LoRALayer):
 
 
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):
-    r"""A transposed convolution, in which B has the kernel. A is a convolution of kernel size 1 to r channels.
+    r"""A transposed convolution with a low-rank update.
+
+    A is a convolution to r channels, whose kernel has size 1. B has the kernel of the layer.
 
     Shape:
         weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).

@@ -35,7 +35,10 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class for a layer, or None: its type's, or that of the nearest base class that has one."""
+    """Return the adapter class for a layer, or None.
+
+    It is that of the layer's type, or of its nearest base class that has one.
+    """
     for ancestor in type(layer).__mro__:
         adapter = ADAPTERS.get(ancestor) or ADAPTERS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if adapter is not None:

@@ -247,8 +247,8 @@ class Record:
 
     def were_set(self, flags: Mapping[str, bool]) -> None:
         """The user has frozen or thawed parameters below adapters that have learned."""
-        for name, flag in flags.items():
-            (self.frozen_since.discard if flag else self.frozen_since.add)(name)
+        frozen = {name for name, flag in flags.items() if not flag}
+        self.frozen_since = (self.frozen_since - flags.keys()) | frozen
 
     # Digests of the base's tensors
 

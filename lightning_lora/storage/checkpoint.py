@@ -13,7 +13,7 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import on_load, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import STATE_NOTES
+from lightning_lora.private import STATE_NOTES, tree_map
 from lightning_lora.storage.apply import check_fits, write_state
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, is_same_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
@@ -42,7 +42,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     if any(map(is_dtensor, view.parameters.values())):
         held = full_tensors(held)
     if written_later:
-        held = deepcopy(held)
+        held = deepcopy(tree_map(_detached, held))  # torch copies no tensor with a graph, such as a kept loss
     about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, fingerprints)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
@@ -59,6 +59,10 @@ def with_merged_model(
     notes = getattr(held["state_dict"], STATE_NOTES)  # for the module itself, as above
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), checkpoint[KEY], state)}
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:

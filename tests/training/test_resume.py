@@ -158,8 +158,9 @@ class Counts(L.Callback):  # a callback whose state is the object that it goes o
     def __init__(self) -> None:
         self.seen = {"steps": [torch.zeros(8)]}
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
         self.seen["steps"][0][trainer.global_step - 1] = 1
+        self.seen["with its graph"] = [pl_module.head.weight.sum()]
 
     def state_dict(self) -> dict[str, Any]:
         return self.seen
