@@ -42,7 +42,7 @@ class Towers(L.LightningModule):
     @torch.no_grad()
     def follow(self) -> None:
         for p, q in zip(self.one.parameters(), self.other.parameters(), strict=True):
-            q.lerp_(p, 0.5)
+            q.lerp_(p, 0.01)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
@@ -92,7 +92,8 @@ def test_a_file_from_before_their_first_update_resumes_to_the_bit(tmp_path: Path
 @pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
 def test_a_copy_that_nobody_froze_follows_and_its_files_load(tmp_path: Path, options: Any) -> None:
     module = trained(tmp_path, Towers("one"), lora=options)
-    torch.testing.assert_close(module.other["body"].lora_A, module.one["body"].lora_A, rtol=0.1, atol=0.02)
+    updates = [(layer.lora_B @ layer.lora_A).flatten() for layer in (module.other["body"], module.one["body"])]
+    assert torch.cosine_similarity(*updates, dim=0) > 0.9  # with other random A, they would hardly be alike
     assert learned(module.other)
     ll.save_adapter(module, tmp_path / "adapter.safetensors")
     ll.load_adapter(loaded := Towers("one"), tmp_path / "adapter.safetensors")
