@@ -241,11 +241,6 @@ def is_archive(file: Any) -> bool:
     return bool(file.read(4) == b"PK\3\4")
 
 
-def is_still(path: Path, file: Any) -> bool:
-    """Whether ``path`` is still the open file, and no other."""
-    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-
-
 def _broken(file: Any, contents: bool) -> str | None:
     """The record of an archive that is not as it was written, or None."""
     with zipfile.ZipFile(file) as archive:

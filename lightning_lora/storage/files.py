@@ -213,7 +213,7 @@ def load_adapter(
     """
     local = local_path(path)
     file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
-    contents = read_contents(file, asked)
+    contents = read_contents(file)
     format, reader = find_format(contents, file, asked) or (None, None)
     if (format is None or format.name != "loralib") and asked != Asked():
         raise ConfigError(

@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
-from tests.support.faults import adapted
 from tests.support.models import TRAINED, LitTiny, X, as_trained, data, is_plain, lora, trainer
 from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained
 
@@ -208,19 +206,3 @@ def test_a_name_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ll.AdapterFileError, match=r"does not end in \.safetensors.*'adapter\.safetensors'"):
         ll.save_adapter(trained(), tmp_path / "a.ckpt")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Safetensors opens it for the description, and once more for the tensors."""
-    newer, own, at = adapted(9), own_format.safe_open, [0]
-
-    def opening(*args: Any) -> Any:
-        found = own(*args)
-        at[0] += 1
-        if at[0] == 1:
-            ll.save_adapter(newer, file)
-        return found
-
-    monkeypatch.setattr(own_format, "safe_open", opening)
-    restores(file, newer)
-    assert at == [2]

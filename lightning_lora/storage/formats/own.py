@@ -18,7 +18,6 @@ from lightning_lora.storage.disk import (
     check_path,
     check_whole,
     is_archive,
-    is_still,
     load_plain,
     local_path,
     on_this_machine,
@@ -65,13 +64,10 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     return adapters_in(read_contents(path), path)
 
 
-def read_contents(path: str | Path | IO[bytes], asked: Asked | None = None) -> Any:
-    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes.
-
-    With what was ``asked`` of formats, also the tensors of those that are known. Otherwise, None in place of each.
-    """
+def read_contents(path: str | Path | IO[bytes]) -> Any:
+    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
     check_tool(path)
-    return _read(path, partial(_load_adapters, path), asked)
+    return _read(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -83,28 +79,18 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy=remedy)
 
 
-def _read(
-    path: str | Path | IO[bytes], load: Callable[[Any], Any], asked: Asked | None = None, remedy: str = ""
-) -> Any:
+def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     check_path(path, may_be_open=True)
     with reading(path, remedy), on_this_machine(path) as local:
         check_whole(local, path, may_be_old=True)
-        while True:
-            with local.open("rb") as file:
-                if is_archive(file):
-                    file.seek(0)
-                    contents = load(file)
-                    leave_adapters(contents)
-                    return contents
-                try:
-                    contents = _read_tensors(local, path, asked)
-                except Exception:
-                    if is_still(local, file):
-                        raise
-                else:
-                    if is_still(local, file):  # safetensors opens it twice, and may have found another one
-                        return contents
+        with local.open("rb") as file:
+            if not is_archive(file):
+                return _read_tensors(local)
+            file.seek(0)
+            contents = load(file)
+            leave_adapters(contents)
+            return contents
 
 
 def _load_adapters(path: object, file: Any) -> Any:
@@ -118,18 +104,15 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(local: Path, path: Any, asked: Asked | None) -> dict[str, Any]:
-    """The contents of a safetensors file. What will be refused is not read: it has None in place of each tensor."""
+def _read_tensors(local: Path) -> dict[str, Any]:
+    """The contents of a safetensors file."""
     with safe_open(local, "pt") as file:
         names, about = file.keys(), file.metadata() or {}
-        description = json.loads(about.get(KEY, "null"))
-        if description is None:
-            contents = {**dict.fromkeys(names), HEADER: about}
-            if asked is not None and find_format(contents, path, asked):
-                contents |= {name: file.get_tensor(name) for name in names}
-            return contents
-        is_whole = isinstance(description, dict) and description.get("entries") == len(names)
-        return {"state_dict": {name: file.get_tensor(name) if is_whole else None for name in names}, KEY: description}
+        tensors = {name: file.get_tensor(name) for name in names}
+    description = json.loads(about.get(KEY, "null"))
+    if description is None:
+        return {**tensors, HEADER: about}
+    return {"state_dict": tensors, KEY: description}
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:

@@ -19,15 +19,11 @@ from lightning_lora.storage.stored import KEY
 
 @dataclass(frozen=True)
 class Format:
-    """The format of another library: a file in this folder, and an entry of :data:`FORMATS`.
-
-    ``read(contents, path, asked)`` returns None for a file of another format. It judges by names alone: at first it
-    gets None in place of each tensor of a safetensors file, and they are read only if they are of its format.
-    """
+    """The format of another library: a file in this folder, and an entry of :data:`FORMATS`."""
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # None for a file of another format
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
     write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
 

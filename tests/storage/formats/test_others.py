@@ -1,10 +1,7 @@
 """Files of tools that this package does not read are called what they are, in the console too."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.__main__ import main
-from lightning_lora.storage.formats import own
 from tests.support.models import as_trained
 
 DEEP, ONE, MODEL = "decoder.layers.0.self_attention", torch.ones(2, 4), "base_model.model.q_proj"
@@ -82,15 +78,3 @@ def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypa
     assert torch.equal(other[0].lora_A, model[0].lora_A)
     with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")
-
-
-@pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "0.lora_A", "0.lora_B"], ["0.lora_down.weight"]])
-def test_tensors_of_what_is_refused_are_not_read(tmp_path: Path, monkeypatch: Any, names: list[str]) -> None:
-    @contextmanager
-    def without_tensors(*_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(keys=lambda: names, metadata=dict)
-
-    save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "a.safetensors")
-    monkeypatch.setattr(own, "safe_open", without_tensors)
-    with pytest.raises(ll.AdapterFileError, match=r"no adapters of this|does not say how|sd-scripts"):
-        ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a.safetensors")
