@@ -1,15 +1,13 @@
 """Write files completely or not at all. Read them without running code."""
 
 import glob
-import itertools
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
+import time
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import torch
@@ -82,19 +81,18 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_NUMBERS = itertools.count()  # for temporary files of threads that write one file at the same time
+_ABANDONED = 3600  # seconds after which nobody goes on with a file
 
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
-    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*.part") if os.name == "posix" else ():
-        with suppress(OSError, ValueError):  # what killed processes of this machine have left
-            try:
-                os.kill(int(left.suffixes[-3][1:]), 0)
-            except ProcessLookupError:
+    """Yield a name beside ``target`` for what is being written. Nothing stays there but what killed processes leave."""
+    start = f".{target.name[:32]}."
+    for left in target.parent.glob(f"{glob.escape(start)}*.part"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
                 _delete(left)
-    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.{next(_NUMBERS)}.part")
+    temporary = target.with_name(f"{start}{uuid4().hex}.part")
     try:
         yield temporary
     finally:
@@ -108,12 +106,6 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _prefix(target: Path) -> str:
-    """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
-    machine = zlib.crc32(platform.node().encode())
-    return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."
-
-
 # Places
 
 
@@ -125,16 +117,16 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
         )
 
 
-def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
-    """Refuse to write where no folder is, or over or into an input. Links are followed. ``files``: inside ``out``."""
+def check_output(out: Any, inputs: Iterable[Any] = ()) -> None:
+    """Refuse to write where no folder is, or over or into an input. Links are followed."""
     check_path(out)
     local = local_path(out)
     if local is None:
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    for source, file in itertools.product(filter(None, map(local_path, inputs)), files):
-        place = (local / file).resolve()
+    place = local.resolve()
+    for source in filter(None, map(local_path, inputs)):
         if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."
@@ -229,24 +221,18 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, cont
                 "1.6, which cannot be read safely. If you trust it, write it again: "
                 "torch.save(torch.load(path, weights_only=False), path)."
             )
-        is_zip = zipfile.is_zipfile(file)
-        file.seek(0)  # torch reads an archive without its end all the same
-        broken = _broken(file, contents) if is_zip else "its end" if is_archive(file) else None
-    if broken:
-        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+        if contents and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise AdapterFileError(
+                    f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint."
+                )
 
 
 def is_archive(file: Any) -> bool:
     """Whether torch will read an open file as an archive. Otherwise it would read it in its old format."""
     return bool(file.read(4) == b"PK\3\4")
-
-
-def _broken(file: Any, contents: bool) -> str | None:
-    """The record of an archive that is not as it was written, or None."""
-    with zipfile.ZipFile(file) as archive:
-        # of a folder torch reads nothing, and gives memory as it happens to be
-        folders = (each.filename for each in archive.infolist() if each.is_dir() or each.external_attr & 0x10)
-        return next(folders, None) or (archive.testzip() if contents else None)
 
 
 def _first_line(error: Exception) -> str:

@@ -143,7 +143,7 @@ def export_peft(
     else:
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
-    check_output(directory, [model_or_file], chosen.files[:1])
+    check_output(directory, [model_or_file])
     chosen.write(source, Path(directory).expanduser(), uniform)
 
 
