@@ -199,7 +199,7 @@ def trusts_all_files() -> bool:
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
 
 
-def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, contents: bool = True) -> None:
+def check_whole(path: Any, source: Any = None, *, contents: bool = True) -> None:
     """Refuse a damaged archive, which torch itself would read. Without ``contents``, its tensors are not read."""
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
@@ -215,19 +215,12 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, cont
         if not local.is_file():
             raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     with opened(path) as file:
-        if not (may_be_old or is_archive(file)):
-            raise AdapterFileError(
-                f"{source} is no archive of torch: it is truncated, of another kind, or in the format of torch before "
-                "1.6, which cannot be read safely. If you trust it, write it again: "
-                "torch.save(torch.load(path, weights_only=False), path)."
-            )
-        if contents and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise AdapterFileError(
-                    f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint."
-                )
+        if not contents or not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    if broken:
+        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
 
 def is_archive(file: Any) -> bool:

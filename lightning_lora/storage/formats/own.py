@@ -83,7 +83,7 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
     """The contents of a file. An archive of torch is read by ``load``."""
     check_path(path, may_be_open=True)
     with reading(path, remedy), on_this_machine(path) as local:
-        check_whole(local, path, may_be_old=True)
+        check_whole(local, path)
         with local.open("rb") as file:
             if not is_archive(file):
                 return _read_tensors(local)
