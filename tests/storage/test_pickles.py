@@ -8,7 +8,6 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,24 +62,6 @@ def test_a_base_in_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
     fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
     trainer(tmp_path, [lora()], max_epochs=1).fit(LitTiny(), data(), ckpt_path=path)
-
-
-ODD: dict[str, Callable[[Tensor], Tensor]] = {
-    "sparse": Tensor.to_sparse,
-    "8 bits": lambda value: value.to(torch.float8_e4m3fn),
-}
-
-
-@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
-def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callable[[Tensor], Tensor]) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    a, b = torch.ones(2, 8), make(torch.ones(8, 2))
-    peft = {"base_model.model.q_proj.lora_A.weight": a, "base_model.model.q_proj.lora_B.weight": b}
-    loralib: dict[str, Any] = {"q_proj.lora_A": a, "q_proj.lora_B": b}
-    for held, options in ((peft, {}), (loralib, {"alpha": 2}), ({"model_state_dict": loralib}, {"alpha": 2})):
-        torch.save(held, tmp_path / "a.bin")
-        with pytest.raises(AdapterFileError, match=r"lora_B.* no plain tensors"):
-            load_adapter(LitTiny(), tmp_path / "a.bin", **options)
 
 
 # Beside objects of classes

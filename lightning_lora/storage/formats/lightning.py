@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.stored import KEY, check_checksum, stored_config
+from lightning_lora.storage.stored import KEY, check_checksum
 
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
@@ -36,7 +36,6 @@ def check_readable(checkpoint: object, path: object) -> None:
             "With a file of adapters, build the model and call load_adapter(model, path)."
         )
     if KEY in checkpoint:
-        stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
 
 
