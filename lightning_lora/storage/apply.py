@@ -20,7 +20,6 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
-from lightning_lora.private import NormBase
 from lightning_lora.storage.fingerprint import base_value, check_base
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
@@ -297,8 +296,6 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
             "training, with the same head, and adapt it with the same r."
         )
-    if value.layout != expected.layout:
-        raise AdapterMismatchError(f"{name!r} is {value.layout} in the file, but this model has {expected.layout}.")
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return
@@ -312,16 +309,5 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
 
 def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite values, which a diverged run leaves."""
-    checked = [*view.adapters, *view.trained]
-    for name, module in view.modules.items():
-        if isinstance(module, NormBase):
-            statistics = (join(name, "running_mean"), join(name, "running_var"))
-            checked += [name for name in statistics if name in state]
-    if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:
+    if broken := [name for name in required(view) if not state[name].isfinite().all()]:
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
-
-
-def _is_sound(value: Tensor, original: Tensor | None) -> bool:
-    """Whether ``value`` is finite, except for infinite values of the base. A mask may have some."""
-    odd = ~value.isfinite()
-    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))
