@@ -13,7 +13,6 @@ from lightning_lora.storage.disk import local_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
-OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, while an export replaces both
 PREFIX = "base_model.model."  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -102,9 +101,8 @@ class PeftConfig(NamedTuple):
 
 def read_config(weights: Any) -> PeftConfig:
     """Read the configuration beside a file."""
-    places = map(weights.with_name, (PEFT_CONFIG, OLD_CONFIG)) if isinstance(weights, Path) else ()
-    path = next(filter(Path.is_file, places), None)
-    if path is None:
+    path = weights.with_name(PEFT_CONFIG) if isinstance(weights, Path) else None
+    if path is None or not path.is_file():
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
             "it beside the tensors, in a folder on this machine."
