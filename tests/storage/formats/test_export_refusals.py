@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
@@ -24,6 +24,15 @@ def check_refused(source: Any, folder: Path, match: str, error: type[Exception] 
     assert not (folder / "peft").exists()
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.fc.weight)
+
+
 OTHER: dict[str, Any] = {"target_modules": ["other"]}
 SHARED = nn.Linear(4, 4)
 CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
@@ -34,11 +43,7 @@ CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (Scaled(4, 4), {}, "'layer': .*Scaled has a forward of its own"),
     (nn.MultiheadAttention(4, 2), {}, r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
     (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
-    (
-        nn.ModuleDict({"fc": SHARED}),
-        {**OTHER, "target_parameters": ["fc.weight"]},
-        r"'layer': .*fc.weight.*belongs to a layer inside",
-    ),
+    (Inner(), {**OTHER, "target_parameters": ["fc.weight"]}, "'layer': .*fc.weight.*belongs to a layer inside"),
     (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
     (nn.Linear(4, 4), {**OTHER, "modules_to_save": ["layer.weight"]}, "no place for 'layer.weight'.*single parameters"),
 ]
