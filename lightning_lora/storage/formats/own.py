@@ -29,7 +29,7 @@ from lightning_lora.storage.disk import (
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft_config import HEADER
 from lightning_lora.storage.formats.reading import Asked
-from lightning_lora.storage.formats.registry import Format, check_tool, file_in, find_format
+from lightning_lora.storage.formats.registry import Format, file_in, find_format, tool_of
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
@@ -66,7 +66,6 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
     """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
-    check_tool(path)
     return _read(path, partial(_load_adapters, path))
 
 
@@ -131,7 +130,6 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         return _only_their_model(found[0])
     held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
     names = [str(name) for name in next(held, contents) if name != HEADER]
-    check_tool(path, [*contents, *names])
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -139,6 +137,8 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
+    if tool := tool_of(names):
+        return f"adapters of {tool}. Or train anew here."
     reader = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
     if VERSION in contents:
         reader = "MyModule.load_from_checkpoint(path)"
