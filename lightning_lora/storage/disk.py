@@ -1,7 +1,6 @@
 """Write files completely or not at all. Read them without running code."""
 
 import glob
-import json
 import os
 import pickle
 import re
@@ -23,7 +22,6 @@ import fsspec
 import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
-from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
@@ -40,8 +38,6 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
-        if target.exists() and not target.is_file():
-            raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
@@ -56,15 +52,6 @@ def writing_folder(path: Path) -> Iterator[Path]:
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)
-
-
-def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return a safetensors file: the same bytes in each process, where the library writes its metadata in any order."""
-    contents = save_in_any_order(tensors, metadata)
-    start = 8 + int.from_bytes(contents[:8], "little")
-    header = json.dumps({**json.loads(contents[8:start]), "__metadata__": metadata}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + contents[start:]
 
 
 @contextmanager

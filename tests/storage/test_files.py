@@ -24,17 +24,6 @@ def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
     assert torch.equal(model(X), trained()(X))
 
 
-def test_each_file_of_the_same_adapter_has_the_same_bytes(tmp_path: Path) -> None:
-    model, found = trained(), set[bytes]()
-    for i in range(6):
-        ll.save_adapter(model, tmp_path / "ä.safetensors")
-        ll.export_peft(model, tmp_path / str(i))
-        written = (tmp_path / "ä.safetensors", tmp_path / str(i) / "adapter_model.safetensors")
-        found |= {path.read_bytes() for path in written}
-    assert len(found) == 2
-    restores(tmp_path / "ä.safetensors", model)
-
-
 def test_file_is_adapter_sized_and_plain(file: Path) -> None:
     values = sum(value.nbytes for value in ll.adapter_state_dict(trained()).values())
     with safe_open(file, "pt") as opened:

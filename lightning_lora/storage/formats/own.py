@@ -10,6 +10,7 @@ from typing import IO, Any
 import fsspec
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
@@ -22,7 +23,6 @@ from lightning_lora.storage.disk import (
     local_path,
     on_this_machine,
     reading,
-    save,
     unread_in,
     writing,
 )

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
@@ -15,7 +16,7 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import save, write_errors, writing
+from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
@@ -139,7 +140,7 @@ def write_files(
         directory.mkdir(exist_ok=True)
     try:
         with ExitStack() as files:  # both are whole before one takes its place
-            for file, held in ((name, contents), (PEFT_CONFIG, config)):
+            for file, held in ((PEFT_CONFIG, config), (name, contents)):
                 if held:
                     files.enter_context(writing(directory / file)).write_bytes(held)
     except AdapterFileError:

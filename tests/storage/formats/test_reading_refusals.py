@@ -95,7 +95,7 @@ BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up"
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
-    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'.*does not merge it right"),
+    (Mixed, {}, asks(layer_replication=[[0, 2]]), FILE, "'layer_replication'.*Merge it with PEFT"),
     (Mixed, {}, asks(kasa_config={"a": 1}), FILE, "'kasa_config'.*Merge it with PEFT"),
     (Mixed, {}, asks(lora_bias=True), FILE, "'lora_bias'"),
     (Mixed, {}, asks(init_lora_weights="pissa_niter_4"), FILE, "'pissa_niter_4'.*cannot be computed again"),
