@@ -125,10 +125,7 @@ class LoRASweep:
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
                 f"{self.directory}. Try a lower learning rate."
             )
-        last = _Callback(runs[0], stops=False, merges=True)
-        fit(last, str(runs[0].file))
-        if last.module is None:
-            raise ConfigError("LoRASweep expects that fit fits in each call: the last one merges the best adapter.")
+        fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
         return self.results
 
     def _rank(self, run: "_Run") -> tuple[bool, float, float]:

@@ -13,16 +13,11 @@ from rich.text import Text
 
 def layer_table(*headings: str, title: str = "") -> Table:
     """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
-    table = Table(title=Text(printable(title)) if title else None)
+    table = Table(title=Text(title) if title else None)
     for heading in headings:
         is_text = heading in ("Layers", "Type")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     return table
-
-
-def printable(text: str) -> str:
-    """Text from a file with escapes for what a terminal would obey, or not show."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def fitting_console(**options: Any) -> Console:

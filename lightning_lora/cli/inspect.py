@@ -21,7 +21,7 @@ from rich.text import Text
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import fitting_console, grouped, layer_table, printable
+from lightning_lora.tables import fitting_console, grouped, layer_table
 
 
 def add_arguments(parser: Any) -> None:
@@ -87,16 +87,16 @@ def _show(found: dict[str, Any]) -> None:
         for key in ("norm", "effective_rank"):
             values = sorted(layers[name][key] for name in names)
             numbers.append("–".join(dict.fromkeys(map("{:.3g}".format, (values[0], values[-1])))))
-        label, kind = Text(printable(group + times)), Text(printable(first["class"].rpartition(".")[2]))
-        table.add_row(label, kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
+        kind = first["class"].rpartition(".")[2]
+        table.add_row(Text(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
     console.print(table)
     if found["beside"]:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
-        console.print(printable(f"Besides adapters: {beside}"), markup=False)
+        console.print(f"Besides adapters: {beside}", markup=False)
     rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
     base = found["base"]
     given = {key: value for key, value in found["config"].items() if value not in (None, False)}
     config = {"alpha": None, **given}  # None is not its default
     about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.{rows}"
-    console.print(printable(about), markup=False)
+    console.print(about, markup=False)
     console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)

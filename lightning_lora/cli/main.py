@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -12,7 +11,6 @@ from rich.markup import escape
 
 from lightning_lora.cli import combine, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
-from lightning_lora.tables import printable
 
 _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its help
 
@@ -29,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.__name__.rpartition(".")[2],
             help=text.partition("\n")[0],
             description=text.replace("::\n", ":\n").strip(),
-            formatter_class=_Help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             if said := parsed.run(parsed):
-                print(printable(said))
+                print(said)
         for each in noticed:
             if issubclass(each.category, LoRAWarning):
                 _say("[bold yellow]warning:[/]", str(each.message))
@@ -58,15 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help at the terminal's width, but for the examples, whose lines are indented."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = [each if each.startswith("  ") else textwrap.fill(each, width) for each in text.split("\n\n")]
-        return "\n\n".join(paragraphs)
-
-
 def _say(what: str, message: str) -> None:
-    """Print one line on the standard error."""
-    lines = "\n".join(map(printable, message.splitlines()))
-    Console(stderr=True, soft_wrap=True).print(what, escape(lines), highlight=False)
+    """Print a message on the standard error."""
+    Console(stderr=True, soft_wrap=True).print(what, escape(message), highlight=False)

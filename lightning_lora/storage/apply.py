@@ -20,7 +20,6 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
-from lightning_lora.private import NormBase
 from lightning_lora.storage.fingerprint import base_value, check_base
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
@@ -101,10 +100,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """
     view = view_of(model)
     check_as_merged(view)
-    entries = entries_of(view, random_weights(view))
     state = without_notes(state)
-    check_names(view, entries, state)
-    _check_tensors(view, entries, state)
+    _check_names(view, random_weights(view), state)
+    _check_tensors(view, state)
     write_state(model, state)
 
 
@@ -192,15 +190,14 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
 def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_base: bool = True) -> None:
     """Refuse stored adapters that do not fit an adapted model."""
     config, state, is_converted = stored.config, stored.state, False
-    entries = entries_of(view, () if stored.base else view.adapter.random or ())
     _check_settings(view, config)
-    check_names(view, entries, state, stored.changed, config)
+    _check_names(view, () if stored.base else view.adapter.random or (), state, stored.changed, config)
     if stored.base:
         shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
         is_converted = check_base(
             view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
         )
-    _check_tensors(view, entries, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
+    _check_tensors(view, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
     _check_finite(view, state)
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - set(stored.changed)):
@@ -243,28 +240,19 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
             )
 
 
-Entries = tuple[dict[str, Tensor], dict[str, Any]]
-"""What must be in a state: all that trains. And what may be: changed tensors, and what a module's own code adds."""
-
-
-def entries_of(view: View, random: Collection[str] = ()) -> Entries:
-    """Return the entries of an adapted model's stored state. Weights in ``random`` are optional."""
-    now = without_base(view, state_dict(view.model), random)
-    return required(view), {**now, **view.buffers, **view.kept}
-
-
-def check_names(
+def _check_names(
     view: View,
-    entries: Entries,
+    random: Collection[str],
     state: Mapping[str, Any],
     changed: Collection[str] = (),
     config: LoRAConfig | None = None,
 ) -> None:
-    """Refuse a state with missing or unexpected names."""
-    needed = dict.fromkeys([*entries[0], *(name for name in changed if name in view.base)])
+    """Refuse a state with missing or unexpected names: all that trains must be there. Changed tensors may be."""
+    needed = dict.fromkeys([*required(view), *(name for name in changed if name in view.base)])
+    known = {*needed, *without_base(view, state_dict(view.model), random), *view.buffers, *view.kept}
     wrong = {
         "missing": [name for name in needed if name not in state],
-        "unexpected": [name for name in state if name not in needed and name not in entries[1]],
+        "unexpected": [name for name in state if name not in known],
     }
     if not any(wrong.values()):
         return
@@ -282,9 +270,9 @@ def _selecting(config: LoRAConfig) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name not in fixed)
 
 
-def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
+def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = False) -> None:
     """Refuse tensors of another shape or kind. ``converting``: all but adapters are rounded as ``model.to`` would."""
-    known = {**view.base, **view.buffers, **entries[0]}
+    known = {**view.base, **view.buffers, **required(view)}
     for name, value in state.items():
         if name in known:  # a module's own code judges the others
             _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)
@@ -297,8 +285,6 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
             "training, with the same head, and adapt it with the same r."
         )
-    if value.layout != expected.layout:
-        raise AdapterMismatchError(f"{name!r} is {value.layout} in the file, but this model has {expected.layout}.")
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return
@@ -312,16 +298,5 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
 
 def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite values, which a diverged run leaves."""
-    checked = [*view.adapters, *view.trained]
-    for name, module in view.modules.items():
-        if isinstance(module, NormBase):
-            statistics = (join(name, "running_mean"), join(name, "running_var"))
-            checked += [name for name in statistics if name in state]
-    if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:
+    if broken := [name for name in required(view) if not state[name].isfinite().all()]:
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
-
-
-def _is_sound(value: Tensor, original: Tensor | None) -> bool:
-    """Whether ``value`` is finite, except for infinite values of the base. A mask may have some."""
-    odd = ~value.isfinite()
-    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))

@@ -1,15 +1,12 @@
 """Write files completely or not at all. Read them without running code."""
 
 import glob
-import itertools
-import json
 import os
 import pickle
-import platform
 import re
 import shutil
+import time
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +16,12 @@ from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
-from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
@@ -41,8 +38,6 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
-        if target.exists() and not target.is_file():
-            raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
@@ -59,15 +54,6 @@ def writing_folder(path: Path) -> Iterator[Path]:
         temporary.replace(target)
 
 
-def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return a safetensors file: the same bytes in each process, where the library writes its metadata in any order."""
-    contents = save_in_any_order(tensors, metadata)
-    start = 8 + int.from_bytes(contents[:8], "little")
-    header = json.dumps({**json.loads(contents[8:start]), "__metadata__": metadata}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + contents[start:]
-
-
 @contextmanager
 def write_errors(path: Any) -> Iterator[None]:
     """Turn what writing to ``path`` raises into one of our errors."""
@@ -82,19 +68,18 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_NUMBERS = itertools.count()  # for temporary files of threads that write one file at the same time
+_ABANDONED = 3600  # seconds after which nobody goes on with a file
 
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
-    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*.part") if os.name == "posix" else ():
-        with suppress(OSError, ValueError):  # what killed processes of this machine have left
-            try:
-                os.kill(int(left.suffixes[-3][1:]), 0)
-            except ProcessLookupError:
+    """Yield a name beside ``target`` for what is being written. Nothing stays there but what killed processes leave."""
+    start = f".{target.name[:32]}."
+    for left in target.parent.glob(f"{glob.escape(start)}*.part"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
                 _delete(left)
-    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.{next(_NUMBERS)}.part")
+    temporary = target.with_name(f"{start}{uuid4().hex}.part")
     try:
         yield temporary
     finally:
@@ -108,12 +93,6 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _prefix(target: Path) -> str:
-    """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
-    machine = zlib.crc32(platform.node().encode())
-    return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."
-
-
 # Places
 
 
@@ -125,16 +104,16 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
         )
 
 
-def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
-    """Refuse to write where no folder is, or over or into an input. Links are followed. ``files``: inside ``out``."""
+def check_output(out: Any, inputs: Iterable[Any] = ()) -> None:
+    """Refuse to write where no folder is, or over or into an input. Links are followed."""
     check_path(out)
     local = local_path(out)
     if local is None:
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    for source, file in itertools.product(filter(None, map(local_path, inputs)), files):
-        place = (local / file).resolve()
+    place = local.resolve()
+    for source in filter(None, map(local_path, inputs)):
         if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."
@@ -207,7 +186,7 @@ def trusts_all_files() -> bool:
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
 
 
-def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, contents: bool = True) -> None:
+def check_whole(path: Any, source: Any = None, *, contents: bool = True) -> None:
     """Refuse a damaged archive, which torch itself would read. Without ``contents``, its tensors are not read."""
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
@@ -223,15 +202,10 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, cont
         if not local.is_file():
             raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     with opened(path) as file:
-        if not (may_be_old or is_archive(file)):
-            raise AdapterFileError(
-                f"{source} is no archive of torch: it is truncated, of another kind, or in the format of torch before "
-                "1.6, which cannot be read safely. If you trust it, write it again: "
-                "torch.save(torch.load(path, weights_only=False), path)."
-            )
-        is_zip = zipfile.is_zipfile(file)
-        file.seek(0)  # torch reads an archive without its end all the same
-        broken = _broken(file, contents) if is_zip else "its end" if is_archive(file) else None
+        if not contents or not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
     if broken:
         raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
@@ -239,19 +213,6 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, cont
 def is_archive(file: Any) -> bool:
     """Whether torch will read an open file as an archive. Otherwise it would read it in its old format."""
     return bool(file.read(4) == b"PK\3\4")
-
-
-def is_still(path: Path, file: Any) -> bool:
-    """Whether ``path`` is still the open file, and no other."""
-    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-
-
-def _broken(file: Any, contents: bool) -> str | None:
-    """The record of an archive that is not as it was written, or None."""
-    with zipfile.ZipFile(file) as archive:
-        # of a folder torch reads nothing, and gives memory as it happens to be
-        folders = (each.filename for each in archive.infolist() if each.is_dir() or each.external_attr & 0x10)
-        return next(folders, None) or (archive.testzip() if contents else None)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
@@ -36,7 +36,7 @@ from lightning_lora.storage.formats.reading import Asked
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
-from lightning_lora.storage.stored import StoredAdapters, is_plain
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    stored.check_agrees()
     is_shared = any(map(is_dtensor, view.parameters.values()))
     if not is_shared or dist.get_rank() == 0:
         write_adapter_file(path, stored)
@@ -139,11 +138,10 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
-        stored.check_agrees()
     else:
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
-    check_output(directory, [model_or_file], chosen.files[:1])
+    check_output(directory, [model_or_file])
     chosen.write(source, Path(directory).expanduser(), uniform)
 
 
@@ -213,7 +211,7 @@ def load_adapter(
     """
     local = local_path(path)
     file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
-    contents = read_contents(file, asked)
+    contents = read_contents(file)
     format, reader = find_format(contents, file, asked) or (None, None)
     if (format is None or format.name != "loralib") and asked != Asked():
         raise ConfigError(
@@ -222,21 +220,7 @@ def load_adapter(
         )
     if reader is None:
         reader = partial(with_names_of, stored=adapters_in(contents, path))
-    else:
-        _check_plain(contents, path)
     apply(model, reader, check_base=check_base, name=name)
-
-
-def _check_plain(contents: dict[Any, Any], path: Any) -> None:
-    """Refuse tensors with which torch cannot compute."""
-    odd = list[object]()
-    for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
-        odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
-    if odd:
-        raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, or of 8 bits. Write it "
-            "again with .to_dense() or .float()."
-        )
 
 
 def load_from_checkpoint(

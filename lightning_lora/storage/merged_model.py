@@ -4,7 +4,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,10 +168,6 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
-    if args[1:]:  # positions may hold a state
-        call = signature(save).bind(model, *args, **kwargs)
-        named = {name: value for name, value in call.arguments.items() if name not in ("self", "kwargs", "args")}
-        args, kwargs = (named.pop(next(iter(named))),), {**named, **call.arguments.get("kwargs", {})}
     given = kwargs.get("state_dict")
     is_plain = view.adapters.keys().isdisjoint(map(plain_name, given or ())) and given is not None
     if is_plain or "state_dict" in vars(model):  # the caller's own values, or inside another save

@@ -68,10 +68,6 @@ def set_adapter(
     weights = name if isinstance(name, Mapping) else Counter(name)
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
     title = " + ".join(f"{float(weight)!r} {each}".replace(".0 ", " ") for each, weight in weights.items())
-    if title in record.adapters and not record.adapters[title].sum_of:
-        raise AdapterStateError(
-            f"{title!r}, as the sum would be called, is an adapter already. Give that one another name."
-        )
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]

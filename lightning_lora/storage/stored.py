@@ -1,7 +1,6 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -15,7 +14,7 @@ from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
+from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from lightning_lora.tensors.digests import digest
 
 KEY = "lightning_lora"
@@ -70,13 +69,9 @@ class StoredAdapters:
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
-        config = stored_config(description)
-        try:
-            layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
-            plain = {name: description[name] for name in _PLAIN if name in description}
-        except Exception as error:
-            raise AdapterFileError(_FOREIGN) from error
-        return cls(config, state, layers, source=str(source), **plain)
+        layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
+        plain = {name: description[name] for name in _PLAIN if name in description}
+        return cls(stored_config(description), state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
@@ -99,21 +94,6 @@ class StoredAdapters:
         """Return the names of the adapters' tensors in the state."""
         return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}
 
-    def check_agrees(self) -> None:
-        """Refuse layers with another rank or scaling than the configuration says: each reader uses one of them."""
-        wrong = dict[str, None]()
-        for name, layer in self.layers.items():
-            for matrix in layer.matrices:
-                target, r, scaling = asked_of(self.config, name, matrix, layer.kind)
-                if r != matrix.rank(layer.r) or not math.isclose(scaling, matrix.scale(layer.scaling)):
-                    wrong[target] = None
-        if wrong:
-            raise AdapterFileError(
-                f"{listed(wrong)} of {self.source} have another rank or scaling than its configuration says: they come "
-                "from another model, or were changed. Adapt the model with their r and alpha (rank_pattern, "
-                "alpha_pattern), then copy lora_A and lora_B."
-            )
-
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
         broken = [name for name, value in self.state.items() if _is_broken(value)]
@@ -125,24 +105,12 @@ def _is_broken(value: object) -> bool:
     return is_plain(value) and not bool(value.isfinite().all())
 
 
-_FOREIGN = f"This package did not write the file's {KEY!r} entry, or the file is damaged."
-
-
-def stored_config(description: object) -> LoRAConfig:
+def stored_config(description: Mapping[str, Any]) -> LoRAConfig:
     """Return the configuration in a file's description."""
-    if not isinstance(description, dict) or not isinstance(description.get("format"), int):
-        raise AdapterFileError(_FOREIGN)
-    if description["format"] != FORMAT:
-        raise AdapterFileError(
-            f"The file has format {description['format']}; expected {FORMAT}. For a later one, update the package; the "
-            "changelog of 0.2.0 says how to move a file of 0.1.0."
-        )
     try:
         return LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
-    except Exception as error:
-        raise AdapterFileError(_FOREIGN) from error
 
 
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -157,14 +125,18 @@ def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     return total
 
 
-def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
-    """Refuse adapters that were changed after they were written."""
-    damaged = "The file is damaged or was changed."
-    if len(state) != description.get("entries"):
+def check_checksum(state: Mapping[str, Any], description: object, path: object) -> None:
+    """Refuse adapters of another format, or that were changed after they were written."""
+    about = description if isinstance(description, dict) else {}
+    if about.get("format") != FORMAT:
         raise AdapterFileError(
-            f"{path} has {len(state)} entries, and {description.get('entries')} were written. {damaged}"
+            f"The file has format {about.get('format')}; expected {FORMAT}. For a later one, update the package; the "
+            "changelog of 0.2.0 says how to move a file of 0.1.0."
         )
-    if checksum(state, description) != description.get("checksum"):
+    damaged = "The file is damaged or was changed."
+    if len(state) != about.get("entries"):
+        raise AdapterFileError(f"{path} has {len(state)} entries, and {about.get('entries')} were written. {damaged}")
+    if checksum(state, about) != about.get("checksum"):
         raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
 
 

@@ -13,7 +13,7 @@ from lightning_lora import AdapterFileError, LoRAError, OptimizerError
 from lightning_lora.training.randomness import RANDOM
 from tests.support.faults import edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
-from tests.support.storage import fitted, goes_on
+from tests.support.storage import fitted
 
 
 class Scheduled(LitTiny):
@@ -64,20 +64,11 @@ def put(key: str, to: Any) -> Callable[[dict[str, Any]], object]:
 BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "no optimizers": put("optimizer_states", GONE),
     "fewer optimizers": put("optimizer_states", []),
-    "optimizers of another type": put("optimizer_states", {}),
     "no schedulers": put("lr_schedulers", GONE),
-    "loops": put("loops", []),
-    "version": put("pytorch-lightning_version", None),
-    "epoch": put("epoch", "x"),
-    "callbacks": put("callbacks", []),
-    "a loop": lambda checkpoint: checkpoint["loops"].update(fit_loop=None),
-    "an optimizer's state": lambda checkpoint: checkpoint["optimizer_states"].__setitem__(0, {}),
     "another optimizer": lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"].clear(),
-    "moments": lambda checkpoint: checkpoint["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan")),
     "no generator's state": lambda checkpoint: checkpoint[RANDOM].update(
         cpu=torch.zeros_like(checkpoint[RANDOM]["cpu"])
     ),
-    "a name": lambda checkpoint: checkpoint["state_dict"].update({b"q": torch.ones(1)}),
 }
 
 
@@ -88,22 +79,12 @@ def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, chang
         trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
 
 
-def test_a_full_checkpoint_of_any_version_is_a_base_or_refused(tmp_path: Path) -> None:
+def test_a_full_checkpoint_of_an_older_version_is_a_base(tmp_path: Path) -> None:
     fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
-    t, model = trainer(tmp_path, [lora()], max_epochs=1), LitTiny()
-    edited(path, path, put("pytorch-lightning_version", "x"))
-    with unchanged(model), pytest.raises(AdapterFileError, match="is no version of Lightning"):
-        t.fit(model, data(), ckpt_path=path)
     edited(path, path, put("pytorch-lightning_version", "0.9"))
-    t.fit(model, data(), ckpt_path=path)
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    t.fit(LitTiny(), data(), ckpt_path=path)
     assert t.global_step == 4
-
-
-def test_a_diverged_optimizer_is_refused_by_fit_and_not_read_by_test(written: Path, tmp_path: Path) -> None:
-    path = edited(written, tmp_path / "a.ckpt", BROKEN["moments"])
-    with pytest.raises(AdapterFileError, match="had diverged"):
-        goes_on(path, Scheduled())
-    trainer(tmp_path, [lora()]).test(LitTiny(), data(), ckpt_path=path, verbose=False)
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:

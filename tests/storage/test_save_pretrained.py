@@ -188,13 +188,10 @@ def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(
     before, adapters = state(lit), {name: p for name, p in other.named_parameters() if "lora_" in name}
     with says:
         lit.save_pretrained(tmp_path / "whole", state_dict=other.state_dict())
-    with says:  # by its position
-        lit.save_pretrained(tmp_path / "position", True, other.state_dict())
     with says:
         lit.save_pretrained(tmp_path / "adapters", state_dict=adapters)
     assert same(state(lit), before)
-    for name in ("whole", "position"):
-        check(tmp_path / name, other)
+    check(tmp_path / "whole", other)
     other.transformer.ln_f.weight.data.sub_(1)
     check(tmp_path / "adapters", other)
     lit.save_pretrained(tmp_path / "own", state_dict=LitGPT2().model.state_dict())

@@ -197,9 +197,6 @@ def test_a_new_name_is_needed_and_a_merged_model_is_refused() -> None:
     for weights, r, says in ((["style"], None, "Expected numbers by the names"), ({"style": 1}, 2.5, r"rank=2.5")):
         with pytest.raises(ll.ConfigError, match=says):
             ll.combine_adapters(model, weights, name="new", r=r)  # type: ignore[arg-type]
-    ll.combine_adapters(model, {"style": 1, "subject": 1}, name="1 style + 1 subject")
-    with pytest.raises(ll.AdapterStateError, match="as the sum would be called, is an adapter already"):
-        ll.set_adapter(model, ["style", "subject"])
     ll.set_adapter(model, None)
     ll.combine_adapters(model, {"style": 1, "subject": 1}, name="both")
     assert "both" in ll.adapters(model)

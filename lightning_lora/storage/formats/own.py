@@ -10,6 +10,7 @@ from typing import IO, Any
 import fsspec
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
@@ -18,19 +19,17 @@ from lightning_lora.storage.disk import (
     check_path,
     check_whole,
     is_archive,
-    is_still,
     load_plain,
     local_path,
     on_this_machine,
     reading,
-    save,
     unread_in,
     writing,
 )
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft_config import HEADER
 from lightning_lora.storage.formats.reading import Asked
-from lightning_lora.storage.formats.registry import Format, check_tool, file_in, find_format
+from lightning_lora.storage.formats.registry import Format, file_in, find_format, tool_of
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
@@ -65,13 +64,9 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     return adapters_in(read_contents(path), path)
 
 
-def read_contents(path: str | Path | IO[bytes], asked: Asked | None = None) -> Any:
-    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes.
-
-    With what was ``asked`` of formats, also the tensors of those that are known. Otherwise, None in place of each.
-    """
-    check_tool(path)
-    return _read(path, partial(_load_adapters, path), asked)
+def read_contents(path: str | Path | IO[bytes]) -> Any:
+    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
+    return _read(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -83,28 +78,18 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy=remedy)
 
 
-def _read(
-    path: str | Path | IO[bytes], load: Callable[[Any], Any], asked: Asked | None = None, remedy: str = ""
-) -> Any:
+def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     check_path(path, may_be_open=True)
     with reading(path, remedy), on_this_machine(path) as local:
-        check_whole(local, path, may_be_old=True)
-        while True:
-            with local.open("rb") as file:
-                if is_archive(file):
-                    file.seek(0)
-                    contents = load(file)
-                    leave_adapters(contents)
-                    return contents
-                try:
-                    contents = _read_tensors(local, path, asked)
-                except Exception:
-                    if is_still(local, file):
-                        raise
-                else:
-                    if is_still(local, file):  # safetensors opens it twice, and may have found another one
-                        return contents
+        check_whole(local, path)
+        with local.open("rb") as file:
+            if not is_archive(file):
+                return _read_tensors(local)
+            file.seek(0)
+            contents = load(file)
+            leave_adapters(contents)
+            return contents
 
 
 def _load_adapters(path: object, file: Any) -> Any:
@@ -118,18 +103,15 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(local: Path, path: Any, asked: Asked | None) -> dict[str, Any]:
-    """The contents of a safetensors file. What will be refused is not read: it has None in place of each tensor."""
+def _read_tensors(local: Path) -> dict[str, Any]:
+    """The contents of a safetensors file."""
     with safe_open(local, "pt") as file:
         names, about = file.keys(), file.metadata() or {}
-        description = json.loads(about.get(KEY, "null"))
-        if description is None:
-            contents = {**dict.fromkeys(names), HEADER: about}
-            if asked is not None and find_format(contents, path, asked):
-                contents |= {name: file.get_tensor(name) for name in names}
-            return contents
-        is_whole = isinstance(description, dict) and description.get("entries") == len(names)
-        return {"state_dict": {name: file.get_tensor(name) if is_whole else None for name in names}, KEY: description}
+        tensors = {name: file.get_tensor(name) for name in names}
+    description = json.loads(about.get(KEY, "null"))
+    if description is None:
+        return {**tensors, HEADER: about}
+    return {"state_dict": tensors, KEY: description}
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
@@ -138,10 +120,8 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:
         raise AdapterFileError(f"{path} holds {_instead(held, path)}")
-    stored = StoredAdapters.from_file(state, description, path)
     check_checksum(state, description, path)
-    stored.check_agrees()
-    return stored
+    return StoredAdapters.from_file(state, description, path)
 
 
 def _instead(contents: dict[Any, Any], path: object) -> str:
@@ -150,7 +130,6 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         return _only_their_model(found[0])
     held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
     names = [str(name) for name in next(held, contents) if name != HEADER]
-    check_tool(path, [*contents, *names])
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -158,6 +137,8 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
+    if tool := tool_of(names):
+        return f"adapters of {tool}. Or train anew here."
     reader = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
     if VERSION in contents:
         reader = "MyModule.load_from_checkpoint(path)"

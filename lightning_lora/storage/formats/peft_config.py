@@ -13,7 +13,6 @@ from lightning_lora.storage.disk import local_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
-OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, while an export replaces both
 PREFIX = "base_model.model."  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -102,9 +101,8 @@ class PeftConfig(NamedTuple):
 
 def read_config(weights: Any) -> PeftConfig:
     """Read the configuration beside a file."""
-    places = map(weights.with_name, (PEFT_CONFIG, OLD_CONFIG)) if isinstance(weights, Path) else ()
-    path = next(filter(Path.is_file, places), None)
-    if path is None:
+    path = weights.with_name(PEFT_CONFIG) if isinstance(weights, Path) else None
+    if path is None or not path.is_file():
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
             "it beside the tensors, in a folder on this machine."
@@ -125,9 +123,8 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
     if (kind := stored.get("peft_type")) != "LORA":
         raise AdapterFileError(f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}")
     if refused := [name for name in _REFUSED if stored.get(name)]:
-        remedy = MERGE_THERE if _NOT_MERGED.isdisjoint(refused) else "PEFT does not merge it right either. Train anew."
         raise AdapterFileError(
-            f"{source} sets {listed(refused)}, which this package does not have: the update is another one. {remedy}"
+            f"{source} sets {listed(refused)}, which this package does not have: its update is another. {MERGE_THERE}"
         )
     if unknown := [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]:
         warn(
@@ -167,9 +164,6 @@ _REFUSED = (
     "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Those that make another update."""
-
-_NOT_MERGED = {"alora_invocation_tokens", "use_qalora", "layer_replication", "arrow_config"}
-"""Those of them with which PEFT's merge fails, or gives another model. With ``lora_bias``, it fails without a bias."""
 
 _INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 """Those after which the base is known. Only ``pissa`` and ``olora`` are a part of the update."""

@@ -36,7 +36,6 @@ from lightning_lora.storage.formats.reading import (
     check_shapes,
     pair_of,
     place_of,
-    uses_of,
 )
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
@@ -94,7 +93,6 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
-_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
 
@@ -144,31 +142,17 @@ class _Layers:
         adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
         if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
-        (tensors, *more) = wrapped.values()
-        if "tokens" in tensors and not more:
+        tensors = next(iter(wrapped.values()))
+        if "tokens" in tensors:
             return self._tokens(there, tensors)
-        about = self._described(there, kind, kind.lora_matrices_of(layer), tensors.get("magnitude"))
+        about = self._described(there, kind, kind.lora_matrices_of(layer))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
-        if more:
-            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
         return self._weight(there, about, kind, tensors)
 
     def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
         """The update of a layer with one weight."""
         (matrix,), said, factors = about.matrices, there, pair_of(there, tensors)
-        if kind is LoRAConv1D and self.config.init == "olora":
-            raise AdapterMismatchError(
-                f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
-                "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
-            )
-        outer, _, leaf = there.rpartition(".")
-        is_read_alone = leaf == "dt_proj" and type(self._module(outer)).__name__ in _MIXERS
-        if is_read_alone and (INITIALISATIONS[self.config.init].is_difference or factors[1].any()):
-            raise AdapterMismatchError(
-                f"The file has an update of {there!r}, which the module around it never calls: it computes with the "
-                "weight. PEFT's model leaves the update out and its merge adds it. Train again without this layer."
-            )
         if self._is_named(f"{there}.weight"):
             said = f"{there}.weight"  # patterns mean a parameter by its own name
             if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
@@ -189,12 +173,8 @@ class _Layers:
             elif name.endswith(".base_layer.out_proj"):
                 matrices.append(out)
                 factors.append(self._factors(about, out, (a, 2 * b), there))
-            elif b.any():
-                raise AdapterMismatchError(
-                    f"The file updates {name!r}, which its nn.MultiheadAttention never calls. Train {there!r} instead."
-                )
             else:
-                warn(f"The update of {name!r} is zero, as its nn.MultiheadAttention never calls it: it is left out.")
+                warn(f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left out, as PEFT does.")
         return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
 
     def _parameters(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
@@ -247,12 +227,10 @@ class _Layers:
     def _is_named(self, parameter: str) -> bool:
         return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
 
-    def _described(
-        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
-    ) -> StoredLayer:
+    def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         about = described(self.view, self.place.name_here(there), kind, matrices)
-        if why := why_not(about, magnitude):
+        if why := why_not(about):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
                 "trained on, or merge it with PEFT, and use the merged model."
@@ -262,13 +240,7 @@ class _Layers:
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
         """A and B of one matrix as they are here. Their rank and their shapes are checked."""
         (a, b), stack = factors, math.prod(matrix.stack)
-        shared = uses_of(self.view, join(about.name, matrix.weight))
         is_difference = INITIALISATIONS[self.config.init].is_difference
-        if is_difference and len(shared) > 1:
-            raise AdapterMismatchError(
-                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
-                "off it for each use, and its merge gives another model. Train anew, from another start."
-            )
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
         most = min(asked, matrix.largest_rank) if is_difference else asked  # its start has no more
         if rank not in (asked, most):

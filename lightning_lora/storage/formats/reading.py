@@ -173,16 +173,10 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
         )
 
 
-def uses_of(view: View, name: str) -> list[str]:
-    """Return all names of a parameter of the base: a tied weight has several."""
-    own = view.base.get(name)
-    return [other for other, p in view.base.items() if p is own]
-
-
 def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change its other uses too."""
     for name, value in rest.items():
-        others = uses_of(view, name) if name in view.base else []
+        others = [other for other, p in view.base.items() if p is view.base.get(name)]
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)
         if not alike and not is_the_base(view, name, value):
             raise AdapterMismatchError(

@@ -1,6 +1,5 @@
 """Which formats of other libraries there are: those that are read and written, and those that are called by name."""
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats import diffusers, loralib, peft_read, peft_write
 from lightning_lora.storage.formats.lightning import VERSION
-from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, json_object
+from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import KEY
@@ -19,15 +17,11 @@ from lightning_lora.storage.stored import KEY
 
 @dataclass(frozen=True)
 class Format:
-    """The format of another library: a file in this folder, and an entry of :data:`FORMATS`.
-
-    ``read(contents, path, asked)`` returns None for a file of another format. It judges by names alone: at first it
-    gets None in place of each tensor of a safetensors file, and they are read only if they are of its format.
-    """
+    """The format of another library: a file in this folder, and an entry of :data:`FORMATS`."""
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # None for a file of another format
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
     write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
 
@@ -56,7 +50,7 @@ def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return the file with adapters in a folder, and its format."""
     for format in FORMATS:
         for file in (folder / name for name in format.files):
-            if os.path.isfile(file):  # noqa: PTH113  # Path raises if a name is too long
+            if file.is_file():
                 return format, file
     return None
 
@@ -65,11 +59,10 @@ def weights_of(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
-    if not os.path.isdir(path):  # noqa: PTH112  # as above
+    if not path.is_dir():
         return path
     found = file_in(path)
     if found is None:
-        check_tool(path)
         file = next(path.glob("*.safetensors"), Path("last.ckpt")).name
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
@@ -96,36 +89,21 @@ def _cached(repository: str) -> Path:
 
 # Tools whose files are not read
 
-_BY_DIFFUSERS = (
-    "Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or pipe.transformer)"
-    ".save_lora_adapter(folder), then load_adapter(model, folder)"
-)
 _TOOLS = {
-    r".+\.(hada_w[12]|lokr_[wt][12])(_[ab])?": "LyCORIS. Use the merged model",
-    r"[^.]+\.lora_down\.weight": f"kohya's sd-scripts. {_BY_DIFFUSERS}",
-    r".+\.lora_down\.weight|diffusion_model\..+\.lora_A\.weight": f"ComfyUI. {_BY_DIFFUSERS}",
-    r".+\.lora_[ab]\.weight": "torchtune. If it also wrote a folder with adapter_config.json, load that",
+    r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight": "kohya's sd-scripts or ComfyUI. Let diffusers "
+    "read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or pipe.transformer)"
+    ".save_lora_adapter(folder), then load_adapter(model, folder)",
     r".+\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?": "PEFT, as state_dict() gives them, without their scaling. Call "
     "save_pretrained(folder) of PEFT's model, and load the folder",
-    r".+\.lora_[ab]|lora_parameters": "mlx-lm. Use the merged model, from mlx_lm.fuse",
-    r".+\.adapter(_layer\..+)?\.linear_(in|out)\.weight|adapter_metadata\.json|.+\.nemo": "NeMo. Convert it there to "
-    "Hugging Face's form, with its script for LoRA, or use the merged model",
-    r".+\.pth\.lora": "litgpt. Use the merged model, from litgpt merge_lora",
+    r".*(\blora_|\bhada_w|\blokr_w|adapter\.linear_).*": "another tool. Use the merged model, or a folder of PEFT",
 }
-"""Names that only one tool gives: of tensors, of files, or of fields in adapter_config.json; and how to go on."""
+"""Names of tensors that tell the tool, the first one that fits; and how to go on."""
 
 
-def check_tool(path: Any, names: Iterable[object] | None = None) -> None:
-    """Refuse a file or a folder of another tool. Its names say so or, once it is read, those of its tensors."""
-    found = _names_at(local_path(path)) if names is None else list(map(str, names))
+def tool_of(names: Iterable[str]) -> str | None:
+    """Return the tool that gives such names to tensors, and how to go on. Or None."""
+    found = list(names)
     for expression, tool in _TOOLS.items():
         if any(map(re.compile(expression).fullmatch, found)):
-            raise AdapterFileError(f"{path} holds adapters of {tool}. Or train anew here.")
-
-
-def _names_at(path: Path | None) -> list[str]:
-    """The name of a file, or all names in a folder. The fields of its configuration are among them."""
-    if path is None or not os.path.isdir(path):  # noqa: PTH112  # as above
-        return [path.name] if path is not None and os.path.isfile(path) else []  # noqa: PTH113
-    config, names = path / PEFT_CONFIG, [each.name for each in (*path.iterdir(), *path.glob("weights/*"))]
-    return [*names, *json_object(config.read_bytes(), config)] if config.is_file() else names
+            return tool
+    return None

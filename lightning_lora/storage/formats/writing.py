@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
@@ -15,8 +16,8 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import save, write_errors, writing
-from lightning_lora.storage.formats.peft_config import OLD_CONFIG, PEFT_CONFIG
+from lightning_lora.storage.disk import write_errors, writing
+from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -131,36 +132,19 @@ def with_scaling(updates: list[Update], scaling: float, rank: int = 0) -> list[U
 def write_files(
     directory: Path, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str], config: bytes = b""
 ) -> None:
-    """Write one file of tensors, and with ``config`` PEFT's configuration beside it, or nothing.
-
-    At no moment are there weights with the configuration of others: that is put away under another name before.
-    """
+    """Write one file of tensors, and with ``config`` PEFT's configuration beside it, or nothing."""
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     contents = save(plain, {"format": "pt", **header})
-    is_away = False
     with write_errors(directory):
         is_new = not directory.exists()
         directory.mkdir(exist_ok=True)
-    place = (directory / PEFT_CONFIG).resolve()
-    before = place.with_name(OLD_CONFIG)
     try:
-        with ExitStack() as files:
-            if config:
-                files.enter_context(writing(place)).write_bytes(config)
-            with writing(directory / name) as temporary:
-                temporary.write_bytes(contents)
-                if config and place.is_file() and place.read_bytes() != config:
-                    place.replace(before)
-                    is_away = True
-            is_away = False  # the weights that it belongs to are no longer there
-    except BaseException as error:
-        with suppress(OSError):
-            if is_away and isinstance(error, AdapterFileError):
-                before.replace(place)
-            if is_new:
-                (directory / name).unlink(missing_ok=True)
+        with ExitStack() as files:  # both are whole before one takes its place
+            for file, held in ((PEFT_CONFIG, config), (name, contents)):
+                if held:
+                    files.enter_context(writing(directory / file)).write_bytes(held)
+    except AdapterFileError:
+        if is_new:
+            with suppress(OSError):
                 directory.rmdir()
         raise
-    if config:
-        with suppress(OSError):
-            before.unlink(missing_ok=True)

@@ -207,26 +207,16 @@ def _write_folder(job: _Merge, out: Path) -> None:
             metadata = {**index.get("metadata", {}), "total_size": size}
             index = {**index, "weight_map": places, "metadata": metadata}
             (folder / INDEX).write_text(json.dumps(index, indent=2))
-        left = _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)})
-    if left:
-        warn(
-            f"{listed(left, 12)} of {base} are not in the merged folder: other weights, links and hidden folders are "
-            "not copied. Copy yourself what the model needs."
-        )
+        _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)})
 
 
-def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]:
-    """Copy all files of the base but ``known`` ones. Return what is left out, such as weights without the update."""
-    left = list[str]()
-    for path in sorted({*base.rglob("*")}.difference(known)):
+def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> None:
+    """Copy all files of the base but ``known`` ones, weights without the update, and hidden folders."""
+    for path in base.rglob("*"):
         place = path.relative_to(base)
-        if any(folder.startswith(".") for folder in place.parts[:-1]):
-            continue
-        if path.is_file() and not path.name.lower().endswith(_WEIGHTS):
+        is_hidden = any(folder.startswith(".") for folder in place.parts[:-1])
+        if path.is_file() and path not in known and not is_hidden and not path.name.lower().endswith(_WEIGHTS):
             shutil.copy2(path, _place(folder / place))
-        elif path.is_symlink() or path.name.startswith(".") or not path.is_dir():
-            left.append(str(place))
-    return left
 
 
 _WEIGHTS = (  # the endings of files that hold weights, in any format

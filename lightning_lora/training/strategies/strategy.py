@@ -225,7 +225,7 @@ class LoRAStrategy(Strategy, InPlace):
         if not may_be_told:
             trust = f"set {disk.TRUST}=1"
         with disk.reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
-            disk.check_whole(path, may_be_old=is_trusted or not by_torch)
+            disk.check_whole(path)
             if is_trusted:
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
