@@ -25,7 +25,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, gradients_pass
+from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
@@ -300,6 +300,7 @@ class LoRACallback(Callback):
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
+        check_learned(pl_module, trainer.global_step)
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return

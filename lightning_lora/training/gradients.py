@@ -142,13 +142,14 @@ def check_loss(model: nn.Module, loss: object) -> None:
         )
 
 
-def warn_if_base_is_shown(model: nn.Module) -> None:
-    """Warn of a backward pass while the base is shown: what trains in full gets no gradient."""
+def check_learned(model: nn.Module, steps: int) -> None:
+    """Warn of a fit that has trained no adapter, as by an optimizer with a list of parameters of its own."""
     view = View(model)
-    if view.is_adapted and view.record.is_disabled and view.trained:
+    if steps and view.layers and view.is_fresh():
         warn(
-            f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the base's "
-            "values there, and get no gradient. For theirs, call it after the block."
+            f"After {steps} steps, all updates of {view.title} are still zero. Either all rates were zero, or the "
+            "optimizer keeps a list of parameters of its own, and has not seen the adapters: use another one.",
+            DeadAdapterWarning,
         )
 
 

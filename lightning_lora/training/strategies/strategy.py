@@ -38,7 +38,7 @@ from lightning_lora.training.compatibility import (
     refuse_strategy,
     states_are_read,
 )
-from lightning_lora.training.gradients import Gradients, check_loss, warn_if_base_is_shown
+from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.randomness import RANDOM, check_states
@@ -324,7 +324,6 @@ class LoRAStrategy(Strategy, InPlace):
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         if not has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
-        warn_if_base_is_shown(self.lora_module)
         loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
