@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from lightning_lora.training.randomness import RANDOM
 from tests.support.faults import edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
 from tests.support.storage import fitted, goes_on
@@ -74,9 +73,6 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "an optimizer's state": lambda checkpoint: checkpoint["optimizer_states"].__setitem__(0, {}),
     "another optimizer": lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"].clear(),
     "moments": lambda checkpoint: checkpoint["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan")),
-    "no generator's state": lambda checkpoint: checkpoint[RANDOM].update(
-        cpu=torch.zeros_like(checkpoint[RANDOM]["cpu"])
-    ),
     "a name": lambda checkpoint: checkpoint["state_dict"].update({b"q": torch.ones(1)}),
 }
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, OptimizerError, TargetError
+from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
 from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
@@ -41,7 +41,6 @@ from lightning_lora.training.compatibility import (
 from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.randomness import RANDOM, check_states
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
@@ -167,8 +166,6 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
-        with disk.reading(checkpoint_path):
-            check_states(getattr(self, "world_size", 1), checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]
@@ -337,31 +334,11 @@ class LoRAStrategy(Strategy, InPlace):
 class LateStrategy(LoRAStrategy):
     """For a strategy that restores checkpoints after its set-up. Its files are those of the other strategies."""
 
-    def lora_adapt(self, **options: Any) -> None:
-        """Adapt the module, and explain errors."""
-        try:
-            super().lora_adapt(**options)
-        except (ConfigError, TargetError) as error:
-            raise type(error)(
-                f"{error} (Under {self.lora_kind.__name__}, a module is adapted before a checkpoint is read. If "
-                "the arguments are those of a checkpoint, give them to LoRACallback.)"
-            ) from error
-
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
         super().load_model_state_dict(checkpoint, strict)
         if self.lora_stage.is_fitting and checkpoint.get("optimizer_states"):
             self.load_optimizer_state_dict(checkpoint)
-
-    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, as the other strategies do."""
-        path = disk.local_path(filepath)
-        if path is not None and path.is_dir():  # found by every process: none waits for the others
-            raise AdapterFileError(
-                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
-                "another name."
-            )
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 # Which methods a strategy gets
