@@ -202,7 +202,6 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
-        self._check_set_up()
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
@@ -212,13 +211,6 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-
-    def _check_set_up(self) -> None:
-        if self._stage.phase is Phase.OVER:
-            raise ConfigError(
-                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
-                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
-            )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
@@ -236,7 +228,6 @@ class LoRACallback(Callback):
 
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
-        self._check_set_up()
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -263,7 +254,6 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._check_set_up()
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -300,7 +290,7 @@ class LoRACallback(Callback):
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        check_learned(pl_module, trainer.global_step)
+        check_learned(pl_module, trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return

@@ -99,7 +99,7 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
     for name, headline, line in (
         ("german", "LoRA 'german' (new): LitTiny trains", ""),
         ("german", "LoRA 'german' (trained before): LitTiny trains", ""),
-        ("germam", "LoRA 'germam' (new; 'german' rests): LitTiny", "'germam' beside 'german'. (To train 'german' on,"),
+        ("germam", "LoRA 'germam' (new; 'german' rests): LitTiny", "'germam' beside 'german'.\n"),
         ("x", "LoRA 'x' (new; 'german', 'germam' rest): LitTiny", "a new adapter 'x' beside 'german', 'germam'.\n"),
         ("german", "LoRA 'german' (trained before; 'germam', 'x' rest): LitTiny", ""),
     ):

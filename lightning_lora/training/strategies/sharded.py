@@ -19,7 +19,6 @@ from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.strategy import LateStrategy, for_strategy
 
@@ -69,12 +68,6 @@ class LoRAShardedStrategy(LateStrategy):
         self._lora_warn_of_whole_model()
         _share(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
         _share_adapters(view_of(module))
-
-    def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Let the optimizers train the adapters. Optimizers that torch cannot run on shards are refused."""
-        super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            check_layouts(optimizer, view_of(self.lora_module), clips=bool(trainer.gradient_clip_val))
 
     def _lora_mesh(self) -> Any:
         """The processes that get their own batches."""
