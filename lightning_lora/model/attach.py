@@ -120,17 +120,6 @@ def check_weights(view: View) -> None:
         )
 
 
-def check_no_rows(view: View, call: str) -> None:
-    """Refuse a change of layers in an open block of ``adapter_names``. It runs them as it found them."""
-    for module in view.modules.values():
-        runs = getattr(vars(module).get("forward"), "__func__", None)
-        if getattr(getattr(runs, "__self__", None), "module", None) is module:  # a copy of one has that of the other
-            raise AdapterStateError(
-                f"{call} is not possible in a block of adapter_names: each row of {view.title} has its "
-                "own adapter there. Do it before the block, or after it."
-            )
-
-
 def check_as_adapted(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
     owners = {id(layer.weight): layer for layer in view.layers.values() if isinstance(layer, LoRATokens)}

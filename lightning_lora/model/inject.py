@@ -111,7 +111,6 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
         config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
     view = View(model, config)
-    attach.check_no_rows(view, "inject_adapters")
     if others := [name for name, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{view.title} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
@@ -364,7 +363,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = records.find_record(model) or records.record_of(model)
     check_known(record, name, model)
-    attach.check_no_rows(View(model), "remove_adapters")
     if name is not None and record.others:
         if name == record.adapter.name:
             with show(model, next(iter(record.others))) as undo:

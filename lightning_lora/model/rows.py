@@ -36,9 +36,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
     to it. Without ``with``, the names are checked, and nothing else happens.
 
-    The block holds for all threads. Of nested ones, the inner one counts, and ``disable_adapters`` shows the base. Do
-    not move the model inside it. To add, load, remove or merge adapters there is an error. If activations are
-    checkpointed, call ``backward`` inside it.
+    The block holds for all threads, and ``disable_adapters`` shows the base in it. Do not move the model inside it, nor
+    add, load, remove or merge adapters. If activations are checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -83,7 +82,7 @@ class _Block(ExitStack):
         used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
         values, modules = _own_values(view, used), named_modules(view.model)
         changed = set(chain.from_iterable(used.values()))
-        changed.update(name for name, module in modules.items() if module in values or _is_mixed(module))
+        changed.update(name for name, module in modules.items() if module in values)
         around = {"", *chain.from_iterable(map(starts_of, changed))}
         for name, module in modules.items():
             adapters: dict[Name, Adapter] = {key: layers[name] for key, layers in used.items() if name in layers}
@@ -131,11 +130,6 @@ def _check_has_rows(name: str, view: View, around: Collection[str], adapters: It
     if about:
         about = f"{name!r} of {view.title} has {about}. So no row can have its own adapter."
         raise AdapterStateError(f"{about} Run the rows of each adapter in a batch of their own, with set_adapter.")
-
-
-def _is_mixed(module: nn.Module) -> bool:
-    """Whether a block around this one has changed it."""
-    return getattr(getattr(vars(module).get("forward"), "__func__", None), "__func__", None) is _Mixed.forward
 
 
 class _Mixed:
