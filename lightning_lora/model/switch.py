@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
+from lightning_lora.layers import Adapter
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import join, plain_module, set_parameter
+from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
@@ -139,25 +139,10 @@ def check_switchable(view: View) -> None:
 
 
 def follow_model(view: View, state: AdapterState) -> None:
-    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
+    """Give a resting adapter the devices and dtypes of its layers."""
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
-    weights = [join(name, matrix.weight) for name, adapter in state.resting.items() for matrix in adapter.matrices]
-    if absent := [name for name in dict.fromkeys((*weights, *state.own)) if name not in present]:
-        raise AdapterStateError(
-            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
-            f"Give the model its layers back, or call remove_adapters(model, {state.name!r})."
-        )
-    for name, adapter in state.resting.items():
-        layer = view.modules[name]
-        if adapter.kind in ADAPTERS.values():  # the others are for any layer
-            adapter.kind = adapter_for(layer) or adapter.kind
-        if is_resized(layer, adapter):
-            raise AdapterStateError(
-                f"{name!r} of {view.title} was resized since it got the adapter {state.name!r}. Give "
-                f"it its size back, or call remove_adapters(model, {state.name!r})."
-            )
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():
             attach.follow(tensor, present[name].device, present[name].dtype)

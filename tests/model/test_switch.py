@@ -201,19 +201,6 @@ def test_new_parameters_are_those_of_the_adapter_that_has_them(name: str) -> Non
         assert torch.equal(model(X), now) and model.get_parameter(name) is new, other
 
 
-@pytest.mark.parametrize("active", ["de", "fr"])  # which adapts the layer too, and which does not
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_layer_that_was_resized_is_named_before_anything_changes(active: str, shown: bool) -> None:
-    model, _ = several()
-    switched(model, "default", "de", "default", active)
-    model[0].weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
-    switched(model, active if shown else None)
-    before, about = state(model), repr(model)
-    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential was resized.*remove_adapters\(model, 'default'"):
-        ll.set_adapter(model, "default")
-    assert same(state(model), before) and repr(model) == about and ll.adapters(model)[0] == active
-
-
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
@@ -344,18 +331,3 @@ def test_modules_inside_with_several_adapters_are_refused() -> None:
     inner, _ = several()
     with pytest.raises(ll.AdapterStateError, match="have several adapters"):
         ll.inject_adapters(nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"]))
-
-
-def test_a_layer_that_is_gone_or_was_replaced_is_named_before_anything_changes() -> None:
-    model, _ = several()
-    before = state(model)
-    model.append(nn.Linear(3, 3))
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
-    ll.set_adapter(model, "fr")
-    model[4] = nn.Identity()  # gone, or without a weight
-    with pytest.raises(ll.AdapterStateError, match=r"no longer has '4\.weight'"):
-        ll.set_adapter(model, "last")
-    assert same(state(model), before) and ll.adapters(model)[0] == "fr"
-    model[2] = nn.Linear(4, 4)
-    with pytest.raises(ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"):
-        ll.set_adapter(model, "default")
