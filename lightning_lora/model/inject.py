@@ -50,7 +50,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: a layer is too small for its rank in ``rank_pattern``, or ``init`` needs a Trainer's data.
+        ConfigError: ``init`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
         AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
