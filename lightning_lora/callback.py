@@ -241,7 +241,7 @@ class LoRACallback(Callback):
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
-        view.adapter.set_layers(view.layers)
+        view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))

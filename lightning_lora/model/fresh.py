@@ -6,6 +6,7 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         modules = (found or find_fresh(view)).new
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
-        view.adapter.set_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
+        view.adapter.random = tuple(compress(view.frozen, inside))
     return tuple(dict.fromkeys((*(view.adapter.random or ()), *view.record.filled)))
 
 

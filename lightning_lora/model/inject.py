@@ -143,7 +143,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         view.follow_base()
         follow_originals(view)
         attach.freeze(view)
-        record.adapter.set_layers(view.layers)
+        record.adapter.layers = tuple(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -263,7 +263,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     if len(off) == len(view.layers):
         raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
-    adapter.set_layers(view.layers)
+    adapter.layers = tuple(view.layers)
     adapter.networks = now
     attach.freeze(view)
 

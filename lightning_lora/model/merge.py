@@ -113,7 +113,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    view.record.was_merged(Merge(adapters, *seen))
+    view.record.merge = Merge(adapters, *seen)
     return lost, list(filter(tied.get, tied))
 
 
@@ -128,7 +128,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.adapter.set_layers(filter(name.__ne__, view.adapter.layers))
+            view.adapter.layers = tuple(filter(name.__ne__, view.adapter.layers))
         torch.clear_autocast_cache()
         view.look_again()
         attach.unfreeze(view)

@@ -82,14 +82,6 @@ class AdapterState:
             for p in adapter.parameters.values():
                 p.requires_grad_(False)
 
-    def set_layers(self, layers: Iterable[str]) -> None:
-        """It is on these layers, and on no others."""
-        self.layers = tuple(layers)
-
-    def set_untrained(self, names: Iterable[str]) -> None:
-        """These frozen weights look untrained: files hold them."""
-        self.random = tuple(names)
-
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
         """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
         self.extra = self.extra if self.is_trained else extra
@@ -203,24 +195,12 @@ class Record:
             adapter.random = None
             adapter.set_base_values({name: originals[name] for name in adapter.originals if name in originals})
 
-    def base_was_replaced(self) -> None:
-        """The whole base was loaded anew, and the adapter begins anew."""
-        self.adapter.fingerprints, self.adapter.is_trained, self.changed = [], False, {}
-
     def base_was_read(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
         if fingerprint not in self.adapter.fingerprints:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
             self.adapter.fingerprints = [fingerprint]
-
-    def base_was_rounded(self, name: str, now: int, was: int) -> None:
-        """A weight was computed again from a merged one. It stands for the base's, with another digest."""
-        self.rounded_base[name] = (now, was)
-
-    def base_was_changed(self, name: str, now: int, was: int) -> None:
-        """Other code than an optimizer has changed a frozen weight."""
-        self.changed[name] = (now, was)
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
@@ -233,10 +213,6 @@ class Record:
         self.filled = tuple(sorted({*self.filled, *names}))
 
     # Merge
-
-    def was_merged(self, merge: Merge) -> None:
-        """The updates are in the weights."""
-        self.merge = merge
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""

@@ -208,7 +208,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
-        view.adapter.set_untrained(tuple(stored.random))
+        view.adapter.random = tuple(stored.random)
         view.record.buffers_were_filled(stored.filled)
 
 

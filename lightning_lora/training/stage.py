@@ -210,5 +210,5 @@ def _own_buffers(view: View) -> dict[str, int]:
 def _remove_all(pl_module: LightningModule) -> None:
     record = find_record(pl_module)
     if record is not None:
-        record.adapter.set_layers(View(pl_module).layers)  # code in the fit may have replaced the others
+        record.adapter.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
         remove_adapters(pl_module)

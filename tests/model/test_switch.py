@@ -320,7 +320,7 @@ def test_a_frozen_weight_that_was_loaded_is_that_of_its_adapter_alone() -> None:
     switched(model, "de", "fr", "de")
     record, values = find_record(model), {"de": torch.ones(4), "fr": state(model)["0.bias"]}
     assert record is not None
-    record.adapter.set_untrained(["0.bias"])  # it looks untrained, so files hold it
+    record.adapter.random = ("0.bias",)  # it looks untrained, so files hold it
     ll.load_adapter_state_dict(model, {**ll.adapter_state_dict(model), "0.bias": values["de"]})
     for name in ("fr", "de", "fr"):
         ll.set_adapter(model, name)
