@@ -115,9 +115,6 @@ class Record:
     others: dict[str, AdapterState] = field(default_factory=dict)
     """Those that rest, by their names."""
 
-    base: dict[str, Tensor] = field(default_factory=dict)
-    """The base's own tensors that have made room for those of an adapter."""
-
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter of the base required a gradient before."""
 
@@ -190,7 +187,6 @@ class Record:
         """Other code loads these tensors as the base, some of which the adapters have copied."""
         for name in names:
             self.changed.pop(name, None)
-        self.base = {}
         for adapter in self.adapters.values():
             adapter.random = None
             adapter.set_base_values({name: originals[name] for name in adapter.originals if name in originals})

@@ -4,7 +4,6 @@ import difflib
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from lightning_lora.model.record import AdapterState, Record, find_record, recor
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
-from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
-
-_traits = attrgetter("shape", "dtype", "device")
+from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
@@ -141,7 +138,6 @@ def check_switchable(view: View) -> None:
 def follow_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers."""
     check_switchable(view)
-    attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():
@@ -163,8 +159,6 @@ def change(view: View, coming: AdapterState) -> None:
     record, own = view.record, view.kept
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
-        if name not in own:
-            record.base[name] = {**view.parameters, **view.buffers}[name]
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view, coming.resting)
     view.look_again(coming.config)
@@ -181,17 +175,15 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     for name, tensor in view.kept.items():
         if name not in put:
             if id(tensor) not in made:  # a tied one has several names
-                made[id(tensor)] = _base_of(view.record.base.get(name), tensor, view.adapter.originals[name])
+                made[id(tensor)] = _base_of(tensor, view.adapter.originals[name])
             put[name] = made[id(tensor)]
     return put
 
 
-def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
-    """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
+def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
+    """A tensor with the base's values, where an adapter has ``tensor``."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
-    if known is not None and known is not tensor and _traits(known) == _traits(tensor) and same_bits(known, original):
-        return known
     value = original.to(tensor, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 

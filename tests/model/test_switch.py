@@ -201,6 +201,14 @@ def test_new_parameters_are_those_of_the_adapter_that_has_them(name: str) -> Non
         assert torch.equal(model(X), now) and model.get_parameter(name) is new, other
 
 
+def test_a_module_that_two_adapters_train_in_full_is_the_bases_in_a_third() -> None:
+    model, saves = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), ll.LoRAConfig(r=1, modules_to_save=["1"])
+    for name, config in (("de", saves), ("fr", ll.LoRAConfig(r=1)), ("de", saves), ("it", saves), ("de", saves)):
+        ll.inject_adapters(model, config, name=name)
+    ll.set_adapter(model, "fr")
+    assert not model[1].weight.requires_grad
+
+
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
