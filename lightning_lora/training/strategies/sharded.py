@@ -13,7 +13,6 @@ from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
@@ -59,9 +58,6 @@ class LoRAShardedStrategy(LateStrategy):
         module = self.lora_module
         shards.reshard(module)
         self._lora_check_mesh()
-        record = find_record(module)
-        if record is not None and record.adapter.is_trained:
-            note_changed(module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
         if find_record(module) is None:  # a plain module is only evaluated
             return

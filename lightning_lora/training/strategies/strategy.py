@@ -24,7 +24,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
+from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
@@ -185,10 +185,7 @@ class LoRAStrategy(Strategy, InPlace):
             checkpoints.complete_averages(module, checkpoint)
             show_base(module, checkpoint)  # to on_load_checkpoint
             return checkpoint
-        what = "a full model and no adapters"
-        if not has_run(checkpoint):
-            what = "a full model, no adapters and no state of a run, as save_merged writes it"
-        rank_zero_info(f"{checkpoint_path} holds {what}: it is loaded as the base of the fine-tune.")
+        rank_zero_info(f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune.")
         return as_base(checkpoint)
 
     def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
@@ -230,11 +227,8 @@ class LoRAStrategy(Strategy, InPlace):
 
     def lora_read_adapters(self, path: Any) -> dict[str, Any]:
         """Read the adapters in a file of this run. Its hyperparameters may be objects of any class."""
-        try:
-            return self.load_checkpoint(path)
-        except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
-            stored = read_adapter_file(path)
-            return {"state_dict": stored.state, KEY: stored.description()}
+        stored = read_adapter_file(path)
+        return {"state_dict": stored.state, KEY: stored.description()}
 
     def _lora_uses_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""
