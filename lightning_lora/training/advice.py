@@ -98,14 +98,11 @@ def _few(rates: list[float]) -> str:
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
-    title, remedy = view.title, f"Train them in full: {_to_save(view, fresh.random)}"
-    found = f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so."
-    if fresh.adapted:
-        found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
-        remedy += ', and adapt other layers, for example by target_modules="all"'
-    found += (
-        f" Their values look like those of an initialisation. {remedy}. (If they are random on purpose, or the loss "
-        "does not depend on them, ignore this: the files hold them as they are.)"
+    found = (
+        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so. "
+        f"Their values look like those of an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If "
+        "they are random on purpose, or the loss does not depend on them, ignore this: the files hold them as they "
+        "are.)"
     )
     excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
     layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
