@@ -140,7 +140,7 @@ def check_loss(model: nn.Module, loss: object) -> None:
 def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int) -> None:
     """Warn of a fit that has trained no adapter, as by an optimizer with a list of parameters of its own."""
     view = View(model)
-    if steps and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
+    if steps > 1 and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
         warn(
             f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why: the "
             "optimizer may keep a list of parameters of its own, and has not seen the adapters. Use another one.",

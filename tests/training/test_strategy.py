@@ -136,20 +136,6 @@ def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_again(tmp_path: Pa
         assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
 
 
-def test_a_method_that_others_set_on_the_precision_is_called_and_stays(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1)
-    precision, called = t.strategy.precision_plugin, list[nn.Module]()
-    own = precision.convert_module
-
-    def mine(module: nn.Module) -> nn.Module:
-        called.append(module)
-        return own(module)
-
-    precision.convert_module = mine  # type: ignore[method-assign]
-    t.fit(model := LitTiny(), data())
-    assert called == [model] and precision.convert_module is mine
-
-
 # Strategies that shard the model in another way are refused by name
 
 

@@ -95,18 +95,9 @@ class LoRAStrategy(Strategy, InPlace):
 
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the module before it is converted, moved and wrapped."""
-        record = find_record(self.lora_module)
-        if record is not None and (record.is_merged or record.is_disabled):  # it is only evaluated
-            is_known = (
-                not record.is_disabled
-                and fingerprint(view_of(self.lora_module), anew=False) in record.adapter.fingerprints
-            )
-            super().setup(trainer)
-            if is_known:
-                self.lora_note_converted_base()
-            return
         self.lora_adapt()
-        if find_record(self.lora_module) is None:  # a plain module is only evaluated
+        record = find_record(self.lora_module)
+        if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
             super().setup(trainer)
             return
         if self.lora_stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
