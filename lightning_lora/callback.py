@@ -25,12 +25,12 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, gradients_pass
+from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
-from lightning_lora.training.stage import Phase, Stage, is_merged
+from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy
 from lightning_lora.training.strategies.strategy import LoRAStrategy
 
@@ -186,7 +186,7 @@ class LoRACallback(Callback):
             check_data_init(trainer, pl_module, self.config)
         else:
             compatibility.drop_averages(callbacks)
-            is_still = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
+            is_still = View(pl_module).is_merged and not compatibility.loads_in_hooks(pl_module)
             if is_still and not self._stage.wants_another(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
@@ -202,7 +202,6 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
-        self._check_set_up()
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
@@ -212,13 +211,6 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-
-    def _check_set_up(self) -> None:
-        if self._stage.phase is Phase.OVER:
-            raise ConfigError(
-                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
-                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
-            )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
@@ -236,7 +228,6 @@ class LoRACallback(Callback):
 
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
-        self._check_set_up()
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -250,7 +241,7 @@ class LoRACallback(Callback):
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
-        view.adapter.set_layers(view.layers)
+        view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
@@ -263,7 +254,6 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._check_set_up()
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -300,6 +290,7 @@ class LoRACallback(Callback):
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
+        check_learned(pl_module, trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return

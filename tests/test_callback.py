@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from torch import nn
 
 import lightning_lora as ll
@@ -188,15 +188,6 @@ def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
     callback.setup(t, model := LitTiny(), "fit")
     with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
         callback.on_train_start(t, model)
-
-
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
-def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, hook: str) -> None:
-    model, base = LitTiny(), state(LitTiny())
-    late = LambdaCallback(**{hook: lambda trainer, *_: trainer.callbacks.append(lora())})
-    with pytest.raises(ll.ConfigError, match="whose fit had begun"):
-        fit(tmp_path, late, model=model)
-    assert same(state(model), base)
 
 
 def test_one_callback_for_two_modules_does_not_mix_up_their_buffers(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
+from lightning_lora.tensors.names import join, owner_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
@@ -26,7 +27,6 @@ class Fresh:
     """The layers of a model that look untrained. Layers that are trained in full are not among them."""
 
     random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
-    adapted: tuple[str, ...]  # the adapted layers, if all of them look untrained
     share: float  # their share of the weights of all layers that were looked at
 
     @property
@@ -45,16 +45,7 @@ def find_fresh(view: View) -> Fresh:
         # an embedding's large values change slowly, and what the user froze is random on purpose
         if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights
-    adapted_weights = set()
-    for layer, matrices in view.matrices.items():
-        adapted_weights |= {id(own_parameter(view.modules[layer], matrix.weight)) for matrix in matrices}
-    untrained = {id(weight) for weights in fresh.values() for weight in weights.values()}
-    adapted = [name for name, weights in fresh.items() if not adapted_weights.isdisjoint(map(id, weights.values()))]
-    return Fresh(
-        random=tuple(_as_modules(view, fresh)),
-        adapted=tuple(adapted) if adapted_weights <= untrained else (),
-        share=sizes[True] / max(sum(sizes.values()), 1),
-    )
+    return Fresh(tuple(_as_modules(view, fresh)), sizes[True] / max(sum(sizes.values()), 1))
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
@@ -63,7 +54,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         modules = (found or find_fresh(view)).new
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
-        view.adapter.set_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
+        view.adapter.random = tuple(compress(view.frozen, inside))
     return tuple(dict.fromkeys((*(view.adapter.random or ()), *view.record.filled)))
 
 

@@ -50,7 +50,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: a layer is too small for its rank in ``rank_pattern``, or ``init`` needs a Trainer's data.
+        ConfigError: ``init`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
         AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
@@ -111,7 +111,6 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
         config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
     view = View(model, config)
-    attach.check_no_rows(view, "inject_adapters")
     if others := [name for name, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{view.title} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
@@ -144,7 +143,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         view.follow_base()
         follow_originals(view)
         attach.freeze(view)
-        record.adapter.set_layers(view.layers)
+        record.adapter.layers = tuple(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -264,7 +263,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     if len(off) == len(view.layers):
         raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
-    adapter.set_layers(view.layers)
+    adapter.layers = tuple(view.layers)
     adapter.networks = now
     attach.freeze(view)
 
@@ -364,7 +363,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = records.find_record(model) or records.record_of(model)
     check_known(record, name, model)
-    attach.check_no_rows(View(model), "remove_adapters")
     if name is not None and record.others:
         if name == record.adapter.name:
             with show(model, next(iter(record.others))) as undo:
@@ -377,7 +375,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     records.absorb_inner_records(model, record)
     if not record.is_merged:
         view = View(model)
-        attach.check_weights(view)
         with attach.undone_on_error(view), ExitStack() as undo:
             restore_originals(view, view.kept, undo)
             attach.unfreeze(view)

@@ -113,7 +113,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    view.record.was_merged(Merge(adapters, *seen))
+    view.record.merge = Merge(adapters, *seen)
     return lost, list(filter(tied.get, tied))
 
 
@@ -128,7 +128,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.adapter.set_layers(filter(name.__ne__, view.adapter.layers))
+            view.adapter.layers = tuple(filter(name.__ne__, view.adapter.layers))
         torch.clear_autocast_cache()
         view.look_again()
         attach.unfreeze(view)
@@ -139,8 +139,6 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return the weights that another layer uses too, by layer."""
-    attach.check_no_rows(view, "merge_adapters")
-    attach.check_weights(view)
     check_mergeable(view)
     warn_of_divergence(view)
     return tied_weights(view)
@@ -198,11 +196,11 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     others = {}
     for name, p in view.parameters.items():
         if id(p) not in known:  # a shared layer has several names
-            others[name] = Seen(p, None if p.is_meta or is_dtensor(p) else view.record.digests({name: p})[name])
+            others[name] = Seen(p)
     present = set(map(id, view.parameters.values()))
     merged, tied = {}, {}
     for name, base in names:
-        merged[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
+        merged[name] = Seen(view.parameters[name])
         if id(base) in present:
             tied[name] = Seen(base)
     return merged, tied, others

@@ -82,14 +82,6 @@ class AdapterState:
             for p in adapter.parameters.values():
                 p.requires_grad_(False)
 
-    def set_layers(self, layers: Iterable[str]) -> None:
-        """It is on these layers, and on no others."""
-        self.layers = tuple(layers)
-
-    def set_untrained(self, names: Iterable[str]) -> None:
-        """These frozen weights look untrained: files hold them."""
-        self.random = tuple(names)
-
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
         """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
         self.extra = self.extra if self.is_trained else extra
@@ -122,9 +114,6 @@ class Record:
 
     others: dict[str, AdapterState] = field(default_factory=dict)
     """Those that rest, by their names."""
-
-    base: dict[str, Tensor] = field(default_factory=dict)
-    """The base's own tensors that have made room for those of an adapter."""
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter of the base required a gradient before."""
@@ -198,14 +187,9 @@ class Record:
         """Other code loads these tensors as the base, some of which the adapters have copied."""
         for name in names:
             self.changed.pop(name, None)
-        self.base = {}
         for adapter in self.adapters.values():
             adapter.random = None
             adapter.set_base_values({name: originals[name] for name in adapter.originals if name in originals})
-
-    def base_was_replaced(self) -> None:
-        """The whole base was loaded anew, and the adapter begins anew."""
-        self.adapter.fingerprints, self.adapter.is_trained, self.changed = [], False, {}
 
     def base_was_read(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
@@ -213,14 +197,6 @@ class Record:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
             self.adapter.fingerprints = [fingerprint]
-
-    def base_was_rounded(self, name: str, now: int, was: int) -> None:
-        """A weight was computed again from a merged one. It stands for the base's, with another digest."""
-        self.rounded_base[name] = (now, was)
-
-    def base_was_changed(self, name: str, now: int, was: int) -> None:
-        """Other code than an optimizer has changed a frozen weight."""
-        self.changed[name] = (now, was)
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
@@ -233,10 +209,6 @@ class Record:
         self.filled = tuple(sorted({*self.filled, *names}))
 
     # Merge
-
-    def was_merged(self, merge: Merge) -> None:
-        """The updates are in the weights."""
-        self.merge = merge
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
@@ -258,7 +230,7 @@ class Record:
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
         for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
-            self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
+            self.read[name] = Reading(Seen(tensor), number)
         return {name: self.read[name].number for name in tensors}
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
@@ -278,7 +250,7 @@ class Record:
         """A copy takes the place of one of the base's tensors."""
         known = self.read.pop(name, None)
         if known is not None and known.seen.is_unchanged(tensor) and copied.dtype == tensor.dtype:
-            self.read[name] = Reading(Seen(copied, None if is_dtensor(copied) else known.number), known.number)
+            self.read[name] = Reading(Seen(copied), known.number)
 
     def snapshot(self) -> "Record":
         """Return a copy that later events do not change. Tensors are not copied."""

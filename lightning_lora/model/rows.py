@@ -20,7 +20,7 @@ from lightning_lora.model.attach import inference_path
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import NormBase, version_of
+from lightning_lora.private import version_of
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
@@ -36,9 +36,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
     to it. Without ``with``, the names are checked, and nothing else happens.
 
-    The block holds for all threads. Of nested ones, the inner one counts, and ``disable_adapters`` shows the base. Do
-    not move the model inside it. To add, load, remove or merge adapters there is an error. If activations are
-    checkpointed, call ``backward`` inside it.
+    The block holds for all threads, and ``disable_adapters`` shows the base in it. Do not move the model inside it, nor
+    add, load, remove or merge adapters. If activations are checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -47,8 +46,7 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name, or a trained norm with running
-            statistics is in train mode.
+        ConfigError: in forward, a layer reads something else than one row for each name.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -83,7 +81,7 @@ class _Block(ExitStack):
         used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
         values, modules = _own_values(view, used), named_modules(view.model)
         changed = set(chain.from_iterable(used.values()))
-        changed.update(name for name, module in modules.items() if module in values or _is_mixed(module))
+        changed.update(name for name, module in modules.items() if module in values)
         around = {"", *chain.from_iterable(map(starts_of, changed))}
         for name, module in modules.items():
             adapters: dict[Name, Adapter] = {key: layers[name] for key, layers in used.items() if name in layers}
@@ -133,11 +131,6 @@ def _check_has_rows(name: str, view: View, around: Collection[str], adapters: It
         raise AdapterStateError(f"{about} Run the rows of each adapter in a batch of their own, with set_adapter.")
 
 
-def _is_mixed(module: nn.Module) -> bool:
-    """Whether a block around this one has changed it."""
-    return getattr(getattr(vars(module).get("forward"), "__func__", None), "__func__", None) is _Mixed.forward
-
-
 class _Mixed:
     """A module that runs in another way for each name."""
 
@@ -152,8 +145,6 @@ class _Mixed:
             cls: Any = combined(adapter.kind, self.plain)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
             self.has_dropout |= adapter.settings.dropout > 0
-        self.has_statistics = isinstance(module, NormBase) and module.track_running_stats
-        self.has_statistics &= "weight" in values.get(None, ())  # an adapter trains it in full
         self.stacked_from, self.stacked = list[Any](), (torch.empty(0), torch.empty(0))
         self.names = [key if key in adapters or values or module._modules else None for key in block.names]
         self.rows: dict[Name, Tensor] = {}
@@ -164,11 +155,6 @@ class _Mixed:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
-        if self.has_statistics and module.training:
-            raise ConfigError(
-                f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
-                "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
-            )
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)

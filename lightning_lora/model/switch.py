@@ -4,24 +4,21 @@ import difflib
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
+from lightning_lora.layers import Adapter
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import join, plain_module, set_parameter
+from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
-from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
-
-_traits = attrgetter("shape", "dtype", "device")
+from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
@@ -139,25 +136,9 @@ def check_switchable(view: View) -> None:
 
 
 def follow_model(view: View, state: AdapterState) -> None:
-    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
+    """Give a resting adapter the devices and dtypes of its layers."""
     check_switchable(view)
-    attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
-    weights = [join(name, matrix.weight) for name, adapter in state.resting.items() for matrix in adapter.matrices]
-    if absent := [name for name in dict.fromkeys((*weights, *state.own)) if name not in present]:
-        raise AdapterStateError(
-            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. "
-            f"Give the model its layers back, or call remove_adapters(model, {state.name!r})."
-        )
-    for name, adapter in state.resting.items():
-        layer = view.modules[name]
-        if adapter.kind in ADAPTERS.values():  # the others are for any layer
-            adapter.kind = adapter_for(layer) or adapter.kind
-        if is_resized(layer, adapter):
-            raise AdapterStateError(
-                f"{name!r} of {view.title} was resized since it got the adapter {state.name!r}. Give "
-                f"it its size back, or call remove_adapters(model, {state.name!r})."
-            )
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():
             attach.follow(tensor, present[name].device, present[name].dtype)
@@ -178,8 +159,6 @@ def change(view: View, coming: AdapterState) -> None:
     record, own = view.record, view.kept
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
-        if name not in own:
-            record.base[name] = {**view.parameters, **view.buffers}[name]
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view, coming.resting)
     view.look_again(coming.config)
@@ -196,17 +175,15 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     for name, tensor in view.kept.items():
         if name not in put:
             if id(tensor) not in made:  # a tied one has several names
-                made[id(tensor)] = _base_of(view.record.base.get(name), tensor, view.adapter.originals[name])
+                made[id(tensor)] = _base_of(tensor, view.adapter.originals[name])
             put[name] = made[id(tensor)]
     return put
 
 
-def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
-    """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
+def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
+    """A tensor with the base's values, where an adapter has ``tensor``."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
-    if known is not None and known is not tensor and _traits(known) == _traits(tensor) and same_bits(known, original):
-        return known
     value = original.to(tensor, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
@@ -239,9 +216,6 @@ def _show_base(view: View) -> None:
     for weight in view.merged:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
-    for name, seen in {**record.merge.weights, **record.merge.others}.items() if record.merge else ():
-        if is_dtensor(view.parameters.get(name)):
-            seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
     aside = dict[str, tuple[Tensor, bool]]()
     names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
     for key, (tensor, base) in values.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
-from lightning_lora.model.attach import check_no_rows, undone_on_error
+from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
@@ -36,7 +36,6 @@ def apply(
 
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
-    check_no_rows(View(model), "load_adapter")
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
@@ -206,7 +205,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
-        view.adapter.set_untrained(tuple(stored.random))
+        view.adapter.random = tuple(stored.random)
         view.record.buffers_were_filled(stored.filled)
 
 

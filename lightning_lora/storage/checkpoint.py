@@ -100,7 +100,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     now = fingerprint(view, anew=False)
     for name, own, base in zip(base_tensors(view), now["digests"], fitting[0]["digests"], strict=True):
         if own != base:
-            view.record.base_was_rounded(name, own, base)
+            view.record.rounded_base[name] = own, base
     return True
 
 
@@ -160,7 +160,8 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             layer.lora_initialise()
         load_state_dict(model, state)
         View(model).follow_base()
-    record_of(model).base_was_replaced()
+    record = record_of(model)
+    record.adapter.fingerprints, record.adapter.is_trained, record.changed = [], False, {}
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

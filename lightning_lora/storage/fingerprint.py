@@ -99,7 +99,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
         return [now]
     for name, was, changed in zip(base_tensors(view), known["digests"], now["digests"], strict=True):
         if was != changed:
-            record.base_was_changed(name, changed, was)
+            record.changed[name] = changed, was
     return record.adapter.fingerprints
 
 

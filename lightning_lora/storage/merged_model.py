@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.attach import WRITERS, check_weights
+from lightning_lora.model.attach import WRITERS
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
@@ -215,7 +215,6 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
             "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
             "FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
         )
-    check_weights(view)
     check_mergeable(view)
     with _showing(view, changed):
         merged, lost = _merged_weights(view)

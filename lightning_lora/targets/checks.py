@@ -1,7 +1,7 @@
 """Checks of a selection of layers, with errors that explain."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -92,8 +92,6 @@ def check_supported(
 def check_choices(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse choices that patterns or methods do not fit."""
     _check_patterns(names, config, choices)
-    _check_names(choices)
-    _check_rank_pattern(names, config, choices)
     _check_methods(config, choices)
 
 
@@ -143,17 +141,6 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
             )
 
 
-def _check_names(choices: Mapping[str, Choice]) -> None:
-    """Refuse matrices of a layer whose factors would have the same name."""
-    for name, choice in choices.items():
-        endings = [matrix.name for matrix in choice.matrices]
-        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
-        if twice:
-            raise TargetError(
-                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name."
-            )
-
-
 def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
@@ -169,24 +156,4 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         raise TargetError(
             f"{what} is for {where}; targeted too: {shown}. Leave {what} out, or exclude these: "
             f"exclude_modules={unfit[:_SHOWN]}."
-        )
-
-
-def _check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse a rank in ``rank_pattern`` that no matrix of its layer allows."""
-    entries = replace(config, r=1)  # which is never too large
-    found: dict[str, str] = {}
-    for name, choice in choices.items():
-        limits: dict[int, dict[str, int]] = {}
-        for matrix in choice.matrices:
-            target = choice.name_of(name, matrix)
-            held = limits.setdefault(entries.rank(name, target), {})
-            held[target] = max(held.get(target, 0), matrix.largest_rank)
-        for r, held in limits.items():
-            if r > max(held.values()):
-                found |= {target: f"{target!r} (r={r}, at most {most})" for target, most in held.items()}
-    if found:
-        raise ConfigError(
-            f"rank_pattern is too large for {shortened(found.values())} of {names.title}. Lower these entries, or "
-            "remove them: with r alone, a smaller layer gets its largest rank."
         )

@@ -10,7 +10,7 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
-from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed, why_not
+from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.names import starts_of, submodule
@@ -107,7 +107,10 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
 
 def _why_not_there(names: Names, name: str, owner: str) -> str | None:
     if not owner:
-        return _why_not_in_model(names, name)
+        return (
+            f"{names.title} itself may read it: move it into a module, or name its layer in target_modules, with "
+            "target_slices for one of several weights"
+        )
     holder, shape = names.modules[owner], tuple(names.parameters[name].shape)
     if adapter_for(holder):
         return f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
@@ -116,22 +119,6 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
     if type(holder).forward is nn.Module.forward:
         return f"its {type(holder).__name__} has no forward of its own, so other code reads it"
     return None
-
-
-def _why_not_in_model(names: Names, name: str) -> str:
-    layer, _, leaf = name.rpartition(".")
-    kind = adapter_for(names.modules[layer]) if layer else None
-    if kind is None:
-        return "it belongs to the model itself, whose other methods may read it: move it into a module"
-    matrices = () if why_not(names, layer, names.modules[layer]) else kind.lora_matrices_of(names.modules[layer])
-    meant = [matrix.name for matrix in matrices if matrix.weight == leaf]
-    if not meant:
-        return f"no update of {leaf!r} of a {type(names.modules[layer]).__name__} is possible"
-    slices = f", with target_slices={{{layer!r}: {meant}}}" if len(matrices) > 1 else ""
-    return (
-        f"it is a weight of a layer: name {layer!r} in target_modules{slices}. If {names.title} reads the weight "
-        "without calling the layer, move both into a module"
-    )
 
 
 def _choice(

@@ -1,6 +1,5 @@
 """What users and the loggers are told. For example, which weights no adapter trains against expectation."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import FreshLayerWarning, listed, shortened, warn
@@ -35,11 +34,9 @@ _warn = partial(warn, anew=True)
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
-    """Warn of layers that train too little, and large hyperparameters."""
+    """Warn of layers that train too little."""
     view = view_of(model)
     if aloud:
-        _warn_of_large_hyperparameters(model, view)
-        _warn_of_averages(model, view)
         if still := view.adapter.networks.still:
             rank_zero_info(left_still(still, type(model).__name__))
         if copies := view.adapter.networks.copies:
@@ -74,8 +71,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
 def tell_of_new(model: LightningModule) -> None:
     """Tell that a fit begins a new adapter beside others: its name may be mistyped."""
     name, *others = view_of(model).record.adapters
-    near = [f" (To train {each!r} on, give name={each!r}.)" for each in difflib.get_close_matches(name, others, 1)]
-    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.{''.join(near)}")
+    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.")
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
@@ -102,14 +98,11 @@ def _few(rates: list[float]) -> str:
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
-    title, remedy = view.title, f"Train them in full: {_to_save(view, fresh.random)}"
-    found = f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so."
-    if fresh.adapted:
-        found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
-        remedy += ', and adapt other layers, for example by target_modules="all"'
-    found += (
-        f" Their values look like those of an initialisation. {remedy}. (If they are random on purpose, or the loss "
-        "does not depend on them, ignore this: the files hold them as they are.)"
+    found = (
+        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so. "
+        f"Their values look like those of an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If "
+        "they are random on purpose, or the loss does not depend on them, ignore this: the files hold them as they "
+        "are.)"
     )
     excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
     layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
@@ -228,49 +221,6 @@ def _warn_of_computed(view: View, word: str) -> None:
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "
             f"{_to_save(view, left)}."
         )
-
-
-def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
-    """Name hyperparameters that are larger than the adapters."""
-    adapters = sum(p.nbytes for p in view.adapters.values())
-    sizes = {name: _bytes_in(value) for name, value in model.hparams.items()}
-    large = {name: size for name, size in sizes.items() if size > adapters}
-    if large:
-        title = type(model).__name__
-        names = ", ".join(f"{name!r} ({size / 1e6:,.1f} MB)" for name, size in large.items())
-        _warn(
-            f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
-            f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
-            f"load_from_checkpoint({title}, path, {'=..., '.join(large)}=...)."
-        )
-
-
-def _warn_of_averages(model: LightningModule, view: View) -> None:
-    """Name dicts of tensors like a network's weights, such as a hand-made average."""
-    torchs = vars(nn.Module())
-    held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and name not in torchs]
-    paths = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
-    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in paths for i in range(len(path))}
-    for name, value in held:
-        if len(value) > 1 and all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
-            _warn(
-                f"{type(model).__name__}.{name} is a dict of tensors with the names of weights, without adapters: an "
-                "average there stays as the base is. Use a copy of the network instead, or EMAWeightAveraging."
-            )
-
-
-def _bytes_in(value: object) -> int:
-    """The bytes of the networks and tensors in a hyperparameter."""
-    inside, found = [value], dict[int, Any]()
-    for each in inside:  # it grows
-        if id(each) in found:
-            continue
-        found[id(each)] = each
-        if isinstance(each, nn.Module):
-            inside += [*each.parameters(), *each.buffers()]
-        elif isinstance(each, Mapping | list | tuple):
-            inside += each.values() if isinstance(each, Mapping) else each
-    return sum(t.numel() * t.element_size() for t in found.values() if isinstance(t, Tensor))
 
 
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:

@@ -190,7 +190,6 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 def keeping_adapters(precision: "Precision") -> Iterator[None]:
     """Move adapters to the layers with which ``precision`` replaces theirs, as BitsandbytesPrecision does."""
     own = precision.convert_module
-    known = {name: value for name, value in vars(precision).items() if name == "convert_module"}
 
     def convert_module(module: Any) -> Any:
         before = View(module).layers
@@ -203,4 +202,3 @@ def keeping_adapters(precision: "Precision") -> Iterator[None]:
         yield
     finally:
         del precision.convert_module
-        vars(precision).update(known)

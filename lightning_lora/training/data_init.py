@@ -134,8 +134,6 @@ def _batches(trainer: Trainer, pl_module: Any, config: LoRAConfig) -> Generator[
 
 def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone."""
-    if hasattr(loader, "__next__") and type(loader).__module__ in ("builtins", "itertools"):
-        raise _refusal(config, f"the data are a {type(loader).__name__}, which can be read once (a DataLoader: twice)")
     again = copy(loader)
     if isinstance(loader, DataLoader):
         own, memo = vars(again), {id(loader.dataset): loader.dataset}

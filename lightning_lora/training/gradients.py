@@ -1,10 +1,8 @@
 """Gradients of adapters and frozen weights, and dropout, in a run's steps."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import agreed, to_local
+from lightning_lora.training.rates import peak_rates
 
 
 class Gradients:
@@ -59,10 +58,6 @@ class Gradients:
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in (*trained, *(joined if self.notes else ()))}
         self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.now.add(id(p))) for p in trained]
-        if waits:
-            thin = [p for p in view.adapters.values() if 1 in p.shape and p.requires_grad]
-            for p in thin:  # a row's gradient may have the strides of a column, and DDP warns of it
-                self.hooks.append(p.register_hook(lambda grad, shape=p.shape: grad.reshape(-1).view(shape)))
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
@@ -142,13 +137,14 @@ def check_loss(model: nn.Module, loss: object) -> None:
         )
 
 
-def warn_if_base_is_shown(model: nn.Module) -> None:
-    """Warn of a backward pass while the base is shown: what trains in full gets no gradient."""
+def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int) -> None:
+    """Warn of a fit that has trained no adapter, as by an optimizer with a list of parameters of its own."""
     view = View(model)
-    if view.is_adapted and view.record.is_disabled and view.trained:
+    if steps > 1 and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
         warn(
-            f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the base's "
-            "values there, and get no gradient. For theirs, call it after the block."
+            f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why: the "
+            "optimizer may keep a list of parameters of its own, and has not seen the adapters. Use another one.",
+            DeadAdapterWarning,
         )
 
 
@@ -233,30 +229,23 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass(record: Record | None = None) -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in this thread. Inputs may require none (frozen embeddings).
+    """Let gradients pass reentrant checkpoints. Inputs may require none (frozen embeddings).
 
     Not while the adapters of ``record`` are disabled: the backward pass would compute the layers with them.
     """
-    thread = get_ident()
-    with _LOCK:
-        if not _PASSING:
-            recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
-        _PASSING[thread].append(record)
+    _PASSING.append(record)
+    recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
     try:
         yield
     finally:
-        with _LOCK:
-            _PASSING[thread].pop()
-            if not _PASSING[thread]:
-                del _PASSING[thread]
-            if not _PASSING and recompute.CheckpointFunction is _RequiringGradients:
-                recompute.CheckpointFunction = _OWN  # type: ignore[misc]
+        _PASSING.remove(record)
+        if not _PASSING:
+            recompute.CheckpointFunction = _OWN  # type: ignore[misc]
 
 
 _OWN = recompute.CheckpointFunction
-_LOCK = Lock()
-_PASSING: "defaultdict[int, list[Record | None]]" = defaultdict(list)
-"""The open contexts in each thread. The function is torch's own again when none is left."""
+_PASSING: list[Record | None] = []
+"""The records of the open contexts. The function is torch's own again when none is left."""
 
 
 class _RequiringGradients(_OWN):
@@ -264,16 +253,13 @@ class _RequiringGradients(_OWN):
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
-        open_ones = _PASSING.get(get_ident())
-        if not open_ones or (open_ones[-1] is not None and open_ones[-1].is_disabled):
-            return _OWN.apply(function, preserve_rng_state, *inputs)
         requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-        if torch.is_grad_enabled() and not requires_grad:
+        is_disabled = any(record is not None and record.is_disabled for record in _PASSING)
+        if torch.is_grad_enabled() and not requires_grad and not is_disabled:
             inputs = tuple(
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in inputs
             )
-        function = gradients_pass(open_ones[-1])(function)  # a backward pass may recompute it in a thread of torch
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
 
 

@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -99,33 +98,6 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
     _CHECKED.pop(optimizer, None)
     return True
-
-
-def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
-    """Refuse an optimizer that torch cannot run on sharded parameters."""
-    names, layouts = {p: name for name, p in named_parameters(view.model).items()}, defaultdict[Any, list[str]](list)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            layouts[getattr(p, "device_mesh", None)].append(names.get(p, "a parameter"))
-    title = f"{type(optimizer).__name__} of {view.title}"
-    if isinstance(optimizer, torch.optim.LBFGS) and layouts.keys() - {None}:
-        raise OptimizerError(
-            f"{title} joins all parameters to one vector, and some are sharded. Use another optimizer."
-        )
-    joins = clips or any(map(_joins, optimizer.param_groups))
-    if len(layouts) > 1 and joins:
-        here, there, *_ = layouts.values()
-        raise OptimizerError(
-            f"{title} holds {listed(here)}, which are not sharded as {listed(there)} are. Torch takes no mixture to "
-            "clip gradients, nor in foreach or fused steps. Shard the modules that hold them alike; or leave them out "
-            "of modules_to_save and bias; or set foreach=False and do not clip."
-        )
-
-
-def _joins(group: dict[str, Any]) -> bool:
-    """Whether an optimizer passes all parameters of a group to torch in one call."""
-    on_cuda = group["params"] and group["params"][0].is_cuda and "foreach" in group and group["foreach"] is None
-    return bool(group.get("foreach") or group.get("fused") or on_cuda)
 
 
 def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:

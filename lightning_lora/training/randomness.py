@@ -47,15 +47,6 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def check_states(processes: int, stored: object) -> None:
-    """Raise torch's error for states that its generator refuses. Those of another number of processes are left out."""
-    states = stored.get("cpu") if isinstance(stored, Mapping) else None
-    shape = (processes, *torch.get_rng_state().shape)
-    if isinstance(states, Tensor) and (states.dtype, states.shape) == (torch.uint8, shape):
-        for state in states:
-            torch.Generator().set_state(state.clone())
-
-
 class Resumed:
     """The random numbers of a checkpoint. A resumed fit begins its data with them, once, and then its training."""
 

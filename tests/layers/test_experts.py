@@ -78,20 +78,14 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
         assert ll.inject_adapters(model, ll.LoRAConfig(**how, **more)) == ("0.called",)
     with pytest.raises(ll.TargetError, match="target_slices"):
         ll.inject_adapters(nn.Sequential(Reader()), ll.LoRAConfig(**how, target_slices={"0": ["q"]}))
-    twice = nn.Sequential(Reader())
-    twice[0].read_weight = nn.Parameter(torch.ones(5, 5))
-    with pytest.raises(ll.TargetError, match=r"'read_weight', 'read\.weight' of '0'.*the same name"):
-        ll.inject_adapters(twice, ll.LoRAConfig(**how | {"target_parameters": ["read.weight", "read_weight"]}))
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("own", "belongs to the model itself"),
+        ("own", "Mixture itself may read it"),
         ("scale", r"it is \(5,\)"),
-        ("router.weight", r"a weight of a layer: name 'router' in target_modules\. If Mixture reads"),
-        ("router.bias", "no update of 'bias' of a Linear is possible"),
-        ("gru.weight_ih_l0", r"name 'gru' in target_modules, with target_slices=\{'gru': \['ih_l0'\]\}"),
+        ("router.weight", "name its layer in target_modules"),
         ("stakc", r"\['stakc'\] match no .*stack"),
     ],
 )
@@ -134,5 +128,3 @@ def test_patterns_mean_a_parameter_by_its_module_too() -> None:
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and len(model.experts.lora_A_mix) == 1
     with pytest.raises(ll.TargetError, match=r"match parameters of Mixture .* target_parameters too"):
         ll.inject_adapters(Mixture(), ll.LoRAConfig(r=2, target_parameters=["mix"], rank_pattern={"stack": 1}))
-    with pytest.raises(ll.ConfigError, match=r"'experts\.mix' \(r=9, at most"):
-        ll.inject_adapters(Mixture(), ll.LoRAConfig(r=2, **how, rank_pattern={"mix": 9}))

@@ -46,13 +46,13 @@ def resnet() -> nn.Module:
 
 def test_new_classifier_that_stays_frozen_is_found() -> None:
     assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
-    assert fresh(bert()).random == ("classifier",) and fresh(bert()).adapted == ()  # it is adapted, as others are
+    assert fresh(bert()).random == ("classifier",)  # it is adapted, as others are
     assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).random == ()
 
 
 def test_new_classifier_that_alone_is_adapted_is_found() -> None:
     found = fresh(resnet())
-    assert found.random == found.adapted == ("fc",) and found.share < 0.01
+    assert found.random == ("fc",) and found.share < 0.01
     assert fresh(resnet(), target_modules="all").random == ("fc",)
     assert fresh(resnet(), target_modules=["conv1", "conv2"]).random == ("fc",)
 

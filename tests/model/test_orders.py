@@ -76,9 +76,10 @@ def meaning(config: ll.LoRAConfig, tied: bool) -> Adapters | type[ll.LoRAError]:
     if not layers or any(not set(PATTERNS[key]) & set(layers) for key in pattern):
         return ll.TargetError
     ranks = {layer: next((r for key, r in pattern.items() if layer in PATTERNS[key]), config.r) for layer in layers}
-    if max(ranks.values()) > WIDTH:
-        return ll.ConfigError
-    return {layer: (r, (config.alpha or r) / (r**0.5 if config.use_rslora else r)) for layer, r in ranks.items()}
+    found = {}
+    for layer, r in ranks.items():
+        found[layer] = min(r, WIDTH), (config.alpha or r) / (r**0.5 if config.use_rslora else r)
+    return found
 
 
 def configs(*, targets: list[Any], rank_patterns: list[Any]) -> st.SearchStrategy[ll.LoRAConfig]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +15,9 @@ from lightning_lora import (
     ConfigError,
     LoRAConfig,
     adapter_names,
-    adapters,
-    combine_adapters,
     disable_adapters,
     inject_adapters,
-    load_adapter,
     merge_adapters,
-    remove_adapters,
-    save_adapter,
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
@@ -181,13 +175,9 @@ def test_gradients_are_those_of_the_rows_alone(net: Any) -> None:
 
 
 @pytest.mark.parametrize("active", ["de", "fr"])
-def test_norms_that_an_adapter_trains_need_eval_mode_and_frozen_ones_do_not(active: str) -> None:
+def test_norms_that_an_adapter_trains_and_frozen_ones_take_part(active: str) -> None:
     model, x = linear(nn.BatchNorm1d(4), de=only("0", modules_to_save=["1"]), fr=only("0"))
     set_adapter(model, active)
-    before = {name: b.clone() for name, b in model[1].named_buffers()}
-    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' .* model\.eval\(\)"):
-        model(x)
-    assert all(torch.equal(b, before[name]) for name, b in model[1].named_buffers())
     check(model, lambda: model.eval()(x), MIXED)
     frozen, x = linear(nn.BatchNorm1d(4), de=only("0", bias="all"), fr=only("0"))
     check(frozen.train(), lambda: frozen(x), MIXED)
@@ -219,7 +209,7 @@ def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
         assert torch.equal(model.eval()(x), model(x))
 
 
-def test_only_a_with_block_acts_on_the_model_as_it_is_then_and_blocks_nest() -> None:
+def test_only_a_with_block_acts_on_the_model_as_it_is_then() -> None:
     model, x = linear(nn.Linear(4, 4), de=only("0"), fr=only("1"))
     expected = model(x)
     block = adapter_names(model, MIXED)
@@ -229,10 +219,6 @@ def test_only_a_with_block_acts_on_the_model_as_it_is_then_and_blocks_nest() -> 
         with block:
             outer = model(x)
             torch.testing.assert_close(outer[2], expected[2])
-            with pytest.raises(KeyError), adapter_names(model, ["fr"] * 3):  # noqa: PT012  # the block is what is tested
-                torch.testing.assert_close(model(x), expected)
-                raise KeyError
-            assert torch.equal(model(x), outer)
             with disable_adapters(model):
                 base = model(x)
             with set_adapter(model, "fr"):
@@ -366,26 +352,3 @@ def test_names_and_models_without_such_adapters_are_refused() -> None:
     merge_adapters(model)
     with pytest.raises(AdapterStateError, match="is merged"):
         block.__enter__()
-
-
-def test_what_would_change_the_layers_is_refused_by_name_in_a_block(tmp_path: Path) -> None:
-    model, x = linear(nn.Linear(4, 4))
-    save_adapter(model, tmp_path / "a.safetensors")
-    calls: dict[str, Callable[[], object]] = {
-        "combine_adapters": lambda: combine_adapters(model, {"de": 1, "fr": 1}, name="both"),
-        "inject_adapters": lambda: inject_adapters(model, only("1"), name="new"),
-        "load_adapter": lambda: load_adapter(model, tmp_path / "a.safetensors", name="file"),
-        "merge_adapters": lambda: merge_adapters(model),
-        "remove_adapters": lambda: remove_adapters(model, "fr"),
-    }
-    with adapter_names(model, MIXED):
-        expected = model(x)
-        for name, call in calls.items():
-            with pytest.raises(AdapterStateError, match=rf"{name} is not possible in a block of adapter_names"):
-                call()
-            assert torch.equal(model(x), expected)
-        set_adapter(model, "de")  # an adapter is another object than its layer: each row has its own
-        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
-        merge_adapters(copy.deepcopy(model))  # no block is open for a copy
-    for call in calls.values():
-        call()

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from lightning_lora.training.randomness import RANDOM
 from tests.support.faults import edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
 from tests.support.storage import fitted
@@ -66,9 +65,6 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "fewer optimizers": put("optimizer_states", []),
     "no schedulers": put("lr_schedulers", GONE),
     "another optimizer": lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"].clear(),
-    "no generator's state": lambda checkpoint: checkpoint[RANDOM].update(
-        cpu=torch.zeros_like(checkpoint[RANDOM]["cpu"])
-    ),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_lora import ConfigError, LoRAConfig, TargetError, inject_adapters
+from lightning_lora import LoRAConfig, TargetError, inject_adapters
 from tests.support.faults import unchanged
 from tests.support.layers import Linear
 from tests.support.models import LitTiny, is_plain
@@ -113,21 +113,11 @@ def test_automatic_targets_leave_out_layers_whose_weight_is_computed(compute: An
         adapted(net(computed=model["computed"]))
 
 
-def test_a_rank_above_what_a_matrix_allows_is_refused_by_name() -> None:
-    def build() -> nn.Module:
-        experts = with_(Table(), "large", nn.Parameter(torch.randn(9, 8)))
-        return net(**{f"layer{i}": nn.Linear(6, 3) for i in range(7)}, rnn=nn.LSTM(4, 8), experts=experts)
-
-    how: dict[str, Any] = {"target_modules": "layer.|rnn", "target_parameters": ["table", "large"]}
-    # of several matrices, the largest counts
-    assert len(adapted(build(), **how, r=16, rank_pattern={"layer[01]": 3, "rnn|experts": 8})) == 9
-    for r in (1, 16):  # not that of r itself
-        with pytest.raises(ConfigError, match=r"rank_pattern .* 'layer0' \(r=4, at most 3\), 'layer1' .* ModuleDict"):
-            adapted(build(), **how, r=r, rank_pattern={"layer[01]": 4, "rnn": 2})
-    with pytest.raises(ConfigError, match=r"'layer4' \(r=16, at most 3\) and 2 more of ModuleDict"):
-        adapted(build(), r=16, target_modules="layer.", rank_pattern={".*": 16})
-    with pytest.raises(ConfigError, match=r"'rnn' \(r=9, at most 8\), 'experts.table' \(r=9, at most 4\), 'experts.l"):
-        adapted(build(), **how, rank_pattern={"rnn|experts": 9})
+def test_a_rank_above_what_a_matrix_allows_is_its_largest() -> None:
+    model = net(large=nn.Linear(6, 4), small=nn.Linear(6, 3))
+    adapted(model, r=1, alpha=8, target_modules=["large", "small"], rank_pattern={".*": 4})
+    assert [tuple(model[name].lora_A.shape) for name in ("large", "small")] == [(4, 6), (3, 6)]
+    assert [model[name].lora_settings.scaling for name in ("large", "small")] == [2, 2]
 
 
 # A mistake is named with its nearest names, and with what to write instead

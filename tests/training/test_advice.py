@@ -17,7 +17,7 @@ import lightning_lora as ll
 from tests.support import fits
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
-from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
+from tests.support.models import LitTiny, aged, data, lora, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -52,12 +52,10 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     assert "modules_to_save=['embed', 'head']" in said
 
 
-def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
-    (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
-    assert said.startswith("FreshLayerWarning: The only layers of LitTiny that are adapted look untrained: 'head'.")
-    assert "modules_to_save=['head'], and adapt other layers" in said
-    (said,) = fit(tmp_path, new_head(), r=2)  # with all others, it is adapted
-    assert "LitTiny that look untrained: 'head'." in said and "the files hold them as they are" in said
+def test_a_new_head_that_is_adapted_is_named(tmp_path: Path) -> None:
+    for targets in (["head"], "all-linear"):
+        (said,) = fit(tmp_path, new_head(), r=2, target_modules=targets)
+        assert "LitTiny that look untrained: 'head'." in said and "the files hold them as they are" in said
 
 
 class Encodes(LitTiny):
@@ -189,33 +187,6 @@ def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_th
     options = {"target_modules": word, "exclude_modules": ["embed"], "target_parameters": eval(listed)}
     assert fit(tmp_path, model, r=2, **options) == []
     assert not any(torch.equal(state(model)[name], value) for name, value in before.items() if "lin.weight" in name)
-
-
-class HoldsNetwork(LitTiny):  # that keeps the network which it was given as a hyperparameter, as rl4co's do
-    def __init__(self, policy: Any, ignored: bool = False, others: Any = ((3, "a"), {"b": (None, "a")})) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["policy"] if ignored else [])
-        self.policy = policy
-
-
-LARGE = (
-    "LoRAWarning: Hyperparameters of HoldsNetwork hold weights: 'policy' (2.0 MB). Every checkpoint stores them whole, "
-    "beside the adapters. Leave them out: self.save_hyperparameters(ignore=['policy']). Then pass them when you load: "
-    "load_from_checkpoint(HoldsNetwork, path, policy=...)."
-)
-
-
-@pytest.mark.filterwarnings("ignore:Attribute 'policy' is an instance:UserWarning")
-def test_a_network_among_the_hyperparameters_is_named_and_what_is_said_works(tmp_path: Path) -> None:
-    policy, sizes = nn.Linear(1000, 500), []
-    for held, ignored in ((policy, False), ({"nets": [policy]}, False), (policy, True)):
-        said = fit(tmp_path, model := HoldsNetwork(held, ignored), **TARGETS)
-        assert [text for text in said if "Hyperparameters" in text] == ([] if ignored else [LARGE])
-        model.trainer.save_checkpoint(path := tmp_path / "a.ckpt")
-        sizes.append(path.stat().st_size)
-    assert sizes[0] > 2_000_000 and sizes[2] < 100_000
-    ll.unmerge_adapters(model)
-    assert same(state(ll.load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
 
 
 class Normed(Convolved):  # its largest layers have weight_norm, as in a TCN

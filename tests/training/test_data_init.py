@@ -227,13 +227,6 @@ def test_the_batches_that_are_looked_at_leave_no_trace(tmp_path: Path, init: str
     assert model.calls == 24 and model.error._update_count == plain.error._update_count
 
 
-def test_data_that_can_be_read_once_only_are_refused(tmp_path: Path) -> None:
-    once, model = iter(list(numbers())), Busy()
-    with pytest.raises(ll.ConfigError, match="a list_iterator, which can be read once"):
-        fit(tmp_path, ll.LoRACallback(init="eva"), model=model, train=once)
-    assert same(state(model), state(Busy())) and is_plain(model)
-
-
 # When
 
 

@@ -322,14 +322,6 @@ def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, 
     assert cosine_similarity(*moved, dim=0) > 0.9
 
 
-def test_an_average_in_a_dict_is_named(tmp_path: Path) -> None:
-    module = Perceptual()
-    module.average = {name: p.detach().clone() for name, p in module.net.named_parameters()}
-    module.other = {"0.weight": torch.zeros(2), "1": torch.zeros(2)}
-    with pytest.warns(LoRAWarning, match=r"Perceptual\.average is a dict of tensors"):
-        fit(tmp_path, module)
-
-
 def test_the_share_that_trains_is_told_again_without_what_is_left_out(tmp_path: Path, caplog: Any) -> None:
     logger = CSVLogger(tmp_path)
     with caplog.at_level(logging.INFO):

@@ -69,7 +69,6 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
     base = {f"model.{name}": value for name, value in pretrained().items()}
     if dist.get_rank() == 0:
         assert "lora" in str(ll.summarize(module)).lower()  # needs this process alone
-    assert "is a folder" in message_of(module.trainer.save_checkpoint, folder)
     assert "lightning-lora merge" in message_of(ll.save_merged, module, folder / "m.safetensors")
     assert not (folder / "m.safetensors").exists()
     fitted_state = whole_state(module)
@@ -188,9 +187,7 @@ def biases() -> list[L.Callback]:
 
 
 COPIES = "ConfigError: .*WeightAveraging copies the module"
-MIXTURE = r"\w+: .*'model.head.bias' are. Torch takes no mixture"
 OTHER_PROCESSES = 'StrategyError: .*sharded over 2 processes, but the mesh "data_parallel" has 1'
-TOO_LATE = "TargetError: .*before a checkpoint is read"
 
 
 @pytest.mark.parametrize(
@@ -200,11 +197,8 @@ TOO_LATE = "TargetError: .*before a checkpoint is read"
         pytest.param(LitNet(), lambda: [lora(), bundled.EMAWeightAveraging()], {}, COPIES, marks=needs_averaging),
         (LitNet(), lambda: [lora(), bundled.StochasticWeightAveraging(swa_lrs=0.1)], {}, COPIES),
         (Llama(), lambda: [lora(target_modules="all", merge="last")], {}, "ConfigError: .*FSDP2 keeps"),
-        (Optimized(torch.optim.LBFGS), biases, {}, r"\w+: .*LBFGS of Optimized joins all parameters"),
-        (HeadLeftOut(torch.optim.AdamW), biases, {"gradient_clip_val": 0.1}, MIXTURE),
         (HeadLeftOut(torch.optim.AdamW), biases, {}, ""),
         (WithoutMesh(), lambda: [lora()], {"strategy": ModelParallelStrategy}, OTHER_PROCESSES),
-        (LitNet(), lambda: [ll.LoRACallback(target_modules="all-liner")], {"ckpt_path": "a.ckpt"}, TOO_LATE),
     ],
 )
 def test_what_cannot_run_on_shards_is_refused_in_every_process(

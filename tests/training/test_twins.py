@@ -156,7 +156,7 @@ def test_a_layer_that_was_replaced_between_two_fits_is_named(tmp_path: Path) -> 
         trained(tmp_path, module)
 
 
-# What a validation or a block of disable_adapters must not decide
+# What a validation must not decide
 
 
 class Backbones(Towers):
@@ -184,22 +184,3 @@ def test_a_validation_does_not_decide_which_networks_feed_what_trains(tmp_path: 
         tmp_path, Backbones(), val_check_interval=0.5, num_sanity_val_steps=0, lora={"modules_to_save": ["top"]}
     )
     assert learned(module.one) and learned(module.other)
-
-
-@pytest.mark.parametrize("options", [{"modules_to_save": ["one.head"]}, {}], ids=str)
-def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(
-    tmp_path: Path, options: Any
-) -> None:
-    class Manual(Towers):
-        automatic_optimization = False
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
-            loss = super().training_step(batch, batch_idx)
-            with ll.disable_adapters(self):
-                self.manual_backward(loss)
-
-    if not options:
-        trained(tmp_path, Manual())
-        return
-    with pytest.warns(ll.LoRAWarning, match=r"in a block of disable_adapters: 'one.head.weight'"):
-        trained(tmp_path, Manual(), lora=options)

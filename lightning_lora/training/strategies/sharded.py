@@ -13,13 +13,11 @@ from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.strategy import LateStrategy, for_strategy
 
@@ -60,21 +58,12 @@ class LoRAShardedStrategy(LateStrategy):
         module = self.lora_module
         shards.reshard(module)
         self._lora_check_mesh()
-        record = find_record(module)
-        if record is not None and record.adapter.is_trained:
-            note_changed(module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
         if find_record(module) is None:  # a plain module is only evaluated
             return
         self._lora_warn_of_whole_model()
         _share(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
         _share_adapters(view_of(module))
-
-    def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Let the optimizers train the adapters. Optimizers that torch cannot run on shards are refused."""
-        super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            check_layouts(optimizer, view_of(self.lora_module), clips=bool(trainer.gradient_clip_val))
 
     def _lora_mesh(self) -> Any:
         """The processes that get their own batches."""

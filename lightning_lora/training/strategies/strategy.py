@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, OptimizerError, TargetError
+from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
 from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
@@ -24,7 +24,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
+from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
@@ -38,10 +38,9 @@ from lightning_lora.training.compatibility import (
     refuse_strategy,
     states_are_read,
 )
-from lightning_lora.training.gradients import Gradients, check_loss, warn_if_base_is_shown
+from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.randomness import RANDOM, check_states
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
@@ -60,8 +59,7 @@ NO_FIT = "No stage of this Trainer runs, and the hooks of LoRACallback act in on
 class LoRAStrategy(Strategy, InPlace):
     """Methods that are added to the class of a Trainer's strategy. They stay after a stage: files are written then too.
 
-    ``super()`` calls the strategy's own methods, and those that other code has set on it. Other names begin with
-    ``lora_``.
+    ``super()`` calls the strategy's own methods. Other names begin with ``lora_``.
     """
 
     overlaid_prefix: ClassVar[str] = ""
@@ -69,16 +67,13 @@ class LoRAStrategy(Strategy, InPlace):
     lora_skipped: ClassVar[tuple[str, ...]] = ()  # for these, super() calls the base class of all strategies
     lora_kind: ClassVar["type[Strategy]"]  # the strategy's class, as it was
     lora_stage: Stage  # the stage that runs, or ran last
-    lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
     lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
-    lora_depths: dict[str, int]  # how many of those of one name are running
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
         reduced = super().__reduce_ex__(protocol)
         kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
-        others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
-        return object.__new__, (self.lora_kind,), {**kept, **others}
+        return object.__new__, (self.lora_kind,), kept
 
     @classmethod
     def lora_check(cls, strategy: "Strategy") -> None:
@@ -100,18 +95,9 @@ class LoRAStrategy(Strategy, InPlace):
 
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the module before it is converted, moved and wrapped."""
-        record = find_record(self.lora_module)
-        if record is not None and (record.is_merged or record.is_disabled):  # it is only evaluated
-            is_known = (
-                not record.is_disabled
-                and fingerprint(view_of(self.lora_module), anew=False) in record.adapter.fingerprints
-            )
-            super().setup(trainer)
-            if is_known:
-                self.lora_note_converted_base()
-            return
         self.lora_adapt()
-        if find_record(self.lora_module) is None:  # a plain module is only evaluated
+        record = find_record(self.lora_module)
+        if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
             super().setup(trainer)
             return
         if self.lora_stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
@@ -171,8 +157,6 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
-        with disk.reading(checkpoint_path):
-            check_states(getattr(self, "world_size", 1), checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]
@@ -192,10 +176,7 @@ class LoRAStrategy(Strategy, InPlace):
             checkpoints.complete_averages(module, checkpoint)
             show_base(module, checkpoint)  # to on_load_checkpoint
             return checkpoint
-        what = "a full model and no adapters"
-        if not has_run(checkpoint):
-            what = "a full model, no adapters and no state of a run, as save_merged writes it"
-        rank_zero_info(f"{checkpoint_path} holds {what}: it is loaded as the base of the fine-tune.")
+        rank_zero_info(f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune.")
         return as_base(checkpoint)
 
     def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
@@ -230,18 +211,15 @@ class LoRAStrategy(Strategy, InPlace):
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
                 return super().load_checkpoint(path, weights_only=True)
-            if not by_torch or "load_checkpoint" in self.lora_others:
+            if not by_torch:
                 return super().load_checkpoint(path)
             with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
 
     def lora_read_adapters(self, path: Any) -> dict[str, Any]:
         """Read the adapters in a file of this run. Its hyperparameters may be objects of any class."""
-        try:
-            return self.load_checkpoint(path)
-        except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
-            stored = read_adapter_file(path)
-            return {"state_dict": stored.state, KEY: stored.description()}
+        stored = read_adapter_file(path)
+        return {"state_dict": stored.state, KEY: stored.description()}
 
     def _lora_uses_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""
@@ -290,7 +268,7 @@ class LoRAStrategy(Strategy, InPlace):
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
         module = self.lora_module
-        writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
+        writes_at_once = self._lora_uses_torch()
         if self._lora_saves():
             checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
             if self.lora_stage.save == "model" and self.is_global_zero:
@@ -328,7 +306,6 @@ class LoRAStrategy(Strategy, InPlace):
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         if not has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
-        warn_if_base_is_shown(self.lora_module)
         loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
@@ -342,31 +319,11 @@ class LoRAStrategy(Strategy, InPlace):
 class LateStrategy(LoRAStrategy):
     """For a strategy that restores checkpoints after its set-up. Its files are those of the other strategies."""
 
-    def lora_adapt(self, **options: Any) -> None:
-        """Adapt the module, and explain errors."""
-        try:
-            super().lora_adapt(**options)
-        except (ConfigError, TargetError) as error:
-            raise type(error)(
-                f"{error} (Under {self.lora_kind.__name__}, a module is adapted before a checkpoint is read. If "
-                "the arguments are those of a checkpoint, give them to LoRACallback.)"
-            ) from error
-
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
         super().load_model_state_dict(checkpoint, strict)
         if self.lora_stage.is_fitting and checkpoint.get("optimizer_states"):
             self.load_optimizer_state_dict(checkpoint)
-
-    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, as the other strategies do."""
-        path = disk.local_path(filepath)
-        if path is not None and path.is_dir():  # found by every process: none waits for the others
-            raise AdapterFileError(
-                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
-                "another name."
-            )
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 # Which methods a strategy gets
