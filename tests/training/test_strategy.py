@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, load_adapter, remove_adapters
+from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.strategies.overlay import overlay_strategy
@@ -123,16 +125,93 @@ def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path) -
     assert ours["callbacks"] == theirs["callbacks"]
 
 
-def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_again(tmp_path: Path) -> None:
+class Counts:  # a method of a strategy that counts its calls, around one that was there
+    def __init__(self, calls: "Counter[str]", name: str, inner: Any) -> None:
+        self.calls, self.name, self.inner = calls, name, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls[self.name] += 1
+        return self.inner(*args, **kwargs)
+
+
+LOADS = ("load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict")
+SAVES = ("lightning_module_state_dict", "save_checkpoint")
+METHODS = (*LOADS, *SAVES, "setup", "setup_optimizers", "training_step", "backward")
+
+
+def count(strategy: Any) -> "Counter[str]":
+    """Wrap the methods of a strategy, as another plugin would."""
+    calls = Counter[str]()
+    for name in METHODS:
+        setattr(strategy, name, Counts(calls, name, getattr(strategy, name)))
+    return calls
+
+
+def stages(t: L.Trainer, folder: Path, model: LitTiny) -> None:
+    t.fit(model, data(), data())
+    t.save_checkpoint(folder / "a.ckpt")
+    t.validate(model, data(), ckpt_path=folder / "a.ckpt", verbose=False)
+    t.test(model, data(), verbose=False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: Path, when: str) -> None:
+    plain = trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
+    expected = count(plain.strategy)
+    stages(plain, tmp_path, LitTiny())
+    model = LitTiny()
+    t = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1)
+    if when == "after":  # wraps ours, which the later stages set again
+        t.validate(model, data(), verbose=False)
+    calls = count(t.strategy)
+    stages(t, tmp_path, model)
+    del expected["lightning_module_state_dict"], expected["load_model_state_dict"]  # ours take their place
+    assert {name: calls[name] for name in expected} == expected
+    assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
+
+
+def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    model, t = fit(tmp_path, lora(), max_epochs=1)
+    t.strategy.save_checkpoint = lambda checkpoint, *_, **__: seen.append(KEY in checkpoint)  # type: ignore[method-assign]
+    for _ in range(2):
+        outcome(t, "test", model)
+        t.save_checkpoint(tmp_path / "a.ckpt")
+    assert seen == [True] * 2
+    del t.strategy.save_checkpoint
+    outcome(t, "test", model)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
+
+
+def test_a_method_that_is_put_back_after_a_fit_does_not_take_ours_away(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(save="model")], enable_checkpointing=False, max_epochs=1)
+    found = {name: getattr(t.strategy, name) for name in METHODS}
+    count(t.strategy)  # as a profiler does
+    t.fit(model := LitTiny(), data())
+    for name, method in found.items():
+        setattr(t.strategy, name, method)
+    t.fit_loop.max_epochs = 2
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], state(model))
+    load_adapter(LitTiny(), tmp_path / "a.ckpt")
+
+
+def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
     t, kind = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), SingleDeviceStrategy
+    count(t.strategy)
     t.fit(LitTiny(), data())
     assert isinstance(t.strategy, kind) and type(t.strategy) is not kind
     for again in (pickle.loads(pickle.dumps(t)), copy.deepcopy(t)):  # as spawned processes get it
         assert type(again.strategy) is kind
+        calls = again.strategy.save_checkpoint.calls
+        calls.clear()
         again.test(LitTiny(), data(), verbose=False)
         again.fit_loop.max_epochs = 2
         again.fit(model := LitTiny(), data())
         again.save_checkpoint(tmp_path / "a.ckpt")
+        assert calls["save_checkpoint"] == 1 and calls["setup"] == 2 and calls["training_step"] == 4
         assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
 
 

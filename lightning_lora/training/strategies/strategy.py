@@ -59,7 +59,8 @@ NO_FIT = "No stage of this Trainer runs, and the hooks of LoRACallback act in on
 class LoRAStrategy(Strategy, InPlace):
     """Methods that are added to the class of a Trainer's strategy. They stay after a stage: files are written then too.
 
-    ``super()`` calls the strategy's own methods. Other names begin with ``lora_``.
+    ``super()`` calls the strategy's own methods, and those that other code has set on it. Other names begin with
+    ``lora_``.
     """
 
     overlaid_prefix: ClassVar[str] = ""
@@ -67,13 +68,16 @@ class LoRAStrategy(Strategy, InPlace):
     lora_skipped: ClassVar[tuple[str, ...]] = ()  # for these, super() calls the base class of all strategies
     lora_kind: ClassVar["type[Strategy]"]  # the strategy's class, as it was
     lora_stage: Stage  # the stage that runs, or ran last
+    lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
     lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
+    lora_depths: dict[str, int]  # how many of those of one name are running
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
         reduced = super().__reduce_ex__(protocol)
         kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
-        return object.__new__, (self.lora_kind,), kept
+        others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
+        return object.__new__, (self.lora_kind,), {**kept, **others}
 
     @classmethod
     def lora_check(cls, strategy: "Strategy") -> None:
@@ -211,7 +215,7 @@ class LoRAStrategy(Strategy, InPlace):
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
                 return super().load_checkpoint(path, weights_only=True)
-            if not by_torch:
+            if not by_torch or "load_checkpoint" in self.lora_others:
                 return super().load_checkpoint(path)
             with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -268,7 +272,7 @@ class LoRAStrategy(Strategy, InPlace):
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
         module = self.lora_module
-        writes_at_once = self._lora_uses_torch()
+        writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
         if self._lora_saves():
             checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
             if self.lora_stage.save == "model" and self.is_global_zero:
