@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +19,7 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import InPlace, overlay
 from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.shards import to_local
 
 Params = list[nn.Parameter]
 Scale = float | dict[str, float]
@@ -32,8 +34,11 @@ _ALIKE = ("momentum", "betas", "weight_decay")
 class _Behind:
     place: slice
     follows: list[tuple[int, float]]  # the group that each follows, and its scale
-    hook: RemovableHandle
+    hooks: list[RemovableHandle]
     hidden: list[dict[str, Any]] = field(default_factory=list)  # the groups, in a scheduler's step
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # adapters and their values, in a step
+    is_seen: bool = False  # whether a step has changed one, or kept a state for it
+    is_due: bool = False  # whether one has had a gradient, which a step may end without
 
 
 _BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
@@ -88,8 +93,9 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
             moved.append(adapters)
             follows.append((number, scale))
     if moved:
-        hook = optimizer.register_step_pre_hook(_begin_step)
-        _BEHIND[optimizer] = _Behind(slice(len(kept), len(kept + moved)), follows, hook)
+        hooks = [optimizer.register_load_state_dict_pre_hook(_check_stored)]
+        hooks += [optimizer.register_step_pre_hook(_begin_step), optimizer.register_step_post_hook(_end_step)]
+        _BEHIND[optimizer] = _Behind(slice(len(kept), len(kept + moved)), follows, hooks)
         follow(optimizer)
     return kept + moved
 
@@ -100,7 +106,8 @@ def unsplit(optimizer: Optimizer) -> None:
         for group, (number, _) in zip(optimizer.param_groups[behind.place], behind.follows, strict=True):
             optimizer.param_groups[number]["params"].extend(group["params"])
         del optimizer.param_groups[behind.place]
-        behind.hook.remove()
+        for hook in behind.hooks:
+            hook.remove()
 
 
 def follow(*optimizers: Any) -> None:
@@ -117,6 +124,14 @@ def follow(*optimizers: Any) -> None:
                         own[key] = value
 
 
+def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the states of A for B: the sizes may be the same."""
+    both = state["param_groups"], optimizer.param_groups
+    stored, here = ([group.get("name") for group in groups[_BEHIND[optimizer].place]] for groups in both)
+    if stored != here:
+        raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
+
+
 def _show(optimizer: Optimizer) -> None:
     """Put back what a scheduler does not see."""
     behind = _BEHIND[optimizer]
@@ -127,8 +142,14 @@ def _show(optimizer: Optimizer) -> None:
 def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Follow what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
     _show(optimizer)  # a scheduler may call us
+    behind = _BEHIND[optimizer]
+    if not behind.is_seen and not hasattr(optimizer, "found_inf"):  # by which a GradScaler may skip the step
+        for group in optimizer.param_groups[behind.place]:
+            if group["lr"] > 0:
+                behind.before += [(p, to_local(p).detach().clone()) for p in group["params"]]
     if closure := kwargs.get("closure"):
         return args, {**kwargs, "closure": partial(_run, closure, optimizer)}
+    _look(behind)
     return None
 
 
@@ -136,7 +157,28 @@ def _run(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
     """Run the closure of a step. Its hooks may write rates too."""
     loss = closure()
     follow(optimizer)
+    _look(_BEHIND[optimizer])
     return loss
+
+
+def _look(behind: _Behind) -> None:
+    """Note whether an adapter has a gradient to learn from."""
+    gradients = [to_local(p.grad) for p, _ in behind.before if p.grad is not None]
+    behind.is_due |= any(0 < gradient.norm() < math.inf for gradient in gradients)
+
+
+def _end_step(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse an optimizer that keeps a list of groups of its own: it never trains those behind."""
+    behind = _BEHIND[optimizer]
+    _look(behind)
+    for p, value in behind.before:
+        behind.is_seen |= p in optimizer.state or not torch.equal(to_local(p), value)
+    behind.before.clear()
+    if behind.is_due and not behind.is_seen:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
+            "lr_scale adds. Leave lr_scale out, or use another optimizer."
+        )
 
 
 class FollowedScheduler(InPlace):

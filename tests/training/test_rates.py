@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from packaging.version import Version
 from torch import Tensor
@@ -299,11 +300,71 @@ class Zips(Optimizer):  # plain SGD, whose groups it knows from the start, as to
                 p.data.add_(p.grad, alpha=-group["lr"])
 
 
-def test_an_optimizer_that_does_not_see_the_adapters_is_named_after_the_fit(tmp_path: Path) -> None:
+class Empties(Zips):  # ends without gradients, as SAM
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.zero_grad()
+
+
+class Prepares(SGD):  # its first step only keeps states, as SOAP's
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.state:
+            super().step(closure)
+        else:
+            closure()
+            for group in self.param_groups:
+                self.state.update({p: {"seen": True} for p in group["params"]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "warms", "says"),
+    [
+        (Zips, False, "Zips did not train the adapters.*Leave lr_scale out"),
+        (Zips, True, "Zips did not train the adapters"),
+        (Empties, False, "Empties did not train the adapters"),
+        (torch.optim.LBFGS, False, "LBFGS takes no learning rate for each group.*Leave lr_scale out"),
+    ],
+)
+def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
+    tmp_path: Path, kind: Any, warms: bool, says: str
+) -> None:
+    model = told(kind, warms)
+    with pytest.raises(OptimizerError, match=says):
+        fit(tmp_path, scaled(), model=model)
+    factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    assert model.global_step == 2 * warms and not any(map(torch.any, factors))
+
+
+@pytest.mark.parametrize(("kind", "warms"), [(Prepares, False), (SGD, True)])
+def test_an_optimizer_that_moves_the_adapters_late_is_none(tmp_path: Path, kind: Any, warms: bool) -> None:
+    fit(tmp_path, scaled(), model=(model := told(kind, warms)), max_epochs=1)
+    assert model.q_proj.lora_A.any() and model.q_proj.lora_B.any()
+
+
+def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4)
+    plugins, model = [MixedPrecision("16-mixed", "cpu", scaler)], told(partial(AdamW, fused=True))
+    model.on_after_backward = lambda: model.head.bias.grad.fill_(torch.inf)  # type: ignore[method-assign,union-attr]
+    with pytest.warns(DeadAdapterWarning, match="still zero"):
+        fit(tmp_path, scaled(), model=model, plugins=plugins, max_epochs=1)
+    assert scaler.get_scale() < 4 and not model.q_proj.lora_B.any()
+
+
+class Lists(Zips):  # trains those that it was made with
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.own = [*parameters]
+        super().__init__(self.own, lr)
+
+    def step(self, closure: Any = None) -> None:
+        closure()
+        for p in self.own:
+            if p.grad is not None:
+                p.data.sub_(p.grad)
+
+
+def test_an_optimizer_with_a_list_of_its_own_is_named_after_the_fit(tmp_path: Path) -> None:
     with pytest.warns(DeadAdapterWarning, match="After 8 steps, all updates of LitTiny are still zero"):
-        fit(tmp_path, scaled(), model=told(Zips))
-    with pytest.raises(OptimizerError, match=r"LBFGS takes no learning rate for each group.*Leave lr_scale out"):
-        fit(tmp_path, scaled(), model=told(torch.optim.LBFGS))
+        fit(tmp_path, lora(), model=told(Lists))
 
 
 # Fits that go on, and other fits
@@ -326,6 +387,10 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
             fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
+    _, t = fit(tmp_path, scaled(lr_scale={"A": 10}, r=8), max_epochs=1)  # A and B have the same sizes
+    t.save_checkpoint(file)
+    with pytest.raises(OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"):
+        fit(tmp_path, scaled(lr_scale={"B": 10}, r=8), ckpt_path=file, max_epochs=2)
 
 
 def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
