@@ -153,6 +153,11 @@ class _Layers:
     def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
         """The update of a layer with one weight."""
         (matrix,), said, factors = about.matrices, there, pair_of(there, tensors)
+        if kind is LoRAConv1D and self.config.init == "olora":
+            raise AdapterMismatchError(
+                f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
+                "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
+            )
         if self._is_named(f"{there}.weight"):
             said = f"{there}.weight"  # patterns mean a parameter by its own name
             if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)

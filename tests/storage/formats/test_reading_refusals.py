@@ -92,6 +92,7 @@ MORE["trainable_token_indices"] = {"embed": [1, 4]}
 ONE: dict[str, Any] = {"target_modules": ["q"], "layers_to_transform": [1]}
 RNN: dict[str, Any] = {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
+OLORA: dict[str, Any] = {"target_modules": ["c_proj"], "init_lora_weights": "olora"}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
@@ -118,6 +119,7 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
     (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),
     (Tied, {"modules_to_save": ["head"]}, asks(), MODEL, "'head.weight', which is tied to 'embed.weight'"),
+    (Mixed, OLORA, asks(), MODEL, "'c_proj' is a Conv1D, trained"),
 ]
 
 
