@@ -278,12 +278,11 @@ def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = F
             _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)
 
 
-def _check_tensor(name: str, value: object, expected: Tensor, *, converting: bool) -> None:
-    if not isinstance(value, Tensor) or value.shape != expected.shape:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _check_tensor(name: str, value: Tensor, expected: Tensor, *, converting: bool) -> None:
+    if value.shape != expected.shape:
         raise AdapterMismatchError(
-            f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
-            "training, with the same head, and adapt it with the same r."
+            f"{name!r} is {tuple(value.shape)}, but this model has {tuple(expected.shape)}. Build the model as it was "
+            "built for training, with the same head, and adapt it with the same r."
         )
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):

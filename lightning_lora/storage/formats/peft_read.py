@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
-from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
+from lightning_lora.layers.kinds import LoRAAttention, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.peft_config import (
     HEADER,
@@ -142,23 +142,16 @@ class _Layers:
         adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
         if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
-        tensors = next(iter(wrapped.values()))
-        if "tokens" in tensors:
+        (tensors, *more) = wrapped.values()
+        if "tokens" in tensors and not more:
             return self._tokens(there, tensors)
         about = self._described(there, kind, kind.lora_matrices_of(layer))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
-        return self._weight(there, about, kind, tensors)
-
-    def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
-        """The update of a layer with one weight."""
-        (matrix,), said, factors = about.matrices, there, pair_of(there, tensors)
-        if self._is_named(f"{there}.weight"):
-            said = f"{there}.weight"  # patterns mean a parameter by its own name
-            if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
-                factors = factors[1].T, factors[0].T
-        factors = self._factors(about, matrix, factors, said)
-        return Update(replace(about, scaling=self.config.scaling(said)), (factors,), tensors.get("magnitude"))
+        if more:
+            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
+        factors = self._factors(about, about.matrices[0], pair_of(there, tensors), there)
+        return Update(replace(about, scaling=self.config.scaling(there)), (factors,), tensors.get("magnitude"))
 
     def _attention(self, there: str, about: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
         """q, k and v share A, and lie one after the other in B. PEFT adds the output projection's update twice."""
