@@ -113,7 +113,7 @@ def export_peft(
             outside of ``root``, or the pipeline would refuse it.
         AdapterStateError: the model has no adapters.
         AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
-        ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
+        ConfigError: ``format`` is another word.
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:

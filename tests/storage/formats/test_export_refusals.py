@@ -104,7 +104,7 @@ def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
     check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
     ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
     check_refused(base, tmp_path, "not the module itself", root="q")
-    check_refused(base, tmp_path, "root='1' holds no adapted layer", ll.ConfigError, root="1")
+    check_refused(base, tmp_path, "no attribute `1`", AttributeError, root="1")
     check_refused(base, tmp_path / "none", "does not exist", FileNotFoundError)
     check_refused(base, tmp_path, "'a' is not known. Expected 'peft' or 'diffusers'", ll.ConfigError, format="a")
     ll.save_adapter(base, tmp_path / "fresh.safetensors")  # without what is as in the base
