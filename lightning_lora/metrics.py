@@ -250,8 +250,6 @@ class SubspaceSimilarity(_OfAdapters):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if any(number is not None and number < 1 for number in (i, j)):
-            raise ConfigError(f"i={i}, j={j} is not valid. Expected numbers of directions, at least 1.")
         self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]

@@ -272,27 +272,23 @@ def _selecting(config: LoRAConfig) -> str:
 def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = False) -> None:
     """Refuse tensors of another shape or kind. ``converting``: all but adapters are rounded as ``model.to`` would."""
     known = {**view.base, **view.buffers, **required(view)}
-    for name, value in state.items():
-        if name in known:  # a module's own code judges the others
-            _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)
-
-
-def _check_tensor(name: str, value: object, expected: Tensor, *, converting: bool) -> None:
-    if not isinstance(value, Tensor) or value.shape != expected.shape:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise AdapterMismatchError(
-            f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
-            "training, with the same head, and adapt it with the same r."
-        )
-    are_floats = value.is_floating_point() and expected.is_floating_point()
-    if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
-        return
-    is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
-    if not is_held or value.is_floating_point() != expected.is_floating_point():
-        raise AdapterMismatchError(
-            f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
-            f"Convert the model first: model.to({value.dtype})."
-        )
+    for name in filter(known.__contains__, state):  # a module's own code judges the others
+        value, expected = state[name], known[name]
+        if value.shape != expected.shape:
+            raise AdapterMismatchError(
+                f"{name!r} is {tuple(value.shape)}, but this model has {tuple(expected.shape)}. Build the model as it "
+                "was built for training, with the same head, and adapt it with the same r."
+            )
+        are_floats = value.is_floating_point() and expected.is_floating_point()
+        may_round = converting and name not in view.adapters and are_floats
+        if may_round and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
+            continue
+        is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
+        if not is_held or value.is_floating_point() != expected.is_floating_point():
+            raise AdapterMismatchError(
+                f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
+                f"Convert the model first: model.to({value.dtype})."
+            )
 
 
 def _check_finite(view: View, state: Mapping[str, Any]) -> None:

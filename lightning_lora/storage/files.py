@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
+from lightning_lora.errors import ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.disk import check_output, local_path
@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             incomplete.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values.
+        AdapterStateError: ``model`` has no adapters, or they hold NaN or infinite values.
         AdapterFileError: ``path`` has another ending, or the file cannot be written (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
 
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     check_place(path)
     view = view_of(model)
-    held = _state_of(view)
+    held = without_extra(view, adapter_state(view))
     state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if odd := held.keys() - state.keys():
         warn(
@@ -113,7 +113,7 @@ def export_peft(
             outside of ``root``, or the pipeline would refuse it.
         AdapterStateError: the model has no adapters.
         AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
-        ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
+        ConfigError: ``format`` is another word.
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
@@ -137,20 +137,13 @@ def export_peft(
         raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
-        stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
+        state, model = without_extra(view, adapter_state(view)), model_or_file
+        stored = StoredAdapters.from_view(view, state, [])
     else:
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file])
     chosen.write(source, Path(directory).expanduser(), uniform)
-
-
-def _state_of(view: View) -> dict[str, Any]:
-    """All that training changed, if it has values."""
-    state = without_extra(view, adapter_state(view))
-    if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
-        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    return state
 
 
 def load_adapter(

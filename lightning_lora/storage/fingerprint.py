@@ -122,29 +122,24 @@ def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[d
     """
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
     layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
-    floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in packed}
+    left_out = packed | record.changed.keys()
+    floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in left_out}
     for each in map(dict, fingerprints):
         if each["layout"] == layout:
             known = dict(zip(tensors, each["digests"], strict=True))
             halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
             if each["dtypes"] == dtypes:
-                record.prepare_halves({known[n]: t for n, t in floating.items() if not _is_lost(view, n, known[n])})
-                halves |= {name: _halves_of(view, name, tensor, known[name]) for name, tensor in floating.items()}
+                record.prepare_halves({known[name]: tensor for name, tensor in floating.items()})
+                halves |= {name: record.halves(known[name], tensor) for name, tensor in floating.items()}
             each["rounded"] = halves
         described.append(each)
     return described
 
 
 def _halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
-    """A base tensor's digests in half precision. The list is empty if its values are no longer there."""
-    if _is_lost(view, name, known):
-        return view.record.half_digests.get(known, [])
-    return view.record.halves(known, tensor)
-
-
-def _is_lost(view: View, name: str, known: int) -> bool:
-    """Whether the run has changed the values with this digest."""
-    return name in view.record.changed and view.record.changed[name][1] == known
+    """A base tensor's digests in half precision. The list is empty if the run has changed its values."""
+    record = view.record
+    return record.half_digests.get(known, []) if name in record.changed else record.halves(known, tensor)
 
 
 def _quantised_names(view: View) -> set[str]:

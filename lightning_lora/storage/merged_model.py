@@ -43,7 +43,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN or infinite values, or its
-            weights are quantised, have no values, or cannot hold the sum.
+            weights are quantised or have no values.
         AdapterFileError: ``model`` cannot be written so, or the file cannot be written.
         FileNotFoundError: the folder of the file does not exist.
 
@@ -78,7 +78,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
-    """The merged state, after checks. Adapters and merged weights must be finite, and no weight may be tied again."""
+    """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     untied += [name for name, weights in tied_weights(view).items() if weights]
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
@@ -89,13 +89,6 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
         )
     state, lost = merged_state(view, given)
     check_not_diverged(view)
-    weights = set(view.adapted_weights)
-    for name, value in state.items():
-        if plain_name(name) in weights and not value.isfinite().all():
-            raise AdapterStateError(
-                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
-                "model.to(torch.float32)."
-            )
     warn_of_merge(view.model, lost, untied)
     return state
 

@@ -96,13 +96,9 @@ class StoredAdapters:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        broken = [name for name, value in self.state.items() if _is_broken(value)]
+        broken = [name for name, value in self.state.items() if is_plain(value) and not value.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
-
-
-def _is_broken(value: object) -> bool:
-    return is_plain(value) and not bool(value.isfinite().all())
 
 
 def stored_config(description: Mapping[str, Any]) -> LoRAConfig:

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -193,28 +192,6 @@ def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0] and list(contents(tmp_path)) == [path.name]
     load_adapter(LitTiny(), path)
-
-
-def test_threads_that_write_and_read_one_file_find_a_whole_one(tmp_path: Path) -> None:
-    models, path = [adapted(seed) for seed in range(4)], tmp_path / "a.safetensors"
-    known, readers = [state(model) for model in models], [LitTiny() for _ in range(40)]
-    save_adapter(models[0], path)
-
-    def write(model: LitTiny) -> None:
-        for _ in range(30):
-            save_adapter(model, path)
-
-    def read(model: LitTiny) -> None:
-        load_adapter(model, path)
-        assert any(same(state(model), each) for each in known)
-
-    with ThreadPoolExecutor(8) as pool:
-        for each in [
-            *(pool.submit(write, model) for model in models),
-            *(pool.submit(read, model) for model in readers),
-        ]:
-            each.result()
-    assert list(contents(tmp_path)) == [path.name]
 
 
 def test_what_a_killed_writer_left_is_cleared_an_hour_later(tmp_path: Path) -> None:

@@ -104,8 +104,6 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
         layers = ({name: nn.Linear(12288, 12288, bias=False) for name in "qv"} for _ in range(96))
         model = nn.Sequential(*map(nn.ModuleDict, layers)).half()
     ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
-    with pytest.raises(ll.AdapterStateError, match="meta"):
-        ll.save_adapter(model, tmp_path / "gpt3.safetensors")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             for name, factor in layer.lora_parameters().items():

@@ -114,7 +114,7 @@ def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     """Return the fields of a configuration."""
     try:
         return dict[str, Any](**json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise AdapterFileError(f"{source} is not a JSON object: {error}. Use the file as it was written.") from error
 
 

@@ -142,12 +142,14 @@ class _Layers:
         adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
         if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
-        tensors = next(iter(wrapped.values()))
-        if "tokens" in tensors:
+        (tensors, *more) = wrapped.values()
+        if "tokens" in tensors and not more:
             return self._tokens(there, tensors)
         about = self._described(there, kind, kind.lora_matrices_of(layer))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
+        if more:
+            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
         return self._weight(there, about, kind, tensors)
 
     def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:

@@ -93,6 +93,7 @@ ONE: dict[str, Any] = {"target_modules": ["q"], "layers_to_transform": [1]}
 RNN: dict[str, Any] = {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 OLORA: dict[str, Any] = {"target_modules": ["c_proj"], "init_lora_weights": "olora"}
+TWICE = {"linear.base_layer.lora_A.weight": torch.ones(2, 8), "linear.base_layer.lora_B.weight": torch.ones(8, 2)}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
@@ -115,6 +116,7 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     (Mixed, {}, holds({"head.weight": torch.ones(2, 12)}), MODEL, r"'head.weight' is \(2, 12\)"),
     (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(8, 8)}), BASE, "differs from that"),
     (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(9, 8)}), BASE, "tokens were"),
+    (Mixed, {}, holds(TWICE), FILE, "two updates of one Linear"),
     # what the model is
     (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
     (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),
