@@ -1,11 +1,9 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import inspect
-from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
-from weakref import ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -98,7 +96,6 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
-    _module: Callable[[], Any]  # the last one, if it is still there
     _gradients: Any = None  # in training
     _feeding: Any = None
 
@@ -150,11 +147,11 @@ class LoRACallback(Callback):
     def _start(self) -> None:
         extend_launchers()
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
-        self._training, self._module = ExitStack(), lambda: None
+        self._training = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_module", "_gradients", "_feeding", "_training", "log", "log_dict")  # two by Lightning
+        added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
@@ -173,8 +170,7 @@ class LoRACallback(Callback):
         """
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         name = self.name if self.name != "default" or "name" in self.given else None
-        filled, scale = self._stage.filled if self._module() is pl_module else set[str](), self.lr_scale
-        self._module = ref(pl_module)
+        filled, scale = self._stage.filled, self.lr_scale
         self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=scale, filled=filled)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
@@ -203,7 +199,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
-        check_weights(trainer, pl_module, self.merge, self.save)
+        check_weights(pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.wants_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)

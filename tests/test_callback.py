@@ -16,7 +16,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
-from tests.support.fits import beside, either_order, fit
+from tests.support.fits import beside, either_order
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 
@@ -188,22 +188,3 @@ def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
     callback.setup(t, model := LitTiny(), "fit")
     with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
         callback.on_train_start(t, model)
-
-
-def test_one_callback_for_two_modules_does_not_mix_up_their_buffers(tmp_path: Path) -> None:
-    class Filled(LitTiny):
-        def __init__(self, mean: float | None = None) -> None:
-            super().__init__()
-            self.register_buffer("mean", torch.full((3,), mean or 0.0))
-            self.mean_of = mean
-
-        def setup(self, stage: str) -> None:
-            if self.mean_of is None:
-                self.mean += 1
-
-    callback = lora()
-    for module in (Filled(), Filled(2.0)):
-        fit(tmp_path, callback, model=module)
-    ll.save_adapter(module, tmp_path / "adapter.safetensors")
-    with pytest.raises(ll.BaseMismatchError, match="'mean'"):
-        ll.load_adapter(Filled(3.0), tmp_path / "adapter.safetensors")

@@ -241,7 +241,7 @@ def inference_path(module: nn.Module) -> tuple[str, Any] | None:
     """Return the attribute that switches a module's inference path, and its value for off."""
     if isinstance(module, nn.TransformerEncoderLayer):  # in eval mode, it reads the weights of its layers itself
         return "activation_relu_or_gelu", 0
-    if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+    if isinstance(module, nn.TransformerEncoder):
         return "use_nested_tensor", False  # it packs padded batches, which layers without that path cannot read
     if repacks(module):  # bitsandbytes repacks weights for some processors, and passes no gradient through them
         return "support_avx512bf16_for_cpu", False

@@ -122,9 +122,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
     lost, tied = dict[str, float](), dict[str, list[str]]()
     if not view.is_merged:
         tied = _check(view)
-        sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
-        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
-            layer = view.layers[name]
+        for name, layer in view.layers.items():
             lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.tensors.shards import is_dtensor, local_runs, split_dims, to_local
+from lightning_lora.tensors.shards import first_local, full_tensor, is_dtensor, is_one_run, split_dims, to_local
 
 _BITS = 18
 _CHUNK = 1 << _BITS  # elements whose products stay in a cache
@@ -37,7 +37,11 @@ def digest(tensor: Tensor) -> int:
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
-    """Return the digests of several tensors, converted to ``dtype``. DTensors take one message for each placement."""
+    """Return the digests of several tensors, converted to ``dtype``. DTensors take one message for each placement.
+
+    Those that are not split in their first dimension (tensor parallelism) are gathered, one after the other.
+    """
+    tensors = [full_tensor(each) if is_dtensor(each) and not is_one_run(each) else each for each in tensors]
     found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
     placed: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -56,25 +60,12 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
 
 def _local_sum(tensor: Tensor) -> Tensor:
     """The sum of the products of a DTensor's local shard, modulo 2**64."""
-    local, starts, run = to_local(tensor), *local_runs(tensor)
-    integers, multipliers = _integers(local), _multipliers(local.device)
-    size = max(1, local.element_size() // 4)
-    total = multipliers.new_zeros(())
-    if not len(integers):
-        return total
-    if len(starts) == 1:  # one run of neighbours, as FSDP2 makes them
-        place = int(starts) * size
-        for piece in (integers[: -place % _CHUNK], *integers[-place % _CHUNK :].split(_CHUNK)):
-            chunk, offset = divmod(place, _CHUNK)
-            total += _sum_of_products(piece, multipliers[offset : offset + len(piece)]) * multipliers[-1 - chunk]
-            place += len(piece)
-        return total
-    rows = max(1, (_CHUNK if local.is_cpu else _CHUNK << 6) // (run * size))
-    columns = torch.arange(run * size, device=local.device)
-    for some, first in zip(integers.split(rows * len(columns)), starts.split(rows), strict=True):
-        places = (first.unsqueeze(1) * size + columns).flatten()  # in the full tensor
-        factors = multipliers[places & (_CHUNK - 1)] * multipliers[-1 - (places >> _BITS)]
-        total += (some * factors).sum()
+    integers, multipliers = _integers(to_local(tensor)), _multipliers(to_local(tensor).device)
+    place, total = first_local(tensor) * max(1, tensor.element_size() // 4), multipliers.new_zeros(())
+    for piece in (integers[: -place % _CHUNK], *integers[-place % _CHUNK :].split(_CHUNK)):
+        chunk, offset = divmod(place, _CHUNK)
+        total += _sum_of_products(piece, multipliers[offset : offset + len(piece)]) * multipliers[-1 - chunk]
+        place += len(piece)
     return total
 
 

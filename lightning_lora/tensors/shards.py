@@ -134,14 +134,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def local_runs(tensor: Any) -> tuple[Tensor, int]:
-    """Return where runs of the local shard of a DTensor begin in the full tensor, and how many elements each has."""
-    shape, offsets = local_offsets(tensor)
-    last = max((dim for dim, length in enumerate(shape) if length != tensor.shape[dim]), default=0)
-    starts, stride = torch.zeros(1, dtype=torch.int64, device=to_local(tensor).device), 1
-    for dim in reversed(range(len(shape))):
-        if dim <= last:
-            steps = torch.arange(shape[dim] if dim < last else 1, device=starts.device) + offsets[dim]
-            starts = (steps.unsqueeze(1) * stride + starts).flatten()
-        stride *= tensor.shape[dim]
-    return starts, math.prod(shape[last:])
+def is_one_run(tensor: Any) -> bool:
+    """Whether the local shard of a DTensor is one run of neighbours in the full tensor, as FSDP2 makes them."""
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+
+
+def first_local(tensor: Any) -> int:
+    """Return the place in the full tensor of the first element of such a shard."""
+    _, offsets = local_offsets(tensor)
+    return int(offsets[0] * tensor.shape[1:].numel()) if offsets else 0

@@ -23,7 +23,7 @@ from lightning_lora import (
 from lightning_lora.functional.batch_rows import taken
 from lightning_lora.layers import ADAPTERS, LoRALayer
 from tests.support.layers import LAYERS, Experts, config
-from tests.support.models import TinyLM
+from tests.support.models import TinyLM, same, state
 
 Names = list[str | None]
 MIXED: Names = ["de", None, "fr"]
@@ -157,9 +157,9 @@ def net() -> Any:
 def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, active: str) -> None:
     x = torch.randn(4, 6).double()
     set_adapter(net, active)
-    before = {name: (p, p._version) for name, p in net.named_parameters()}
+    before = state(net)
     check(net, lambda: net(x), names)
-    assert {name: (p, p._version) for name, p in net.named_parameters()} == before  # nothing is written
+    assert same(state(net), before)
 
 
 def test_gradients_are_those_of_the_rows_alone(net: Any) -> None:
