@@ -39,6 +39,9 @@ MIXED: list[dict[str, Any]] = [
     {"target_modules": ["linear", "head"], **PISSA, "r": 16, "use_dora": True},
     {"target_modules": ["linear"], "init_lora_weights": "olora"},
     {"target_modules": "all-linear", "exclude_modules": ["head"], "init_lora_weights": "gaussian"},
+    parameters("linear.weight", "embed.weight"),
+    parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
+    | {"alpha_pattern": {"linear.weight": 32, "c_proj": 64}},
 ]
 ATTENDING: list[dict[str, Any]] = [
     {"r": 12, "target_modules": ["attn", "out"], "bias": "lora_only"},
