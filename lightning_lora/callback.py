@@ -199,7 +199,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
-        check_weights(pl_module, self.merge, self.save)
+        check_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.wants_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)

@@ -45,11 +45,12 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switc
         )
 
 
-def check_weights(pl_module: LightningModule, merge: object, save: str) -> None:
+def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
+    tied = [name for name, weights in tied_weights(view).items() if weights]
     if save == "model":
-        _check_files(view)
+        _check_files(view, tied)
     if not merge:
         return
     try:
@@ -57,11 +58,16 @@ def check_weights(pl_module: LightningModule, merge: object, save: str) -> None:
     except LoRAError as error:
         stay = "Or set merge=False: then the adapters stay on their layers, and every checkpoint holds them."
         raise ConfigError(f"merge={merge!r} is not possible. {error} {stay}") from error
+    if tied and returns_state_only(trainer):
+        raise ConfigError(
+            f"merge={merge!r} is not possible: a weight of {listed(tied)} and another layer's are one tied weight, and "
+            "a merge changes only one use of it. The processes of this strategy send back a state dict, which cannot "
+            "hold both. Use strategy='ddp', or leave the layer out with exclude_modules."
+        )
 
 
-def _check_files(view: View) -> None:
+def _check_files(view: View, tied: list[str]) -> None:
     """Refuse files of the merged model that cannot be written, or would be read wrongly."""
-    tied = [name for name, weights in tied_weights(view).items() if weights]
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (

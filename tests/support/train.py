@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.versions import keeps_random
@@ -37,6 +38,15 @@ class LeaveTheGroup(L.Callback):
 
     def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+
+
+class Tied(LitTiny):
+    """A module whose adapted q_proj shares its weight with an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(8, 8, bias=False)
+        self.twin.weight = self.q_proj.weight
 
 
 class Wide(LitTiny):
