@@ -143,7 +143,8 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
     if steps > 1 and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
         warn(
             f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why: the "
-            "optimizer may keep a list of parameters of its own, and has not seen the adapters. Use another one.",
+            "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an average "
+            "that has not begun took their place.",
             DeadAdapterWarning,
         )
 
