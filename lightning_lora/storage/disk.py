@@ -1,6 +1,8 @@
 """Write files completely or not at all. Read them without running code."""
 
 import glob
+import itertools
+import json
 import os
 import pickle
 import re
@@ -22,6 +24,7 @@ import fsspec
 import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
+from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
@@ -52,6 +55,15 @@ def writing_folder(path: Path) -> Iterator[Path]:
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)
+
+
+def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file: the same bytes each time, where the library writes its metadata in any order."""
+    contents = save_in_any_order(tensors, metadata)
+    start = 8 + int.from_bytes(contents[:8], "little")
+    header = json.dumps({**json.loads(contents[8:start]), "__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + contents[start:]
 
 
 @contextmanager
@@ -104,16 +116,16 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
         )
 
 
-def check_output(out: Any, inputs: Iterable[Any] = ()) -> None:
-    """Refuse to write where no folder is, or over or into an input. Links are followed."""
+def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
+    """Refuse to write where no folder is, or over or into an input. Links are followed. ``files``: inside ``out``."""
     check_path(out)
     local = local_path(out)
     if local is None:
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    place = local.resolve()
-    for source in filter(None, map(local_path, inputs)):
+    for source, file in itertools.product(filter(None, map(local_path, inputs)), files):
+        place = (local / file).resolve()
         if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."

@@ -142,7 +142,7 @@ def export_peft(
     else:
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
-    check_output(directory, [model_or_file])
+    check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, Path(directory).expanduser(), uniform)
 
 

@@ -10,7 +10,6 @@ from typing import IO, Any
 import fsspec
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
@@ -23,6 +22,7 @@ from lightning_lora.storage.disk import (
     local_path,
     on_this_machine,
     reading,
+    save,
     unread_in,
     writing,
 )

@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ExportError, listed, warn
@@ -16,7 +15,7 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import write_errors, writing
+from lightning_lora.storage.disk import save, write_errors, writing
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters

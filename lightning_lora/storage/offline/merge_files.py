@@ -147,6 +147,10 @@ class _Merge:
         layer, weight = self.weights[name]
         with torch.no_grad():
             merged, lost = layer_on(self.stored, layer, {weight: base}).lora_merged_weight(weight)
+        if not merged.isfinite().all() and base.isfinite().all():
+            raise AdapterMismatchError(
+                f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
+            )
         self.lost[layer] = max(lost, self.lost.get(layer, 0.0))
         return merged
 

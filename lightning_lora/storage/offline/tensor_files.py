@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Callable, Collection
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class TensorFiles:
     def _read_folder(self) -> None:
         index, one = self.path / INDEX, self.path / _ONE
         if index.is_file():
-            self.index = json_object(index.read_bytes(), index)
+            self.index = _read_index(index)
             self.file_of = {name: self.path / file for name, file in self.index["weight_map"].items()}
         elif not one.is_file():
             raise AdapterFileError(
@@ -74,6 +74,17 @@ class TensorFiles:
             return {}
         with reading(file), safe_open(file, "pt") as opened:
             return opened.metadata() or {}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The index of a folder. It comes with a base from somewhere, and may name files of this folder alone."""
+    index = json_object(path.read_bytes(), path)
+    for file in index["weight_map"].values():
+        if PurePath(file).anchor or ".." in PurePath(file).parts or not (path.parent / file).is_file():
+            raise AdapterFileError(
+                f"The 'weight_map' in {path} names {file!r}, which is no file in its folder. Get all files of the base."
+            )
+    return index
 
 
 def _names_in(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lightning_lora import LoRAWarning, load_adapter
+from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
 from tests.support.models import Around
 from tests.support.peft_reading import built, gap, write_peft
 
@@ -79,3 +79,26 @@ def test_an_update_of_a_layer_that_is_never_called_is_left_out(tmp_path: Path) -
     assert len(told) == 1
     assert gap(model(pixels).pooler_output, built(siglip)(pixels).pooler_output) > 1e-4
     assert gap(model(pixels).pooler_output, expected(pixels).pooler_output) < 2e-6
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, as in Zamba2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.k.weight = self.q.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(torch.tanh(self.k(x)))
+
+
+@pytest.mark.parametrize(("init", "targets"), [("pissa", ["q", "k"]), (True, ["q", "k"])])
+def test_a_start_that_peft_takes_off_a_shared_weight_is_refused(tmp_path: Path, init: Any, targets: list[str]) -> None:
+    expected = write_peft(tmp_path, built(Shared), target_modules=targets, init_lora_weights=init)(torch.eye(8))
+    if init is True:
+        load_adapter(model := built(Shared), tmp_path)
+        assert gap(model(torch.eye(8)), expected) < 2e-6
+        return
+    with pytest.raises(AdapterMismatchError, match=f"'q.weight', 'k.weight' are one weight.*'{init}'.*Train anew"):
+        load_adapter(built(Shared), tmp_path)

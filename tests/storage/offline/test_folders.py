@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import merge_adapters
+from lightning_lora import AdapterFileError, merge_adapters
 from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.offline.tensor_files import INDEX
 from tests.support.faults import contents
@@ -89,6 +89,15 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     assert same_tensors(merged(tmp_path), expected)
     assert contents(tmp_path / "out").keys() == {"w.safetensors", "config.json", INDEX}
     assert not (tmp_path / "out" / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("file", ["a/../../w.safetensors", str(Path(__file__).absolute()), "gone.safetensors"])
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, file: str) -> None:
+    divided(tmp_path, ["w.safetensors"] * 8)
+    (tmp_path / "base" / INDEX).write_text(json.dumps({"weight_map": {"0.weight": file}}))
+    with pytest.raises(AdapterFileError, match=rf"index\.json names {file!r}.*Get all files"):
+        merged(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_an_index_says_besides_is_kept(tmp_path: Path) -> None:

@@ -179,3 +179,10 @@ def test_an_update_that_is_rounded_away_is_told(tmp_path: Path) -> None:
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     with pytest.warns(ll.MergePrecisionWarning, match="in 3 of 3 layers.*into the base in float32"):
         merged(tmp_path)
+
+
+def test_an_update_that_overflows_is_refused(tmp_path: Path) -> None:
+    save_files(tmp_path, model := TinyLM(tied=False).half())
+    nn.init.constant_(model.q_proj.lora_B, 1e6)  # type: ignore[arg-type]
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    refused(tmp_path, ll.AdapterMismatchError, "values overflow")
