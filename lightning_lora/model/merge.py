@@ -194,11 +194,11 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     others = {}
     for name, p in view.parameters.items():
         if id(p) not in known:  # a shared layer has several names
-            others[name] = Seen(p)
+            others[name] = Seen(p, None if p.is_meta or is_dtensor(p) else view.record.digests({name: p})[name])
     present = set(map(id, view.parameters.values()))
     merged, tied = {}, {}
     for name, base in names:
-        merged[name] = Seen(view.parameters[name])
+        merged[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
         if id(base) in present:
             tied[name] = Seen(base)
     return merged, tied, others

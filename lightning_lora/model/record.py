@@ -230,7 +230,7 @@ class Record:
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
         for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
-            self.read[name] = Reading(Seen(tensor), number)
+            self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
         return {name: self.read[name].number for name in tensors}
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
@@ -250,7 +250,7 @@ class Record:
         """A copy takes the place of one of the base's tensors."""
         known = self.read.pop(name, None)
         if known is not None and known.seen.is_unchanged(tensor) and copied.dtype == tensor.dtype:
-            self.read[name] = Reading(Seen(copied), known.number)
+            self.read[name] = Reading(Seen(copied, None if is_dtensor(copied) else known.number), known.number)
 
     def snapshot(self) -> "Record":
         """Return a copy that later events do not change. Tensors are not copied."""

@@ -216,6 +216,9 @@ def _show_base(view: View) -> None:
     for weight in view.merged:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
+    for name, seen in {**record.merge.weights, **record.merge.others}.items() if record.merge else ():
+        if is_dtensor(view.parameters.get(name)):
+            seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
     aside = dict[str, tuple[Tensor, bool]]()
     names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
     for key, (tensor, base) in values.items():

@@ -88,31 +88,56 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 class Seen:
-    """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only some values."""
+    """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only the values."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, known: int | None = None) -> None:
         self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
         tensor = to_local(tensor)
-        self._look, self.dtype, self._shape = look(tensor), tensor.dtype, tensor.shape
-        is_plain = tensor.layout is torch.strided and not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__")
-        self._some = _samples(tensor).to("cpu", copy=True) if is_plain else None
+        self._look = look(tensor)
+        self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
+        self._digest = known
+        self.dtype = tensor.dtype
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
         return tensor is self._tensor and self._look is not None and self._look == look(to_local(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values, in the same dtype. It may have moved to another device."""
-        return self._some is not None and tensor.dtype == self.dtype and not tensor.is_meta and self.is_alike(tensor)
+        """Whether ``tensor`` has the same values. It may have moved to another device."""
+        if tensor.is_meta or tensor.dtype != self.dtype:
+            return False
+        if self._is_kept(tensor):
+            return True
+        known = self.digest()
+        return known is not None and known == digest(to_local(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values, perhaps moved or converted. About a thousand of them decide."""
-        if tensor.is_meta or self._some is None or self.is_unchanged(tensor):
+        """Whether ``tensor`` has the same values. If it was moved or converted, about a thousand of them decide."""
+        if tensor.is_meta or self.is_still(tensor):
             return True
         tensor = to_local(tensor)
-        if tensor.shape != self._shape:
+        if self._some is None or hasattr(tensor, "__tensor_flatten__"):
+            return self.dtype != tensor.dtype or self._digest is None
+        if tensor.dtype == self.dtype and self._digest is not None:
             return False
         return digest(_samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
 
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether it is the same tensor, without visible change, here or on another device."""
+        return self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor))
+
+    def _has_moved(self, tensor: Tensor) -> bool:
+        """Whether the tensor is on another device, not written to, with equal samples."""
+        now, then = look(to_local(tensor)), self._look
+        if now is None or then is None or then[0] is None:  # tensors inside it may have changed
+            return False
+        return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
+
+    def digest(self) -> int | None:
+        """Return the digest of the values at that moment. None: they changed before anyone asked for it."""
+        if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
+            self._digest = digest(to_local(self._tensor))
+        return self._digest
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tensor": None, "_look": None}
+        return {"dtype": self.dtype, "_tensor": None, "_look": None, "_some": self._some, "_digest": self.digest()}
