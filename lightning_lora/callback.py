@@ -28,7 +28,7 @@ from lightning_lora.training.merging import check_arguments, check_weights, exte
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
-from lightning_lora.training.stage import Phase, Stage
+from lightning_lora.training.stage import Phase, Stage, is_merged
 from lightning_lora.training.strategies.overlay import overlay_strategy
 from lightning_lora.training.strategies.strategy import LoRAStrategy
 
@@ -182,7 +182,7 @@ class LoRACallback(Callback):
             check_data_init(trainer, pl_module, self.config)
         else:
             compatibility.drop_averages(callbacks)
-            is_still = View(pl_module).is_merged and not compatibility.loads_in_hooks(pl_module)
+            is_still = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
             if is_still and not self._stage.wants_another(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)

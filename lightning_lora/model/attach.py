@@ -31,6 +31,7 @@ from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.select import Choice
+from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.names import own_parameter, submodule
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
@@ -45,6 +46,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
     """Remove adapters from these layers, or from all. Return them by the names of their layers."""
+    check_weights(view)
     adapters = {}
     for name, layer in view.layers.items():
         if names is None or name in names:
@@ -101,6 +103,21 @@ def weights_have_changed(view: View) -> None:
     torch.clear_autocast_cache()  # it may hold copies of them
     for layer in view.layers.values():
         layer.lora_weights_changed()
+
+
+def check_weights(view: View) -> None:
+    """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
+    changed = list[str]()
+    for name, layer in view.layers.items():
+        present = dict(layer.named_parameters(remove_duplicate=False))
+        if not is_overlaid(layer) or not present.keys() >= {*layer.lora_weights()}:
+            changed.append(name)
+    if changed:
+        raise AdapterStateError(
+            f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed (by "
+            "prune, parametrize, weight_norm or the like), so no update can be merged into it or removed from it. Undo "
+            "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
+        )
 
 
 def check_as_adapted(view: View) -> None:

@@ -375,6 +375,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     records.absorb_inner_records(model, record)
     if not record.is_merged:
         view = View(model)
+        attach.check_weights(view)
         with attach.undone_on_error(view), ExitStack() as undo:
             restore_originals(view, view.kept, undo)
             attach.unfreeze(view)

@@ -137,6 +137,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return the weights that another layer uses too, by layer."""
+    attach.check_weights(view)
     check_mergeable(view)
     warn_of_divergence(view)
     return tied_weights(view)

@@ -138,6 +138,7 @@ def check_switchable(view: View) -> None:
 def follow_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers."""
     check_switchable(view)
+    attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.attach import WRITERS
+from lightning_lora.model.attach import WRITERS, check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
@@ -43,7 +43,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN or infinite values, or its
-            weights are quantised or have no values.
+            weights are quantised, have no values, or cannot hold the sum.
         AdapterFileError: ``model`` cannot be written so, or the file cannot be written.
         FileNotFoundError: the folder of the file does not exist.
 
@@ -89,6 +89,13 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
         )
     state, lost = merged_state(view, given)
     check_not_diverged(view)
+    weights = set(view.adapted_weights)
+    for name, value in state.items():
+        if plain_name(name) in weights and not value.isfinite().all():
+            raise AdapterStateError(
+                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
+                "model.to(torch.float32)."
+            )
     warn_of_merge(view.model, lost, untied)
     return state
 
@@ -208,6 +215,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
             "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
             "FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
         )
+    check_weights(view)
     check_mergeable(view)
     with _showing(view, changed):
         merged, lost = _merged_weights(view)

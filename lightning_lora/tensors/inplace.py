@@ -42,6 +42,11 @@ def overlay(instance: object, mixin: type[InPlace]) -> None:
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere
 
 
+def is_overlaid(instance: InPlace) -> bool:
+    """Whether ``instance`` still has its combined class: other code may have changed it since."""
+    return type(instance) is _COMBINED.get(instance.overlaid)
+
+
 def uncover(instance: InPlace) -> None:
     """Give ``instance`` its class from before :func:`overlay` back."""
     object.__setattr__(instance, "__class__", instance.overlaid[1])

@@ -4,12 +4,15 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partialmethod
+from io import BytesIO
 from pathlib import Path
+from pickle import Pickler, Unpickler
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_lora.errors import (
     BestCheckpointWarning,
@@ -134,13 +137,42 @@ def extend_launchers() -> None:
             launcher.update_main_process_results = partialmethod(_receive, launcher.update_main_process_results)
 
 
+class _Pickler(Pickler):
+    """Leaves tensors to torch, which reads them onto a CPU."""
+
+    def __init__(self, file: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(Unpickler):
+    def __init__(self, file: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+
 def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     """Write a merged module's record, and its path into a launcher's results: a pipe takes no large ones."""
-    results, record = own(launcher, trainer), find_record(trainer.lightning_module)
+    results, folder, record = own(launcher, trainer), "", find_record(trainer.lightning_module)
     if trainer.state.fn != "fit" or record is None or not record.is_merged:
         return results
-    folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
-    torch.save(record, Path(folder) / "record.pt")
+    try:
+        folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
+        _Pickler(file := BytesIO(), tensors := list[Tensor]()).dump(record)
+        torch.save((file.getvalue(), tensors), Path(folder) / "record.pt")
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        _warn_of_loss(error)
+        return results
     return {**results, _KEY: folder}
 
 
@@ -150,10 +182,19 @@ def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results:
     if _KEY not in results:
         return
     pl_module, folder = trainer.lightning_module, results[_KEY]
-    record = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=False)
+    contents, tensors = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=True)
     shutil.rmtree(folder)
-    keep_record(pl_module, record)
+    keep_record(pl_module, _Unpickler(BytesIO(contents), tensors).load())
     rank_zero_info(
         f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and its "
         "adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
+    )
+
+
+def _warn_of_loss(error: Exception) -> None:
+    warn(
+        "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
+        f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
+        "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
+        "If space is missing, free some, or set TMPDIR to a folder that can be written."
     )

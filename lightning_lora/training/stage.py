@@ -12,6 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, records_in
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
@@ -212,3 +213,11 @@ def _remove_all(pl_module: LightningModule) -> None:
     if record is not None:
         record.adapter.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
         remove_adapters(pl_module)
+
+
+def is_merged(pl_module: LightningModule) -> bool:
+    """Whether the module is merged."""
+    view = View(pl_module)
+    if view.is_merged:
+        check_own(view)
+    return view.is_merged

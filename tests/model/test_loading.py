@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.layers import config
 from tests.support.models import LitTiny, as_merged, as_trained, best, data, lora, randomise, same, state, trainer
 
 
@@ -184,6 +185,27 @@ def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_firs
     ll.merge_adapters(model)
     with torch.no_grad():
         torch.testing.assert_close(run(), expected)
+
+
+UNDERMINED: dict[str, Any] = {
+    "prune": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "old weight norm": lambda layer: nn.utils.weight_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("undermine", UNDERMINED.values(), ids=UNDERMINED)
+def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    ll.inject_adapters(model, config(model))
+    randomise(model)
+    undermine(model[0])
+    adapted = model.eval()(torch.ones(8))
+    for call in (ll.merge_adapters, ll.remove_adapters):
+        with pytest.raises(ll.AdapterStateError, match=r"weight of '0' of Sequential is computed"):
+            call(model)
+    assert torch.equal(model(torch.ones(8)), adapted)
 
 
 @pytest.mark.parametrize(

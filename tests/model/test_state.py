@@ -19,8 +19,11 @@ from tests.support.models import (
     LitTiny,
     TinyLM,
     as_merged,
+    as_trained,
+    best,
     data,
     flags,
+    lora,
     randomise,
     same,
     state,
@@ -69,6 +72,25 @@ def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
     ll.inject_adapters(model, config)
     record = find_record(model)
     assert record is not None and record.adapter.is_trained
+
+
+def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
+    one, two = LitTiny(), LitTiny()
+    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
+    t = trainer(tmp_path, [lora(), best(tmp_path)], max_epochs=1)
+    t.fit(one, data(), data())
+    as_trained(two)
+    before = state(two)
+    for call in (
+        lambda: t.test(one, data(), ckpt_path="best", verbose=False),
+        lambda: t.validate(one, data(), verbose=False),
+        lambda: ll.unmerge_adapters(one),
+    ):
+        with pytest.raises(ll.AdapterStateError, match="'q_proj', 'v_proj' of LitTiny have the adapters of another"):
+            call()
+    assert same(state(two), before)
+    ll.remove_adapters(two)
+    t.test(one, data(), ckpt_path="best", verbose=False)
 
 
 def test_a_merged_module_inside_another_is_a_base_as_it_is() -> None:

@@ -1,22 +1,26 @@
 """The record of a fit in other processes comes to the main process whole, or the warning says what is lost."""
 
 import copy
+import errno
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model.record import forget_record
 from lightning_lora.training import merging
 from tests.support.cases import Three
 from tests.support.layers import Experts
-from tests.support.models import LitTiny, randomise, same, state
+from tests.support.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_adapter_comes_back(case: str) -> None:
+def test_every_kind_of_adapter_comes_back(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # as users set it who want torch to read safely
     build, config = CASES[case]
     home = build()
     adapted = merged(home, **config)
@@ -99,11 +104,42 @@ class LoRAOwn(LoRALayer):
     lora_is_linear = True
 
 
-def test_an_adapter_class_of_the_user_comes_back(monkeypatch: Any) -> None:
-    monkeypatch.setitem(ADAPTERS, Own, LoRAOwn)
-    register_adapter(Own, LoRAOwn)
-    home = nn.Sequential(Own(4, 4))
-    adapted = merged(home)
-    bring_back(home)
-    ll.unmerge_adapters(home)
-    assert same(state(home), state(adapted))
+def test_an_adapter_class_of_the_user_comes_back_or_the_warning_says_that_it_cannot(monkeypatch: Any) -> None:
+    class Inside(LoRALayer):
+        lora_is_linear = True
+
+    for kind in (LoRAOwn, Inside):
+        monkeypatch.setitem(ADAPTERS, Own, kind)
+        register_adapter(Own, kind)
+        home = nn.Sequential(Own(4, 4))
+        adapted = merged(home)
+        if kind is LoRAOwn:
+            bring_back(home)
+            ll.unmerge_adapters(home)
+            assert same(state(home), state(adapted))
+        else:
+            with pytest.warns(LoRAWarning, match=r"not the adapters and the base .*local object .*Inside"):
+                assert sent(home) == {}
+
+
+@pytest.mark.processes
+def test_a_fit_without_a_temporary_folder_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, prefix: str = "", **__: Any) -> str:
+        if prefix:  # Lightning's own has none
+            raise OSError(errno.EROFS, "Read-only file system")
+        return str(tmp_path)
+
+    def say(message: Any, *_: Any, **__: Any) -> None:
+        (tmp_path / "said.txt").write_text(str(message))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    model, base = LitTiny(), LitTiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LoRAWarning)
+        monkeypatch.setattr(warnings, "showwarning", say)  # in another process
+        options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False, "max_epochs": 1}
+        trainer(tmp_path, [lora()], **options).fit(model, data())
+    assert is_plain(model) and not torch.equal(model.q_proj.weight, base.q_proj.weight)
+    assert "The fit is complete" in (tmp_path / "said.txt").read_text()
+    with pytest.raises(ll.AdapterStateError, match="has no adapters"):
+        ll.unmerge_adapters(model)
