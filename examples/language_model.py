@@ -1,7 +1,7 @@
 """Teach a small language model to answer questions as a file does, with LoRA.
 
 python examples/language_model.py                   # a dictionary: some minutes on two CPU cores
-python examples/language_model.py --fast            # two minutes on 64 lines, to see that it runs
+python examples/language_model.py --fast            # a few minutes on 64 lines, to see that it runs
 python examples/language_model.py --file mine.tsv   # your own: a question, a tab and its answer on each line
 python examples/language_model.py --qlora           # with its weights in 4 bits: pip install bitsandbytes
 """
@@ -146,8 +146,9 @@ def run(pairs: Pairs, folder: Path, *, qlora: bool) -> None:
     """Train, answer with the adapters from their file and merged, and let PEFT read them."""
     seed_everything(0, verbose=False)
     console, base = Console(), folder / "base"
-    print("Reading SmolLM2, and asking it before any training ...", flush=True)
+    print("Reading SmolLM2 ...", flush=True)
     unpack(base)
+    print("Asking it before any training ...", flush=True)
     held_out, module = pairs[:HELD_OUT], Assistant(base, qlora=qlora)
     table = Table("", "loss", "answers", title="Questions that are not in the training", show_lines=True)
     table.add_row("before", *measure(Assistant(base, qlora=qlora), held_out))
@@ -165,6 +166,7 @@ def run(pairs: Pairs, folder: Path, *, qlora: bool) -> None:
     trainer.fit(module, module.batches(pairs[HELD_OUT:], shuffle=True), module.batches(held_out))
     save_adapter(module, folder / "adapter.safetensors")
 
+    print("Asking it again, with the adapters from their file, and merged ...", flush=True)
     fresh = Assistant(base, qlora=qlora)  # SmolLM2 as it was
     load_adapter(fresh, folder / "adapter.safetensors")
     table.add_row("adapters, from file", *measure(fresh, held_out))
@@ -205,7 +207,7 @@ if __name__ == "__main__":
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
     pairs = read(options.file)[: HELD_OUT + 64 if options.fast else None]
-    print("Two minutes" if options.fast else "Some minutes", "on two CPU cores.", flush=True)
+    print("A few minutes" if options.fast else "Ten minutes or so", "on two CPU cores.", flush=True)
     if options.file == DICTIONARY:
         print("The loss on new words should fall from 5.3 to about", "3.1." if options.fast else "2.6.", flush=True)
     quiet()

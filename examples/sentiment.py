@@ -139,8 +139,11 @@ def run(folder: Path, *, fast: bool) -> None:
     assert abs(reloaded - accuracy) < 1e-3, "the fresh model does not score the same"
     size = summarize(fresh)
     caption = "A few hundred texts: too few to learn much" if fast else "LoRA in docs/paper-tables.md: 86.8%"
-    table = Table("", "LoRA", "full fine-tuning, docs/paper-tables.md", title="Film reviews", caption=caption)
-    table.add_row("Test accuracy", f"{reloaded:.1%}", "–" if fast else "88.0%")
+    table = Table("", "LoRA", "full fine-tuning", title="Film reviews", caption=caption)
+    if fast:
+        table.add_row("Test accuracy", f"{reloaded:.1%}", "not trained here")
+    else:
+        table.add_row("Test accuracy", f"{reloaded:.1%}", "88.0% (docs/paper-tables.md)")
     table.add_row("Trained parameters", f"{size.trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
     table.add_row("Bytes to store", f"{size.checkpoint_bytes:,}", f"{size.full_checkpoint_bytes:,}")
     Console().print(table)

@@ -180,7 +180,9 @@ class LoRAStrategy(Strategy, InPlace):
             checkpoints.complete_averages(module, checkpoint)
             show_base(module, checkpoint)  # to on_load_checkpoint
             return checkpoint
-        rank_zero_info(f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune.")
+        rank_zero_info(
+            f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
+        )
         return as_base(checkpoint)
 
     def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
