@@ -1,6 +1,6 @@
 """Try the LoRA paper's claims on models and data that fit two CPU cores.
 
-python -m examples.paper --e2e FOLDER     # about seven hours on two idle cores; what is finished is not run again
+python -m examples.paper --e2e FOLDER     # about eight hours on two idle cores; what is finished is not run again
 python -m examples.paper --only table2    # one part
 python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .costs import costs
 from .jobs import Folders, Job, Result, Results, quiet, run
-from .methods import E2E, EVERYTHING, MAIN
+from .methods import E2E, EVERYTHING, MAIN, METHODS
 from .plan import PARTS, at_one_rate
 from .subspaces import draw, subspaces
 from .tables import TABLES, fill, finished
@@ -35,9 +35,10 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
     run_all(parts, results, folders, workers)
     for part, task, methods in (("table2", "reviews", [*MAIN, *EVERYTHING]), ("table3", "e2e", E2E)):
         if part in parts and (name := f"costs-{task}") not in results.found:
-            trained = [method for method in methods if method != "few-shot"]
             Console().print(f"Now measuring what each method of {part} costs: some minutes.")
-            results.add(name, costs(task, trained, folders, fast=results.fast))
+            results.add(
+                name, costs(task, [name for name in methods if not METHODS[name].shots], folders, fast=results.fast)
+            )
     if "table3" in parts and "references" not in results.found:
         from .smollm import references  # its packages are not needed by other parts
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Job:
     """What to train, and how.
 
     Args:
-        task: ``"reviews"``, ``"definitions"`` or ``"e2e"``.
+        task: ``"reviews"``, ``"reviews-100"`` or ``"reviews-1000"`` with as many texts to train on, ``"definitions"``
+            or ``"e2e"``; or ``"prompts"``, which is E2E's validation alone.
         method: Its name in methods.py.
         lr: The highest learning rate.
         seed: Of the head, of the adapters and of the order of the data.
@@ -129,6 +131,8 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
         save_adapter(module, folders.adapters / f"{job.name}.safetensors")
     trainer.validate(module, data.val_dataloader(), verbose=False)
     result["validation"] = columns(module.items)
+    if job.task == "prompts":
+        return result
     trainer.test(module, data.test_dataloader(), verbose=False)
     result["test"] = columns(module.items)
     if job.task == "definitions":
@@ -136,9 +140,10 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
         result["fresh"] = columns(module.items)
     if job.task == "e2e":
         result["nist"] = family.nist(result["test"]["text"], data.test)
+    result["own"] = family.own_task(module, FEW if fast else None)
     return {
         **result,
-        "own_task": family.own_task(module, FEW if fast else None),
+        "own_task": mean(*result["own"].values()),
         "seconds": round(time.process_time() - started, 1),
     }
 
@@ -152,10 +157,10 @@ def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
     """Return a job's module and data, and the file that they are from."""
     seed_everything(job.seed, verbose=False)
     limit = FEW if fast else None
-    if job.task == "e2e":
+    if job.task in ("e2e", "prompts"):
         from . import smollm
 
-        return smollm.Writer(job.lr), smollm.Tables(folders.e2e, METHODS[job.method].shots, job.seed, limit), smollm
+        return smollm.Writer(job.lr), smollm.Tables(folders.e2e, METHODS[job.method], job.seed, limit), smollm
     from . import minilm
 
     return minilm.Classifier(minilm.CLASSES[job.task], job.lr), minilm.texts(job.task, limit), minilm
@@ -166,6 +171,8 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
     if method.weights is None:
         for name, p in module.get_submodule("pretrained").named_parameters():
             p.requires_grad_(method.trains == "all" or (method.trains == "biases" and name.endswith("bias")))
+        if method.prefix:
+            module.pretrained = with_prefix(module.pretrained, method.prefix)
         return []
     saved = ["head"] if hasattr(module, "head") else []
     targets: Any = {"all": weights["all"], "everything": "all"}.get(method.weights)
@@ -174,6 +181,13 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
     if targets is None:
         targets = [weights[name] for name in method.weights]
     return [LoRACallback(target_modules=targets, modules_to_save=saved, **method.lora)]
+
+
+def with_prefix(model: Any, tokens: int) -> Any:
+    """Return the model with a prefix to train, by peft."""
+    from peft import PrefixTuningConfig, get_peft_model  # no other method needs it
+
+    return get_peft_model(model, PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=tokens))
 
 
 def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:

@@ -14,14 +14,18 @@ class Method:
         weights: The weights that get adapters: some of q, k, v and o, ``"all"`` linear layers, or ``"everything"``: the
             table of words too, and biases and norms train in full. None: no adapters.
         lora: More arguments of LoRACallback.
+        prefix: Trained tokens that peft puts before the keys and values of each layer. All others are frozen.
         shots: Examples in the prompt, in place of training.
+        chat: Whether that prompt is a talk with the model, by its chat template.
     """
 
     rates: tuple[float, ...]
     trains: str = "nothing"
     weights: str | None = None
     lora: dict[str, Any] = field(default_factory=dict)
+    prefix: int = 0
     shots: int = 0
+    chat: bool = False
 
 
 def lora(weights: str, r: int, **more: Any) -> Method:
@@ -51,9 +55,17 @@ VARIANTS = {  # where the adapters start, and a head that keeps the module's rat
 WHOLE = {  # a rank so high that it can be full fine-tuning
     "LoRA everything, r=384": Method((2e-3, 4e-3), weights="everything", lora={"r": 384, "bias": "all"})
 }
+PREFIX = {"prefix, 10 tokens": Method((5e-3, 1e-2, 2e-2), prefix=10)}
+FEW = ("full", "LoRA all, r=8", *EVERYTHING, "probe")
+FEW_EPOCHS = {"reviews-100": 20, "reviews-1000": 6}  # of the tasks with so many texts to train on
 EPOCHS = ("full", "LoRA all, r=8", *EVERYTHING)
+PROMPTS = {
+    f"{shots}-shot{', chat' * chat}": Method((0.0,), shots=shots, chat=chat)
+    for shots in (1, 5, 10)
+    for chat in (False, True)
+}
 E2E = {
-    "few-shot": Method((0.0,), shots=5),
+    "5-shot": PROMPTS["5-shot"],
     "full": MAIN["full"],
     "LoRA q v, r=4": lora("qv", 4),
     "LoRA all, r=8": lora("all", 8),
@@ -85,4 +97,4 @@ def grid_name(r: int, scaling: str) -> str:
 
 GRID = {grid_name(r, name): lora("all", r, **more) for name, more in SCALINGS.items() for r in GRID_RANKS}
 
-METHODS = GRID | MAIN | BEYOND | EVERYTHING | VARIANTS | WHOLE | E2E | WHICH | RANKS
+METHODS = GRID | MAIN | BEYOND | EVERYTHING | VARIANTS | WHOLE | PREFIX | PROMPTS | E2E | WHICH | RANKS

@@ -70,13 +70,16 @@ class Texts(LightningDataModule):
         read: Returns texts and their classes.
         fresh: More texts to test on, which early jobs did not have.
         limit: Use at most this many texts in each part.
+        examples: How many texts there are to train on.
     """
 
-    def __init__(self, read: Callable[[], Labelled], fresh: Labelled, limit: int | None = None) -> None:
+    def __init__(
+        self, read: Callable[[], Labelled], fresh: Labelled, limit: int | None = None, examples: int = 7000
+    ) -> None:
         super().__init__()
         texts = read()
         Random(0).shuffle(texts)
-        parts = texts[3000:10000], texts[1500:3000], texts[:1500], fresh
+        parts = texts[3000:10000][:examples], texts[1500:3000], texts[:1500], fresh
         made = (batches(part[:limit], 32 if limit is None else 8) for part in parts)
         self.train, self.validation, self.test, self.fresh = made
 
@@ -140,15 +143,15 @@ def embed(encoder: PreTrainedModel, tokens: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def own_task(module: Classifier, limit: int | None = None) -> float:
-    """Return how often the encoder finds the definition of a verb, among those of 500: what it was trained for."""
+def own_task(module: Classifier, limit: int | None = None) -> dict[str, list[int]]:
+    """Return whether the encoder finds the definition of each verb, among those of 500: what it was trained for."""
     found = []
     for made in verbs(limit or 500):
         order = torch.cat([labels for _, labels in made])
         found.append(torch.cat([embed(module.pretrained, tokens) for tokens, _ in made])[order.argsort()])
     words, glosses = (nn.functional.normalize(each, dim=-1) for each in found)
     right = (words @ glosses.T).argmax(-1) == torch.arange(len(words))
-    return float(right.float().mean())
+    return {"correct": right.int().tolist()}
 
 
 @cache
@@ -160,12 +163,12 @@ def verbs(count: int) -> list[list[Batch]]:
     return [batches([(text, number) for number, text in enumerate(side)], 50) for side in zip(*pairs, strict=True)]
 
 
-CLASSES = {"reviews": 2, "definitions": 26}
+CLASSES = {"reviews": 2, "reviews-100": 2, "reviews-1000": 2, "definitions": 26}
 
 
 @cache
 def texts(task: str, limit: int | None) -> Texts:
-    """Return the data of a task."""
-    if task == "reviews":
-        return Texts(reviews, [], limit)
-    return Texts(definitions, definitions(10000, 13000), limit)
+    """Return the data of a task. Its name may end in how many texts there are to train on."""
+    if task == "definitions":
+        return Texts(definitions, definitions(10000, 13000), limit)
+    return Texts(reviews, [], limit, int(task.partition("-")[2] or 7000))

@@ -12,10 +12,14 @@ from .methods import (
     E2E,
     EPOCHS,
     EVERYTHING,
+    FEW,
+    FEW_EPOCHS,
     GRID,
     GRID_RATES,
     MAIN,
     METHODS,
+    PREFIX,
+    PROMPTS,
     RANKS,
     RATE,
     VARIANTS,
@@ -27,7 +31,8 @@ from .methods import (
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
 
-    With four epochs, the search begins with the best rate of two, and half of it.
+    With four epochs, the search begins with the best rate of two, and half of it. With few texts, which have low rates,
+    it may go on by two more.
     """
     rates = METHODS[name].rates
     if epochs == 4:
@@ -36,7 +41,9 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
-    if all(job in results for job in jobs):
+    for _ in range(3 if task in FEW_EPOCHS else 1):
+        if not all(job in results for job in jobs):
+            break
         best = jobs.index(ranked(results, jobs)[0])
         if best == 0:
             jobs.insert(0, replace(jobs[0], lr=jobs[0].lr / 2))
@@ -145,6 +152,25 @@ def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
     return jobs + [job for name in names for job in at_one_rate(results, name)]
 
 
+PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]  # by their loss of one seed, a prompt is chosen
+
+
+def best_prompt(results: Results) -> Job:
+    """Return the job of E2E whose prompt has the lowest loss. It has one seed: long prompts take long."""
+    return Job("e2e", ranked(results, PROMPT_JOBS)[0].method, 0.0, epochs=2)
+
+
+def of_e2e(results: Results) -> list[Job]:
+    """Return the jobs of E2E: the prompts, the best one, and what is trained."""
+    jobs = PROMPT_JOBS + compared(results, "e2e", E2E)
+    return [*jobs, best_prompt(results)] if all(job in results for job in PROMPT_JOBS) else jobs
+
+
+def of_few(results: Results) -> list[Job]:
+    """Return the jobs that have few texts to train on."""
+    return [job for task, epochs in FEW_EPOCHS.items() for job in compared(results, task, FEW, epochs)]
+
+
 def in_grid(results: Results, name: str) -> list[Job]:
     """Return the jobs of one row of the grid."""
     rates = GRID_RATES[1:3] if results.fast else GRID_RATES
@@ -155,13 +181,15 @@ def in_grid(results: Results, name: str) -> list[Job]:
 PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "grid": lambda results: [job for name in GRID for job in in_grid(results, name)],
     "table2": lambda results: compared(results, "reviews", MAIN),
-    "table3": lambda results: compared(results, "e2e", E2E),
+    "table3": of_e2e,
     "table5": lambda results: unsearched(results, WHICH),
     "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
     "epochs": lambda results: by_all_epochs(results, 2),
     "longer": lambda results: by_all_epochs(results, 4),
+    "prefix": lambda results: compared(results, "reviews", ["full", *PREFIX]),
+    "few": of_few,
     "variants": lambda results: compared(results, "reviews", ["LoRA all, r=8", *VARIANTS], 1),
     "whole": lambda results: compared(results, "reviews", ["full", *EVERYTHING, *WHOLE], 1),
 }

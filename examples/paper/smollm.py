@@ -1,6 +1,7 @@
 """A small language model that learns to say in words what a table says: the E2E task of the paper."""
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from importlib.metadata import distribution
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .methods import Method
 from .minilm import reviews
 from .student import Student
 
@@ -27,6 +29,7 @@ WEIGHTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "all": "a
 WEIGHTS["norms"] = "input_layernorm post_attention_layernorm norm"
 STEPS, TESTED, HELD_OUT, SHOTS = 25, 200, 47, 5  # steps of an epoch
 Batch = dict[str, Any]
+Pairs = Sequence[tuple[str, str]]  # of a table and a text
 Table = tuple[str, list[str]]  # a meaning representation, and its references
 
 
@@ -85,12 +88,12 @@ class Tables(LightningDataModule):
 
     Args:
         folder: Of ``valid.txt`` and ``test.txt``, with lines of the form ``table||reference``.
-        shots: Examples in each prompt of the test.
+        method: Says how many examples are in each prompt, and whether it is a talk.
         seed: Of the examples in the prompts, and of the order in training.
         limit: Use at most this many pairs to train on, and an eighth as many tables in the other parts.
     """
 
-    def __init__(self, folder: Path, shots: int, seed: int, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, method: Method, seed: int, limit: int | None = None) -> None:
         super().__init__()
         tables, test = read(folder / "valid.txt"), read(folder / "test.txt")
         Random(0).shuffle(tables)
@@ -102,7 +105,7 @@ class Tables(LightningDataModule):
         ]
         self.train = batches(pairs[: 8 * STEPS if limit is None else limit])
         self.validation = held_out
-        self.shown = "".join(f"{prompt(table)} {text}\n" for table, text in pairs[:shots])
+        self.shown, self.chat = pairs[: method.shots], method.chat
         self.test = sorted(test[: TESTED if limit is None else limit // 8], key=lambda table: len(table[0]))
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -111,15 +114,19 @@ class Tables(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the tables that were held out, each with two references."""
-        return DataLoader(self.validation, batch_size=16, collate_fn=encode)  # type: ignore[arg-type]
+        return DataLoader(self.validation, batch_size=16, collate_fn=self.encoded)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return prompts, with the tables and all their references."""
         return DataLoader(self.test, batch_size=20, collate_fn=self.prompts)  # type: ignore[arg-type]
 
+    def encoded(self, pairs: Pairs) -> Batch:
+        """Return the tokens of prompts and references."""
+        return encode(pairs, self.shown, chat=self.chat)
+
     def prompts(self, tables: list[Table]) -> Batch:
         """Return the tokens of prompts."""
-        texts = [self.shown + prompt(table) for table, _ in tables]
+        texts = [prompt(table, self.shown, chat=self.chat) for table, _ in tables]
         return {"prompt": dict(tokenizer()(texts, padding=True, return_tensors="pt")), "tables": tables}
 
 
@@ -129,23 +136,30 @@ def read(path: Path) -> list[Table]:
     return [(table, [text.strip() for _, text in group]) for table, group in groupby(sorted(pairs), lambda row: row[0])]
 
 
-def prompt(table: str) -> str:
-    """Return what stands before the text."""
-    return f"{table}\nText:"
+def prompt(table: str, shown: Pairs = (), *, chat: bool = False) -> str:
+    """Return what stands before the text of a table: examples, and the table."""
+    if not chat:
+        return "".join(f"{prompt(table)} {text}\n" for table, text in shown) + f"{table}\nText:"
+    talk = [{"role": "system", "content": "Say in one or two sentences what the table says."}]
+    for each, text in shown:
+        talk += [{"role": "user", "content": each}, {"role": "assistant", "content": text}]
+    talk.append({"role": "user", "content": table})
+    return str(tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
 
 
-def batches(pairs: list[tuple[str, str]]) -> list[Batch]:
+def batches(pairs: Pairs) -> list[Batch]:
     """Return batches of eight pairs of similar length: they need little padding."""
     pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
     return [encode(pairs[start : start + 8]) for start in range(0, len(pairs), 8)]
 
 
-def encode(pairs: list[tuple[str, str]]) -> Batch:
-    """Return tokens, and labels for the references alone."""
+def encode(pairs: Pairs, shown: Pairs = (), *, chat: bool = False) -> Batch:
+    """Return tokens, and labels for the references alone. A line ends where examples do, but in a talk."""
     rows = []
     for table, text in pairs:
-        begin = tokenizer().encode(prompt(table))
-        rows.append((begin, [*tokenizer().encode(f" {text}"), tokenizer().eos_token_id]))
+        begin = tokenizer().encode(prompt(table, shown, chat=chat))
+        end = tokenizer().encode("\n")[0] if shown and not chat else tokenizer().eos_token_id
+        rows.append((begin, [*tokenizer().encode(text if chat else f" {text}"), end]))
     length = max(len(begin) + len(text) for begin, text in rows)
     batch = torch.full((3, len(rows), length), 0)
     batch[2] = -100
@@ -203,7 +217,7 @@ def slot_errors(text: str, table: str) -> tuple[int, int]:
 
 def references(folder: Path) -> dict[str, int]:
     """Count the wrong slots in the texts that people wrote for the test: what the count itself gets wrong."""
-    tables = Tables(folder, shots=0, seed=0).test
+    tables = Tables(folder, Method((0.0,)), seed=0).test
     wrong, slots = zip(*(slot_errors(text, table) for table, texts in tables for text in texts), strict=True)
     return {"wrong_slots": sum(wrong), "slots": sum(slots)}
 
@@ -215,10 +229,10 @@ def nist(texts: list[str], tables: list[Table]) -> float:
 
 
 @torch.no_grad()
-def own_task(module: Writer, limit: int | None = None) -> float:
-    """Return the mean loss on 119 film reviews: what the model was trained for."""
+def own_task(module: Writer, limit: int | None = None) -> dict[str, list[float]]:
+    """Return the loss on each of 119 film reviews: what the model was trained for."""
     losses = []
     for text, _ in islice(sorted(reviews()), 0, None, 85 if limit is None else 2000):
         ids = tokenizer()(text, return_tensors="pt").input_ids
         losses.append(float(module.pretrained(input_ids=ids, labels=ids).loss))
-    return sum(losses) / len(losses)
+    return {"nll": losses}

@@ -2,23 +2,37 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from . import methods, stats
+from .cells import accuracy, difference, differences, items, markdown, rates_of
 from .jobs import Job, Results, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EPOCHS, EVERYTHING, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
+from .methods import (
+    BEYOND,
+    DEFINITIONS,
+    E2E,
+    EPOCHS,
+    EVERYTHING,
+    FEW,
+    FEW_EPOCHS,
+    GRID_RANKS,
+    MAIN,
+    PREFIX,
+    RANKS,
+    SCALINGS,
+    WHICH,
+    grid_name,
+)
 from .plan import (
     PARTS,
+    PROMPT_JOBS,
     at_best_epochs,
     at_one_rate,
-    finalists,
+    best_prompt,
     in_grid,
     loss,
     near_best,
-    ranked,
-    search,
     seeds,
     tried_epochs,
 )
@@ -54,8 +68,8 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
 def written(results: Results) -> str:
     """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
     best, rows = seeds(results, "e2e", "full"), []
-    for name in E2E:
-        jobs = seeds(results, "e2e", name)
+    for jobs in ([best_prompt(results)], *(seeds(results, "e2e", name) for name in E2E)):
+        name = jobs[0].method
         scores = [stats.bleu(items(results[job], "bleu").mean(0)) for job in jobs]
         wrong = np.mean([stats.share(items(results[job], "wrong_slots", "slots").mean(0)) for job in jobs])
         rouge = 100 * np.mean([items(results[job], "rouge_l").mean() for job in jobs])
@@ -81,6 +95,13 @@ def written(results: Results) -> str:
     measured = ["BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong, %", "minus full", "trained", "own task"]
     header = ["method", "rate", *measured]
     return markdown(header, rows)
+
+
+def prompted(results: Results) -> str:
+    """Loss of each prompt on E2E's validation part."""
+    best = best_prompt(results).method
+    rows = [[job.method, f"{nll(results[job]):.3f}"] for job in PROMPT_JOBS]
+    return markdown(["", "loss"], [[name, f"**{each}**" if name == best else each] for name, each in rows])
 
 
 def costs(results: Results, task: str) -> str:
@@ -133,11 +154,6 @@ OVERVIEW = {
 }
 
 
-def accuracy(results: Results, jobs: list[Job]) -> float:
-    """Return the mean accuracy on the test part, in per cent."""
-    return 100 * float(np.mean([items(results[job], "correct").mean() for job in jobs]))
-
-
 def short(results: Results) -> str:
     """Compare methods with full fine-tuning, each at its own best number of epochs and rate, on both tasks."""
     rows = []
@@ -151,6 +167,49 @@ def short(results: Results) -> str:
 
 
 CLASSIFYING = ("reviews", "definitions")
+
+
+def fresh(results: Results) -> str:
+    """Compare the same on definitions that no earlier version of the study has seen."""
+    rows, best = [], at_best_epochs(results, "definitions", "full")
+    for name in EPOCHS:
+        jobs = at_best_epochs(results, "definitions", name)
+        rows.append([name, f"{accuracy(results, jobs, 'fresh'):.1f}", *differences(results, jobs, best, "fresh")])
+    return markdown(["", "accuracy", "minus full", "loss minus full"], rows)
+
+
+def forgotten(results: Results) -> str:
+    """What is left of the own task after two epochs of another."""
+    rows = []
+    for task in CLASSIFYING:
+        best = seeds(results, task, "full")
+        for name in ("full", "LoRA all, r=8"):
+            jobs = seeds(results, task, name)
+            points = difference(results, jobs, best, ["correct"], stats.average, 100, 1, "own")
+            rows.append([f"{task}: {name}", f"{accuracy(results, jobs, 'own'):.1f}", points])
+    return markdown(["", "own task", "minus full"], rows)
+
+
+def few(results: Results) -> str:
+    """Compare methods that have few texts to train on."""
+    rows = []
+    for task, epochs in FEW_EPOCHS.items():
+        _, _, texts = task.partition("-")
+        best = seeds(results, task, "full", epochs)
+        for name in FEW:
+            jobs = seeds(results, task, name, epochs)
+            found = [f"{accuracy(results, jobs):.1f}", *differences(results, jobs, best)]
+            rows.append([f"{texts} texts: {name}", *found])
+    return markdown(["", "accuracy", "minus full", "loss minus full"], rows)
+
+
+def few_rates(results: Results) -> str:
+    """Loss on the validation part at each learning rate that was tried with few texts."""
+    rows = []
+    for task, epochs in FEW_EPOCHS.items():
+        _, _, texts = task.partition("-")
+        rows += [[f"{texts} texts: {name}", epochs, rates_of(results, task, name, epochs)] for name in FEW]
+    return markdown(["", "epochs", "rate: loss"], rows)
 
 
 def own_epochs(results: Results, task: str) -> str:
@@ -189,54 +248,6 @@ def gpt3() -> str:
 GPT3 = 175_255_800_000  # parameters, by table 4 of the paper
 
 
-def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.ndarray:
-    """Return numbers of each item of the test part, or of these parts, of shape (items, numbers)."""
-    each = [np.column_stack([np.array(result[part][key], dtype=float) for key in keys]) for part in sets or ["test"]]
-    return np.concatenate(each)
-
-
-def differences(results: Results, jobs: list[Job], others: list[Job], *sets: str) -> list[str]:
-    """Return the differences of accuracy, in points, and of loss, on the test part or on these parts together."""
-    points = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
-    return [points, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
-
-
-def difference(
-    results: Results,
-    jobs: list[Job],
-    others: list[Job],
-    keys: list[str],
-    statistic: stats.Statistic,
-    factor: float,
-    digits: int,
-    *sets: str,
-) -> str:
-    """Return a difference with its interval, bold if that leaves out zero; rounding decides nothing."""
-    if jobs == others:
-        return ""
-    known = (jobs[0].name, others[0].name, keys[0], *sets)
-    if known not in results.compared:
-        one, other = (np.stack([items(results[job], *keys, sets=sets) for job in each]) for each in (jobs, others))
-        results.compared[known] = stats.interval(one, other, statistic)
-    exact = results.compared[known]
-    found, low, high = (signed(factor * value, digits) for value in exact[:3])
-    text = f"{found} [{low}, {high}]"
-    return f"**{text}**" if exact.is_resolved else text
-
-
-def signed(value: float, digits: int) -> str:
-    """Return a number with its sign, and with one more digit if it would be rounded to zero."""
-    if value and not round(value, digits):
-        digits += 1
-    return f"{round(value, digits) + 0.0:+.{digits}f}"  # -0.0 becomes 0.0
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """Return a table in Markdown. Numbers stand on the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def searched(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
     """Compare methods, each at its best learning rate."""
     best = seeds(results, task, "full", epochs)
@@ -255,19 +266,6 @@ def one_epoch(results: Results, names: Iterable[str]) -> str:
         of_seeds = seeds(results, "reviews", name, 1)
         rows.append([name, rates_of(results, "reviews", name, 1), f"{loss(results, of_seeds):.4f}"])
     return markdown(["", "rate: loss of one seed", "mean of three"], rows)
-
-
-def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
-    """Return each learning rate with its loss, and with the mean over seeds where that decided; the best is bold."""
-    jobs = search(results, task, name, epochs)
-    tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
-    best, *_ = ranked(results, jobs)
-    if len(last := finalists(results, task, name, epochs)) > 1:
-        for of_seeds in last:
-            tried[of_seeds[0]] += f" ({loss(results, of_seeds):.3f})"
-        best, *_ = seeds(results, task, name, epochs)
-    tried[best] = f"**{tried[best]}**"
-    return ", ".join(tried.values())
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
@@ -328,7 +326,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "table2-pairs": lambda results: pairs(results, best_rates("reviews"), PAIRS),
     "table2-rates": lambda results: rates(results, "reviews", MAIN),
     "table3": written,
-    "table3-rates": lambda results: rates(results, "e2e", [name for name in E2E if name != "few-shot"]),
+    "table3-rates": lambda results: rates(results, "e2e", [name for name in E2E if name != "5-shot"]),
+    "table3-prompts": prompted,
     "table5": lambda results: unsearched(results, WHICH),
     "table5-pairs": lambda results: pairs(results, at_one_rate, WHICH_PAIRS),
     "table6": lambda results: unsearched(results, RANKS),
@@ -347,6 +346,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-losses": epoch_losses,
     "variants": lambda results: one_epoch(results, ["LoRA all, r=8", *methods.VARIANTS]),
     "whole": lambda results: one_epoch(results, ["full", *EVERYTHING, *methods.WHOLE]),
+    "fresh": fresh,
+    "forgotten": forgotten,
+    "few": few,
+    "few-rates": few_rates,
+    "prefix": lambda results: searched(results, "reviews", PREFIX),
+    "prefix-rates": lambda results: rates(results, "reviews", PREFIX),
     "gpt3": lambda _: gpt3(),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
@@ -357,7 +362,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    "epochs",
+    *("epochs", "few", "prefix"),
 )
 """Those with differences."""
 
@@ -386,6 +391,8 @@ def finished(table: str, results: Results) -> bool:
 
 
 NEEDS: dict[str, tuple[str, ...]] = {
+    "fresh": ("epochs",),
+    "forgotten": ("table2", "definitions"),
     "gpt3": (),
     "overview": ("table2", "epochs", "costs-reviews"),
     "together": ("table2", "epochs"),
