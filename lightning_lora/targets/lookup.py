@@ -74,7 +74,8 @@ class Names:
         near = _nearest(missing)
         hint = f"Nearest names: {', '.join(near[:5])}." if near else self._endings()
         if argument == "modules_to_save" and not near:
-            hint = f"Its modules are {listed(name for name in self.modules if name and '.' not in name)}, and those inside."
+            outer = [name for name in self.modules if name and "." not in name]
+            hint = f"Its modules are {listed(outer)}, and those inside."
         if argument == "target_modules":
             held = [name for name in self.parameters if _ends_with(name, entries)]
             hint += f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
