@@ -46,6 +46,8 @@ class Stack(LightningModule):
         for _ in range(layers):
             sizes = [width] * 5 + [4 * width, width]  # q, k, v, o, up and down
             self.layers.extend(nn.Linear(*each, bias=False) for each in itertools.pairwise(sizes))
+        for weight in self.parameters():  # signals keep their size: sums with denormal updates would take long
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
