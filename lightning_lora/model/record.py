@@ -105,7 +105,7 @@ class Merge:
     others: dict[str, Seen]  # the other parameters
 
 
-@dataclass
+@dataclass(eq=False)  # a model's own: two of them are never one, and tensors have no single answer
 class Record:
     """What a model remembers of its base and its adapters."""
 

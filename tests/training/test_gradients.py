@@ -71,6 +71,20 @@ class Turns(L.Callback):  # tells that training has begun, and waits for another
         self.wait.wait()
 
 
+def test_a_fit_within_a_fit_of_another_module_leaves_both_trained(tmp_path: Path) -> None:
+    own = torch.utils.checkpoint.CheckpointFunction
+    outer, inner = (as_trained(LitTiny(), modules_to_save=["head"]) for _ in range(2))
+
+    class Probes(L.Callback):  # trains a probe after each epoch
+        def on_train_epoch_end(self, *_: Any) -> None:
+            train(tmp_path, lora(merge=False), model=inner, enable_checkpointing=False, max_epochs=1)
+
+    before = state(outer), state(inner)
+    train(tmp_path, lora(merge=False), Probes(), model=outer, enable_checkpointing=False, max_epochs=1)
+    assert not same(state(outer), before[0]) and not same(state(inner), before[1])
+    assert torch.utils.checkpoint.CheckpointFunction is own
+
+
 def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
     own, events = torch.utils.checkpoint.CheckpointFunction, (Event(), Event(), Event())
     alone, *models = (as_trained(Recomputed(reentrant=True), modules_to_save=["head"]) for _ in range(3))
