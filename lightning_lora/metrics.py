@@ -51,7 +51,7 @@ class Measured(NamedTuple):
         return precise(full_tensor(self.adapter.parameters[name]))
 
     def update(self) -> Factors | Tensor:
-        """Return the update, as A and B or, for DoRA, as the matrix of any rank."""
+        """Return the update: A and B, or DoRA's as one matrix."""
         a, b = self.factors()
         if not self.adapter.settings.use_dora:
             return a, b
@@ -152,9 +152,10 @@ class _OfAdapters(Metric):
 
 
 class UpdateNorm(_OfAdapters):
-    r"""The size of each update beside its weight: :math:`\lVert \Delta W \rVert_F / \lVert W \rVert_F`.
+    r"""The size of each update beside its weight.
 
-    0.01 means that the update is a hundredth of the weight. A fresh adapter has 0.
+    It is :math:`\lVert \Delta W \rVert_F / \lVert W \rVert_F`. 0.01 means that the update is a hundredth of the weight.
+    A fresh adapter has 0.
 
     Args:
         reduction: ``"none"`` for a dictionary by matrix, or ``"mean"``, ``"max"`` or ``"min"`` for one number.
@@ -180,10 +181,11 @@ class UpdateNorm(_OfAdapters):
 
 
 class EffectiveRank(_OfAdapters):
-    r"""How many directions of each update count: :math:`\exp` of the entropy of its singular values.
+    r"""How many directions of each update count.
 
-    It is r if all r directions have one size, and near 1 if one outweighs the others. A fresh adapter has 0. ``update``
-    also takes files of adapters (not of DoRA). Arguments and errors are those of ``UpdateNorm``.
+    It is :math:`\exp` of the entropy of its singular values: r if all r directions have one size, and near 1 if one
+    outweighs the others. A fresh adapter has 0. ``update`` also takes files of adapters (not of DoRA). Arguments and
+    errors are those of ``UpdateNorm``.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
@@ -194,11 +196,11 @@ class EffectiveRank(_OfAdapters):
 
 
 class Amplification(_OfAdapters):
-    r"""How much each update amplifies its directions: :math:`\lVert \Delta W \rVert_F / \lVert U^T W V \rVert_F`.
+    r"""How much each update amplifies its directions.
 
-    U and V are the top r left and right singular vectors of the update. A large factor means that the base hardly uses
-    these directions. A fresh adapter has 0. ``norms`` has the norms of the update, of :math:`U^T W V` and of W. Errors
-    are those of ``UpdateNorm``.
+    It is :math:`\lVert \Delta W \rVert_F / \lVert U^T W V \rVert_F`. U and V are the top r left and right singular
+    vectors of the update. A large factor means that the base hardly uses these directions. A fresh adapter has 0.
+    ``norms`` has the norms of the update, of :math:`U^T W V` and of W. Errors are those of ``UpdateNorm``.
 
     Args:
         directions: ``"update"``, or for the other columns of table 7 ``"weight"`` (the top r singular vectors of W) or
@@ -227,9 +229,10 @@ class Amplification(_OfAdapters):
 
 
 class SubspaceSimilarity(_OfAdapters):
-    r"""How much the top i directions of one adapter are among the top j of another: from 0 to 1, for each matrix.
+    r"""How alike the directions of two adapters are, from 0 to 1.
 
-    It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, where the columns of :math:`U^i` are the
+    For each matrix, how much the top i directions of one are among the top j of the other:
+    :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, where the columns of :math:`U^i` are the
     right singular vectors of A with the i largest singular values. ``update(one, other)`` takes models, ``(model,
     name)`` or files. Matrices that only one has are left out. A factor of zeros has no directions: 0.
 

@@ -14,8 +14,9 @@ from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.costs import costs
 from examples.paper.jobs import Folders, Job, Results
 from examples.paper.methods import RANKS, RATE
+from examples.paper.pages import fill, finished
 from examples.paper.plan import PARTS, seeds
-from examples.paper.tables import TABLES, fill, finished
+from examples.paper.tables import TABLES
 
 pytest.importorskip("wn")
 FOUND = Results(HERE / "results")

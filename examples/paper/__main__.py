@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .costs import costs
 from .jobs import Folders, Job, Result, Results, quiet, run
 from .methods import E2E, EVERYTHING, MAIN, METHODS
+from .pages import fill, finished
 from .plan import PARTS, at_one_rate
 from .subspaces import draw, subspaces
-from .tables import TABLES, fill, finished
+from .tables import TABLES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -36,9 +37,8 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
     for part, task, methods in (("table2", "reviews", [*MAIN, *EVERYTHING]), ("table3", "e2e", E2E)):
         if part in parts and (name := f"costs-{task}") not in results.found:
             Console().print(f"Now measuring what each method of {part} costs: some minutes.")
-            results.add(
-                name, costs(task, [name for name in methods if not METHODS[name].shots], folders, fast=results.fast)
-            )
+            trained = [method for method in methods if not METHODS[method].shots]
+            results.add(name, costs(task, trained, folders, fast=results.fast))
     if "table3" in parts and "references" not in results.found:
         from .smollm import references  # its packages are not needed by other parts
 

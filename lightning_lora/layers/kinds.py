@@ -47,7 +47,10 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 
 
 def name_of_kind(kind: type) -> str:
-    """Return the full name of an adapter class. A spawned process knows the main module under another name."""
+    """Return the full name of an adapter class.
+
+    It is the same in a spawned process, which knows the main module under another name.
+    """
     return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
 
 
