@@ -209,6 +209,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = 
     "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
     "disabled": (disabled, "a.ckpt", ll.AdapterStateError, "shows its base"),
     "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
+    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
     "other names": (lambda: plain(Named(4, 4)), "a.safetensors", ll.AdapterStateError, "not hold '0.weight' under"),
 }
 
