@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
@@ -32,7 +32,7 @@ SEEING = ["eva", "lora_ga"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
 
 
-class Deep(L.LightningModule):  # three layers in float64, with dropout between them, that remembers its inputs
+class Deep(L.LightningModule):  # three layers in float64
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -80,17 +80,6 @@ def begun(folder: Path, model: Any, train: Any, **options: Any) -> Begun:
     return found
 
 
-def inputs(model: Any, train: DataLoader[Any], most: int) -> dict[str, Tensor]:
-    """What each linear layer of a plain model gets."""
-    found: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, args, n=name: found.setdefault(n, []).append(args[0].detach()))
-    for batch, _ in zip(train, range(most), strict=False):
-        model(batch[0])
-    return {name: torch.cat(each) for name, each in found.items()}
-
-
 def angles(a: Tensor, b: Tensor) -> Tensor:
     """The cosines of the principal angles between the rows of two matrices."""
     return torch.linalg.svdvals(torch.linalg.qr(a.double().T).Q.T @ torch.linalg.qr(b.double().T).Q)
@@ -99,36 +88,19 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
 # EVA
 
 
-@pytest.mark.parametrize(("most", "options"), [(1, {"fast_dev_run": True}), (5, {"init_batches": 5}), (16, {})])
+@pytest.mark.parametrize(("most", "options"), [(1, {"fast_dev_run": True}), (16, {})])
 def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: int, options: dict[str, Any]) -> None:
     found = begun(tmp_path, Deep(), numbers(), init="eva", **options)
-    for name, x in inputs(Deep(), numbers(), most).items():
-        a, b = found.state[f"{name}.lora_A"], found.state[f"{name}.lora_B"]
-        _, sizes, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        cosines = (a * right[:3]).sum(1).abs()  # each of its own, so in their order
-        assert (cosines > 0.999).all(), (name, cosines, sizes)
-        torch.testing.assert_close(a @ a.T, torch.eye(3, dtype=a.dtype))
-        assert not b.any()
-
-
-def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    stops = peft.EvaConfig(rho=1.0, tau=0.0)  # all ranks stay, and two batches are enough
-    config = peft.LoraConfig(r=3, target_modules=r"layers\.\d", init_lora_weights="eva", eva_config=stops)
-    found = peft.get_eva_state_dict(
-        Deep(),
-        [batch[0] for batch in numbers(batch_size=60)],
-        config,
-        forward_fn=lambda model, x: model(x),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )
-    ours = begun(tmp_path, Deep(), numbers(batch_size=60), init="eva", init_batches=2)
-    assert len(found) == 3
-    for name, a in found.items():
-        assert angles(ours.state[f"{name}.lora_A"], a).min() > 0.999, name  # they keep less between batches
+    x = torch.cat([batch[0] for batch, _ in zip(numbers(), range(most), strict=False)])
+    for name, layer in Deep().layers.named_children():
+        if isinstance(layer, nn.Linear):
+            a, b = found.state[f"layers.{name}.lora_A"], found.state[f"layers.{name}.lora_B"]
+            *_, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+            cosines = (a * right[:3]).sum(1).abs()  # each of its own, so in their order
+            assert (cosines > 0.999).all(), (name, cosines)
+            torch.testing.assert_close(a @ a.T, torch.eye(3, dtype=a.dtype))
+            assert not b.any()
+        x = layer(x).detach()
 
 
 # Without a trace
@@ -196,16 +168,10 @@ class Own:  # a loader that is no DataLoader, and an iterator itself
         return self.left.pop(0)
 
 
-def drawn() -> DataLoader[Any]:
-    return numbers(sampler=RandomSampler(numbers().dataset, generator=torch.Generator().manual_seed(3)))  # type: ignore[arg-type]
-
-
 LOADERS: list[Callable[[], Any]] = [
     Own,
-    lambda: numbers(shuffle=True),
     lambda: numbers(shuffle=True, generator=torch.Generator().manual_seed(3)),
     lambda: numbers(shuffle=True, num_workers=1, persistent_workers=True),
-    drawn,
     lambda: DataLoader(Stream(), batch_size=20),
 ]
 
@@ -272,20 +238,11 @@ def test_an_average_starts_where_the_module_starts(tmp_path: Path) -> None:
 def test_all_processes_start_with_the_same_values(tmp_path: Path) -> None:
     class Writes(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.rows, self.begins = list[Tensor](), state(pl_module)
+            torch.save(state(pl_module), tmp_path / f"{trainer.global_rank}.pt")
 
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.rows.append(batch[0])
-            torch.save((self.begins, torch.cat(self.rows)), tmp_path / f"{trainer.global_rank}.pt")
-
-    options: Any = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1, "limit_train_batches": 3}
+    options: Any = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1}
     trainer(tmp_path, [ll.LoRACallback(r=3, init="lora_ga"), Writes()], **options).fit(Deep(), numbers())
-    (first, rows), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert same(first, second)
-    own = DataLoader(TensorDataset(rows, rows[:, :7].sin()), batch_size=20)  # which the first process sees
-    alone = begun(tmp_path, Deep(), own, init="lora_ga")
-    for name in ("layers.0.lora_A", "layers.2.lora_A"):
-        assert angles(first[name], alone.state[name]).min() > 0.9999
+    assert same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
 
 
 # Where
@@ -404,48 +361,20 @@ def test_a_slice_in_half_precision_starts_from_data(tmp_path: Path) -> None:
 # LoRA-GA
 
 
-def gradients(train: DataLoader[Any], most: int) -> dict[str, Tensor]:
-    """The gradient of each weight of a plain model, averaged over the batches."""
-    model = Deep()
-    for batch, _ in zip(train, range(most), strict=False):
-        (model.training_step(batch, 0) / most).backward()  # type: ignore[no-untyped-call]
-    return {name: p.grad for name, p in model.named_parameters() if p.dim() == 2 and p.grad is not None}
-
-
 @pytest.mark.parametrize("most", [1, 8])
 def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int) -> None:
     found = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=most, alpha=12)
-    for name, grad in gradients(numbers(), most).items():
-        layer = name.removesuffix(".weight")
+    model = Deep()
+    for batch, _ in zip(numbers(), range(most), strict=False):
+        (model.training_step(batch, 0) / most).backward()  # type: ignore[no-untyped-call]
+    for layer in ("layers.0", "layers.2", "layers.3"):
+        grad: Any = model.get_parameter(f"{layer}.weight").grad
         a, b, a0, b0 = (found.state[f"{layer}.lora_{each}"] for each in ("A", "B", "A0", "B0"))
         left, _, right = torch.linalg.svd(grad, full_matrices=False)
         size = torch.full((3,), len(grad) ** 0.25 / 4, dtype=a.dtype)
         for own, wanted in ((a, right[:3]), (b.T, left.T[3:6])):
             torch.testing.assert_close((own * wanted).sum(1).abs(), size, rtol=1e-3, atol=0)
         assert torch.equal(a, a0) and torch.equal(b, b0)
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft", minversion="0.21")
-    from peft.tuners.lora import LoraGAConfig, preprocess_loraga
-
-    theirs, batches = Deep(), list(numbers())[:8]
-    how = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
-    config = peft.LoraConfig(r=3, target_modules=r"layers\.[023]", **how)
-    preprocess_loraga(theirs, config, lambda: [theirs.training_step(batch, 0).backward() for batch in batches])  # type: ignore[no-untyped-call]
-    for name, grad in gradients(numbers(), 8).items():
-        layer: Any = theirs.get_submodule(name.removesuffix(".weight"))
-        torch.testing.assert_close(layer._peft_loraga_grad, grad)
-    wrapped = peft.get_peft_model(theirs, config)
-    ours = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=8)
-    for name, p in wrapped.named_parameters():
-        if "lora_" in name:
-            own = ours.state[name.removeprefix("base_model.model.").replace(".default.weight", "")]
-            a, b = (own, p) if "lora_A" in name else (own.T, p.T)  # PEFT scales B by the singular values too
-            cosines = torch.cosine_similarity(a.double(), b.double(), dim=1).abs()
-            assert (cosines > 0.999).all(), (name, cosines)
 
 
 class Kinds(L.LightningModule):  # layers of several kinds
@@ -497,11 +426,10 @@ def test_quantised_weights_start_from_their_inputs_and_not_from_gradients(tmp_pa
     assert angles(found.state["layers.0.lora_A"], wide.state["layers.0.lora_A"]).min() > 0.999
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_lora_ga_starts_the_same_with_checkpoints(tmp_path: Path, reentrant: bool) -> None:
+def test_lora_ga_starts_the_same_behind_a_reentrant_checkpoint(tmp_path: Path) -> None:
     class Saving(Deep):
         def forward(self, x: Tensor) -> Any:
-            return checkpoint(self.layers, x, use_reentrant=reentrant)
+            return checkpoint(self.layers, x, use_reentrant=True)
 
     found, plain = (begun(tmp_path, model, numbers(), init="lora_ga") for model in (Saving(), Deep()))
     for name in ("layers.0.lora_A", "layers.3.lora_A"):
