@@ -188,64 +188,49 @@ class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
         return self.head((torch.tanh(self.q_proj(x)) + self.v_proj(x)).detach())
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-@pytest.mark.parametrize(
-    ("begin", "stage"), [("fit", "fit"), ("merged", "validate"), ("load", "fit"), ("ckpt", "fit"), ("ckpt", "validate")]
-)
-def test_a_head_that_trained_beside_fresh_adapters_is_not_the_next_base(tmp_path: Path, stage: str, begin: str) -> None:
-    options = {"merge": "last" if begin == "merged" else False}
-    model, t = fit(tmp_path, lora(**options), model=TrainsItsHead())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    head = trained(model)["head.weight"]
-    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
-    if begin in ("load", "ckpt"):
-        model = TrainsItsHead()
-        if begin == "load":
-            ll.load_adapter(model, tmp_path / "a.ckpt")
-        else:
-            trainer(tmp_path, [lora(**options)]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    for _ in range(2):
-        t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-        getattr(t, stage)(model, data())
-    ll.save_adapter(model, tmp_path / "b.safetensors")
-    again = loaded(tmp_path / "b.safetensors")
-    assert same(trained(again), trained(model))
-    ll.unmerge_adapters(model)
-    ll.remove_adapters(model)
-    assert same(state(model), state(LitTiny()))
-
-
-def add(model: Any) -> None:
-    model.head.weight.data.add_(1)
-
-
-def train_alone(model: Any) -> None:
-    model.head.weight.sum().backward()
-    adam(model.head.parameters()).step()
-
-
-def put_another(model: Any) -> None:
-    model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
-
-
-def add_and_merge(model: Any) -> None:
-    add(model)
-    ll.merge_adapters(model)
-
-
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-@pytest.mark.parametrize(
-    ("change", "stage"), [(add, "fit"), (train_alone, "validate"), (put_another, "fit"), (add_and_merge, "fit")]
-)
-def test_a_head_that_other_code_has_changed_is_not_the_base_of_the_next_stage(
-    tmp_path: Path, stage: str, change: Callable[[Any], None]
-) -> None:
+def with_another_head(how: str, folder: Path) -> LitTiny:
+    """A model whose head has changed beside fresh adapters: in a fit, by its file, or by other code."""
     model = TrainsItsHead()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    change(model)
+    if how in ("fit", "merged", "loaded", "tested"):
+        fitted, t = fit(folder, lora(merge="last" if how == "merged" else False), model=TrainsItsHead())
+        t.save_checkpoint(folder / "a.ckpt")
+        if how == "loaded":
+            ll.load_adapter(model, folder / "a.ckpt")
+        elif how == "tested":
+            trainer(folder, [lora(merge=False)]).test(model, data(), ckpt_path=folder / "a.ckpt", verbose=False)
+        return model if how in ("loaded", "tested") else fitted
+    ll.inject_adapters(model, lora().config)
+    if how == "replaced":
+        model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
+    else:
+        model.head.weight.data.add_(1)
+    if how == "written and merged":
+        ll.merge_adapters(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [
+        ("fit", "fit"),
+        ("merged", "validate"),
+        ("loaded", "fit"),
+        ("tested", "validate"),
+        ("written", "validate"),
+        ("replaced", "fit"),
+        ("written and merged", "fit"),
+    ],
+)
+def test_a_head_that_changed_beside_fresh_adapters_is_not_the_next_base(tmp_path: Path, how: str, stage: str) -> None:
+    model = with_another_head(how, tmp_path)
     head = model.head.weight.detach().clone()
-    getattr(trainer(tmp_path, [lora(merge=False)], max_epochs=1), stage)(model, data())
-    assert not torch.equal(head, LitTiny().head.weight) and torch.equal(head, model.head.weight) is (stage != "fit")
+    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
+    for _ in range(2):
+        getattr(trainer(tmp_path, [lora(merge=False)], max_epochs=1), stage)(model, data())
+    assert torch.equal(head, model.head.weight) is (stage != "fit")
+    ll.save_adapter(model, tmp_path / "b.safetensors")
+    assert same(trained(loaded(tmp_path / "b.safetensors")), trained(model))
     ll.unmerge_adapters(model)
     with ll.disable_adapters(model):
         assert torch.equal(model.head.weight, LitTiny().head.weight)
@@ -275,7 +260,7 @@ def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begi
     if begin in ("adapted", "changed"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     if begin == "changed":
-        add(model)
+        model.head.weight.data.add_(1)
     getattr(t, stage)(model, data(), ckpt_path=path)
     if not is_plain(model):
         ll.remove_adapters(model)
@@ -399,7 +384,7 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     config = lora(target_modules=["q"] if part else ["q_proj"]).config
     ll.inject_adapters(model.body if part else model, config)
     model.q_proj.lora_B.data.fill_(0.1)  # type: ignore[union-attr,operator]
-    add(model)
+    model.head.weight.data.add_(1)
     expected = outcome(trainer(tmp_path), "predict", model)
     t = trainer(tmp_path, [lora(target_modules=["q_proj"])])
     assert torch.equal(outcome(t, "predict", model), expected) and not is_plain(model)
