@@ -112,7 +112,7 @@ def between(module: Towers, *, one: bool, other: bool) -> Towers:
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # one network runs alone
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("merge", [False, "last"])
-def test_what_is_thawed_trains_and_what_is_frozen_is_named_once(tmp_path: Path, merge: Any, alike: bool) -> None:
+def test_what_is_thawed_trains_and_what_is_frozen_is_named(tmp_path: Path, merge: Any, alike: bool) -> None:
     module = between(Towers("one", alike=alike), one=True, other=False)
     module.follows = False
     trained(tmp_path, module, lora={"merge": merge})
