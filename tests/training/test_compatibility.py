@@ -76,11 +76,6 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(tmp_path: Path, opti
     assert same(state(fit_and_resume(tmp_path, OPTIMIZERS[optimizer], *callbacks, **options)), state(expected))
 
 
-def test_early_stopping_counts_on_when_resumed(tmp_path: Path) -> None:
-    fit_and_resume(tmp_path, adam, lambda: bundled.EarlyStopping("val_loss", patience=2, min_delta=9), max_epochs=9)
-    assert {file.name for file in tmp_path.rglob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"}
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "limits": {"limit_train_batches": 3, "limit_val_batches": 1},
     "steps": {"max_epochs": -1, "max_steps": 10},

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAWarning, MergePrecisionWarning
 from tests.support.cases import held
@@ -121,24 +121,6 @@ def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path) -> None:
         assert same(once, expected)
         for second in again:
             assert same(run(tmp_path / file.stem / second.stem, second)[0], expected)
-
-
-class Draws(WarmsUp):  # new data for each epoch
-    def train_dataloader(self) -> Any:
-        index = torch.randint(20, (16,), generator=torch.Generator().manual_seed(self.current_epoch))
-        return DataLoader(TensorDataset(index, index % 4), batch_size=4, shuffle=True)
-
-
-@exact
-def test_data_that_are_drawn_for_each_epoch_resume_as_the_guide_says(tmp_path: Path) -> None:
-    def run(file: Path | None = None) -> dict[str, Any]:
-        saves = ModelCheckpoint(tmp_path / str(file is None), "{epoch}", save_top_k=-1)
-        torch.manual_seed(5 if file is None else 6)
-        t = trainer(tmp_path, [lora(dropout=0.3), saves], max_epochs=4, reload_dataloaders_every_n_epochs=1)
-        t.fit(model := Draws(), ckpt_path=file)
-        return state(model)
-
-    assert same(run(), run(tmp_path / "True" / "epoch=1.ckpt"))
 
 
 # Files of any CheckpointIO

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, load_adapter, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
@@ -182,20 +182,6 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     outcome(t, "test", model)
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
-
-
-def test_a_method_that_is_put_back_after_a_fit_does_not_take_ours_away(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora(save="model")], enable_checkpointing=False, max_epochs=1)
-    found = {name: getattr(t.strategy, name) for name in METHODS}
-    count(t.strategy)  # as a profiler does
-    t.fit(model := LitTiny(), data())
-    for name, method in found.items():
-        setattr(t.strategy, name, method)
-    t.fit_loop.max_epochs = 2
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], state(model))
-    load_adapter(LitTiny(), tmp_path / "a.ckpt")
 
 
 def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
