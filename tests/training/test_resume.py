@@ -151,11 +151,24 @@ class Counts(L.Callback):  # a callback whose state is the object that it goes o
         self.seen = state_dict
 
 
-@pytest.mark.parametrize("writer", [WritesLater, WritesAsync])
-def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, writer: type[Any]) -> None:
+class Moves(LitTiny):  # a buffer that is the base's until the second epoch
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moved", torch.zeros(()))
+
+    def training_step(self, *args: Any) -> Any:
+        self.moved += self.current_epoch
+        return super().training_step(*args)
+
+
+@pytest.mark.parametrize(
+    ("writer", "save"), [(WritesLater, "adapters"), (WritesAsync, "adapters"), (WritesLater, "model")]
+)
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, writer: Any, save: str) -> None:
     def run(folder: str, plugins: list[Any], **options: Any) -> tuple[Any, dict[str, Any]]:
         counts, saves = Counts(), best(tmp_path / folder, save_top_k=-1)
-        model, _ = fit(tmp_path, lora(merge=False), counts, saves, plugins=plugins, **options)
+        callbacks = lora(merge=False, save=save), counts, saves
+        model, _ = fit(tmp_path, *callbacks, model=Moves, plugins=plugins, **options)
         return counts.seen, state(model)
 
     seen, whole = run("a", [writer()])
