@@ -17,7 +17,7 @@ from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
-from tests.support.faults import edited, unchanged
+from tests.support.faults import unchanged
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, same, state, trainer
 from tests.support.storage import fitted, goes_on, restores
@@ -250,14 +250,9 @@ def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path:
         new = Scaled(3.0)
         new.load_state_dict(merged)
         torch.testing.assert_close(new(X), model(X))
-
-    def fill(checkpoint: dict[str, Any]) -> None:  # as a run that was resumed where setup takes other numbers
-        checkpoint["state_dict"]["scale"].fill_(5.0)
-        stored = StoredAdapters.from_file(held(checkpoint), checkpoint[KEY], "")
-        checkpoint.update({"state_dict": stored.state, KEY: stored.description()})
-
+    fitted(other := tmp_path / "b.ckpt", Scaled(5.0), lora(merge=False, modules_to_save=None))
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
-        combine_files([file, edited(file, tmp_path / "b.ckpt", fill)], tmp_path / "c.safetensors", (1, 1))
+        combine_files([file, other], tmp_path / "c.safetensors", (1, 1))
 
 
 class Around(Scaled):  # whose network is a module inside it

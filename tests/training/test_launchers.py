@@ -122,12 +122,6 @@ def slurm(folder: Path, *options: str) -> list[Command]:
     return [Program(str(folder), *options, **job, **rank) for rank in ranks]
 
 
-def kubeflow(folder: Path) -> list[Command]:
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    options = ["--nodes=2", "--devices=1", "--environment=KubeflowEnvironment"]
-    return [Program(str(folder), *options, **job, RANK=str(pod)) for pod in range(2)]
-
-
 def ray(folder: Path) -> list[Command]:
     return [Command("-m", "tests.support.launched_by_ray", str(folder))]
 
@@ -170,7 +164,7 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in WRITTEN if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
-@pytest.mark.parametrize("launcher", [lightning, torchrun_on_two_nodes, slurm, kubeflow])
+@pytest.mark.parametrize("launcher", [lightning, torchrun_on_two_nodes, slurm])
 def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
     assert differing(result(results, launcher), forked) == []
 

@@ -106,15 +106,6 @@ def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: di
     assert hasattr(model.inner, "ft_compute_sample_grad") is (not is_told or mode == "functorch")
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-def test_dropout_of_adapters_is_refused(is_told: bool) -> None:
-    if is_told:
-        page(1)
-    loss = F.cross_entropy(prepare_module(adapted(dropout=0.5, target_modules=["inner"]), "hooks")(X), Y)
-    with pytest.raises(ValueError if is_told else RuntimeError, match="mask" if is_told else "random operation"):
-        loss.backward()
-
-
 class LitNet(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
