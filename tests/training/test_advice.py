@@ -223,28 +223,12 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
     assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.03}]
     (file,) = tmp_path.rglob("lora.json")
     assert json.loads(file.read_text()) == {**found, "lora/base": base}
+    assert "lora" not in (file.parent / "hparams.yaml").read_text()  # Lightning would pass it to a module
     options = {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
     log(tmp_path, notes := Notes(), lora(**options))  # lists and patterns are text
     (found,) = notes.ours
     assert found["lora/target_modules"] == '["q_proj"]' and found["lora/rank_pattern"] == r'{"q_\\w+": 1}'
     assert found["lora/alpha"] == 4 and found["lora/merge"] is False
-
-
-class TakesAny(LitTiny):
-    def __init__(self, lr: float = 0.05, **others: Any) -> None:
-        super().__init__(lr=lr)
-        self.others = others
-
-
-def test_a_module_that_takes_any_argument_gets_only_its_own_from_hparams_yaml(tmp_path: Path) -> None:
-    found, options = [], {"log_every_n_steps": 1, "max_epochs": 1}
-    for callbacks in ([], [lora()]):
-        _, t = fits.fit(tmp_path, *callbacks, model=TakesAny(lr=0.03), logger=CSVLogger(tmp_path), **options)
-        if not callbacks:
-            t.save_checkpoint(tmp_path / "a.ckpt")
-        names = Path(t.logger.log_dir) / "hparams.yaml"  # type: ignore[union-attr,arg-type]
-        found.append(TakesAny.load_from_checkpoint(tmp_path / "a.ckpt", hparams_file=names))
-    assert found[1].hparams["lr"] == 0.03 and found[1].others == found[0].others
 
 
 def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path: Path) -> None:

@@ -66,9 +66,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
         self.note("predict", batch)
         return self(batch[0])
 
-    def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
-        self.note("between", batch)
-
 
 def modes(module: nn.Module) -> dict[str, bool]:
     return {name: each.training for name, each in module.named_modules()}
@@ -99,7 +96,7 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
-    expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
+    expected = {"train": {True}} | {hook: {False} for hook in ("sanity", "validate", "test", "predict")}
 
     assert model.acts == expected and len(model.modes) == 8
     assert modes(model) == before and all(each == before for each in model.modes)
@@ -154,7 +151,7 @@ class Compiled(Lit):  # whose model is compiled
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
     model, _ = fit(tmp_path, lora(), model=adapted(cls))
-    assert model.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
+    assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

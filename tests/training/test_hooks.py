@@ -167,24 +167,6 @@ def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) 
         ll.load_adapter(new, file)
 
 
-class Loads(LitTiny):  # whose setup loads the base, with a norm, and a table that is always the same
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8)
-        self.register_buffer("table", torch.arange(8.0))
-
-    def setup(self, stage: str) -> None:
-        base = {name: value.clone() for name, value in self.state_dict().items() if "norm" in name or name == "table"}
-        self.load_state_dict({name: value + (name != "table") for name, value in base.items()}, strict=False)
-
-
-def test_what_setup_loads_beside_weights_is_the_base(tmp_path: Path) -> None:
-    fitted(tmp_path / "a.ckpt", Loads(), lora(merge=False))
-    assert files_hold_adapters_alone(tmp_path)
-    with pytest.raises(ll.BaseMismatchError, match=r"'norm.weight', 'norm.bias'"):
-        ll.load_from_checkpoint(Loads, tmp_path / "a.ckpt")
-
-
 def tabled(value: float = 0.0) -> LitTiny:
     model = LitTiny()
     model.register_buffer("table", torch.full((8,), value))

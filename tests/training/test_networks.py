@@ -454,21 +454,6 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     torch.testing.assert_close(module.copy(X), before)
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the first batch
-def test_a_backbone_is_judged_once_it_has_run(tmp_path: Path) -> None:
-    class TwoTasks(Headed):
-        def build(self) -> None:
-            super().build()
-            self.net["other"] = nn.Linear(8, 2)
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            task = "head" if batch_idx % 2 else "other"
-            features = self.net["backbone"](batch[0]) if batch_idx % 2 else batch[0]
-            return self.net[task](features).square().mean()
-
-    assert "net.backbone.0" in adapted(fit(tmp_path, TwoTasks()))
-
-
 def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> None:
     class Logged(SmallBesideLarge):
         def loss(self, x: Tensor) -> Tensor:

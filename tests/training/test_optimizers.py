@@ -172,13 +172,6 @@ def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(tmp_pat
     assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
 
 
-def test_an_optimizer_whose_adapters_are_all_in_another_is_named(tmp_path: Path) -> None:
-    model = Chosen(lambda name: name in TRAINED, lambda name: name in ("q_proj.weight", "v_proj.weight"))
-    with pytest.raises(OptimizerError, match=r"Optimizer 1 .*'v_proj'.*adapters that are in another optimizer.* leave"):
-        fit(tmp_path, lora(), model=model)
-    assert is_plain(model)
-
-
 @pytest.mark.parametrize("early", [False, True])
 def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path, early: bool) -> None:
     model = LitTiny()

@@ -328,23 +328,6 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None
     assert scaler.get_scale() < 4 and not model.q_proj.lora_B.any()
 
 
-class Lists(Zips):  # trains those that it was made with
-    def __init__(self, parameters: Any, lr: float) -> None:
-        self.own = [*parameters]
-        super().__init__(self.own, lr)
-
-    def step(self, closure: Any = None) -> None:
-        closure()
-        for p in self.own:
-            if p.grad is not None:
-                p.data.sub_(p.grad)
-
-
-def test_an_optimizer_with_a_list_of_its_own_is_named_after_the_fit(tmp_path: Path) -> None:
-    with pytest.warns(DeadAdapterWarning, match="After 8 steps, all updates of LitTiny are still zero"):
-        fit(tmp_path, lora(), model=told(Lists))
-
-
 # Fits that go on, and other fits
 
 

@@ -391,19 +391,3 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     ll.remove_adapters(model)
     assert torch.equal(model.head.weight, LitTiny().head.weight)
 
-
-class Sees(L.Callback):  # looks at the module in each process
-    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        assert is_plain(pl_module) and find_record(pl_module) is None and all(flags(pl_module).values())
-        assert trainer.world_size == 2
-
-
-@pytest.mark.processes
-@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
-def test_every_process_stays_plain(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(), Sees()], strategy="ddp_fork", devices=2)
-    t.test(model, data(), verbose=False)
-    Sees.on_test_end(Sees(), t, model)
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert same(checkpoint["state_dict"], LitTiny().state_dict()) and not [key for key in checkpoint if "lora" in key]
