@@ -19,6 +19,7 @@ from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
 from tests.support.faults import unchanged
 from tests.support.fits import fit, resumes_to_the_bit
+from tests.support.late import Normed
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, same, state, trainer
 from tests.support.storage import fitted, goes_on, restores
 from tests.support.versions import exact
@@ -165,6 +166,16 @@ def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) 
     file.write_bytes(b"PK")
     with unchanged(new := Statistics()), pytest.raises(ll.AdapterFileError):
         ll.load_adapter(new, file)
+
+
+class LoadsStatistics(Normed):
+    def setup(self, stage: str) -> None:
+        self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr]
+
+
+def test_statistics_of_a_norm_that_setup_loads_are_the_base(tmp_path: Path) -> None:
+    fitted(tmp_path / "a.ckpt", LoadsStatistics(), lora(merge=False))
+    assert files_hold_adapters_alone(tmp_path)
 
 
 def tabled(value: float = 0.0) -> LitTiny:
