@@ -204,6 +204,7 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
 
 # What loggers show
 
+
 def log(folder: Path, notes: Notes, *callbacks: L.Callback, **options: Any) -> LitTiny:
     """The module after a fit with a logger."""
     model, _ = fits.fit(folder, *(callbacks or [lora()]), logger=notes, log_every_n_steps=1, **options)

@@ -125,6 +125,7 @@ def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path) ->
 
 MASK = torch.tensor([-torch.inf, torch.inf, -0.0, 2.0])
 
+
 class Masked(LitTiny):  # with infinities in a buffer, as attention masks have
     def __init__(self) -> None:
         super().__init__()

@@ -204,6 +204,7 @@ class Adapted(L.Callback):
 
 # What stands still
 
+
 @pytest.mark.parametrize(
     ("kind", "optimized", "target_modules"),
     [

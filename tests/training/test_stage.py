@@ -390,4 +390,3 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     assert torch.equal(outcome(t, "predict", model), expected) and not is_plain(model)
     ll.remove_adapters(model)
     assert torch.equal(model.head.weight, LitTiny().head.weight)
-
