@@ -7,14 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import StopError
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state, trainer
+from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
@@ -158,12 +157,6 @@ def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> No
 def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: Path) -> None:
     states = [state(fit(tmp_path, lora(merge="last"), model=cls())[0]) for cls in (Lit, Recomputed)]
     assert same(*states)
-
-
-def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
-    model = adapted()
-    Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
-    assert model.acts["train"] == {True} and torch.equal(model(X), model(X))
 
 
 class Labels(Lit):  # that predicts labels for itself, and copies its network in a step, as a mean teacher does

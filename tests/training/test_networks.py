@@ -19,18 +19,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import (
-    AdapterStateError,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    TargetError,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    summarize,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.models import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
@@ -172,7 +161,7 @@ def fit(folder: Path, module: Any, *callbacks: Any, ckpt_path: Any = None, epoch
     """Fit a module with adapters, which stay on it in one process."""
     rest = {name: options.pop(name) for name in ("strategy", "devices", "logger") if name in options}
     merge = "last" if "strategy" in rest else False
-    callbacks = (LoRACallback(**{"r": 2, "merge": merge, **options}), *callbacks)
+    callbacks = (ll.LoRACallback(**{"r": 2, "merge": merge, **options}), *callbacks)
     t = trainer(folder, callbacks, max_epochs=epochs, enable_checkpointing=len(callbacks) > 1, **rest)
     t.fit(module, DataLoader(TensorDataset(X), batch_size=4), ckpt_path=ckpt_path)
     return module
@@ -245,7 +234,7 @@ def test_a_frozen_backbone_is_adapted_under_a_large_head_that_looks_untrained() 
         if isinstance(layer, nn.Linear):
             layer.weight.data += 0.1 * torch.outer(torch.randn(64), torch.randn(64))
     model["backbone"].requires_grad_(False)
-    names = inject_adapters(model, LoRAConfig(r=2))
+    names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert [name for name in names if name.startswith("backbone")]
 
 
@@ -278,7 +267,7 @@ def test_a_frozen_network_that_alone_has_what_is_targeted_is_adapted_if_what_tra
     tmp_path: Path, optimized: str
 ) -> None:
     assert adapted(fit(tmp_path, Decoder(optimized))) == ["frozen.0", "frozen.2"]
-    with pytest.raises(TargetError, match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter"):
+    with pytest.raises(ll.TargetError, match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter"):
         fit(tmp_path, Teacher(optimized))
 
 
@@ -307,7 +296,7 @@ def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, 
         module = fit(tmp_path, kind(optimized), epochs=8)
     assert (f"Copies in {kind.__name__}: 'copy" in caplog.text) is (kind is not MadeAtTheStart)
     assert not any(p.requires_grad for name, p in module.copy.named_parameters() if "lora" in name)
-    merge_adapters(module)
+    ll.merge_adapters(module)
     moved = [torch.cat([p.flatten() - base[n].flatten() for n, p in m.named_parameters() if "weight" in n])
              for m in (module.net, follower(module))]  # fmt: skip
     assert cosine_similarity(*moved, dim=0) > 0.9
@@ -317,7 +306,7 @@ def test_the_share_that_trains_is_told_again_without_what_is_left_out(tmp_path: 
     logger = CSVLogger(tmp_path)
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, SmallBesideLarge(), logger=logger)
-    share = summarize(module).share
+    share = ll.summarize(module).share
     assert f"Now {share:.2%} of its parameters train" in caplog.text
     assert json.loads((Path(logger.log_dir) / "lora.json").read_text())["lora/trained_share"] == share
 
@@ -350,12 +339,12 @@ def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optim
     loaded = kind(optimized)
     loaded.setup("fit")
     loaded.requires_grad_(True)
-    load_adapter(loaded, tmp_path / "epoch=3.ckpt")
+    ll.load_adapter(loaded, tmp_path / "epoch=3.ckpt")
     before, other = copy.deepcopy(through), follower(through) if hasattr(through, "copy") else through.vgg
     wanted = other(X)
-    merge_adapters(through)
+    ll.merge_adapters(through)
     torch.testing.assert_close(other(X), wanted)
-    unmerge_adapters(through)
+    ll.unmerge_adapters(through)
     assert same(before, through, resumed, loaded)
 
 
@@ -376,15 +365,15 @@ def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(tmp_
 def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "others": mlp(8, 15, 15, 15)})
     model["attention"].in_proj_weight.requires_grad_(False)
-    with pytest.warns(LoRAWarning, match="No adapter for 'attention'"):
-        assert inject_adapters(model, LoRAConfig(r=2)) == ("others.0", "others.2", "others.4")
+    with pytest.warns(ll.LoRAWarning, match="No adapter for 'attention'"):
+        assert ll.inject_adapters(model, ll.LoRAConfig(r=2)) == ("others.0", "others.2", "others.4")
 
 
 def test_two_critics_and_their_targets_are_two_pairs() -> None:
     critic = mlp(4, 9, 1)
     critics = nn.ModuleDict({"one": critic, "two": copy.deepcopy(critic)})
     targets = nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(False) for name, net in critics.items()})
-    inject_adapters(nn.ModuleDict({"critics": critics, "targets": targets}), LoRAConfig(r=2))
+    ll.inject_adapters(nn.ModuleDict({"critics": critics, "targets": targets}), ll.LoRAConfig(r=2))
     for name, target in targets.items():
         assert torch.equal(target[0].lora_A, critics[name][0].lora_A)
 
@@ -394,7 +383,7 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> No
     module = fit(tmp_path, kind("net"), modules_to_save=["2"], bias="lora_only")
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     assert trained == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
-    merge_adapters(module)
+    ll.merge_adapters(module)
     moved = [m[2].weight - kind("net").net[2].weight for m in (module.net, follower(module))]
     assert cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.9
 
@@ -407,7 +396,7 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> No
 def test_a_copy_has_adapters_exactly_where_its_original_has(options: Any) -> None:
     module = Momentum("net")
     module.net[2].requires_grad_(bool(options))
-    inject_adapters(module, LoRAConfig(r=2, **options))
+    ll.inject_adapters(module, ll.LoRAConfig(r=2, **options))
     assert adapted(module) == ["net.0", "copy.0"]
 
 
@@ -437,13 +426,13 @@ def test_a_backbone_is_judged_when_its_own_optimizer_steps(tmp_path: Path) -> No
 
 def test_a_frozen_network_with_adapters_of_its_own_is_merged_first() -> None:
     module = Perceptual()
-    inject_adapters(module.vgg, LoRAConfig(r=2))
+    ll.inject_adapters(module.vgg, ll.LoRAConfig(r=2))
     module.vgg.requires_grad_(False)
-    with pytest.raises(AdapterStateError, match=r"'vgg' of Perceptual has adapters of its own, and is frozen. Merge"):
-        inject_adapters(module, LoRAConfig(r=2))
-    merge_adapters(module.vgg)
-    with pytest.warns(LoRAWarning, match="No adapter for 'vgg'"):
-        assert inject_adapters(module, LoRAConfig(r=2)) == ("net.0", "net.2", "net.4")
+    with pytest.raises(ll.AdapterStateError, match=r"'vgg' of Perceptual has adapters of its own, and is frozen"):
+        ll.inject_adapters(module, ll.LoRAConfig(r=2))
+    ll.merge_adapters(module.vgg)
+    with pytest.warns(ll.LoRAWarning, match="No adapter for 'vgg'"):
+        assert ll.inject_adapters(module, ll.LoRAConfig(r=2)) == ("net.0", "net.2", "net.4")
 
 
 def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
@@ -451,7 +440,7 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     for p in module.copy.parameters():
         p.data += 0.1 * p.abs().mean() * torch.randn(p.shape)
     before = module.copy(X)
-    inject_adapters(module, LoRAConfig(r=2, use_dora=True))
+    ll.inject_adapters(module, ll.LoRAConfig(r=2, use_dora=True))
     torch.testing.assert_close(module.copy(X), before)
 
 
@@ -463,7 +452,7 @@ def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> No
             return loss
 
     module = fit(tmp_path, Logged(), ModelCheckpoint(tmp_path, monitor="loss"), merge="best")
-    unmerge_adapters(module)
+    ll.unmerge_adapters(module)
     assert adapted(module) == ["net.0", "net.2"]
 
 
@@ -488,5 +477,5 @@ def test_a_backbone_of_torchvision_is_adapted_below_its_head_and_not_below_its_l
             model = getattr(torchvision.models, build)()
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith(trains))
-        names = inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+        names = ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
         assert any(not name.startswith((last, head)) for name in names) == is_adapted

@@ -9,7 +9,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -103,24 +102,6 @@ def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None
         model, t = fit(tmp_path, lora(), model=LitTiny(lr=1e-7), precision="bf16-true")
     assert len([w for w in caught if issubclass(w.category, LoRAWarning)]) == 1
     t.validate(model, data(), verbose=False)  # merges again, and an unexpected warning is an error here
-
-
-# Where Lightning does not resume to the same bits, what docs/hazards.md says to do does
-
-
-def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path) -> None:
-    def run(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], list[Path]]:
-        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=6)
-        model, _ = fit(tmp_path, lora(), saves, train=Stateful(), ckpt_path=file, max_epochs=3)
-        return state(model), sorted(folder.glob("*.ckpt"))
-
-    expected, files = run(tmp_path / "through")
-    assert len(files) == 2
-    for file in files:
-        once, again = run(tmp_path / file.stem, file)
-        assert same(once, expected)
-        for second in again:
-            assert same(run(tmp_path / file.stem / second.stem, second)[0], expected)
 
 
 # Files of any CheckpointIO

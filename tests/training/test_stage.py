@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, same_parts, stop, trained
+from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import adam, by_hand, fit, loaded, outcome, trainable
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
@@ -113,16 +113,6 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     model.load_state_dict(merged)
     ll.unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-
-
-def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)])
-    t.validate(model, data(), verbose=False)
-    ll.inject_adapters(model, lora().config)
-    model.prepare_data = stop  # type: ignore[method-assign]
-    with pytest.raises(StopError):
-        t.test(model, data())
-    assert not is_plain(model)
 
 
 class MakesNone(Normed):  # that raises where it should make its optimizer
@@ -299,12 +289,6 @@ def late_base() -> LitTiny:
     return model
 
 
-class First(L.Callback):  # keeps the adapter of the first step
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == 0:
-            self.held = state(pl_module.q_proj)
-
-
 @pytest.mark.parametrize(
     ("way", "init", "precision"),
     [("load", "pissa", "32-true"), ("data", "pissa", "32-true"), ("load", "kaiming", "bf16-true")],
@@ -313,11 +297,12 @@ def test_the_base_is_what_is_there_when_training_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, init: Any, precision: Any
 ) -> None:
     monkeypatch.setattr(LoadsLate, "way", way)
-    first, options = First(), {"precision": precision, "max_epochs": 1}
-    model, t = fit(tmp_path, lora(init=init), first, model=LoadsLate(), **options)
+    begins, options = list[Any](), {"precision": precision, "max_epochs": 1}
+    looks = At(0, lambda t, m: begins.append(state(m.q_proj)))
+    model, t = fit(tmp_path, lora(init=init), looks, model=LoadsLate(), **options)
     if init == "pissa":
         ll.inject_adapters(expected := late_base(), lora(init=init).config)
-        assert same(first.held, state(expected.q_proj))
+        assert same(begins[0], state(expected.q_proj))
     t.save_checkpoint(file := tmp_path / "a.ckpt")
     assert "embed.weight" not in torch.load(file, weights_only=True)["state_dict"]
     ll.load_adapter(other := late_base().to(model.dtype), file)
