@@ -246,19 +246,15 @@ def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path
     assert [each["lr"] for each in board.ours] == [0.03]
 
 
-def test_a_resumed_run_and_a_second_fit_say_the_same(tmp_path: Path) -> None:
+def test_a_resumed_run_and_a_second_fit_say_the_same_and_a_logger_that_refuses_is_named(tmp_path: Path) -> None:
     model = log(tmp_path, notes := Notes())
     model.trainer.save_checkpoint(tmp_path / "a.ckpt")
     log(tmp_path, notes, model=model)
     log(tmp_path, notes, ll.LoRACallback(), ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
     assert len(notes.ours) == 3 and notes.ours[0] == notes.ours[1] == notes.ours[2]
-
-
-def test_a_logger_that_refuses_is_named_and_the_fit_goes_on(tmp_path: Path) -> None:
-    log(tmp_path, notes := Notes())
     with pytest.warns(ll.LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
         model = log(tmp_path, notes, lora(r=1))
-    assert model.trainer.global_step == 8 and len(notes.ours) == 1
+    assert model.trainer.global_step == 8 and len(notes.ours) == 3
     (other := LitTiny()).embed.weight.data += 1
     log(tmp_path, others := Notes(), model=other)
     assert others.ours[0]["lora/base"] != notes.ours[0]["lora/base"]

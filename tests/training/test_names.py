@@ -98,16 +98,14 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
     model = LitTiny()
     for name, headline, line in (
         ("german", "LoRA 'german' (new): LitTiny trains", ""),
-        ("german", "LoRA 'german' (trained before): LitTiny trains", ""),
-        ("germam", "LoRA 'germam' (new; 'german' rests): LitTiny", "'germam' beside 'german'.\n"),
-        ("x", "LoRA 'x' (new; 'german', 'germam' rest): LitTiny", "a new adapter 'x' beside 'german', 'germam'.\n"),
-        ("german", "LoRA 'german' (trained before; 'germam', 'x' rest): LitTiny", ""),
+        ("germam", "LoRA 'germam' (new; 'german' rests): LitTiny", "a new adapter 'germam' beside 'german'.\n"),
+        ("german", "LoRA 'german' (trained before; 'germam' rests): LitTiny", ""),
     ):
         caplog.clear()
         trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(model, data())
         assert headline in capsys.readouterr().out
         assert line in caplog.text and ("begins a new" in caplog.text) is bool(line)
-    about = "'german' (trained before; 'germam', 'x' rest"
+    about = "'german' (trained before; 'germam' rests"
     assert f"LitTiny is a plain model, with 2 adapters merged into it {about})" in str(ll.summarize(model))
     ll.unmerge_adapters(model)
     ll.disable_adapters(model)
