@@ -307,6 +307,11 @@ class New(LitNet):  # a layer that nobody has trained, in a pretrained model
         return net
 
 
+class Whole(LitNet):
+    def shard(self) -> None:
+        pass
+
+
 NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gradient"
 
 
@@ -317,6 +322,7 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
         ("sharded", InjectsFirst, {}, r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base"),
         ("sharded", Unused, {}, NO_GRADIENT),
         zero("zero2", Unused, {}, NO_GRADIENT),
+        ("sharded", Whole, {}, "LoRAWarning: Nothing of Whole is sharded"),
         ("sharded", New, {}, r"FreshLayerWarning: .*model.layers.1.up"),
     ],
 )
