@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightning_lora import DeadAdapterWarning
 from tests.support import fits
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
@@ -103,24 +102,6 @@ def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
     model, _ = fits.fit(tmp_path, *callbacks, model=NormedTwice(), max_epochs=4)
     assert same(state(model.norm), state(Normed().norm)) and type(model.norm) is nn.BatchNorm1d
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
-
-
-@overrides_hook
-@needs_averaging
-def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-
-    class RandomHead(LitTiny):
-        def configure_model(self) -> None:
-            self.head = nn.Linear(8, 4)
-
-        def on_train_start(self) -> None:
-            seen.append(self.head.weight.detach().clone())
-
-    average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
-    with pytest.warns(DeadAdapterWarning, match="Or an average that has not begun took their place"):
-        model, _ = fits.fit(tmp_path, lora(), average, model=RandomHead())
-    assert torch.equal(model.head.weight, seen[0])
 
 
 MASK = torch.tensor([-torch.inf, torch.inf, -0.0, 2.0])

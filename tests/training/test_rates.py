@@ -249,14 +249,6 @@ def test_rates_that_are_tensors_stay_the_same_ones(tmp_path: Path) -> None:
     assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, first, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "fast"), [(SGD, {}), (AdamW, {"foreach": True}), (AdamW, {"fused": True})])
-def test_an_optimizer_takes_the_group_that_is_empty_then(tmp_path: Path, kind: Any, fast: Any) -> None:
-    model = LitTiny()
-    model.configure_optimizers = lambda: kind(model.parameters(), 1e-3, **fast)  # type: ignore[method-assign]
-    (*_, seen) = rates_in(tmp_path, model, scaled(target_modules=["q_proj"], modules_to_save=None))
-    assert seen == dict.fromkeys(ADAPTERS[:2], pytest.approx(0.01)) and model.q_proj.lora_B.any()
-
-
 def told(kind: Any, warms: bool = False) -> LitTiny:
     """A module with an optimizer of any kind, whose rate may be zero in the first two steps."""
     model = LitTiny()

@@ -51,9 +51,9 @@ def test_every_kind_of_adapter_comes_back(tmp_path: Path, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model, base = WithOwn(), WithOwn()
     base.load_state_dict(model.state_dict())
-    callback = ll.LoRACallback(
-        r=2, target_modules="all", target_slices={"one": {"a": [0, 2]}}, modules_to_save=["head", "norm"], bias="all"
-    )
+    rows, slices = {"words": [1, 2]}, {"one": {"a": [0, 2]}}
+    config = {"target_modules": "all", "target_slices": slices, "trainable_token_indices": rows, "bias": "all"}
+    callback = ll.LoRACallback(r=2, modules_to_save=["head", "norm"], **config)
     t = trainer(tmp_path, [callback], strategy="ddp_fork", max_epochs=1)
     t.fit(model)
     ll.load_adapter(expected := base, t.checkpoint_callback.best_model_path)  # type: ignore[union-attr,arg-type]

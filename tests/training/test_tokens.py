@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from lightning_lora.layers import LoRATokens
 from tests.support.cases import held
 from tests.support.fits import resumes_to_the_bit
 from tests.support.models import exact, is_plain, same, state, trainer
@@ -148,17 +147,6 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
     other = Lit(resized("llama", drawn=7))
     ll.load_adapter(other, file)
     torch.testing.assert_close(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)
-
-
-@pytest.mark.processes
-def test_processes_train_the_same_rows(tmp_path: Path) -> None:
-    alone, both = Lit(resized("gpt2")), Lit(resized("gpt2"))
-    options: dict[str, Any] = {"max_epochs": 1, "use_distributed_sampler": False}
-    trainer(tmp_path, [lora("gpt2", merge="last")], **options).fit(alone, data())
-    trainer(tmp_path, [lora("gpt2", merge="last")], strategy="ddp_fork", **(options | {"devices": 2})).fit(both, data())
-    torch.testing.assert_close(both.state_dict(), alone.state_dict())
-    ll.unmerge_adapters(both)
-    assert isinstance(both.model.transformer.wte, LoRATokens)
 
 
 def test_adapters_with_other_rows_are_of_the_same_base(tmp_path: Path) -> None:
