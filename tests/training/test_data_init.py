@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.training.data_init import check_data_init
-from tests.support.fits import Notes, fit, resumes_to_the_bit
+from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
@@ -236,56 +236,43 @@ def test_an_average_starts_where_the_module_starts(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_all_processes_start_with_the_same_values(tmp_path: Path) -> None:
-    class Writes(L.Callback):
-        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            torch.save(state(pl_module), tmp_path / f"{trainer.global_rank}.pt")
-
-    options: Any = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1}
-    trainer(tmp_path, [ll.LoRACallback(r=3, init="lora_ga"), Writes()], **options).fit(Deep(), numbers())
-    assert same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
+    callbacks = [ll.LoRACallback(r=3, init="lora_ga"), keeps := KeepsStates(tmp_path)]
+    trainer(tmp_path, callbacks, strategy="ddp_fork", devices=2, max_epochs=1).fit(Deep(), numbers())
+    assert keeps.same()
 
 
 # Where
 
 
-class Manual(Deep):
-    def __init__(self) -> None:
+class Odd(Deep):  # whose step cannot run alone, for one of these reasons
+    def __init__(self, why: str) -> None:
         super().__init__()
-        self.automatic_optimization = False
+        self.why, self.automatic_optimization = why, why != "manual"
 
-
-class Momentum(Deep):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        with torch.no_grad():
-            self.layers[0].weight.mul_(0.9)
-        return super().training_step(batch, batch_idx)
-
-
-class Detached(Deep):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx).detach()
-
-
-class Later(Deep):
     def on_train_epoch_start(self) -> None:
         self.outputs: list[Tensor] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.outputs.append(batch[0])
-        return super().training_step(batch, batch_idx)
+        if self.why == "keeps outputs":
+            self.outputs.append(batch[0])
+        if self.why == "momentum":
+            with torch.no_grad():
+                self.layers[0].weight.mul_(0.9)
+        loss = super().training_step(batch, batch_idx)
+        return loss.detach() if self.why == "detached" else loss
 
 
 @pytest.mark.parametrize(
-    ("build", "init", "says"),
+    ("why", "init", "says"),
     [
-        (Manual, "eva", r"Manual .*automatic_optimization=False"),
-        (Momentum, "eva", "that of Momentum has written to 'layers.0.weight'"),
-        (Detached, "lora_ga", "that of Detached returns no loss with a gradient"),
-        (Later, "eva", "Later ended in AttributeError: .*Hooks such as"),
+        ("manual", "eva", r"Odd .*automatic_optimization=False"),
+        ("momentum", "eva", "that of Odd has written to 'layers.0.weight'"),
+        ("detached", "lora_ga", "that of Odd returns no loss with a gradient"),
+        ("keeps outputs", "eva", "Odd ended in AttributeError: .*Hooks such as"),
     ],
 )
-def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, build: Any, init: Any, says: str) -> None:
-    model = build()
+def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, why: str, init: Any, says: str) -> None:
+    model = Odd(why)
     with pytest.raises(ll.ConfigError, match=rf"init='{init}' .*{says}"):
         fit(tmp_path, ll.LoRACallback(init=init), model=model, train=numbers())
     assert is_plain(model)

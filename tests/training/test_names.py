@@ -12,8 +12,10 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import held
-from tests.support.fits import fit
+from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer
+
+ROWS = torch.cat([index for index, _ in data()])
 
 
 def two(tmp_path: Path, merge: Any = False) -> tuple[LitTiny, dict[str, Tensor]]:
@@ -82,15 +84,11 @@ def test_an_evaluation_uses_the_adapter_that_it_names(tmp_path: Path, came: Any)
     for name, expected in (("fr", "fr"), (None, "default"), ("default", "default")):
         given = {} if name is None else {"name": name}
         t = trainer(tmp_path, [ll.LoRACallback(**given)])
-        torch.testing.assert_close(torch.cat(t.predict(model, data())), before[expected][rows()])  # type: ignore[arg-type]
+        torch.testing.assert_close(outcome(t, "predict", model), before[expected][ROWS])
         assert same(state(model), bits) and ll.adapters(model) == ("default", "fr")
     with pytest.raises(ll.AdapterStateError, match="no adapter 'df'"):
         trainer(tmp_path, [ll.LoRACallback(name="df")]).predict(model, data())
     assert same(state(model), bits) and same(values(model), before)
-
-
-def rows() -> Tensor:
-    return torch.cat([index for index, _ in data()])
 
 
 def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog: Any, capsys: Any) -> None:
@@ -154,7 +152,7 @@ def test_a_module_that_shows_its_base_is_evaluated_as_it_is_and_trained_by_name(
     ll.set_adapter(model, None)
     given = {} if name is None else {"name": name}
     t = trainer(tmp_path, [ll.LoRACallback(**given)])
-    torch.testing.assert_close(torch.cat(t.predict(model, data())), before[str(name)][rows()])  # type: ignore[arg-type]
+    torch.testing.assert_close(outcome(t, "predict", model), before[str(name)][ROWS])
     assert torch.equal(model(X), before["None"])
     with pytest.raises(ll.LoRAError):
         trainer(tmp_path, [ll.LoRACallback(r=7, **given)]).fit(model, data())
