@@ -1,7 +1,5 @@
 """The strategy loads and saves adapters at the right moments."""
 
-import copy
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -182,23 +180,6 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     outcome(t, "test", model)
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
-
-
-def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
-    t, kind = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), SingleDeviceStrategy
-    count(t.strategy)
-    t.fit(LitTiny(), data())
-    assert isinstance(t.strategy, kind) and type(t.strategy) is not kind
-    for again in (pickle.loads(pickle.dumps(t)), copy.deepcopy(t)):  # as spawned processes get it
-        assert type(again.strategy) is kind
-        calls = again.strategy.save_checkpoint.calls
-        calls.clear()
-        again.test(LitTiny(), data(), verbose=False)
-        again.fit_loop.max_epochs = 2
-        again.fit(model := LitTiny(), data())
-        again.save_checkpoint(tmp_path / "a.ckpt")
-        assert calls["save_checkpoint"] == 1 and calls["setup"] == 2 and calls["training_step"] == 4
-        assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
 
 
 # Strategies that shard the model in another way are refused by name

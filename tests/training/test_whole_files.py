@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, stop
@@ -131,17 +130,6 @@ def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed:
         assert same(state(model), state(unbroken))
         ll.unmerge_adapters(model)
         ll.unmerge_adapters(unbroken)
-
-
-def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = fit(tmp_path, whole(merge="best"))
-    file = tmp_path / "best.ckpt"
-    assert same(state(model), read(file)["state_dict"])
-    ll.unmerge_adapters(model)
-    adapted = ll.load_from_checkpoint(LitTiny, file)
-    assert same(ll.adapter_state_dict(adapted), ll.adapter_state_dict(model))
-    main(["inspect", str(file)])
-    assert "q_proj" in capsys.readouterr().out
 
 
 @needs_averaging
