@@ -81,14 +81,6 @@ def by_layers(model: LitTiny) -> Any:
     return adam([{"params": layer.parameters(), "lr": 0.1 * 0.5**number} for number, layer in enumerate(layers)])
 
 
-def by_decay(model: nn.Module) -> Any:
-    """Weights decay, and nothing else does."""
-    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trains if name.endswith("weight")]
-    others = [p for name, p in trains if not name.endswith("weight")]
-    return adam([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
-
-
 def first_half(model: nn.Module) -> Any:
     """Some adapters in one group, and all weights in another."""
     weights = [p for name, p in model.named_parameters() if "lora_" not in name]
@@ -99,7 +91,6 @@ A, B = ADAPTERS[::2], ADAPTERS[1::2]
 HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
     "by names": (by_names, [A, B, ["head.weight", "head.bias"]]),
     "by layers": (by_layers, [[], ADAPTERS[:2], ADAPTERS[2:], ["head.weight", "head.bias"]]),
-    "by decay": (by_decay, [["head.weight"], [*ADAPTERS, "head.bias"]]),
     "first half": (first_half, [[*ADAPTERS[:3], "head.weight", "head.bias"], ["v_proj.lora_B"]]),
 }
 """What users write in configure_optimizers, and what each group trains."""

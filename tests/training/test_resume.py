@@ -9,7 +9,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -107,16 +106,6 @@ def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None
 # Files of any CheckpointIO
 
 
-class WritesAsync(AsyncCheckpointIO):  # lightning's own, around one that is slower than the run
-    def __init__(self) -> None:
-        self.slow = WritesLater()
-        super().__init__(self.slow)
-
-    def teardown(self) -> None:
-        super().teardown()
-        self.slow.teardown()
-
-
 class Counts(L.Callback):  # a callback whose state is the object that it goes on changing
     def __init__(self) -> None:
         self.seen = {"steps": [torch.zeros(8)]}
@@ -142,17 +131,15 @@ class Moves(LitTiny):  # a buffer that is the base's until the second epoch
         return super().training_step(*args)
 
 
-@pytest.mark.parametrize(
-    ("writer", "save"), [(WritesLater, "adapters"), (WritesAsync, "adapters"), (WritesLater, "model")]
-)
-def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, writer: Any, save: str) -> None:
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, save: str) -> None:
     def run(folder: str, plugins: list[Any], **options: Any) -> tuple[Any, dict[str, Any]]:
         counts, saves = Counts(), best(tmp_path / folder, save_top_k=-1)
         callbacks = lora(merge=False, save=save), counts, saves
         model, _ = fit(tmp_path, *callbacks, model=Moves, plugins=plugins, **options)
         return counts.seen, state(model)
 
-    seen, whole = run("a", [writer()])
+    seen, whole = run("a", [WritesLater()])
     resumed_seen, resumed = run("b", [], ckpt_path=tmp_path / "a" / "best-epoch=0.ckpt")
     assert repr(resumed_seen) == repr(seen) and same(resumed, whole)
 
