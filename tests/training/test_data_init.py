@@ -193,9 +193,6 @@ def test_the_batches_that_are_looked_at_leave_no_trace(tmp_path: Path, init: str
     assert model.calls == 24 and model.error._update_count == plain.error._update_count
 
 
-# When
-
-
 @pytest.mark.parametrize("init", SEEING)
 def test_a_resumed_run_does_not_start_again(tmp_path: Path, init: Any) -> None:
     resumes_to_the_bit(tmp_path, LitTiny, lambda: lora(merge=False, init=init), max_epochs=3)
@@ -239,9 +236,6 @@ def test_all_processes_start_with_the_same_values(tmp_path: Path) -> None:
     callbacks = [ll.LoRACallback(r=3, init="lora_ga"), keeps := KeepsStates(tmp_path)]
     trainer(tmp_path, callbacks, strategy="ddp_fork", devices=2, max_epochs=1).fit(Deep(), numbers())
     assert keeps.same()
-
-
-# Where
 
 
 class Odd(Deep):  # whose step cannot run alone, for one of these reasons

@@ -14,8 +14,8 @@ import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
-from tests.training.test_launchers import FORKED
 
+FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
 STARTS = ["plain", "adapted", "rests", "base", "merged"]
 
 

@@ -187,12 +187,6 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
     assert (given / "hpc_ckpt_1.ckpt").exists() and files_hold_adapters_alone(given)
 
 
-# Fits in several processes bring back all they trained, and those that are killed go on
-
-
-FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
-
-
 # Killed and resumed
 
 

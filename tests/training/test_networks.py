@@ -365,9 +365,6 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> No
     assert cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.9
 
 
-# As an adversary would
-
-
 @pytest.mark.filterwarnings("ignore:No adapter for 'net.2'")
 @pytest.mark.parametrize("options", [{"modules_to_save": ["net.2"]}, {"exclude_modules": ["net.2"]}, {}], ids=str)
 def test_a_copy_has_adapters_exactly_where_its_original_has(options: Any) -> None:
@@ -431,9 +428,6 @@ def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> No
     module = fit(tmp_path, Logged(), ModelCheckpoint(tmp_path, monitor="loss"), merge="best")
     ll.unmerge_adapters(module)
     assert adapted(module) == ["net.0", "net.2"]
-
-
-# The numbers that say what a head is
 
 
 @pytest.mark.filterwarnings("ignore:No adapter for:lightning_lora.LoRAWarning")

@@ -320,9 +320,6 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None
     assert scaler.get_scale() < 4 and not model.q_proj.lora_B.any()
 
 
-# Fits that go on, and other fits
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "scale", "options"),
@@ -375,9 +372,6 @@ def test_swa_moves_both(tmp_path: Path) -> None:
         fit(tmp_path, *callbacks, StochasticWeightAveraging(0.02, 2, annealing_epochs=2), model=model, max_epochs=4)
         runs.append(model.used)
     assert runs[1] == [[rate, 10 * rate] for (rate,) in runs[0]] and len({rate for (rate,) in runs[0]}) == 3
-
-
-# What is said
 
 
 SHOWN: list[tuple[Any, dict[str, Any], float, str, bool]] = [

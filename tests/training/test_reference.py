@@ -135,9 +135,6 @@ def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_fi
     assert_same(*both(tmp_path, build, {"name": "own"}))
 
 
-# What it costs, and what it draws
-
-
 class Measured(Tiny):  # notes the bytes of its tensors and of the copies that it keeps
     def reference(self, x: Tensor) -> Tensor:
         kept, output = find_record(self).adapter.originals, super().reference(x)  # type: ignore[union-attr]

@@ -40,9 +40,6 @@ def zero(*values: Any) -> Any:
     return pytest.param(*values, marks=[needs_deepspeed, warns])
 
 
-# Models
-
-
 class Manual(LitNet):  # clips and steps by itself
     def __init__(self) -> None:
         super().__init__()
@@ -238,9 +235,6 @@ def test_evaluation_on_shards_adds_what_a_file_has(tmp_path: Path) -> None:
         assert_same(state, of_ddp[2])
 
 
-# Merging
-
-
 def whole_life(kind: str, folder: Path) -> tuple[State, list[str], State, State, list[float]]:
     """Fit with a merge, evaluate, evaluate a file, unmerge, fit again."""
     L.seed_everything(1, verbose=False)
@@ -275,9 +269,6 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> N
     merge_adapters(module)
     assert scores[0] == pytest.approx(scores[2], rel=1e-5)
     assert_same(whole_state(module), merged)
-
-
-# Errors
 
 
 class FailsAlone(LitNet):

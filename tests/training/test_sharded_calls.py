@@ -190,9 +190,6 @@ def test_what_cannot_run_on_shards_is_refused_in_every_process(
         assert re.search(f"(?s)^{message}", found)
 
 
-# What one process sees alone
-
-
 def changed_on_one(folder: Path) -> tuple[str, list[str]]:
     """A merged bias of which one process holds all is changed, then adapters are asked back."""
     module = fitted(folder, merge="last", exclude_modules=["head"])
@@ -234,9 +231,6 @@ def alone(folder: Path) -> None:
 
 def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path) -> None:
     run_ranks(alone, tmp_path)
-
-
-# What is not sharded
 
 
 class Unseeded(Blocks):  # what is not sharded was drawn anew in each process, with layouts that broadcasts refuse

@@ -141,12 +141,7 @@ def test_a_layer_that_was_replaced_between_two_fits_is_named(tmp_path: Path) -> 
         trained(tmp_path, module)
 
 
-# What a validation must not decide
-
-
-class Backbones(Towers):
-    """Two frozen networks under one head, which train in one epoch each. A validation runs both."""
-
+class Backbones(Towers):  # two frozen networks under one head, which train in one epoch each. A validation runs both.
     def __init__(self) -> None:
         super().__init__(alike=False)
         self.top = nn.Linear(4, 2)
