@@ -24,6 +24,7 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.training.data_init import check_data_init
 from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
+from tests.support.kept import Kept, words
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
@@ -351,32 +352,17 @@ def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int)
         assert torch.equal(a, a0) and torch.equal(b, b0)
 
 
-class Kinds(L.LightningModule):  # layers of several kinds
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.conv = nn.Embedding(20, 8), nn.Conv1d(8, 6, 3, groups=2)
-        self.back, self.lstm = nn.ConvTranspose1d(6, 8, 3), nn.LSTM(8, 8, batch_first=True)
-        self.attention, self.fused = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 12)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x = self.embed(batch[0].view(1, -1))
-        x = self.lstm(self.back(self.conv(x.mT)).mT)[0]
-        return self.fused(self.attention(x, x, x)[0]).square().mean()  # type: ignore[no-any-return]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def test_every_kind_of_layer_but_embeddings_starts_from_its_gradients(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slices = {"fused": {"a": [0, 4], "b": [8, 12]}}
+    slices = {"one": {"a": [0, 1], "b": [2, 4]}}
     with caplog.at_level("INFO"):
-        found = begun(tmp_path, Kinds(), data(), init="lora_ga", target_modules="all", target_slices=slices)
+        options = {"init": "lora_ga", "target_modules": "all", "target_slices": slices}
+        found = begun(tmp_path, Kept(), DataLoader(words(), batch_size=2), **options)
     (line,) = (line for line in caplog.messages if "init='lora_ga'" in line)
-    assert "5 layers start from 4 batches" in line and line.endswith("start as with 'kaiming': 'embed'.")
+    assert "6 layers start from 2 batches" in line and line.endswith("start as with 'kaiming': 'words'.")
     starts = {name: value for name, value in found.state.items() if ".lora_B" in name and ".lora_B0" not in name}
-    assert len(starts) == 11
+    assert starts.pop("words.lora_B").any() and len(starts) == 11
     for name, value in starts.items():
         assert value.any(), name
         assert torch.equal(value, found.state[name.replace(".lora_B", ".lora_B0")])

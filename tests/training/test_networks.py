@@ -418,18 +418,6 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     torch.testing.assert_close(module.copy(X), before)
 
 
-def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> None:
-    class Logged(SmallBesideLarge):
-        def loss(self, x: Tensor) -> Tensor:
-            loss = super().loss(x)
-            self.log("loss", loss)
-            return loss
-
-    module = fit(tmp_path, Logged(), ModelCheckpoint(tmp_path, monitor="loss"), merge="best")
-    ll.unmerge_adapters(module)
-    assert adapted(module) == ["net.0", "net.2"]
-
-
 @pytest.mark.filterwarnings("ignore:No adapter for:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(
     ("build", "head", "last"),
