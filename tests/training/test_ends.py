@@ -90,7 +90,6 @@ NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("plain", {"merge": False}, {"max_steps": 0}),
     *((start, {"name": "b"}, {"limit_train_batches": 0}) for start in STARTS),
     ("base", {}, {"limit_train_batches": 0}),
-    ("merged", {}, {"limit_train_batches": 0}),
     ("merged", {"save": "model"}, {"limit_train_batches": 0, **FORKED}),
 ]
 

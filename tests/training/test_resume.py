@@ -57,7 +57,6 @@ def test_every_process_drops_and_shuffles_as_before(tmp_path: Path) -> None:
         (1, WarmsUp, {"bias": "all"}),
         (6, LitTiny, {"modules_to_save": None, "target_modules": "all"}),
         (8, WarmsUp, {}),
-        (8, LitTiny, {}),
         (11, WarmsUp, {}),
     ],
 )

@@ -40,19 +40,6 @@ def zero(*values: Any) -> Any:
     return pytest.param(*values, marks=[needs_deepspeed, warns])
 
 
-class Manual(LitNet):  # clips and steps by itself
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], _: int) -> None:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
-        optimizer.step()
-
-
 class WarmsUp(LitNet):  # asks for the number of steps, so that Lightning starts the data loaders early
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches == 8
@@ -147,7 +134,6 @@ DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
         ("sharded", LitNet, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         ("in one file", LitNet, {**HEAD, "init": "pissa"}, {}),
         ("sharded", LitNet, {**ALL, "dropout": 0.0}, {}),
-        ("sharded", Manual, {}, {}),
         ("sharded", Blocks, {"bias": "all"}, {}),
         pytest.param("sharded", Uneven, {}, {}, marks=DEAD),
         ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),

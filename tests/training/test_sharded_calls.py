@@ -12,7 +12,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -207,30 +206,6 @@ def test_a_change_that_one_process_sees_counts_in_all(tmp_path: Path) -> None:
     for message, warned in run_ranks(changed_on_one, tmp_path):
         assert "were changed since its adapters were merged" in message
         assert len(warned) == 1
-
-
-class Example(LitNet):  # its summary runs it once, before the adapters' own
-    def __init__(self) -> None:
-        super().__init__()
-        self.example_input_array = X
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-class Summarizes(L.Callback):
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            ll.summarize(pl_module)
-
-
-def alone(folder: Path) -> None:
-    callbacks = [ModelSummary(), lora(modules_to_save=["head"]), Summarizes()]
-    trainer_of("sharded", folder, callbacks, max_epochs=1, enable_model_summary=True).fit(Example(), data(), data())
-
-
-def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path) -> None:
-    run_ranks(alone, tmp_path)
 
 
 class Unseeded(Blocks):  # what is not sharded was drawn anew in each process, with layouts that broadcasts refuse
