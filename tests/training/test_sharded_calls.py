@@ -78,7 +78,7 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
     with torch.no_grad():
         adapted = module.model(X)
         if dist.get_rank() == 0:
-            assert "lora" in str(ll.summarize(module)).lower()  # needs this process alone, while the outermost weights are gathered
+            assert "lora" in str(ll.summarize(module)).lower()  # this process alone, with gathered weights
         with ll.disable_adapters(module):
             off = module.model(X)
         torch.testing.assert_close(module.model(X), adapted)
