@@ -32,19 +32,13 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Module(L.LightningModule):  # a module whose optimizer gets all parameters, or those of ``net``
+class Module(L.LightningModule):  # each has a ``build`` and a ``loss``. The optimizer gets all parameters, or the net's
     def __init__(self, optimized: str = "all") -> None:
         super().__init__()
         self.optimized = optimized
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.build()
-
-    def build(self) -> None:
-        raise NotImplementedError
-
-    def loss(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch[0])
@@ -247,15 +241,6 @@ def test_a_frozen_network_that_alone_has_what_is_targeted_is_adapted_if_what_tra
     assert adapted(fit(tmp_path, Decoder(optimized))) == ["frozen.0", "frozen.2"]
     with pytest.raises(ll.TargetError, match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter"):
         fit(tmp_path, Teacher(optimized))
-
-
-def test_a_second_fit_leaves_it_alone_unless_it_is_thawed(tmp_path: Path) -> None:
-    module = Perceptual()
-    for epochs in (1, 2):
-        fit(tmp_path, module, epochs=epochs)
-    assert adapted(module) == ["net.0", "net.2", "net.4"]
-    module.vgg.requires_grad_(True)
-    assert len(adapted(fit(tmp_path, module, epochs=3))) == 5
 
 
 # Copies

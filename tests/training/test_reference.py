@@ -21,9 +21,26 @@ from tests.support.models import WIDTH, LitTiny, as_trained, data, lora, same, s
 from tests.training.test_compiled import counted
 
 
-class Anchored:  # the step of a module that stays close to its base: a second model, or its own without adapters
-    second: list[nn.Module]  # in a list, so that it is no module of this one
+class Tiny(LitTiny):  # stays close to its base, which is a second model, or its own without adapters
     comes_first, has_gradients = True, False
+
+    def __init__(
+        self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
+    ) -> None:
+        super().__init__(width)
+        vars(self).update(how)
+        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
+        if backend:
+            self.q_proj = torch.compile(self.q_proj, backend=backend)
+        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []  # in a list: no module of this one
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) + self.v_proj(x)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.drop(self.embed(index))
+        again = partial(checkpoint, use_reentrant=self.reentrant)
+        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
 
     def reference(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.has_gradients):
@@ -40,26 +57,6 @@ class Anchored:  # the step of a module that stays close to its base: a second m
             now, reference = self(x), self.reference(x)
         anchor = F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
         return F.cross_entropy(now, labels) + anchor
-
-
-class Tiny(Anchored, LitTiny):  # with dropout of its own, layers that are recomputed, and a compiled one
-    def __init__(
-        self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
-    ) -> None:
-        super().__init__(width)
-        vars(self).update(how)
-        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
-        if backend:
-            self.q_proj = torch.compile(self.q_proj, backend=backend)
-        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []
-
-    def inner(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.q_proj(x)) + self.v_proj(x)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.drop(self.embed(index))
-        again = partial(checkpoint, use_reentrant=self.reentrant)
-        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
 
 
 class Noted(L.Callback):  # keeps the losses, and what trains after each step

@@ -258,12 +258,10 @@ def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begi
     assert (model.scale == 1).all()
 
 
-class LoadsLate(LitTiny):  # in on_fit_start, all but its head by one of these ways
-    way = "load"
-
-    def __init__(self) -> None:
+class LoadsLate(LitTiny):  # in on_fit_start, all but its head by one of two ways
+    def __init__(self, way: str = "load") -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
+        self.way, self.norm = way, nn.BatchNorm1d(WIDTH)
         with torch.no_grad():
             for p in self.parameters():
                 p.mul_(0.5)
@@ -293,13 +291,10 @@ def late_base() -> LitTiny:
     ("way", "init", "precision"),
     [("load", "pissa", "32-true"), ("data", "pissa", "32-true"), ("load", "kaiming", "bf16-true")],
 )
-def test_the_base_is_what_is_there_when_training_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, init: Any, precision: Any
-) -> None:
-    monkeypatch.setattr(LoadsLate, "way", way)
+def test_the_base_is_what_is_there_when_training_begins(tmp_path: Path, way: str, init: Any, precision: Any) -> None:
     begins, options = list[Any](), {"precision": precision, "max_epochs": 1}
     looks = At(0, lambda t, m: begins.append(state(m.q_proj)))
-    model, t = fit(tmp_path, lora(init=init), looks, model=LoadsLate(), **options)
+    model, t = fit(tmp_path, lora(init=init), looks, model=LoadsLate(way), **options)
     if init == "pissa":
         ll.inject_adapters(expected := late_base(), lora(init=init).config)
         assert same(begins[0], state(expected.q_proj))
