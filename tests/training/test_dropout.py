@@ -149,7 +149,7 @@ class Compiled(Lit):  # whose model is compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
-    model, _ = fit(tmp_path, lora(), model=adapted(cls))
+    model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(cls))
     assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}}
 
 

@@ -124,7 +124,6 @@ class Llama(LitNet):  # a small Llama whose head is tied to its embedding
 HEAD = {"modules_to_save": ["head"]}
 ALL = {**HEAD, "bias": "all", "use_dora": True}
 NEAR, ROUNDED = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 1e-4, "atol": 1e-5}
-UNTRAINED = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 
 

@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
 from tests.support.versions import needs_averaging
-from tests.training.test_sharded import UNTRAINED, Blocks, Llama
+from tests.training.test_sharded import Blocks, Llama
 
 pytestmark = pytest.mark.processes
 
@@ -140,7 +140,7 @@ def saved(folder: Path) -> tuple[set[str], Tensor]:
 IDS = torch.arange(8)[None]
 
 
-@UNTRAINED
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 def test_save_pretrained_merges_a_gathered_state_and_gathers_none(tmp_path: Path) -> None:
     ((said,), output), (_, other) = run_ranks(saved, tmp_path)
     assert "LlamaForCausalLM is spread over processes" in said and "state_dict=" in said
