@@ -122,26 +122,24 @@ def by_hand(
     optimizer: Optimizer,
     model: LitTiny,
     *,
-    step: Callable[[], Any] = lambda: None,
-    every: Callable[[int], int] = lambda _: 1,
+    every: int = 1,
     clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
 ) -> None:
     """Train three epochs in plain torch."""
     batches = list(data())
-    for epoch in range(3):
-        for first in range(0, len(batches), every(epoch)):
-            chunk = batches[first : first + every(epoch)]
+    for _ in range(3):
+        for first in range(0, len(batches), every):
+            chunk = batches[first : first + every]
 
-            def closure(chunk: Any = chunk, epoch: int = epoch) -> Tensor:
+            def closure(chunk: Any = chunk) -> Tensor:
                 optimizer.zero_grad()
                 for batch in chunk:
-                    value = model.loss(batch) / every(epoch)
+                    value = model.loss(batch) / every
                     value.backward()
                 clip([p for group in optimizer.param_groups for p in group["params"]])
                 return value
 
             optimizer.step(closure)  # type: ignore[arg-type]
-            step()
 
 
 def adapted() -> LitTiny:

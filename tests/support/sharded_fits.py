@@ -17,13 +17,16 @@ State = dict[str, Tensor]
 
 
 class Saves(L.Callback):
-    """Writes a file at the end of each epoch, as the user's code may: on every process."""
+    """Writes a file at the end of each epoch, as the user's code may: on every process. It keeps copies in the file."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
 
 def path_of(folder: Path, kind: str, epoch: int) -> Path:
