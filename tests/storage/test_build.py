@@ -11,10 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
 from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
+from tests.support.faults import edited
 from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
-from tests.support.storage import fitted, goes_on
-
-OLD_NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+from tests.support.storage import fitted
 
 
 def written(folder: Path, model: L.LightningModule) -> Path:
@@ -47,14 +46,6 @@ def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     inject_adapters(again, lora().config)
     load_adapter_state_dict(again, checkpoint["state_dict"])
     assert same(state(again), state(model))
-
-
-@pytest.mark.parametrize("note", [{}, {OLD_NOTE: torch.empty(0)}], ids=["no note", "an earlier one"])
-def test_a_file_with_another_note_or_none_loads(tmp_path: Path, note: dict[str, Any]) -> None:
-    checkpoint = torch.load(path := written(tmp_path, model := LitTiny()), weights_only=True)
-    torch.save(checkpoint | {"state_dict": note | held(checkpoint)}, path)
-    assert same(state(load_from_checkpoint(LitTiny, path)), state(model))
-    goes_on(path)
 
 
 # Ours
@@ -114,21 +105,12 @@ def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
     assert same(state(load_from_checkpoint(LoadsItself, written(tmp_path, model))), state(model))
 
 
-class Says(L.Callback):
-    """It writes into the file how to build the module, as LightningCLI does."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hyper_parameters"] = self.config
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
 @pytest.mark.parametrize("named", [{}, {"_class_path": f"{__name__}.Strict"}], ids=["the class", "a subclass"])
 def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
     how = {"strict": False, **named, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-    model = fitted(tmp_path / "a.ckpt", Strict(strict=False), lora(merge=False), Says(how))
-    built = load_from_checkpoint(L.LightningModule if named else Strict, tmp_path / "a.ckpt")
+    path = written(tmp_path, model := Strict(strict=False))
+    edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))
+    built = load_from_checkpoint(L.LightningModule if named else Strict, path)
     assert type(built) is Strict and same(state(built), state(model))

@@ -30,7 +30,6 @@ STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "missing '.*_A' and unexpected '.*_a'"),
     "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
     "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
-    "double": (lambda s: s.update({"q_proj.lora_A": s["q_proj.lora_A"].double()}), "cannot hold the same values"),
 }
 
 
