@@ -12,6 +12,7 @@ import lightning_lora as ll
 from tests.support.cases import At, StopError, files_hold_adapters_alone, stop
 from tests.support.models import LitTiny, X, best, data, lora, trainer
 from tests.support.storage import fitted
+from tests.training.test_compiled import Compiled
 
 
 def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
@@ -45,14 +46,6 @@ def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_p
     fitted(path := tmp_path / "a.ckpt", model, weights_only=True)
     assert path.stat().st_size < 20_000
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], model.head.weight)
-
-
-class Compiled(LitTiny):
-    """A module with a compiled part, whose state has longer names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = torch.compile(self.q_proj, backend="eager")
 
 
 @pytest.mark.parametrize("cls", [LitTiny, Compiled])

@@ -164,9 +164,6 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
     assert list(contents(folder)) == [name_for(save)]
 
 
-# Many at once
-
-
 def test_what_a_killed_writer_left_is_cleared_an_hour_later(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with writing(path) as part:

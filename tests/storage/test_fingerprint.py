@@ -63,6 +63,13 @@ def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the
     ll.load_adapter(Drifts(), first)
 
 
+def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(), max_epochs=1)
+    ll.unmerge_adapters(model.double())
+    t.save_checkpoint(tmp_path / "wide.ckpt")
+    restores(tmp_path / "wide.ckpt", model, LitTiny().double())
+
+
 def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path: Path) -> None:
     """A file of a half precision run knows its base in two dtypes; the error is about the one that is here."""
     fitted(tmp_path / "half.ckpt", LitTiny(), precision="bf16-true")

@@ -91,9 +91,6 @@ def test_a_tied_weight_is_written_once_unless_it_has_an_update(tmp_path: Path, t
     assert model.lm_head.weight is model.embed.weight
 
 
-# What is refused
-
-
 def plain(layer: nn.Module | None = None, value: float | None = None) -> nn.Module:
     """A model of one layer with an adapter, perhaps of one value."""
     model = as_trained(nn.Sequential(layer or nn.Linear(4, 4)))

@@ -119,9 +119,6 @@ def test_the_best_file_of_a_run_is_merged(tmp_path: Path, recwarn: pytest.Warnin
     assert torch.allclose(model(x), again(x), atol=1e-6) and not [w for w in recwarn if "best" in str(w.message)]
 
 
-# What needs the classes says so
-
-
 def test_what_needs_the_classes_names_them_and_the_argument(tmp_path: Path) -> None:
     fitted(path := tmp_path / "a.ckpt", model := Holds(given=Settings))
     with pytest.raises(AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"):
@@ -177,9 +174,6 @@ def test_nothing_in_a_file_runs_or_is_imported(tmp_path: Path, good: Path, attac
         assert same(state(model), torch.load(good / "good.pt", weights_only=True))
     assert not mark.exists() and "this" not in sys.modules
     assert dict(vars(Tensor)) == tensor and torch._utils._rebuild_tensor_v2.__defaults__ is defaults
-
-
-# What is plain is read as it is
 
 
 def test_tensors_are_read_as_torch_reads_them(tmp_path: Path) -> None:

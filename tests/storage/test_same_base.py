@@ -98,9 +98,6 @@ def test_a_trainer_resumes_and_tests_on_a_converted_base(tmp_path: Path) -> None
     assert ll.load_from_checkpoint(Lit, file, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
 
 
-# Without the check
-
-
 def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
     ll.load_adapter(LitTiny(), file, check_base=False)  # without a word
     model = LitTiny()

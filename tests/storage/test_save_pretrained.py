@@ -126,12 +126,6 @@ def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Ca
     check(tmp_path / "gpt2-1.0", other)
 
 
-# Who calls it, and how
-
-
-fresh = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
-
-
 class Saves(LitGPT2):
     """Writes a folder beside each checkpoint, as lightning-ir does."""
 
@@ -151,7 +145,7 @@ class Saves(LitGPT2):
 
 
 @quiet
-@fresh
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, devices: int) -> None:
     module = Saves(tmp_path / "folder")
@@ -220,9 +214,6 @@ def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
     again = Hub.from_pretrained(tmp_path, strict=True)
     torch.testing.assert_close(again(x), model.eval()(x))
     assert same(dict(sorted(load_file(tmp_path / "model.safetensors").items())), dict(sorted(merged(model).items())))
-
-
-# What is refused
 
 
 def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:

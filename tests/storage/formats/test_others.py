@@ -33,12 +33,6 @@ def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match:
         assert main(["inspect", str(path)]) != 0 and match.partition(".")[0] in capsys.readouterr().err
 
 
-def test_a_folder_of_other_files_is_no_adapter(tmp_path: Path) -> None:
-    save_file({"lora_te_text_q_proj.lora_down.weight": ONE}, tmp_path / "mine.safetensors")
-    with pytest.raises(ll.AdapterFileError, match=r"no adapters of PEFT.*one file, such as 'mine.safetensors'"):
-        ll.load_adapter(nn.Linear(4, 4), tmp_path)
-
-
 def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)

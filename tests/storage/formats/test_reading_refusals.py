@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from tests.storage.formats.test_reading import INDEX
 from tests.support.layers import Scaled
-from tests.support.models import LitTiny
+from tests.support.models import TinyLM
 from tests.support.peft_reading import Expert, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
@@ -73,15 +73,6 @@ class Blocks(nn.Module):
         return nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "mlp": mlp})
 
 
-class Tied(nn.Module):
-    """A head that is tied to an embedding, and a layer beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.linear, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
-        self.head.weight = self.embed.weight
-
-
 FILE, MODEL, BASE = ll.AdapterFileError, ll.AdapterMismatchError, ll.BaseMismatchError
 TWO: dict[str, Any] = {"target_modules": ["linear", "c_proj"]}
 ROWS: dict[str, Any] = {**TWO, "trainable_token_indices": {"embed": [1, 4]}}
@@ -89,6 +80,7 @@ MORE: dict[str, Any] = {**ROWS, "use_dora": True, "modules_to_save": ["head", "n
 ONE: dict[str, Any] = {"target_modules": ["q"], "layers_to_transform": [1]}
 RNN: dict[str, Any] = {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
+HEAD: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 OLORA: dict[str, Any] = {"target_modules": ["c_proj"], "init_lora_weights": "olora"}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
@@ -111,7 +103,7 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     # what the model is
     (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
     (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),
-    (Tied, {"modules_to_save": ["head"]}, asks(), MODEL, "'head.weight', which is tied to 'embed.weight'"),
+    (TinyLM, HEAD, asks(), MODEL, "'lm_head.weight', which is tied to 'embed.weight'"),
     (Mixed, OLORA, asks(), MODEL, "'c_proj' is a Conv1D, trained"),
 ]
 
@@ -241,9 +233,3 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     assert not model.get_parameter("norm.bias").requires_grad
     save_file({f"{PRE}head.weight": torch.ones(3, 12)}, tmp_path / WEIGHTS)
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no adapters of this package")
-
-
-def test_a_module_is_not_built_from_it(tmp_path: Path) -> None:
-    written(tmp_path)
-    with pytest.raises(ll.AdapterFileError, match="adapters of PEFT, and only their model tells"):
-        ll.load_from_checkpoint(LitTiny, tmp_path / WEIGHTS)

@@ -65,9 +65,6 @@ def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any
     assert contents(folder) == before
 
 
-# The disk
-
-
 class Own(nn.Sequential):
     """A model that saves itself, if it can."""
 
@@ -86,9 +83,6 @@ def test_a_full_disk_is_named_as_the_reason(tmp_path: Path, name: str) -> None:
     with pytest.raises(ll.AdapterFileError, match=rf"{re.escape(name)} could not be written .*Free space"):
         ll.save_merged(saved, tmp_path / name)
     assert not list(tmp_path.iterdir())
-
-
-# What is held beside
 
 
 BESIDE: dict[str, torch.Tensor] = {
