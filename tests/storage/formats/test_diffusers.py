@@ -74,14 +74,10 @@ def pipeline(part: Any) -> Any:
     """A pipeline with this part, and others that are not adapted."""
     if isinstance(part, diffusers.SD3Transformer2DModel):
         return diffusers.StableDiffusion3Pipeline(part, *[None] * 8)
-    parts = {
-        "unet": unet(),
-        "text_encoder": text_encoder(),
-        "scheduler": diffusers.PNDMScheduler(steps_offset=1),
-    }
-    parts["unet" if isinstance(part, diffusers.UNet2DConditionModel) else "text_encoder"] = part
+    scheduler = diffusers.PNDMScheduler(steps_offset=1)
     others = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
-    return diffusers.StableDiffusionPipeline(**parts, **others, requires_safety_checker=False)
+    others |= {"unet": part, "text_encoder": text_encoder(), "scheduler": scheduler}
+    return diffusers.StableDiffusionPipeline(**others, requires_safety_checker=False)
 
 
 def loaded(model: Any, path: Path) -> Tensor:

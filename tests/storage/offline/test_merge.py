@@ -48,15 +48,16 @@ def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     ll.save_adapter(model, folder / "adapter.safetensors")
 
 
-def merged(folder: Path, base: str = "base.safetensors", adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
-    merge_files(folder / base, folder / adapter, folder / "merged.safetensors")
+def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
+    merge_files(folder / "base.safetensors", folder / adapter, folder / "merged.safetensors")
     return dict(sorted(load_file(folder / "merged.safetensors").items()))
 
 
-def refused(folder: Path, error: type[Exception], says: str, out: str = "merged.safetensors", **names: str) -> None:
-    base, adapter = names.get("base", "base.safetensors"), names.get("adapter", "adapter.safetensors")
+def refused(
+    folder: Path, error: Any, says: str, base: str = "base.safetensors", out: str = "merged.safetensors"
+) -> None:
     with pytest.raises(error, match=says):
-        merge_files(folder / base, folder / adapter, folder / out)
+        merge_files(folder / base, folder / "adapter.safetensors", folder / out)
     assert not [file for file in folder.iterdir() if "merged" in file.name]
 
 

@@ -32,7 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").mkdir()
     for name in ("base.safetensors", "base/model.safetensors"):
         save_file(state, tmp_path / name, metadata={"format": "pt"})
-    torch.save(state, tmp_path / "base.ckpt")
     for name in ("a.safetensors", "b.safetensors"):
         ll.save_adapter(as_trained(model()), tmp_path / name)
     for name in ("base.safetensors", "a.safetensors"):
