@@ -98,7 +98,7 @@ def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was() -> Non
 
 
 class Model(nn.Module):
-    """Layers of one weight and of several, a tied weight, and a norm."""
+    """Layers of one weight and of several, a tied weight, a norm, and a buffer that grows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +107,7 @@ class Model(nn.Module):
         self.head, self.extra = nn.Linear(6, 7, bias=False), nn.Linear(7, 3)
         self.head.weight = self.embed.weight
         self.norm.weight.requires_grad_(False)
+        self.register_buffer("bank", torch.zeros(0, 2))
 
     def forward(self, index: Tensor) -> Any:
         x, _ = self.rnn(self.embed(index))
@@ -118,13 +119,14 @@ MORE = replace(CONFIG, target_modules=["embed", "rnn", "head"])
 INDEX = torch.arange(7).view(1, 7)
 
 
-def build(*, merged: bool, config: ll.LoRAConfig = CONFIG, moved: float = 1) -> Model:
+def build(*, merged: bool, config: ll.LoRAConfig = CONFIG, rows: int = 3) -> Model:
     model = Model()
     ll.inject_adapters(model, config)
     randomise(model)
     with torch.no_grad():
         model.extra.weight.add_(1)
-        model.norm.running_mean.add_(moved)
+        model.norm.running_mean.add_(rows)
+    model.bank = torch.ones(rows, 2)
     if merged:
         ll.merge_adapters(model)
     return model.eval()
@@ -132,7 +134,7 @@ def build(*, merged: bool, config: ll.LoRAConfig = CONFIG, moved: float = 1) -> 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    other = build(merged=False, moved=0)  # it does not hold the statistics that have moved, which a load resets
+    other = build(merged=False, rows=0)  # its file does not hold what has changed in the others, and a load resets
     randomise(other, seed=8)
     ll.save_adapter(other, tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"

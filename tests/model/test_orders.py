@@ -55,7 +55,6 @@ class Model(nn.Module):
 TARGETS: dict[Any, tuple[str, ...]] = {
     "all": LAYERS,
     "all-linear": LAYERS[1:],  # but for a tied head
-    "(body|head).*": LAYERS[1:],
     ("q", "head"): ("body.q", "head"),
     ("embed", "body.v"): ("embed", "body.v"),
     ("key",): (),
@@ -300,7 +299,7 @@ class Orders(RuleBasedStateMachine):
             assert (bool(a.any()), bool(b.any())) == (layer != "embed", layer == "embed")
         names = [f"{layer}.{factor}" for layer in layers for factor in ("lora_A", "lora_B")]
         factors = {name: it.factors.get(name, found[name]) for name in names}
-        self.it = replace(it, config=config, layers=layers, factors=factors)
+        self.it = replace(it, name=self.it.name, config=config, layers=layers, factors=factors)
         return None
 
     @adapted
@@ -443,12 +442,12 @@ class Orders(RuleBasedStateMachine):
     @precondition(lambda self: not self.it.merged and not self.it.others)
     @rule(seed=SEEDS, what=st.sampled_from(["base", "base with a tied weight once", "all"]))
     def load_other_weights(self, seed: int, what: str) -> None:
-        """As torch does it; with adapters among them, what trains beside these is no base."""
+        """By torch, into a model around it; with adapters among them, what trains beside these is no base."""
         it = self.it
         new = self.draw(seed, {**it.now, **(it.factors if what == "all" else {})})
         once = {"head.weight"} if it.tied and what == "base with a tied weight once" else set()
-        loaded = {name: value for name, value in new.items() if name not in once}
-        self.model.load_state_dict(loaded, strict=not once)
+        loaded = {f"net.{name}": value for name, value in new.items() if name not in once}
+        nn.ModuleDict({"net": self.model}).load_state_dict(loaded, strict=not once)
         theirs = {*it.trained(), "mean"} if it.layers and what == "all" else set()
         it.base = {name: value if name in theirs else new[name] for name, value in it.base.items()}
         it.now = {name: new[name] for name in it.now}
