@@ -231,12 +231,3 @@ def test_the_root_is_the_one_model_inside() -> None:
     assert root_of(Around(nn.Linear(2, 2), transformer())) == "model1"
     assert root_of(Around(transformer(), transformer())) == ""
     assert root_of(nn.Sequential(nn.Sequential(transformer()))) == "0.0"
-
-
-def test_a_part_with_a_name_like_the_start_of_another_is_compared_alone() -> None:
-    parts = [nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 4)}) for _ in range(2)]
-    model = nn.ModuleDict({"enc": parts[0], "encoder": parts[1]})
-    ll.inject_adapters(model["enc"], ll.LoRAConfig(target_modules=["q"], modules_to_save=["head"], r=1))
-    saved = ["enc.head", "encoder.head"]
-    names = ll.inject_adapters(model, ll.LoRAConfig(target_modules=["q"], modules_to_save=saved, r=1))
-    assert names == ("enc.q", "encoder.q")
