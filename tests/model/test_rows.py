@@ -21,7 +21,6 @@ from lightning_lora import (
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
-from lightning_lora.layers import ADAPTERS, LoRALayer
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM, same, state
 
@@ -96,34 +95,19 @@ def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
             check(model, lambda: model[0](*x) if type(x) is tuple else model[0](x), names, later)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.inner = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x @ self.weight.T)
-
-
-class LoRABlock(LoRALayer):
-    lora_layer_types = (Block,)
-
-
-def test_layers_inside_a_layer_of_another_adapter_and_shared_ones_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, Block, LoRABlock)
-    block, x = Block(), torch.randn(3, 5).double()
-    model = with_adapters(nn.Sequential(block, nn.Tanh(), block).double(), only("0"), only("0.inner"))
+def test_shared_layers_take_part() -> None:
+    layer, x = nn.Linear(5, 5), torch.randn(3, 5).double()
+    model = with_adapters(nn.Sequential(layer, nn.Tanh(), layer).double())
     check(model, lambda: model(x), MIXED)
 
 
-class Sums(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).sum()
+class Sums(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).sum()
 
 
-def test_a_layer_that_returns_no_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, Sums, LoRABlock)
-    model = with_adapters(nn.Sequential(Sums()), only("0"), only("0"))
+def test_a_layer_that_returns_no_rows_is_refused() -> None:
+    model = with_adapters(nn.Sequential(Sums(5, 4)))
     with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
         model(torch.randn(3, 5))
 
@@ -152,7 +136,7 @@ def net() -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], [None] * 4])
+@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None] * 4])
 @pytest.mark.parametrize("active", ["de", "fr"])
 def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, active: str) -> None:
     x = torch.randn(4, 6).double()
@@ -340,10 +324,8 @@ def test_an_empty_batch_has_an_empty_output() -> None:
             model[0](torch.ones(1, 5).double())
 
 
-def test_names_and_models_without_such_adapters_are_refused() -> None:
+def test_models_that_show_no_adapters_are_refused() -> None:
     model, _ = linear()
-    with pytest.raises(AdapterStateError, match=r"no adapter 'dee'.*'de'"):
-        adapter_names(model, ["de", "dee"])
     with pytest.raises(AdapterStateError, match="no adapters"):
         adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
     block = adapter_names(model, ["de"])
