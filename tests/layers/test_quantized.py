@@ -156,7 +156,9 @@ def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> No
 
 @each_kind
 def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: str) -> None:
-    model = build(kind)
+    model = build(kind).eval()
+    with torch.no_grad():
+        model(BATCH)  # after which bitsandbytes may hold it in another layout
     ll.inject_adapters(model, CONFIG)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     other = build(kind)
@@ -196,16 +198,6 @@ def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: 
     ll.save_adapter(there, tmp_path / "a.safetensors")
     with pytest.raises(ll.BaseMismatchError, match="nothing to compare"):
         ll.load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
-
-
-def test_base_that_was_evaluated_first_is_the_same_base(tmp_path: Path) -> None:
-    evaluated = build("nf4").eval()
-    with torch.no_grad():
-        evaluated(BATCH)
-    ll.inject_adapters(evaluated, CONFIG)
-    randomise(evaluated)
-    ll.save_adapter(evaluated, tmp_path / "a.safetensors")
-    ll.load_adapter(build("nf4"), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("double", [False, True])
