@@ -129,17 +129,11 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint
 
-    class Other(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            inner = LitTiny()
-            self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
-
-        forward, loss, training_step = LitTiny.forward, LitTiny.loss, LitTiny.training_step  # type: ignore[assignment]
-        validation_step, test_step = LitTiny.validation_step, LitTiny.test_step  # type: ignore[assignment]
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=0.05)
+    own = {name: value for name, value in vars(LitTiny).items() if callable(value) and name != "__init__"}
+    model: Any = type("Other", (pl.LightningModule,), own)()
+    for name, layer in LitTiny().named_children():
+        model.add_module(name, layer)
+    model.hparams["lr"] = 0.05
 
     assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
     checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
@@ -147,7 +141,6 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
         callbacks=[lora(merge="best"), ll.LoRAMonitor(), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    model = Other()
     t.fit(model, data(), data())
     assert isinstance(ll.LoRAMonitor(), pl.Callback) and "lora/update_norm" in t.callback_metrics
     assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
@@ -181,10 +174,3 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, f
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
     assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
-
-
-def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
-    t, callback = trainer(tmp_path, [lora()]), lora()
-    callback.setup(t, model := LitTiny(), "fit")
-    with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
-        callback.on_train_start(t, model)
