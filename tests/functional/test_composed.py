@@ -67,14 +67,6 @@ def test_autocast_computes_in_its_dtype_by_hand() -> None:
         assert adapted_linear(*(t.double() for t in tensors), 1.0).dtype is torch.float64
 
 
-def test_compiled_whole_it_is_one_graph() -> None:
-    tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
-    output = torch.compile(adapted_linear, fullgraph=True, backend="aot_eager")(*tensors, 0.5)
-    torch.testing.assert_close(output, composed(*tensors, 0.5))
-    output.sum().backward()
-    assert all(t.grad is not None for t in tensors)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
 def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:

@@ -1,6 +1,7 @@
 """What training changes besides adapters is stored and restored."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.fits import resumes_to_the_bit
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
 
@@ -114,24 +116,13 @@ def test_what_other_code_changes_is_stored_and_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("merge", "precision"), [("last", "bf16-true"), (False, "32-true")])
 def test_a_run_whose_base_changes_resumes_bit_for_bit(tmp_path: Path, merge: Any, precision: Any) -> None:
-    def run(folder: str, epochs: int, ckpt: Any = None) -> tuple[Codebook, L.Trainer]:
-        torch.manual_seed(0)
-        model = Codebook()
-        callbacks = [codebook_lora(merge=merge), best(tmp_path / folder, monitor=None)]
-        t = trainer(tmp_path, callbacks, max_epochs=epochs, precision=precision)
-        t.fit(model, data(), ckpt_path=ckpt)
-        return model, t
-
-    whole, t = run("whole", 4)
-    _, first = run("part", 2)
-    path = first.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    resumed, _ = run("part", 4, path)
-    assert same(state(resumed), state(whole))
-    before = state(whole)
-    tested = t.test(whole, data(), ckpt_path="best", verbose=False)
-    assert same(state(whole), before)
-    fresh = trainer(tmp_path, [codebook_lora()], precision=precision)
-    assert fresh.test(Codebook(), data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False) == tested  # type: ignore[union-attr]
+    make = partial(codebook_lora, merge=merge)
+    model = resumes_to_the_bit(tmp_path, Codebook, make, at="epoch=1", max_epochs=4, precision=precision)
+    before, tested = state(model), []
+    for each in (model, Codebook()):
+        t = trainer(tmp_path, [make()], precision=precision)
+        tested += t.test(each, data(), ckpt_path=tmp_path / "through" / "epoch=3.ckpt", verbose=False)
+    assert tested[0] == tested[1] and same(state(model), before)
 
 
 def test_values_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
