@@ -1,7 +1,6 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
-import builtins
 import os
 import re
 import runpy
@@ -166,33 +165,6 @@ def test_code_is_python_and_its_callbacks_can_be_made(found: list[str]) -> None:
     code = "\n".join(found)
     ast.parse(code)
     assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
-
-
-def unknown(code: str) -> set[str]:
-    """Names that a piece of code uses, and does not define or import."""
-    nodes = list(ast.walk(ast.parse(code)))
-    used, known = set(), set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-            known.add(node.name)
-        elif isinstance(node, ast.arg):
-            known.add(node.arg)
-        elif isinstance(node, ast.alias):
-            known.add((node.asname or node.name).partition(".")[0])
-    return used - known
-
-
-@pytest.mark.parametrize("page", BY_HAND)
-def test_a_section_imports_what_it_uses_and_the_page_says_what_is_the_readers(page: str) -> None:
-    (own,) = re.findall(
-        r"^What the code below does not define is your own: (.*?)\n\n", PAGES[page], re.DOTALL | re.MULTILINE
-    )
-    missing = {
-        heading: unknown("".join(code)) - {*re.findall(r"`(\w+)`", own)} for heading, code in sections(page).items()
-    }
-    assert len(missing) > 10 and not any(missing.values()), missing
 
 
 def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
 from tests.support.cases import Three, three
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, config
+from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config
 from tests.support.models import WIDTH, X, randomise, same
 
 
@@ -39,10 +39,7 @@ def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any
 
 
 def test_other_threads_and_replicas_compute_a_layer_with_its_own_forward_rightly() -> None:
-    model = nn.Sequential(Scaled(8, 8))
-    inject_adapters(model, config(model))
-    randomise(model)
-    x = torch.randn(4, 8)
+    model, x = nn.Sequential(adapted(Scaled(8, 8))), torch.randn(4, 8).double()
     with torch.no_grad():
         expected = model(x)
         with ThreadPoolExecutor(4) as pool:

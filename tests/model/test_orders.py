@@ -62,7 +62,6 @@ TARGETS: dict[Any, tuple[str, ...]] = {
 SAVED: dict[Any, tuple[str, ...]] = {
     None: (), ("head",): ("head",), ("embed",): ("embed",), ("v",): ("body.v",), ("body",): LAYERS[1:4],
 }  # fmt: skip
-PATTERNS = {"q": ("body.q",), "[qv]": ("body.q", "body.v"), "head": ("head",)}
 SEEDS, BOOLS = st.integers(0, 99), st.booleans()
 Adapters = dict[str, tuple[int, float]]  # layers to rank and scaling
 
@@ -71,35 +70,22 @@ def meaning(config: ll.LoRAConfig, tied: bool) -> Adapters | type[ll.LoRAError]:
     """What ``config`` adapts, or the error that it is."""
     left_out = {*SAVED[config.modules_to_save], *(["head"] if tied and config.target_modules == "all-linear" else [])}
     layers = [layer for layer in TARGETS[config.target_modules] if layer not in left_out]
-    pattern = config.rank_pattern or {}
-    if not layers or any(not set(PATTERNS[key]) & set(layers) for key in pattern):
-        return ll.TargetError
-    ranks = {layer: next((r for key, r in pattern.items() if layer in PATTERNS[key]), config.r) for layer in layers}
-    found = {}
-    for layer, r in ranks.items():
-        found[layer] = min(r, WIDTH), (config.alpha or r) / (r**0.5 if config.use_rslora else r)
-    return found
+    scaling = (config.alpha or config.r) / (config.r**0.5 if config.use_rslora else config.r)
+    return dict.fromkeys(layers, (min(config.r, WIDTH), scaling)) if layers else ll.TargetError
 
 
-def configs(*, targets: list[Any], rank_patterns: list[Any]) -> st.SearchStrategy[ll.LoRAConfig]:
-    return st.builds(
-        ll.LoRAConfig,
-        r=st.integers(1, WIDTH),
-        alpha=st.sampled_from([None, 1, 4.5]),
-        dropout=st.sampled_from([0.0, 0.5]),
-        target_modules=st.sampled_from(targets),
-        modules_to_save=st.sampled_from(list(SAVED)),
-        rank_pattern=st.sampled_from(rank_patterns),
-        bias=st.sampled_from(["none", "all", "lora_only"]),
-        init=st.sampled_from(["kaiming", "gaussian"]),
-        use_rslora=BOOLS,
-    )
-
-
-ANY = configs(targets=list(TARGETS), rank_patterns=[{"q": 1}, {"[qv]": 2}, {"head": WIDTH + 1}])
-VALID = configs(targets=list(TARGETS)[:-1], rank_patterns=[None, None, {"q": 1}, {"[qv]": 2}]).filter(
-    lambda config: isinstance(meaning(config, True), dict)
+ANY = st.builds(
+    ll.LoRAConfig,
+    r=st.integers(1, WIDTH + 1),
+    alpha=st.sampled_from([None, 1, 4.5]),
+    dropout=st.sampled_from([0.0, 0.5]),
+    target_modules=st.sampled_from(list(TARGETS)),
+    modules_to_save=st.sampled_from(list(SAVED)),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    init=st.sampled_from(["kaiming", "gaussian"]),
+    use_rslora=BOOLS,
 )
+VALID = ANY.filter(lambda config: isinstance(meaning(config, True), dict))
 
 
 @dataclass
