@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional.adapted_linear import adapted_linear
 from tests.functional.test_linear import composed, goes_by_hand, inputs
 from tests.support.models import randomise
-from tests.support.ranks import alone, has_shards
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
@@ -96,36 +94,6 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
     with torch.no_grad():
         output = adapted_linear(nested, weight, bias, a, b, 1.0)
     torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
-
-
-sharded = pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
-
-
-@sharded
-def test_distributed_tensors_are_composed() -> None:
-    tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]
-    with alone() as mesh:
-        shared = [dist.tensor.distribute_tensor(t, mesh, [dist.tensor.Shard(0)]).requires_grad_() for t in tensors]
-        output = adapted_linear(*shared, 1.0)
-        torch.testing.assert_close(output.full_tensor(), composed(*tensors, 1.0))  # type: ignore[attr-defined]
-        output.sum().backward()
-    assert all(isinstance(t.grad, dist.tensor.DTensor) for t in shared)
-
-
-@sharded
-@pytest.mark.parametrize(
-    ("dim", "rows", "a_split", "b_split"), [(0, 8, False, True), (1, 8, True, False), (0, 4, False, False)]
-)
-def test_adapters_are_split_as_tensor_parallelism_splits_their_weights(
-    dim: int, rows: int, a_split: bool, b_split: bool
-) -> None:
-    layer, slices = nn.Linear(6, 8, bias=False), {"0": {"some": [0, rows]}}
-    with alone() as mesh:
-        split_weight = dist.tensor.distribute_tensor(layer.weight.detach(), mesh, [dist.tensor.Shard(dim)])
-        layer.weight = nn.Parameter(split_weight)
-        inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"], target_slices=slices))
-    for factor, split in ((layer.lora_A_some, a_split), (layer.lora_B_some, b_split)):
-        assert factor.placements[0].is_shard(dim) is split
 
 
 @pytest.mark.parametrize("tokens", [4, 400])

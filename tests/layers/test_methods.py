@@ -95,13 +95,6 @@ def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
         ll.inject_adapters(model, config(model, use_dora=True))
 
 
-def test_all_rows_with_a_name_have_one_magnitude_without_it() -> None:
-    model = nn.Sequential(nn.Linear(6, 5))
-    how = ll.LoRAConfig(r=2, use_dora=True, target_modules=["0"], target_slices={"0": {"all": [0, 5]}})
-    ll.inject_adapters(model, how)
-    assert list(ll.adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
-
-
 @pytest.mark.parametrize("converted_first", [True, False])
 def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(converted_first: bool) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64).bfloat16()

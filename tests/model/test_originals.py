@@ -131,11 +131,7 @@ def test_values_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
             if self.current_epoch == 1:
                 self.embed.weight.data.mul_(0.9)
 
-    model, checkpoint = Late(), best(tmp_path, monitor=None, save_top_k=-1)
-    t = trainer(tmp_path, [lora(), checkpoint])
-    t.fit(model, data())
-    first, second = sorted(tmp_path.glob("*.ckpt"))
-    t.test(model, data(), ckpt_path=second, verbose=False)
+    t = trainer(tmp_path, [lora(), best(tmp_path, monitor=None, save_top_k=-1)])
+    t.fit(model := Late(), data())
     with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight'.*anew"):
-        t.test(model, data(), ckpt_path=first, verbose=False)
-    trainer(tmp_path, [lora()]).test(LitTiny(), data(), ckpt_path=first, verbose=False)
+        ll.load_adapter(model, min(tmp_path.glob("*.ckpt")))

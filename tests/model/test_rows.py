@@ -315,15 +315,6 @@ def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, 
     model[0](*x)
 
 
-def test_an_empty_batch_has_an_empty_output() -> None:
-    model, _ = linear(nn.Conv1d(4, 3, 1), de=LoRAConfig(r=2, target_modules="all", dropout=0.5, modules_to_save=["1"]))
-    with adapter_names(model, []):
-        assert model[0](torch.ones(0, 5).double()).shape == (0, 4)
-        assert model[1](torch.ones(0, 4, 7).double()).shape == (0, 3, 7)
-        with pytest.raises(ConfigError, match="got 0 names"):
-            model[0](torch.ones(1, 5).double())
-
-
 def test_models_that_show_no_adapters_are_refused() -> None:
     model, _ = linear()
     with pytest.raises(AdapterStateError, match="no adapters"):
