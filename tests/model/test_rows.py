@@ -267,15 +267,6 @@ def test_a_language_model_writes_with_an_adapter_for_each_prompt() -> None:
         model.generate(prompts, max_new_tokens=8, do_sample=False, num_beams=2)
 
 
-def test_4_bit_layers_take_part() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
-    with_adapters(model.to("cpu").eval())
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        check(model, lambda: model(x), MIXED)
-
-
 # What is refused
 
 
