@@ -321,7 +321,6 @@ def test_plots_name_the_matrices_and_figure_3_has_a_panel_for_each() -> None:
     _, axes = metric.plot()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"] and axes.get_ylabel() == "UpdateNorm"
     assert [line.get_ydata().item() for line in axes.lines] == [value.item() for value in first.values()]
-    metric.plot([first, first, first], axes)
     figure, axes = grid.plot()
     panels = {each.get_title(): each.images[0].get_array() for each in axes.flatten()}
     assert [*panels] == ["0", "1"] and all((panels[name] == grids[name].numpy()).all() for name in grids)

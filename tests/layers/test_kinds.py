@@ -127,16 +127,14 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
     randomise(model)
     if merged:
         merge_adapters(model)
-    file = io.BytesIO()
-    torch.save(model, file)
+    torch.save(model, file := io.BytesIO())
     file.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
     expected, kind = model(x), type(model[0])
     randomise(model, seed=9)
     remove_adapters(model)
     for each in copies:
-        assert type(each[0]) is kind
-        assert torch.equal(each(x), expected)
+        assert type(each[0]) is kind and torch.equal(each(x), expected)
         unmerge_adapters(each)
         remove_adapters(each)
         assert type(each[0]) is type(model[0])
