@@ -274,7 +274,6 @@ EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
 TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
 WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
     (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
-    (nn.Sequential(nn.MultiheadAttention(4, 1)), ALL, "'0' of Sequential has batch_first=False"),
     (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
     (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
     (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
