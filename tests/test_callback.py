@@ -113,17 +113,6 @@ def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -
     assert len(copies) == 2 and all(isinstance(each.q_proj, LoRALayer) for each in copies)
 
 
-def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, caplog: Any) -> None:
-    caplog.set_level("INFO")
-    model = LitTiny()
-    trainer(tmp_path, [lora()], enable_model_summary=True).fit(model, data())
-    shown = capsys.readouterr().out
-    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
-    assert "merged the last adapters into 2 layers" in caplog.text
-    trainer(tmp_path, [lora()]).fit(LitTiny(), data())
-    assert "LoRA" not in capsys.readouterr().out
-
-
 def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint

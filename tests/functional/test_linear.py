@@ -211,17 +211,6 @@ def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
         torch.testing.assert_close(found, composed(x, weight, bias, *(t.double() for t in factors), 1.0))
 
 
-def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> None:
-    x, _, _, a, b = inputs(4, 6)
-    with torch.inference_mode():
-        weight = torch.randn(5, 6, dtype=torch.float64)
-    output = adapted_linear(x.detach(), weight, None, a, b, 1.0)
-    once = torch.autograd.grad(output.square().sum(), [a, b], create_graph=True)
-    plain = composed(x.detach(), weight.clone(), None, a, b, 1.0).square().sum()
-    for one, other in zip(once, torch.autograd.grad(plain, [a, b]), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize(("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)])
 def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dropout: float) -> None:
     tensors = inputs(*shape, out=5)

@@ -84,11 +84,13 @@ def test_a_call_on_a_plain_model_says_what_to_do() -> None:
         ll.merge_adapters(nn.Sequential(trained()))
 
 
-def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was() -> None:
+def test_a_base_that_was_made_in_inference_mode_trains_and_is_given_back_as_it_was() -> None:
     with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     with unchanged(model):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
+        (grad,) = torch.autograd.grad(model[0](torch.ones(2, 4)).sum(), model[0].lora_B, create_graph=True)
+        assert grad.requires_grad
         ll.merge_adapters(model)
         ll.unmerge_adapters(model)
         ll.remove_adapters(model)

@@ -38,6 +38,7 @@ class Odd(nn.Module):
         torch.manual_seed(0)
         self.linear, self.norm, self.other = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
         self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("rows", torch.eye(3).to_sparse_csr())
         self.register_buffer("expanded", torch.ones(1).expand(4))
         self.register_buffer("nan", torch.tensor([float("nan"), float("-inf"), -0.0]))
         self.register_buffer("flags", torch.zeros(2, dtype=torch.bool))
@@ -46,6 +47,7 @@ class Odd(nn.Module):
         self.register_buffer("waves", torch.fft.fft(torch.arange(4.0)).conj())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path) -> None:
     model, factors = Odd(), {"linear.lora_A", "linear.lora_B"}
     ll.inject_adapters(model, ll.LoRAConfig(r=1))

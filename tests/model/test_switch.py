@@ -251,21 +251,6 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, mer
         assert torch.equal(model(X), outputs[each])
 
 
-@pytest.mark.parametrize("merged", [True, False])
-def test_nothing_is_loaded_while_the_base_is_shown(merged: bool) -> None:
-    model, outputs = several()
-    ll.set_adapter(model, "de")
-    held = state(model)
-    fill(model)
-    if merged:
-        ll.merge_adapters(model)
-    with unchanged(model), ll.disable_adapters(model), pytest.raises(ll.AdapterStateError, match=r"shows its .*'de'"):
-        model.load_state_dict(held, strict=False)
-    ll.unmerge_adapters(model)
-    model.load_state_dict(held)
-    assert torch.equal(model(X), outputs["de"])
-
-
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
 def test_another_base_is_the_base_of_all_adapters() -> None:
     model, _ = several()
