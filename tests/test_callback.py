@@ -21,13 +21,15 @@ from tests.support.fits import beside, either_order
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 
-def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -> None:
+def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
     adapted, merged = LitTiny(), LitTiny()
     keys, flags = list(merged.state_dict()), [p.requires_grad for p in merged.parameters()]
     for model, merge in ((adapted, False), (merged, "last")):
         torch.manual_seed(5)
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
     assert is_plain(merged) and type(merged.q_proj) is nn.Linear
+    assert "merged the last adapters into 2 layers" in caplog.text
     assert list(merged.state_dict()) == keys and [p.requires_grad for p in merged.parameters()] == flags
     torch.testing.assert_close(merged(X), adapted(X))
     assert not torch.equal(merged(X), LitTiny()(X)) and all(adapted.get_parameter(name).any() for name in ADAPTERS)

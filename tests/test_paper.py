@@ -10,7 +10,7 @@ import pytest
 
 from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.costs import costs
-from examples.paper.jobs import Folders, Job, Results
+from examples.paper.jobs import Folders, Results
 from examples.paper.methods import RANKS, RATE
 from examples.paper.pages import fill, finished
 from examples.paper.plan import PARTS
@@ -99,23 +99,10 @@ OTHERS = {"22.6", "35.4", "0.9", "0.03"}
     ("arguments", "named"),
     [
         (["--fast"], "--output"),
-        (["--only", "table3"], "needs --e2e"),
         (["--e2e", "nowhere"], "nowhere has no valid.txt"),
-        (["--output", __file__], "is a file"),
-        (["--workers", "0"], "at least one"),
     ],
 )
 def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"task": "reviews"}', "another seed's"])
-def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: Path) -> None:
-    name = Job("reviews", "full", 1e-4, epochs=2).name
-    if content == "another seed's":
-        content = (HERE / "results" / f"{name.replace('seed0', 'seed1')}.json").read_text()
-    (tmp_path / f"{name}.json").write_text(content)
-    with pytest.raises(SystemExit, match=rf"{name}.json does not hold"):
-        Results(tmp_path)

@@ -65,7 +65,6 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
     ("layer", "arguments", "dora"),
     [
         (nn.Linear(5, 4), {"input": FLOATS}, False),
-        (nn.Linear(5, 4), {"input": FLOATS}, True),
         (Conv1D(4, 5), {"x": FLOATS}, True),
         (nn.Embedding(5, 4), {"input": INDEX}, True),
         (nn.EmbeddingBag(5, 4), {"input": BAGS[0], "offsets": BAGS[1]}, False),

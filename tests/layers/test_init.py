@@ -109,7 +109,6 @@ def memory_of_nan() -> Iterator[None]:
 
 
 STARTS: list[tuple[dict[str, Any], str, torch.dtype]] = [
-    ({}, "to_empty", torch.bfloat16),
     ({}, "assign", torch.bfloat16),
     ({"init": "pissa"}, "to_empty", torch.float32),
     ({"use_dora": True}, "assign", torch.bfloat16),
