@@ -7,9 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.tensors import values
+from lightning_lora.tensors import digests, values
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.values import Seen
+
+
+def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large tensors in earlier files hold
+    integers = torch.randint(-(2**31), 2**31, (2 * digests._CHUNK + 3,), dtype=torch.int32)
+    multipliers = digests._multipliers(integers.device).tolist()
+    total = len(integers)
+    for place, chunk in enumerate(integers.split(digests._CHUNK)):
+        products = [x * m for x, m in zip(chunk.tolist(), multipliers, strict=False)]
+        total += sum(products) * multipliers[-1 - place]
+    assert digest(integers) == total % (1 << 63)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
