@@ -9,17 +9,8 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "frameworks.md"
-COLUMNS = (
-    "version",
-    "fit",
-    "moves",
-    "file",
-    "resume",
-    "`load_adapter`",
-    "predictions",
-    "own, default",
-    'own, `save="model"`',
-)
+OWN = ("own, default", 'own, `save="model"`')
+COLUMNS = ("version", "fit", "moves", "file", "resume", "`load_adapter`", "predictions", *OWN)
 WORKS = ("yes", "to rounding")
 
 

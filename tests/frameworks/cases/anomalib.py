@@ -12,17 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
-from tests.frameworks.case import Case, Run, Way, quiet
+from tests.frameworks.case import Case, Way, noise, quiet
 
 make = timm.create_model
 timm.create_model = lambda *args, **options: make(*args, **{**options, "pretrained": False})  # nothing is downloaded
 
 
-def images(seed: int) -> Tensor:
-    return torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
 class FastFlow(Case):
+    inner = "model"
+
     def new(self) -> Any:
         return Fastflow(flow_steps=2, **self.parts())
 
@@ -34,26 +32,19 @@ class FastFlow(Case):
         return super().lora(target_modules="all", **options)
 
     def data(self) -> Any:
-        items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in images(0)]
+        items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in noise(8, 3, 64, 64).sigmoid()]
         return DataLoader(items, batch_size=4, shuffle=True, collate_fn=ImageBatch.collate)
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        options.pop("weights_only", None)
         kwargs = {**quiet(callbacks, folder), "enable_checkpointing": True, "limit_val_batches": 0}
         Engine(callbacks=callbacks, **kwargs).fit(model, self.data(), **options)
         return model
 
     def predict(self, model: Any) -> Tensor:
-        return model.model(images(1)).anomaly_map
+        return model.model(noise(8, 3, 64, 64, seed=1).sigmoid()).anomaly_map
 
     def ways(self) -> dict[str, Way]:
         return {**super().ways(), "torch.save of the model": self.saved}
-
-    def saved(self, run: Run) -> Any:
-        model = self.new()
-        torch.save(run.model.model.state_dict(), run.folder / "tuned.pt")
-        model.model.load_state_dict(torch.load(run.folder / "tuned.pt"))
-        return model
 
 
 class STFPM(FastFlow):

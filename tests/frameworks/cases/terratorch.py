@@ -2,22 +2,20 @@
 
 from typing import Any
 
-import torch
 from terratorch.tasks import SemanticSegmentationTask
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
-from tests.frameworks.case import Case, Run, Way
+from tests.frameworks.case import Case, Way, noise
 
 BANDS = ["RED", "GREEN", "BLUE"]
-
-
-def images(seed: int) -> Tensor:
-    return torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+IMAGES = noise(12, 3, 32, 32)
 
 
 class Prithvi(Case):
+    inner = "model"
+
     def new(self) -> Any:
         network = {
             "backbone": "prithvi_eo_tiny",
@@ -36,23 +34,17 @@ class Prithvi(Case):
         return super().lora(modules_to_save=["model.decoder", "model.head"], **options)
 
     def data(self) -> Any:
-        labels = images(0).argmax(1)
-        samples = [{"image": image, "mask": mask} for image, mask in zip(images(0), labels, strict=True)]
+        samples = [{"image": image, "mask": image.argmax(0)} for image in IMAGES]
         return DataLoader(samples, batch_size=4, shuffle=True)
 
     def predict(self, model: Any) -> Tensor:
         """In float64: an untrained backbone shows how float32 rounds."""
-        numbers = model.double()(images(1).double()).output
+        numbers = model.double()(noise(12, 3, 32, 32, seed=1).double()).output
         model.float()
         return numbers
 
     def ways(self) -> dict[str, Way]:
-        return {**super().ways(), "model.state_dict": self.from_model}
-
-    def from_model(self, run: Run) -> Any:
-        task = self.new()
-        task.model.load_state_dict(run.model.model.state_dict())
-        return task
+        return {**super().ways(), "model.state_dict": self.saved}
 
 
 CASES = {"Prithvi": Prithvi}

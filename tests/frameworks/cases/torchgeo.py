@@ -1,22 +1,20 @@
 """torchgeo: its tasks are LightningModules of convolutions."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchgeo.trainers import ClassificationTask, SemanticSegmentationTask
 
 from lightning_lora import LoRACallback
-from tests.frameworks.case import Case, Run, Way
-
-
-def images(seed: int) -> Tensor:
-    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+from tests.frameworks.case import Case, Run, Way, noise
 
 
 class ResNet(Case):
+    inner = "model"
+    label = "label"
+
     def new(self, **options: Any) -> Any:
         return ClassificationTask(model="resnet18", in_channels=3, num_classes=5, lr=0.001, **options)
 
@@ -27,30 +25,20 @@ class ResNet(Case):
         return torch.arange(16) % 5
 
     def data(self) -> Any:
-        samples = [{"image": image, self.label: label} for image, label in zip(images(0), self.labels(), strict=True)]
-        return DataLoader(samples, batch_size=4, shuffle=True)
-
-    label = "label"
+        labels = zip(noise(16, 3, 32, 32), self.labels(), strict=True)
+        samples: Any = [{"image": image, self.label: label} for image, label in labels]
+        return LightningDataModule.from_datasets(samples, samples, batch_size=4)  # the scheduler needs val_loss
 
     def predict(self, model: Any) -> Tensor:
-        return model(images(1))
-
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        self.trainer(callbacks, folder).fit(model, self.data(), self.data(), **options)  # the scheduler needs val_loss
-        return model
+        return model(noise(16, 3, 32, 32, seed=1))
 
     def ways(self) -> dict[str, Way]:
-        return {**super().ways(), "weights=path": self.as_weights, "model.state_dict": self.from_model}
+        return {**super().ways(), "weights=path": self.as_weights, "model.state_dict": self.saved}
 
     def as_weights(self, run: Run) -> Any:
         """The backbone alone: the head is that of the run."""
         task = self.new(weights=str(run.file))
         task.model.fc = run.model.model.fc
-        return task
-
-    def from_model(self, run: Run) -> Any:
-        task = self.new()
-        task.model.load_state_dict(run.model.model.state_dict())
         return task
 
 
@@ -69,7 +57,7 @@ class UNet(ResNet):
         return torch.arange(16 * 32 * 32).reshape(16, 32, 32) % 5
 
     def ways(self) -> dict[str, Way]:
-        return {**Case.ways(self), "model.state_dict": self.from_model}
+        return {**Case.ways(self), "model.state_dict": self.saved}
 
 
 CASES = {"ResNet-18": ResNet, "U-Net": UNet}
