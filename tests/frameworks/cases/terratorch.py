@@ -4,7 +4,7 @@ from typing import Any
 
 from terratorch.tasks import SemanticSegmentationTask
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 
 from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Way, noise
@@ -34,8 +34,7 @@ class Prithvi(Case):
         return super().lora(modules_to_save=["model.decoder", "model.head"], **options)
 
     def data(self) -> Any:
-        samples = [{"image": image, "mask": image.argmax(0)} for image in IMAGES]
-        return DataLoader(samples, batch_size=4, shuffle=True)
+        return DataLoader(StackDataset(image=IMAGES, mask=IMAGES.argmax(1)), batch_size=4, shuffle=True)
 
     def predict(self, model: Any) -> Tensor:
         """In float64: an untrained backbone shows how float32 rounds."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
+from torch.utils.data import StackDataset
 from torchgeo.trainers import ClassificationTask, SemanticSegmentationTask
 
 from lightning_lora import LoRACallback
@@ -25,8 +26,7 @@ class ResNet(Case):
         return torch.arange(16) % 5
 
     def data(self) -> Any:
-        labels = zip(noise(16, 3, 32, 32), self.labels(), strict=True)
-        samples: Any = [{"image": image, self.label: label} for image, label in labels]
+        samples = StackDataset(**{"image": noise(16, 3, 32, 32), self.label: self.labels()})
         return LightningDataModule.from_datasets(samples, samples, batch_size=4)  # the scheduler needs val_loss
 
     def predict(self, model: Any) -> Tensor:
