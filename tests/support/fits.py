@@ -1,6 +1,7 @@
 """Fits and what they give."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import StopError, trained
 from tests.support.models import LitTiny, data, lora, same, state, trainer
+from tests.support.versions import keeps_random
 
 
 class Stateful:
@@ -214,14 +216,9 @@ class Fails(L.Callback):
             raise StopError
 
 
-ON_EXCEPTION: dict[str, Callable[[Path], L.Callback]] = {"callback": lambda folder: OnExceptionCheckpoint(folder)}
-if Version(L.__version__) >= Version("2.6"):
-    ON_EXCEPTION["option"] = lambda folder: ModelCheckpoint(
-        folder, "on_exception", save_on_exception=True, save_top_k=0
-    )
-
-
-PLAIN_SWALR = Version(torch.__version__) >= Version("2.6")  # its state could not be loaded safely before
+ON_EXCEPTION: dict[str, Callable[..., L.Callback]] = {"callback": OnExceptionCheckpoint}
+if keeps_random:  # Lightning 2.6
+    ON_EXCEPTION["option"] = partial(ModelCheckpoint, filename="on_exception", save_on_exception=True, save_top_k=0)
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -237,7 +234,7 @@ def moving(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 # The companion; the average at the end of four epochs of four steps; what validation sees after the first
 AVERAGES: dict[str, tuple[Callable[[], L.Callback], Callable[[Any], Any], Callable[[Any], Any]]] = {}
-if PLAIN_SWALR:
+if Version(torch.__version__) >= Version("2.6"):  # the state of its schedule could not be loaded safely before
     AVERAGES["swa"] = (
         lambda: StochasticWeightAveraging(0.1, swa_epoch_start=2),
         lambda after: mean(after[3:12:4]),  # as each epoch from the second on begins

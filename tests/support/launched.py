@@ -63,14 +63,10 @@ def main(*argv: str) -> None:
     arguments = parser.parse_args(argv or None)
 
     def make(callbacks: list[L.Callback]) -> L.Trainer:
-        return trainer(
-            arguments.folder,
-            [*callbacks, Requeue()] if arguments.requeue else callbacks,
-            strategy=arguments.strategy,
-            devices=arguments.devices,
-            num_nodes=arguments.nodes,
-            plugins=[getattr(environments, arguments.environment)()] if arguments.environment else None,
-        )
+        places = {"strategy": arguments.strategy, "devices": arguments.devices, "num_nodes": arguments.nodes}
+        plugins = [getattr(environments, arguments.environment)()] if arguments.environment else None
+        requeue = [Requeue()] if arguments.requeue else []
+        return trainer(arguments.folder, [*callbacks, *requeue], plugins=plugins, **places)
 
     if arguments.requeue:
         fit(make, arguments.folder, "through")
