@@ -113,18 +113,12 @@ def calls(bench: Bench) -> Iterator[Row]:
         yield row(f"merge and un-merge, d=4096, {half(dtype)}", times, OURS, PEFT, PEFT, 0.15)
 
 
-def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[float]]:
+def _injections(bench: Bench, make: Callable[[], nn.Module]) -> Times:
     """Time injections, each into a new model."""
-    fresh: list[nn.Module] = []
-    names = [name for name in linear_names(make()) if name != "lm_head"]
+    fresh = [make() for _ in range(2 * (bench.rounds + 2))]  # two for warm-up rounds
+    names = [name for name in linear_names(fresh[0]) if name != "lm_head"]
 
     def in_peft() -> None:
         peft(fresh.pop(), names, 8, 0.0)
 
-    runs = {OURS: lambda: inject_adapters(fresh.pop(), LoRAConfig(r=8)), PEFT: in_peft}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(bench.rounds):
-        for name in runs:
-            fresh[:] = [make() for _ in range(3)]  # two for warm-up rounds
-            times[name] += bench.take_turns({name: runs[name]}, rounds=1)[name]
-    return times
+    return bench.take_turns({OURS: lambda: inject_adapters(fresh.pop(), LoRAConfig(r=8)), PEFT: in_peft})

@@ -44,9 +44,7 @@ class Net(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+        return self.head(nn.Sequential(*self.layers)(x))
 
 
 def pretrained() -> dict[str, Tensor]:
