@@ -61,9 +61,9 @@ def resuming(facts: dict[str, Any]) -> str | None:
 
 def moving(facts: dict[str, Any]) -> str | None:
     """Count the matrices that move only with LoRA, or only without it."""
-    more, fewer = (len(facts.get("moves", {}).get(f"only {kind}", [])) for kind in ("with", "without"))
     if "moves" not in facts:
         return None
+    more, fewer = (len(facts["moves"][f"only {kind}"]) for kind in ("with", "without"))
     return ", ".join([f"**{more} more**"] * bool(more) + [f"{fewer} fewer"] * bool(fewer)) or "the same"
 
 
