@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -74,14 +73,14 @@ def resumes_to_the_bit(
     *make: Callable[[], L.Callback],
     at: str = "epoch=0",
     train: Callable[[], Any] = data,
-    saving: Mapping[str, Any] = MappingProxyType({}),
+    saving: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """Fit, and again from the first run's file ``at``, to the same bits. Return that module. Each run has a folder."""
     models = build(), build()
     file = folder / "through" / f"{at}.ckpt"
     for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
-        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving)
+        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving or {})
         callbacks = [each() for each in make]
         fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
     assert same(state(models[1]), state(models[0]))
@@ -124,7 +123,6 @@ def by_hand(
     optimizer: Optimizer,
     model: LitTiny,
     *,
-    step: Callable[[], Any] = lambda: None,
     every: Callable[[int], int] = lambda _: 1,
     clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
 ) -> None:
@@ -143,7 +141,6 @@ def by_hand(
                 return value
 
             optimizer.step(closure)  # type: ignore[arg-type]
-            step()
 
 
 def adapted() -> LitTiny:
