@@ -40,8 +40,10 @@ class Case(ABC):
 
     lightning: ClassVar[str] = "lightning.pytorch"  # or pytorch_lightning
     resumes: ClassVar[bool] = True  # has a way of its own to go on from a file
+    within: ClassVar[str] = ""  # the attribute of a model that is its network, if the model is none
+    inner: ClassVar[str] = ""  # the module in the network that is saved and loaded
     prefix: ClassVar[str] = ""  # of the network's names in files of the Trainer
-    inner: ClassVar[str] = ""  # the module in the model that is saved and loaded
+    arguments: ClassVar[dict[str, Any]] = {}  # of LoRACallback
 
     @abstractmethod
     def new(self) -> Any:
@@ -56,14 +58,14 @@ class Case(ABC):
         return None
 
     def lora(self, **options: Any) -> LoRACallback:
-        return LoRACallback(r=4, **options)
+        return LoRACallback(r=4, **self.arguments, **options)
 
     def save(self, model: Any, path: Path) -> None:
-        torch.save(model.get_submodule(self.inner).state_dict(), path)
+        torch.save(self.network(model).get_submodule(self.inner).state_dict(), path)
 
     def load(self, path: Path) -> Any:
         model = self.new()
-        model.get_submodule(self.inner).load_state_dict(torch.load(path))
+        self.network(model).get_submodule(self.inner).load_state_dict(torch.load(path))
         return model
 
     def base(self, folder: Path) -> Any:
@@ -89,7 +91,7 @@ class Case(ABC):
 
     def network(self, model: Any) -> nn.Module:
         """The weights: a module with the same names before, in and after a fit."""
-        return model  # type: ignore[no-any-return]
+        return getattr(model, self.within) if self.within else model
 
     def remembers(self, model: Any) -> nn.Module:
         """The module that knows its adapters after a fit."""

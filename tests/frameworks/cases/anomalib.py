@@ -1,7 +1,7 @@
 """anomalib: Fastflow has a frozen extractor, and STFPM a frozen teacher. An Engine has the Trainer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -11,7 +11,6 @@ from anomalib.models import Fastflow, Stfpm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Way, noise, quiet
 
 make = timm.create_model
@@ -20,6 +19,7 @@ timm.create_model = lambda *args, **options: make(*args, **{**options, "pretrain
 
 class FastFlow(Case):
     inner = "model"
+    arguments: ClassVar = {"target_modules": "all"}
 
     def new(self) -> Any:
         return Fastflow(flow_steps=2, **self.parts())
@@ -27,9 +27,6 @@ class FastFlow(Case):
     def parts(self) -> dict[str, Any]:
         pre = Fastflow.configure_pre_processor((64, 64))
         return {"pre_processor": pre, "post_processor": False, "evaluator": False, "visualizer": False}
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_modules="all", **options)
 
     def data(self) -> Any:
         items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in noise(8, 3, 64, 64).sigmoid()]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from darts import TimeSeries
 from darts.models import TiDEModel, TransformerModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.frameworks.case import Case, Run, Way
 
@@ -18,6 +18,7 @@ SERIES = TimeSeries.from_values((np.sin(np.arange(150)[:, None] / 5) + 0.1 * NOI
 
 class TiDE(Case):
     lightning = "pytorch_lightning"
+    within = "model"
 
     def new(self, callbacks: Sequence[Any] = (), folder: Path = Path("none")) -> Any:
         quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -44,9 +45,6 @@ class TiDE(Case):
 
     def train(self, model: Any, *_: Any) -> Any:
         return model.fit(SERIES)
-
-    def network(self, model: Any) -> nn.Module:
-        return model.model
 
     def predict(self, model: Any) -> Tensor:
         return torch.tensor(model.predict(6, SERIES, verbose=False).values())

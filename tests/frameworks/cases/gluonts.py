@@ -9,7 +9,7 @@ import torch
 from gluonts.dataset.common import ListDataset
 from gluonts.model.predictor import Predictor
 from gluonts.torch.model.patch_tst import PatchTSTEstimator
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.frameworks.case import Case, Way, quiet
 
@@ -18,6 +18,8 @@ SERIES = ListDataset([{"start": pd.Period("2020-01-01", "D"), "target": each} fo
 
 
 class PatchTST(Case):
+    within = "prediction_net"
+
     def estimator(self, callbacks: list[Any], folder: Path) -> PatchTSTEstimator:
         kwargs = {**quiet(callbacks, folder), "enable_checkpointing": True, "callbacks": callbacks}
         small = {"batch_size": 8, "d_model": 16, "dim_feedforward": 32, "nhead": 2, "num_encoder_layers": 1}
@@ -36,9 +38,6 @@ class PatchTST(Case):
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Predictor:
         return self.estimator(callbacks, folder).train_from(model, SERIES, **options)
-
-    def network(self, model: Any) -> nn.Module:
-        return model.prediction_net
 
     def predict(self, model: Any) -> Tensor:
         return torch.from_numpy(np.stack([forecast.mean for forecast in model.predict(SERIES)]))

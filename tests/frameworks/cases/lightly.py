@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import VisionTransformer, resnet18
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, noise
 
 
@@ -103,11 +102,10 @@ class Copied(Case):
 
 
 class BYOL(Copied):
+    arguments: ClassVar = {"target_modules": "all"}
+
     def new(self) -> L.LightningModule:
         return LitBYOL()
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_modules="all", **options)
 
 
 class DINO(Copied):

@@ -9,7 +9,7 @@ import torch
 from pytorch_tabular import TabularModel
 from pytorch_tabular.config import DataConfig, OptimizerConfig, TrainerConfig
 from pytorch_tabular.models import CategoryEmbeddingModelConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.frameworks.case import Case, Run, Way
 
@@ -20,6 +20,7 @@ FRAME["kind"], FRAME["y"] = DRAW.choice(["one", "other"], 96), FRAME["a"] * FRAM
 
 class CategoryEmbedding(Case):
     lightning = "pytorch_lightning"
+    within = "model"
     resumes = False
 
     def new(self) -> TabularModel:
@@ -44,9 +45,6 @@ class CategoryEmbedding(Case):
         data = model.prepare_dataloader(FRAME, FRAME, seed=0)
         model.train(model.model if model.has_model else model.prepare_model(data), data, callbacks=callbacks)
         return model
-
-    def network(self, model: TabularModel) -> nn.Module:
-        return model.model
 
     def predict(self, model: TabularModel) -> Tensor:
         return torch.tensor(model.predict(FRAME)["y_prediction"].to_numpy())

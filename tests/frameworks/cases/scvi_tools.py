@@ -1,7 +1,7 @@
 """scvi-tools: a model is no LightningModule; each call of train makes one around it, the plan."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scvi
@@ -9,7 +9,6 @@ import torch
 from anndata import AnnData
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Run, Way, quiet
 
 COUNTS = AnnData(np.random.default_rng(0).poisson(3.0, size=(64, 40)).astype(np.float32))
@@ -18,13 +17,11 @@ scvi.model.SCVI.setup_anndata(COUNTS)
 
 
 class SCVI(Case):
-    prefix = "module."
+    within, prefix = "module", "module."
+    arguments: ClassVar = {"exclude_modules": ["l_encoder", "px_r_decoder"]}  # not used by default
 
     def new(self) -> Any:
         return scvi.model.SCVI(COUNTS, n_hidden=32, n_latent=4)
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(exclude_modules=["l_encoder", "px_r_decoder"], **options)  # not used by default
 
     def save(self, model: Any, path: Path) -> None:
         model.save(path)
@@ -35,9 +32,6 @@ class SCVI(Case):
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
         model.train(batch_size=16, train_size=0.75, callbacks=callbacks, **quiet(callbacks, folder), **options)
         return model
-
-    def network(self, model: Any) -> nn.Module:
-        return model.module
 
     def remembers(self, model: Any) -> nn.Module:
         return model.trainer.lightning_module

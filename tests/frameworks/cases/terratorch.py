@@ -1,12 +1,11 @@
 """terratorch: a geospatial backbone with a decoder of its own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from terratorch.tasks import SemanticSegmentationTask
 from torch import Tensor
 from torch.utils.data import DataLoader, StackDataset
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Way, noise
 
 BANDS = ["RED", "GREEN", "BLUE"]
@@ -15,6 +14,7 @@ IMAGES = noise(12, 3, 32, 32)
 
 class Prithvi(Case):
     inner = "model"
+    arguments: ClassVar = {"modules_to_save": ["model.decoder", "model.head"]}
 
     def new(self) -> Any:
         network = {
@@ -29,9 +29,6 @@ class Prithvi(Case):
             "num_classes": 3,
         }
         return SemanticSegmentationTask(network, "EncoderDecoderFactory", ignore_index=-1, lr=0.001, plot_on_val=False)
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(modules_to_save=["model.decoder", "model.head"], **options)
 
     def data(self) -> Any:
         return DataLoader(StackDataset(image=IMAGES, mask=IMAGES.argmax(1)), batch_size=4, shuffle=True)

@@ -1,6 +1,6 @@
 """torchgeo: its tasks are LightningModules of convolutions."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule
@@ -8,19 +8,16 @@ from torch import Tensor
 from torch.utils.data import StackDataset
 from torchgeo.trainers import ClassificationTask, SemanticSegmentationTask
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Run, Way, noise
 
 
 class ResNet(Case):
     inner = "model"
+    arguments: ClassVar = {"target_modules": "all", "modules_to_save": ["model.fc"]}
     label = "label"
 
     def new(self, **options: Any) -> Any:
         return ClassificationTask(model="resnet18", in_channels=3, num_classes=5, lr=0.001, **options)
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_modules="all", modules_to_save=["model.fc"], **options)
 
     def labels(self) -> Tensor:
         return torch.arange(16) % 5
@@ -43,15 +40,13 @@ class ResNet(Case):
 
 
 class UNet(ResNet):
+    arguments: ClassVar = {"target_modules": "all"}
     label = "mask"
 
     def new(self, **options: Any) -> Any:
         return SemanticSegmentationTask(
             model="unet", backbone="resnet18", in_channels=3, task="multiclass", num_classes=5, lr=0.001
         )
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return Case.lora(self, target_modules="all", **options)
 
     def labels(self) -> Tensor:
         return torch.arange(16 * 32 * 32).reshape(16, 32, 32) % 5
