@@ -57,7 +57,7 @@ class Three(nn.Module):
 
 
 def three(**kwargs: Any) -> Three:
-    return as_trained(Three(), scale=0.3, target_modules="all", **kwargs)  # type: ignore[no-any-return]
+    return as_trained(Three(), scale=0.3, target_modules="all", **kwargs)
 
 
 FROZEN = ("embed.weight", "q_proj.weight", "q_proj.bias", "v_proj.weight")

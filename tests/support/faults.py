@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial, reduce, wraps
+from functools import partial, wraps
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ def in_fork(test: Callable[..., None]) -> Any:
     def run(*args: Any, **kwargs: Any) -> None:
         assert fork(partial(test, *args, **kwargs)) == 0
 
-    return reduce(lambda test, mark: mark(test), [*forks, pytest.mark.processes], run)
+    for mark in (*forks, pytest.mark.processes):
+        run = mark(run)
+    return run
 
 
 def limit(size: int, then: Any = signal.SIG_IGN) -> None:
@@ -127,7 +129,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def adapted(seed: int = 5) -> LitTiny:
-    return as_trained(LitTiny(), seed, **lora().config.to_dict())  # type: ignore[no-any-return]
+    return as_trained(LitTiny(), seed, **lora().config.to_dict())
 
 
 def with_trainer(stage: str, model: LitTiny, path: Path) -> None:
