@@ -102,8 +102,7 @@ def resume(case: Case, through: Run, save: str, numbers: Tensor) -> str:
     one, other = state(case, through.model), state(case, again.model)
     if one.keys() != other.keys():
         return f"no: other names, such as {min(one.keys() ^ other.keys())}"
-    differ = [name for name in one if not torch.equal(one[name], other[name])]
-    if not differ:
+    if all(torch.equal(value, other[name]) for name, value in one.items()):
         return "yes"
     found = compare(predicted(case, again.model), predicted(case, through.model), numbers)
     return "to rounding" if found == "yes" else found
