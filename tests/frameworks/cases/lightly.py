@@ -16,20 +16,16 @@ from torchvision.models import VisionTransformer, resnet18
 from tests.frameworks.case import Case, noise
 
 
-def followers(*networks: nn.Module) -> tuple[nn.Module, ...]:
-    copies = copy.deepcopy(networks)
-    for each in copies:
-        deactivate_requires_grad(each)
-    return copies
-
-
 class LitBYOL(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
         self.projection_head = BYOLProjectionHead(512, 64, 32)
         self.prediction_head = BYOLPredictionHead(32, 64, 32)
-        self.backbone_momentum, self.projection_head_momentum = followers(self.backbone, self.projection_head)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
         self.criterion = NegativeCosineSimilarity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +53,11 @@ class LitDINO(L.LightningModule):
         super().__init__()
         self.student_backbone = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
         self.student_backbone.heads = nn.Identity()
+        self.teacher_backbone = copy.deepcopy(self.student_backbone)
         self.student_head = DINOProjectionHead(32, 64, 32, 128, freeze_last_layer=1)
-        self.teacher_backbone, self.teacher_head = followers(self.student_backbone, self.student_head)
+        self.teacher_head = DINOProjectionHead(32, 64, 32, 128)
+        deactivate_requires_grad(self.teacher_backbone)
+        deactivate_requires_grad(self.teacher_head)
         self.criterion = DINOLoss(output_dim=128, warmup_teacher_temp_epochs=1)
 
     def forward(self, x: Tensor) -> Tensor:
