@@ -146,7 +146,7 @@ def _quantised_names(view: View) -> set[str]:
     """The names of quantised weights and their entries."""
     names = set[str]()
     for prefix, module in view.modules.items():
-        own = filter(partial(is_quantised, module), module._parameters)
+        own = [name for name, _ in module._parameters.items() if is_quantised(module, name)]
         names.update(map(partial(join, prefix), (*own, *quantised_entries(module))))
     return names
 

@@ -37,12 +37,12 @@ def check_shapes(names: Names) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and is_lazy(buffer):
                 lazy.append(join(prefix, name))
-        if isinstance(module, LazyModuleMixin):  # it may have its shape from a file, and changes its class even so
+        if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():  # a file gave its shapes
             lazy.append(prefix)
     if lazy:
         raise ConfigError(
-            f"{listed(dict.fromkeys(lazy))} of {names.title} are lazy: they get their shape or their class from the "
-            "first batch. Run one through the model before it is adapted."
+            f"{listed(lazy)} of {names.title} are lazy: they get their shape and class from the first batch. Run one "
+            "batch through the model before it is adapted."
         )
 
 

@@ -68,16 +68,9 @@ def find_networks(
     copies: Mapping[str, str] = MappingProxyType({}),
     untrained: Callable[[], Collection[str]] = tuple,
 ) -> Networks:
-    """Return what layers are for whose weights stand still.
+    """Return what those of ``layers`` are for whose weights are among ``still``: frozen, or in no optimizer.
 
-    Args:
-        modules: All modules by name.
-        base: The base's parameters by name.
-        layers: The layers that are to be adapted.
-        still: The parameters that the user has frozen, or given to no optimizer.
-        beside: The names of what is trained in full, or left out.
-        copies: What :func:`find_copies` returned.
-        untrained: Returns modules that look untrained, as a new head.
+    ``beside`` names what is trained in full, or left out, and ``untrained`` returns what looks so, as a new head.
     """
     weights = defaultdict[str, list[nn.Parameter]](list)
     for name, p in base.items():

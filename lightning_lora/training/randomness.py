@@ -18,7 +18,7 @@ from lightning_lora.private import begin_loaders_again, loader_states_wait
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
 
-_NUMPY, _PYTHON = Struct("<625Iid"), Struct("<625Id")  # 624 numbers of a Mersenne twister and its place, and what waits
+_OTHERS = Struct("<625Iid625Id")  # numpy's and Python's: 624 numbers of a Mersenne twister, its place, and what waits
 
 
 @contextmanager
@@ -47,10 +47,8 @@ def _states_here(trainer: Trainer) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(device)
     _, keys, *rest = np.random.get_state(legacy=True)
     _, numbers, last = random.getstate()
-    packed = _NUMPY.pack(*map(int, keys), *rest), _PYTHON.pack(*numbers, math.nan if last is None else last)
-    for name, state in zip(("numpy", "python"), packed, strict=True):
-        states[name] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-    return states
+    packed = _OTHERS.pack(*map(int, keys), *rest, *numbers, math.nan if last is None else last)
+    return {**states, "others": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
 
 
 def _set_state(name: str, state: Tensor, device: torch.device) -> None:
@@ -58,12 +56,10 @@ def _set_state(name: str, state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
     elif name == "cuda":
         torch.cuda.set_rng_state(state, device)
-    elif name == "numpy":
-        *keys, place, has_gauss, gauss = _NUMPY.unpack(bytes(state.tolist()))
-        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
     else:
-        *numbers, last = _PYTHON.unpack(bytes(state.tolist()))
-        random.setstate((3, tuple(numbers), None if math.isnan(last) else last))
+        *values, last = _OTHERS.unpack(bytes(state.tolist()))
+        np.random.set_state(("MT19937", np.array(values[:624], dtype=np.uint32), *values[624:627]))
+        random.setstate((3, tuple(values[627:]), None if math.isnan(last) else last))
 
 
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:

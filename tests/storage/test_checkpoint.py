@@ -36,7 +36,7 @@ def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_
     model = fitted(tmp_path / "after.ckpt", LitTiny(width=512), callback)
     adapters = sum(value.nbytes for value in ll.adapter_state_dict(model).values())
     assert adapters == 4 * 2 * 8 * 2 * 512  # fp32, two layers, r, in + out
-    assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 16_000
+    assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 22_000  # with random numbers
 
 
 def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_path: Path) -> None:

@@ -328,5 +328,5 @@ def test_a_resumed_run_goes_on_with_the_random_numbers_of_numpy_and_python(tmp_p
 def test_layers_that_are_lazy_although_a_file_gave_their_shapes_are_refused() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
-    with pytest.raises(ll.ConfigError, match=r"'0' of Sequential are lazy.*Run one through the model"):
+    with pytest.raises(ll.ConfigError, match=r"'0' of Sequential are lazy.*Run one batch"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))

@@ -300,7 +300,7 @@ class _Layers:
         """Whether PEFT would adapt a module, or one of its parameters."""
         if any(map(self.config.is_saved, starts_of(there))):
             return False
-        parameters = [join(there, leaf) for leaf in module._parameters]
+        parameters = [join(there, leaf) for leaf, _ in module._parameters.items()]
         return (self.peft.adapts(there) and has_layer(adapter_for(module))) or any(map(self._is_named, parameters))
 
     def _is_saved_whole(self, name: str, there: str, rest: Collection[str]) -> bool:
