@@ -9,10 +9,10 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
-from tests.benchmarks.models import Bert, Llama, Projections, step
+from tests.benchmarks.measure import Bench, ratios, saved_bytes
+from tests.benchmarks.models import Projections
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
-from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, each_way, linear_names
+from tests.benchmarks.ways import ARITHMETIC, OURS, each_way, linear_names
 
 BENCH = Bench(torch.device("cpu"), rounds=2)
 
@@ -25,31 +25,9 @@ def test_alternatives_take_turns_and_ratios_are_of_one_round() -> None:
     assert ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b") == [2.0, 3.0]
 
 
-def test_a_row_shows_medians_and_the_best_peer() -> None:
-    times = {"floor": [1.0, 2.0, 1.0], "ours": [1.1, 2.2, 1.3], "good": [1.2, 2.4, 1.2], "bad": [3.0, 3.0, 3.0]}
-    against = row("case", times, "ours", "floor", "floor", goal=1.2)
-    assert against.value == pytest.approx(1.1) and against.measure == "time over floor"
-    assert against.details == {"ours": pytest.approx(1.1), "good": pytest.approx(1.2), "bad": 3.0}
-    share = overheads("case", times, "ours", ["bad", "good"], "floor")
-    assert share.value == pytest.approx(0.5) and share.measure == "overhead over that of good"
-
-
 def test_bytes_that_autograd_keeps_are_counted_once() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.ones(16, 8, requires_grad=True)
     assert saved_bytes(model, x) == 16 * 8 * 4  # the tanh's output, which the second layer keeps too
-
-
-@pytest.mark.parametrize("make", [Bert, Llama, Projections])
-def test_ways_share_a_base_and_leave_no_gradient(make: type[nn.Module]) -> None:
-    model = make(768 if make is Projections else 1)
-    x = torch.randn(1, 4, 768, requires_grad=True)
-    models = each_way(model, linear_names(model), only=(FLOOR, OURS))
-    weights = {id(p) for p in models[FLOOR].parameters()}
-    assert weights <= {id(p) for p in models[OURS].parameters()}  # one base, one place in the caches
-    assert not any(p.requires_grad for p in models[FLOOR].parameters())
-    for each in models.values():
-        step(each, x)()
-        assert x.grad is None
 
 
 @pytest.mark.parametrize("tokens", [1, 64])

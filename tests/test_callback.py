@@ -16,17 +16,20 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
+from tests.support.faults import unchanged
 from tests.support.fits import beside, either_order
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 
-def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -> None:
+def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
     adapted, merged = LitTiny(), LitTiny()
     keys, flags = list(merged.state_dict()), [p.requires_grad for p in merged.parameters()]
     for model, merge in ((adapted, False), (merged, "last")):
         torch.manual_seed(5)
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
     assert is_plain(merged) and type(merged.q_proj) is nn.Linear
+    assert "merged the last adapters into 2 layers" in caplog.text
     assert list(merged.state_dict()) == keys and [p.requires_grad for p in merged.parameters()] == flags
     torch.testing.assert_close(merged(X), adapted(X))
     assert not torch.equal(merged(X), LitTiny()(X)) and all(adapted.get_parameter(name).any() for name in ADAPTERS)
@@ -37,10 +40,8 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
     model = LitTiny()
     model.q_proj = model.v_proj = model.head = nn.Identity()  # type: ignore[assignment]
-    before = state(model)
-    with pytest.raises(ll.TargetError, match="LitTiny"):
+    with unchanged(model), pytest.raises(ll.TargetError, match="LitTiny"):
         trainer(tmp_path, [ll.LoRACallback(r=1)]).fit(model, data())
-    assert same(state(model), before)
     with pytest.raises(ll.TargetError, match="'q_proj'"):
         trainer(tmp_path, [ll.LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
 
@@ -114,32 +115,15 @@ def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -
     assert len(copies) == 2 and all(isinstance(each.q_proj, LoRALayer) for each in copies)
 
 
-def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, caplog: Any) -> None:
-    caplog.set_level("INFO")
-    model = LitTiny()
-    trainer(tmp_path, [lora()], enable_model_summary=True).fit(model, data())
-    shown = capsys.readouterr().out
-    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
-    assert "merged the last adapters into 2 layers" in caplog.text
-    trainer(tmp_path, [lora()]).fit(LitTiny(), data())
-    assert "LoRA" not in capsys.readouterr().out
-
-
 def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint
 
-    class Other(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            inner = LitTiny()
-            self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
-
-        forward, loss, training_step = LitTiny.forward, LitTiny.loss, LitTiny.training_step  # type: ignore[assignment]
-        validation_step, test_step = LitTiny.validation_step, LitTiny.test_step  # type: ignore[assignment]
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=0.05)
+    own = {name: value for name, value in vars(LitTiny).items() if callable(value) and name != "__init__"}
+    model: Any = type("Other", (pl.LightningModule,), own)()
+    for name, layer in LitTiny().named_children():
+        model.add_module(name, layer)
+    model.hparams["lr"] = 0.05
 
     assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
     checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
@@ -147,7 +131,6 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
         callbacks=[lora(merge="best"), ll.LoRAMonitor(), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    model = Other()
     t.fit(model, data(), data())
     assert isinstance(ll.LoRAMonitor(), pl.Callback) and "lora/update_norm" in t.callback_metrics
     assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
@@ -158,11 +141,8 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trial", [False, 2])
 def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: Path, trial: Any) -> None:
     for others in ([], [ModelCheckpoint(tmp_path)]):
-        model = LitTiny()
-        before = state(model)
-        with pytest.raises(ll.ConfigError, match="with a monitor"):
+        with unchanged(model := LitTiny()), pytest.raises(ll.ConfigError, match="with a monitor"):
             trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
-        assert is_plain(model) and same(state(model), before)
 
 
 OPPOSED: dict[str, Callable[[], L.Callback]] = {
@@ -181,10 +161,3 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, f
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
     assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
-
-
-def test_training_without_a_stage_says_so(tmp_path: Path) -> None:
-    t, callback = trainer(tmp_path, [lora()]), lora()
-    callback.setup(t, model := LitTiny(), "fit")
-    with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
-        callback.on_train_start(t, model)

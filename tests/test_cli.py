@@ -149,9 +149,3 @@ class Noted(LoRACallback):
     def __init__(self, note: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.note = note
-
-
-def test_short_flags(tmp_path: Path) -> None:
-    callback: Any = callback_of(run(tmp_path, *OPTIMIZER, "--lora.r=2", "--lora.note=a", cls=LoRACLI))
-    assert callback.config.r == 2 and callback.config.modules_to_save == ("head",)
-    assert (callback.merge, callback.note) == ("last", "a")

@@ -1,7 +1,6 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
-import builtins
 import os
 import re
 import runpy
@@ -18,13 +17,13 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import save_file
-from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
 from lightning_lora.cli.main import main
-from tests.support.models import LitTiny, best, data, lora, randomise, trainer
+from tests.support.models import LitTiny, data, randomise, same, state
 from tests.support.ranks import has_shards, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -168,33 +167,6 @@ def test_code_is_python_and_its_callbacks_can_be_made(found: list[str]) -> None:
     assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
 
 
-def unknown(code: str) -> set[str]:
-    """Names that a piece of code uses, and does not define or import."""
-    nodes = list(ast.walk(ast.parse(code)))
-    used, known = set(), set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-            known.add(node.name)
-        elif isinstance(node, ast.arg):
-            known.add(node.arg)
-        elif isinstance(node, ast.alias):
-            known.add((node.asname or node.name).partition(".")[0])
-    return used - known
-
-
-@pytest.mark.parametrize("page", BY_HAND)
-def test_a_section_imports_what_it_uses_and_the_page_says_what_is_the_readers(page: str) -> None:
-    (own,) = re.findall(
-        r"^What the code below does not define is your own: (.*?)\n\n", PAGES[page], re.DOTALL | re.MULTILINE
-    )
-    missing = {
-        heading: unknown("".join(code)) - {*re.findall(r"`(\w+)`", own)} for heading, code in sections(page).items()
-    }
-    assert len(missing) > 10 and not any(missing.values()), missing
-
-
 def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
     first = [found[0] for page in PAGES if (found := blocks(page)) and page != "first-steps"]
     modules = {
@@ -247,7 +219,7 @@ def test_tests_that_guard_hazards_are_there() -> None:
 
 
 class MyModule(LitTiny):
-    """The module of the recipes."""
+    """The module of the readers, with their data."""
 
     def train_dataloader(self) -> Any:
         return data()
@@ -255,54 +227,21 @@ class MyModule(LitTiny):
     test_dataloader = train_dataloader
 
 
-def names(model: nn.Module) -> dict[str, Any]:
-    """What the recipes take as imported, and as the reader's own."""
-    own = {"L": L, "torch": torch, "ModelCheckpoint": ModelCheckpoint, "MyModule": MyModule, "model": model}
-    return {name: getattr(lightning_lora, name) for name in lightning_lora.__all__} | own
-
-
-def block(start: str) -> str:
-    return next(text for text in BLOCKS if text.startswith(start))
-
-
-def test_recipe_of_a_notebook_runs(tmp_path: Path) -> None:
-    model = LitTiny()
-    trainer(tmp_path, [lora()]).fit(model, data())
-    exec(block("unmerge_adapters(model)"), names(model))
-    assert all(torch.equal(value, LitTiny().state_dict()[name]) for name, value in model.state_dict().items())
-
-
-def test_recipe_of_a_file_runs(here: Path) -> None:
-    model = MyModule()
-    trainer(here, [lora(), best(here, filename="best")]).fit(model, data(), data())
-    known = names(model) | {"fresh_model": MyModule()}
-    exec(block("save_adapter(model"), known)
-    plain = MyModule.load_from_checkpoint("merged.ckpt")
-    assert torch.equal(plain(torch.arange(4)), known["model"](torch.arange(4)))
-
-
-def test_recipes_without_a_trainer_run(here: Path) -> None:
-    exec(block("from lightning_lora import LoRAConfig"), names(nn.Sequential(nn.Linear(16, 16))))
-    model = MyModule()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
-    exec(block("export_peft(model"), names(model))
-    assert {path.name for path in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_recipe_of_resuming_runs(here: Path) -> None:
-    code = block("trainer = L.Trainer(callbacks=[LoRACallback(r=8), ModelCheckpoint")
-    small = code.replace("r=8", "r=2, modules_to_save=['head']")
-    small = small.replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
-    with pytest.warns(UserWarning, match="no last checkpoint"):
-        exec(small, names(MyModule()))
-    exec(small.replace("max_epochs=1", "max_epochs=2"), names(MyModule()))
-
-
-def test_first_lines_of_the_readme_run(here: Path) -> None:
-    model = MyModule(width=16)
-    model.head = nn.Linear(16, 16)
-    code = block("import lightning").replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
-    exec(code, {"model": model})
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
+def test_code_of_the_readme_runs(here: Path) -> None:
+    own: dict[str, Any] = {"L": L, "ModelCheckpoint": ModelCheckpoint, "LightningCLI": LightningCLI}
+    own |= {"MyModule": MyModule, "model": MyModule(), "fresh_model": MyModule()}
+    known = {name: getattr(lightning_lora, name) for name in lightning_lora.__all__} | own
+    for code in BLOCKS:
+        exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}max_epochs=1, "), known)
+        if "ModelCheckpoint(" in code:
+            known["trainer"].save_checkpoint("best.ckpt")
+        if "save_merged" in code:
+            plain, x = MyModule.load_from_checkpoint("merged.ckpt"), torch.arange(4)
+            assert torch.equal(plain(x), known["model"](x)) and not torch.equal(plain(x), MyModule()(x))
+            known["model"] = known["trainer"].lightning_module
+    lightning_lora.remove_adapters(known["model"])
+    assert same(state(known["model"]), state(MyModule()))
 
 
 # The page of messages quotes those that the code has

@@ -6,16 +6,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.costs import costs
-from examples.paper.jobs import Folders, Job, Results
+from examples.paper.jobs import Folders, Results
 from examples.paper.methods import RANKS, RATE
 from examples.paper.pages import fill, finished
-from examples.paper.plan import PARTS, seeds
+from examples.paper.plan import PARTS
 from examples.paper.tables import TABLES
 
 pytest.importorskip("wn")
@@ -101,59 +99,10 @@ OTHERS = {"22.6", "35.4", "0.9", "0.03"}
     ("arguments", "named"),
     [
         (["--fast"], "--output"),
-        (["--only", "table3"], "needs --e2e"),
         (["--e2e", "nowhere"], "nowhere has no valid.txt"),
-        (["--output", __file__], "is a file"),
-        (["--workers", "0"], "at least one"),
     ],
 )
 def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"task": "reviews"}', "another seed's"])
-def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: Path) -> None:
-    name = Job("reviews", "full", 1e-4, epochs=2).name
-    if content == "another seed's":
-        content = (HERE / "results" / f"{name.replace('seed0', 'seed1')}.json").read_text()
-    (tmp_path / f"{name}.json").write_text(content)
-    with pytest.raises(SystemExit, match=rf"{name}.json does not hold"):
-        Results(tmp_path)
-
-
-def test_intervals_of_three_seeds_hold_the_truth_nearly_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two methods that are as good: each text has the chance that it has in the study, and each seed moves all."""
-    monkeypatch.setattr(stats, "RESAMPLES", 500)
-    stats.drawn.cache_clear()
-    results, draw, held = Results(HERE / "results"), np.random.default_rng(0), 0
-    jobs = [job for name in ("full", "LoRA all, r=8") for job in seeds(results, "reviews", name)]
-    chances = np.mean([results[job]["test"]["correct"] for job in jobs], axis=0).clip(0.02, 0.98)
-    logits = np.log(chances / (1 - chances))
-
-    def method() -> np.ndarray:
-        moved = logits + draw.normal(scale=0.2, size=(3, 1))  # about the deviation of the seeds there
-        return (draw.random(moved.shape) < 1 / (1 + np.exp(-moved)))[..., None].astype(float)
-
-    for _ in range(300):
-        found = stats.interval(method(), method(), stats.average)
-        held += found.low <= 0 <= found.high
-    stats.drawn.cache_clear()
-    assert 0.90 < held / 300 < 0.97
-
-
-def test_bleu_from_the_counts_of_each_text_is_that_of_the_corpus() -> None:
-    metrics = pytest.importorskip("sacrebleu.metrics")
-    texts = ["The Eagle is a cheap coffee shop .", "Alimentum serves fast food in the city centre , cheaply ."]
-    references = [
-        ["The Eagle is a coffee shop that is cheap .", "The Eagle is a cheap coffee shop near the river ."],
-        ["Alimentum serves fast food in the city centre .", "In the city centre , Alimentum serves fast food ."],
-    ]
-    each = []
-    for text, known in zip(texts, references, strict=True):
-        score = metrics.BLEU(effective_order=True).corpus_score([text], [[reference] for reference in known])
-        each.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
-    whole = metrics.BLEU().corpus_score(texts, [list(column) for column in zip(*references, strict=True)]).score
-    assert stats.bleu(np.array(each).mean(0)) == pytest.approx(whole)
-    assert stats.bleu(np.array([0.0] * 9 + [8])) == 0  # a text that is empty

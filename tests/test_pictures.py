@@ -3,7 +3,6 @@
 import re
 import runpy
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -17,17 +16,6 @@ PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md",
 def test_a_file_is_what_the_script_draws(name: str) -> None:
     found = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert found == PICTURES[name](), "the table or the script changed: python docs/pictures/draw.py"
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_small_and_inside_of_its_frame_and_has_colours_for_dark_pages(name: str) -> None:
-    text = PICTURES[name]()
-    root = ElementTree.fromstring(text)
-    width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
-    assert len(text) < 6000 and "prefers-color-scheme:dark" in text
-    for shape in root.iter():
-        for key, most in (("x", width), ("cx", width), ("x2", width), ("y", height), ("cy", height), ("y2", height)):
-            assert 0 <= float(shape.get(key, 0)) <= most
 
 
 def test_each_picture_is_on_a_page_or_the_mark_of_the_site_and_no_other_is_there() -> None:

@@ -145,10 +145,13 @@ def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: p
     ("kind", "named"), [(torch.optim.AdamW, "State of AdamW"), (torch.optim.SGD, None)], ids=["AdamW", "SGD"]
 )
 def test_a_fit_names_its_optimizer_and_smaller_layers_once(tmp_path: Path, kind: Any, named: Any, capsys: Any) -> None:
+    trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1).fit(LitTiny(), data())
+    assert "LoRA" not in capsys.readouterr().out
     model = LitTiny()
     model.configure_optimizers = lambda: kind(model.parameters(), lr=0.1)  # type: ignore[method-assign]
     trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(model, data())
     shown = capsys.readouterr().out
+    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
     assert "Weights in a checkpoint" in shown and (named or "Weights") in shown
     assert named is not None or ("State of" not in shown and "moments" not in shown)
     assert "Adam" not in str(summarize(model)) and shown.count("have their largest rank: head (r=4)") == 1
@@ -167,20 +170,3 @@ def test_the_table_shows_the_rank_that_a_layer_has_and_one_line_names_the_smalle
         assert text.count(expected + "heads.0 (r=1)") == 1
     inject_adapters(large := nn.ModuleDict({"body": nn.Linear(16, 16)}), LoRAConfig(r=4))
     assert not summarize(large).smaller and "smaller than r" not in str(summarize(large))
-
-
-class Graph(LitTiny):  # with a sparse matrix of neighbours, as graph networks have
-    def __init__(self, layout: str = "to_sparse") -> None:
-        super().__init__()
-        self.register_buffer("adjacent", getattr(torch.eye(WIDTH), layout)())
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
-@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
-def test_a_sparse_buffer_is_no_obstacle(tmp_path: Path, layout: str) -> None:
-    t = trainer(tmp_path, [LoRACallback(r=2, merge=False)], max_epochs=1)
-    t.fit(Graph(layout), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    t = trainer(tmp_path, [LoRACallback(r=2)], max_epochs=2)
-    t.fit(Graph(layout), data(), ckpt_path=tmp_path / "a.ckpt")
-    assert t.current_epoch == 2

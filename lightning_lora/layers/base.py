@@ -85,8 +85,8 @@ class LoRALayer(LayerKind):
 
     def lora_dropout(self) -> float:
         """Return the probability of dropping an input of A now: zero in evaluation."""
-        p = self.lora_settings.dropout
-        return p if p and self.lora_drops_input and (self.training or self.lora_step.runs) else 0.0
+        p, runs = self.lora_settings.dropout, self.lora_step.runs and not self.lora_settings.follows
+        return p if p and self.lora_drops_input and (self.training or runs) else 0.0
 
     # The update
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.names import held_parameter, own_parameter
 
 LayerTypes = tuple[type[nn.Module] | str, ...]
 """Layer classes. A class that this package does not import is given by its full name."""
@@ -79,7 +79,7 @@ class LayerKind(InPlace, nn.Module):
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:
         """Whether the weight is quantised. No update can be merged into it then."""
-        weight = layer._parameters.get("weight")
+        weight = held_parameter(layer, "weight")
         return weight is not None and type(weight).dequantize is not Tensor.dequantize
 
     @staticmethod

@@ -9,6 +9,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.tensors.names import held_parameter
 
 
 class LoRALinear4bit(LoRALinear):
@@ -78,7 +79,7 @@ class LoRALinear8bit(LoRALinear4bit):
 
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
-    weight: Any = module._parameters.get("weight")
+    weight: Any = held_parameter(module, "weight")
     if _is_a(module, LoRALinear4bit) and weight.quant_state is not None:
         return {f"weight.{name}": value for name, value in weight.quant_state.as_dict(packed=True).items()}
     if _is_a(module, LoRALinear8bit) and not weight.is_floating_point():
@@ -88,7 +89,7 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 
 def is_quantised(module: nn.Module, name: str) -> bool:
     """Whether a parameter that ``module`` itself holds is quantised."""
-    parameter = module._parameters.get(name)
+    parameter = held_parameter(module, name)
     if name == "weight" and _is_a(module, LoRALinear4bit, LoRALinear8bit):
         return parameter is not None and not parameter.is_floating_point()
     return parameter is not None and type(parameter).dequantize is not Tensor.dequantize  # as torchao's

@@ -12,6 +12,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.tensors.names import held_parameter
 
 
 class LoRATokens(LoRAEmbedding):
@@ -62,7 +63,7 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
         if isinstance(module, TiedLayer):
             del module.lora_tied_to
             uncover(module)
-        owner = owners.get(id(module._parameters.get("weight")))
+        owner = owners.get(id(held_parameter(module, "weight")))
         if owner is not None and owner is not module:
             overlay(module, TiedLayer)
             vars(module)["lora_tied_to"] = (owner,)

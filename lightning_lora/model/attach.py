@@ -32,7 +32,7 @@ from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.select import Choice
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.names import own_parameter, submodule
+from lightning_lora.tensors.names import held_parameter, own_parameter, submodule
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 
@@ -124,7 +124,7 @@ def check_as_adapted(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
     owners = {id(layer.weight): layer for layer in view.layers.values() if isinstance(layer, LoRATokens)}
     for name, module in view.modules.items():
-        owner = owners.get(id(module._parameters.get("weight")), module)
+        owner = owners.get(id(held_parameter(module, "weight")), module)
         is_resized = isinstance(module, LoRALayer) and module.lora_is_resized()
         if is_resized or owner is not vars(module).get("lora_tied_to", (module,))[0]:
             was = "resized" if is_resized else "tied to an embedding whose rows train, or untied,"

@@ -205,37 +205,51 @@ def _weights(name: str, layer: LoRALayer) -> list[str]:
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
     """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
     copies = find_copies(view.modules, view.base, kinds.keys(), still)
-    if view.is_adapted and not view.is_merged:  # those of its last optimizer, as long as none trains them
-        copies = {n: o for n, o in view.adapter.networks.copies.items() if {n, o} <= view.modules.keys()} | copies
+    known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
+    copies = {n: o for n, o in known.copies.items() if {n, o} <= view.modules.keys()} | copies  # if none trains them
     if not still or not finds or view.config.target_modules not in AUTOMATIC:
         return Networks(copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
-    layers -= {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
+    for name, layer in view.layers.items():
+        if not layer.lora_is_fresh():
+            still = still - view.weights_of(name)
+    stays = tuple(n for n in known.still if all(p in still for each, p in view.base.items() if is_in_any(each, [n])))
+    layers -= {name for name in layers if is_in_any(name, stays)}
     names = Names(view.model)
     beside = names.find("exclude_modules", view.config.exclude_modules)
     beside += names.find("modules_to_save", view.config.modules_to_save)
     found = find_networks(
         view.modules, view.base, layers, still, beside=beside, copies=copies, untrained=lambda: find_fresh(view).new
     )
-    return found.fitting(kinds.keys())
+    return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
 
 
-def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
-    """Find networks that stand still because nothing trains these parameters. Remove their adapters."""
+def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
+    """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
+
+    Return layers whose adapters have learned: these stay, and do not train.
+    """
     view = view_of(model)
+    still = unheld | {view.base[name] for name in view.frozen_by_user}
     _warn_of_frozen_since(view)
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found, known = _networks(view, kinds, still), view.adapter.networks
     trained = [n for n, p in view.base.items() if p not in still and view.record.requires_grad.get(n)]
     copies = {n: o for n, o in found.copies.items() if not any(is_in_any(each, [n]) for each in trained)}
+    rests = list[str]()
     for name, layer in view.layers.items():
-        if is_in_any(name, known.copies.keys() - copies):
+        is_held = is_in_any(name, (*known.below, *copies)) or not view.weights_of(name) <= unheld
+        if not (is_held or layer.lora_is_fresh()):
+            rests.append(name)
+            layer.lora_follow(layer)  # itself: it keeps what it has learned
+        elif layer.lora_settings.follows and not is_in_any(name, copies):
             layer.lora_follow(None)
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
     attach.freeze(view_of(model))  # what trains in full does not in a copy
     follow_originals(view_of(model))
+    return rests
 
 
 def _warn_of_frozen_since(view: View) -> None:
@@ -323,8 +337,8 @@ def check_adapted(model: nn.Module) -> None:
     if missing:
         raise AdapterStateError(
             f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced after the "
-            "adapters were injected. Make all layers in __init__, setup or configure_model, or leave these out with "
-            "exclude_modules."
+            "adapters were injected. Make all layers in __init__, setup (a callback's too) or configure_model: there, "
+            "exclude_modules can leave them out."
         )
 
 

@@ -25,7 +25,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
     if record.is_merged:
         if adapters:
             raise AdapterStateError(
-                f"This state holds only adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
+                f"This state holds adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
                 "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
             )
         return False

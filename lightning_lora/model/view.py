@@ -112,6 +112,10 @@ class View:
         names = (join(name, matrix.weight) for name, matrices in self.matrices.items() for matrix in matrices)
         return list(dict.fromkeys(names))  # several matrices may be rows of one weight
 
+    def weights_of(self, layer: str) -> set[nn.Parameter]:
+        """Return the base's weights of an adapted layer."""
+        return {self.base[join(layer, weight)] for weight in self.layers[layer].lora_weights()}
+
     @cached_property
     def saved(self) -> list[nn.Module]:
         """The modules in ``modules_to_save``."""

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches_pattern
@@ -36,10 +37,12 @@ def check_shapes(names: Names) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and is_lazy(buffer):
                 lazy.append(join(prefix, name))
+        if isinstance(module, LazyModuleMixin):  # it may have its shape from a file, and changes its class even so
+            lazy.append(prefix)
     if lazy:
         raise ConfigError(
-            f"{listed(lazy)} of {names.title} are lazy and have no shape yet. Run one batch through the model before "
-            "it is adapted."
+            f"{listed(dict.fromkeys(lazy))} of {names.title} are lazy: they get their shape or their class from the "
+            "first batch. Run one through the model before it is adapted."
         )
 
 

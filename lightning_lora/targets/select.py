@@ -13,7 +13,7 @@ from lightning_lora.targets.checks import Choice, check_any, check_choices, chec
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
-from lightning_lora.tensors.names import starts_of, submodule
+from lightning_lora.tensors.names import held_parameter, starts_of, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
@@ -155,7 +155,7 @@ def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str])
 def _output_heads(names: Names) -> set[object]:
     """The output heads of language models: from ``get_output_embeddings`` of transformers, or tied to an embedding."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
-    weights = {module: module._parameters.get("weight") for module in names.modules.values()}
+    weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
     embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
     heads = set[object]()
     for module, weight in weights.items():

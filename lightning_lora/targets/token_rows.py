@@ -12,7 +12,7 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import AdaptedMatrix, adapter_for
 from lightning_lora.layers.kinds import LoRAEmbedding, LoRALinear, LoRATokens
 from lightning_lora.targets.lookup import Names, why_not
-from lightning_lora.tensors.names import owner_of, plain_module, starts_of
+from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
 _ARGUMENT = "trainable_token_indices"
@@ -28,7 +28,7 @@ def token_rows(
     for key, rows in given.items():
         for name in [key] if key in names.modules else names.find(_ARGUMENT, (key,)):
             layer = names.modules[name]
-            weight = layer._parameters.get("weight")
+            weight = held_parameter(layer, "weight")
             owners = [owner_of(other) for other, p in names.parameters.items() if p is weight]
             for owner in (name, *owners):
                 why = "target_modules, target_parameters or modules_to_save name it too"

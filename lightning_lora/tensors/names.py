@@ -29,8 +29,7 @@ def plain_module(module: nn.Module) -> nn.Module:
     if not children:
         return module
     for name in (*_WRAPPED, FABRIC_OWN) if FABRIC_WRAPPED in children else _WRAPPED:
-        inner = children.get(name)
-        if inner is not None:
+        if name in children and (inner := children[name]) is not None:
             return plain_module(inner)
     return module
 
@@ -95,12 +94,18 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def held_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter that ``module`` itself holds under ``name``. A scripted module has no ``get`` for it."""
+    held = module._parameters
+    return held[name] if name in held else None  # noqa: SIM401
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
-    parameter = module._parameters.get(name)
+    parameter = held_parameter(module, name)
     if parameter is None:
         owner, _, leaf = name.rpartition(".")
-        parameter = submodule(module, owner)._parameters.get(leaf)
+        parameter = held_parameter(submodule(module, owner), leaf)
     if parameter is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     return parameter

@@ -37,14 +37,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     """Warn of layers that train too little."""
     view = view_of(model)
     if aloud:
-        if still := view.adapter.networks.still:
-            rank_zero_info(left_still(still, type(model).__name__))
-        if copies := view.adapter.networks.copies:
-            pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
-            rank_zero_info(
-                f"Copies in {type(model).__name__}: {pairs}. A copy gets the same adapters, for other code to move. If "
-                "that uses lerp_, frozen weights stay as they are; files hold whole weights that change."
-            )
+        _tell_of_networks(view)
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -59,6 +52,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     elif fresh.random:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
+    _warn_of_thawed(view)
     _warn_of_heads(view)
     _tell_of_exports(view)
     left, share = left_alone(view)
@@ -66,6 +60,26 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_left_alone(view, left, share)
     if view.config.target_modules in AUTOMATIC:
         _warn_of_computed(view, "all" if share > MOST else str(view.config.target_modules))
+
+
+def _tell_of_networks(view: View) -> None:
+    """Name networks that stand still, and copies."""
+    if still := view.adapter.networks.still:
+        rank_zero_info(left_still(still, view.title))
+    adapted = set[str]().union(*map(starts_of, view.layers))
+    follow, stay = list[str](), list[str]()
+    for name, original in view.adapter.networks.copies.items():
+        (follow if name in adapted else stay).append(f"{name!r} of {original!r}")
+    if follow:
+        rank_zero_info(
+            f"Copies in {view.title}: {', '.join(follow)}. A copy gets the same adapters, for other code to move. If "
+            "that uses lerp_, frozen weights stay as they are; files hold whole weights that change."
+        )
+    if stay:
+        rank_zero_info(
+            f"Copies in {view.title} that target_modules leaves out: {', '.join(stay)}. They get no adapters, and do "
+            "not follow. If other code moves them, name their layers too."
+        )
 
 
 def tell_of_new(model: LightningModule) -> None:
@@ -119,6 +133,18 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
             f"You have frozen most of {view.title}, but not {listed(left)}. Now these are frozen too, "
             f"because no adapter is inside them. To train them in full: {_to_save(view, left)}."
         )
+
+
+def _warn_of_thawed(view: View) -> None:
+    """Name weights that ``modules_to_save`` trains, though the module has them frozen beside others that train."""
+    for name, module in view.modules.items():
+        held = [each for each in view.trained if is_in_any(each, [name])] if module in view.saved else []
+        frozen = [each for each in held if view.record.requires_grad.get(each) is False]
+        if frozen and len(frozen) < len(held):
+            _warn(
+                f"modules_to_save trains all of {name!r}, also {listed(frozen)}, which {view.title} has frozen "
+                "(requires_grad). To keep these frozen, name the modules beside them in place of it."
+            )
 
 
 def left_trainable(view: View) -> list[str]:
@@ -215,7 +241,8 @@ def _warn_of_computed(view: View, word: str) -> None:
     arguments = ("exclude_modules", "modules_to_save")
     by_user = {name for argument in arguments for name in names.find(argument, getattr(view.config, argument))}
     layers = names.first_names({layer for layer in meant if is_computed(layer)})
-    if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
+    idle = (*view.adapter.networks.still, *view.adapter.networks.copies)
+    if left := [name for name in layers if by_user.isdisjoint(starts_of(name)) and not is_in_any(name, idle)]:
         _warn(
             f"No adapter for {listed(left)} of {view.title}, because the weight is {COMPUTED}: no "
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "

@@ -153,7 +153,7 @@ def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
 def _leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
     """Give back what steps change: gradients, modes, buffers, metrics, and what modules keep in lists and numbers."""
     undo.enter_context(isolate_rng())
-    undo.enter_context(gradients_pass())
+    undo.enter_context(gradients_pass(pl_module))
     for p in pl_module.parameters():
         undo.callback(setattr, p, "grad", p.grad)
         undo.callback(_put_back, p, p.data)

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
+from itertools import compress
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.inject import begin_alike, copies_among
-from lightning_lora.model.record import Record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
@@ -149,6 +151,22 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
         )
 
 
+def check_followed(model: nn.Module, have_run: Set[str]) -> None:
+    """Warn of an average that has not followed. A reference does not either, but has run in training steps."""
+    view = view_of(model)
+    moved = {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
+    for name, original in view.adapter.networks.copies.items():
+        inside = {each for each in view.layers if is_in_any(each, [name])}
+        has_learned = any(is_in_any(each, [original]) for each in moved)
+        if inside and has_learned and moved.isdisjoint(inside) and name not in have_run:
+            warn(
+                f"{name!r} of {view.title} copies {original!r}, which has learned, and no code has moved it: it "
+                "computes what it did before. If it is an average, its code may look for parameters by the names they "
+                "had before the fit, as ema_pytorch does. Make it in on_fit_start, or use Lightning's "
+                "EMAWeightAveraging."
+            )
+
+
 class Feeding:
     """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
 
@@ -161,10 +179,11 @@ class Feeding:
         self.found, self.have_run = set[int](), set[str]()
         trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
         self.hooks = list[RemovableHandle]()
+        noted = (*self.below, *view.adapter.networks.copies)
         for name, layer in view.layers.items():
-            network = next((each for each in self.below if is_in_any(name, [each])), "")
+            network = next((each for each in noted if is_in_any(name, [each])), "")
             if network:
-                self.below[network].update(map(id, layer.lora_trained()))
+                self.below.get(network, set()).update(map(id, layer.lora_trained()))
                 self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
             elif layer.lora_trained():
                 trains.add(layer)
@@ -229,24 +248,44 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 @contextmanager
-def gradients_pass(record: Record | None = None) -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints. Inputs may require none (frozen embeddings).
+def gradients_pass(model: nn.Module) -> Iterator[None]:
+    """Let gradients pass checkpoints: reentrant ones with inputs that require none, and those that ask for all weights.
 
-    Not while the adapters of ``record`` are disabled: the backward pass would compute the layers with them.
+    Not while the adapters of ``model`` are disabled: the backward pass would compute the layers with them.
     """
-    _PASSING.append(record)
-    recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
+    _PASSING.append(model)
+    recompute.CheckpointFunction, torch.autograd.grad = _RequiringGradients, _grad  # type: ignore[misc]
     try:
         yield
     finally:
-        _PASSING.remove(record)
+        del _PASSING[[each is model for each in _PASSING].index(True)]
         if not _PASSING:
-            recompute.CheckpointFunction = _OWN  # type: ignore[misc]
+            recompute.CheckpointFunction, torch.autograd.grad = _OWN, _OWN_GRAD  # type: ignore[misc]
 
 
 _OWN = recompute.CheckpointFunction
-_PASSING: list[Record | None] = []
-"""The records of the open contexts. The function is torch's own again when none is left."""
+_OWN_GRAD = torch.autograd.grad
+_PASSING: list[nn.Module] = []
+"""The models of the open contexts. The functions are torch's own again when none is left."""
+
+
+@wraps(_OWN_GRAD)
+def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return no gradient of a frozen weight, as of one that is unused: the checkpoints of latent diffusion ask so."""
+    asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in asked]
+    if not any(frozen):
+        return _OWN_GRAD(outputs, inputs, *args, **kwargs)
+    if not signature(_OWN_GRAD).bind(outputs, asked, *args, **kwargs).arguments.get("allow_unused"):
+        held = set(map(id, compress(asked, frozen)))
+        names = [name for model in _PASSING for name, p in View(model).base.items() if id(p) in held]
+        raise TargetError(
+            f"autograd.grad asks for gradients of {listed(names) or 'weights'}, which are frozen. Train their layers "
+            f"in full: modules_to_save={list(dict.fromkeys(map(owner_of, names)))}."
+        )
+    left = [p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen]
+    found = iter(_OWN_GRAD(outputs, left, *args, **kwargs) if left else ())
+    return tuple(None if is_frozen else next(found) for is_frozen in frozen)
 
 
 class _RequiringGradients(_OWN):
@@ -255,7 +294,8 @@ class _RequiringGradients(_OWN):
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
         requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-        is_disabled = any(record is not None and record.is_disabled for record in _PASSING)
+        records = map(find_record, _PASSING)
+        is_disabled = any(record is not None and record.is_disabled for record in records)
         if torch.is_grad_enabled() and not requires_grad and not is_disabled:
             inputs = tuple(
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value

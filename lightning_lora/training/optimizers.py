@@ -31,7 +31,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer in optimizers:
         unsplit(optimizer)
     view = view_of(model)
-    settle(model, _unheld(view, optimizers) | set(map(view.base.__getitem__, view.frozen_by_user)))
+    if rests := settle(model, _unheld(view, optimizers)):
+        rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
     view = view_of(model)
     scales = scales_in(view, lr_scale)
     followers = defaultdict[nn.Parameter, Params](list)
@@ -57,8 +58,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held, adapted = _held(chain(*map(_built_groups, optimizers))), set[nn.Parameter]()
-    for layer in view.layers.values():
-        weights = {own_parameter(layer, name) for name in layer.lora_weights()}
+    for name, layer in view.layers.items():
+        weights = view.weights_of(name)
         adapted |= weights
         if not held.isdisjoint(layer.lora_trained()):
             held |= weights
@@ -154,8 +155,8 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "
-            f"holds them or the weights that they adapt. Give {view.title}.parameters() to one of its "
-            "optimizers, or target only layers whose weights an optimizer holds."
+            f"holds them or the weights that they adapt. To train them, give {view.title}.parameters() to one "
+            f"of its optimizers. If they are not meant: exclude_modules={_networks(map(owner_of, rest))}."
         )
 
 
@@ -164,14 +165,19 @@ def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:
     lost = [name for name, p in view.base.items() if p in held and view.record.requires_grad.get(name)]
     if not lost:
         return
-    around = set.intersection(*(set(starts_of(owner_of(name))) for name in lost))
-    shared = max(around, key=len, default="")
-    networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
+    networks = _networks(owner_of(name) or name for name in lost)
     raise OptimizerError(
         f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, without adapters or "
         "with adapters that are in another optimizer. Adapt their layers (target_modules), or train them in full: "
         f"modules_to_save={networks}. Or leave this optimizer out."
     )
+
+
+def _networks(modules: Iterable[str]) -> list[str]:
+    """The one module around all of these, or else each of them."""
+    each = dict.fromkeys(modules)
+    shared = max(set.intersection(*map(set, map(starts_of, each))), key=len, default="")
+    return [shared] if shared else list(each)
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:

@@ -1,9 +1,13 @@
 """The random numbers of a run: a resumed one goes on with the same, and adapters take none from the data."""
 
+import math
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from struct import Struct
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -12,7 +16,9 @@ from torch import Tensor, nn
 from lightning_lora.model.view import View
 from lightning_lora.private import begin_loaders_again, loader_states_wait
 
-RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torch's generators
+RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
+
+_NUMPY, _PYTHON = Struct("<625Iid"), Struct("<625Id")  # 624 numbers of a Mersenne twister and its place, and what waits
 
 
 @contextmanager
@@ -27,7 +33,7 @@ def reseeded(model: nn.Module) -> Iterator[None]:
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the states of torch's generators in all processes."""
+    """Return the states of the generators of torch, numpy and Python in all processes."""
     device, states = trainer.strategy.root_device, _states_here(trainer)
     for name, state in states.items():
         states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
@@ -35,8 +41,29 @@ def random_states(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _states_here(trainer: Trainer) -> dict[str, Tensor]:
+    """The states as bytes. Speech models of transformers mask their audio with numpy's."""
     device, states = trainer.strategy.root_device, {"cpu": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    _, keys, *rest = np.random.get_state(legacy=True)
+    _, numbers, last = random.getstate()
+    packed = _NUMPY.pack(*map(int, keys), *rest), _PYTHON.pack(*numbers, math.nan if last is None else last)
+    for name, state in zip(("numpy", "python"), packed, strict=True):
+        states[name] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    return states
+
+
+def _set_state(name: str, state: Tensor, device: torch.device) -> None:
+    if name == "cpu":
+        torch.set_rng_state(state)
+    elif name == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif name == "numpy":
+        *keys, place, has_gauss, gauss = _NUMPY.unpack(bytes(state.tolist()))
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+    else:
+        *numbers, last = _PYTHON.unpack(bytes(state.tolist()))
+        random.setstate((3, tuple(numbers), None if math.isnan(last) else last))
 
 
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
@@ -81,4 +108,4 @@ class Resumed:
 
     def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():
-            torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, self.device)
+            _set_state(name, state, self.device)

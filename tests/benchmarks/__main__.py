@@ -17,11 +17,10 @@ from rich.table import Table
 from tests.benchmarks.life import checkpoints, life
 from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.memory import memory
-from tests.benchmarks.mixed import mixed
+from tests.benchmarks.several import mixed, switch
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import calls, inference, layers, whole_models
 from tests.benchmarks.sweep import sweep
-from tests.benchmarks.switch import switch
 
 CASES = {
     "models": whole_models,
@@ -49,13 +48,12 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", metavar="case", help="the cases to measure (all by default)")
     parser.add_argument("--rounds", type=int, default=9, help="runs of each method (at least 2; 9 by default)")
-    parser.add_argument("--threads", type=int, default=1, help="number of torch threads (1 by default)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
         parser.error(f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
     warnings.simplefilter("ignore")
@@ -63,11 +61,9 @@ def main() -> None:
     bench, console = Bench(torch.device(asked.device), asked.rounds), Console(width=150)
     console.print(machine(bench))
     for name in asked.cases or CASES:
-        found, start = [], time.monotonic()
-        with console.status(name) as status:
-            for row in CASES[name](bench):
-                found.append(row)
-                status.update(f"{name}: after {row.case}")
+        start = time.monotonic()
+        with console.status(name):
+            found = list(CASES[name](bench))
         console.print(table(f"{name} ({(time.monotonic() - start) / 60:.0f} minutes)", found))
 
 

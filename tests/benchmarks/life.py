@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
-from tests.benchmarks.measure import Bench, Row, middle_half
+from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.models import Bert
-from tests.benchmarks.ways import OURS
 
 _BASES = {"85 M": (12, 768), "300 M": (24, 1024)}
 """Layers and width, as in transformer encoders."""
@@ -26,47 +24,40 @@ _GOALS = {
     "set-up of fit": 0.4, "first save": 1.0, "save": 0.05, "end of fit": 1.6, "validate": 0.05, "test a file": 2.5,
 }  # fmt: skip
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "max_steps": 1,
-    "num_sanity_val_steps": 0,
-    "limit_val_batches": 1,
-}
+QUIET: dict[str, Any] = {"accelerator": "cpu", "max_steps": 1, "num_sanity_val_steps": 0}
+QUIET |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
 
 
-class Stack(LightningModule):
-    """The linear layers of a transformer encoder, one after the other."""
+class Task(LightningModule):
+    """A network with a meaningless loss, and one input of a shape."""
 
-    def __init__(self, layers: int, width: int) -> None:
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
+
+    def __init__(self, network: nn.Module, *shape: int) -> None:
         super().__init__()
-        self.layers, self.width = nn.Sequential(), width
-        for _ in range(layers):
-            sizes = [width] * 5 + [4 * width, width]  # q, k, v, o, up and down
-            self.layers.extend(nn.Linear(*each, bias=False) for each in itertools.pairwise(sizes))
-        for weight in self.parameters():  # signals keep their size: sums with denormal updates would take long
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        self.network, self.shape = network, shape
 
     def training_step(self, batch: Tensor) -> Tensor:
-        return self(batch).square().mean()
+        return self.network(batch).square().mean()
 
-    def validation_step(self, batch: Tensor) -> None:
-        self(batch)
-
-    test_step = validation_step
+    validation_step = test_step = training_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
+        return self.optimizer([p for p in self.parameters() if p.requires_grad], lr=1e-4)  # type: ignore[call-arg]
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.randn(1, self.width))
+        return DataLoader(torch.randn(1, *self.shape))
 
     val_dataloader = test_dataloader = train_dataloader
+
+
+def stack(layers: int, width: int) -> Task:
+    """The linear layers of a transformer encoder, one after the other."""
+    sizes = [width] * 5 + [4 * width, width]  # q, k, v, o, up and down
+    network = nn.Sequential(*(nn.Linear(*each, bias=False) for each in [*itertools.pairwise(sizes)] * layers))
+    for weight in network.parameters():  # signals keep their size: sums with denormal updates would take long
+        nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return Task(network, width)
 
 
 class Marks(Callback):
@@ -99,14 +90,14 @@ def life(bench: Bench) -> Iterator[Row]:
 
 def _moments(layers: int, width: int) -> dict[str, tuple[float, float]]:
     """Return each moment's passes over the base and seconds, less a plain Trainer's."""
-    model = Stack(layers, width)
+    model = stack(layers, width)
     one_pass = min(_seconds(lambda: [p.detach().clone() for p in model.parameters()]) for _ in range(3))
-    ours, plain = _fit(model, adapted=True), _fit(Stack(layers, width), adapted=False)
+    ours, plain = _fit(model, adapted=True), _fit(stack(layers, width), adapted=False)
     extra = {moment: ours[moment] - plain[moment] for moment in ours}
     return {moment: (seconds / one_pass, seconds) for moment, seconds in extra.items()}
 
 
-def _fit(model: Stack, *, adapted: bool) -> dict[str, float]:
+def _fit(model: Task, *, adapted: bool) -> dict[str, float]:
     """Time the moments of one fit, in seconds."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,36 +124,23 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-class Encoder(LightningModule):
-    """BERT-base with a meaningless loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bert = Bert()
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        return self.bert(batch).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
-
-
 def checkpoints(bench: Bench) -> Iterator[Row]:
     """Checkpoints of BERT-base and AdamW, compared with a plain Trainer's."""
-    data, sizes, times, arithmetic = DataLoader(torch.randn(2, 4, 768), batch_size=1), {}, {}, 0
-    for name, callbacks in (("plain", []), (OURS, [LoRACallback(r=8, merge=False)])):
-        task = Encoder()
-        if not callbacks:
-            inject_adapters(task, LoRAConfig(r=8))
-        it = Trainer(callbacks=callbacks, **QUIET, enable_checkpointing=False)
-        it.fit(task, data)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "file.ckpt"
-            times[name] = bench.take_turns({name: lambda it=it, path=path: it.save_checkpoint(path)})[name]
-            sizes[name] = path.stat().st_size
-        arithmetic = 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each
+    plain, ours = _file_size(), _file_size(LoRACallback(r=8, merge=False))
     case = "checkpoint of BERT-base, all linear"
-    yield Row(case, "bytes over adapters and their AdamW state", sizes[OURS] / arithmetic, 1.05)
-    yield Row(case, "bytes over a plain Trainer's", sizes[OURS] / sizes["plain"])
-    values = [a / b for a, b in zip(times[OURS], times["plain"], strict=True)]
-    yield Row(case, "time over a plain Trainer's", median(values), None, middle_half(values))
+    yield Row(case, "bytes over adapters and their AdamW state", ours[0] / ours[1], 1.05)
+    yield Row(case, "bytes over a plain Trainer's", ours[0] / plain[0])
+
+
+def _file_size(*callbacks: Callback) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and those of what trains and its AdamW state alone."""
+    task = Task(Bert(), 4, 768)
+    task.optimizer = torch.optim.AdamW
+    if not callbacks:
+        inject_adapters(task, LoRAConfig(r=8))
+    trainer = Trainer(callbacks=[*callbacks], **QUIET, enable_checkpointing=False)
+    trainer.fit(task)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save_checkpoint(path := Path(folder) / "file.ckpt")
+        size = path.stat().st_size
+    return size, 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each

@@ -58,19 +58,14 @@ class Bench:
         return times
 
     def _time(self, run: Run) -> float:
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         gc.collect()
         gc.disable()
         try:
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                start.record()
-                run()
-                end.record()
-                torch.cuda.synchronize()
-                return float(start.elapsed_time(end)) / 1e3
+            wait()
             before = time.perf_counter()
             run()
+            wait()
             return time.perf_counter() - before
         finally:
             gc.enable()

@@ -25,15 +25,8 @@ class Llama(nn.Module):
 
     def __init__(self, layers: int = 12) -> None:
         super().__init__()
-        config = LlamaConfig(
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=layers,
-            num_attention_heads=12,
-            vocab_size=1000,
-            use_cache=False,
-        )
-        self.model = LlamaModel(config)
+        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": 1000}
+        self.model = LlamaModel(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.model(inputs_embeds=embeddings).last_hidden_state

@@ -57,9 +57,7 @@ def sharded(bench: Bench) -> Iterator[Row]:
     """Bytes held and sent under DDP and FSDP2 (two processes), and estimates for 7B and 70B."""
     yield from _measured({way: in_new_process("tests.benchmarks.sharded", way) for way in SAVES})
     for name, shape in LARGE.items():
-        sizes = Sizes.of(shape)
-        yield sizes.row(name)
-        yield from _estimates(name, sizes)
+        yield from _estimates(name, Sizes.of(shape))
 
 
 # Measured
@@ -68,13 +66,9 @@ def sharded(bench: Bench) -> Iterator[Row]:
 class Task(LightningModule):
     """A Llama that reads random tokens, sharded under ModelParallelStrategy."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.model: Any = None
+    model: Any
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
         self.model = LlamaForCausalLM(LlamaConfig(**SMALL, use_cache=False))
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
@@ -157,10 +151,8 @@ def _measured(found: dict[str, dict[str, Any]]) -> Iterator[Row]:
         yield row(f"held: {part}", "MB", lambda each, part=part: each[part] / 1e6)
     for kind in ("all-gather", "reduce-scatter", "all-reduce"):
         yield row(f"a step: {kind}", "MB", sent("step", kind))
-    yield row("a step", "messages", lambda each: len(each["step"]))
     for save in ("first save", "save"):
         yield row(f"a {save}: sent", "MB", sent(save), SAVES)
-        yield row(f"a {save}", "messages", lambda each, save=save: len(each[save]), SAVES)
     yield row("a checkpoint on disk", "MB", lambda each: each["file"] / 1e6, SAVES)
 
 
@@ -191,26 +183,16 @@ class Sizes:
         inject_adapters(model, LoRAConfig(r=RANK))
         return cls(layers, rest, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
-    def row(self, name: str) -> Row:
-        numbers = {part: number / 1e6 for part, number in asdict(self).items()}
-        return Row(f"{name}: parameters", "millions", (self.layers + self.rest) / 1e6, details=numbers)
-
-    def gathered(self) -> int:
-        """Return the bytes of weights in bfloat16 that FSDP2 gathers in a step.
-
-        A layer is gathered for the forward pass and again for the backward pass. The outermost unit stays whole.
-        """
-        return 2 * (2 * self.layers + self.rest)
-
     def card(self, cards: int, group: int, *, lora: bool) -> dict[str, float]:
         """Estimate the bytes of one card.
 
         Each group of cards holds the whole model. LoRA: a base in bfloat16; adapters, their gradients and Adam's two
-        values in float32. Otherwise all weights train in float32, and are gathered in bfloat16. In a ring of n, a card
-        sends (n - 1)/n of what is gathered or scattered, and twice that of what is reduced for all.
+        values in float32. Otherwise all weights train in float32, and are gathered in bfloat16: a layer for the forward
+        pass and again for the backward pass, the outermost unit once. In a ring of n, a card sends (n - 1)/n of what is
+        gathered or scattered, and twice that of what is reduced for all.
         """
         base, in_group, in_all = self.layers + self.rest, (group - 1) / group, (cards - 1) / cards
-        gathered = in_group * self.gathered()
+        gathered = in_group * 2 * (2 * self.layers + self.rest)
         if lora:
             return {
                 "held": 2 * base / group + 16 * self.adapters,
@@ -228,6 +210,8 @@ class Sizes:
 
 
 def _estimates(name: str, sizes: Sizes) -> Iterator[Row]:
+    millions = {part: number / 1e6 for part, number in asdict(sizes).items()}
+    yield Row(f"{name}: parameters", "millions", millions["layers"] + millions["rest"], details=millions)
     for cards, group in PLACES:
         where = f"{cards:,} cards" + (f" in groups of {group}" if group < cards else "")
         for way in (FSDP2, FSDP2_LORA):

@@ -36,13 +36,14 @@ def time_steps(
 
 def whole_models(bench: Bench) -> Iterator[Row]:
     """Training steps of BERT's and Llama's shape: all linear layers, with and without dropout."""
-    shapes = (("BERT-base", Bert(), (8, 128, 768), torch.float32), ("Llama", Llama(), (4, 256, 768), torch.bfloat16))
-    for (title, model, shape, dtype), dropout, goal in zip(
-        [shapes[0], shapes[1], *shapes], [0.0, 0.0, 0.1, 0.05], [0.5, 0.6, 0.35, 0.5], strict=True
+    for title, model, shape, dtype, goals in (
+        ("BERT-base", Bert(), (8, 128, 768), torch.float32, {0.0: 0.5, 0.1: 0.35}),
+        ("Llama", Llama(), (4, 256, 768), torch.bfloat16, {0.0: 0.6, 0.05: 0.5}),
     ):
-        case = f"{title} {half(dtype)}, all linear" + (f", dropout {dropout}" if dropout else "")
-        times = time_steps(bench, model, shape, linear_names(model), dtype=dtype, dropout=dropout)
-        yield overheads(case, times, OURS, [name for name in _PEERS if name in times], FLOOR, goal)
+        for dropout, goal in goals.items():
+            case = f"{title} {half(dtype)}, all linear" + (f", dropout {dropout}" if dropout else "")
+            times = time_steps(bench, model, shape, linear_names(model), dtype=dtype, dropout=dropout)
+            yield overheads(case, times, OURS, [name for name in _PEERS if name in times], FLOOR, goal)
 
 
 def layers(bench: Bench) -> Iterator[Row]:
@@ -112,18 +113,12 @@ def calls(bench: Bench) -> Iterator[Row]:
         yield row(f"merge and un-merge, d=4096, {half(dtype)}", times, OURS, PEFT, PEFT, 0.15)
 
 
-def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[float]]:
+def _injections(bench: Bench, make: Callable[[], nn.Module]) -> Times:
     """Time injections, each into a new model."""
-    fresh: list[nn.Module] = []
-    names = [name for name in linear_names(make()) if name != "lm_head"]
+    fresh = [make() for _ in range(2 * (bench.rounds + 2))]  # two for warm-up rounds
+    names = [name for name in linear_names(fresh[0]) if name != "lm_head"]
 
     def in_peft() -> None:
         peft(fresh.pop(), names, 8, 0.0)
 
-    runs = {OURS: lambda: inject_adapters(fresh.pop(), LoRAConfig(r=8)), PEFT: in_peft}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(bench.rounds):
-        for name in runs:
-            fresh[:] = [make() for _ in range(3)]  # two for warm-up rounds
-            times[name] += bench.take_turns({name: runs[name]}, rounds=1)[name]
-    return times
+    return bench.take_turns({OURS: lambda: inject_adapters(fresh.pop(), LoRAConfig(r=8)), PEFT: in_peft})

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -37,10 +38,6 @@ def peft(model: nn.Module, names: list[str], r: int, dropout: float, *, autocast
     config = LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=names)
     model.config = getattr(model, "config", {"tie_word_embeddings": False})
     return get_peft_model(model, config, autocast_adapter_dtype=autocast).get_base_model()
-
-
-def peft_same(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    return peft(model, names, r, dropout, autocast=False)
 
 
 def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
@@ -103,7 +100,7 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
     FLOOR: frozen,
     OURS: ours,
     PEFT: peft,
-    PEFT_SAME: peft_same,
+    PEFT_SAME: partial(peft, autocast=False),
     LORALIB: loralib,
     ARITHMETIC: arithmetic,
 }
@@ -118,15 +115,21 @@ def each_way(
     model: nn.Module, names: list[str], *, r: int = 8, dropout: float = 0.0, only: Collection[str] = tuple(WAYS)
 ) -> dict[str, nn.Module]:
     """Adapt copies of ``model`` with every method. All factors are random, as after training: none is zero."""
-    models = {}
-    # one base for all, so that no method has it in the cache before another
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for name in only:
-        models[name] = WAYS[name](copy.deepcopy(model, dict(shared)), names, r, dropout)
-        for parameter in models[name].parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.01)
+    models = {name: WAYS[name](copy_of(model), names, r, dropout) for name in only}
+    for each in models.values():
+        randomise(each)
     return models
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy all but the weights: one base for all, so that no method has it in the cache before another."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def randomise(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.01)
 
 
 def linear_names(model: nn.Module) -> list[str]:

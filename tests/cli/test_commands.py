@@ -4,7 +4,7 @@ import json
 import os
 import runpy
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,69 +16,57 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
-from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
-from tests.support.models import LitTiny, randomise, same
-from tests.support.storage import saved
-
-CONFIG = ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
-
-
-def adapted(seed: int, config: ll.LoRAConfig = CONFIG) -> LitTiny:
-    ll.inject_adapters(model := LitTiny(), config)
-    randomise(model, seed)
-    return model
+from tests.support.faults import adapted
+from tests.support.models import LitTiny, same
+from tests.support.storage import rewrite, saved
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    paths = [tmp_path / f"{seed}.safetensors" for seed in (1, 2, 3)]
-    for seed, path in enumerate(paths):
-        ll.save_adapter(adapted(seed), path)
-    return [str(path) for path in paths]
+def file(tmp_path: Path) -> str:
+    ll.save_adapter(adapted(), tmp_path / "a.safetensors")
+    return str(tmp_path / "a.safetensors")
 
 
-def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(files: list[str], capsys: Any) -> None:
-    assert main(["inspect", files[0]]) == 0
+def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(file: str, capsys: Any) -> None:
+    assert main(["inspect", file]) == 0
     shown = capsys.readouterr().out
     for text in ("q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", '"modules_to_save"'):
         assert text in shown
-    assert main(["inspect", files[0], "--json"]) == 0
+    assert main(["inspect", file, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    model = adapted(0)
-    delta: Any = 2 * model.q_proj.lora_B @ model.q_proj.lora_A  # type: ignore[operator]
+    model = adapted()
+    delta: Any = 4 * model.q_proj.lora_B @ model.q_proj.lora_A  # type: ignore[operator]
     assert [layer["name"] for layer in found["layers"]] == ["q_proj", "v_proj"]
     assert found["layers"][0]["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
-    assert 1 <= found["layers"][0]["effective_rank"] <= 2 and found["layers"][0]["scaling"] == 2
+    assert 1 <= found["layers"][0]["effective_rank"] <= 2 and found["layers"][0]["scaling"] == 4
     assert found["beside"].keys() == {"head.weight", "head.bias"} and found["format"] == 3
 
 
-def test_merge_writes_a_model_and_a_line_for_each_warning(files: Any, tmp_path: Path, capsys: Any) -> None:
+def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: Path, capsys: Any) -> None:
     base, out = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
     save_file(LitTiny().state_dict(), base)
-    assert main(["merge", str(base), files[0], str(out)]) == 0 and "Merged 2 weights into" in capsys.readouterr().out
-    ll.merge_adapters(model := adapted(0))
+    assert main(["merge", str(base), file, str(out)]) == 0 and "Merged 2 weights into" in capsys.readouterr().out
+    ll.merge_adapters(model := adapted())
     assert same(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
     save_file(LitTiny().bfloat16().state_dict(), base)
-    assert main(["merge", str(base), files[0], str(out)]) == 0
+    assert main(["merge", str(base), file, str(out)]) == 0
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and error.startswith("warning: 4 tensors in")
 
 
 def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path, says in ((tmp_path / "none", "does not exist"), (tmp_path, "is not a file")):
-        assert main(["inspect", str(path)]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and says in error and "Traceback" not in error
-    for wrong in (["inspect"], ["nothing"], []):
-        with pytest.raises(SystemExit) as done:
-            main(wrong)
-        assert done.value.code == 2
+    assert main(["inspect", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "does not exist" in error and "Traceback" not in error
+    with pytest.raises(SystemExit) as done:
+        main(["nothing"])
+    assert done.value.code == 2
 
 
-def test_a_module_and_a_pipe(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_and_a_pipe(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)  # as head does when it has seen enough
-    monkeypatch.setattr(sys, "argv", ["lightning-lora", "inspect", files[0], "--json"])
+    monkeypatch.setattr(sys, "argv", ["lightning-lora", "inspect", file, "--json"])
     with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as done:
@@ -86,62 +74,54 @@ def test_a_module_and_a_pipe(files: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert not done.value.code
 
 
-def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, capsys: Any) -> None:
-    for path in files[:2]:
-        saved(Path(path), LitTiny(), target_modules=["q_proj"])
-    assert main(["combine", *files[:2], "--weights", "1", "-3", "--out", str(tmp_path / "sum.safetensors")]) == 0
+def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: Any) -> None:
+    one = saved(tmp_path / "one.safetensors", LitTiny(), target_modules=["q_proj"])
+    paths, out = [str(tmp_path / "one.safetensors")] * 2, str(tmp_path / "sum.safetensors")
+    assert main(["combine", *paths, "--weights", "1", "-3", "--out", out]) == 0
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
-    ll.load_adapter(one := LitTiny(), files[0])
-    ll.load_adapter(both := LitTiny(), tmp_path / "sum.safetensors")
+    ll.load_adapter(both := LitTiny(), out)
     updates = [model.q_proj.lora_settings.scaling * model.q_proj.lora_B @ model.q_proj.lora_A for model in (one, both)]
     torch.testing.assert_close(updates[1], -2 * updates[0])
-    assert main(["combine", files[0], "--out", str(tmp_path / "one.safetensors")]) == 1
-
-
-def test_inspect_says_which_alpha_was_set(tmp_path: Path, capsys: Any) -> None:
-    for alpha, shown in ((None, '"alpha": null'), (8, '"alpha": 8')):
-        saved(tmp_path / "a.safetensors", LitTiny(), target_modules=["q_proj"], alpha=alpha)
-        assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0 and shown in capsys.readouterr().out
 
 
 def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
-    config: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 1}}
-    model = saved(tmp_path / "a.safetensors", LitTiny(), r=2, alpha=4, **config)
-    for more in ([], ["--uniform"]):
-        assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), *more]) == 0
-        assert "Wrote files for peft into" in capsys.readouterr().out
-        there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
-        torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
-    assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), "--root", "none"]) == 1
+    model = saved(tmp_path / "a.safetensors", LitTiny(), rank_pattern={"v_proj": 1})
+    arguments = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft")]
+    assert main([*arguments, "--uniform"]) == 0 and "Wrote files for peft into" in capsys.readouterr().out
+    assert '"rank_pattern": {}' in (tmp_path / "peft" / "adapter_config.json").read_text()
+    there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
+    torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
+    assert main([*arguments, "--root", "none"]) == 1
 
 
 def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path: Path, capsys: Any) -> None:
     model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)}) for _ in range(4))
-    saved(tmp_path / "a.safetensors", model, r=4, rank_pattern={r"1\.query": 2})
+    saved(tmp_path / "a.safetensors", model, r=4, alpha=None, rank_pattern={r"1\.query": 2})
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
-    assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)"))
+    assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)", '"alpha": null'))
 
 
-@pytest.mark.parametrize("says", ["adapted by your own class LoRAMine", "'q_proj.lora_B' in "])
-def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, capsys: Any, says: str) -> None:
-    stored, base, out = read_adapter_file(files[0]), tmp_path / "base.safetensors", tmp_path / "out.safetensors"
-    if "LoRAMine" in says:
-        foreign = {name: replace(layer, kind="LoRAMine") for name, layer in stored.layers.items()}
-        stored = replace(stored, layers=foreign)
-    else:
-        stored.state["q_proj.lora_B"] *= torch.nan
-    write_adapter_file(path := files[0], stored)
-    save_file(LitTiny().state_dict(), base)
-    for arguments in (["inspect"], ["combine", path, "--out", str(out)], ["merge", str(base), str(out)]):
-        arguments.insert(2 if arguments[0] == "merge" else 1, path)
-        assert main(arguments) == 1 and says in " ".join(capsys.readouterr().err.split())
+BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "adapted by your own class LoRAMine": lambda about, _: about["layers"][0].update(kind="LoRAMine"),
+    "'q_proj.lora_B' in ": lambda _, tensors: tensors["q_proj.lora_B"].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize(("says", "change"), BROKEN.items(), ids=BROKEN)
+def test_what_no_command_can_use_is_refused(file: str, tmp_path: Path, capsys: Any, says: str, change: Any) -> None:
+    rewrite(Path(file), change)
+    save_file(LitTiny().state_dict(), base := tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    combine, merge = ["combine", file, file, "--out", str(out)], ["merge", str(base), file, str(out)]
+    for command in (["inspect", file], combine, merge):
+        assert main(command) == 1 and says in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
 
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ll.export_peft(adapted(1), folder := tmp_path / "peft")
+    ll.export_peft(adapted(), folder := tmp_path / "peft")
     for arguments in (["inspect", str(folder)], ["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"]):
         assert main(arguments) == 1
         says = " ".join(capsys.readouterr().err.split())

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -41,34 +40,24 @@ FRAMEWORKS = {
 
 
 def measured(name: str, folder: Path) -> None:
-    """Install a framework into a folder, unless it is there, and write its file."""
-    python, result, start = folder / "bin" / "python", RESULTS / f"{name}.json", time.monotonic()
-    if not python.exists():
-        started(sys.executable, "-m", "venv", str(folder))
-        install = started(str(python), "-m", "pip", "install", "--quiet", *FRAMEWORKS[name], "-e", str(ROOT))
-        if install.returncode:
-            failed(result, install)
-            return
-    installed = time.monotonic()
-    done = started(str(python), "-m", "tests.frameworks.measure", name, str(result))
-    print(done.stdout)
-    print(f"{name}: installed in {installed - start:.0f} s, measured in {time.monotonic() - installed:.0f} s")
-    if done.returncode:
-        failed(result, done)
+    """Install a framework into a folder, unless it is there, and write its file: what it gives, or why it fails."""
+    python, result = folder / "bin" / "python", RESULTS / f"{name}.json"
+    try:
+        if not python.exists():
+            started(sys.executable, "-m", "venv", str(folder))
+            started(str(python), "-m", "pip", "install", "--quiet", *FRAMEWORKS[name], "-e", str(ROOT))
+        print(started(str(python), "-m", "tests.frameworks.measure", name, str(result)))
+    except subprocess.CalledProcessError as error:
+        print(error.stderr)
+        lines = [line for line in error.stderr.splitlines() if "error" in line.lower()]
+        why = re.sub(r"/\S*/", "", (lines or ["?"])[-1])  # without the folders of this machine
+        result.write_text(json.dumps({"date": date.today().isoformat(), "failed": why}, indent=1) + "\n")
 
 
-def started(*command: str) -> "subprocess.CompletedProcess[str]":
+def started(*command: str) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:  # some write where they are
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
-
-
-def failed(result: Path, done: "subprocess.CompletedProcess[str]") -> None:
-    """Write that a framework could not be installed or run, and why."""
-    print(done.stderr)
-    lines = [line for line in done.stderr.splitlines() if "rror" in line]
-    why = re.sub(r"/\S*/", "", (lines or ["?"])[-1])  # without the folders of this machine
-    result.write_text(json.dumps({"date": date.today().isoformat(), "failed": why}, indent=1) + "\n")
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,31 +40,40 @@ class Case(ABC):
 
     lightning: ClassVar[str] = "lightning.pytorch"  # or pytorch_lightning
     resumes: ClassVar[bool] = True  # has a way of its own to go on from a file
+    within: ClassVar[str] = ""  # the attribute of a model that is its network, if the model is none
+    inner: ClassVar[str] = ""  # the module in the network that is saved and loaded
     prefix: ClassVar[str] = ""  # of the network's names in files of the Trainer
+    arguments: ClassVar[dict[str, Any]] = {}  # of LoRACallback
 
+    @abstractmethod
     def new(self) -> Any:
-        """An untrained model, of which :meth:`base` makes a base; or a case has its own :meth:`base`."""
-        raise NotImplementedError
+        """An untrained model."""
 
     @abstractmethod
     def predict(self, model: Any) -> Tensor:
         """Its numbers for the same inputs in each call."""
 
     def data(self) -> Any:
-        """Training data for ``Trainer.fit``."""
-        raise NotImplementedError
+        """Training data for ``Trainer.fit``, unless the model has its own."""
+        return None
 
     def lora(self, **options: Any) -> LoRACallback:
-        return LoRACallback(r=4, **options)
+        return LoRACallback(r=4, **self.arguments, **options)
+
+    def save(self, model: Any, path: Path) -> None:
+        torch.save(self.network(model).get_submodule(self.inner).state_dict(), path)
+
+    def load(self, path: Path) -> Any:
+        model = self.new()
+        self.network(model).get_submodule(self.inner).load_state_dict(torch.load(path))
+        return model
 
     def base(self, folder: Path) -> Any:
         """A new model with pretrained weights. They are trained once in a folder, without LoRA."""
-        path = folder / "base.pt"
+        path = folder / "base"
         if not path.exists():
-            torch.save(self.network(self.train(self.new(), [], folder)).state_dict(), path)
-        model = self.new()
-        self.network(model).load_state_dict(torch.load(path))
-        return model
+            self.save(self.train(self.new(), [], folder), path)
+        return self.load(path)
 
     def fit(self, callbacks: list[Any], folder: Path) -> Any:
         """Train the base for two epochs. Return the trained model."""
@@ -72,19 +81,17 @@ class Case(ABC):
 
     def resume(self, file: Path, callbacks: list[Any], folder: Path) -> Any:
         """Go on from a file of the Trainer. Return the trained model."""
-        return self.train(self.base(folder.parent), callbacks, folder, ckpt_path=file, weights_only=False)
+        return self.train(self.base(folder.parent), callbacks, folder, ckpt_path=file)
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
         """Fit with a Trainer, or with what the framework has in its place."""
-        self.trainer(callbacks, folder).fit(model, self.data(), **options)
+        trainer = import_module(self.lightning).Trainer(callbacks=callbacks, **quiet(callbacks, folder))
+        trainer.fit(model, self.data(), weights_only=False, **options)
         return model
-
-    def trainer(self, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        return import_module(self.lightning).Trainer(callbacks=callbacks, **quiet(callbacks, folder), **options)
 
     def network(self, model: Any) -> nn.Module:
         """The weights: a module with the same names before, in and after a fit."""
-        return model  # type: ignore[no-any-return]
+        return getattr(model, self.within) if self.within else model
 
     def remembers(self, model: Any) -> nn.Module:
         """The module that knows its adapters after a fit."""
@@ -94,23 +101,26 @@ class Case(ABC):
         """The framework's own ways to save and load."""
         return {"load_from_checkpoint": self.from_checkpoint, "load_state_dict": self.from_state}
 
+    def saved(self, run: Run) -> Any:
+        self.save(run.model, run.folder / "tuned")
+        return self.load(run.folder / "tuned")
+
     def from_checkpoint(self, run: Run) -> Any:
         return type(run.model).load_from_checkpoint(run.file, weights_only=False)
 
     def from_state(self, run: Run) -> Any:
-        """What a file's own ``state_dict`` gives to a new model."""
-        model = self.new()
-        model.load_state_dict(torch.load(run.file, weights_only=False)["state_dict"])
+        """What a file's own ``state_dict`` gives to a model."""
+        model, state = self.base(run.folder.parent), torch.load(run.file, weights_only=False)["state_dict"]
+        self.network(model).load_state_dict({name.removeprefix(self.prefix): value for name, value in state.items()})
         return model
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def quiet(callbacks: list[Any], folder: Path) -> dict[str, Any]:
     """Arguments of a Trainer. Without callbacks, it writes no files."""
-    shown = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "enable_checkpointing": bool(callbacks),
-        **shown,
-    }
+    hidden = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    where = {"accelerator": "cpu", "default_root_dir": folder}
+    return {"max_epochs": 2, "enable_checkpointing": bool(callbacks), **where, **hidden}

@@ -37,9 +37,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         for save in SAVES:
             facts[f"fit, {save}"] = attempt(lambda save=save: runs.update({save: fit(case, folder / save, save=save)}))
-    facts["warnings"] = sorted(
-        {f"{w.category.__name__}: {w.message}" for w in caught if issubclass(w.category, LoRAWarning)}
-    )
+    ours = [warning for warning in caught if issubclass(warning.category, LoRAWarning)]
+    facts["warnings"] = sorted({f"{warning.category.__name__}: {warning.message}" for warning in ours})
     for save in SAVES:
         if case.resumes and (run := runs.get(save)):
             facts[f"resume, {save}"] = attempt(lambda run=run, save=save: resume(case, run, save, numbers))
@@ -66,9 +65,7 @@ def fit(case: Case, folder: Path, seed: int = 1, file: Path | None = None, **lor
     if lora:
         callbacks.append(case.lora(**lora))
     folder.mkdir()
-    if file is None:
-        return Run(case.fit(callbacks, folder), folder)
-    return Run(case.resume(file, callbacks, folder), folder)
+    return Run(case.resume(file, callbacks, folder) if file else case.fit(callbacks, folder), folder)
 
 
 def attempt(act: Callable[[], Any]) -> str:
@@ -87,9 +84,8 @@ def state(case: Case, model: Any) -> State:
 
 def compare(found: Tensor, expected: Tensor, base: Tensor) -> str:
     """Say whether numbers are the expected ones, to rounding, relative to what training changed."""
-    change, off, from_base = (
-        float((a - b).abs().max()) for a, b in ((expected, base), (found, expected), (found, base))
-    )
+    pairs = (expected, base), (found, expected), (found, base)
+    change, off, from_base = (float((a - b).abs().max()) for a, b in pairs)
     rounding = SMALL * change + 1e-6 * float(expected.abs().max())
     if change <= rounding:
         return "no: training changed nothing"
@@ -106,38 +102,28 @@ def resume(case: Case, through: Run, save: str, numbers: Tensor) -> str:
     one, other = state(case, through.model), state(case, again.model)
     if one.keys() != other.keys():
         return f"no: other names, such as {min(one.keys() ^ other.keys())}"
-    differ = [name for name in one if not torch.equal(one[name], other[name])]
-    if not differ:
+    if all(torch.equal(value, other[name]) for name, value in one.items()):
         return "yes"
     found = compare(predicted(case, again.model), predicted(case, through.model), numbers)
     return "to rounding" if found == "yes" else found
 
 
-def moves(start: State, lora: State, plain: State) -> dict[str, Any]:
+def moves(start: State, *ends: State) -> dict[str, Any]:
     """Name the matrices that move only with LoRA, or only without it."""
+    known = [name for name in matrices(start) if all(name in end for end in ends)]
+    lora, plain = ({name for name in known if not torch.equal(start[name], end[name])} for end in ends)
+    return {"only with": sorted(lora - plain), "only without": sorted(plain - lora), "both": len(lora & plain)}
 
-    def moved(end: State) -> set[str]:
-        return {
-            name
-            for name in start.keys() & end.keys()
-            if start[name].ndim > 1 and not torch.equal(start[name], end[name])
-        }
 
-    both = moved(lora), moved(plain)
-    return {
-        "only with": sorted(both[0] - both[1]),
-        "only without": sorted(both[1] - both[0]),
-        "both": len(both[0] & both[1]),
-    }
+def matrices(start: State) -> list[str]:
+    return [name for name, value in start.items() if value.ndim > 1]
 
 
 def look(case: Case, run: Run, start: State) -> list[str]:
     """Name the matrices of the base in the file. Those that changed, or look untrained, belong there."""
     held = torch.load(run.file, weights_only=False, map_location="cpu")["state_dict"]
     whole = tuple(case.lora().config.modules_to_save or ())
-    return [
-        name for name in start if start[name].ndim > 1 and case.prefix + name in held and not name.startswith(whole)
-    ]
+    return [name for name in matrices(start) if case.prefix + name in held and not name.startswith(whole)]
 
 
 def adapt(case: Case, run: Run, folder: Path, numbers: Tensor) -> str:

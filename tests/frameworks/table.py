@@ -9,17 +9,8 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "frameworks.md"
-COLUMNS = (
-    "version",
-    "fit",
-    "moves",
-    "file",
-    "resume",
-    "`load_adapter`",
-    "predictions",
-    "own, default",
-    'own, `save="model"`',
-)
+OWN = ("own, default", 'own, `save="model"`')
+COLUMNS = ("version", "fit", "moves", "file", "resume", "`load_adapter`", "predictions", *OWN)
 WORKS = ("yes", "to rounding")
 
 
@@ -70,9 +61,9 @@ def resuming(facts: dict[str, Any]) -> str | None:
 
 def moving(facts: dict[str, Any]) -> str | None:
     """Count the matrices that move only with LoRA, or only without it."""
-    more, fewer = (len(facts.get("moves", {}).get(f"only {kind}", [])) for kind in ("with", "without"))
     if "moves" not in facts:
         return None
+    more, fewer = (len(facts["moves"][f"only {kind}"]) for kind in ("with", "without"))
     return ", ".join([f"**{more} more**"] * bool(more) + [f"{fewer} fewer"] * bool(fewer)) or "the same"
 
 

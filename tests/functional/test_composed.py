@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional.adapted_linear import adapted_linear
 from tests.functional.test_linear import composed, goes_by_hand, inputs
 from tests.support.models import randomise
-from tests.support.ranks import alone, has_shards
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
@@ -28,8 +26,6 @@ def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
             return f(x, weight, bias, a, b, 0.5)
 
         made = {
-            "grad": torch.func.grad(lambda a: layer(x, a).square().sum())(a),
-            "vmap": torch.func.vmap(layer, in_dims=(0, None))(x, a),
             "per sample": torch.func.vmap(torch.func.grad(lambda a, x: layer(x, a).norm()), in_dims=(None, 0))(a, x),
             "jvp": torch.func.jvp(lambda a: layer(x, a), (a,), (torch.ones_like(a),))[1],
             "hessian": torch.func.hessian(lambda a: layer(x, a).square().sum())(a),
@@ -67,14 +63,6 @@ def test_autocast_computes_in_its_dtype_by_hand() -> None:
         assert adapted_linear(*(t.double() for t in tensors), 1.0).dtype is torch.float64
 
 
-def test_compiled_whole_it_is_one_graph() -> None:
-    tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
-    output = torch.compile(adapted_linear, fullgraph=True, backend="aot_eager")(*tensors, 0.5)
-    torch.testing.assert_close(output, composed(*tensors, 0.5))
-    output.sum().backward()
-    assert all(t.grad is not None for t in tensors)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
 def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:
@@ -106,36 +94,6 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
     torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
 
 
-sharded = pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
-
-
-@sharded
-def test_distributed_tensors_are_composed() -> None:
-    tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]
-    with alone() as mesh:
-        shared = [dist.tensor.distribute_tensor(t, mesh, [dist.tensor.Shard(0)]).requires_grad_() for t in tensors]
-        output = adapted_linear(*shared, 1.0)
-        torch.testing.assert_close(output.full_tensor(), composed(*tensors, 1.0))  # type: ignore[attr-defined]
-        output.sum().backward()
-    assert all(isinstance(t.grad, dist.tensor.DTensor) for t in shared)
-
-
-@sharded
-@pytest.mark.parametrize(
-    ("dim", "rows", "a_split", "b_split"), [(0, 8, False, True), (1, 8, True, False), (0, 4, False, False)]
-)
-def test_adapters_are_split_as_tensor_parallelism_splits_their_weights(
-    dim: int, rows: int, a_split: bool, b_split: bool
-) -> None:
-    layer, slices = nn.Linear(6, 8, bias=False), {"0": {"some": [0, rows]}}
-    with alone() as mesh:
-        split_weight = dist.tensor.distribute_tensor(layer.weight.detach(), mesh, [dist.tensor.Shard(dim)])
-        layer.weight = nn.Parameter(split_weight)
-        inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"], target_slices=slices))
-    for factor, split in ((layer.lora_A_some, a_split), (layer.lora_B_some, b_split)):
-        assert factor.placements[0].is_shard(dim) is split
-
-
 @pytest.mark.parametrize("tokens", [4, 400])
 def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
     x, weight, bias, a, b = inputs(tokens, 8, out=8)
@@ -147,17 +105,6 @@ def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
     ]
     for one, other in zip(*(torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_autocast_of_another_device_changes_nothing() -> None:
-    tensors = inputs(4, 3, dtype=torch.float32)
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        output = adapted_linear(*tensors, 1.0)
-        output.sum().backward()
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-    assert goes_by_hand(output) and output.dtype is tensors[0].grad.dtype is torch.float32
 
 
 def test_backward_may_run_under_an_autocast_that_forward_did_not() -> None:

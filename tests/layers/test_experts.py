@@ -96,29 +96,21 @@ def test_parameters_that_cannot_be_adapted_are_refused(name: str, words: str) ->
     assert not [n for n in model.state_dict() if "lora" in n]
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_patterns_mean_a_parameter_by_its_own_name(init: Any, tmp_path: Path) -> None:
+def test_patterns_mean_a_parameter_by_its_own_name(tmp_path: Path) -> None:
     how: dict[str, Any] = {"r": 2, "alpha": 4, "target_modules": [], "target_parameters": ["stack", "mix"]}
-    patterns: dict[str, Any] = {"rank_pattern": {"experts.stack": 3}, "alpha_pattern": {"mix": 1}}
-    model, x = Mixture(), torch.randn(2, 5)
-    base = copy.deepcopy(model)
-    ll.inject_adapters(model, ll.LoRAConfig(**how, **patterns, init=init))
-    assert model.experts.lora_A_stack.shape == (3, 3, 5) and len(model.experts.lora_A_mix) == 2
-    torch.testing.assert_close(model(x), base(x))
+    model, base = Mixture(), Mixture()
+    base.load_state_dict(model.state_dict())
+    ll.inject_adapters(model, ll.LoRAConfig(**how, rank_pattern={"experts.stack": 3}, alpha_pattern={"mix": 1}))
     train(model)
-    ll.save_adapter(model, tmp_path / "a.safetensors")
-    for name, scaling in {"stack": 4 / 3, "mix": 1 / 2}.items() if init == "kaiming" else ():
+    for name, rank, scaling in (("stack", 3, 4 / 3), ("mix", 2, 1 / 2)):
         a, b = getattr(model.experts, f"lora_A_{name}"), getattr(model.experts, f"lora_B_{name}")
+        assert a.shape[-2] == rank
         weight = getattr(model.experts, name) + scaling * b @ a
         torch.testing.assert_close(model.experts.lora_effective_weight(name), weight)
-    again, output = copy.deepcopy(base), model(x)
-    ll.load_adapter(again, tmp_path / "a.safetensors")
-    assert torch.equal(again(x), output)
-    ll.inject_adapters(base, ll.LoRAConfig(**how, init=init))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.inject_adapters(base, ll.LoRAConfig(**how))
     with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2"):
         ll.load_adapter(base, tmp_path / "a.safetensors")
-    ll.merge_adapters(model)
-    torch.testing.assert_close(model(x), output)
 
 
 def test_patterns_mean_a_parameter_by_its_module_too() -> None:

@@ -22,24 +22,18 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.errors import AdapterStateError
+from tests.support.layers import ScaledEmbedding
 from tests.support.models import TinyLM, randomise
 
 TOKENS = (3, 7, 11)
 INDEX = torch.tensor([[3, 3, 1, 7], [0, 3, 11, 5], [7, 2, 3, 3]])
 
 
-class Scaled(nn.Embedding):
-    """With a forward of its own, as Gemma's."""
-
-    def forward(self, index: Tensor) -> Tensor:
-        return 3 * super().forward(index)
-
-
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Embedding(12, 5),
     "padding among the rows": lambda: nn.Embedding(12, 5, padding_idx=7),
     "by frequency": lambda: nn.Embedding(12, 5, scale_grad_by_freq=True),
-    "a forward of its own": lambda: Scaled(12, 5, padding_idx=3),
+    "a forward of its own": lambda: ScaledEmbedding(12, 5, padding_idx=3),
     "half precision": lambda: nn.Embedding(12, 5, dtype=torch.bfloat16),
 }
 
@@ -53,7 +47,7 @@ def adapted(layer: nn.Module, **config: Any) -> Any:
 def looked_up(layer: Any, weight: Tensor, index: Tensor) -> Tensor:
     """What torch computes with this weight."""
     found = F.embedding(index, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
-    return 3 * found if isinstance(layer, Scaled) else found
+    return 4 * found if isinstance(layer, ScaledEmbedding) else found
 
 
 def trained(parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
@@ -111,7 +105,7 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.scaled, self.head = nn.Embedding(12, 5), Scaled(12, 5), nn.Linear(5, 12)
+            self.embed, self.scaled, self.head = nn.Embedding(12, 5), ScaledEmbedding(12, 5), nn.Linear(5, 12)
             self.scaled.weight = self.head.weight = self.embed.weight
 
         def forward(self, index: Tensor) -> Any:
@@ -121,8 +115,8 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> 
     inject_adapters(model, LoRAConfig(target_modules=[], trainable_token_indices={named: TOKENS}))
     randomise(model)
     whole = model.get_submodule(named).lora_effective_weight("weight")
-    one, three, head = model(INDEX)
-    assert torch.equal(one, whole[INDEX]) and torch.equal(three, 3 * whole[INDEX])
+    one, scaled, head = model(INDEX)
+    assert torch.equal(one, whole[INDEX]) and torch.equal(scaled, 4 * whole[INDEX])
     torch.testing.assert_close(head, F.linear(torch.ones(5), whole, model.head.bias))
 
 

@@ -44,17 +44,12 @@ def resnet() -> nn.Module:
     return model
 
 
-def test_new_classifier_that_stays_frozen_is_found() -> None:
+def test_new_classifier_is_found_whether_it_stays_frozen_or_is_adapted() -> None:
     assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
     assert fresh(bert()).random == ("classifier",)  # it is adapted, as others are
     assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).random == ()
-
-
-def test_new_classifier_that_alone_is_adapted_is_found() -> None:
-    found = fresh(resnet())
-    assert found.random == ("fc",) and found.share < 0.01
-    assert fresh(resnet(), target_modules="all").random == ("fc",)
-    assert fresh(resnet(), target_modules=["conv1", "conv2"]).random == ("fc",)
+    for targets in ("all-linear", "all", ["conv1", "conv2"]):
+        assert fresh(resnet(), target_modules=targets) == Fresh(("fc",), share=pytest.approx(0, abs=0.01))
 
 
 class Wrapped(nn.Module):
@@ -163,21 +158,9 @@ def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: to
     assert fresh(classifier, target_modules=targets or ["query"]).random == ("classifier",)
 
 
-SHAPES = [(2, 384), (32, 27), (64, 64), (3072, 768), (40_000, 16), (64, 3, 7, 7)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drawn_weights_look_drawn(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for _ in range(5):
-        assert is_uniform(block_of(torch.empty(shape).uniform_(-0.1, 0.1).to(dtype)), 0.1)
-        assert is_normal(block_of(torch.empty(shape).normal_(0, 0.02).to(dtype)), 0.02)
-
-
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "larger": lambda weight: 1.2 * weight,
     "smaller": lambda weight: 0.8 * weight,
-    "heavy tails": lambda weight: weight * weight.abs() / weight.abs().mean(),
     "slightly heavy tails": lambda weight: weight * (0.6 + 0.8 * torch.randint(2, weight.shape)).sqrt(),
     "not around zero": lambda weight: weight + 0.3 * weight.std(),
     "rows of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, len(weight)).unsqueeze(1),
@@ -210,7 +193,6 @@ class Pair(nn.Module):
         (["body"], [], {"modules_to_save": ["head", "scale"]}, ["neck"]),
         (["body"], [], {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]}, []),
         (["body"], ["body.1"], {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
-        ([], [], {}, []),
         (["head"], [], {}, []),
         ([""], [], {}, []),
     ],
@@ -246,14 +228,11 @@ def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
     assert alone == 128 / (64 + 8 + 128 + 16)
 
 
-WIDE = {"num_hidden_layers": 2}
 USUAL: dict[str, Callable[[], nn.Module]] = {
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2)),
-    "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=WIDE, vision_config=WIDE)),
     "wav2vec2": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config()),
-    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**WIDE)),
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=2)),
     "swin": lambda: models.swin_t(),
-    "convnext": lambda: models.convnext_tiny(),
 }
 
 

@@ -16,6 +16,7 @@ import lightning_lora as ll
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
+from tests.support.faults import unchanged
 from tests.support.models import TinyLM, as_trained, is_plain, randomise, same, state, unties
 
 
@@ -37,7 +38,7 @@ def test_converted_merged_model_comes_back_on_its_converted_base(dtype: torch.dt
 def test_merge_that_unties_or_overflows_says_so() -> None:
     model = TinyLM()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["lm_head"]))
-    with pytest.warns(ll.LoRAWarning, match="'lm_head' in TinyLM was tied to another layer's"):
+    with pytest.warns(ll.LoRAWarning, match="'lm_head' in TinyLM was tied"):
         ll.merge_adapters(model)
     half = nn.Sequential(nn.Linear(4, 4)).half()
     ll.inject_adapters(half, ll.LoRAConfig(r=1))
@@ -49,7 +50,7 @@ def test_merge_that_unties_or_overflows_says_so() -> None:
 
 def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    before, moved, cpu = state(model), list[Tensor](), Tensor.cpu
+    moved, cpu = list[Tensor](), Tensor.cpu
 
     def host(tensor: Tensor) -> Tensor:
         moved.append(cpu(tensor).clone())
@@ -57,10 +58,7 @@ def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest
 
     monkeypatch.setattr(Tensor, "cpu", host)
     ll.merge_adapters(model)
-    held = [weight.base for weight in View(model).merged]
-    assert len(held) == len(moved) == 2 and all(base is there for base, there in zip(held, moved, strict=True))
-    ll.unmerge_adapters(model)
-    assert same(state(model), before)
+    assert {id(weight.base) for weight in View(model).merged} == set(map(id, moved)) and len(moved) == 2
 
 
 def test_merge_inside_autocast_is_the_merge() -> None:
@@ -145,9 +143,6 @@ def test_adapters_of_a_diverged_training_are_named_when_merged_or_saved(tmp_path
 # A copy of a merged model is un-merged exactly, or refused if it changed
 
 
-CHANGED = "changed since its adapters were merged"
-
-
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
@@ -184,47 +179,37 @@ def replace(model: nn.Module, name: str) -> None:
     write(model, name)
 
 
-def set_data(model: nn.Module, name: str) -> None:
-    model.get_parameter(name).data = model.get_parameter(name).detach().clone()
-    write(model, name)
-
-
 NAMES = ("q.weight", "head.weight", "embed.weight", "rnn.weight_hh_l0", "q.bias", "other.weight")
 
 
 @unties
 @pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize("change", [write, replace, set_data])
+@pytest.mark.parametrize("change", [write, replace])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_before_or_after_a_copy_is_refused(name: str, change: Callable[..., None], kind: str) -> None:
-    for times in ((True, False), (False, True), (True, True)):
+    for before_it in (True, False):
         model, _ = merged()
-        for now in times:
-            if now:
-                change(model, name)
-            model = COPIES[kind](model)
-        before = state(model)
-        with pytest.raises(ll.AdapterStateError, match=CHANGED):
+        if before_it:
+            change(model, name)
+        model = COPIES[kind](model)
+        if not before_it:
+            change(model, name)
+        with unchanged(model), pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
             ll.unmerge_adapters(model)
-        assert same(state(model), before)
 
 
 @unties
 def test_copies_of_copies_are_unmerged_exactly_with_the_same_values_in_other_memory() -> None:
-    def moves(model: Model) -> Model:
-        for p in model.parameters():
-            p.data = p.data.clone()
-        return model
-
     def loads(model: Model) -> Model:
         model.load_state_dict(state(model))
         return model
 
     def lays_out_otherwise(model: Model) -> Model:
-        model.other.weight.data = model.other.weight.data.t().contiguous().t()
+        for p in model.parameters():
+            p.data = p.data.mT.contiguous().mT if p.dim() > 1 else p.data.clone()
         return model
 
-    for steps in itertools.product([*COPIES.values(), moves, loads, lays_out_otherwise], repeat=2):
+    for steps in itertools.product([*COPIES.values(), loads, lays_out_otherwise], repeat=2):
         model, before = merged()
         for step in steps:
             model = step(model)

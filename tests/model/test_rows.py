@@ -21,7 +21,6 @@ from lightning_lora import (
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
-from lightning_lora.layers import ADAPTERS, LoRALayer
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM, same, state
 
@@ -96,34 +95,19 @@ def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
             check(model, lambda: model[0](*x) if type(x) is tuple else model[0](x), names, later)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.inner = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x @ self.weight.T)
-
-
-class LoRABlock(LoRALayer):
-    lora_layer_types = (Block,)
-
-
-def test_layers_inside_a_layer_of_another_adapter_and_shared_ones_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, Block, LoRABlock)
-    block, x = Block(), torch.randn(3, 5).double()
-    model = with_adapters(nn.Sequential(block, nn.Tanh(), block).double(), only("0"), only("0.inner"))
+def test_shared_layers_take_part() -> None:
+    layer, x = nn.Linear(5, 5), torch.randn(3, 5).double()
+    model = with_adapters(nn.Sequential(layer, nn.Tanh(), layer).double())
     check(model, lambda: model(x), MIXED)
 
 
-class Sums(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).sum()
+class Sums(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).sum()
 
 
-def test_a_layer_that_returns_no_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, Sums, LoRABlock)
-    model = with_adapters(nn.Sequential(Sums()), only("0"), only("0"))
+def test_a_layer_that_returns_no_rows_is_refused() -> None:
+    model = with_adapters(nn.Sequential(Sums(5, 4)))
     with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
         model(torch.randn(3, 5))
 
@@ -152,7 +136,7 @@ def net() -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], [None] * 4])
+@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None] * 4])
 @pytest.mark.parametrize("active", ["de", "fr"])
 def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, active: str) -> None:
     x = torch.randn(4, 6).double()
@@ -283,15 +267,6 @@ def test_a_language_model_writes_with_an_adapter_for_each_prompt() -> None:
         model.generate(prompts, max_new_tokens=8, do_sample=False, num_beams=2)
 
 
-def test_4_bit_layers_take_part() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
-    with_adapters(model.to("cpu").eval())
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        check(model, lambda: model(x), MIXED)
-
-
 # What is refused
 
 
@@ -299,7 +274,6 @@ EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
 TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
 WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
     (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
-    (nn.Sequential(nn.MultiheadAttention(4, 1)), ALL, "'0' of Sequential has batch_first=False"),
     (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
     (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
     (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
@@ -331,19 +305,8 @@ def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, 
     model[0](*x)
 
 
-def test_an_empty_batch_has_an_empty_output() -> None:
-    model, _ = linear(nn.Conv1d(4, 3, 1), de=LoRAConfig(r=2, target_modules="all", dropout=0.5, modules_to_save=["1"]))
-    with adapter_names(model, []):
-        assert model[0](torch.ones(0, 5).double()).shape == (0, 4)
-        assert model[1](torch.ones(0, 4, 7).double()).shape == (0, 3, 7)
-        with pytest.raises(ConfigError, match="got 0 names"):
-            model[0](torch.ones(1, 5).double())
-
-
-def test_names_and_models_without_such_adapters_are_refused() -> None:
+def test_models_that_show_no_adapters_are_refused() -> None:
     model, _ = linear()
-    with pytest.raises(AdapterStateError, match=r"no adapter 'dee'.*'de'"):
-        adapter_names(model, ["de", "dee"])
     with pytest.raises(AdapterStateError, match="no adapters"):
         adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
     block = adapter_names(model, ["de"])

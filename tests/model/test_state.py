@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import root_of
 from lightning_lora.tensors import names
@@ -23,6 +22,7 @@ from tests.support.models import (
     best,
     data,
     flags,
+    is_plain,
     lora,
     randomise,
     same,
@@ -35,43 +35,31 @@ def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
     config = ll.LoRAConfig(r=2)
     ll.inject_adapters(model["body"], config)
+    ll.load_adapter_state_dict(model["body"], ll.adapter_state_dict(model["body"]))
     ll.inject_adapters(model, config)
+    record = find_record(model)
+    assert record is not None and record.adapter.is_trained
     ll.inject_adapters(model["body"], config)
     ll.inject_adapters(model, config)
     with pytest.raises(ll.AdapterMismatchError, match="modules_to_save"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, bias="all"))
     ll.remove_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(isinstance(module, LoRALayer) for module in model.modules())
+    assert is_plain(model)
 
 
-CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
-    "save_adapter": lambda part, folder: ll.save_adapter(part, folder / "a.safetensors"),
-    "merge_adapters": lambda part, _: ll.merge_adapters(part),
-    "remove_adapters": lambda part, _: ll.remove_adapters(part),
-    "disable_adapters": lambda part, _: ll.disable_adapters(part),
-    "save_merged": lambda part, folder: ll.save_merged(part, folder / "a.ckpt"),
-    "export_peft": lambda part, folder: ll.export_peft(part, folder / "peft"),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Path, call: str) -> None:
+def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Path) -> None:
     net = TinyLM()
-    as_merged(plan := Around(net))  # as scvi's plans train a network that their users hold
-    for part, title in ((net, "TinyLM"), (net.q_proj, "Linear")):
-        with pytest.raises(ll.AdapterStateError, match=rf"{title} has no adapters. .* pass that model \(after a fit:"):
-            CALLS[call](part, tmp_path)
-    CALLS[call](plan, tmp_path)
-
-
-def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
-    model, config = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}), ll.LoRAConfig(r=2)
-    ll.inject_adapters(model["body"], config)
-    ll.load_adapter_state_dict(model["body"], ll.adapter_state_dict(model["body"]))
-    ll.inject_adapters(model, config)
-    record = find_record(model)
-    assert record is not None and record.adapter.is_trained
+    as_merged(Around(net))  # as scvi's plans train a network that their users hold
+    calls: list[Callable[[nn.Module], object]] = [
+        ll.merge_adapters, ll.remove_adapters, lambda part: ll.disable_adapters(part),
+        lambda part: ll.save_adapter(part, tmp_path / "a.safetensors"),
+        lambda part: ll.save_merged(part, tmp_path / "a.ckpt"), lambda part: ll.export_peft(part, tmp_path / "peft"),
+    ]  # fmt: skip
+    for call in calls:
+        for part, title in ((net, "TinyLM"), (net.q_proj, "Linear")):
+            with pytest.raises(ll.AdapterStateError, match=rf"{title} has no adapters. .* pass that model"):
+                call(part)
 
 
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
@@ -140,29 +128,27 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
     assert (ll.adapter_state_dict(model)["0.embed.weight"] == 1).all()
 
 
-def test_a_part_remembers_itself_when_adapting_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def fails_to_adapt(model: nn.Module, config: ll.LoRAConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_lora.model.attach.freeze", None)
+        with pytest.raises(TypeError):
+            ll.inject_adapters(model, config)
+
+
+def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     part, model, config = part_and_whole()
     values, before = ll.adapter_state_dict(part), flags(model)
-    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
-    with pytest.raises(TypeError):
-        ll.inject_adapters(model, config)
-    monkeypatch.undo()
+    fails_to_adapt(model, config, monkeypatch)
     assert same(ll.adapter_state_dict(part), values) and flags(model) == before
     with pytest.raises(ll.AdapterStateError):
         ll.adapter_state_dict(model)
     ll.remove_adapters(part)
     assert (part[0].bias == 0).all()
 
-
-def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    part, _, config = part_and_whole()
-    model = nn.Sequential(nn.Linear(4, 4))
-    ll.inject_adapters(model, config)
+    part, _, _ = part_and_whole()
+    ll.inject_adapters(model := nn.Sequential(nn.Linear(4, 4)), config)  # this whole has adapters of its own
     model.append(part)
-    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
-    with pytest.raises(TypeError):
-        ll.inject_adapters(model, config)
-    monkeypatch.undo()
+    fails_to_adapt(model, config, monkeypatch)
     ll.remove_adapters(part)
     nn.init.constant_(part[0].bias, 2)  # another base
     ll.remove_adapters(model)
@@ -217,26 +203,7 @@ def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypa
 
 
 def test_the_root_is_the_one_model_inside() -> None:
-    class Around(LitTiny):
-        def __init__(self, *models: nn.Module) -> None:
-            super().__init__()
-            del self.embed, self.q_proj, self.v_proj, self.head
-            for i, model in enumerate(models):
-                self.add_module(f"model{i}", model)
-
-    transformer = type("PreTrainedModel", (TinyLM,), {})
-    assert root_of(TinyLM()) == root_of(LitTiny()) == root_of(transformer()) == ""
-    assert root_of(Around(TinyLM(), nn.ReLU())) == "model0"
-    assert root_of(Around(TinyLM(), TinyLM())) == ""
-    assert root_of(Around(nn.Linear(2, 2), transformer())) == "model1"
-    assert root_of(Around(transformer(), transformer())) == ""
-    assert root_of(nn.Sequential(nn.Sequential(transformer()))) == "0.0"
-
-
-def test_a_part_with_a_name_like_the_start_of_another_is_compared_alone() -> None:
-    parts = [nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 4)}) for _ in range(2)]
-    model = nn.ModuleDict({"enc": parts[0], "encoder": parts[1]})
-    ll.inject_adapters(model["enc"], ll.LoRAConfig(target_modules=["q"], modules_to_save=["head"], r=1))
-    saved = ["enc.head", "encoder.head"]
-    names = ll.inject_adapters(model, ll.LoRAConfig(target_modules=["q"], modules_to_save=saved, r=1))
-    assert names == ("enc.q", "encoder.q")
+    model = Around(TinyLM())
+    assert root_of(model) == "model"
+    model.other = TinyLM()
+    assert root_of(model) == ""

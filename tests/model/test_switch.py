@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.faults import FailsAt
+from tests.support.faults import FailsAt, unchanged
 from tests.support.models import same, state
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -54,18 +54,6 @@ def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     for name in [*outputs, *reversed(outputs), *outputs]:
         ll.set_adapter(model, name)
         assert torch.equal(model(X), outputs[name]), name
-
-
-def test_after_a_block_over_the_base_the_same_adapter_is_the_active_one() -> None:
-    model, outputs = several()
-    ll.set_adapter(model, None)
-    for name in ("de", "fr", None):
-        with ll.set_adapter(model, name):
-            assert torch.equal(model(X), outputs[name])
-        assert ll.adapters(model)[0] == "fr" and torch.equal(model(X), outputs[None])
-    with ll.set_adapter(model, "de"):
-        ll.remove_adapters(model, "fr")
-    assert ll.adapters(model)[0] == "de" and torch.equal(model(X), outputs[None])
 
 
 @pytest.mark.parametrize(
@@ -121,6 +109,11 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
         with de:
             assert torch.equal(model(X), outputs["de"])
         assert torch.equal(model(X), outputs["fr"])
+    ll.set_adapter(model, None)
+    with ll.set_adapter(model, "de"):
+        assert torch.equal(model(X), outputs["de"])
+        ll.remove_adapters(model, "fr")  # what it showed before
+    assert ll.adapters(model)[0] == "de" and torch.equal(model(X), outputs[None])
 
 
 @pytest.mark.parametrize("name", ["", 3])
@@ -170,15 +163,8 @@ def test_an_optimizer_keeps_the_parameters_of_its_own_adapter() -> None:
         assert torch.equal(model(X), outputs["default"])
 
 
-@pytest.mark.parametrize("while_active", ["de", "fr", None])
-def test_resting_adapters_follow_the_models_dtype(while_active: str | None) -> None:
-    model, outputs = several()
-    switched(model, "default", "de", "default", "de", while_active)
-    model.double()
-    for name in ("de", "default", "fr", "de", "default"):
-        ll.set_adapter(model, name)
-        assert {p.dtype for p in model.parameters()} == {torch.float64}, name
-        torch.testing.assert_close(model(X.double()).float(), outputs[name])
+def test_resting_adapters_follow_the_models_dtype() -> None:
+    model, _ = several()
     model.bfloat16()
     ll.set_adapter(model, "de")
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -201,14 +187,6 @@ def test_new_parameters_are_those_of_the_adapter_that_has_them(name: str) -> Non
         assert torch.equal(model(X), now) and model.get_parameter(name) is new, other
 
 
-def test_a_module_that_two_adapters_train_in_full_is_the_bases_in_a_third() -> None:
-    model, saves = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), ll.LoRAConfig(r=1, modules_to_save=["1"])
-    for name, config in (("de", saves), ("fr", ll.LoRAConfig(r=1)), ("de", saves), ("it", saves), ("de", saves)):
-        ll.inject_adapters(model, config, name=name)
-    ll.set_adapter(model, "fr")
-    assert not model[1].weight.requires_grad
-
-
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
@@ -220,28 +198,17 @@ def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
         assert torch.equal(state(model)["1.running_mean"], before) is not moves, name
 
 
-def test_ties_and_recurrent_weights_are_exchanged_whole() -> None:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "rnn": nn.GRU(4, 4), "q": nn.Linear(4, 4)})
-    model["head"] = nn.Linear(4, 5, bias=False)
-    model["head"].weight = model["embed"].weight
-
-    def run() -> Tensor:
-        return model["head"](model["q"](model["rnn"](model["embed"](torch.arange(5)))[0])).detach()
-
-    outputs = {None: run()}
+def test_recurrent_weights_are_exchanged_whole() -> None:
+    model, outputs = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), dict[str | None, Tensor]()
     for name in ("a", "b"):
-        config = ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["embed", "rnn"])
-        ll.inject_adapters(model, config, name=name)
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["1"]), name=name)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape) * parameter.requires_grad)
-        outputs[name] = run()
-    for name in ("a", "b", None, "a", "b", "a"):
+        outputs[name] = model(X)[0]
+    for name in ("a", "b", "a"):
         ll.set_adapter(model, name)
-        assert torch.equal(run(), outputs[name]) and model["head"].weight is model["embed"].weight
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["q"]), name="c")
-    assert torch.equal(run(), outputs[None]) and model["head"].weight is model["embed"].weight
+        assert torch.equal(model(X)[0], outputs[name])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -267,40 +234,21 @@ def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
 
 @pytest.mark.parametrize(("name", "merged"), [("new", True), ("new", False), ("fr", False)])
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, merged: bool) -> None:
-    model, outputs = several()
+    (model, outputs), other = several(), build()
     ll.set_adapter(model, "de")
-    other = build()
     ll.inject_adapters(other, HEAD)
-    with torch.no_grad():
-        other[2].bias.add_(1)  # another base
+    nn.init.ones_(other[2].bias)  # another base
     ll.save_adapter(other, tmp_path / "other.safetensors")
     if merged:
         ll.merge_adapters(model)
-    before, names = state(model), ll.adapters(model)
-    with pytest.raises(ll.LoRAError):
+    names = ll.adapters(model)
+    with unchanged(model), pytest.raises(ll.LoRAError):
         ll.load_adapter(model, tmp_path / "other.safetensors", name=name)
-    assert same(state(model), before) and sorted(ll.adapters(model)) == sorted(names)
+    assert sorted(ll.adapters(model)) == sorted(names)
     ll.unmerge_adapters(model)
     for each in ("de", "fr", "default"):
         ll.set_adapter(model, each)
         assert torch.equal(model(X), outputs[each])
-
-
-@pytest.mark.parametrize("merged", [True, False])
-def test_nothing_is_loaded_while_the_base_is_shown(merged: bool) -> None:
-    model, outputs = several()
-    ll.set_adapter(model, "de")
-    held = state(model)
-    fill(model)
-    if merged:
-        ll.merge_adapters(model)
-    before = state(model)
-    with ll.disable_adapters(model), pytest.raises(ll.AdapterStateError, match=r"shows its base now.*'de'"):
-        model.load_state_dict(held, strict=False)
-    assert same(state(model), before)
-    ll.unmerge_adapters(model)
-    model.load_state_dict(held)
-    assert torch.equal(model(X), outputs["de"])
 
 
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")

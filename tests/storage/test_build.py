@@ -11,18 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
 from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
+from tests.support.faults import edited
 from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
-from tests.support.storage import fitted, goes_on
-
-OLD_NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+from tests.support.storage import fitted
 
 
 def written(folder: Path, model: L.LightningModule) -> Path:
     fitted(folder / "a.ckpt", model)
     return folder / "a.ckpt"
-
-
-# Plain Lightning
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict:UserWarning")
@@ -49,17 +45,6 @@ def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     assert same(state(again), state(model))
 
 
-@pytest.mark.parametrize("note", [{}, {OLD_NOTE: torch.empty(0)}], ids=["no note", "an earlier one"])
-def test_a_file_with_another_note_or_none_loads(tmp_path: Path, note: dict[str, Any]) -> None:
-    checkpoint = torch.load(path := written(tmp_path, model := LitTiny()), weights_only=True)
-    torch.save(checkpoint | {"state_dict": note | held(checkpoint)}, path)
-    assert same(state(load_from_checkpoint(LitTiny, path)), state(model))
-    goes_on(path)
-
-
-# Ours
-
-
 class Strict(LitTiny):
     def __init__(self, strict: bool = True) -> None:
         super().__init__()
@@ -75,26 +60,16 @@ def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool
     assert "load_state_dict" not in vars(again)
 
 
-class Looks(LitTiny):
-    """It keeps what its hooks see, has an entry in the file, and changes what is loaded."""
-
-    seen: dict[str, Any]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mine"] = {"embed": self.embed.weight.detach().clone()}
+class Changes(LitTiny):
+    """It changes what is loaded."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seen = dict(checkpoint)
         checkpoint["state_dict"] = {**checkpoint["state_dict"], "head.bias": torch.zeros(4)}
 
 
-def test_hooks_see_the_whole_checkpoint_and_what_they_change_is_loaded(tmp_path: Path) -> None:
-    model = Looks()
-    path = written(tmp_path, model)
-    stored = torch.load(path, weights_only=True)
-    again = load_from_checkpoint(Looks, path)
-    assert same(again.seen["state_dict"], state(LitTiny()) | held(stored)) and again.seen.keys() == stored.keys()
-    assert torch.equal(again.seen["mine"]["embed"], model.embed.weight)
+def test_what_a_hook_changes_is_loaded(tmp_path: Path) -> None:
+    model = Changes()
+    again = load_from_checkpoint(Changes, written(tmp_path, model))
     assert model.head.bias.any() and same(state(again), state(model) | {"head.bias": torch.zeros(4)})
 
 
@@ -114,21 +89,12 @@ def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
     assert same(state(load_from_checkpoint(LoadsItself, written(tmp_path, model))), state(model))
 
 
-class Says(L.Callback):
-    """It writes into the file how to build the module, as LightningCLI does."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hyper_parameters"] = self.config
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
 @pytest.mark.parametrize("named", [{}, {"_class_path": f"{__name__}.Strict"}], ids=["the class", "a subclass"])
 def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
     how = {"strict": False, **named, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-    model = fitted(tmp_path / "a.ckpt", Strict(strict=False), lora(merge=False), Says(how))
-    built = load_from_checkpoint(L.LightningModule if named else Strict, tmp_path / "a.ckpt")
+    path = written(tmp_path, model := Strict(strict=False))
+    edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))
+    built = load_from_checkpoint(L.LightningModule if named else Strict, path)
     assert type(built) is Strict and same(state(built), state(model))

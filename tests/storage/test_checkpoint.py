@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_lora as ll
-from tests.support.cases import At, StopError, held, stop
-from tests.support.models import TRAINED, LitTiny, X, best, data, lora, state, trainer
+from tests.support.cases import At, StopError, files_hold_adapters_alone, stop
+from tests.support.models import LitTiny, X, best, data, lora, trainer
 from tests.support.storage import fitted
+from tests.training.test_compiled import Compiled
 
 
 def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
@@ -27,12 +28,7 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     written = {"during.ckpt", "light.ckpt", "failed.ckpt", "last.ckpt", "best-epoch=0.ckpt"}
     assert {file.name for file in files} >= written
     assert any(file.parent.name == "weights" for file in files)
-    for file in files:
-        checkpoint = torch.load(file, weights_only=True)
-        assert sorted(held(checkpoint)) == sorted(TRAINED), file
-        assert checkpoint["lightning_lora"]["format"] == 3
-        for optimizer in checkpoint.get("optimizer_states", []):
-            assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
+    assert files_hold_adapters_alone(tmp_path)
 
 
 def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:
@@ -52,14 +48,6 @@ def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_p
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], model.head.weight)
 
 
-class Compiled(LitTiny):
-    """A module with a compiled part, whose state has longer names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = torch.compile(self.q_proj, backend="eager")
-
-
 @pytest.mark.parametrize("cls", [LitTiny, Compiled])
 def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_path: Path, cls: type[LitTiny]) -> None:
     class Clears(L.Callback):
@@ -75,12 +63,13 @@ def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_pat
         assert torch.equal(again.state_dict()[name], model.state_dict()[name])
 
 
-def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
+def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = fitted(tmp_path / "full.ckpt", plain=True, max_epochs=3)
     model = LitTiny()
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
-    assert t.global_step == 4
+    with caplog.at_level("INFO"):
+        t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
+    assert t.global_step == 4 and "full.ckpt holds a full model and no adapters" in caplog.text
     assert torch.equal(model.q_proj.weight, plain.q_proj.weight)
     assert not torch.equal(model.head.weight, plain.head.weight)
     t.save_checkpoint(tmp_path / "lora.ckpt")
@@ -93,39 +82,7 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
     assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
 
 
-def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: Path) -> None:
-    other = LitTiny()
-    with torch.no_grad():
-        other.q_proj.weight.add_(1)
-    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data())
-    t.validate(model, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    ll.load_adapter(other, tmp_path / "lora.ckpt")
-    assert torch.equal(other(X), model(X))
-    with pytest.raises(ll.BaseMismatchError):
-        ll.load_adapter(LitTiny(), tmp_path / "lora.ckpt")
-
-
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path / "full.ckpt", LitTiny(width=6), plain=True)
     with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight has another shape'"):
         trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
-
-
-def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    other = LitTiny()
-    other.v_proj.weight.data[0, 0] += 1e-6
-    for model, callback, error in (
-        (other, lora(), ll.BaseMismatchError),
-        (LitTiny(), lora(r=4), ll.AdapterMismatchError),
-        (LitTiny(), lora(alpha=9), ll.AdapterMismatchError),
-        (LitTiny(), lora(target_modules=["q_proj"]), ll.AdapterMismatchError),
-    ):
-        before = state(model)
-        for stage in ("fit", "test"):
-            with pytest.raises(error):
-                getattr(trainer(tmp_path, [callback]), stage)(model, data(), ckpt_path=checkpoint)
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-        assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))

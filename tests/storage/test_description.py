@@ -16,7 +16,7 @@ import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.storage.stored import FORMAT, checksum
 from tests.support import faults
-from tests.support.cases import held, three
+from tests.support.cases import held
 from tests.support.models import LitTiny, same, state
 from tests.support.storage import restores, rewrite, saved
 
@@ -78,17 +78,11 @@ def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: 
 # Changed files
 
 
-def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda checkpoint: checkpoint["state_dict"].update({name: value})
-
-
 A = "q_proj.lora_A"
 CHANGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "a value": lambda checkpoint: checkpoint["state_dict"][A][0].add_(1),
-    "no tensor": put(A, "A"),
+    "no tensor": lambda checkpoint: checkpoint["state_dict"].update({A: "A"}),
     "dropped key": lambda checkpoint: checkpoint["state_dict"].pop(A),
-    "renamed key": lambda checkpoint: checkpoint["state_dict"].update(a=checkpoint["state_dict"].pop(A)),
-    "no base": lambda checkpoint: checkpoint["lightning_lora"].update(base=[]),
     "no description": lambda checkpoint: checkpoint.update(lightning_lora=None),
     "list as state": lambda checkpoint: checkpoint.update(state_dict=[]),
 }
@@ -134,19 +128,6 @@ def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unkno
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["lightning_lora"])["config"] == {"r": 2, "alpha": 4}
     restores(path, model)
-    rewrite(path, lambda about, _: about["config"].update({**FIRST, "r": 2, "alpha": 4}))  # an earlier version's
-    restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
     with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
         ll.load_adapter(LitTiny(), path)
-
-
-def test_what_earlier_versions_wrote_or_left_out_is_no_damage(tmp_path: Path) -> None:
-    def earlier(about: dict[str, Any]) -> None:
-        about.update(run={"noted": 1, "loops": 2}, copies=[])
-        del about["random"], about["saved"], about["layers"][0]["parts"][0]["tokens"]
-
-    ll.save_adapter(three(), path := tmp_path / "a.safetensors")
-    rewrite(path, lambda about, _: earlier(about))
-    with pytest.raises(ll.BaseMismatchError):  # which is compared last
-        ll.load_adapter(three(), path)

@@ -57,11 +57,11 @@ def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: 
         torch.testing.assert_close(again(X), model(X))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tensors", "tensor"])
 def test_what_training_changed_is_in_a_trainers_file_and_named_where_it_has_no_place(tmp_path: Path, kind: str) -> None:
     model, t = fit(tmp_path, lora(), model=Counts(kind, 1))
     t.save_checkpoint(tmp_path / "a.ckpt")
-    stored = held(torch.load(tmp_path / "a.ckpt", weights_only=kind != "array"))
+    stored = held(torch.load(tmp_path / "a.ckpt", weights_only=True))
     is_tensor = kind == "tensor"
     assert repr(stored["metric._extra_state"]) == repr(KINDS[kind](8))
     if is_tensor:
@@ -71,8 +71,7 @@ def test_what_training_changed_is_in_a_trainers_file_and_named_where_it_has_no_p
             ll.save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(ll.ExportError, match=r"metric\._extra_state"):
         ll.export_peft(model, tmp_path / "peft")
-    readable = [tmp_path / "a.ckpt"] if kind != "array" else []  # numpy's classes are not plain
-    for path in (*readable, tmp_path / "a.safetensors"):
+    for path in (tmp_path / "a.ckpt", tmp_path / "a.safetensors"):
         again = Counts(kind, 1)
         ll.load_adapter(again, path)
         torch.testing.assert_close(again(X), model(X))
@@ -91,16 +90,9 @@ def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
     assert len(model.metric.state) == 9
 
 
-class Fails(Keeps):
-    def get_extra_state(self) -> Any:
-        if not self.count:
-            raise RuntimeError("nothing is kept yet")
-        return {"seen": self.count}
-
-
 def test_what_cannot_be_asked_for_yet_stops_nothing(tmp_path: Path) -> None:
     model = LitTiny()
-    model.metric = Fails(None)
+    model.metric = Keeps(lambda count: {"share": 1 / count})
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     model.metric.count = 1
     with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):

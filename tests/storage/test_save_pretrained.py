@@ -14,16 +14,27 @@ from huggingface_hub import PyTorchModelHubMixin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lightning_lora as ll
-from tests.storage.test_merged_files import LitGPT2, merged
+from tests.storage.test_merged_files import merged
 from tests.support.faults import unchanged
-from tests.support.models import X, as_trained, data, randomise, same, state, trainer
+from tests.support.models import Around, X, as_trained, data, randomise, same, state, trainer
 from tests.support.storage import refused
 
 says = pytest.warns(ll.LoRAWarning, match=r"writes merged weights.* save_adapter\(model, path\), or export_peft")
 quiet = pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
+
+
+class LitGPT2(Around):
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+            super().__init__(GPT2LMHeadModel(config).eval())
+
+    def forward(self, index: Tensor) -> Any:
+        return self.model(index[None]).logits
 
 
 def adapted(model: Any = None, **config: Any) -> Any:
@@ -43,17 +54,11 @@ def check(folder: Path, model: Any) -> None:
     assert again.config.architectures == ["GPT2LMHeadModel"]
 
 
-def is_left(module: nn.Module) -> bool:
-    return any("save_pretrained" in vars(each) or "state_dict" in vars(each) for each in module.modules())
-
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "DoRA": {"use_dora": True},
     "modules": {"modules_to_save": ["ln_f", "ln_1"], "bias": "all"},
     "rows": {"trainable_token_indices": [2, 5]},
     "parameters": {"target_modules": [], "target_parameters": ["c_fc.weight", "wpe.weight"]},
-    "convolution": {"target_modules": "all", "exclude_modules": ["wte", "lm_head"]},
 }
 
 
@@ -69,25 +74,23 @@ def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, c
     check(tmp_path, lit.model)
 
 
+def attributes(model: nn.Module) -> dict[str, Any]:
+    return {name: vars(module).keys() & {"save_pretrained", "state_dict"} for name, module in model.named_modules()}
+
+
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_a_plain_model_writes_by_itself_again(tmp_path: Path, is_merged: bool) -> None:
-    lit, plain = LitGPT2(), LitGPT2()
+    lit = LitGPT2()
     lit.save_pretrained = print  # the user's own
-    seen = {name: vars(module).keys() for name, module in plain.named_modules()}
-    assert is_left(adapted(lit).model)
+    before = attributes(lit)
+    assert attributes(adapted(lit)) != before
     if is_merged:
         ll.merge_adapters(lit)
     else:
         ll.remove_adapters(lit)
-    assert not is_left(lit.model)
+    assert attributes(lit) == before and lit.save_pretrained is print
     lit.model.save_pretrained(tmp_path)
     check(tmp_path, lit.model)
-    if is_merged:
-        ll.unmerge_adapters(lit)
-        assert is_left(lit.model)
-        ll.remove_adapters(lit)
-    assert vars(lit).pop("save_pretrained") is print
-    assert {name: vars(module).keys() for name, module in lit.named_modules()} == seen
 
 
 @quiet
@@ -119,43 +122,34 @@ def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Ca
     with torch.inference_mode(), torch.autocast("cpu"):  # as a callback may in an evaluation
         other.save_pretrained(tmp_path)
     check(tmp_path, other)
-    ll.save_merged(lit, tmp_path / "merged")
-    check(tmp_path / "merged", other)
-    ll.remove_adapters(lit)
-    assert not is_left(lit)
-
-
-# Who calls it, and how
-
-
-fresh = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
+    ll.save_merged(lit, tmp_path / "gpt2-1.0")
+    check(tmp_path / "gpt2-1.0", other)
 
 
 class Saves(LitGPT2):
     """Writes a folder beside each checkpoint, as lightning-ir does."""
 
-    def __init__(self, folder: Path, ranks: tuple[int, ...] = (0,)) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.folder, self.ranks = folder, ranks
+        self.folder = folder
         self.train()
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0])[0], batch[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.global_rank in self.ranks:
-            self.save_pretrained(self.folder)
+        self.save_pretrained(self.folder)
 
     def save_pretrained(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
 
 
 @quiet
-@fresh
-@pytest.mark.parametrize("ranks", [(), pytest.param((0, 1), marks=pytest.mark.processes)], ids=str)
-def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    module = Saves(tmp_path / "folder", ranks or (0,))
-    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if ranks else {}
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.processes)])
+def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, devices: int) -> None:
+    module = Saves(tmp_path / "folder")
+    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if devices > 1 else {}
     callback = ll.LoRACallback(r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], merge=False)
     ll.inject_adapters(module, callback.config)
     trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options).fit(module, data())
@@ -167,34 +161,28 @@ def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, ranks: tuple[in
 
 @quiet
 def test_options_of_the_library_act_as_ever(tmp_path: Path) -> None:
-    lit = adapted()
-    lit.model.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    model, plain = adapted().model, LitGPT2().model
+    model.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    check(tmp_path / "parts", lit.model)
-    for name, model in {"other": lit.model, "plain": LitGPT2().model}.items():
-        model.save_pretrained(tmp_path / name, is_main_process=False)
-    written, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("other", "plain"))
-    assert written == expected
-    assert inspect.signature(copy.deepcopy(lit.model).save_pretrained) == inspect.signature(
-        LitGPT2().model.save_pretrained
-    )
+    check(tmp_path / "parts", model)
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").glob("config.json"))
+    assert inspect.signature(copy.deepcopy(model).save_pretrained) == inspect.signature(plain.save_pretrained)
 
 
 def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(tmp_path: Path) -> None:
-    lit, other = adapted().model, adapted()
-    randomise(other, seed=7)
-    other = other.model
-    other.transformer.ln_f.weight.data.add_(1)
-    before, adapters = state(lit), {name: p for name, p in other.named_parameters() if "lora_" in name}
-    with says:
-        lit.save_pretrained(tmp_path / "whole", state_dict=other.state_dict())
-    with says:
-        lit.save_pretrained(tmp_path / "adapters", state_dict=adapters)
-    assert same(state(lit), before)
-    check(tmp_path / "whole", other)
-    other.transformer.ln_f.weight.data.sub_(1)
+    model, lit = adapted().model, adapted()
+    randomise(lit, seed=7)
+    other, norm = lit.model, lit.model.transformer.ln_f.weight.data
+    adapters = {name: p for name, p in other.named_parameters() if "lora_" in name}
+    with unchanged(model), says:
+        model.save_pretrained(tmp_path / "adapters", state_dict=adapters)
     check(tmp_path / "adapters", other)
-    lit.save_pretrained(tmp_path / "own", state_dict=LitGPT2().model.state_dict())
+    norm.add_(1)
+    with unchanged(model), says:
+        model.save_pretrained(tmp_path / "whole", state_dict=other.state_dict())
+    check(tmp_path / "whole", other)
+    model.save_pretrained(tmp_path / "own", state_dict=LitGPT2().model.state_dict())
     check(tmp_path / "own", LitGPT2().model)
 
 
@@ -228,16 +216,28 @@ def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
     assert same(dict(sorted(load_file(tmp_path / "model.safetensors").items())), dict(sorted(merged(model).items())))
 
 
-# What is refused
-
-
 def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = adapted(target_modules=["lm_head"]).model
-    for options in ({}, {"state_dict": model.state_dict()}):
-        with refused(model, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"):
-            model.save_pretrained(tmp_path / "a", **options)
-    broken = adapted()
+    lit, folder = adapted(target_modules=["lm_head"]), tmp_path / "a"
+    saves: list[Callable[[Path], object]] = [
+        lit.model.save_pretrained,
+        partial(lit.model.save_pretrained, state_dict=lit.model.state_dict()),
+        partial(ll.save_merged, lit),
+    ]
+    for save in saves:
+        with refused(lit, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"):
+            save(folder)
+    broken, outside = adapted(), LitGPT2()
     next(p for p in broken.parameters() if p.requires_grad).data.fill_(torch.nan)
     with pytest.raises(ll.AdapterStateError, match="NaN"):
-        broken.model.save_pretrained(tmp_path / "a")
+        broken.model.save_pretrained(folder)
+    outside.head = nn.Linear(8, 2)
+    with refused(adapted(outside, modules_to_save=["head"]), ll.AdapterFileError, "'head.bias' were trained outside"):
+        ll.save_merged(outside, folder)
     assert not list(tmp_path.iterdir())
+    lit.model.config.tie_word_embeddings = False
+    folder.mkdir()
+    with pytest.warns(ll.LoRAWarning, match="they are two weights now"):
+        ll.save_merged(lit, folder)
+    check(folder, lit.model)
+    with refused(plain := adapted(), ll.AdapterFileError, "not an empty folder"):
+        ll.save_merged(plain, folder)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.models import LitTiny, data, state, trainer
+from tests.support.peft_export import read
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
@@ -121,32 +121,14 @@ def test_a_sum_may_be_kept_as_an_adapter(tmp_path: Path, r: int | None) -> None:
     assert torch.equal(other(X), ours)
 
 
-def test_sums_are_those_of_peft_and_are_exported(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    configs = {"one": ll.LoRAConfig(r=2, alpha=6), "two": ll.LoRAConfig(r=3)}
-    model = several("one", "two", build=two_linear, **configs)
-    for name in configs:
-        with ll.set_adapter(model, name):
-            ll.export_peft(model, tmp_path / name)
-    torch.manual_seed(0)
-    theirs = peft.PeftModel.from_pretrained(two_linear(), tmp_path / "one", adapter_name="one")
-    theirs.load_adapter(tmp_path / "two", adapter_name="two")
-    for method, r in (("cat", None), ("svd", 2)):
-        theirs.add_weighted_adapter(["one", "two"], [0.7, 0.3], method, combination_type=method, svd_rank=r)
-        theirs.set_adapter(method)
-        ll.combine_adapters(model, {"one": 0.7, "two": 0.3}, name=method, r=r)
-        with ll.set_adapter(model, method):
-            assert torch.allclose(model(X), theirs(X), atol=1e-5)
+def test_sums_are_exported(tmp_path: Path) -> None:
+    model = several("one", "two", build=two_linear, one=ll.LoRAConfig(r=2, alpha=6), two=ll.LoRAConfig(r=3))
+    (base := two_linear().double()).load_state_dict(base_of(model))
     with ll.set_adapter(model, {"one": 0.7, "two": 0.3}):
-        ll.export_peft(model, tmp_path / "sum")
-        ll.save_merged(model, tmp_path / "merged.safetensors")
+        ll.export_peft(model, tmp_path)
         shown = model(X)
-    torch.manual_seed(0)
-    read = peft.PeftModel.from_pretrained(two_linear(), tmp_path / "sum")
-    assert torch.allclose(read(X), shown, atol=1e-6)
-    assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"] == 5
-    (base := two_linear()).load_state_dict(load_file(tmp_path / "merged.safetensors"))
-    assert torch.allclose(base(X), shown, atol=1e-5)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 5
+    assert torch.allclose(read(base, tmp_path)(X.double()).float(), shown, atol=1e-6)
 
 
 def test_a_sum_is_not_trained(tmp_path: Path) -> None:
@@ -165,7 +147,6 @@ def test_a_sum_is_not_trained(tmp_path: Path) -> None:
     [
         ([], {}, ll.ConfigError, "Expected numbers by the names of adapters"),
         ({"style": float("nan")}, {}, ll.ConfigError, "finite"),
-        ({"style": "much"}, {}, ll.ConfigError, "Expected numbers"),
         ({"style": 1, "stile": 1}, {}, ll.AdapterStateError, "no adapter 'stile'.* Did you mean 'style'"),
         (["style", "odd"], {"use_dora": True}, ll.AdapterMismatchError, "'odd' of Layers uses DoRA"),
         (["style", "odd"], {"modules_to_save": ["words"]}, ll.AdapterMismatchError, "of Layers also holds 'words"),

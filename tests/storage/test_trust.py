@@ -17,30 +17,22 @@ from lightning.pytorch.strategies import Strategy
 from lightning_lora import AdapterFileError, load_from_checkpoint, save_adapter
 from tests.support.faults import Runs, adapted
 from tests.support.models import LitTiny, data, lora, trainer
-from tests.support.storage import fitted, goes_on
+from tests.support.storage import Holds, fitted, goes_on
 
 FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-
-
-class TakesAPath(LitTiny):
-    """A module with a hyperparameter that is no plain type."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.save_hyperparameters()
 
 
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
     """A run's file with a hyperparameter that is no plain type, after one epoch."""
-    fitted(tmp_path / "half.ckpt", TakesAPath(tmp_path))
+    fitted(tmp_path / "half.ckpt", Holds(path=tmp_path))
     return tmp_path / "half.ckpt"
 
 
 def test_a_file_of_other_types_is_refused_without_a_word_of_trust(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "0")
     with pytest.raises(AdapterFileError, match=r"such as 'pathlib.*': .*(weights_only=False|LOAD=1)"):
-        trainer(tmp_path, [lora(merge=False)]).fit(TakesAPath(tmp_path), data(), ckpt_path=half)
+        trainer(tmp_path, [lora(merge=False)]).fit(Holds(path=tmp_path), data(), ckpt_path=half)
 
 
 may_say = pytest.mark.skipif(
@@ -51,15 +43,15 @@ may_say = pytest.mark.skipif(
 
 @may_say
 def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) -> None:
-    goes_on(half, TakesAPath(tmp_path), weights_only=False)
+    goes_on(half, Holds(path=tmp_path), weights_only=False)
     trusted: dict[str, Any] = {"ckpt_path": half, "weights_only": False, "verbose": False}
-    assert trainer(tmp_path, [lora()]).test(TakesAPath(tmp_path), data(), **trusted)[0]["test_loss"] > 0
+    assert trainer(tmp_path, [lora()]).test(Holds(path=tmp_path), data(), **trusted)[0]["test_loss"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")  # torch says that it does
 def test_the_environment_may_say_that_files_are_trusted(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "1")
-    goes_on(half, TakesAPath(tmp_path))
+    goes_on(half, Holds(path=tmp_path))
     assert os.environ[TRUST] == "1" and FORCE not in os.environ
 
 

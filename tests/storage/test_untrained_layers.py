@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_lora as ll
+from tests.support import fits
 from tests.support.cases import tensors
 from tests.support.models import LitTiny, X, aged, as_trained, best, data, same, state, trainer
 from tests.support.storage import saved
@@ -32,11 +33,8 @@ def callback(**kwargs: Any) -> ll.LoRACallback:
     return ll.LoRACallback(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs))
 
 
-def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, epochs: int = 2, **kwargs: Any) -> LitTiny:
-    options = {name: kwargs.pop(name) for name in ("strategy", "devices") if name in kwargs}
-    t = trainer(folder, [callback, best(folder, filename="{epoch}", save_top_k=-1)], max_epochs=epochs, **options)
-    t.fit(model, data(), data(), **kwargs)
-    return model
+def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any) -> LitTiny:
+    return fits.fit(folder, callback, best(folder, filename="{epoch}", save_top_k=-1), model=model, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -77,19 +75,10 @@ def test_a_state_without_a_file_holds_the_head_too() -> None:
 
 def test_processes_write_the_same_head(tmp_path: Path) -> None:
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    model = fit(tmp_path, NewHead(), callback(), epochs=1, strategy=strategy, devices=2)
+    model = fit(tmp_path, NewHead(), callback(), max_epochs=1, strategy=strategy, devices=2)
     assert {*tensors(tmp_path / "epoch=0.ckpt")} >= HEAD
     ll.remove_adapters(model)  # forgets what the processes left
     fit(tmp_path / "one", NewHead(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
-
-
-def test_only_what_looks_untrained_in_a_pretrained_model_is_in_it() -> None:
-    aged(pretrained := NewHead())
-    for model in (pretrained, whole := LitTiny(width=64)):  # which is random as a whole
-        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-        assert {*ll.adapter_state_dict(model)} == {"q_proj.lora_A", "q_proj.lora_B"}
-    whole.load_state_dict(NewHead().state_dict(), strict=False)
-    assert {*ll.adapter_state_dict(whole)} >= HEAD
 
 
 def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
-from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
+from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
+from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
 forks = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
@@ -32,9 +32,6 @@ forks = [
 
 FORK: Any = multiprocessing.get_context("fork")
 OURS = (LoRAError, FileNotFoundError, PermissionError)
-
-HANGS = 3600
-"""Seconds after which a process is killed. It stands still then: what it computes is limited by its CPU time."""
 
 
 def fork(work: Callable[[], object], seconds: float = 60) -> int:
@@ -59,19 +56,12 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
     child = FORK.Process(target=run)
     child.start()
     send.close()
-    child.join(HANGS)
+    child.join(3600)  # after so many seconds it stands still: what it computes is limited by its CPU time
     child.kill()
     child.join()
     with suppress(EOFError):
         pytest.fail(receive.recv(), pytrace=False)
     return -int(child.exitcode)
-
-
-def forking(test: Any) -> Any:
-    """A test that forks its process."""
-    for mark in (*forks, pytest.mark.processes):
-        test = mark(test)
-    return test
 
 
 def in_fork(test: Callable[..., None]) -> Any:
@@ -81,7 +71,9 @@ def in_fork(test: Callable[..., None]) -> Any:
     def run(*args: Any, **kwargs: Any) -> None:
         assert fork(partial(test, *args, **kwargs)) == 0
 
-    return forking(run)
+    for mark in (*forks, pytest.mark.processes):
+        run = mark(run)
+    return run
 
 
 def limit(size: int, then: Any = signal.SIG_IGN) -> None:
@@ -137,10 +129,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def adapted(seed: int = 5) -> LitTiny:
-    model = LitTiny()
-    inject_adapters(model, lora().config)
-    randomise(model, seed)
-    return model
+    return as_trained(LitTiny(), seed, **lora().config.to_dict())
 
 
 def with_trainer(stage: str, model: LitTiny, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Fits and what they give."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import StopError, trained
 from tests.support.models import LitTiny, data, lora, same, state, trainer
+from tests.support.versions import keeps_random
 
 
 class Stateful:
@@ -72,14 +73,14 @@ def resumes_to_the_bit(
     *make: Callable[[], L.Callback],
     at: str = "epoch=0",
     train: Callable[[], Any] = data,
-    saving: Mapping[str, Any] = MappingProxyType({}),
+    saving: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """Fit, and again from the first run's file ``at``, to the same bits. Return that module. Each run has a folder."""
     models = build(), build()
     file = folder / "through" / f"{at}.ckpt"
     for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
-        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving)
+        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving or {})
         callbacks = [each() for each in make]
         fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
     assert same(state(models[1]), state(models[0]))
@@ -122,26 +123,24 @@ def by_hand(
     optimizer: Optimizer,
     model: LitTiny,
     *,
-    step: Callable[[], Any] = lambda: None,
-    every: Callable[[int], int] = lambda _: 1,
+    every: int = 1,
     clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
 ) -> None:
     """Train three epochs in plain torch."""
     batches = list(data())
-    for epoch in range(3):
-        for first in range(0, len(batches), every(epoch)):
-            chunk = batches[first : first + every(epoch)]
+    for _ in range(3):
+        for first in range(0, len(batches), every):
+            chunk = batches[first : first + every]
 
-            def closure(chunk: Any = chunk, epoch: int = epoch) -> Tensor:
+            def closure(chunk: Any = chunk) -> Tensor:
                 optimizer.zero_grad()
                 for batch in chunk:
-                    value = model.loss(batch) / every(epoch)
+                    value = model.loss(batch) / every
                     value.backward()
                 clip([p for group in optimizer.param_groups for p in group["params"]])
                 return value
 
             optimizer.step(closure)  # type: ignore[arg-type]
-            step()
 
 
 def adapted() -> LitTiny:
@@ -214,14 +213,9 @@ class Fails(L.Callback):
             raise StopError
 
 
-ON_EXCEPTION: dict[str, Callable[[Path], L.Callback]] = {"callback": lambda folder: OnExceptionCheckpoint(folder)}
-if Version(L.__version__) >= Version("2.6"):
-    ON_EXCEPTION["option"] = lambda folder: ModelCheckpoint(
-        folder, "on_exception", save_on_exception=True, save_top_k=0
-    )
-
-
-PLAIN_SWALR = Version(torch.__version__) >= Version("2.6")  # its state could not be loaded safely before
+ON_EXCEPTION: dict[str, Callable[..., L.Callback]] = {"callback": OnExceptionCheckpoint}
+if keeps_random:  # Lightning 2.6
+    ON_EXCEPTION["option"] = partial(ModelCheckpoint, filename="on_exception", save_on_exception=True, save_top_k=0)
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -237,7 +231,7 @@ def moving(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 # The companion; the average at the end of four epochs of four steps; what validation sees after the first
 AVERAGES: dict[str, tuple[Callable[[], L.Callback], Callable[[Any], Any], Callable[[Any], Any]]] = {}
-if PLAIN_SWALR:
+if Version(torch.__version__) >= Version("2.6"):  # the state of its schedule could not be loaded safely before
     AVERAGES["swa"] = (
         lambda: StochasticWeightAveraging(0.1, swa_epoch_start=2),
         lambda after: mean(after[3:12:4]),  # as each epoch from the second on begins

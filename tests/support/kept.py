@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora
-from lightning_lora import LoRACallback, LoRAConfig, export_peft, inject_adapters, save_adapter
-from tests.support.models import randomise
+from lightning_lora import LoRACallback, LoRAConfig, export_peft, save_adapter
+from tests.support.models import as_trained, trainer
 
 FOLDER = Path(__file__).parents[1] / "storage" / "kept"
 WIDTH = 4
@@ -76,9 +76,8 @@ def outputs(model: nn.Module) -> Any:
 
 def quiet(epochs: int) -> L.Trainer:
     """A Trainer that writes nothing by itself."""
-    without = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     lora = LoRACallback(r=2, target_modules=LAYERS, modules_to_save=["head", "norm"], merge=False)
-    return L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[lora], **without)  # type: ignore[arg-type]
+    return trainer(".", [lora], max_epochs=epochs, enable_checkpointing=False)
 
 
 def write(folder: Path) -> None:
@@ -86,16 +85,14 @@ def write(folder: Path) -> None:
     folder.mkdir()
     computed = {}
     for name, config in SETTINGS.items():
-        model = Kept()
-        inject_adapters(model, config)
-        randomise(model, scale=0.3)
+        model = as_trained(Kept(), scale=0.3, **config.to_dict())
         (export_peft if name == "peft" else save_adapter)(model, folder / name)
         computed[name] = outputs(model)
     for epochs, name in ((1, "run.ckpt"), (2, "the run, gone on")):
-        model, trainer = Kept(), quiet(epochs)
-        trainer.fit(model, ckpt_path=folder / "run.ckpt" if epochs > 1 else None)
+        model, t = Kept(), quiet(epochs)
+        t.fit(model, ckpt_path=folder / "run.ckpt" if epochs > 1 else None)
         if epochs == 1:
-            trainer.save_checkpoint(folder / name)
+            t.save_checkpoint(folder / name)
         computed[name] = outputs(model)
     (folder / "outputs.json").write_text(json.dumps(computed) + "\n")
 

@@ -13,13 +13,13 @@ class BornInSetup(LitTiny):
         super().__init__()
         del self.q_proj, self.v_proj
 
-    def make(self) -> None:
-        if not hasattr(self, "q_proj"):
-            other = LitTiny()
-            self.q_proj, self.v_proj = other.q_proj, other.v_proj
-
     def setup(self, stage: str) -> None:
-        self.make()
+        if not hasattr(self, "q_proj"):
+            self.make()
+
+    def make(self) -> None:
+        other = LitTiny()
+        self.q_proj, self.v_proj = other.q_proj, other.v_proj
 
 
 class BornInConfigureModel(BornInSetup):
@@ -29,15 +29,14 @@ class BornInConfigureModel(BornInSetup):
         pass
 
     def configure_model(self) -> None:
-        self.make()
+        super().setup("fit")
 
 
 class BuiltAnew(BornInConfigureModel):
     """A module that makes new projections whenever ``configure_model`` is called, though they exist already."""
 
     def configure_model(self) -> None:
-        other = LitTiny()
-        self.q_proj, self.v_proj = other.q_proj, other.v_proj
+        self.make()
 
 
 class Normed(LitTiny):

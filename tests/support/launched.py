@@ -1,7 +1,6 @@
 """A fit in one of the processes that a launcher has started.
 
-Usage: python -m tests.support.launched FOLDER [--strategy NAME] [--devices N] [--nodes N] [--environment NAME]
-    [--requeue]
+Usage: python -m tests.support.launched FOLDER [--strategy NAME] [--devices N] [--nodes N] [--requeue]
 """
 
 import argparse
@@ -14,7 +13,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import environments
 
 from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.train import LeaveTheGroup
@@ -58,7 +56,6 @@ def main(*argv: str) -> None:
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--environment")
     parser.add_argument("--requeue", action="store_true")
     arguments = parser.parse_args(argv or None)
 
@@ -69,7 +66,6 @@ def main(*argv: str) -> None:
             strategy=arguments.strategy,
             devices=arguments.devices,
             num_nodes=arguments.nodes,
-            plugins=[getattr(environments, arguments.environment)()] if arguments.environment else None,
         )
 
     if arguments.requeue:

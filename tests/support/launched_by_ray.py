@@ -21,21 +21,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
 
     def make(callbacks: list[L.Callback]) -> L.Trainer:
-        made = trainer(
-            folder,
-            [*callbacks, RayTrainReportCallback()],
-            strategy=RayDDPStrategy(),
-            plugins=[RayLightningEnvironment()],
-            devices="auto",
-        )
-        return prepare_trainer(made)
+        of_ray = {"strategy": RayDDPStrategy(), "plugins": [RayLightningEnvironment()], "devices": "auto"}
+        return prepare_trainer(trainer(folder, [*callbacks, RayTrainReportCallback()], **of_ray))
 
     ray.init(num_cpus=3)  # older versions of Ray keep one for themselves
-    TorchTrainer(
-        lambda: fit_and_resume(make, folder),
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(name="reported", storage_path=str(folder)),
-    ).fit()
+    reported = RunConfig(name="reported", storage_path=str(folder))
+    two = ScalingConfig(num_workers=2)
+    TorchTrainer(lambda: fit_and_resume(make, folder), scaling_config=two, run_config=reported).fit()
 
 
 if __name__ == "__main__":

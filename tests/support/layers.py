@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, inject_adapters
-from tests.support.models import randomise
+from lightning_lora import LoRAConfig
+from tests.support.models import as_trained
 
 
 class Scaled(nn.Linear):
@@ -111,7 +111,6 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "convolution in one dimension": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), LINE),
     "convolution in three": (lambda: nn.Conv3d(4, 6, (1, 2, 3), dilation=(1, 2, 1), padding="same"), SPACE),
     "circular convolution": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), PLANE),
-    "reflecting convolution": (lambda: nn.Conv1d(4, 6, 3, padding=(2,), padding_mode="reflect"), LINE),
     "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=(1, 2)), PLANE),
     "depthwise convolution": (lambda: nn.Conv2d(4, 8, (3, 2), groups=4, padding=1), PLANE),
     "unbatched convolution": (lambda: nn.Conv2d(4, 6, 3), PLANE[0]),
@@ -119,7 +118,6 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "standardised convolution": (lambda: Standardised(4, 6, 3), PLANE),
     "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), PLANE),
     "transposed in one dimension": (lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, bias=False), LINE),
-    "transposed in three": (lambda: nn.ConvTranspose3d(4, 6, (1, 2, 3)), SPACE),
     "transposed to a size": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (PLANE, [12, 11])),
     "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), PLANE),
     "unbatched transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), PLANE[0]),
@@ -208,7 +206,5 @@ def train(model: Model) -> None:
 
 def adapted(layer: nn.Module, **arguments: Any) -> Any:
     """A layer with an update that does something."""
-    model = nn.Sequential(layer).double()
-    inject_adapters(model, LoRAConfig(**({"r": 2, "target_modules": "all"} | arguments)))
-    randomise(model, scale=1)
+    as_trained(nn.Sequential(layer).double(), scale=1, **{"target_modules": "all"} | arguments)
     return layer

@@ -104,15 +104,8 @@ def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
 
 def trainer(folder: Path | str, callbacks: Iterable[L.Callback] = (), **kwargs: Any) -> L.Trainer:
     """A quiet Trainer on the CPU."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(folder),
-    }
+    hidden = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "default_root_dir": str(folder), **hidden}
     return L.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
 
 
@@ -168,10 +161,10 @@ def flags(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters() if "lora_" not in name}
 
 
-def as_trained(model: Any, **config: Any) -> Any:
+def as_trained(model: Any, seed: int = 3, scale: float = 0.1, **config: Any) -> Any:
     """The same model, with adapters that are as if trained."""
     inject_adapters(model, LoRAConfig(**{"r": 2, **config}))
-    randomise(model)
+    randomise(model, seed, scale)
     return model
 
 

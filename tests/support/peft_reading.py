@@ -1,6 +1,7 @@
 """Models of layers that PEFT adapts, and PEFT's own adapters of them."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,13 @@ class Mixed(nn.Module):
         return self.head(self.norm(self.c_proj(torch.tanh(self.linear(x)))))
 
 
-class Images(nn.Module):
+class Images(nn.Sequential):
     """Convolutions of two and three dimensions, and a norm with statistics."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv2d = nn.Conv2d(3, 6, 3, stride=2)
-        self.bn = nn.BatchNorm2d(6)
-        self.conv3d = nn.Conv3d(6, 4, (1, 2, 2))
-        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv2d(x))
-        return self.grouped(self.conv3d(x.unsqueeze(2)).squeeze(2))
+        in_two = {"conv2d": nn.Conv2d(3, 6, 3, stride=2), "bn": nn.BatchNorm2d(6), "depth": nn.Unflatten(1, (6, 1))}
+        in_three = {"conv3d": nn.Conv3d(6, 4, (1, 2, 2)), "flat": nn.Flatten(1, 2)}
+        super().__init__(OrderedDict(in_two | in_three | {"grouped": nn.Conv2d(4, 4, 1, groups=2)}))
 
 
 class Attending(nn.Module):

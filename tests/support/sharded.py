@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
+from tests.support.models import state, trainer
 from tests.support.ranks import has_shards
 
 if not has_shards:
@@ -43,9 +44,7 @@ class Net(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+        return self.head(nn.Sequential(*self.layers)(x))
 
 
 def pretrained() -> dict[str, Tensor]:
@@ -66,14 +65,13 @@ class LitNet(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model: Net | None = None
+        self.model: Any = None
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
-        self.model = self.built()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            self.shard()
+        if self.model is None:
+            self.model = self.built()
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                self.shard()
 
     def built(self) -> Net:
         net = Net()
@@ -81,11 +79,9 @@ class LitNet(L.LightningModule):
         return net
 
     def shard(self) -> None:
-        assert self.model is not None
         shard(self.model, self.device_mesh["data_parallel"])
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        assert self.model is not None
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
@@ -119,17 +115,10 @@ def lora(**kwargs: Any) -> LoRACallback:
 
 def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
     """A Trainer of two processes or more ("ddp", "sharded", "zero1" or "zero2"), or of one ("one")."""
-    options: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False}
-    options["enable_model_summary"] = False
+    options: dict[str, Any] = {"enable_checkpointing": False}
     if kind != "one":
         options |= {"devices": 2, "strategy": strategy_of(kind, kwargs.get("devices", 2))}
-    return L.Trainer(
-        accelerator="cpu",
-        callbacks=callbacks,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        **{**options, **kwargs},
-    )
+    return trainer(folder, callbacks, **options | kwargs)
 
 
 def strategy_of(kind: str, size: int = 2) -> Any:
@@ -144,7 +133,5 @@ def strategy_of(kind: str, size: int = 2) -> Any:
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module, whole."""
-    found = {}
-    for name, value in module.state_dict().items():
-        found[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-    return found
+    found = state(module)
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}

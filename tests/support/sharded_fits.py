@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_lora import LoRAError, load_adapter
+from tests.support.cases import equal, leaves
 from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
 
@@ -17,13 +17,16 @@ State = dict[str, Tensor]
 
 
 class Saves(L.Callback):
-    """Writes a file at the end of each epoch, as the user's code may: on every process."""
+    """Writes a file at the end of each epoch, as the user's code may: on every process. It keeps copies in the file."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
 
 def path_of(folder: Path, kind: str, epoch: int) -> Path:
@@ -63,24 +66,19 @@ def built(path: Path) -> LitNet:
 
 def assert_same(found: State, expected: State) -> None:
     assert found.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not [name for name, value in expected.items() if not equal(value, found[name])]
 
 
 def read(path: Path) -> dict[str, Any]:
     """The leaves of a checkpoint, by path."""
-    leaves, _ = tree_flatten_with_path(torch.load(path, weights_only=True))
-    return {keystr(keys): value for keys, value in leaves}
+    return leaves(torch.load(path, weights_only=True))
 
 
 def differing(found: Path, expected: Path, part: str = "") -> list[str]:
     """The leaves of two files that are not the same to the bit, among those with this in their names."""
     ours, theirs = read(found), read(expected)
     assert part or ours.keys() == theirs.keys()
-    return [
-        name
-        for name, value in theirs.items()
-        if part in name and not (torch.equal(ours[name], value) if isinstance(value, Tensor) else ours[name] == value)
-    ]
+    return [name for name, value in theirs.items() if part in name and not equal(value, ours[name])]
 
 
 def message_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

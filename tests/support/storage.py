@@ -21,6 +21,14 @@ from tests.support.models import LitTiny, as_trained, data, lora, same, state, t
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 
 
+class Holds(LitTiny):
+    """A module with what frameworks put into hyperparameters."""
+
+    def __init__(self, **extra: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
 def trained() -> LitTiny:
     """A model with every kind of thing that training changes."""
     model: LitTiny = as_trained(LitTiny(), **CONFIG.to_dict())

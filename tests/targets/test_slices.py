@@ -1,6 +1,5 @@
 """A slice adapts its own rows and no others."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,28 +27,6 @@ class Fused(nn.Module):
 
 def changed(output: Tensor, before: Tensor) -> list[int]:
     return (output != before).any(dim=0).nonzero().flatten().tolist()
-
-
-def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
-    base, model, x = Fused(), Fused(), torch.randn(3, 8)
-    slices = {"c_attn": ["v", "q"], "other": {"last": [4, 6], "first": [1, 3]}}
-    how = ll.LoRAConfig(r=2, alpha=2, target_modules=["c_attn", "other"], target_slices=slices)
-    ll.inject_adapters(model, how)
-    assert torch.equal(model(x), base(x))
-    names = ["c_attn.lora_B_q", "c_attn.lora_B_v", "other.lora_B_last", "other.lora_B_first"]
-    assert [name for name in model.state_dict() if "lora_B" in name] == names
-    randomise(model)
-    output = model(x)
-    assert changed(output, base(x)) == [*range(8), *range(16, 24), 41, 42, 44, 45]
-    update = model.c_attn.lora_B_v @ model.c_attn.lora_A_v
-    torch.testing.assert_close(output[:, 16:24], base(x)[:, 16:24] + x @ update.T)
-    ll.merge_adapters(model)
-    torch.testing.assert_close(model(x), output)
-    assert torch.equal(model.c_attn.weight[:, 8:16], base.c_attn.weight[:, 8:16])
-    ll.unmerge_adapters(model)
-    ll.save_adapter(model, tmp_path / "a.safetensors")
-    ll.load_adapter(base, tmp_path / "a.safetensors")
-    assert torch.equal(base(x), output)
 
 
 REFUSED: list[tuple[dict[str, Any], type[ll.LoRAError], str]] = [

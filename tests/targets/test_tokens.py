@@ -30,11 +30,7 @@ class Model(nn.Module):
         return self.inner(self.words(index))
 
 
-class Plain(Model):
-    get_input_embeddings = None  # type: ignore[assignment]
-
-
-class Asks(Plain):
+class Asks(Model):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError
 
@@ -57,17 +53,13 @@ def test_a_list_means_the_input_embedding_and_a_dict_names_embeddings() -> None:
     assert rows(Model(), [9, 0]) == {"words": (0, 9)}  # in order
     assert rows(Around(Model()), range(2, 4)) == {"model.words": (2, 3)}
     assert rows(nn.ModuleDict({"a": Model(), "b": Model()}), [1]) == {"a.words": (1,), "b.words": (1,)}
-    assert rows(Plain(), [1]) == rows(Asks(), [1]) == {"embed_tokens": (1,)}
+    assert rows(Asks(), [1]) == {"embed_tokens": (1,)}
     assert rows(Around(Model()), {"other": [7], "model.words": {1}}) == {"model.words": (1,), "model.other": (7,)}
     assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
+    how: dict[str, Any] = {"target_modules": "all", "exclude_modules": ["embed"]}
+    assert rows(TinyLM(), {"embed": [1]}, **how) == {"embed": (1,)}  # words leave it to its rows
     pair = nn.ModuleDict({"embed": nn.Embedding(4, 4), "x": nn.ModuleDict({"embed": nn.Embedding(4, 4)})})
     assert rows(pair, {"embed": [1]}) == {"embed": (1,)}  # a whole name means no end of another
-
-
-def test_words_leave_the_embedding_to_its_rows_and_exclusions_do_not_matter() -> None:
-    model = TinyLM()
-    assert rows(model, {"embed": [1]}, target_modules="all", exclude_modules=["embed"]) == {"embed": (1,)}
-    assert [*View(model).layers] == ["embed", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("given", [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}])
@@ -97,12 +89,6 @@ def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[s
         rows(build(), given, **config)
 
 
-def test_other_rows_are_another_adapter() -> None:
-    rows(model := Model(), [1, 2])
-    with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already.*\(1, 2\).*\(1, 3\)"):
-        rows(model, [1, 3])
-
-
 @pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
 def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Path, how: dict[str, Any]) -> None:
     model, config = Model(), LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
@@ -114,6 +100,8 @@ def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Pat
     assert model(torch.tensor([10, 1])).isfinite().all()
     assert all(model.get_parameter(name) is p for name, p in others.items())
     save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already"):
+        rows(model, [1, 3])
     randomise(model)
     model.words.weight.data = torch.randn(12, 4)
     for act in (

@@ -1,8 +1,6 @@
 """Digests tell contents apart, and known ones are read once."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -11,11 +9,10 @@ from torch import Tensor, nn
 
 from lightning_lora.tensors import digests, values
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.inplace import InPlace, combined
 from lightning_lora.tensors.values import Seen
 
 
-def test_digest_is_the_sum_of_its_definition() -> None:
+def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large tensors in earlier files hold
     integers = torch.randint(-(2**31), 2**31, (2 * digests._CHUNK + 3,), dtype=torch.int32)
     multipliers = digests._multipliers(integers.device).tolist()
     total = len(integers)
@@ -58,15 +55,3 @@ def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monke
         weight[0, 1] += 1
         other[0, 1] += 1
     assert not seen.is_still(weight) and not copied.is_still(other)
-
-
-def test_threads_that_combine_the_same_classes_get_one_class() -> None:
-    both = Barrier(2)
-
-    class Loud(InPlace):
-        def __init_subclass__(cls, **kwargs: Any) -> None:
-            both.wait()  # both threads are making the class now
-
-    with ThreadPoolExecutor(2) as pool:
-        one, other = (pool.submit(combined, Loud, dict) for _ in range(2))
-    assert one.result() is other.result() is combined(Loud, dict)

@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightning_lora import DeadAdapterWarning, inject_adapters
 from tests.support import fits
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
-from tests.support.models import TRAINED, LitTiny, X, best, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, X, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
 each_average = pytest.mark.parametrize("average", fits.AVERAGES)
@@ -105,56 +104,7 @@ def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
 
 
-class Counts(LitTiny):  # a buffer counts the steps
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.steps += 1
-        return super().training_step(batch, batch_idx)
-
-
-@needs_averaging
-def test_plain_average_in_half_precision_is_taken_as_torch_takes_it(tmp_path: Path) -> None:
-    averages = []
-    for adapt in (True, False):
-        torch.manual_seed(5)
-        model, callbacks = Counts(), [bundled.WeightAveraging()]
-        if adapt:
-            callbacks.append(lora(merge=False))
-        else:  # by hand, with nothing of the callback
-            inject_adapters(model, lora().config)
-        fits.fit(tmp_path, *callbacks, model=model, precision="bf16-true", enable_checkpointing=False)
-        averages.append(state(model))
-    kept = {name for name in averages[0] if name in TRAINED or name == "steps"}
-    adapted, by_hand = ({name: average[name].float() for name in kept} for average in averages)
-    assert all(torch.allclose(adapted[name], by_hand[name], atol=1e-2) for name in kept)  # there in bfloat16 too
-
-
-@overrides_hook
-@needs_averaging
-def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-
-    class RandomHead(LitTiny):
-        def configure_model(self) -> None:
-            self.head = nn.Linear(8, 4)
-
-        def on_train_start(self) -> None:
-            seen.append(self.head.weight.detach().clone())
-
-    average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
-    with pytest.warns(DeadAdapterWarning, match="Or an average that has not begun took their place"):
-        model, _ = fits.fit(tmp_path, lora(), average, model=RandomHead())
-    assert torch.equal(model.head.weight, seen[0])
-
-
 MASK = torch.tensor([-torch.inf, torch.inf, -0.0, 2.0])
-OF_BUFFERS = {
-    "ema": lambda: bundled.EMAWeightAveraging(decay=0.9, use_buffers=True),
-    "ema of lists": lambda: bundled.WeightAveraging(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
-}
 
 
 class Masked(LitTiny):  # with infinities in a buffer, as attention masks have
@@ -167,8 +117,16 @@ class Masked(LitTiny):  # with infinities in a buffer, as attention masks have
 
 
 @needs_averaging
-@pytest.mark.parametrize("average", OF_BUFFERS)
-def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, average: str) -> None:
-    model, _ = fits.fit(tmp_path, OF_BUFFERS[average](), lora(), model=Masked())
-    assert torch.equal(model.mask.view(torch.int32), MASK.view(torch.int32))  # the bits: -0.0 equals 0.0
+@pytest.mark.parametrize(
+    ("make", "options", "precision"),
+    [
+        ("EMAWeightAveraging", {"decay": 0.9}, "32-true"),
+        ("WeightAveraging", {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, "32-true"),
+        ("WeightAveraging", {}, "bf16-true"),  # torch's own for lists takes only float32 on CPUs
+    ],
+)
+def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, make: str, options: Any, precision: Any) -> None:
+    average = getattr(bundled, make)(use_buffers=True, **options)
+    model, _ = fits.fit(tmp_path, average, lora(), model=Masked(), precision=precision)
+    assert torch.equal(model.mask.float().view(torch.int32), MASK.view(torch.int32))  # the bits: -0.0 equals 0.0
     assert all(p.isfinite().all() for p in model.parameters())

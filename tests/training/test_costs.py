@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
-from lightning_lora import LoRAWarning, load_adapter, save_adapter, unmerge_adapters
+from lightning_lora import unmerge_adapters
 from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
@@ -74,20 +74,6 @@ def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file
     ):
         fit(tmp_path, lora(merge=merge), saved, marks := Passes(reads), model=Wide(), max_epochs=4)
         assert marks.found == {"set-up": 1, "training": training} and reads.passes() == 1
-
-
-def test_a_base_is_read_in_half_precision_once_in_all_fits_and_saves(tmp_path: Path, reads: Reads) -> None:
-    model, _ = fit(tmp_path, lora(), best(tmp_path), model=Wide())
-    fit(tmp_path, lora(merge=False), best(tmp_path), marks := Passes(reads), model=model)
-    assert marks.found["training"] == 0
-    reads.passes()
-    for _ in range(2):
-        save_adapter(model, file := tmp_path / "a.safetensors")
-        assert reads.passes() == 1
-    other = Wide().bfloat16()
-    with pytest.warns(LoRAWarning, match="same base, converted"):
-        load_adapter(other, file)
-    assert reads.passes() == 1  # as in any load: the file says what it is in half precision
 
 
 def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_path: Path, reads: Reads) -> None:

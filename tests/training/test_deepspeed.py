@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch import callbacks as bundled
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
@@ -17,9 +16,8 @@ from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.ranks import RankError, run_ranks
-from tests.support.sharded import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
+from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
 from tests.support.sharded_fits import State, assert_same, differing, fit, message_of, path_of, read
-from tests.support.versions import needs_averaging
 
 # The warnings are DeepSpeed's own
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
@@ -133,27 +131,6 @@ def test_arguments_come_from_the_file(tmp_path: Path) -> None:
     expected = trained(tmp_path, LitNet, {**written, "merge": "last"})[0]
     options = {"callback": given, "zero": {"reduce_bucket_size": 500}, "path": path_of(tmp_path, "run", 0)}
     assert_same(trained(tmp_path / "again", **options)[0], expected)
-
-
-@needs_averaging
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
-def test_averages_are_those_of_ddp(tmp_path: Path) -> None:
-    options = {"callbacks": [bundled.EMAWeightAveraging(decay=0.5)]}
-    assert_same(trained(tmp_path, **options)[0], of_ddp(tmp_path, **options))
-
-
-class LoadsLate(LitNet):  # loads its base when training starts: adapters that began from it begin again
-    def built(self) -> Net:
-        return Net()
-
-    def on_fit_start(self) -> None:
-        assert self.model is not None
-        self.load_state_dict({f"model.{name}": value for name, value in pretrained().items()}, strict=False)
-
-
-def test_adapters_that_follow_a_late_base_are_trained(tmp_path: Path) -> None:
-    expected = of_ddp(tmp_path, LoadsLate, {"use_dora": True})
-    assert_same(trained(tmp_path, LoadsLate, {"use_dora": True})[0], expected)
 
 
 def fits_again(folder: Path, kinds: list[str], size: int) -> tuple[State, State, State]:

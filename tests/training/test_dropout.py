@@ -7,14 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import StopError
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state, trainer
+from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
@@ -66,9 +65,6 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
         self.note("predict", batch)
         return self(batch[0])
 
-    def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
-        self.note("between", batch)
-
 
 def modes(module: nn.Module) -> dict[str, bool]:
     return {name: each.training for name, each in module.named_modules()}
@@ -99,7 +95,7 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
-    expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
+    expected = {"train": {True}} | {hook: {False} for hook in ("sanity", "validate", "test", "predict")}
 
     assert model.acts == expected and len(model.modes) == 8
     assert modes(model) == before and all(each == before for each in model.modes)
@@ -153,20 +149,14 @@ class Compiled(Lit):  # whose model is compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
-    model, _ = fit(tmp_path, lora(), model=adapted(cls))
-    assert model.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
+    model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(cls))
+    assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: Path) -> None:
     states = [state(fit(tmp_path, lora(merge="last"), model=cls())[0]) for cls in (Lit, Recomputed)]
     assert same(*states)
-
-
-def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
-    model = adapted()
-    Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
-    assert model.acts["train"] == {True} and torch.equal(model(X), model(X))
 
 
 class Labels(Lit):  # that predicts labels for itself, and copies its network in a step, as a mean teacher does

@@ -14,8 +14,8 @@ import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
-from tests.training.test_launchers import FORKED
 
+FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
 STARTS = ["plain", "adapted", "rests", "base", "merged"]
 
 
@@ -90,7 +90,6 @@ NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("plain", {"merge": False}, {"max_steps": 0}),
     *((start, {"name": "b"}, {"limit_train_batches": 0}) for start in STARTS),
     ("base", {}, {"limit_train_batches": 0}),
-    ("merged", {}, {"limit_train_batches": 0}),
     ("merged", {"save": "model"}, {"limit_train_batches": 0, **FORKED}),
 ]
 

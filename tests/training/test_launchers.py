@@ -18,8 +18,8 @@ from tests.support import launched
 from tests.support import train as training
 from tests.support.cases import files_hold_adapters_alone, held
 from tests.support.faults import FORK, fork
-from tests.support.fits import fit, loaded, outcome
-from tests.support.models import TRAINED, LitTiny, X, lora, same, trainer
+from tests.support.fits import loaded, outcome
+from tests.support.models import TRAINED, LitTiny, X, same, trainer
 from tests.support.ranks import free_port
 from tests.support.versions import exact, keeps_random
 
@@ -122,12 +122,6 @@ def slurm(folder: Path, *options: str) -> list[Command]:
     return [Program(str(folder), *options, **job, **rank) for rank in ranks]
 
 
-def kubeflow(folder: Path) -> list[Command]:
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    options = ["--nodes=2", "--devices=1", "--environment=KubeflowEnvironment"]
-    return [Program(str(folder), *options, **job, RANK=str(pod)) for pod in range(2)]
-
-
 def ray(folder: Path) -> list[Command]:
     return [Command("-m", "tests.support.launched_by_ray", str(folder))]
 
@@ -170,7 +164,7 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in WRITTEN if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
-@pytest.mark.parametrize("launcher", [lightning, torchrun_on_two_nodes, slurm, kubeflow])
+@pytest.mark.parametrize("launcher", [lightning, torchrun_on_two_nodes, slurm])
 def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
     assert differing(result(results, launcher), forked) == []
 
@@ -191,30 +185,6 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
     given = result(results, requeued, requeued)
     assert same(weights(given / "through.pt"), weights(forked / "through.pt"))
     assert (given / "hpc_ckpt_1.ckpt").exists() and files_hold_adapters_alone(given)
-
-
-# Fits in several processes bring back all they trained, and those that are killed go on
-
-
-FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
-
-
-def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    model, merged = LitTiny(), []
-    for number in range(2):
-        _, t = fit(tmp_path, lora(), model=model, enable_checkpointing=False, **FORKED)
-        for name in (f"{number}.ckpt", "again.ckpt"):
-            t.save_checkpoint(tmp_path / name)
-        merged.append(model(X))
-    assert not torch.allclose(merged[0], merged[1])
-    assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
-    for number in range(2):
-        assert set(adapters(tmp_path / f"{number}.ckpt")) == set(TRAINED)
-        again = loaded(tmp_path / f"{number}.ckpt")  # which takes the adapters of its own base alone
-        torch.testing.assert_close(again(X), merged[number])
-    assert not [path for path in tmp_path.rglob("*") if "lora" in path.name]  # nothing of ours is left
 
 
 # Killed and resumed

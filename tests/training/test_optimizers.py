@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters, unmerge_adapters
 from lightning_lora.training.strategies.deepspeed import Partition, full_state, local_state
-from tests.support.fits import adapted, by_hand, fit, resumes_to_the_bit
+from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, same, state
 from tests.support.ranks import join_group, run_ranks
 
@@ -36,16 +36,10 @@ def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any
     return model.trainer, model
 
 
-def adam(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.05, **kwargs)
-
-
 ONE_GROUP: dict[str, Callable[[LitTiny], Any]] = {
     "over a filter": lambda m: lambda: adam(filter(lambda p: p.requires_grad, m.parameters())),
     "made early": lambda m: adam(m.parameters()),
     "only of the head": lambda m: lambda: adam(m.head.parameters()),
-    "in a dict": lambda m: lambda: {"optimizer": adam(m.parameters())},
-    "fused": lambda m: lambda: adam(m.parameters(), fused=True),
     "lbfgs made early": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
 }
 if Version(torch.__version__) >= Version("2.6"):  # optimizers take names from there on
@@ -87,14 +81,6 @@ def by_layers(model: LitTiny) -> Any:
     return adam([{"params": layer.parameters(), "lr": 0.1 * 0.5**number} for number, layer in enumerate(layers)])
 
 
-def by_decay(model: nn.Module) -> Any:
-    """Weights decay, and nothing else does."""
-    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trains if name.endswith("weight")]
-    others = [p for name, p in trains if not name.endswith("weight")]
-    return adam([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
-
-
 def first_half(model: nn.Module) -> Any:
     """Some adapters in one group, and all weights in another."""
     weights = [p for name, p in model.named_parameters() if "lora_" not in name]
@@ -105,7 +91,6 @@ A, B = ADAPTERS[::2], ADAPTERS[1::2]
 HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
     "by names": (by_names, [A, B, ["head.weight", "head.bias"]]),
     "by layers": (by_layers, [[], ADAPTERS[:2], ADAPTERS[2:], ["head.weight", "head.bias"]]),
-    "by decay": (by_decay, [["head.weight"], [*ADAPTERS, "head.bias"]]),
     "first half": (first_half, [[*ADAPTERS[:3], "head.weight", "head.bias"], ["v_proj.lora_B"]]),
 }
 """What users write in configure_optimizers, and what each group trains."""
@@ -130,11 +115,10 @@ def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: P
     assert same(state(model), state(expected))
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_adapters_stand_where_their_weight_stood(tmp_path: Path, bias: Any) -> None:
-    t, model = fit_with(tmp_path, lambda m: lambda: adam(m.parameters()), use_dora=True, bias=bias)
+def test_adapters_stand_where_their_weight_stood(tmp_path: Path) -> None:
+    t, model = fit_with(tmp_path, lambda m: lambda: adam(m.parameters()), use_dora=True, bias="all")
     q_proj, v_proj = ([f"{layer}.lora_{name}" for name in ("A", "B", "magnitude")] for layer in ("q_proj", "v_proj"))
-    order = [*q_proj, *(["q_proj.bias"] if bias == "all" else []), *v_proj, "head.weight", "head.bias"]
+    order = [*q_proj, "q_proj.bias", *v_proj, "head.weight", "head.bias"]
     assert names_in(model, optimizer_of(t)[0]) == order  # files hold the optimizer's state in this order
 
 
@@ -179,20 +163,12 @@ def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(tmp_pat
     assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
 
 
-def test_an_optimizer_whose_adapters_are_all_in_another_is_named(tmp_path: Path) -> None:
-    model = Chosen(lambda name: name in TRAINED, lambda name: name in ("q_proj.weight", "v_proj.weight"))
-    with pytest.raises(OptimizerError, match=r"Optimizer 1 .*'v_proj'.*adapters that are in another optimizer.* leave"):
-        fit(tmp_path, lora(), model=model)
-    assert is_plain(model)
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path, early: bool) -> None:
+def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path) -> None:
     model = LitTiny()
     rest = [model.q_proj.weight, *model.head.parameters()]
     made = adam([{"params": [model.v_proj.weight]}, {"params": rest}])
-    model.configure_optimizers = lambda: made if early else by_layers(model)  # type: ignore[method-assign]
-    expected = [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]] if early else HABITS["by layers"][1]
+    model.configure_optimizers = lambda: made  # type: ignore[method-assign]
+    expected = [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]]
     for r in (2, 2, 3):  # with the same adapters, and with others
         if r == 3:
             remove_adapters(model)
@@ -320,15 +296,6 @@ def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
         torch.testing.assert_close(found["state"], optimizer.state_dict()["state"])
 
 
-def test_each_parameter_has_a_state_of_its_own_and_without_one_it_starts_at_zero() -> None:
-    first, second, *_ = partition_of(0).full_states({"step": torch.tensor(3.0)}, torch.device("cpu"))
-    first["step"] += 1
-    assert second["step"] == 3
-    moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(2, 3)}
-    found = partition_of(0).local_state([moments, {}, {"exp_avg": None}])
-    assert found["step"] == 2 and found["exp_avg"].tolist() == [1.0] * 4
-
-
 @pytest.mark.parametrize(
     ("state", "text"),
     [
@@ -341,10 +308,8 @@ def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) 
         local_state([partition_of(0)], state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_part_follows_what_is_not_itself_rounded(dtype: torch.dtype) -> None:
-    parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
-    part = torch.tensor([1.001, 2.001, 9.0])
-    Partition([parameter], part, [(0, 0, 3)]).follow()
-    kept = dtype is torch.bfloat16
-    assert part.tolist() == torch.tensor([1.001, 2.001, 3.0] if kept else [1.0, 2.0, 3.0]).tolist()
+def test_a_part_follows_what_is_not_itself_rounded() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 3.0], dtype=torch.bfloat16))
+    part = torch.tensor([1.001, 9.0])
+    Partition([parameter], part, [(0, 0, 2)]).follow()
+    assert torch.equal(part, torch.tensor([1.001, 3.0]))

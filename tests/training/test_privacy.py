@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
@@ -19,7 +17,6 @@ from tests.test_docs import blocks, program
 
 opacus = pytest.importorskip("opacus", minversion="1.6")
 
-from opacus.data_loader import DPDataLoader  # noqa: E402  # there, if opacus is
 from opacus.grad_sample import GradSampleModule  # noqa: E402
 from opacus.grad_sample.utils import prepare_module  # noqa: E402
 
@@ -66,12 +63,10 @@ def one_by_one(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in found]) for name in found[0]}  # type: ignore[misc]
 
 
-def page(number: int) -> dict[str, Any]:
-    """What a block of the page defines, after its imports and without the run at its end."""
-    first, *others = blocks("privacy")
-    known: dict[str, Any] = {"__name__": "page"}
-    exec(first + others[number].partition("\n\n\nlora = ")[0], known)
-    return known
+def tell_opacus() -> None:
+    """Run the block of the page that tells Opacus of adapted layers."""
+    first, _, told, *_ = blocks("privacy")
+    exec(first + told.partition("\n\n\nlora = ")[0], {"__name__": "page"})
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +91,7 @@ def samplers() -> Iterator[None]:
 )
 def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: dict[str, Any], is_told: bool) -> None:
     if is_told:
-        page(1)
+        tell_opacus()
     expected, model = one_by_one(adapted(**arguments)), adapted(**arguments)
     F.cross_entropy(prepare_module(model, mode)(X), Y).backward()
     found = {name: p._norm_sample if mode == "ghost" else p.grad_sample for name, p in trained(model).items()}
@@ -104,46 +99,6 @@ def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: di
         expected = {name: value.flatten(1).norm(dim=1) for name, value in expected.items()}
     torch.testing.assert_close(found, expected)
     assert hasattr(model.inner, "ft_compute_sample_grad") is (not is_told or mode == "functorch")
-
-
-@pytest.mark.parametrize("is_told", [False, True])
-def test_dropout_of_adapters_is_refused(is_told: bool) -> None:
-    if is_told:
-        page(1)
-    loss = F.cross_entropy(prepare_module(adapted(dropout=0.5, target_modules=["inner"]), "hooks")(X), Y)
-    with pytest.raises(ValueError if is_told else RuntimeError, match="mask" if is_told else "random operation"):
-        loss.backward()
-
-
-class LitNet(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = Net()
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
-
-
-def test_a_step_of_the_trainer_is_the_mean_of_clipped_gradients(tmp_path: Path) -> None:
-    privacy = page(0)["Privacy"](noise_multiplier=0.0, max_grad_norm=0.1, delta=1e-5)
-    privacy.on_train_epoch_end = lambda *_: None  # without noise, no number is spent
-    model = LitNet()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
-    randomise(model, scale=0.5)
-    before, gradients = {name: p.detach().clone() for name, p in trained(model.net).items()}, one_by_one(model.net)
-    model.zero_grad()
-    loader = DPDataLoader(TensorDataset(X, Y), sample_rate=1.0)  # all in one batch
-    callbacks = [LoRACallback(r=2, modules_to_save=["head"], merge=False), privacy]
-    trainer(tmp_path, callbacks, max_epochs=1).fit(model, loader)
-    norms = torch.stack([each.flatten(1).norm(dim=1) for each in gradients.values()]).norm(dim=0)
-    share = (0.1 / (norms + 1e-6)).clamp(max=1)
-    assert share.max() < 1
-    for name, p in trained(model.net).items():
-        torch.testing.assert_close(p, before[name] - 0.5 * torch.einsum("n,n...->...", share, gradients[name]) / BATCH)
 
 
 def test_code_of_the_page_runs_and_what_was_spent_is_in_its_files(

@@ -18,13 +18,29 @@ from lightning_lora.model.view import View
 from tests.support.cases import trained
 from tests.support.fits import fit
 from tests.support.models import WIDTH, LitTiny, as_trained, data, lora, same, state
-from tests.support.ranks import has_shards, run_ranks
 from tests.training.test_compiled import counted
 
 
-class Anchored:  # the step of a module that stays close to its base: a second model, or its own without adapters
-    second: list[nn.Module]  # in a list, so that it is no module of this one
+class Tiny(LitTiny):  # stays close to its base, which is a second model, or its own without adapters
     comes_first, has_gradients = True, False
+
+    def __init__(
+        self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
+    ) -> None:
+        super().__init__(width)
+        vars(self).update(how)
+        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
+        if backend:
+            self.q_proj = torch.compile(self.q_proj, backend=backend)
+        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []  # in a list: no module of this one
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) + self.v_proj(x)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.drop(self.embed(index))
+        again = partial(checkpoint, use_reentrant=self.reentrant)
+        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
 
     def reference(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.has_gradients):
@@ -41,26 +57,6 @@ class Anchored:  # the step of a module that stays close to its base: a second m
             now, reference = self(x), self.reference(x)
         anchor = F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
         return F.cross_entropy(now, labels) + anchor
-
-
-class Tiny(Anchored, LitTiny):  # with dropout of its own, layers that are recomputed, and a compiled one
-    def __init__(
-        self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
-    ) -> None:
-        super().__init__(width)
-        vars(self).update(how)
-        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
-        if backend:
-            self.q_proj = torch.compile(self.q_proj, backend=backend)
-        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []
-
-    def inner(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.q_proj(x)) + self.v_proj(x)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.drop(self.embed(index))
-        again = partial(checkpoint, use_reentrant=self.reentrant)
-        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
 
 
 class Noted(L.Callback):  # keeps the losses, and what trains after each step
@@ -134,46 +130,6 @@ def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_fi
         return model
 
     assert_same(*both(tmp_path, build, {"name": "own"}))
-
-
-if has_shards:
-    from tests.support.sharded import LitNet, Net, pretrained, trainer_of, whole_state
-    from tests.support.sharded import data as rows
-    from tests.support.sharded import lora as of_net
-
-    class Sharded(Anchored, LitNet):
-        def __init__(self, second: bool, **how: bool) -> None:
-            super().__init__()
-            vars(self).update(how)
-            self.second = [Net().requires_grad_(False)] if second else []
-            for each in self.second:
-                each.load_state_dict(pretrained())
-
-        def forward(self, x: Tensor) -> Tensor:
-            assert self.model is not None
-            return self.model(x)
-
-
-def on_shards(folder: Path, how: dict[str, bool], kwargs: Any) -> list[Any]:
-    found = []
-    for second in (True, False):
-        L.seed_everything(1, verbose=False)
-        losses, module = Noted(), Sharded(second, **how)
-        trainer_of("sharded", folder, [of_net(**kwargs), losses]).fit(module, rows())
-        found.append((whole_state(module), [loss for loss, _ in losses.seen]))
-    return found
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(not has_shards, reason="torch 2.7")
-def test_shards_have_the_bits_of_second_models(tmp_path: Path) -> None:
-    how = {"comes_first": False, "has_gradients": True}
-    for second, own in run_ranks(on_shards, tmp_path, how, {"modules_to_save": ["head"]}):
-        torch.testing.assert_close(own, second, rtol=0, atol=0)
-        assert not torch.equal(second[0]["model.head.weight"], pretrained()["head.weight"])
-
-
-# What it costs, and what it draws
 
 
 class Measured(Tiny):  # notes the bytes of its tensors and of the copies that it keeps

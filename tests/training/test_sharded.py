@@ -40,31 +40,10 @@ def zero(*values: Any) -> Any:
     return pytest.param(*values, marks=[needs_deepspeed, warns])
 
 
-# Models
-
-
-class Manual(LitNet):  # clips and steps by itself
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], _: int) -> None:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
-        optimizer.step()
-
-
 class WarmsUp(LitNet):  # asks for the number of steps, so that Lightning starts the data loaders early
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches == 8
         return super().configure_optimizers()
-
-
-class Fused(LitNet):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=True)
 
 
 class Meta(LitNet):  # makes its model on the meta device, and loads it late
@@ -85,14 +64,6 @@ class Meta(LitNet):  # makes its model on the meta device, and loads it late
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.model, pretrained(), options=options)
-
-
-class Late(LitNet):  # loads its pretrained weights in on_fit_start
-    def built(self) -> Net:
-        return Net() if isinstance(self.trainer.strategy, ModelParallelStrategy) else super().built()
-
-    on_fit_start = Meta.on_fit_start
-    load = Meta.load
 
 
 class Checkpointed(LitNet):  # computes its blocks again in the backward pass
@@ -153,7 +124,6 @@ class Llama(LitNet):  # a small Llama whose head is tied to its embedding
 HEAD = {"modules_to_save": ["head"]}
 ALL = {**HEAD, "bias": "all", "use_dora": True}
 NEAR, ROUNDED = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 1e-4, "atol": 1e-5}
-UNTRAINED = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 
 
@@ -163,12 +133,10 @@ DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
         ("sharded", LitNet, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         ("in one file", LitNet, {**HEAD, "init": "pissa"}, {}),
         ("sharded", LitNet, {**ALL, "dropout": 0.0}, {}),
-        ("sharded", Manual, {}, {}),
-        ("sharded", Blocks, {}, {}),
+        ("sharded", Blocks, {"bias": "all"}, {}),
         pytest.param("sharded", Uneven, {}, {}, marks=DEAD),
         ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),
         ("sharded", Llama, {"merge": "last"}, {}),
-        ("sharded", Fused, HEAD, {}),
         zero("zero2", LitNet, {**ALL, "lr_scale": {"A": 2, "B": 8}}, {}),
         # up to rounding
         ("sharded", LitNet, {**HEAD, "bias": "lora_only"}, {"gradient_clip_val": 0.1, **NEAR}),
@@ -206,7 +174,6 @@ def test_processes_train_and_store_what_ddp_does(
     [
         ("sharded", "sharded", WarmsUp, {}),
         ("sharded", "sharded", Meta, {}),
-        pytest.param("sharded", "sharded", Late, {}, marks=UNTRAINED),
         ("sharded", "ddp", Checkpointed, {}),
         ("ddp", "sharded", LitNet, {**HEAD, "init": "pissa", "merge": "last"}),
         ("sharded", "sharded", LitNet, {"use_dora": True, "lr_scale": 10, "merge": "last"}),
@@ -253,9 +220,6 @@ def test_evaluation_on_shards_adds_what_a_file_has(tmp_path: Path) -> None:
         assert_same(state, of_ddp[2])
 
 
-# Merging
-
-
 def whole_life(kind: str, folder: Path) -> tuple[State, list[str], State, State, list[float]]:
     """Fit with a merge, evaluate, evaluate a file, unmerge, fit again."""
     L.seed_everything(1, verbose=False)
@@ -292,9 +256,6 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> N
     assert_same(whole_state(module), merged)
 
 
-# Errors
-
-
 class FailsAlone(LitNet):
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         if dist.get_rank() == 1 and index == 2:
@@ -322,6 +283,11 @@ class New(LitNet):  # a layer that nobody has trained, in a pretrained model
         return net
 
 
+class Whole(LitNet):
+    def shard(self) -> None:
+        pass
+
+
 NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gradient"
 
 
@@ -332,6 +298,7 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
         ("sharded", InjectsFirst, {}, r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base"),
         ("sharded", Unused, {}, NO_GRADIENT),
         zero("zero2", Unused, {}, NO_GRADIENT),
+        ("sharded", Whole, {}, "LoRAWarning: Nothing of Whole is sharded"),
         ("sharded", New, {}, r"FreshLayerWarning: .*model.layers.1.up"),
     ],
 )

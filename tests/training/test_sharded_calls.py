@@ -12,7 +12,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
 from tests.support.versions import needs_averaging
-from tests.training.test_sharded import UNTRAINED, Blocks, Llama
+from tests.training.test_sharded import Blocks, Llama
 
 pytestmark = pytest.mark.processes
 
@@ -67,8 +66,6 @@ def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path) -> None
 def life(folder: Path, kwargs: dict[str, Any]) -> None:
     module = fitted(folder, **kwargs)
     base = {f"model.{name}": value for name, value in pretrained().items()}
-    if dist.get_rank() == 0:
-        assert "lora" in str(ll.summarize(module)).lower()  # needs this process alone
     assert "lightning-lora merge" in message_of(ll.save_merged, module, folder / "m.safetensors")
     assert not (folder / "m.safetensors").exists()
     fitted_state = whole_state(module)
@@ -80,6 +77,8 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
     assert ll.adapters(module) == ("default",)
     with torch.no_grad():
         adapted = module.model(X)
+        if dist.get_rank() == 0:
+            assert "lora" in str(ll.summarize(module)).lower()  # this process alone, with gathered weights
         with ll.disable_adapters(module):
             off = module.model(X)
         torch.testing.assert_close(module.model(X), adapted)
@@ -141,7 +140,7 @@ def saved(folder: Path) -> tuple[set[str], Tensor]:
 IDS = torch.arange(8)[None]
 
 
-@UNTRAINED
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 def test_save_pretrained_merges_a_gathered_state_and_gathers_none(tmp_path: Path) -> None:
     ((said,), output), (_, other) = run_ranks(saved, tmp_path)
     assert "LlamaForCausalLM is spread over processes" in said and "state_dict=" in said
@@ -153,19 +152,6 @@ def test_save_pretrained_merges_a_gathered_state_and_gathers_none(tmp_path: Path
 
 
 # What is refused
-
-
-class Optimized(LitNet):
-    def __init__(self, kind: type[torch.optim.Optimizer], **kwargs: Any) -> None:
-        super().__init__()
-        self.kind, self.kwargs = kind, kwargs
-
-    def configure_optimizers(self) -> Any:
-        return self.kind(self.parameters(), lr=0.1, **self.kwargs)
-
-
-class HeadLeftOut(Optimized):
-    shard = Blocks.shard
 
 
 class WithoutMesh(LitNet):
@@ -182,10 +168,6 @@ def refusal(folder: Path, module: LitNet, make: Callable[[], list[L.Callback]], 
     return message_of(t.fit, module, data(), ckpt_path=path)
 
 
-def biases() -> list[L.Callback]:
-    return [lora(bias="all")]
-
-
 COPIES = "ConfigError: .*WeightAveraging copies the module"
 OTHER_PROCESSES = 'StrategyError: .*sharded over 2 processes, but the mesh "data_parallel" has 1'
 
@@ -197,7 +179,6 @@ OTHER_PROCESSES = 'StrategyError: .*sharded over 2 processes, but the mesh "data
         pytest.param(LitNet(), lambda: [lora(), bundled.EMAWeightAveraging()], {}, COPIES, marks=needs_averaging),
         (LitNet(), lambda: [lora(), bundled.StochasticWeightAveraging(swa_lrs=0.1)], {}, COPIES),
         (Llama(), lambda: [lora(target_modules="all", merge="last")], {}, "ConfigError: .*FSDP2 keeps"),
-        (HeadLeftOut(torch.optim.AdamW), biases, {}, ""),
         (WithoutMesh(), lambda: [lora()], {"strategy": ModelParallelStrategy}, OTHER_PROCESSES),
     ],
 )
@@ -205,10 +186,7 @@ def test_what_cannot_run_on_shards_is_refused_in_every_process(
     tmp_path: Path, module: LitNet, make: Callable[[], list[L.Callback]], options: dict[str, Any], message: str
 ) -> None:
     for found in run_ranks(refusal, tmp_path, module, make, options):
-        assert re.search(f"(?s)^{message}", found) and bool(message) == bool(found)
-
-
-# What one process sees alone
+        assert re.search(f"(?s)^{message}", found)
 
 
 def changed_on_one(folder: Path) -> tuple[str, list[str]]:
@@ -228,33 +206,6 @@ def test_a_change_that_one_process_sees_counts_in_all(tmp_path: Path) -> None:
     for message, warned in run_ranks(changed_on_one, tmp_path):
         assert "were changed since its adapters were merged" in message
         assert len(warned) == 1
-
-
-class Example(LitNet):  # its summary runs it once, before the adapters' own
-    def __init__(self) -> None:
-        super().__init__()
-        self.example_input_array = X
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-class Summarizes(L.Callback):
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            ll.summarize(pl_module)
-
-
-def alone(folder: Path) -> None:
-    callbacks = [ModelSummary(), lora(modules_to_save=["head"]), Summarizes()]
-    trainer_of("sharded", folder, callbacks, max_epochs=1, enable_model_summary=True).fit(Example(), data(), data())
-
-
-def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path) -> None:
-    run_ranks(alone, tmp_path)
-
-
-# What is not sharded
 
 
 class Unseeded(Blocks):  # what is not sharded was drawn anew in each process, with layouts that broadcasts refuse
@@ -281,51 +232,3 @@ def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path) -> Non
     first, second = run_ranks(unseeded, tmp_path)
     assert_same(second, first)
     assert first["model.mask"].all() and not first["model.turn"].any() and not first["model.count"]
-
-
-class OnOneProcess(LitNet):  # shards over the mesh of a default strategy, which has one process
-    def shard(self) -> None:
-        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-
-def told(folder: Path) -> list[str]:
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        t = trainer_of("one", folder, [lora()], devices=2, strategy=ModelParallelStrategy(), max_steps=1)
-        t.fit(OnOneProcess(), data())
-    return [str(each.message) for each in found if each.category is ll.LoRAWarning]
-
-
-def test_a_model_that_is_not_sharded_is_named(tmp_path: Path) -> None:
-    first, second = run_ranks(told, tmp_path)
-    assert len(first) == 1 and not second
-    assert first[0].startswith("Nothing of OnOneProcess is sharded") and "1 of 2 read" in first[0]
-
-
-# What files hold
-
-
-class Keeps(L.Callback):  # keeps copies of what trains, and of the base, in the checkpoint
-    kept: dict[str, Any]
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.kept = checkpoint["kept"]
-
-
-def kept(kind: str, folder: Path) -> dict[str, Any]:
-    for path in (None, path_of(folder, kind, 0)):
-        L.seed_everything(1, verbose=False)
-        callbacks = [lora(modules_to_save=["head"]), keeps := Keeps()]
-        callbacks += [Saves(folder, kind)] if path is None else []
-        trainer_of(kind, folder, callbacks).fit(LitNet(), data(), ckpt_path=path, weights_only=True)
-    return keeps.kept
-
-
-def test_copies_in_a_checkpoint_are_made_full(tmp_path: Path) -> None:
-    expected, found = run_ranks(kept, "ddp", tmp_path)[0], run_ranks(kept, "sharded", tmp_path)[1]
-    assert_same(found, expected)
-    sizes = [path_of(tmp_path, kind, 1).stat().st_size for kind in ("ddp", "sharded")]
-    assert abs(sizes[0] - sizes[1]) < 200

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, same_parts, stop, trained
+from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import adam, by_hand, fit, loaded, outcome, trainable
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
@@ -115,16 +115,6 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
-def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)])
-    t.validate(model, data(), verbose=False)
-    ll.inject_adapters(model, lora().config)
-    model.prepare_data = stop  # type: ignore[method-assign]
-    with pytest.raises(StopError):
-        t.test(model, data())
-    assert not is_plain(model)
-
-
 class MakesNone(Normed):  # that raises where it should make its optimizer
     def configure_optimizers(self) -> Any:
         assert self.q_proj.weight.requires_grad and not self.embed.weight.requires_grad  # the base as it was
@@ -188,64 +178,49 @@ class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
         return self.head((torch.tanh(self.q_proj(x)) + self.v_proj(x)).detach())
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-@pytest.mark.parametrize(
-    ("begin", "stage"), [("fit", "fit"), ("merged", "validate"), ("load", "fit"), ("ckpt", "fit"), ("ckpt", "validate")]
-)
-def test_a_head_that_trained_beside_fresh_adapters_is_not_the_next_base(tmp_path: Path, stage: str, begin: str) -> None:
-    options = {"merge": "last" if begin == "merged" else False}
-    model, t = fit(tmp_path, lora(**options), model=TrainsItsHead())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    head = trained(model)["head.weight"]
-    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
-    if begin in ("load", "ckpt"):
-        model = TrainsItsHead()
-        if begin == "load":
-            ll.load_adapter(model, tmp_path / "a.ckpt")
-        else:
-            trainer(tmp_path, [lora(**options)]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    for _ in range(2):
-        t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-        getattr(t, stage)(model, data())
-    ll.save_adapter(model, tmp_path / "b.safetensors")
-    again = loaded(tmp_path / "b.safetensors")
-    assert same(trained(again), trained(model))
-    ll.unmerge_adapters(model)
-    ll.remove_adapters(model)
-    assert same(state(model), state(LitTiny()))
-
-
-def add(model: Any) -> None:
-    model.head.weight.data.add_(1)
-
-
-def train_alone(model: Any) -> None:
-    model.head.weight.sum().backward()
-    adam(model.head.parameters()).step()
-
-
-def put_another(model: Any) -> None:
-    model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
-
-
-def add_and_merge(model: Any) -> None:
-    add(model)
-    ll.merge_adapters(model)
-
-
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-@pytest.mark.parametrize(
-    ("change", "stage"), [(add, "fit"), (train_alone, "validate"), (put_another, "fit"), (add_and_merge, "fit")]
-)
-def test_a_head_that_other_code_has_changed_is_not_the_base_of_the_next_stage(
-    tmp_path: Path, stage: str, change: Callable[[Any], None]
-) -> None:
+def with_another_head(how: str, folder: Path) -> LitTiny:
+    """A model whose head has changed beside fresh adapters: in a fit, by its file, or by other code."""
     model = TrainsItsHead()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    change(model)
+    if how in ("fit", "merged", "loaded", "tested"):
+        fitted, t = fit(folder, lora(merge="last" if how == "merged" else False), model=TrainsItsHead())
+        t.save_checkpoint(folder / "a.ckpt")
+        if how == "loaded":
+            ll.load_adapter(model, folder / "a.ckpt")
+        elif how == "tested":
+            trainer(folder, [lora(merge=False)]).test(model, data(), ckpt_path=folder / "a.ckpt", verbose=False)
+        return model if how in ("loaded", "tested") else fitted
+    ll.inject_adapters(model, lora().config)
+    if how == "replaced":
+        model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
+    else:
+        model.head.weight.data.add_(1)
+    if how == "written and merged":
+        ll.merge_adapters(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [
+        ("fit", "fit"),
+        ("merged", "validate"),
+        ("loaded", "fit"),
+        ("tested", "validate"),
+        ("written", "validate"),
+        ("replaced", "fit"),
+        ("written and merged", "fit"),
+    ],
+)
+def test_a_head_that_changed_beside_fresh_adapters_is_not_the_next_base(tmp_path: Path, how: str, stage: str) -> None:
+    model = with_another_head(how, tmp_path)
     head = model.head.weight.detach().clone()
-    getattr(trainer(tmp_path, [lora(merge=False)], max_epochs=1), stage)(model, data())
-    assert not torch.equal(head, LitTiny().head.weight) and torch.equal(head, model.head.weight) is (stage != "fit")
+    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
+    for _ in range(2):
+        getattr(trainer(tmp_path, [lora(merge=False)], max_epochs=1), stage)(model, data())
+    assert torch.equal(head, model.head.weight) is (stage != "fit")
+    ll.save_adapter(model, tmp_path / "b.safetensors")
+    assert same(trained(loaded(tmp_path / "b.safetensors")), trained(model))
     ll.unmerge_adapters(model)
     with ll.disable_adapters(model):
         assert torch.equal(model.head.weight, LitTiny().head.weight)
@@ -275,7 +250,7 @@ def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begi
     if begin in ("adapted", "changed"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     if begin == "changed":
-        add(model)
+        model.head.weight.data.add_(1)
     getattr(t, stage)(model, data(), ckpt_path=path)
     if not is_plain(model):
         ll.remove_adapters(model)
@@ -283,12 +258,10 @@ def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begi
     assert (model.scale == 1).all()
 
 
-class LoadsLate(LitTiny):  # in on_fit_start, all but its head by one of these ways
-    way = "load"
-
-    def __init__(self) -> None:
+class LoadsLate(LitTiny):  # in on_fit_start, all but its head by one of two ways
+    def __init__(self, way: str = "load") -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
+        self.way, self.norm = way, nn.BatchNorm1d(WIDTH)
         with torch.no_grad():
             for p in self.parameters():
                 p.mul_(0.5)
@@ -314,25 +287,17 @@ def late_base() -> LitTiny:
     return model
 
 
-class First(L.Callback):  # keeps the adapter of the first step
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == 0:
-            self.held = state(pl_module.q_proj)
-
-
 @pytest.mark.parametrize(
     ("way", "init", "precision"),
     [("load", "pissa", "32-true"), ("data", "pissa", "32-true"), ("load", "kaiming", "bf16-true")],
 )
-def test_the_base_is_what_is_there_when_training_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, init: Any, precision: Any
-) -> None:
-    monkeypatch.setattr(LoadsLate, "way", way)
-    first, options = First(), {"precision": precision, "max_epochs": 1}
-    model, t = fit(tmp_path, lora(init=init), first, model=LoadsLate(), **options)
+def test_the_base_is_what_is_there_when_training_begins(tmp_path: Path, way: str, init: Any, precision: Any) -> None:
+    begins, options = list[Any](), {"precision": precision, "max_epochs": 1}
+    looks = At(0, lambda t, m: begins.append(state(m.q_proj)))
+    model, t = fit(tmp_path, lora(init=init), looks, model=LoadsLate(way), **options)
     if init == "pissa":
         ll.inject_adapters(expected := late_base(), lora(init=init).config)
-        assert same(first.held, state(expected.q_proj))
+        assert same(begins[0], state(expected.q_proj))
     t.save_checkpoint(file := tmp_path / "a.ckpt")
     assert "embed.weight" not in torch.load(file, weights_only=True)["state_dict"]
     ll.load_adapter(other := late_base().to(model.dtype), file)
@@ -399,26 +364,9 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     config = lora(target_modules=["q"] if part else ["q_proj"]).config
     ll.inject_adapters(model.body if part else model, config)
     model.q_proj.lora_B.data.fill_(0.1)  # type: ignore[union-attr,operator]
-    add(model)
+    model.head.weight.data.add_(1)
     expected = outcome(trainer(tmp_path), "predict", model)
     t = trainer(tmp_path, [lora(target_modules=["q_proj"])])
     assert torch.equal(outcome(t, "predict", model), expected) and not is_plain(model)
     ll.remove_adapters(model)
     assert torch.equal(model.head.weight, LitTiny().head.weight)
-
-
-class Sees(L.Callback):  # looks at the module in each process
-    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        assert is_plain(pl_module) and find_record(pl_module) is None and all(flags(pl_module).values())
-        assert trainer.world_size == 2
-
-
-@pytest.mark.processes
-@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
-def test_every_process_stays_plain(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(), Sees()], strategy="ddp_fork", devices=2)
-    t.test(model, data(), verbose=False)
-    Sees.on_test_end(Sees(), t, model)
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert same(checkpoint["state_dict"], LitTiny().state_dict()) and not [key for key in checkpoint if "lora" in key]

@@ -64,16 +64,6 @@ def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixtu
     assert lines == [f"LoRACallback takes r=3, dropout=0.1 from {file}, instead of the defaults."]
 
 
-def test_a_file_of_a_version_whose_alpha_was_the_rank_keeps_its_scaling(tmp_path: Path) -> None:
-    _, t = fit(tmp_path, ll.LoRACallback(**{**ARGUMENTS, "alpha": None}, merge=False))
-    t.save_checkpoint(tmp_path / "last.ckpt")
-    model = LitTiny()
-    assert result_of(tmp_path / "last.ckpt", model=model) == numbers(tmp_path / "last.ckpt")
-    assert view_of(model).layers["q_proj"].lora_settings.scaling == pytest.approx(3**0.5)  # rsLoRA's, with alpha = r
-    resumed, _ = fit(tmp_path, ll.LoRACallback(merge=False), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
-    assert view_of(resumed).config.alpha is None
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [

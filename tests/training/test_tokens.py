@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from lightning_lora.layers import LoRATokens
-from lightning_lora.storage.state import NOTE
+from tests.support.cases import held
+from tests.support.fits import resumes_to_the_bit
 from tests.support.models import exact, is_plain, same, state, trainer
 
 TOKENS = [20, 21]
@@ -70,20 +70,12 @@ def lora(name: str, /, **more: Any) -> ll.LoRACallback:
 
 @exact
 def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Path) -> None:
-    name = "gpt2"
-    straight, first = Lit(resized(name)), Lit(resized(name))
-    before = state(straight)
-    trainer(tmp_path, [lora(name)], max_epochs=2).fit(straight, data())
-    one = trainer(tmp_path / "one", [lora(name)], max_epochs=1)
-    one.fit(first, data())
-    file = Path(one.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
-    held = torch.load(file, weights_only=True)["state_dict"]
-    key = f"model.{MODELS[name][1]}.lora_rows"
-    assert held[key].shape == (2, 8) and all("lora_" in entry for entry in held if entry != NOTE)
-    resumed = Lit(resized(name))
-    trainer(tmp_path, [ll.LoRACallback(merge=False)], max_epochs=2).fit(resumed, data(), ckpt_path=str(file))
-    assert same(ll.adapter_state_dict(resumed), ll.adapter_state_dict(straight))
-    assert all(torch.equal(straight.state_dict()[entry], value) for entry, value in before.items() if "wte" in entry)
+    resumed = resumes_to_the_bit(tmp_path, lambda: Lit(resized("gpt2")), lambda: lora("gpt2"), train=data, max_epochs=2)
+    base = Lit(resized("gpt2")).state_dict()
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in base.items() if "wte" in name)
+    stored = held(torch.load(tmp_path / "through" / "epoch=0.ckpt", weights_only=True))
+    assert stored[f"model.{MODELS['gpt2'][1]}.lora_rows"].shape == (2, 8)
+    assert all("lora_" in name for name in stored)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,17 +149,6 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
     torch.testing.assert_close(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)
 
 
-@pytest.mark.processes
-def test_processes_train_the_same_rows(tmp_path: Path) -> None:
-    alone, both = Lit(resized("gpt2")), Lit(resized("gpt2"))
-    options: dict[str, Any] = {"max_epochs": 1, "use_distributed_sampler": False}
-    trainer(tmp_path, [lora("gpt2", merge="last")], **options).fit(alone, data())
-    trainer(tmp_path, [lora("gpt2", merge="last")], strategy="ddp_fork", **(options | {"devices": 2})).fit(both, data())
-    torch.testing.assert_close(both.state_dict(), alone.state_dict())
-    ll.unmerge_adapters(both)
-    assert isinstance(both.model.transformer.wte, LoRATokens)
-
-
 def test_adapters_with_other_rows_are_of_the_same_base(tmp_path: Path) -> None:
     module, file = Lit(resized("gpt2")), tmp_path / "a.ckpt"
     for name, tokens in (("a", [20]), ("b", [21])):
@@ -177,7 +158,7 @@ def test_adapters_with_other_rows_are_of_the_same_base(tmp_path: Path) -> None:
     for name in ("a", "b"):
         ll.set_adapter(module, name)
         run.save_checkpoint(file)
-        assert all("lora_" in entry for entry in torch.load(file, weights_only=True)["state_dict"] if entry != NOTE)
+        assert all("lora_" in entry for entry in held(torch.load(file, weights_only=True)))
         other = Lit(resized("gpt2"))
         ll.load_adapter(other, file)
         assert torch.equal(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)

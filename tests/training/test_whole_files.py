@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, stop
 from tests.support.fits import WritesLater, loaded, outcome
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, same, state, trainer
-from tests.support.versions import keeps_random, needs_averaging
+from tests.support.versions import needs_averaging
 from tests.training.test_compiled import Compiled
 
 
@@ -133,17 +132,6 @@ def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed:
         ll.unmerge_adapters(unbroken)
 
 
-def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = fit(tmp_path, whole(merge="best"))
-    file = tmp_path / "best.ckpt"
-    assert same(state(model), read(file)["state_dict"])
-    ll.unmerge_adapters(model)
-    adapted = ll.load_from_checkpoint(LitTiny, file)
-    assert same(ll.adapter_state_dict(adapted), ll.adapter_state_dict(model))
-    main(["inspect", str(file)])
-    assert "q_proj" in capsys.readouterr().out
-
-
 @needs_averaging
 def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(tmp_path: Path) -> None:
     states = {}
@@ -163,21 +151,6 @@ def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
     one, two = (read(tmp_path / name / "last.ckpt") for name in ("one", "two"))
     assert same(two["state_dict"], merged_at(tmp_path / "two" / "last.ckpt"))
     assert list(one["state_dict"]) == list(two["state_dict"])
-
-
-def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path) -> None:
-    class Moves(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("moved", torch.zeros(()))
-
-        def training_step(self, *args: Any) -> Any:
-            self.moved += self.current_epoch  # in the second epoch alone: until then, it is the base's
-            return super().training_step(*args)
-
-    saves = best(tmp_path, filename="{epoch}", save_top_k=-1)
-    fits.fit(tmp_path, whole(), saves, model=Moves(), plugins=[WritesLater()])
-    assert [read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["moved"].item() for epoch in range(2)] == [0, 4]
 
 
 def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
@@ -211,24 +184,6 @@ def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
 class Renames(LitTiny):  # whose own state dict has other names
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {f"mine.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
-
-
-class Holds(LitTiny):  # that keeps a network as a hyperparameter: as it is at the save, with its adapters
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = net
-
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return super().forward(index) + self.net(self.embed(index))
-
-
-@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
-@pytest.mark.skipif(not keeps_random, reason="Lightning 2.6 brought weights_only")
-def test_an_adapted_network_in_the_hyperparameters_does_not_count_its_update_again(tmp_path: Path) -> None:
-    model = fit(tmp_path, whole(), model=Holds(nn.Linear(8, 4)), max_epochs=1)
-    built = Holds.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
-    torch.testing.assert_close(built(X), model(X))
 
 
 def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path: Path, caplog: Any) -> None:

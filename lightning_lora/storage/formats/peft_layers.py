@@ -19,7 +19,7 @@ from lightning_lora.layers import INITIALISATIONS, kinds
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import named_modules, owner_of
+from lightning_lora.tensors.names import held_parameter, named_modules, owner_of
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -82,7 +82,7 @@ def _embedding(layer: StoredLayer) -> str | None:
 def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
     """Return why PEFT computes something else with rows of this layer, or None."""
     weight = modules[name]._parameters["weight"]
-    uses = {module: name for name, module in modules.items() if module._parameters.get("weight") is weight}
+    uses = {module: name for name, module in modules.items() if held_parameter(module, "weight") is weight}
     if biased := [name for module, name in uses.items() if getattr(module, "bias", None) is not None]:
         return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
     configs = [getattr(module, "config", None) for module in modules.values()]

@@ -141,7 +141,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
         with self.lora_building_optimizers():
-            optimizer, scheduler = super()._init_optimizers()  # type: ignore[misc]
+            optimizer, scheduler = self.lora_build(super()._init_optimizers)  # type: ignore[misc]
         train_adapters(self.lora_module, [optimizer], self.lora_stage.lr_scale)
         hide_groups([scheduler and scheduler.scheduler], self.lora_module)
         for number, group in enumerate(optimizer.param_groups):

@@ -6,6 +6,7 @@ These are before a checkpoint is loaded, after the optimizers are built, and whe
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -15,12 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
-from lightning_lora.model.attach import freeze, unfreeze
+from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
@@ -28,6 +29,7 @@ from lightning_lora.storage.formats.lightning import as_base, check_readable, ch
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
@@ -134,7 +136,7 @@ class LoRAStrategy(Strategy, InPlace):
         """Build the user's optimizers, then let them train the adapters."""
         self.lora_joined = [p for p in self.lora_module.parameters() if p.requires_grad]
         with self.lora_building_optimizers():
-            super().setup_optimizers(trainer)
+            self.lora_build(partial(super().setup_optimizers, trainer))
         train_adapters(self.lora_module, self.optimizers, self.lora_stage.lr_scale)
         hide_groups([config.scheduler for config in self.lr_scheduler_configs], self.lora_module)
 
@@ -152,6 +154,19 @@ class LoRAStrategy(Strategy, InPlace):
         finally:
             note_frozen(view_of(self.lora_module))
             freeze(view_of(self.lora_module))  # also the norms that sync_batchnorm has made
+
+    def lora_build(self, build: Callable[[], Any]) -> Any:
+        """Run the user's ``configure_optimizers``, once more without adapters if it fails: minGPT's knows all names."""
+        try:
+            return build()
+        except Exception as error:
+            adapters = detach_adapters(view_of(self.lora_module))
+            try:
+                return build()
+            except Exception:
+                raise error from None
+            finally:
+                attach_adapters(View(self.lora_module), adapters)
 
     # Load
 
@@ -273,11 +288,14 @@ class LoRAStrategy(Strategy, InPlace):
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
-        module = self.lora_module
+        module, stage = self.lora_module, self.lora_stage
+        if stage.is_fitting and stage.phase is Phase.SET_UP:  # a tuner's trial begins, which may move copies
+            view = view_of(module)
+            keep_frozen(view, [name for name in view.frozen if is_in_any(name, view.adapter.networks.copies)])
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
-        if self._lora_saves():
+        if "state_dict" in checkpoint and self._lora_saves():  # a module's hook may write files of its own instead
             checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
-            if self.lora_stage.save == "model" and self.is_global_zero:
+            if stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, module)
         beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path

@@ -1,7 +1,7 @@
 """anomalib: Fastflow has a frozen extractor, and STFPM a frozen teacher. An Engine has the Trainer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -11,18 +11,16 @@ from anomalib.models import Fastflow, Stfpm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback
-from tests.frameworks.case import Case, Run, Way, quiet
+from tests.frameworks.case import Case, Way, noise, quiet
 
 make = timm.create_model
 timm.create_model = lambda *args, **options: make(*args, **{**options, "pretrained": False})  # nothing is downloaded
 
 
-def images(seed: int) -> Tensor:
-    return torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
 class FastFlow(Case):
+    inner = "model"
+    arguments: ClassVar = {"target_modules": "all"}
+
     def new(self) -> Any:
         return Fastflow(flow_steps=2, **self.parts())
 
@@ -30,30 +28,20 @@ class FastFlow(Case):
         pre = Fastflow.configure_pre_processor((64, 64))
         return {"pre_processor": pre, "post_processor": False, "evaluator": False, "visualizer": False}
 
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_modules="all", **options)
-
     def data(self) -> Any:
-        items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in images(0)]
+        items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in noise(8, 3, 64, 64).sigmoid()]
         return DataLoader(items, batch_size=4, shuffle=True, collate_fn=ImageBatch.collate)
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        options.pop("weights_only", None)
         kwargs = {**quiet(callbacks, folder), "enable_checkpointing": True, "limit_val_batches": 0}
         Engine(callbacks=callbacks, **kwargs).fit(model, self.data(), **options)
         return model
 
     def predict(self, model: Any) -> Tensor:
-        return model.model(images(1)).anomaly_map
+        return model.model(noise(8, 3, 64, 64, seed=1).sigmoid()).anomaly_map
 
     def ways(self) -> dict[str, Way]:
         return {**super().ways(), "torch.save of the model": self.saved}
-
-    def saved(self, run: Run) -> Any:
-        model = self.new()
-        torch.save(run.model.model.state_dict(), run.folder / "tuned.pt")
-        model.model.load_state_dict(torch.load(run.folder / "tuned.pt"))
-        return model
 
 
 class STFPM(FastFlow):

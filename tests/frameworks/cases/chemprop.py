@@ -1,5 +1,6 @@
 """chemprop: its model is a LightningModule; save_model and load_model are its own."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,17 @@ class Molecules(Case):
         return model(batch.bmg)
 
     def ways(self) -> dict[str, Way]:
-        return {**super().ways(), "save_model, load_model": self.saved, "load_model of a Trainer's file": self.loaded}
+        from_file = {"load_model of a Trainer's file": lambda run: load_model(run.file)}
+        return {**super().ways(), "save_model, load_model": self.saved, **from_file}
+
+    def save(self, model: MPNN, path: Path) -> None:
+        save_model(path, model)
+
+    def load(self, path: Path) -> MPNN:
+        return load_model(path)
 
     def from_checkpoint(self, run: Run) -> MPNN:
         return MPNN.load_from_checkpoint(run.file)
-
-    def saved(self, run: Run) -> MPNN:
-        save_model(run.folder / "tuned.pt", run.model)
-        return load_model(run.folder / "tuned.pt")
-
-    def loaded(self, run: Run) -> MPNN:
-        return load_model(run.file)
 
 
 CASES = {"MPNN": Molecules}

@@ -1,5 +1,6 @@
 """darts: callbacks are an entry of pl_trainer_kwargs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from darts import TimeSeries
 from darts.models import TiDEModel, TransformerModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.frameworks.case import Case, Run, Way
 
@@ -17,58 +18,49 @@ SERIES = TimeSeries.from_values((np.sin(np.arange(150)[:, None] / 5) + 0.1 * NOI
 
 class TiDE(Case):
     lightning = "pytorch_lightning"
+    within = "model"
 
-    def new(self, *callbacks: Any, folder: Path = Path("none")) -> Any:
-        kwargs = {
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [*callbacks],
-        }
+    def new(self, callbacks: Sequence[Any] = (), folder: Path = Path("none")) -> Any:
+        quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
         saves = {"work_dir": str(folder), "model_name": "model", "save_checkpoints": bool(callbacks)}
-        return self.of(input_chunk_length=24, output_chunk_length=6, n_epochs=2, pl_trainer_kwargs=kwargs, **saves)
+        options = {"pl_trainer_kwargs": {"callbacks": [*callbacks], **quiet}, **saves}
+        return self.of(input_chunk_length=24, output_chunk_length=6, n_epochs=2, **options)
 
     def of(self, **options: Any) -> Any:
         return TiDEModel(**options, hidden_size=32)
 
-    def base(self, folder: Path) -> Any:
-        path = folder / "base.pt"
-        if not path.exists():
-            self.new().fit(SERIES, epochs=4).save(str(path))
-        return self.weights(self.new(), path)
+    def save(self, model: Any, path: Path) -> None:
+        model.save(str(path))
 
-    def weights(self, model: Any, path: Path) -> Any:
+    def load(self, path: Path, **options: Any) -> Any:
+        model = self.new(**options)
         model.load_weights(str(path), trusted=True)
         return model
 
     def fit(self, callbacks: list[Any], folder: Path) -> Any:
-        return self.weights(self.new(*callbacks, folder=folder), folder.parent / "base.pt").fit(SERIES)
+        return self.load(folder.parent / "base", callbacks=callbacks, folder=folder).fit(SERIES)
 
     def resume(self, file: Path, callbacks: list[Any], folder: Path) -> Any:
         return self.from_checkpoint(Run(None, file.parent), file).fit(SERIES)
 
-    def network(self, model: Any) -> nn.Module:
-        return model.model
+    def train(self, model: Any, *_: Any) -> Any:
+        return model.fit(SERIES)
 
     def predict(self, model: Any) -> Tensor:
         return torch.tensor(model.predict(6, SERIES, verbose=False).values())
 
     def ways(self) -> dict[str, Way]:
         return {
-            "save, load": self.saved,
-            "save(clean=True), load": lambda run: self.saved(run, clean=True),
-            "save, load_weights": self.saved_weights,
+            "save, load": self.whole,
+            "save(clean=True), load": lambda run: self.whole(run, clean=True),
+            "save, load_weights": self.saved,
             "load_from_checkpoint": self.from_checkpoint,
             "load_weights_from_checkpoint": self.weights_from_checkpoint,
         }
 
-    def saved(self, run: Run, **options: Any) -> Any:
-        run.model.save(str(run.folder / "tuned.pt"), **options)
-        return type(run.model).load(str(run.folder / "tuned.pt"), trusted=True)
-
-    def saved_weights(self, run: Run) -> Any:
-        run.model.save(str(run.folder / "tuned.pt"))
-        return self.weights(self.new(), run.folder / "tuned.pt")
+    def whole(self, run: Run, **options: Any) -> Any:
+        run.model.save(str(run.folder / "whole"), **options)
+        return type(run.model).load(str(run.folder / "whole"), trusted=True)
 
     def from_checkpoint(self, run: Run, file: Path | None = None) -> Any:
         kind, name = type(self.new()), None if file is None else str(file)
@@ -82,9 +74,8 @@ class TiDE(Case):
 
 class Transformer(TiDE):
     def of(self, **options: Any) -> Any:
-        return TransformerModel(
-            **options, d_model=16, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=32
-        )
+        layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+        return TransformerModel(**options, d_model=16, nhead=2, dim_feedforward=32, **layers)
 
 
 CASES = {"TiDE": TiDE, "Transformer": Transformer}

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import VisionTransformer, resnet18
 
-from lightning_lora import LoRACallback
-from tests.frameworks.case import Case
+from tests.frameworks.case import Case, noise
 
 
 class LitBYOL(L.LightningModule):
@@ -74,9 +73,8 @@ class LitDINO(L.LightningModule):
         for network, its_copy in self.copies():
             update_momentum(network, its_copy, m=0.9)
         views = batch.unbind(1)
-        return self.criterion(
-            [self.forward_momentum(x) for x in views], list(map(self, views)), epoch=self.current_epoch
-        )
+        targets = [self.forward_momentum(x) for x in views]
+        return self.criterion(targets, list(map(self, views)), epoch=self.current_epoch)
 
     def on_after_backward(self) -> None:
         self.student_head.cancel_last_layer_gradients(current_epoch=self.current_epoch)
@@ -95,20 +93,18 @@ class Copied(Case):
         return model
 
     def data(self) -> Any:
-        views = torch.randn(32, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        return DataLoader(views, batch_size=8, shuffle=True)
+        return DataLoader(noise(32, 2, 3, 32, 32), batch_size=8, shuffle=True)
 
     def predict(self, model: Any) -> Tensor:
-        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        x = noise(4, 3, 32, 32, seed=1)
         return torch.cat([model(x), model.forward_momentum(x)], 1)
 
 
 class BYOL(Copied):
+    arguments: ClassVar = {"target_modules": "all"}
+
     def new(self) -> L.LightningModule:
         return LitBYOL()
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_modules="all", **options)
 
 
 class DINO(Copied):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from tests.frameworks.case import Case, Run, Way
+from tests.frameworks.case import Case, Way
 
 WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "old", "new", "cold", "warm", "fast"]
 QUERIES, DOCS = WORDS[:8], [(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 2 : i + 5])) for i in range(8)]
@@ -24,7 +24,7 @@ def pairs(batch: list[int]) -> TrainBatch:
 
 def backbone(folder: Path) -> Path:
     """Write a small BERT, with a tokenizer of these words."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -33,14 +33,14 @@ def backbone(folder: Path) -> Path:
 
 
 class CrossEncoder(Case):
-    def base(self, folder: Path) -> CrossEncoderModule:
-        if not (folder / "base").exists():
-            new = CrossEncoderModule(str(backbone(folder / "new")), MonoConfig(), loss_functions=[RankNet()])
-            self.train(new, [], folder).save_pretrained(folder / "base")
-        return self.read(folder / "base")
+    def new(self) -> CrossEncoderModule:
+        return self.load(backbone(Path("new")), MonoConfig())
 
-    def read(self, folder: Path) -> CrossEncoderModule:
-        return CrossEncoderModule(str(folder), loss_functions=[RankNet()])
+    def save(self, model: CrossEncoderModule, path: Path) -> None:
+        model.save_pretrained(path)
+
+    def load(self, path: Path, *config: Any) -> CrossEncoderModule:
+        return CrossEncoderModule(str(path), *config, loss_functions=[RankNet()])
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> CrossEncoderModule:
         model.set_optimizer(torch.optim.AdamW, lr=0.001)
@@ -54,19 +54,10 @@ class CrossEncoder(Case):
 
     def ways(self) -> dict[str, Way]:
         return {
-            "huggingface_checkpoint of the last file": lambda run: self.read(run.folder / "huggingface_checkpoint"),
+            "huggingface_checkpoint of the last file": lambda run: self.load(run.folder / "huggingface_checkpoint"),
             "save_pretrained": self.saved,
             "load_state_dict": self.from_state,
         }
-
-    def saved(self, run: Run) -> CrossEncoderModule:
-        run.model.save_pretrained(run.folder / "tuned")
-        return self.read(run.folder / "tuned")
-
-    def from_state(self, run: Run) -> CrossEncoderModule:
-        model = self.base(run.folder.parent)
-        model.load_state_dict(torch.load(run.file, weights_only=False)["state_dict"])
-        return model
 
 
 CASES = {"CrossEncoder": CrossEncoder}

@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from tests.frameworks.case import Case, Run, Way, quiet
 
 VALUES = np.sin(np.arange(120) / 5) + 0.1 * np.random.default_rng(0).normal(size=(3, 120))
-FRAME = pd.DataFrame(
-    {
-        "unique_id": np.repeat(list("abc"), 120),
-        "ds": np.tile(pd.date_range("2020", periods=120), 3),
-        "y": VALUES.ravel(),
-    }
-)
+WHEN = {"unique_id": np.repeat(list("abc"), 120), "ds": np.tile(pd.date_range("2020", periods=120), 3)}
+FRAME = pd.DataFrame({**WHEN, "y": VALUES.ravel()})
 
 
 class Forecast(Case):
@@ -31,15 +26,14 @@ class Forecast(Case):
         rest = {key: value for key, value in quiet([], Path()).items() if key not in ("max_epochs", "default_root_dir")}
         return NeuralForecast([NHITS(h=6, input_size=24, max_steps=20, **small, **rest)], freq="D")
 
-    def base(self, folder: Path) -> NeuralForecast:
-        if not (folder / "base").exists():
-            model = self.new()
-            model.fit(FRAME)
-            model.save(str(folder / "base"))
-        return NeuralForecast.load(str(folder / "base"))
+    def save(self, model: NeuralForecast, path: Path) -> None:
+        model.save(str(path), overwrite=True)
+
+    def load(self, path: Path) -> NeuralForecast:
+        return NeuralForecast.load(str(path))
 
     def train(self, model: NeuralForecast, callbacks: list[Any], folder: Path, **options: Any) -> NeuralForecast:
-        model.models[0].trainer_kwargs.update(callbacks=callbacks, enable_checkpointing=True)
+        model.models[0].trainer_kwargs.update(callbacks=callbacks, enable_checkpointing=bool(callbacks))
         model.fit(FRAME)
         return model
 
@@ -50,24 +44,11 @@ class Forecast(Case):
         return torch.tensor(model.predict(FRAME)["NHITS"].to_numpy())
 
     def ways(self) -> dict[str, Way]:
-        return {
-            "save, load": self.saved,
-            "load_from_checkpoint": self.from_checkpoint,
-            "load_state_dict": self.from_state,
-        }
-
-    def saved(self, run: Run) -> NeuralForecast:
-        run.model.save(str(run.folder / "tuned"), overwrite=True)
-        return NeuralForecast.load(str(run.folder / "tuned"))
+        return {"save, load": self.saved, **super().ways()}
 
     def from_checkpoint(self, run: Run) -> NeuralForecast:
         model = self.base(run.folder.parent)
         model.models[0] = NHITS.load_from_checkpoint(run.file, weights_only=False)
-        return model
-
-    def from_state(self, run: Run) -> NeuralForecast:
-        model = self.base(run.folder.parent)
-        model.models[0].load_state_dict(torch.load(run.file, weights_only=False)["state_dict"])
         return model
 
 

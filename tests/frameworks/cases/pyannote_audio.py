@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyannote.audio import Model
 from pyannote.audio.core.task import Problem, Resolution, Specifications
 from pyannote.audio.models.segmentation import PyanNet
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.frameworks.case import Case, Run, Way
+from tests.frameworks.case import Case, Way, noise
 
-SOUNDS = torch.randn(16, 1, 16000, generator=torch.Generator().manual_seed(0))
+SOUNDS = noise(16, 1, 16000)
 
 
 class Speech:
@@ -45,28 +44,19 @@ class Segmentation(Case):
         lstm = {"hidden_size": 16, "num_layers": 1, "dropout": 0.0, "monolithic": True, "bidirectional": True}
         return PyanNet(lstm=lstm, linear={"hidden_size": 32, "num_layers": 2}, task=Speech())
 
-    def base(self, folder: Path) -> PyanNet:
-        path = folder / "base.ckpt"
-        if not path.exists():
-            trainer = self.trainer([], folder)
-            trainer.fit(self.new())
-            trainer.save_checkpoint(path)
+    def save(self, model: PyanNet, path: Path) -> None:
+        model.trainer.save_checkpoint(path)
+
+    def load(self, path: Path) -> PyanNet:
         model = Model.from_pretrained(path)
         model.task = Speech()
-        return model
-
-    def train(self, model: PyanNet, callbacks: list[Any], folder: Path, **options: Any) -> PyanNet:
-        self.trainer(callbacks, folder).fit(model, **options)
         return model
 
     def predict(self, model: PyanNet) -> Tensor:
         return model(SOUNDS[:4])
 
     def ways(self) -> dict[str, Way]:
-        return {"load_from_checkpoint": self.from_checkpoint, "from_pretrained": self.pretrained}
-
-    def pretrained(self, run: Run) -> PyanNet:
-        return Model.from_pretrained(run.file)
+        return {"load_from_checkpoint": self.from_checkpoint, "from_pretrained": lambda run: self.load(run.file)}
 
 
 CASES = {"PyanNet": Segmentation}

@@ -9,7 +9,7 @@ import torch
 from pytorch_tabular import TabularModel
 from pytorch_tabular.config import DataConfig, OptimizerConfig, TrainerConfig
 from pytorch_tabular.models import CategoryEmbeddingModelConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.frameworks.case import Case, Run, Way
 
@@ -20,15 +20,12 @@ FRAME["kind"], FRAME["y"] = DRAW.choice(["one", "other"], 96), FRAME["a"] * FRAM
 
 class CategoryEmbedding(Case):
     lightning = "pytorch_lightning"
+    within = "model"
     resumes = False
 
     def new(self) -> TabularModel:
-        rest = {
-            "trainer_kwargs": {"enable_model_summary": False},
-            "progress_bar": "none",
-            "load_best": False,
-            "early_stopping": None,
-        }
+        quiet = {"trainer_kwargs": {"enable_model_summary": False}, "progress_bar": "none"}
+        rest = {"load_best": False, "early_stopping": None, **quiet}
         return TabularModel(
             data_config=DataConfig(target=["y"], continuous_cols=list("abcd"), categorical_cols=["kind"]),
             model_config=CategoryEmbeddingModelConfig(task="regression", layers="32-16", learning_rate=0.01),
@@ -37,20 +34,17 @@ class CategoryEmbedding(Case):
             verbose=False,
         )
 
-    def base(self, folder: Path) -> TabularModel:
-        if not (folder / "base").exists():
-            model = self.new()
-            model.fit(FRAME, FRAME)
-            model.save_model(str(folder / "base"))
-        return TabularModel.load_model(str(folder / "base"))
+    def save(self, model: TabularModel, path: Path, **options: Any) -> None:
+        model.save_model(str(path), **options)
+
+    def load(self, path: Path) -> TabularModel:
+        return TabularModel.load_model(str(path))
 
     def train(self, model: TabularModel, callbacks: list[Any], folder: Path, **options: Any) -> TabularModel:
         model.config.checkpoints_path = str(folder)
-        model.train(model.model, model.prepare_dataloader(FRAME, FRAME, seed=0), callbacks=callbacks)
+        data = model.prepare_dataloader(FRAME, FRAME, seed=0)
+        model.train(model.model if model.has_model else model.prepare_model(data), data, callbacks=callbacks)
         return model
-
-    def network(self, model: TabularModel) -> nn.Module:
-        return model.model
 
     def predict(self, model: TabularModel) -> Tensor:
         return torch.tensor(model.predict(FRAME)["y_prediction"].to_numpy())
@@ -59,23 +53,18 @@ class CategoryEmbedding(Case):
         return {
             "save_model, load_model": self.saved,
             "save_weights, load_weights": self.saved_weights,
-            "save_model(inference_only=True), load_model": lambda run: self.saved(run, inference_only=True),
+            "save_model(inference_only=True), load_model": self.for_inference,
             "load_state_dict": self.from_state,
         }
 
-    def saved(self, run: Run, **options: Any) -> TabularModel:
-        run.model.save_model(str(run.folder / "tuned"), **options)
-        return TabularModel.load_model(str(run.folder / "tuned"))
+    def for_inference(self, run: Run) -> TabularModel:
+        self.save(run.model, run.folder / "for inference", inference_only=True)
+        return self.load(run.folder / "for inference")
 
     def saved_weights(self, run: Run) -> TabularModel:
         run.model.save_weights(run.folder / "weights.pt")
         model = self.base(run.folder.parent)
         model.load_weights(run.folder / "weights.pt")
-        return model
-
-    def from_state(self, run: Run) -> TabularModel:
-        model = self.base(run.folder.parent)
-        model.model.load_state_dict(torch.load(run.file, weights_only=False)["state_dict"])
         return model
 
 

@@ -23,22 +23,15 @@ def policy() -> AttentionModelPolicy:
 
 
 class Attention(Case):
+    inner = "policy"
+
     def new(self) -> AttentionModel:
         options = {"batch_size": 16, "train_data_size": 160, "val_data_size": 16, "test_data_size": 16}
         model = AttentionModel(ENV, policy=policy(), optimizer_kwargs={"lr": 0.002}, **options)
         del model.hparams["policy"]  # in no file then
         return model
 
-    def base(self, folder: Path) -> AttentionModel:
-        path = folder / "base.pt"
-        if not path.exists():
-            torch.save(self.train(self.new(), [], folder).policy.state_dict(), path)
-        model = self.new()
-        model.policy.load_state_dict(torch.load(path))
-        return model
-
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> AttentionModel:
-        options.pop("weights_only", None)
         exact = {"precision": "32-true", "matmul_precision": None}  # its own default may round to bfloat16
         RL4COTrainer(callbacks=callbacks, **exact, **quiet(callbacks, folder)).fit(model, **options)
         return model
@@ -51,16 +44,11 @@ class Attention(Case):
         return {
             "load_from_checkpoint": self.from_checkpoint,
             "load_from_checkpoint(load_baseline=False)": lambda run: self.from_checkpoint(run, load_baseline=False),
-            "policy.state_dict": self.from_policy,
+            "policy.state_dict": self.saved,
         }
 
     def from_checkpoint(self, run: Run, **options: Any) -> AttentionModel:
         return AttentionModel.load_from_checkpoint(run.file, policy=policy(), weights_only=False, **options)
-
-    def from_policy(self, run: Run) -> AttentionModel:
-        model = self.new()
-        model.policy.load_state_dict(run.model.policy.state_dict())
-        return model
 
 
 CASES = {"AttentionModel": Attention}

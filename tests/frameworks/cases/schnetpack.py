@@ -1,6 +1,5 @@
 """schnetpack: the model's setup takes the mean of the energies from the data."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ DRAW = numpy.random.default_rng(0)
 CUTOFF = 4.0
 MOLECULES = [Atoms("CHON", positions=2 * DRAW.normal(size=(4, 3))) for _ in range(24)]
 
-DATA = tempfile.TemporaryDirectory()  # with the split of the first fit
-
 
 class SchNet(Case):
     lightning = "pytorch_lightning"
@@ -27,10 +24,7 @@ class SchNet(Case):
     def new(self) -> Any:
         model = spk.model.NeuralNetworkPotential(
             representation=spk.representation.SchNet(
-                n_atom_basis=32,
-                n_interactions=2,
-                radial_basis=spk.nn.GaussianRBF(n_rbf=16, cutoff=CUTOFF),
-                cutoff_fn=spk.nn.CosineCutoff(CUTOFF),
+                32, 2, spk.nn.GaussianRBF(n_rbf=16, cutoff=CUTOFF), spk.nn.CosineCutoff(CUTOFF)
             ),
             input_modules=[spk.atomistic.PairwiseDistances()],
             output_modules=[spk.atomistic.Atomwise(n_in=32, output_key="energy")],
@@ -39,18 +33,24 @@ class SchNet(Case):
         energy = spk.task.ModelOutput("energy", loss_fn=torch.nn.MSELoss(), metrics={})
         return spk.task.AtomisticTask(model=model, outputs=[energy], optimizer_args={"lr": 0.002})
 
-    def base(self, folder: Path) -> Any:
-        """A model with pretrained weights, and without a mean, which has another shape once it is known."""
-        path = folder / "base.pt"
-        if not path.exists():
-            torch.save(dict(self.train(self.new(), [], folder).named_parameters()), path)
+    def save(self, model: Any, path: Path) -> None:
+        """Without the mean, which has another shape once it is known."""
+        torch.save(dict(model.named_parameters()), path)
+
+    def load(self, path: Path) -> Any:
         model = self.new()
         model.load_state_dict(torch.load(path), strict=False)
         return model
 
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        self.trainer(callbacks, folder).fit(model, energies(Path(DATA.name)), **options)
-        return model
+    def data(self) -> AtomsDataModule:
+        """Molecules with energies far from zero, and the split of the first fit."""
+        if not Path("molecules.db").exists():
+            database = ASEAtomsData.create("molecules.db", distance_unit="Ang", property_unit_dict={"energy": "eV"})
+            distances = [each.get_all_distances() for each in MOLECULES]
+            database.add_systems([{"energy": numpy.array([each.sum() - 100])} for each in distances], MOLECULES)
+        transforms = [trn.ASENeighborList(CUTOFF), trn.RemoveOffsets("energy", remove_mean=True), trn.CastTo32()]
+        sizes = {"batch_size": 4, "num_train": 20, "num_val": 4, "num_workers": 0}
+        return AtomsDataModule("molecules.db", transforms=transforms, split_file="split.npz", **sizes)
 
     def predict(self, model: Any) -> Tensor:
         convert = spk.interfaces.AtomsConverter(trn.ASENeighborList(CUTOFF), dtype=torch.float32)
@@ -65,18 +65,6 @@ class SchNet(Case):
         model = self.new()
         model.model = torch.load(run.folder / "best_model", weights_only=False)
         return model
-
-
-def energies(folder: Path) -> AtomsDataModule:
-    """Molecules with energies far from zero."""
-    path = folder / "molecules.db"
-    if not path.exists():
-        database = ASEAtomsData.create(str(path), distance_unit="Ang", property_unit_dict={"energy": "eV"})
-        distances = [each.get_all_distances() for each in MOLECULES]
-        database.add_systems([{"energy": numpy.array([each.sum() - 100])} for each in distances], MOLECULES)
-    transforms = [trn.ASENeighborList(CUTOFF), trn.RemoveOffsets("energy", remove_mean=True), trn.CastTo32()]
-    sizes = {"batch_size": 4, "num_train": 20, "num_val": 4, "num_workers": 0}
-    return AtomsDataModule(str(path), transforms=transforms, split_file=str(folder / "split.npz"), **sizes)
 
 
 CASES = {"SchNet": SchNet}

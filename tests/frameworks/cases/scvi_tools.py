@@ -1,7 +1,7 @@
 """scvi-tools: a model is no LightningModule; each call of train makes one around it, the plan."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scvi
@@ -9,7 +9,6 @@ import torch
 from anndata import AnnData
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case, Run, Way, quiet
 
 COUNTS = AnnData(np.random.default_rng(0).poisson(3.0, size=(64, 40)).astype(np.float32))
@@ -18,26 +17,21 @@ scvi.model.SCVI.setup_anndata(COUNTS)
 
 
 class SCVI(Case):
-    prefix = "module."
+    within, prefix = "module", "module."
+    arguments: ClassVar = {"exclude_modules": ["l_encoder", "px_r_decoder"]}  # not used by default
 
     def new(self) -> Any:
         return scvi.model.SCVI(COUNTS, n_hidden=32, n_latent=4)
 
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(exclude_modules=["l_encoder", "px_r_decoder"], **options)  # not used by default
+    def save(self, model: Any, path: Path) -> None:
+        model.save(path)
 
-    def base(self, folder: Path) -> Any:
-        if not (folder / "base").exists():
-            self.train(self.new(), [], folder).save(folder / "base")
-        return scvi.model.SCVI.load(folder / "base", COUNTS)
+    def load(self, path: Path) -> Any:
+        return scvi.model.SCVI.load(path, COUNTS)
 
     def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        options.pop("weights_only", None)
         model.train(batch_size=16, train_size=0.75, callbacks=callbacks, **quiet(callbacks, folder), **options)
         return model
-
-    def network(self, model: Any) -> nn.Module:
-        return model.module
 
     def remembers(self, model: Any) -> nn.Module:
         return model.trainer.lightning_module
@@ -46,22 +40,15 @@ class SCVI(Case):
         return torch.from_numpy(model.get_latent_representation())
 
     def ways(self) -> dict[str, Way]:
-        return {"save, load": self.saved, "module.state_dict": self.from_module, "state_dict of a file": self.from_file}
-
-    def saved(self, run: Run) -> Any:
-        run.model.save(run.folder / "tuned")
-        return scvi.model.SCVI.load(run.folder / "tuned", COUNTS)
+        return {
+            "save, load": self.saved,
+            "module.state_dict": self.from_module,
+            "load_state_dict": self.from_state,
+        }
 
     def from_module(self, run: Run) -> Any:
-        return self.loaded(run, run.model.module.state_dict())
-
-    def from_file(self, run: Run) -> Any:
-        state = torch.load(run.file, weights_only=False)["state_dict"]
-        return self.loaded(run, {name.removeprefix(self.prefix): value for name, value in state.items()})
-
-    def loaded(self, run: Run, state: dict[str, Tensor]) -> Any:
         model = self.base(run.folder.parent)
-        model.module.load_state_dict(state)
+        model.module.load_state_dict(run.model.module.state_dict())
         return model
 
 

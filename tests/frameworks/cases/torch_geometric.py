@@ -1,6 +1,6 @@
 """PyTorch Geometric: its convolutions have linear layers of their own, which are no nn.Linear."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -9,7 +9,6 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GATConv, GCNConv, global_mean_pool
 
-from lightning_lora import LoRACallback
 from tests.frameworks.case import Case
 
 DRAW = torch.Generator().manual_seed(0)
@@ -42,11 +41,10 @@ class LitGraphs(L.LightningModule):
 
 
 class Graphs(Case):
+    arguments: ClassVar = {"target_parameters": ["one.lin.weight", "other.lin.weight"]}
+
     def new(self) -> LitGraphs:
         return LitGraphs()
-
-    def lora(self, **options: Any) -> LoRACallback:
-        return super().lora(target_parameters=["one.lin.weight", "other.lin.weight"], **options)
 
     def data(self) -> Any:
         return DataLoader(GRAPHS, batch_size=8, shuffle=True)

@@ -22,22 +22,16 @@ if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
 DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 IDS = torch.arange(12).view(2, 6)
 GATED, EACH = ["gate_proj", "up_proj", "down_proj"], ["experts.gate_up_proj", "experts.down_proj"]
-MAMBA = {**SMALL, "state_size": 4}
 CASES: list[tuple[str, dict[str, Any], list[str], str]] = [
-    ("DeepseekV3", {**EXPERTS, **LATENT, **GROUPS}, GATED, "layers.1.mlp.shared_experts.up_proj'.*"),
     ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
-    ("Mamba", MAMBA, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
-    ("FalconMamba", MAMBA, ["out_proj"], "PEFT refuses .*'falcon_mamba'"),
-    ("Llama4", {**DECODER, "head_dim": 8, "num_local_experts": 2}, ["router"], "Llama4Router has a forward"),
+    ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
 ]
 
 
 def tiny(kind: str, sizes: dict[str, Any]) -> Any:
-    config = getattr(hf, f"{kind}TextConfig" if kind == "Llama4" else f"{kind}Config")(**sizes)
+    config = getattr(hf, f"{kind}Config")(**sizes)
     torch.manual_seed(1)
     return getattr(hf, f"{kind}ForCausalLM")(config).eval()
 
@@ -63,7 +57,7 @@ def test_what_peft_does_not_hold_is_named_and_the_advice_is_right(
         if not config:
             with pytest.raises(ll.ExportError, match=match) as error:
                 ll.export_peft(model, tmp_path / "peft")
-            assert f"exclude_modules={left}" in str(error.value) or left == ["router"]
+            assert f"exclude_modules={left}" in str(error.value)
             continue
         with torch.no_grad():
             assert (run(model) - run(base)).norm() > 1e-4 * run(base).norm()
@@ -83,11 +77,8 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"):
         ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
-    ll.save_adapter(trained(tiny(*CASES[1][:2]), ll.LoRAConfig(r=2)), tmp_path / "adapter.safetensors")
-    with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.gate_proj'.*Load the file onto it"):
-        ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
-    ll.export_peft(trained(tiny(*CASES[2][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
+    ll.export_peft(trained(tiny(*CASES[1][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
 
 
 def vlm() -> Any:

@@ -1,6 +1,5 @@
 """loralib's files load into plain models, and give loralib's outputs."""
 
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +55,7 @@ def trained(model: nn.Module, base: nn.Module) -> Any:
 SLICES = {"c_attn": ["q", "v"]}
 
 
-@pytest.mark.parametrize(
-    ("enabled", "r"), [((True, False, True), 16), ((True, True, True), 2), ((False, True, False), 2)]
-)
+@pytest.mark.parametrize(("enabled", "r"), [((True, False, True), 16), ((False, True, False), 2)])
 def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...], r: int) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
@@ -67,10 +64,6 @@ def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...],
     for model in (loaded, around):
         ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
-    ll.save_adapter(around, tmp_path / "own.safetensors")
-    again = Around(built(Plain)).eval()
-    ll.load_adapter(again, tmp_path / "own.safetensors")
-    assert torch.equal(again(INDEX), around(INDEX))
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
@@ -104,23 +97,18 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
 
 def test_alpha_of_other_files_is_in_them(tmp_path: Path) -> None:
     ll.export_peft(saved(tmp_path / "a.safetensors", built(Plain)), tmp_path / "peft")
-    arguments: list[dict[str, Any]] = [{"alpha": 16}, {"target_slices": SLICES}]
-    for each, name in product(arguments, ("a.safetensors", "peft")):
+    for name in ("a.safetensors", "peft"):
         with refused(fresh := built(Plain), ll.ConfigError, r"are for files of loralib.*Leave them out"):
-            ll.load_adapter(fresh, tmp_path / name, **each)
+            ll.load_adapter(fresh, tmp_path / name, alpha=16)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
     ({}, {"alpha": None}, ll.ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
-    ({}, {"alpha": 0}, ll.ConfigError, "alpha=0"),
     ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
     ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
     ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of A and B of 'head'"),
-    ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, ll.AdapterMismatchError, "it has no 'w'"),
     ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
-    ({"linear.lora_A": torch.ones(2, 7)}, {}, ll.AdapterMismatchError, "reads 8 features"),
     ({"linear.weight": torch.ones(8, 8)}, {}, ll.BaseMismatchError, "'linear.weight'"),
 ]
 

@@ -15,22 +15,11 @@ from tests.support.models import as_trained
 ONE, MODEL = torch.ones(2, 4), "base_model.model.q_proj"
 NAMES: list[tuple[list[str], str]] = [
     (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's.*diffusers"),
-    (["diffusion_model.blocks.0.qkv.lora_down.weight"], "kohya's.*load_lora_weights.*save_lora_adapter"),
     (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's"),
     (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "another tool.*merged model"),
-    (["lora_unet_to_q.lokr_w1", "lora_unet_to_q.lokr_w2"], "another tool.*merged model"),
-    (["layers.0.attn.q_proj.lora_a.weight"], "another tool.*PEFT"),
     ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
-    ([f"{MODEL}.lora_embedding_A.default"], "PEFT, as state"),
     (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "another tool"),
 ]
-
-
-def check_named(path: Path, match: str, capsys: Any) -> None:
-    with pytest.raises(ll.AdapterFileError, match=f"adapters of {match}.*train anew here"):
-        ll.load_adapter(nn.Linear(4, 4), path)
-    assert main(["inspect", str(path)]) != 0
-    assert match.partition(".")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("names", "match"), NAMES, ids=str)
@@ -39,13 +28,9 @@ def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match:
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.4.0"}, tmp_path / "a.ckpt")
     for path in tmp_path.iterdir():
-        check_named(path, match, capsys)
-
-
-def test_a_folder_of_other_files_is_no_adapter(tmp_path: Path) -> None:
-    save_file({"lora_te_text_q_proj.lora_down.weight": ONE}, tmp_path / "mine.safetensors")
-    with pytest.raises(ll.AdapterFileError, match=r"no adapters of PEFT.*one file, such as 'mine.safetensors'"):
-        ll.load_adapter(nn.Linear(4, 4), tmp_path)
+        with pytest.raises(ll.AdapterFileError, match=f"adapters of {match}.*train anew here"):
+            ll.load_adapter(nn.Linear(4, 4), path)
+        assert main(["inspect", str(path)]) != 0 and match.partition(".")[0] in capsys.readouterr().err
 
 
 def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

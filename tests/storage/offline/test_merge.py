@@ -4,17 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge_files import merge_files
+from tests.storage.formats.test_export_models import tiny
 from tests.storage.offline.test_combine import Several
+from tests.support.cases import At
 from tests.support.models import Around, LitTiny, TinyLM, lora, randomise, same, state
 from tests.support.storage import fitted, saved
 
@@ -47,15 +48,16 @@ def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     ll.save_adapter(model, folder / "adapter.safetensors")
 
 
-def merged(folder: Path, base: str = "base.safetensors", adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
-    merge_files(folder / base, folder / adapter, folder / "merged.safetensors")
+def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
+    merge_files(folder / "base.safetensors", folder / adapter, folder / "merged.safetensors")
     return dict(sorted(load_file(folder / "merged.safetensors").items()))
 
 
-def refused(folder: Path, error: type[Exception], says: str, out: str = "merged.safetensors", **names: str) -> None:
-    base, adapter = names.get("base", "base.safetensors"), names.get("adapter", "adapter.safetensors")
+def refused(
+    folder: Path, error: Any, says: str, base: str = "base.safetensors", out: str = "merged.safetensors"
+) -> None:
     with pytest.raises(error, match=says):
-        merge_files(folder / base, folder / adapter, folder / out)
+        merge_files(folder / base, folder / "adapter.safetensors", folder / out)
     assert not [file for file in folder.iterdir() if "merged" in file.name]
 
 
@@ -69,14 +71,8 @@ def test_the_merged_file_has_the_bits_of_the_merged_model(tmp_path: Path, config
     assert [value.dtype for value in found.values()] == [expected[name].dtype for name in found]
 
 
-def bert() -> Around:
-    torch.manual_seed(3)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
-    return Around(BertModel(BertConfig(hidden_size=16, **sizes)))
-
-
 def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
-    model = bert()
+    model = Around(tiny("Bert", "Model"))
     model.model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
     saved(tmp_path / "adapter.safetensors", model, r=2, modules_to_save=["pooler"])
     ll.merge_adapters(model)
@@ -104,13 +100,10 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
 
 
 def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_path: Path) -> None:
-    class Changing(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            pl_module.q_proj.weight.data[0, 0] += 1
-
     base = LitTiny().state_dict()
     save_file({**base, "q_proj.weight": base["q_proj.weight"] + 1}, tmp_path / "base.safetensors")
-    model = fitted(tmp_path / "a.ckpt", LitTiny(), lora(), Changing())
+    changes = At(1, lambda _, model: model.get_parameter("q_proj.weight").data.add_(2))
+    model = fitted(tmp_path / "a.ckpt", LitTiny(), lora(), changes)
     assert same(merged(tmp_path, adapter="a.ckpt"), dict(sorted(model.state_dict().items())))
 
 
@@ -128,18 +121,20 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: P
     torch.testing.assert_close(found["q_proj.weight"], (base["q_proj.weight"].float() + delta).to(here))
 
 
-OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] = [
-    ("embed.weight", lambda weight: weight + 1, ll.BaseMismatchError, "'embed.weight'"),
-    ("linear.weight", lambda weight: weight[:4].clone(), ll.AdapterMismatchError, r"linear.weight \[8, 8\]"),
+OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
+    ("embed.weight", lambda weight: weight + 1, "another base: 1 .* such as 'embed.weight'"),
+    ("linear.weight", lambda weight: weight[:4].clone(), r"linear.weight \[8, 8\], torch.float32 \[4, 8\]"),
+    ("linear.weight", lambda weight: weight.to(torch.float8_e4m3fn), "float8_e4m3fn .* float32, bfloat16"),
+    ("linear.weight", lambda weight: weight.to(torch.int8), "torch.int8"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "error", "says"), OTHER_BASES)
-def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: type[Exception], says: str) -> None:
+@pytest.mark.parametrize(("name", "change", "says"), OTHER_BASES)
+def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, says: str) -> None:
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     base = load_file(tmp_path / "base.safetensors")
     save_file({**base, name: change(base[name])}, tmp_path / "base.safetensors")
-    refused(tmp_path, error, says)
+    refused(tmp_path, ll.AdapterMismatchError if name == "linear.weight" else ll.BaseMismatchError, says)
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
@@ -166,23 +161,20 @@ def test_a_base_that_holds_the_model_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> None:
-    model = bert()
-    model.pooler = nn.Linear(16, 16)
+    model = Around(tiny("Bert", "Model"))
+    model.pooler = nn.Linear(4, 4)
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
     refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
 
 
-def test_an_update_that_is_rounded_away_is_told(tmp_path: Path) -> None:
-    save_files(tmp_path, model := TinyLM(tied=False).bfloat16())
+def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: Path) -> None:
+    save_files(tmp_path, model := TinyLM(tied=False).half())
     randomise(model, scale=1e-3)
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     with pytest.warns(ll.MergePrecisionWarning, match="in 3 of 3 layers.*into the base in float32"):
         merged(tmp_path)
-
-
-def test_an_update_that_overflows_is_refused(tmp_path: Path) -> None:
-    save_files(tmp_path, model := TinyLM(tied=False).half())
-    nn.init.constant_(model.q_proj.lora_B, 1e6)  # type: ignore[arg-type]
+    (tmp_path / "merged.safetensors").unlink()
+    nn.init.constant_(model.q_proj.lora_B, 1e9)  # type: ignore[arg-type]
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     refused(tmp_path, ll.AdapterMismatchError, "values overflow")

@@ -1,0 +1,330 @@
+"""What well-known repositories do in their modules, made small: one line is enough there too."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_lora as ll
+from tests.support.fits import fit, resumes_to_the_bit
+from tests.support.models import state, trainer
+
+
+def layers(*sizes: int) -> nn.Sequential:
+    """Always the same, with weights that do not look like those of an initialisation."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(3)
+        network = nn.Sequential(*map(nn.Linear, sizes[:-1], sizes[1:]))
+        for p in network.parameters():
+            p.mul_(torch.rand(p.shape) + 0.5).add_(torch.randn(p.shape) / 10)
+    return network
+
+
+def numbers() -> DataLoader[Any]:
+    return DataLoader(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), 6)  # type: ignore[arg-type]
+
+
+def lora(**options: Any) -> ll.LoRACallback:
+    return ll.LoRACallback(**{"r": 2, **options})
+
+
+class Net(L.LightningModule):
+    """A network that learns to turn its input round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = layers(6, 8, 6)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.net(batch) - batch.flip(1)).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=0.02)
+
+
+def fitted(folder: Path, model: Any, **options: Any) -> Any:
+    return fit(folder, lora(**{"merge": False, **options}), model=model, train=numbers(), max_epochs=2)[0]
+
+
+def learned(model: nn.Module) -> set[str]:
+    """The layers whose updates are no longer zero."""
+    return {name.removesuffix(".lora_B") for name, p in model.named_parameters() if "lora_B" in name and p.any()}
+
+
+# Optimizers
+
+
+class Sorting(Net):
+    """Of minGPT: each parameter must be in one of two sets."""
+
+    def configure_optimizers(self) -> Any:
+        held = dict(self.named_parameters())
+        decay = {name for name in held if name.endswith("weight")}
+        plain = {name for name in held if name.endswith("bias")}
+        assert held.keys() == decay | plain
+        groups = [{"params": [held[name] for name in sorted(names)]} for names in (decay, plain)]
+        return torch.optim.AdamW(groups, lr=0.02)
+
+
+def test_code_that_sorts_all_parameters_by_name_sees_none_of_adapters(tmp_path: Path) -> None:
+    assert learned(fitted(tmp_path, Sorting())) == {"net.0", "net.1"}
+
+
+def test_an_error_of_configure_optimizers_is_the_users_own(tmp_path: Path) -> None:
+    class Wrong(Net):
+        def configure_optimizers(self) -> Any:
+            raise KeyError(len(list(self.parameters())))
+
+    with pytest.raises(KeyError, match="8"):  # of the first call, with adapters
+        fitted(tmp_path, model := Wrong())
+    assert not hasattr(model.net[0], "lora_A")
+
+
+class TwoStages(L.LightningModule):
+    """A GAN whose later fit leaves the discriminator out."""
+
+    stage: tuple[str, ...] = ("net", "critic")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.critic = layers(6, 8, 6), layers(6, 8, 1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            loss = self.critic(self.net(batch)).square().mean() + (self.critic(batch) - 1).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(getattr(self, name).parameters(), lr=0.02) for name in self.stage]
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_path: Path, merge: Any) -> None:
+    model = fitted(tmp_path, TwoStages(), merge=merge)
+    before = model.critic(torch.ones(6))
+    model.stage = ("net",)
+    model = fitted(tmp_path, model, merge=False)
+    torch.testing.assert_close(model.critic(torch.ones(6)), before)
+    assert learned(model) == {"net.0", "net.1", "critic.0", "critic.1"}
+    assert not any(p.requires_grad for p in model.critic.parameters())
+    model.stage = ("net", "critic")
+    model = fitted(tmp_path, model)
+    assert not torch.allclose(model.critic(torch.ones(6)), before, atol=1e-3)
+
+
+# Gradients of frozen weights
+
+
+class Checkpoint(torch.autograd.Function):
+    """Of latent diffusion: its backward pass asks for the gradients of all weights."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *weights: Tensor) -> Any:
+        ctx.run, ctx.inputs = run, (x.detach().requires_grad_(), *weights)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with torch.enable_grad():
+            output = ctx.run(ctx.inputs[0])
+        return None, *torch.autograd.grad(output, ctx.inputs, gradients, allow_unused=True)
+
+
+class Checkpointed(Net):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        output: Any = Checkpoint.apply(self.net, batch, *self.net.parameters())
+        return (output - batch.flip(1)).square().mean()
+
+
+def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(tmp_path: Path) -> None:
+    own = torch.autograd.grad
+    through, plain = fitted(tmp_path, Checkpointed()), fitted(tmp_path, Net())
+    torch.testing.assert_close(state(through), state(plain))
+    assert torch.autograd.grad is own
+
+
+class Adaptive(Net):
+    """Of VQGAN: a weight of the loss is a gradient of the last layer."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        output, last = self.net(batch), self.net[-1].weight
+        loss, other = (output - batch.flip(1)).square().mean(), output.mean()
+        sizes = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (loss, other)]
+        return loss + other * (sizes[0] / sizes[1]).detach()
+
+
+def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ll.TargetError, match=r"modules_to_save=\['net.1'\]"):
+        fitted(tmp_path, Adaptive())
+    fitted(tmp_path, Adaptive(), modules_to_save=["net.1"])
+
+
+# Networks beside those that train
+
+
+class Perceptual(Net):
+    """Of latent diffusion's autoencoder: a frozen network in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.vgg = layers(6, 8, 8, 8, 8, 6), layers(6, 4, 4).requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.vgg(self.net(batch)) - self.vgg(batch.flip(1))).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    validation_step = test_step = training_step  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge: Any) -> None:
+    model, callback = Perceptual(), L.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="loss", save_last=True)
+    t = trainer(tmp_path, [lora(merge=merge), callback], max_epochs=2)
+    vgg = state(model.vgg)
+    t.fit(model, numbers(), numbers())
+    for path in (None, "best", "last"):
+        t.test(model, numbers(), ckpt_path=path, verbose=False)
+        t.validate(model, numbers(), ckpt_path=path, verbose=False)
+    for path in (None, tmp_path / "last.ckpt"):
+        trainer(tmp_path, [lora(merge=merge)], max_epochs=3).fit(model, numbers(), ckpt_path=path)
+    torch.testing.assert_close(state(model.vgg), vgg, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_network_stands_beside_adapters(tmp_path: Path) -> None:
+    model = Perceptual()
+    model.vgg = torch.jit.script(model.vgg)
+    assert len(learned(fitted(tmp_path, model))) == 5
+
+
+# Copies
+
+
+class Student(Net):
+    """Of iBOT and data2vec: a teacher without the mask of its student, and with dropout of adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.net.mask = nn.Parameter(torch.ones(6))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        assert torch.equal(self.teacher(batch), self.teacher(batch))
+        self.teacher.eval()
+        return (self.net(batch * self.net.mask) - self.teacher(batch).detach() - batch.flip(1)).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        own = dict(self.net.named_parameters())
+        for name, p in self.teacher.named_parameters():
+            p.data.lerp_(own[name].data, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
+def test_a_teacher_without_all_parameters_of_its_student_follows(tmp_path: Path) -> None:
+    model = fitted(tmp_path, Student(), dropout=0.5)
+    assert learned(model) == {"net.0", "net.1", "teacher.0", "teacher.1"}
+
+
+@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
+def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path) -> None:
+    class Averaged(Net):  # by ema_pytorch
+        def __init__(self) -> None:
+            super().__init__()
+            self.average = copy.deepcopy(self.net).requires_grad_(False)
+            self.known = {name for name, _ in self.net.named_parameters()}
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            own = dict(self.net.named_parameters())
+            for name in self.known:
+                self.average.get_parameter(name).data.lerp_(own[name].data, 0.5)
+
+    with pytest.warns(ll.LoRAWarning, match=r"'average' of Averaged copies 'net'.*no code has moved it"):
+        fitted(tmp_path, Averaged())
+
+
+def test_a_copy_whose_original_alone_is_named_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Twins(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    caplog.set_level("INFO")
+    fitted(tmp_path, Twins(), target_modules=r"net\..*")
+    assert "that target_modules leaves out: 'teacher' of 'net'" in caplog.text
+
+
+def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> None:
+    class Momentum(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr, self.slow = 0.02, copy.deepcopy(self.net).requires_grad_(False)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
+                q.data = 0.9 * q.data + 0.1 * p.data
+            return super().training_step(batch, batch_idx)
+
+    model, before = Momentum(), state(Momentum())
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    Tuner(t).lr_find(model, numbers(), num_training=5, update_attr=False)
+    now = state(model)
+    torch.testing.assert_close({name: now[name] for name in before}, before, rtol=0, atol=0)
+
+
+# Whole modules, files and random numbers
+
+
+@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
+def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(tmp_path: Path) -> None:
+    model = Net()
+    model.net[1].bias.requires_grad_(False)  # as the positions of a masked autoencoder
+    with pytest.warns(ll.LoRAWarning, match=r"all of 'net.1', also 'net.1.bias', which Net has frozen"):
+        fitted(tmp_path, model, modules_to_save=["net.1"])
+
+
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_a_module_may_clear_its_checkpoint(tmp_path: Path, key: str | None) -> None:
+    class Clearing(Net):  # of textual inversion, which writes a file of its own
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            for name in [key] if key else list(checkpoint):
+                del checkpoint[name]
+
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    t.fit(Clearing(), numbers())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert "state_dict" not in held
+    assert bool(held) is (key is not None)
+
+
+class Masking(Net):
+    """As transformers' speech models, by numpy's random numbers. And by Python's."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        keep = torch.from_numpy(np.random.rand(6) + np.random.randn(6) < 0.9)  # as they do
+        return super().training_step(batch * keep * random.gauss(1, 0.1), batch_idx)
+
+
+def test_a_resumed_run_goes_on_with_the_random_numbers_of_numpy_and_python(tmp_path: Path) -> None:
+    resumes_to_the_bit(tmp_path, Masking, lora, train=numbers, max_epochs=2)
+
+
+def test_layers_that_are_lazy_although_a_file_gave_their_shapes_are_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
+    with pytest.raises(ll.ConfigError, match=r"'0' of Sequential are lazy.*Run one through the model"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
