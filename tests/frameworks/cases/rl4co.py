@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.frameworks.case import Case, Run, Way, quiet
 
 ENV = TSPEnv(generator_params={"num_loc": 8})
+torch.manual_seed(0)  # the same cities each time
 CITIES = ENV.reset(ENV.generator(batch_size=[8]))
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # to resume: RL4COTrainer.fit has no weights_only
 
