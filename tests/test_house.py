@@ -16,12 +16,12 @@ def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_the_package_has_at_most_16300_lines() -> None:
-    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_300
+def test_the_package_has_at_most_16400_lines() -> None:
+    assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_400
 
 
-def test_the_tests_have_at_most_26500_lines() -> None:
-    assert sum(map(lines_of, Path(__file__).parent.rglob("*.py"))) <= 26_500
+def test_the_tests_have_at_most_24000_lines() -> None:
+    assert sum(map(lines_of, Path(__file__).parent.rglob("*.py"))) <= 24_000
 
 
 def test_no_prefix_of_a_name_is_without_its_dot() -> None:  # the module "enc" is not around "encoder"
