@@ -17,6 +17,8 @@ import lightning_lora as ll
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import state, trainer
 
+TORCHS_OWN = torch.autograd.grad  # before any fit
+
 
 def layers(*sizes: int) -> nn.Sequential:
     """Always the same, with weights that do not look like those of an initialisation."""
@@ -95,7 +97,7 @@ class TwoStages(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.critic = layers(6, 8, 6), layers(6, 8, 1)
+        self.net, self.critic = layers(6, 8, 8, 8, 6), layers(6, 8, 1)
         self.automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -117,7 +119,7 @@ def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_pa
     model.stage = ("net",)
     model = fitted(tmp_path, model, merge=False)
     torch.testing.assert_close(model.critic(torch.ones(6)), before)
-    assert learned(model) == {"net.0", "net.1", "critic.0", "critic.1"}
+    assert {"critic.0", "critic.1"} < learned(model)
     assert not any(p.requires_grad for p in model.critic.parameters())
     model.stage = ("net", "critic")
     model = fitted(tmp_path, model)
@@ -150,10 +152,9 @@ class Checkpointed(Net):
 
 
 def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(tmp_path: Path) -> None:
-    own = torch.autograd.grad
     through, plain = fitted(tmp_path, Checkpointed()), fitted(tmp_path, Net())
     torch.testing.assert_close(state(through), state(plain))
-    assert torch.autograd.grad is own
+    assert torch.autograd.grad is TORCHS_OWN
 
 
 class Adaptive(Net):
@@ -178,9 +179,9 @@ def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path) 
 class Perceptual(Net):
     """Of latent diffusion's autoencoder: a frozen network in the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.net, self.vgg = layers(6, 8, 8, 8, 8, 6), layers(6, 4, 4).requires_grad_(False)
+        self.net, self.vgg = layers(6, *(sizes or (8, 8, 8, 8)), 6), layers(6, 4, 4).requires_grad_(False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = (self.vgg(self.net(batch)) - self.vgg(batch.flip(1))).square().mean()
@@ -192,9 +193,10 @@ class Evaluated(Perceptual):
     validation_step = test_step = Perceptual.training_step
 
 
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (8,)], ids=["at once", "as the first batch shows"])
 @pytest.mark.parametrize("merge", ["last", False])
-def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge: Any) -> None:
-    model, callback = Evaluated(), L.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="loss", save_last=True)
+def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge: Any, sizes: tuple[int]) -> None:
+    model, callback = Evaluated(*sizes), L.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="loss", save_last=True)
     t = trainer(tmp_path, [lora(merge=merge), callback], max_epochs=2)
     vgg = state(model.vgg)
     t.fit(model, numbers(), numbers())
