@@ -313,9 +313,8 @@ def _difference(
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the same pretrained weights as for the "
-            "training, in the module's __init__ (for a Trainer, setup is early enough). New layers and new rows get "
-            "other random values each time, so they must train: modules_to_save, trainable_token_indices. Of a merged "
-            "model, load the base. Fill buffers from data in the module's own setup: files hold those."
+            "training, in the module's __init__ or setup. New layers and rows are random each time, so they must "
+            "train: modules_to_save, trainable_token_indices. Of a merged model, load the base."
         )
     there, now = (" and ".join(dtypes) for dtypes in (fingerprint["dtypes"], here["dtypes"]))
     return (

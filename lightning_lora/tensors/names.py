@@ -130,4 +130,6 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     for plain, value in state.items():
         name = own.get(plain, plain)
         loaded[name] = distributed_as(value, present[name]) if is_dtensor(present.get(name)) else value
-    model.load_state_dict(loaded, strict=strict)
+    values = {id(present[name]): value for name, value in loaded.items() if name in present}
+    shared = {name: values[id(own)] for name, own in present.items() if id(own) in values}  # under all of its names
+    model.load_state_dict({**loaded, **shared}, strict=strict)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import FreshLayerWarning, listed, shortened, warn
-from lightning_lora.layers import adapter_for
+from lightning_lora.layers import LoRATokens, adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, root_of, view_of
@@ -53,6 +53,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_thawed(view)
+    _warn_of_tied(view)
     _warn_of_heads(view)
     _tell_of_exports(view)
     left, share = left_alone(view)
@@ -145,6 +146,20 @@ def _warn_of_thawed(view: View) -> None:
                 f"modules_to_save trains all of {name!r}, also {listed(frozen)}, which {view.title} has frozen "
                 "(requires_grad). To keep these frozen, name the modules beside them in place of it."
             )
+
+
+def _warn_of_tied(view: View) -> None:
+    """Name layers of one kind that have one weight, as encoders of an actor and a critic: each gets its own update."""
+    uses = dict[tuple[int, type], list[str]]()
+    for name, layer in view.layers.items():
+        if not (layer.lora_settings.follows or isinstance(layer, LoRATokens)):
+            for weight in view.weights_of(name):
+                uses.setdefault((id(weight), layer.overlaid[0]), []).append(name)
+    if tied := [names for names in uses.values() if len(names) > 1]:
+        _warn(
+            f"{listed(tied[0])} of {view.title} have one weight, and each gets an update of its own, so that they will "
+            "differ. To keep them one, use one layer in both places, or leave them out (exclude_modules)."
+        )
 
 
 def left_trainable(view: View) -> list[str]:

@@ -215,6 +215,15 @@ def test_a_scripted_network_stands_beside_adapters(tmp_path: Path) -> None:
     assert len(learned(fitted(tmp_path, model))) == 5
 
 
+@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
+def test_layers_that_have_one_weight_are_named(tmp_path: Path) -> None:
+    model = Net()  # as the encoders of an actor and its critic, or of a tied encoder and decoder
+    model.other = layers(6, 8)
+    model.other[0].weight = model.net[0].weight
+    with pytest.warns(ll.LoRAWarning, match=r"'net.0', 'other.0' of Net have one weight"):
+        fitted(tmp_path, model)
+
+
 # Copies
 
 
@@ -241,6 +250,23 @@ class Student(Net):
 def test_a_teacher_without_all_parameters_of_its_student_follows(tmp_path: Path) -> None:
     model = fitted(tmp_path, Student(), dropout=0.5)
     assert learned(model) == {"net.0", "net.1", "teacher.0", "teacher.1"}
+
+
+def test_a_file_of_a_copy_with_two_names_is_loaded_without_a_warning(tmp_path: Path) -> None:
+    class Heads(Net):  # of iBOT: one head has two names, and its copy is moved with rounding
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = copy.deepcopy(self.net).requires_grad_(False)
+            self.other_net, self.other_slow = self.net, self.slow
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
+                q.data = 0.9 * q.data + 0.1 * p.data
+
+    model, again = fitted(tmp_path, Heads()), Heads()
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(again, tmp_path / "a.safetensors")  # a warning would be an error here
+    torch.testing.assert_close(again.other_slow(torch.ones(6)), model.other_slow(torch.ones(6)))
 
 
 @pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")

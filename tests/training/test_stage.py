@@ -303,7 +303,7 @@ def test_the_base_is_what_is_there_when_training_begins(tmp_path: Path, way: str
     ll.load_adapter(other := late_base().to(model.dtype), file)
     ll.merge_adapters(other)
     assert same(state(other), state(model))
-    with pytest.raises(ll.BaseMismatchError, match="setup is early enough"):
+    with pytest.raises(ll.BaseMismatchError, match="in the module's __init__ or setup"):
         ll.load_adapter(LoadsLate().to(model.dtype), file)
     ll.remove_adapters(other)
     ll.unmerge_adapters(model)
