@@ -207,13 +207,13 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
     copies = find_copies(view.modules, view.base, kinds.keys(), still)
     known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
     copies = {n: o for n, o in known.copies.items() if {n, o} <= view.modules.keys()} | copies  # if none trains them
+    stays = tuple(name for name in known.still if not _was_thawed(view, name))
     if not still or not finds or view.config.target_modules not in AUTOMATIC:
-        return Networks(copies=copies).fitting(kinds.keys())
+        return Networks(still=stays, copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
     for name, layer in view.layers.items():
         if not layer.lora_is_fresh():
             still = still - view.weights_of(name)
-    stays = tuple(n for n in known.still if all(p in still for each, p in view.base.items() if is_in_any(each, [n])))
     layers -= {name for name in layers if is_in_any(name, stays)}
     names = Names(view.model)
     beside = names.find("exclude_modules", view.config.exclude_modules)
@@ -224,6 +224,11 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
     return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
 
 
+def _was_thawed(view: View, network: str) -> bool:
+    flags = view.record.requires_grad
+    return any(flags.get(name, True) for name in view.base if is_in_any(name, [network]))
+
+
 def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
 
@@ -231,7 +236,6 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     """
     view = view_of(model)
     still = unheld | {view.base[name] for name in view.frozen_by_user}
-    _warn_of_frozen_since(view)
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found, known = _networks(view, kinds, still), view.adapter.networks
     trained = [n for n, p in view.base.items() if p not in still and view.record.requires_grad.get(n)]
@@ -244,6 +248,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
             layer.lora_follow(layer)  # itself: it keeps what it has learned
         elif layer.lora_settings.follows and not is_in_any(name, copies):
             layer.lora_follow(None)
+    _warn_of_frozen_since(view, rests)
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
@@ -252,10 +257,10 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     return rests
 
 
-def _warn_of_frozen_since(view: View) -> None:
+def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
     """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
     since, learned = view.record.frozen_since, [n for n, layer in view.layers.items() if not layer.lora_is_fresh()]
-    frozen = [name for name in learned if since.issuperset(_weights(name, view.layers[name]))]
+    frozen = [n for n in learned if n not in rests and since.issuperset(_weights(n, view.layers[n]))]
     since.clear()
     if 0 < len(frozen) < len(view.layers):
         warn(
@@ -315,7 +320,8 @@ def follow_originals(view: View) -> None:
     """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
     for name, layer in view.layers.items():
         original = view.layers.get(view.adapter.networks.original_of(name) or "")
-        if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):
+        began = view.adapter.is_trained or not layer.lora_is_fresh()  # a layer that has learned may rest
+        if original is not None or (layer.lora_settings.follows and not began):
             layer.lora_follow(original)
 
 

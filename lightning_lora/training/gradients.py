@@ -6,12 +6,14 @@ from functools import partial, wraps
 from inspect import signature
 from itertools import compress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.utils.checkpoint as recompute
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -253,39 +255,52 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
 
     Not while the adapters of ``model`` are disabled: the backward pass would compute the layers with them.
     """
-    _PASSING.append(model)
+    global _own_grad
+    if torch.autograd.grad is not _grad:
+        _own_grad = torch.autograd.grad
+    _PASSING.add(model)
     recompute.CheckpointFunction, torch.autograd.grad = _RequiringGradients, _grad  # type: ignore[misc]
     try:
         yield
     finally:
-        del _PASSING[[each is model for each in _PASSING].index(True)]
+        _PASSING.discard(model)
         if not _PASSING:
-            recompute.CheckpointFunction, torch.autograd.grad = _OWN, _OWN_GRAD  # type: ignore[misc]
+            recompute.CheckpointFunction, torch.autograd.grad = _OWN, _own_grad  # type: ignore[misc]
 
 
 _OWN = recompute.CheckpointFunction
-_OWN_GRAD = torch.autograd.grad
-_PASSING: list[nn.Module] = []
+_own_grad = torch.autograd.grad
+_PASSING: "WeakSet[nn.Module]" = WeakSet()
 """The models of the open contexts. The functions are torch's own again when none is left."""
 
 
-@wraps(_OWN_GRAD)
+@wraps(_own_grad)
 def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Return no gradient of a frozen weight, as of one that is unused: the checkpoints of latent diffusion ask so."""
-    asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    asked: Any = (inputs,)
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | dict | GradientEdge):
+        asked = inputs = tuple(inputs)
     frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in asked]
-    if not any(frozen):
-        return _OWN_GRAD(outputs, inputs, *args, **kwargs)
-    if not signature(_OWN_GRAD).bind(outputs, asked, *args, **kwargs).arguments.get("allow_unused"):
-        held = set(map(id, compress(asked, frozen)))
-        names = [name for model in _PASSING for name, p in View(model).base.items() if id(p) in held]
-        raise TargetError(
-            f"autograd.grad asks for gradients of {listed(names) or 'weights'}, which are frozen. Train their layers "
-            f"in full: modules_to_save={list(dict.fromkeys(map(owner_of, names)))}."
-        )
-    left = [p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen]
-    found = iter(_OWN_GRAD(outputs, left, *args, **kwargs) if left else ())
-    return tuple(None if is_frozen else next(found) for is_frozen in frozen)
+    how = signature(_own_grad).bind(outputs, inputs, *args, **kwargs).arguments if any(frozen) else {}
+    if how.get("allow_unused"):
+        left = tuple(p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen)
+        found = iter(_own_grad(outputs, left, *args, **kwargs) if left else ())
+        zeros: Any = torch.zeros_like if how.get("materialize_grads") else lambda _: None
+        return tuple(zeros(p) if is_frozen else next(found) for p, is_frozen in zip(asked, frozen, strict=True))
+    if torch.is_grad_enabled() and any(frozen):
+        _refuse_frozen(set(map(id, compress(asked, frozen))))
+    return _own_grad(outputs, inputs, *args, **kwargs)
+
+
+def _refuse_frozen(asked: Set[int]) -> None:
+    """Refuse a gradient of weights that would train without adapters."""
+    for view in map(View, _PASSING):
+        names = [name for name, p in view.frozen.items() if id(p) in asked and view.record.requires_grad.get(name)]
+        if names:
+            raise TargetError(
+                f"autograd.grad asks for gradients of {listed(names)} of {view.title}, which are frozen. Train their "
+                f"layers in full: modules_to_save={list(dict.fromkeys(owner_of(name) or name for name in names))}."
+            )
 
 
 class _RequiringGradients(_OWN):

@@ -31,7 +31,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer in optimizers:
         unsplit(optimizer)
     view = view_of(model)
-    if rests := settle(model, _unheld(view, optimizers)):
+    rests = settle(model, _unheld(view, optimizers))
+    if rests:
         rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
     view = view_of(model)
     scales = scales_in(view, lr_scale)
@@ -43,7 +44,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     built = list(map(_built_groups, optimizers))
     chosen = _held(chain(*built))
     edited = [_edit(groups, followers, chosen) for groups in built]
-    _place_rest(view, edited)  # adapters stay where the user has put them, and the number of groups stays
+    _place_rest(view, edited, rests)  # adapters stay where the user has put them, and the number of groups stays
     for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
         if not any(after):
             title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"
@@ -141,11 +142,16 @@ def _edit(groups: list[Params], followers: Mapping[nn.Parameter, Params], chosen
     return edited
 
 
-def _place_rest(view: View, edited: list[list[Params]]) -> None:
-    """Put trained parameters that are in no optimizer into the only group. Refuse if there is not exactly one."""
+def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> None:
+    """Put trained parameters that are in no optimizer into the only group. Refuse if there is not exactly one.
+
+    But not those of networks that rest.
+    """
+    idle = _networks(rests) if rests else []
     groups = list(chain(*edited))
     placed = _held(groups)
-    rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}
+    trained = {name: p for name, p in named_parameters(view.model).items() if not is_in_any(name, idle)}
+    rest = {name: p for name, p in trained.items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
         if told := [name for name in rest if not is_in_any(name, view.adapter.networks.below)]:

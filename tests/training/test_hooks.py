@@ -126,7 +126,7 @@ def test_a_file_without_them_loads_where_setup_fills_the_same(tmp_path: Path) ->
     again, t = fit(tmp_path, lora(merge=False), model=Scaled(), ckpt_path=file, max_epochs=2)
     t.save_checkpoint(tmp_path / "b.ckpt")
     restores(tmp_path / "b.ckpt", again, Scaled())
-    says = r"2 of 6 frozen tensors .* 'scale', 'weigh.weight'. .* from data"
+    says = r"2 of 6 frozen tensors .* 'scale', 'weigh.weight'"
     with pytest.raises(ll.BaseMismatchError, match=says):
         loads(Scaled(), file)
     with pytest.raises(ll.BaseMismatchError, match=says):

@@ -5,7 +5,7 @@ These are before a checkpoint is loaded, after the optimizers are built, and whe
 
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -156,17 +156,25 @@ class LoRAStrategy(Strategy, InPlace):
             freeze(view_of(self.lora_module))  # also the norms that sync_batchnorm has made
 
     def lora_build(self, build: Callable[[], Any]) -> Any:
-        """Run the user's ``configure_optimizers``, once more without adapters if it fails: minGPT's knows all names."""
+        """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
+        view = view_of(self.lora_module)
         try:
             return build()
         except Exception as error:
-            adapters = detach_adapters(view_of(self.lora_module))
-            try:
-                return build()
-            except Exception:
-                raise error from None
-            finally:
-                attach_adapters(View(self.lora_module), adapters)
+            if not any(name in str(error) for name in view.adapters):
+                raise
+            own_error: Exception | None = error
+        adapters = detach_adapters(view)
+        try:
+            with suppress(Exception):
+                built = build()
+                if all(group["params"] for optimizer in self.optimizers for group in optimizer.param_groups):
+                    own_error = None  # otherwise, one of its groups is for adapters
+        finally:
+            attach_adapters(View(self.lora_module), adapters)
+        if own_error is not None:
+            raise own_error
+        return built
 
     # Load
 
