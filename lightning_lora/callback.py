@@ -23,7 +23,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, check_followed, check_learned, gradients_pass
+from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
@@ -268,8 +268,8 @@ class LoRACallback(Callback):
         self._stage.dropout.end_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop watching gradients, and copies."""
-        check_followed(pl_module, self._feeding.have_run)
+        """Stop watching gradients."""
+        tell_of_unmoved(pl_module)
         self._end_training()
 
     def _end_training(self) -> None:

@@ -204,11 +204,12 @@ def _weights(name: str, layer: LoRALayer) -> list[str]:
 
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
     """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
-    copies = find_copies(view.modules, view.base, kinds.keys(), still)
+    finds = finds and view.config.target_modules in AUTOMATIC
+    copies = find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds)
     known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
     copies = {n: o for n, o in known.copies.items() if {n, o} <= view.modules.keys()} | copies  # if none trains them
     stays = tuple(name for name in known.still if not _was_thawed(view, name))
-    if not still or not finds or view.config.target_modules not in AUTOMATIC:
+    if not still or not finds:
         return Networks(still=stays, copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
     for name, layer in view.layers.items():

@@ -21,6 +21,7 @@ from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import version_of
+from lightning_lora.targets.lookup import has_forward
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
@@ -111,7 +112,7 @@ def _own_values(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
             continue
         owner = owner_of(name)
         around = view.modules[owner_of(owner)]
-        if isinstance(around, nn.MultiheadAttention) or type(view.modules[owner]).forward is nn.Module.forward:
+        if isinstance(around, nn.MultiheadAttention) or not has_forward(view.modules[owner]):
             owner = owner_of(owner)  # the module around it reads its tensors
         for key, value in values.items():
             found.setdefault(view.modules[owner], {}).setdefault(key, {})[name.removeprefix(f"{owner}.")] = value

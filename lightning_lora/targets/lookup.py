@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -174,10 +175,15 @@ def is_computed(layer: nn.Module) -> bool:
 
 def own_matrices(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
-    if not name or adapter_for(layer) or is_computed(layer) or type(layer).forward is nn.Module.forward:
+    if not name or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
         return []
     held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point()}
     return [join(name, leaf) for leaf, p in held.items() if p.dim() == 2 or (p.dim() == 3 and len(p) > 1)]
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module's own Python code reads its parameters: not a container's, nor a scripted module's."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def class_of(layer: nn.Module) -> str:

@@ -119,11 +119,16 @@ def _size(names: Iterable[str], weights: Weights) -> int:
 
 
 def find_copies(
-    modules: Mapping[str, nn.Module], base: Mapping[str, nn.Parameter], layers: Set[str], still: Set[nn.Parameter]
+    modules: Mapping[str, nn.Module],
+    base: Mapping[str, nn.Parameter],
+    layers: Set[str],
+    still: Set[nn.Parameter],
+    *,
+    may_lack: bool = False,
 ) -> dict[str, str]:
     """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own.
 
-    ``layers`` get adapters: those of the copy may be missing if it stands beside its original.
+    A copy ``may_lack`` parameters, such as a mask: not where the user names layers, which are then to train.
     """
     if not still:
         return {}
@@ -139,12 +144,10 @@ def find_copies(
             continue  # of a network that stands still, single layers say nothing
         inside = [layer.removeprefix(name) for layer in layers if is_in_any(layer, [name])]
         originals = [each for each in held if each in trains and any(each + layer in layers for layer in inside)]
-        if not inside:
-            adapted = set[str]().union(*map(starts_of, layers))
-            originals = [each for each in adapted & trains if owner_of(each) == owner_of(name)]
-        for original in sorted(originals, key=list(found.values()).count):
+        for original in sorted(originals if inside else (), key=list(found.values()).count):
             is_same = _own_class(modules[original]) is _own_class(modules[name])
-            if is_same and _are_alike(held[name], held[original]):
+            is_whole = held[name].keys() == held[original].keys() or may_lack
+            if is_same and is_whole and _are_alike(held[name], held[original]):
                 found[name] = original
                 break
     return found
@@ -155,7 +158,7 @@ def _own_class(module: nn.Module) -> type:
 
 
 def _are_alike(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
-    """Whether one network has names and shapes of the other, and nearly the same weights. A teacher may lack a mask."""
+    """Whether one network has names and shapes of the other, and nearly the same weights."""
     if not one.keys() <= other.keys() or any(p.shape != other[name].shape for name, p in one.items()):
         return False
     products = squares = 0.0

@@ -10,7 +10,7 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
-from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed
+from lightning_lora.targets.lookup import AUTOMATIC, Names, has_forward, is_computed
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.names import held_parameter, starts_of, submodule
@@ -116,7 +116,7 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
         return f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
     if len(shape) not in (2, 3) or not names.parameters[name].is_floating_point():
         return f"it is {shape}, {names.parameters[name].dtype}, neither a matrix nor a stack of matrices"
-    if type(holder).forward is nn.Module.forward:
+    if not has_forward(holder):
         return f"its {type(holder).__name__} has no forward of its own, so other code reads it"
     return None
 

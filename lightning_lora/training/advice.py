@@ -38,6 +38,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     view = view_of(model)
     if aloud:
         _tell_of_networks(view)
+        _warn_of_thawed(view)
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -52,7 +53,6 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     elif fresh.random:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
-    _warn_of_thawed(view)
     _warn_of_tied(view)
     _warn_of_heads(view)
     _tell_of_exports(view)
@@ -67,19 +67,11 @@ def _tell_of_networks(view: View) -> None:
     """Name networks that stand still, and copies."""
     if still := view.adapter.networks.still:
         rank_zero_info(left_still(still, view.title))
-    adapted = set[str]().union(*map(starts_of, view.layers))
-    follow, stay = list[str](), list[str]()
-    for name, original in view.adapter.networks.copies.items():
-        (follow if name in adapted else stay).append(f"{name!r} of {original!r}")
-    if follow:
+    if copies := view.adapter.networks.copies:
+        pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
         rank_zero_info(
-            f"Copies in {view.title}: {', '.join(follow)}. A copy gets the same adapters, for other code to move. If "
-            "that uses lerp_, frozen weights stay as they are; files hold whole weights that change."
-        )
-    if stay:
-        rank_zero_info(
-            f"Copies in {view.title} that target_modules leaves out: {', '.join(stay)}. They get no adapters, and do "
-            "not follow. If other code moves them, name their layers too."
+            f"Copies in {view.title}: {pairs}. A copy gets the same adapters, for other code to move. If that uses "
+            "lerp_, frozen weights stay as they are; files hold whole weights that change."
         )
 
 
@@ -139,7 +131,8 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 def _warn_of_thawed(view: View) -> None:
     """Name weights that ``modules_to_save`` trains, though the module has them frozen beside others that train."""
     for name, module in view.modules.items():
-        held = [each for each in view.trained if is_in_any(each, [name])] if module in view.saved else []
+        trained = [each for each, p in view.trained.items() if p.requires_grad]  # not numbers of other kinds
+        held = [each for each in trained if is_in_any(each, [name])] if module in view.saved else []
         frozen = [each for each in held if view.record.requires_grad.get(each) is False]
         if frozen and len(frozen) < len(held):
             _warn(

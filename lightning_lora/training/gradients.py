@@ -153,20 +153,19 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
         )
 
 
-def check_followed(model: nn.Module, have_run: Set[str]) -> None:
-    """Warn of an average that has not followed. A reference does not either, but has run in training steps."""
+def tell_of_unmoved(model: nn.Module) -> None:
+    """Name copies that no code has moved after originals that have learned: an average should have followed."""
     view = view_of(model)
-    moved = {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
+    moved, unmoved = {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}, list[str]()
     for name, original in view.adapter.networks.copies.items():
-        inside = {each for each in view.layers if is_in_any(each, [name])}
-        has_learned = any(is_in_any(each, [original]) for each in moved)
-        if inside and has_learned and moved.isdisjoint(inside) and name not in have_run:
-            warn(
-                f"{name!r} of {view.title} copies {original!r}, which has learned, and no code has moved it: it "
-                "computes what it did before. If it is an average, its code may look for parameters by the names they "
-                "had before the fit, as ema_pytorch does. Make it in on_fit_start, or use Lightning's "
-                "EMAWeightAveraging."
-            )
+        if any(is_in_any(each, [original]) for each in moved) and not any(is_in_any(each, [name]) for each in moved):
+            unmoved.append(f"{name!r} of {original!r}")
+    if unmoved:
+        rank_zero_info(
+            f"Copies in {view.title} that no code has moved: {', '.join(unmoved)}. They compute what they did before. "
+            "If one is an average that has begun, its code may look for parameters by the names they had before the "
+            "fit, as ema_pytorch does: make it in on_fit_start, or use Lightning's EMAWeightAveraging."
+        )
 
 
 class Feeding:
@@ -181,11 +180,10 @@ class Feeding:
         self.found, self.have_run = set[int](), set[str]()
         trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
         self.hooks = list[RemovableHandle]()
-        noted = (*self.below, *view.adapter.networks.copies)
         for name, layer in view.layers.items():
-            network = next((each for each in noted if is_in_any(name, [each])), "")
+            network = next((each for each in self.below if is_in_any(name, [each])), "")
             if network:
-                self.below.get(network, set()).update(map(id, layer.lora_trained()))
+                self.below[network].update(map(id, layer.lora_trained()))
                 self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
             elif layer.lora_trained():
                 trains.add(layer)

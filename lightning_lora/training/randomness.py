@@ -45,6 +45,8 @@ def _states_here(trainer: Trainer) -> dict[str, Tensor]:
     device, states = trainer.strategy.root_device, {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if np.random.get_state(legacy=False)["bit_generator"] != "MT19937":  # the user has set another one
+        return states
     _, keys, *rest = np.random.get_state(legacy=True)
     _, numbers, last = random.getstate()
     packed = _OTHERS.pack(*map(int, keys), *rest, *numbers, math.nan if last is None else last)

@@ -208,14 +208,22 @@ def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge
     torch.testing.assert_close(state(model.vgg), vgg, rtol=0, atol=0)
 
 
+class Scripted(Perceptual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vgg = torch.jit.script(self.vgg)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_a_scripted_network_stands_beside_adapters(tmp_path: Path) -> None:
-    model = Perceptual()
-    model.vgg = torch.jit.script(model.vgg)
-    assert len(learned(fitted(tmp_path, model))) == 5
+    assert len(learned(fitted(tmp_path, Scripted()))) == 5
+    for options in ({"target_modules": ["net.0"]}, {"modules_to_save": ["vgg"]}):
+        assert "net.0" in learned(fitted(tmp_path, Scripted(), **options))
+    with pytest.raises(ll.TargetError, match=r"'vgg.0.weight', but its RecursiveScriptModule has no forward"):
+        ll.inject_adapters(Scripted(), ll.LoRAConfig(target_parameters=["vgg.0.weight"]))
 
 
-@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning", "ignore::lightning_lora.DeadAdapterWarning")
 def test_layers_that_have_one_weight_are_named(tmp_path: Path) -> None:
     model = Net()  # as the encoders of an actor and its critic, or of a tied encoder and decoder
     model.other = layers(6, 8)
@@ -269,8 +277,7 @@ def test_a_file_of_a_copy_with_two_names_is_loaded_without_a_warning(tmp_path: P
     torch.testing.assert_close(again.other_slow(torch.ones(6)), model.other_slow(torch.ones(6)))
 
 
-@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
-def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path) -> None:
+def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Averaged(Net):  # by ema_pytorch
         def __init__(self) -> None:
             super().__init__()
@@ -282,19 +289,26 @@ def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path) -> No
             for name in self.known:
                 self.average.get_parameter(name).data.lerp_(own[name].data, 0.5)
 
-    with pytest.warns(ll.LoRAWarning, match=r"'average' of Averaged copies 'net'.*no code has moved it"):
-        fitted(tmp_path, Averaged())
+    caplog.set_level("INFO")
+    fitted(tmp_path, Averaged())
+    assert "Copies in Averaged that no code has moved: 'average' of 'net'." in caplog.text
 
 
-def test_a_copy_whose_original_alone_is_named_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Twins(Net):
+def test_who_names_the_layers_of_a_network_trains_them_though_it_is_like_another(tmp_path: Path) -> None:
+    class Control(Net):  # of ControlNet, by a copy with one more parameter
         def __init__(self) -> None:
             super().__init__()
-            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+            self.control = copy.deepcopy(self.net)
+            self.control.hint = nn.Parameter(torch.ones(6))
+            self.net.requires_grad_(False)
 
-    caplog.set_level("INFO")
-    fitted(tmp_path, Twins(), target_modules=r"net\..*")
-    assert "that target_modules leaves out: 'teacher' of 'net'" in caplog.text
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (self.net(batch) + self.control(batch * self.control.hint) - batch.flip(1)).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+    assert learned(fitted(tmp_path, Control(), target_modules=["net.0", "control.0"])) == {"net.0", "control.0"}
 
 
 def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> None:
@@ -351,6 +365,16 @@ class Masking(Net):
 
 def test_a_resumed_run_goes_on_with_the_random_numbers_of_numpy_and_python(tmp_path: Path) -> None:
     resumes_to_the_bit(tmp_path, Masking, lora, train=numbers, max_epochs=2)
+
+
+@pytest.mark.filterwarnings("ignore:get_state and legacy:RuntimeWarning")  # from Lightning
+def test_a_fit_saves_whatever_draws_numpys_numbers(tmp_path: Path) -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        resumes_to_the_bit(tmp_path, Net, lora, train=numbers, max_epochs=2)
+    finally:
+        np.random.set_bit_generator(before)
 
 
 def test_layers_that_are_lazy_although_a_file_gave_their_shapes_are_refused() -> None:

@@ -109,9 +109,6 @@ def between(module: Towers, *, one: bool, other: bool) -> Towers:
     return module
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*no code has moved it:lightning_lora.LoRAWarning"
-)  # in its own fit, nothing should
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # one network runs alone
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("merge", [False, "last"])
