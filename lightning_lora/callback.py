@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.errors import ConfigError, LoRAError, listed
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
@@ -21,7 +21,7 @@ from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
+from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
 from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
@@ -212,7 +212,8 @@ class LoRACallback(Callback):
         """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
         advise(pl_module, aloud=trainer.is_global_zero)
         if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
-            tell_of_new(pl_module)
+            name, *beside = view_of(pl_module).record.adapters
+            rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         if "lr_scale" not in self.given and self.lr_scale == 1:
             advise_rates(pl_module, trainer.optimizers)
         if trainer.is_global_zero:

@@ -171,9 +171,8 @@ class LoRAConfig:
         names = [field.name for field in dataclasses.fields(self)]
         left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]
         taken = dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
-        if "exclude_modules" in given or taken.target_modules != stored.target_modules:
-            return taken
-        return taken.excluding(stored.exclude_modules)
+        is_alike = "exclude_modules" not in given and taken.target_modules == stored.target_modules
+        return taken.excluding(stored.exclude_modules) if is_alike else taken
 
     def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
         """Leave out what another pattern for ``exclude_modules`` matches, too."""

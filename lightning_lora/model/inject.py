@@ -177,7 +177,8 @@ def _note_flags(view: View) -> None:
     copied = [n for n, layer in view.layers.items() if n not in view.recorded and any(_flags(layer))]
     known |= {n: True for n in view.base if is_in_any(n, copied)}  # the base was frozen by us
     for name, layer in view.layers.items() if view.adapter.is_trained else ():
-        if name in view.recorded and not any(_trainable(layer)):
+        trained = layer.lora_trained() if name in view.recorded else []
+        if trained and not any(p.requires_grad for p in trained):
             view.record.were_set({n: False for n in _weights(name, layer) if known.get(n)})
     note_frozen(view)
 
@@ -194,10 +195,6 @@ def _flags(layer: LoRALayer) -> list[bool]:
     return [p.requires_grad for p in layer.lora_parameters().values()]
 
 
-def _trainable(layer: LoRALayer) -> list[bool]:
-    return [p.requires_grad for p in layer.lora_trained()] or [True]
-
-
 def _weights(name: str, layer: LoRALayer) -> list[str]:
     return [join(name, weight) for weight in layer.lora_weights()]
 
@@ -208,7 +205,8 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
     copies = find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds)
     known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
     copies = {n: o for n, o in known.copies.items() if {n, o} <= view.modules.keys()} | copies  # if none trains them
-    stays = tuple(name for name in known.still if not _was_thawed(view, name))
+    thawed = [name for name in view.base if known.still and view.record.requires_grad.get(name, True)]
+    stays = tuple(network for network in known.still if not any(is_in_any(name, [network]) for name in thawed))
     if not still or not finds:
         return Networks(still=stays, copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
@@ -223,11 +221,6 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
         view.modules, view.base, layers, still, beside=beside, copies=copies, untrained=lambda: find_fresh(view).new
     )
     return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
-
-
-def _was_thawed(view: View, network: str) -> bool:
-    flags = view.record.requires_grad
-    return any(flags.get(name, True) for name in view.base if is_in_any(name, [network]))
 
 
 def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:

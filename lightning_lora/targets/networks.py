@@ -22,6 +22,8 @@ and segmentation. The last blocks of some are as small, but have names like thos
 _SAME = 0.9
 """The cosine between a copy's weights and the original's. An average lags behind; other networks have about 0."""
 
+Modules = Mapping[str, nn.Module]
+Parameters = Mapping[str, nn.Parameter]
 Weights = Mapping[str, list[nn.Parameter]]  # the matrices of each module
 
 
@@ -59,8 +61,8 @@ def is_in_any(name: str, modules: Iterable[str]) -> bool:
 
 
 def find_networks(
-    modules: Mapping[str, nn.Module],
-    base: Mapping[str, nn.Parameter],
+    modules: Modules,
+    base: Parameters,
     layers: Set[str],
     still: Set[nn.Parameter],
     *,
@@ -119,17 +121,9 @@ def _size(names: Iterable[str], weights: Weights) -> int:
 
 
 def find_copies(
-    modules: Mapping[str, nn.Module],
-    base: Mapping[str, nn.Parameter],
-    layers: Set[str],
-    still: Set[nn.Parameter],
-    *,
-    may_lack: bool = False,
+    modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], *, may_lack: bool = False
 ) -> dict[str, str]:
-    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own.
-
-    A copy ``may_lack`` parameters, such as a mask: not where the user names layers, which are then to train.
-    """
+    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own."""
     if not still:
         return {}
     trains = set[str]().union(*(starts_of(owner_of(name)) for name, p in base.items() if p not in still))
@@ -146,7 +140,7 @@ def find_copies(
         originals = [each for each in held if each in trains and any(each + layer in layers for layer in inside)]
         for original in sorted(originals if inside else (), key=list(found.values()).count):
             is_same = _own_class(modules[original]) is _own_class(modules[name])
-            is_whole = held[name].keys() == held[original].keys() or may_lack
+            is_whole = may_lack or held[name].keys() == held[original].keys()  # a teacher may lack a mask
             if is_same and is_whole and _are_alike(held[name], held[original]):
                 found[name] = original
                 break
@@ -157,7 +151,7 @@ def _own_class(module: nn.Module) -> type:
     return module.overlaid[1] if isinstance(module, InPlace) else type(module)
 
 
-def _are_alike(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
+def _are_alike(one: Parameters, other: Parameters) -> bool:
     """Whether one network has names and shapes of the other, and nearly the same weights."""
     if not one.keys() <= other.keys() or any(p.shape != other[name].shape for name, p in one.items()):
         return False

@@ -75,12 +75,6 @@ def _tell_of_networks(view: View) -> None:
         )
 
 
-def tell_of_new(model: LightningModule) -> None:
-    """Tell that a fit begins a new adapter beside others: its name may be mistyped."""
-    name, *others = view_of(model).record.adapters
-    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.")
-
-
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
     """Tell of a learning rate from full fine-tuning that is low for adapters."""
     like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]

@@ -143,10 +143,7 @@ def _edit(groups: list[Params], followers: Mapping[nn.Parameter, Params], chosen
 
 
 def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> None:
-    """Put trained parameters that are in no optimizer into the only group. Refuse if there is not exactly one.
-
-    But not those of networks that rest.
-    """
+    """Put trained parameters that are in no optimizer into the only group, or refuse. Those of ``rests`` are not meant."""
     idle = _networks(rests) if rests else []
     groups = list(chain(*edited))
     placed = _held(groups)

@@ -53,17 +53,6 @@ def _states_here(trainer: Trainer) -> dict[str, Tensor]:
     return {**states, "others": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
 
 
-def _set_state(name: str, state: Tensor, device: torch.device) -> None:
-    if name == "cpu":
-        torch.set_rng_state(state)
-    elif name == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        *values, last = _OTHERS.unpack(bytes(state.tolist()))
-        np.random.set_state(("MT19937", np.array(values[:624], dtype=np.uint32), *values[624:627]))
-        random.setstate((3, tuple(values[627:]), None if math.isnan(last) else last))
-
-
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return trainer.strategy.all_gather(state)
@@ -106,4 +95,11 @@ class Resumed:
 
     def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():
-            _set_state(name, state, self.device)
+            if name == "cpu":
+                torch.set_rng_state(state)
+            elif name == "cuda":
+                torch.cuda.set_rng_state(state, self.device)
+            else:
+                *values, last = _OTHERS.unpack(bytes(state.tolist()))
+                np.random.set_state(("MT19937", np.array(values[:624], dtype=np.uint32), *values[624:627]))
+                random.setstate((3, tuple(values[627:]), None if math.isnan(last) else last))

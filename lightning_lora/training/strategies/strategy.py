@@ -31,7 +31,6 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
-from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.compatibility import (
     drop_averages,
@@ -145,9 +144,8 @@ class LoRAStrategy(Strategy, InPlace):
         """Show the user's code a trainable base, as it expects."""
         view = view_of(self.lora_module)
         unfreeze(view)
-        for layer in view.layers.values():
-            for name in layer.lora_weights():  # a user's filter must keep the weight: its adapter takes its place
-                weight = own_parameter(layer, name)
+        for name in view.layers:
+            for weight in view.weights_of(name):  # a user's filter must keep it: its adapter takes its place
                 set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
         try:
             yield
