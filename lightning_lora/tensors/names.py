@@ -130,6 +130,6 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     for plain, value in state.items():
         name = own.get(plain, plain)
         loaded[name] = distributed_as(value, present[name]) if is_dtensor(present.get(name)) else value
-    values = {id(present[name]): value for name, value in loaded.items() if name in present}
+    values = {id(present[name]): value for name, value in loaded.items() if isinstance(present.get(name), Tensor)}
     shared = {name: values[id(own)] for name, own in present.items() if id(own) in values}  # under all of its names
-    model.load_state_dict({**loaded, **shared}, strict=strict)
+    model.load_state_dict({**shared, **loaded}, strict=strict)

@@ -124,9 +124,9 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 def _warn_of_thawed(view: View) -> None:
     """Name weights that ``modules_to_save`` trains, though the module has them frozen beside others that train."""
-    for name, module in view.modules.items():
-        trained = [each for each, p in view.trained.items() if p.requires_grad]  # not numbers of other kinds
-        held = [each for each in trained if is_in_any(each, [name])] if module in view.saved else []
+    trained = [name for name, p in view.trained.items() if p.requires_grad]  # not numbers of other kinds
+    for name in filter(view.config.is_saved, view.modules):
+        held = [each for each in trained if is_in_any(each, [name])]
         frozen = [each for each in held if view.record.requires_grad.get(each) is False]
         if frozen and len(frozen) < len(held):
             _warn(

@@ -332,6 +332,31 @@ def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> N
 # Whole modules, files and random numbers
 
 
+class Counter(nn.Module):  # keeps a number, and none at first
+    number: int | None = None
+
+    def get_extra_state(self) -> int | None:
+        return self.number
+
+    def set_extra_state(self, state: int | None) -> None:
+        self.number = state
+
+
+def test_modules_that_keep_nothing_yet_get_each_its_own(tmp_path: Path) -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Counter(), Counter()
+
+        def on_train_end(self) -> None:
+            self.one.number, self.other.number = 1, 2
+
+    model, again = fitted(tmp_path, Counting()), Counting()
+    ll.inject_adapters(again, ll.LoRAConfig(r=2))
+    ll.load_adapter_state_dict(again, ll.adapter_state_dict(model))
+    assert (again.one.number, again.other.number) == (1, 2)
+
+
 @pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
 def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(tmp_path: Path) -> None:
     model = Net()
