@@ -73,7 +73,7 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # for subclasses
-        """Return why this one layer cannot be adapted although its type is supported, or None."""
+        """Return why this one layer cannot be adapted, or None."""
         return None
 
     @staticmethod
@@ -94,7 +94,7 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix, (out, in), or as a stack of such matrices."""
+        """Return a weight as a matrix (out, in), or a stack."""
         return weight
 
     @staticmethod
@@ -103,9 +103,9 @@ class LayerKind(InPlace, nn.Module):
         return matrix.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the update of the output, from the arguments of ``forward``. Dropout was applied to the input before.
+        """Compute the update of the output.
 
-        Optional: without it, the layer runs on W + ΔW, and this is never called.
+        It gets the arguments of ``forward``, after dropout. Optional: without it, the layer runs on W + ΔW.
         """
         raise NotImplementedError
 
@@ -128,9 +128,9 @@ class TransposedKind(LayerKind):
 
 
 class Step:
-    """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of its adapter is in no step."""
+    """Whether a Trainer's training step runs."""
 
-    runs = False
+    runs = False  # while it does, dropout acts in any mode; a copy of the adapter is in no step
 
     def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
         return Step, ()

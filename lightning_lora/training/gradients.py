@@ -268,6 +268,7 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
 
 _OWN = recompute.CheckpointFunction
 _own_grad = torch.autograd.grad
+_ASKING = signature(_own_grad)  # a patch of another library may hide it
 _PASSING: "WeakSet[nn.Module]" = WeakSet()
 """The models of the open contexts. The functions are torch's own again when none is left."""
 
@@ -279,7 +280,7 @@ def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | dict | GradientEdge):
         asked = inputs = tuple(inputs)
     frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in asked]
-    how = signature(_own_grad).bind(outputs, inputs, *args, **kwargs).arguments if any(frozen) else {}
+    how = _ASKING.bind(outputs, inputs, *args, **kwargs).arguments if any(frozen) else {}
     if how.get("allow_unused"):
         left = tuple(p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen)
         found = iter(_own_grad(outputs, left, *args, **kwargs) if left else ())

@@ -90,6 +90,33 @@ def test_an_error_of_configure_optimizers_is_the_users_own(tmp_path: Path) -> No
     assert not hasattr(model.net[0], "lora_A")
 
 
+def test_an_error_that_names_no_adapter_is_not_tried_again(tmp_path: Path) -> None:
+    class Guarded(Net):
+        calls = 0
+
+        def configure_optimizers(self) -> Any:
+            self.calls += 1
+            assert self.calls > 1, "set a rate first"
+            return super().configure_optimizers()
+
+    with pytest.raises(AssertionError, match="set a rate first"):
+        fitted(tmp_path, Guarded())
+
+
+def test_groups_for_adapters_are_not_emptied_by_a_second_try(tmp_path: Path) -> None:
+    class Grouped(Net):  # forgets the magnitudes of DoRA
+        def configure_optimizers(self) -> Any:
+            held = dict(self.named_parameters())
+            fast = [name for name in held if name.endswith(("lora_A", "lora_B"))]
+            slow = [name for name in held if "lora" not in name]
+            assert not held.keys() - {*fast, *slow}, f"left: {held.keys() - {*fast, *slow}}"
+            return torch.optim.AdamW([{"params": [held[name] for name in each]} for each in (fast, slow)], lr=0.02)
+
+    with pytest.raises(AssertionError, match=r"left: .*lora_magnitude"):
+        fitted(tmp_path, Grouped(), use_dora=True)
+    fitted(tmp_path, Grouped())
+
+
 class TwoStages(L.LightningModule):
     """A GAN whose later fit leaves the discriminator out."""
 
@@ -124,6 +151,44 @@ def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_pa
     model.stage = ("net", "critic")
     model = fitted(tmp_path, model)
     assert not torch.allclose(model.critic(torch.ones(6)), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["adapters", "biases too"])
+def test_a_network_that_learned_elsewhere_rests_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = TwoStages()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **options))
+    with torch.no_grad():
+        for p in model.critic.parameters():  # trained by hand
+            if p.requires_grad:
+                p.add_(0.1)
+    before, model.stage = state(model.critic), ("net",)
+    fitted(tmp_path, model, **options)
+    torch.testing.assert_close(state(model.critic), before, rtol=0, atol=0)
+
+
+def test_a_network_that_rests_is_not_said_to_train_on(tmp_path: Path) -> None:
+    model = fitted(tmp_path, TwoStages())
+    model.critic.requires_grad_(False)
+    model.stage = ("net",)
+    fitted(tmp_path, model)  # a warning would be an error here
+
+
+@pytest.mark.filterwarnings("ignore:.*The adapters train on:lightning_lora.LoRAWarning")
+def test_a_network_that_stood_still_does_so_when_all_are_frozen(tmp_path: Path) -> None:
+    model = fitted(tmp_path, Perceptual(), merge="last").requires_grad_(False)
+    vgg = state(model.vgg)
+    model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters(), lr=0.02)
+    torch.testing.assert_close(state(fitted(tmp_path, model, merge="last").vgg), vgg, rtol=0, atol=0)
+
+
+def test_what_a_file_leaves_out_is_adapted_if_the_user_says_so(tmp_path: Path) -> None:
+    ll.save_adapter(fitted(tmp_path, Perceptual()), tmp_path / "a.safetensors")
+    for options, count in (({}, 5), ({"exclude_modules": []}, 7)):
+        model = Perceptual()
+        ll.load_adapter(model, tmp_path / "a.safetensors")
+        model.vgg.requires_grad_(True)
+        model.configure_optimizers = lambda model=model: torch.optim.AdamW(model.parameters(), lr=0.02)
+        assert len(learned(fitted(tmp_path, model, **options))) == count
 
 
 # Gradients of frozen weights
@@ -171,6 +236,37 @@ def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path) 
     with pytest.raises(ll.TargetError, match=r"modules_to_save=\['net.1'\]"):
         fitted(tmp_path, Adaptive())
     fitted(tmp_path, Adaptive(), modules_to_save=["net.1"])
+
+
+class Asking(Net):
+    """Asks for gradients in ways that torch takes, or refuses by an error of its own."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss, last = super().training_step(batch, batch_idx), self.net[-1].weight
+        assert all(
+            g is not None for g in torch.autograd.grad(loss, filter(trains, self.parameters()), retain_graph=True)
+        )
+        how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        assert not torch.autograd.grad(loss, last, **how)[0].any()
+        with torch.no_grad(), pytest.raises(RuntimeError):  # of VQGAN, in a validation
+            torch.autograd.grad(self.net(batch).mean(), last)
+        return loss
+
+
+def trains(p: nn.Parameter) -> bool:
+    return p.requires_grad
+
+
+def test_torchs_own_ways_and_patches_of_its_gradients_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return TORCHS_OWN(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)  # by another library
+    fitted(tmp_path, Asking())
+    assert torch.autograd.grad is counted and calls
 
 
 # Networks beside those that train
