@@ -31,8 +31,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer in optimizers:
         unsplit(optimizer)
     view = view_of(model)
-    rests = settle(model, _unheld(view, optimizers))
-    if rests:
+    if rests := settle(model, _unheld(view, optimizers)):
         rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
     view = view_of(model)
     scales = scales_in(view, lr_scale)

@@ -164,6 +164,7 @@ def test_a_network_that_learned_elsewhere_rests_whole(tmp_path: Path, options: d
     before, model.stage = state(model.critic), ("net",)
     fitted(tmp_path, model, **options)
     torch.testing.assert_close(state(model.critic), before, rtol=0, atol=0)
+    assert not any(p.requires_grad for name, p in model.critic.named_parameters() if "lora" in name)
 
 
 def test_a_network_that_rests_is_not_said_to_train_on(tmp_path: Path) -> None:
@@ -459,6 +460,12 @@ def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(tmp_path: P
     model.net[1].bias.requires_grad_(False)  # as the positions of a masked autoencoder
     with pytest.warns(ll.LoRAWarning, match=r"all of 'net.1', also 'net.1.bias', which Net has frozen"):
         fitted(tmp_path, model, modules_to_save=["net.1"])
+
+
+def test_what_cannot_train_is_not_named(tmp_path: Path) -> None:
+    model = Net()
+    model.net[1].places = nn.Parameter(torch.arange(3), requires_grad=False)
+    fitted(tmp_path, model, modules_to_save=["net.1"])  # a warning would be an error here
 
 
 @pytest.mark.parametrize("key", [None, "state_dict"])
