@@ -155,15 +155,16 @@ def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
 PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]  # by their loss of one seed, a prompt is chosen
 
 
-def best_prompt(results: Results) -> Job:
-    """Return the job of E2E whose prompt has the lowest loss. It has one seed: long prompts take long."""
-    return Job("e2e", ranked(results, PROMPT_JOBS)[0].method, 0.0, epochs=2)
+def best_prompt(results: Results) -> list[Job]:
+    """Return the jobs of E2E whose prompt has the lowest loss, one for each seed."""
+    best = ranked(results, PROMPT_JOBS)[0].method
+    return [Job("e2e", best, 0.0, seed, epochs=2) for seed in results.seeds]
 
 
 def of_e2e(results: Results) -> list[Job]:
     """Return the jobs of E2E: the prompts, the best one, and what is trained."""
     jobs = PROMPT_JOBS + compared(results, "e2e", E2E)
-    return [*jobs, best_prompt(results)] if all(job in results for job in PROMPT_JOBS) else jobs
+    return [*jobs, *best_prompt(results)] if all(job in results for job in PROMPT_JOBS) else jobs
 
 
 def of_few(results: Results) -> list[Job]:

@@ -66,7 +66,7 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
 def written(results: Results) -> str:
     """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
     best, rows = seeds(results, "e2e", "full"), []
-    for jobs in ([best_prompt(results)], *(seeds(results, "e2e", name) for name in E2E)):
+    for jobs in (best_prompt(results), *(seeds(results, "e2e", name) for name in E2E)):
         name = jobs[0].method
         scores = [stats.bleu(items(results[job], "bleu").mean(0)) for job in jobs]
         wrong = np.mean([stats.share(items(results[job], "wrong_slots", "slots").mean(0)) for job in jobs])
@@ -97,7 +97,7 @@ def written(results: Results) -> str:
 
 def prompted(results: Results) -> str:
     """Loss of each prompt on E2E's validation part."""
-    best = best_prompt(results).method
+    best = best_prompt(results)[0].method
     rows = [[job.method, f"{nll(results[job]):.3f}"] for job in PROMPT_JOBS]
     return markdown(["", "loss"], [[name, f"**{each}**" if name == best else each] for name, each in rows])
 
