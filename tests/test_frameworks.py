@@ -1,5 +1,6 @@
 """The page of other frameworks has the facts of its files, and what measures them sees what is wrong."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Plain(Case):
 
 def test_page_has_the_facts_of_the_files() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert "| version |" in page and fill(page) == page
+    assert "| load |" in page and fill(page) == page
+    named = re.findall(r"^## (.*)\n\nRun with \1 [\d.]+\.\n", page, flags=re.MULTILINE)
+    assert {path.stem for path in RESULTS.iterdir()} <= {*named}
 
 
 def test_each_framework_has_a_file_of_its_own() -> None:

@@ -9,19 +9,23 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "frameworks.md"
-OWN = ("own, default", 'own, `save="model"`')
-COLUMNS = ("version", "fit", "moves", "file", "resume", "`load_adapter`", "predictions", *OWN)
+OWN = ("own, default", 'own, save="model"')
+COLUMNS = (*OWN, "resume", "load", "moves", "file")
 WORKS = ("yes", "to rounding")
 
 
 def fill(page: str) -> str:
-    """Return the page with what is between ``<!-- name -->`` and ``<!-- end -->`` made anew."""
+    """Return the page with what is between ``<!-- name -->`` and ``<!-- end -->`` made anew, and with the versions."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     sections = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
     made = {"table": table(found, sections), "not as expected": "\n".join(unexpected(found))}
     for name, text in made.items():
         before, _, after = page.partition(f"<!-- {name} -->")
         page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end -->{after.partition('<!-- end -->')[2]}"
+    for name, result in found.items():
+        if "versions" in result:
+            begin = f"## {name}\n\nRun with {name}"
+            page = re.sub(rf"^{begin} \S+", f"{begin} {result['versions'][name]}.", page, flags=re.MULTILINE)
     return page
 
 
@@ -31,18 +35,18 @@ def table(found: dict[str, Any], sections: list[str]) -> str:
     for name, result in found.items():
         title = f"[{name}](#{name})" if name in sections else name
         if "failed" in result:
-            rows.append([title, "", result["failed"], *[""] * (len(COLUMNS) - 2)])
+            rows.append([title, result["failed"], *[""] * (len(COLUMNS) - 1)])
         for model, facts in result.get("models", {}).items():
-            rows.append([f"{title}: {model}", result["versions"][name], *cells(facts)])
+            rows.append([f"{title}: {model}", *cells(facts)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def cells(facts: dict[str, Any]) -> list[str]:
-    shown = [facts["fit, adapters"], moving(facts), holding(facts), resuming(facts), facts.get("load_adapter")]
+    shown = [resuming(facts), facts.get("load_adapter"), moving(facts), holding(facts)]
     own = facts["own"].values()
     works = [[way.get(kind) == way["plain"] == "yes" for way in own] for kind in ("adapters", "model", "plain")]
     default, whole, plain = map(sum, works)
-    return [*map(short, shown), short(facts.get("predictions")), f"{default} of {plain}", f"{whole} of {plain}"]
+    return [f"{default} of {plain}", f"{whole} of {plain}", *map(short, shown)]
 
 
 def short(fact: str | None) -> str:
