@@ -1,11 +1,12 @@
 """The arguments of LoRA, and their validation."""
 
 import dataclasses
+import functools
 import math
 import re
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -229,7 +230,12 @@ def matches(entry: str, name: str) -> bool:
 
 def matches_pattern(key: str, name: str) -> bool:
     """Whether a pattern's key, a name or an expression, fits a layer."""
-    return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
+    return matches(key, name) or _ending(key).fullmatch(name) is not None
+
+
+@functools.cache  # re itself remembers few
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?(?:{key})")
 
 
 def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
@@ -280,13 +286,13 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ConfigError(f"{name}={_brief(value)} is not valid. Expected one of {', '.join(map(repr, choices))}.")
 
 
-def _check_expression(name: str, expression: str) -> None:
+def _check_expression(name: str, expression: str, compiled: Callable[[str], object] = re.compile) -> None:
     try:
-        re.compile(expression)
+        compiled(expression)
     except (re.error, RecursionError, OverflowError) as error:
+        instead = f", or give a list of names: {name}=[{expression!r}]" if compiled is re.compile else ""
         raise ConfigError(
-            f"{name}={expression!r} is not a regular expression ({error}). "
-            f"Correct it, or give a list of names: {name}=[{expression!r}]."
+            f"{name}={expression!r} is not a regular expression ({error}). Correct it{instead}."
         ) from error
 
 
@@ -310,7 +316,7 @@ def _check_keys(name: str, value: object, values: str) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a dict from names to {values}.")
     for key in value:
-        _check_expression(name, key)
+        _check_expression(name, key, _ending)
 
 
 def _numbers(name: str, value: Any) -> dict[str, Any]:

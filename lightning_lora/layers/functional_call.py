@@ -12,7 +12,7 @@ Made = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 def functional_call(
     module: nn.Module,
-    cls: type,
+    cls: Any,
     weights: Mapping[str, Tensor | None],
     derived: Collection[str],
     *args: Any,
@@ -24,7 +24,8 @@ def functional_call(
     copied back at the end, but for those in ``derived``, which it sets from the weights.
     """
     made: list[Made] = []
-    output = _with_weights(module, cls, weights, made).forward(*args, **kwargs)
+    copy = _with_weights(module, cls, weights, made)
+    output = cls.forward(copy, *args, **kwargs)  # not the instance's, where other code may wrap that of ``module``
     for attributes, before, after in made:
         for name, value in after.items():
             if name not in derived and (name not in before or before[name] is not value):

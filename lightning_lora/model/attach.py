@@ -295,14 +295,18 @@ def _can_train(parameter: nn.Parameter) -> bool:
 def undone_on_error(view: View) -> Iterator[None]:
     """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
     flags = {p: p.requires_grad for p in view.parameters.values()}
-    layers = set(view.layers)
+    adapters = {name: layer._lora_adapter() for name, layer in view.layers.items()}
     norms = {module for module in view.modules.values() if isinstance(module, FrozenNorm)}
     records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
     try:
         yield
     except BaseException:
         view.look_again()
-        detach_adapters(view, view.layers.keys() - layers)
+        for name, layer in view.layers.items():
+            if name not in adapters or layer.lora_step is not adapters[name].step:  # it is a new one
+                layer.lora_detach()
+        lost = [name for name in adapters if not isinstance(view.modules[name], LoRALayer)]
+        attach_adapters(view, {name: adapters[name] for name in lost})
         for module in view.modules.values():
             set_frozen(module, module in norms)
         for p, flag in flags.items():

@@ -127,16 +127,16 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         )
     loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
     loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
-    if loose:
-        attach.detach_adapters(view, loose)
-        view.look_again(config)
-    attach.check_same(view, choices)
-    if finds:
-        _warn_of_lost(view, choices)
-    adapters = _new_adapters(choices)
-    if adapters:
-        _check_not_parallel(model)
     with attach.undone_on_error(view):
+        if loose:
+            attach.detach_adapters(view, loose)
+            view.look_again(config)
+        attach.check_same(view, choices)
+        if finds:
+            _warn_of_lost(view, choices)
+        adapters = _new_adapters(choices)
+        if adapters:
+            _check_not_parallel(model)
         record = records.begin_record(model, config, name)
         record.adapter.networks = found
         attach.attach_adapters(view, adapters)

@@ -154,9 +154,9 @@ def change(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
     follow_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
+    view.check_present()
     if view.record.is_disabled:
         _show_adapter(view)
-    view.check_present()
     record, own = view.record, view.kept
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():

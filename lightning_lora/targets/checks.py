@@ -110,7 +110,7 @@ def _check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choi
         for key in getattr(config, argument) or {}:
             matched[key] = []
             for name, module in meant.items():
-                if matches_pattern(key, name) or matches_pattern(key, module):
+                if any(matches_pattern(key, each) for each in {name, module}):
                     matched[key].append(name)
         _check_matched(names, argument, matched, [*meant, *meant.values()])
         _check_order(names, argument, matched)

@@ -132,7 +132,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, LoRALayer):
         return None
     if kind is None:
-        inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
+        inside = (f"{name}.{inner}" for inner, each in named_modules(layer).items() if inner and adapter_for(each))
         fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
         held = own_matrices(name, layer)
         layers = f" (layers inside it are: {listed(fit)})" if fit else ""

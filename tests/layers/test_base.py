@@ -46,6 +46,17 @@ def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
             assert all(torch.equal(y, expected) for y in pool.map(model, [x] * 400))
 
 
+@pytest.mark.parametrize("name", ["linear", "lstm", "transposed convolution", "experts"])
+def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
+    build, x = LAYERS[name]
+    model = Model(build()).double()
+    inject_adapters(model, config(model))
+    randomise(model)
+    expected, forward = model(x), model[0].forward
+    model[0].forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
+    assert torch.equal(model(x), expected)
+
+
 def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
     class Counts(nn.Linear):
         calls = 0

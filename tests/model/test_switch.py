@@ -89,6 +89,16 @@ def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(call: Any, name
         break
 
 
+def test_a_switch_that_is_refused_still_shows_the_base() -> None:
+    model, outputs = several()
+    switched(model, "de", None)
+    lost, model[2] = model[2], nn.Linear(4, 4)
+    with pytest.raises(ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"):
+        ll.set_adapter(model, "fr")
+    model[2] = lost
+    assert torch.equal(model(X), outputs[None])
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_blocks(merged: bool) -> None:
     model, outputs = several()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import lightning_lora as ll
+from lightning_lora.targets import lookup
 from tests.support.models import LitTiny, TinyLM, same, state
 from tests.targets.test_checks import LETTERS, Table, adapted, letters, net
 
@@ -84,6 +86,15 @@ def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any]
     assert adapted(model, **config) == adapted(model, **config) == expected
     ll.remove_adapters(model)
     assert same(state(model), before)  # a spectral norm, too, which moves whenever its weight is read
+
+
+def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looks = net(last=linear()), Mock(wraps=lookup.adapter_for)
+    for _ in range(12):
+        model = net(inner=model)
+    monkeypatch.setattr(lookup, "adapter_for", looks)
+    adapted(model, target_modules=["last"])
+    assert looks.call_count < 12 * 12 * 3
 
 
 def test_parameters_of_no_layer_train_if_they_are_named() -> None:
