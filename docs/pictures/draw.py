@@ -308,11 +308,12 @@ def behind(name: str, title: str, about: str) -> str:
     return picture(title, bottom + 24, *shapes)
 
 
+INTERVALS = "Lines: 95 % intervals. Hollow: no clear difference"
 PLACES = {
     "full": (0, -12, "middle"),
     "LoRA all, r=16": (-4, -10, ""),
-    "LoRA all, r=8": (4, -10, "end"),
-    "LoRA q v, r=8": (-4, 18, ""),
+    "LoRA all, r=8": (0, 18, "middle"),
+    "LoRA q v, r=8": (-12, 18, ""),
     "BitFit": (4, 18, "end"),
 }
 """Where a name is, from the nearest end of its interval. Others are at the right of their dots."""
@@ -322,7 +323,7 @@ def parameters() -> str:
     """Accuracy against trained parameters."""
     shapes = [
         text(0, 16, "Test accuracy minus full fine-tuning, in points", "ink bold"),
-        text(0, 36, "Film reviews. Lines: 95 % intervals of the difference", "quiet small"),
+        text(0, 36, f"Film reviews. {INTERVALS}", "quiet small"),
         text(235, 346, "trained parameters", "quiet small middle"),
     ]
 
@@ -378,7 +379,6 @@ def rates() -> str:
     return picture("Validation loss against learning rate", 314, *shapes)
 
 
-INTERVALS = "Lines: 95 % intervals. Hollow: no clear difference"
 PICTURES: dict[str, Callable[[], str]] = {
     "mark": lambda: picture("lightning_lora", 40, *mark(2, 2), width=40, larger=1),
     "wordmark": wordmark,
