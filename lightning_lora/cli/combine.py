@@ -9,7 +9,6 @@ examples::
   lightning-lora combine a.ckpt b.ckpt c.ckpt --rank 8 --out sum.safetensors
 """
 
-from pathlib import Path
 from typing import Any
 
 from lightning_lora.storage.offline.combine_files import combine_files
@@ -17,8 +16,8 @@ from lightning_lora.storage.offline.combine_files import combine_files
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("files", type=Path, nargs="+", help="two or more files with adapters")
-    parser.add_argument("--out", type=Path, required=True, help="the new .safetensors file")
+    parser.add_argument("files", nargs="+", help="two or more files with adapters")
+    parser.add_argument("--out", required=True, help="the new .safetensors file")
     parser.add_argument("--weights", type=float, nargs="+", help="one for each file; by default, equal shares of 1")
     parser.add_argument("--rank", type=int, help="the rank of the result; by default, that of the exact sum")
 

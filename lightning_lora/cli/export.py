@@ -10,7 +10,6 @@ examples::
   lightning-lora export last.ckpt lora_folder/ --root unet --format diffusers
 """
 
-from pathlib import Path
 from typing import Any
 
 from lightning_lora.storage.files import export_peft
@@ -20,7 +19,7 @@ from lightning_lora.storage.formats.registry import WRITTEN
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("file", help="a file with adapters")
-    parser.add_argument("folder", type=Path, help="the folder to write the files into")
+    parser.add_argument("folder", help="the folder to write the files into")
     parser.add_argument("--root", help="the module that the reader has; by default, the one model inside")
     parser.add_argument("--format", choices=tuple(WRITTEN), default="peft", help="whose files to write")
     parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")

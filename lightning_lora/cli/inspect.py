@@ -11,7 +11,7 @@ examples::
 """
 
 import json
-from pathlib import Path
+from os import SEEK_END
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lightning_lora.functional.subspace import directions, effective_rank
+from lightning_lora.storage.disk import opened
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import fitting_console, grouped, layer_table
@@ -42,9 +43,11 @@ def run(arguments: Any) -> None:
 def inspect(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds, in plain types."""
     base = stored.base[0]
+    with opened(stored.source) as file:
+        size = file.seek(0, SEEK_END)
     return {
         "file": stored.source,
-        "bytes": Path(stored.source).expanduser().stat().st_size,
+        "bytes": size,
         "format": FORMAT,
         "root": stored.root,
         "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},

@@ -10,27 +10,27 @@ examples::
   lightning-lora merge pretrained.ckpt last.ckpt merged.ckpt
 """
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from lightning_lora.storage.offline.merge_files import merge_files
-from lightning_lora.storage.offline.tensor_files import TensorFiles
 
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("base", type=Path, help="a .safetensors file, a folder with such files, or a checkpoint")
-    parser.add_argument("adapter", type=Path, help="a file with adapters")
-    parser.add_argument("out", type=Path, help="the merged model, of the same kind as the base")
+    parser.add_argument("base", help="a .safetensors file, a folder with such files, or a checkpoint")
+    parser.add_argument("adapter", help="a file with adapters")
+    parser.add_argument("out", help="the merged model, of the same kind as the base")
 
 
 def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
-    base, out, console = arguments.base, arguments.out, Console(stderr=True)
+    console, out = Console(stderr=True), arguments.out
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
-        merged = merge_files(base, arguments.adapter, out, lambda _: bar.advance(task))
+        task = bar.add_task("Merging", total=None)
+        merged = merge_files(
+            arguments.base, arguments.adapter, out, lambda total: bar.update(task, total=total, advance=1)
+        )
     return f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}."

@@ -10,7 +10,7 @@ import shutil
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -51,19 +51,24 @@ def writing_folder(path: Path) -> Iterator[Path]:
     """Yield a name for a temporary folder, then move it to its place. That must be free."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
-    target = path.resolve()
-    with _temporary(target) as temporary, write_errors(path):
+    with writing(path) as temporary:
         yield temporary
-        temporary.replace(target)
 
 
-def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file: the same bytes each time, where the library writes its metadata in any order."""
-    contents = save_in_any_order(tensors, metadata)
+    plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    metadata = {"format": "pt", **metadata}
+    contents = save_in_any_order(plain, metadata)
     start = 8 + int.from_bytes(contents[:8], "little")
-    header = json.dumps({**json.loads(contents[8:start]), "__metadata__": metadata}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + contents[start:]
+    return header_of({**json.loads(contents[8:start]), "__metadata__": metadata}) + contents[start:]
+
+
+def header_of(entries: dict[str, Any]) -> bytes:
+    """Return the beginning of a safetensors file."""
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager
@@ -142,6 +147,14 @@ def local_path(path: Any) -> Path | None:
     return None if "://" in place else Path(os.path.expanduser(place))  # noqa: PTH111  # as Lightning does
 
 
+def path_here(path: Any) -> Path:
+    """Return a path on this machine. Refuse one elsewhere."""
+    local = local_path(path)
+    if local is None:
+        raise AdapterFileError(f"{path} is elsewhere. Name a place on this machine, and copy the result yourself.")
+    return local
+
+
 @contextmanager
 def opened(source: Any) -> Iterator[Any]:
     """Open a path or a URL to read bytes. An open file is yielded as it is."""
@@ -198,8 +211,8 @@ def trusts_all_files() -> bool:
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
 
 
-def check_whole(path: Any, source: Any = None, *, contents: bool = True) -> None:
-    """Refuse a damaged archive, which torch itself would read. Without ``contents``, its tensors are not read."""
+def check_whole(path: Any, source: Any = None) -> None:
+    """Refuse a damaged archive, which torch itself would read."""
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
         return
@@ -214,17 +227,12 @@ def check_whole(path: Any, source: Any = None, *, contents: bool = True) -> None
         if not local.is_file():
             raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     with opened(path) as file:
-        if not contents or not zipfile.is_zipfile(file):
+        if not zipfile.is_zipfile(file):
             return
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
     if broken:
         raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
-
-
-def is_archive(file: Any) -> bool:
-    """Whether torch will read an open file as an archive. Otherwise it would read it in its old format."""
-    return bool(file.read(4) == b"PK\3\4")
 
 
 def _first_line(error: Exception) -> str:

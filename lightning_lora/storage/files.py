@@ -19,7 +19,7 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
-from lightning_lora.storage.disk import check_output, local_path
+from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import (
@@ -75,11 +75,16 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    is_shared = any(map(is_dtensor, view.parameters.values()))
+    is_shared, failed = any(map(is_dtensor, view.parameters.values())), list[Exception | None]([None])
     if not is_shared or dist.get_rank() == 0:
-        write_adapter_file(path, stored)
+        try:
+            write_adapter_file(path, stored)
+        except Exception as error:
+            failed = [error]
     if is_shared:
-        dist.barrier()
+        dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise failed[0]
 
 
 def export_peft(
@@ -143,7 +148,7 @@ def export_peft(
         stored, model = read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file], chosen.files[:1])
-    chosen.write(source, Path(directory).expanduser(), uniform)
+    chosen.write(source, path_here(directory), uniform)
 
 
 def load_adapter(

@@ -225,11 +225,11 @@ def check_base(
     view: View,
     stored: Sequence[Mapping[str, Any]],
     shapes: Mapping[str, Sequence[int]],
-    random: Collection[str] = (),
+    random: Collection[str],
     *,
-    anew: bool = True,
-    renaming: Renaming = SAME_NAMES,
-    refuse: bool = True,
+    anew: bool,
+    renaming: Renaming,
+    refuse: bool,
 ) -> bool:
     """Refuse adapters that were trained on another base.
 

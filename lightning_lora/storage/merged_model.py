@@ -20,7 +20,7 @@ from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.private import HPARAMS_NAME, STATE_NOTES
-from lightning_lora.storage.disk import check_output, writing, writing_folder
+from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter, submodule
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -67,7 +67,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         True
     """
     check_output(path)
-    path = Path(path).expanduser()
+    path = path_here(path)
     write = {".ckpt": _write_checkpoint, ".safetensors": _write_safetensors}.get(path.suffix)
     if write is None and path.suffix[1:].isalpha():
         raise AdapterFileError(

@@ -16,7 +16,7 @@ from lightning_lora.storage.apply import apply
 from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import plain_module
+from lightning_lora.tensors.names import named_modules, plain_module
 
 
 def set_adapter(
@@ -125,7 +125,8 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
     are_numbers = isinstance(weights, Mapping) and all(isinstance(each, int | float) for each in weights.values())
     if not weights or not are_numbers:
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
-    return combined([_stored(model, name) for name in weights], list(weights.values()), r)
+    files = [_stored(model, name) for name in weights]
+    return combined(files, list(weights.values()), r, named_modules(model))
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:

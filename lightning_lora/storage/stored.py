@@ -85,11 +85,6 @@ class StoredAdapters:
         """The buffers that hooks of the module filled: they belong to the run, and to no base."""
         return [name for name in self.random if name in self.state and name not in self.changed]
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether the base is a mixture of experts, by the names of its tensors."""
-        return any(".experts." in name for each in self.base for name in each.get("rounded", ()))
-
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
         return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}

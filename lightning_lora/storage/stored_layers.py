@@ -1,7 +1,7 @@
 """What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -57,12 +57,9 @@ class StoredLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
-        matrices = list[dict[str, Any]]()
-        for matrix in self.matrices:
-            scaling = None if matrix.scaling is None else float(matrix.scaling)
-            matrices.append({**vars(matrix), "scaling": scaling})
-        own = {name: value for name, value in vars(self).items() if name != "matrices"}
-        return dict(json.loads(json.dumps({**own, "parts": matrices})))  # with lists in place of tuples
+        about = asdict(self)
+        about["parts"] = about.pop("matrices")
+        return dict(json.loads(json.dumps(about)))  # with lists in place of tuples
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
@@ -93,7 +90,7 @@ def layers_of(view: View) -> list[StoredLayer]:
     """Describe the adapted layers of a model, merged or not."""
     adapters: dict[str, Adapter | LoRALayer] = {**view.layers}
     parameters = dict[str, Tensor](view.parameters)
-    for name, merged in view.record.merged.items() if view.is_merged else ():
+    for name, merged in view.record.merged.items():
         adapters[name] = merged
         for weight, base in merged.bases.items():
             if isinstance(base, nn.Parameter):  # it was tied

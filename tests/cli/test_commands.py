@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -101,6 +102,22 @@ def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)", '"alpha": null'))
+
+
+def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(Path(file), LitTiny())
+    save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
+    (tmp_path / "out").mkdir()
+    url, here, elsewhere = f"file://{file}", f"file://{tmp_path}/out", f"memory://{uuid4()}"
+    assert main(["inspect", url]) == 0
+    assert main(["export", url, f"{here}/peft"]) == 0
+    assert main(["merge", f"file://{tmp_path}/base.safetensors", url, f"{here}/m.safetensors"]) == 0
+    assert main(["combine", url, url, "--out", f"{here}/c.safetensors"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"peft", "m.safetensors", "c.safetensors"}
+    assert main(["combine", url, url, "--out", f"{elsewhere}/c.safetensors"]) == 0
+    assert main(["inspect", f"{elsewhere}/c.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["merge", f"{elsewhere}/base", file, "out"]) == 1 and "is elsewhere" in capsys.readouterr().err
 
 
 BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {

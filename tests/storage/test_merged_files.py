@@ -119,12 +119,20 @@ def disabled() -> nn.Module:
     return model
 
 
+def diverged_head() -> nn.Module:
+    (model := trained()).head.bias.data[0] = torch.nan
+    with pytest.raises(ll.AdapterStateError, match=r"head\.bias.* hold NaN"):
+        ll.save_adapter(model, "never.safetensors")
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
     "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
     "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
     "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
     "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
     "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
+    "diverged head": (diverged_head, "a.ckpt", ll.AdapterStateError, r"head\.bias.* hold NaN"),
     "disabled": (disabled, "a.ckpt", ll.AdapterStateError, "shows its base"),
     "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
     "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
@@ -138,6 +146,25 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, case: Any) -> None:
     with pytest.raises(error, match=match):
         ll.save_merged(make(), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+class Own(nn.Sequential):
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True)  # as others do
+        torch.save(self.state_dict(), folder / "model.bin")
+
+
+def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = as_trained(Own(nn.Linear(4, 4)))
+    for name in ("merged", "merged.safetensors"):
+        with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
+            ll.save_merged(model, f"memory://bucket/{name}")
+        ll.save_merged(model, f"file://{tmp_path}/{name}")
+    ll.export_peft(model, f"file://{tmp_path}/peft")
+    with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
+        ll.export_peft(model, "memory://bucket/peft")
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.safetensors", "peft"}
 
 
 def test_readers_of_adapters_say_what_the_file_is(tmp_path: Path) -> None:

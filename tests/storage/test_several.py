@@ -161,6 +161,15 @@ def test_what_cannot_be_added_is_named_and_nothing_changes(names: Any, odd: Any,
     assert ll.adapters(model) == before and torch.equal(model(X), shown)
 
 
+def test_sums_leave_layers_alone_whose_names_end_alike() -> None:
+    config = ll.LoRAConfig(r=2, target_modules="a")
+    model = several(
+        "one", "two", build=lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "block": Layers()}), one=config, two=config
+    )
+    with ll.set_adapter(model, ["one", "two"]):
+        assert set(ll.adapter_state_dict(model)) == {"a.lora_A", "a.lora_B"}
+
+
 def test_a_sum_of_half_precision_adapters_is_rounded_once() -> None:
     config = ll.LoRAConfig(r=2, autocast_adapter_dtype=False)
     model = several("one", "two", build=lambda: nn.Sequential(nn.Linear(8, 8).bfloat16()), one=config, two=config)

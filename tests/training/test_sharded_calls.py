@@ -189,6 +189,20 @@ def test_what_cannot_run_on_shards_is_refused_in_every_process(
         assert re.search(f"(?s)^{message}", found)
 
 
+def unsaved(folder: Path) -> tuple[str, str]:
+    module = fitted(folder, modules_to_save=["head"])
+    unwritten = message_of(ll.save_adapter, module, folder / "folder.safetensors")
+    if dist.get_rank() == 1:
+        module.model.head.weight._local_tensor.data.fill_(torch.nan)
+    return unwritten, message_of(ll.save_adapter, module, folder / "a.safetensors")
+
+
+def test_an_error_of_one_process_is_raised_in_all(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for unwritten, diverged in run_ranks(unsaved, tmp_path):
+        assert "could not be written" in unwritten and "hold NaN" in diverged
+
+
 def changed_on_one(folder: Path) -> tuple[str, list[str]]:
     """A merged bias of which one process holds all is changed, then adapters are asked back."""
     module = fitted(folder, merge="last", exclude_modules=["head"])

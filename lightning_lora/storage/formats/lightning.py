@@ -12,15 +12,9 @@ AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the avera
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
 
 
-def has_run(checkpoint: Mapping[Any, Any]) -> bool:
-    """Whether a checkpoint holds the state of a run."""
-    return checkpoint.keys() >= set(_RESUMED)
-
-
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     """Refuse a checkpoint from which a fit cannot go on."""
-    if not has_run(checkpoint):
-        missing = [name for name in _RESUMED if name not in checkpoint]
+    if missing := [name for name in _RESUMED if name not in checkpoint]:
         raise AdapterFileError(
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
             "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."

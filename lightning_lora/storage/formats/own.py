@@ -17,7 +17,6 @@ from lightning_lora.storage.disk import (
     check_output,
     check_path,
     check_whole,
-    is_archive,
     load_plain,
     local_path,
     on_this_machine,
@@ -40,13 +39,12 @@ ADAPTERS = "adapters"  # the item of this package's entry that holds what traini
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
     with writing(path) as place:
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in stored.state.items()}
-        contents = save(tensors, {"format": "pt", KEY: json.dumps(stored.description())})
+        contents = save(stored.state, {KEY: json.dumps(stored.description())})
         with fsspec.open(os.fspath(place), "wb") as file:
             file.write(contents)
 
 
-def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
+def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse an ending that hides the format, and a place where no file can be."""
     check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
@@ -84,7 +82,7 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
     with reading(path, remedy), on_this_machine(path) as local:
         check_whole(local, path)
         with local.open("rb") as file:
-            if not is_archive(file):
+            if file.read(4) != b"PK\3\4":  # torch would read anything else in its old format
                 return _read_tensors(local)
             file.seek(0)
             contents = load(file)

@@ -11,7 +11,7 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
@@ -129,7 +129,9 @@ def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:
     """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
     if len(shape) == 2:
         return factors
-    a, b = _swapped(factors) if options.get("is_transposed") else factors
+    a, b = factors
+    if options.get("is_transposed"):
+        a, b = b.mT, a.mT
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
@@ -139,12 +141,7 @@ def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
     a, b = factors
     experts = math.prod(shape[:-2])
     a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts).permute(2, 0, 1)
-    return _swapped((a, b)) if options.get("is_transposed") else (a, b)
-
-
-def _swapped(factors: Factors) -> tuple[Tensor, Tensor]:
-    a, b = factors
-    return b.mT, a.mT
+    return (b.mT, a.mT) if options.get("is_transposed") else (a, b)
 
 
 _PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user's own adapter
@@ -200,7 +197,8 @@ def _why_not_of_type(layer: StoredLayer, stored: StoredAdapters, modules: Mappin
     if peft_layer(layer).is_parameter:
         return None
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
-    if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and stored.has_experts:
+    named = (name for each in stored.base for name in each.get("rounded", ()))
+    if not modules and leaf in ("gate_proj", "up_proj", "down_proj") and any(".experts." in name for name in named):
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
     if kind is None or not any(map(methodcaller("endswith", (".experts", ".conv1d")), modules)):
         return None  # to import PEFT takes seconds

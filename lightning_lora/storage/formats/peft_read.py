@@ -248,8 +248,9 @@ class _Layers:
         """A and B of one matrix as they are here. Their rank and their shapes are checked."""
         (a, b), stack = factors, math.prod(matrix.stack)
         is_difference = INITIALISATIONS[self.config.init].is_difference
-        shared = [name for name, p in self.view.base.items() if p is self.view.base[join(about.name, matrix.weight)]]
-        if is_difference and len(shared) > 1:
+        weight = self.view.base[join(about.name, matrix.weight)]
+        shared = [name for name, p in self.view.base.items() if p is weight] if is_difference else []
+        if len(shared) > 1:
             raise AdapterMismatchError(
                 f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
                 "off it for each use, and its merge gives another model. Train anew, from another start."

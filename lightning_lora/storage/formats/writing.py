@@ -127,8 +127,7 @@ def write_files(
     directory: Path, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str], config: bytes = b""
 ) -> None:
     """Write one file of tensors, and with ``config`` PEFT's configuration beside it, or nothing."""
-    plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    contents = save(plain, {"format": "pt", **header})
+    contents = save(tensors, header)
     with write_errors(directory):
         is_new = not directory.exists()
         directory.mkdir(exist_ok=True)

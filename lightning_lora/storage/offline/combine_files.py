@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.names import join, owner_of
 
 
-def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r: int | None = None) -> int:
+def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequence[float], r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
     if not 2 <= len(paths) == len(weights):
@@ -33,7 +33,9 @@ def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r:
 
 
 @torch.no_grad()
-def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None) -> StoredAdapters:
+def combined(
+    files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None, known: Iterable[str] = ()
+) -> StoredAdapters:
     """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r."""
     if not all(map(math.isfinite, weights)) or (r is not None and not (isinstance(r, int) and r > 0)):
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
@@ -50,7 +52,7 @@ def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int |
         for matrix, update in found.items():
             factors = matrix.named(with_rank(update, matrix.rank(most)))
             state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
-    present = {*layers, *(owner_of(name) for each in first.base for name in each.get("rounded", ()))}
+    present = {*layers, *known, *(owner_of(name) for each in first.base for name in each.get("rounded", ()))}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
     return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
 

@@ -18,7 +18,7 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.storage.disk import check_output, unread_in, writing, writing_folder
+from lightning_lora.storage.disk import check_output, path_here, unread_in, writing, writing_folder
 from lightning_lora.storage.fingerprint import BaseTensor, Comparison, compare
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
@@ -28,8 +28,12 @@ from lightning_lora.storage.stored import StoredAdapters, is_plain
 from lightning_lora.tensors.names import join
 
 
-def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], object] = str) -> int:
-    """Merge adapters into a base, one tensor at a time. A checkpoint is merged in memory. Return how many weights."""
+def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
+    """Merge adapters into a base, one tensor at a time. Return how many weights.
+
+    A checkpoint is merged in memory. ``progress`` is called for each tensor with the number of all.
+    """
+    base, out = path_here(base), path_here(out)
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)
@@ -55,7 +59,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
 class _Merge:
     """The adapters of one file, and the weights that they change. All have their names in the base."""
 
-    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[str], object]) -> None:
+    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[int], object]) -> None:
         self.files, self.stored, self.progress = files, stored, progress
         self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
         self.name_in_base = _renaming(stored, files)
@@ -140,7 +144,7 @@ class _Merge:
 
     def merged(self, name: str) -> Tensor:
         """Return a tensor of the merged model."""
-        self.progress(name)
+        self.progress(len(self.places))
         base = self._value(name)
         if name not in self.weights:
             return base
@@ -202,7 +206,7 @@ def _write_folder(job: _Merge, out: Path) -> None:
             metadata = {**index.get("metadata", {}), "total_size": size}
             index = {**index, "weight_map": places, "metadata": metadata}
             (folder / INDEX).write_text(json.dumps(index, indent=2))
-        _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)})
+        _copy_others(base, folder, set(job.places.values()))
 
 
 def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> None:

@@ -1,8 +1,8 @@
 """Read and write files one tensor at a time."""
 
 import json
-import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.disk import check_whole, load_plain, reading
+from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft_config import json_object
 
 _ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
@@ -28,12 +28,13 @@ class TensorFiles:
         self.index: dict[str, Any] | None = None  # of a folder that is divided
         self.file_of: dict[str, Path] = {}
         self.entries: dict[str, Any] = {}  # a checkpoint's own state
+        self._files: dict[Path, Any] = {}  # those that are open
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
         if path.is_dir():
             self._read_folder()
         elif path.suffix == ".safetensors" and path.is_file():
-            self.file_of = dict.fromkeys(_names_in(path), path)
+            self.file_of = dict.fromkeys(self._names_in(path), path)
         else:
             self._read_checkpoint()
         if not self.file_of:
@@ -41,7 +42,6 @@ class TensorFiles:
 
     def _read_checkpoint(self) -> None:
         with reading(self.path):
-            check_whole(self.path, contents=False)  # it may be large, and is compared with the training's anyway
             loaded = load_plain(self.path, mmap=True)
         self.checkpoint = loaded if isinstance(loaded, dict) else {}
         state = self.checkpoint.get("state_dict", self.checkpoint)
@@ -58,22 +58,34 @@ class TensorFiles:
                 f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
             )
         for file in dict.fromkeys(self.file_of.values()) if self.index else [one]:
-            for name in _names_in(file):
+            for name in self._names_in(file):
                 self.file_of.setdefault(name, file)  # an index may leave tensors out
 
     def get(self, name: str) -> Tensor:
         """Return one tensor."""
         if name in self.entries:
             return self.entries[name]  # type: ignore[no-any-return]
-        with reading(self.file_of[name]), safe_open(self.file_of[name], "pt") as file:
+        with self._opened(self.file_of[name]) as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
     def metadata(self, file: Path) -> dict[str, str]:
         """Return what a ``.safetensors`` file says of itself."""
         if self.checkpoint is not None:
             return {}
-        with reading(file), safe_open(file, "pt") as opened:
+        with self._opened(file) as opened:
             return opened.metadata() or {}
+
+    def _names_in(self, file: Path) -> list[str]:
+        with self._opened(file) as opened:
+            return list(opened.keys())
+
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[Any]:
+        """Yield an open file. It stays open: the header of a file with many tensors is long to read."""
+        with reading(file):
+            if file not in self._files:
+                self._files[file] = safe_open(file, "pt")
+            yield self._files[file]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -87,11 +99,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _names_in(path: Path) -> list[str]:
-    with reading(path), safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
 def write_tensors(
     path: Path, names: Collection[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
 ) -> int:
@@ -100,10 +107,8 @@ def write_tensors(
     for name in names:
         header[name] = _entry(base(name), end)
         end = header[name]["data_offsets"][1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header_of(header))
         for name in names:
             file.write(_bytes(values(name)))
     return end
