@@ -178,9 +178,9 @@ class LoRAConfig:
     def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
         """Leave out what another pattern for ``exclude_modules`` matches, too."""
         own, other = map(_as_expression, (self.exclude_modules, pattern))
-        if not other or f"|{other}|" in f"|{own}|":
+        if not other or _begins_or_ends(own, other):
             return self
-        joined = other if not own or f"|{own}|" in f"|{other}|" else f"{own}|{other}"
+        joined = other if not own or _begins_or_ends(other, own) else f"{own}|{other}"
         return dataclasses.replace(self, exclude_modules=joined)
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,6 +221,11 @@ class LoRAConfig:
 def _as_expression(pattern: str | Sequence[str] | None) -> str:
     """The same pattern as an expression."""
     return pattern if isinstance(pattern, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in pattern or ())
+
+
+def _begins_or_ends(pattern: str, other: str) -> bool:
+    """Whether an expression has another as its first or last alternative. One between these may be in a group."""
+    return pattern == other or pattern.startswith(f"{other}|") or pattern.endswith(f"|{other}")
 
 
 def matches(entry: str, name: str) -> bool:

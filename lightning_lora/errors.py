@@ -87,7 +87,8 @@ def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool 
         last, frame = frame, frame.f_back
     found: Any = frame or last
     registry = {} if anew else found.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(message, category, found.f_code.co_filename, found.f_lineno, registry=registry)
+    file, module = found.f_code.co_filename, found.f_globals.get("__name__")
+    warnings.warn_explicit(message, category, file, found.f_lineno, module, registry)
 
 
 # Modules whose lines are not the user's. And of a warning whose file is Lightning's, Lightning does not show the class.

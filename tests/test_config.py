@@ -71,6 +71,13 @@ def test_a_key_is_looked_up_as_quickly_among_more_than_re_remembers() -> None:  
     assert seconds(600) < 20 * seconds(300)
 
 
+def test_what_is_left_out_too_is_no_part_of_another_expression() -> None:
+    inside, name = r"enc\.(q|head|v)", "head"
+    assert all(
+        LoRAConfig(exclude_modules=a).excluding(b).is_excluded("head") for a, b in ((inside, name), (name, inside))
+    )
+
+
 def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> None:
     assert LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}) == LoRAConfig()
     config = LoRAConfig(alpha=np.float64(4), dropout=np.float64(0.5), alpha_pattern={"q": np.float64(2)}).to_dict()

@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import lightning_lora
+from lightning_lora.errors import warn
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +47,14 @@ assert held() == before
 
 
 @pytest.mark.processes
+def test_a_filter_of_warnings_by_module_means_the_users() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", module=__name__)
+        warn("hidden")
+    assert not told
+
+
 def test_nothing_of_the_process_changes_at_import() -> None:
     done = subprocess.run([sys.executable, "-c", UNCHANGED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

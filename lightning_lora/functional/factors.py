@@ -39,7 +39,7 @@ def with_rank(update: Factors, r: int) -> Factors:
     if missing >= 0:
         return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
     product = (b.double() @ a.double()).to(a.dtype)
-    one = torch.eye(r, dtype=a.dtype).expand(*product.shape[:-2], r, r)
+    one = torch.eye(r, dtype=a.dtype, device=a.device).expand(*product.shape[:-2], r, r)
     return (product, one) if product.shape[-2] == r else (one, product)
 
 

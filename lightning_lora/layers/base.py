@@ -314,6 +314,8 @@ class LoRALayer(LayerKind):
     def __repr__(self) -> str:
         """Describe the adapter too, if the layer overrides ``__repr__``, as Conv1D does."""
         text, about, name = super().__repr__(), self._lora_about(), type(self).__name__
+        if not text.endswith(")"):
+            return f"{name}: {text}, {about}"
         if about not in text:
             text = f"{text.removesuffix(')')}, {about})"
         return text if text.startswith(name) else name + text[text.index("(") :]

@@ -18,7 +18,6 @@ class LoRABilinear(LoRALayer):
     """
 
     lora_layer_types = (nn.Bilinear,)
-    lora_input = "input1"
     weight: nn.Parameter
 
     @staticmethod

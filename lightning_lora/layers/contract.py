@@ -1,6 +1,7 @@
 """What a kind of layer declares (types, matrices, update), and an adapter of that kind."""
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class LayerKind(InPlace, nn.Module):
     """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
     lora_writes_rows: ClassVar[bool] = True
     """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
-    lora_input: ClassVar[str] = "input"
+    lora_input: ClassVar[str]
     """The name of the first argument of ``forward``."""
     lora_reads_rows: ClassVar[bool] = False
     """Whether it multiplies each row of its one input by the weight, as nn.Linear does."""
@@ -55,6 +56,7 @@ class LayerKind(InPlace, nn.Module):
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
             plain: Any = cls.overlaid[1]
+            cls.lora_input = [*signature(plain.forward).parameters, "input"][1]  # after self
             known = next((ancestor for ancestor in plain.__mro__ if cls.lora_adapts(ancestor)), plain)
             computes_itself = any(getattr(plain, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
             cls._lora_is_additive = cls.lora_update is not LayerKind.lora_update and not computes_itself

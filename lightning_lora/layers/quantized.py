@@ -23,7 +23,6 @@ class LoRALinear4bit(LoRALinear):
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear4bit",)
-    lora_input = "x"
     lora_forward = LoRALayer.lora_forward  # only the layer itself can read its weight
 
     @classmethod

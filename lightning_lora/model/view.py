@@ -18,7 +18,7 @@ from lightning_lora.private import EXTRA_STATE, NOT_STORED
 from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
+from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of, parameters_of, plain_module
 from lightning_lora.tensors.shards import is_dtensor, to_local
 from lightning_lora.tensors.values import replace_values, same_bits
 
@@ -119,8 +119,8 @@ class View:
     @cached_property
     def saved(self) -> list[nn.Module]:
         """The modules in ``modules_to_save``."""
-        named = self.modules.items() if self.config.modules_to_save else ()
-        return [module for name, module in named if self.config.is_saved(name)]
+        config = self.config
+        return [module for name, module in self.modules.items() if config.is_saved(name)]
 
     # Parameters
 
@@ -143,7 +143,7 @@ class View:
         """The weights with an update merged into them."""
         found = []
         for name, adapter in self.record.merged.items() if self.is_merged else ():
-            layer = submodule(self.model, name)
+            layer = self.modules[name]
             for weight, base in adapter.bases.items():
                 found.append(MergedWeight(name, own_parameter(layer, weight), base))
         return found
@@ -158,23 +158,24 @@ class View:
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
         """The base's parameters that train: modules trained in full, and biases; none that stands still or follows."""
-        if not self.config.modules_to_save and self.config.bias == "none":
+        config = self.config
+        if not config.modules_to_save and config.bias == "none":
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
-        trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
-        trained |= set(map(id, self._biases()))
+        trained |= {id(p) for name, p in self.base.items() if config.is_saved(name)}
+        trained |= set(map(id, self._biases(config.bias)))
         networks = self.adapter.networks if self.is_adapted else Networks()
         idle = (*networks.copies, *networks.still)
         return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, idle)}
 
-    def _biases(self) -> Iterator[nn.Parameter]:
+    def _biases(self, bias: str) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
-        if self.config.bias == "all":
+        if bias == "all":
             yield from (p for name, p in self.base.items() if "bias" in name.rpartition(".")[2])
-        if self.config.bias == "lora_only":
-            for owner in {weight.rpartition(".")[0] for weight in self.adapted_weights}:
-                holder = submodule(self.model, owner)
-                yield from (p for name, p in holder._parameters.items() if p is not None and "bias" in name)
+        if bias == "lora_only":
+            for owner in set(map(owner_of, self.adapted_weights)):
+                held = self.modules[owner]._parameters
+                yield from (p for name, p in held.items() if p is not None and "bias" in name)
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
@@ -184,7 +185,10 @@ class View:
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
-        flags = self.record.requires_grad if self.is_adapted and not self.is_merged else {}
+        flags = dict[str, bool]()
+        for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
+            if not record.is_merged:
+                flags |= {join(prefix, name): flag for name, flag in record.requires_grad.items()}
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
         frozen = {name for name in plain if not flags.get(name, self.parameters[name].requires_grad)}

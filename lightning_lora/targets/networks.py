@@ -1,9 +1,10 @@
 """The networks of a module: those that train, those that stand still beside them, and copies that follow another."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -131,18 +132,23 @@ def find_copies(
     for name, p in base.items():
         for outer in starts_of(owner_of(name)):
             held[outer][name.removeprefix(f"{outer}.")] = p
-    found = dict[str, str]()
+    inside, candidates = defaultdict[str, list[str]](list), defaultdict[type, list[str]](list)
+    for layer in layers:
+        for outer in starts_of(layer):
+            inside[outer].append(layer.removeprefix(outer))
+    for name in filter(trains.__contains__, held):
+        candidates[_own_class(modules[name])].append(name)
+    found, taken, sample = dict[str, str](), Counter[str](), cache(_sample)  # each weight is sampled once
     for name in held:
         is_single = owner_of(name) not in {"", *trains} and not modules[name]._modules
         if name in trains or is_in_any(name, found) or is_single:
             continue  # of a network that stands still, single layers say nothing
-        inside = [layer.removeprefix(name) for layer in layers if is_in_any(layer, [name])]
-        originals = [each for each in held if each in trains and any(each + layer in layers for layer in inside)]
-        for original in sorted(originals if inside else (), key=list(found.values()).count):
-            is_same = _own_class(modules[original]) is _own_class(modules[name])
+        for original in sorted(candidates[_own_class(modules[name])], key=taken.__getitem__):
             is_whole = may_lack or held[name].keys() == held[original].keys()  # a teacher may lack a mask
-            if is_same and is_whole and _are_alike(held[name], held[original]):
+            is_adapted = any(original + layer in layers for layer in inside[name])
+            if is_adapted and is_whole and _are_alike(held[name], held[original], sample):
                 found[name] = original
+                taken[original] += 1
                 break
     return found
 
@@ -151,19 +157,24 @@ def _own_class(module: nn.Module) -> type:
     return module.overlaid[1] if isinstance(module, InPlace) else type(module)
 
 
-def _are_alike(one: Parameters, other: Parameters) -> bool:
+def _are_alike(one: Parameters, other: Parameters, sample: Callable[[nn.Parameter], tuple[Tensor, float]]) -> bool:
     """Whether one network has names and shapes of the other, and nearly the same weights."""
     if not one.keys() <= other.keys() or any(p.shape != other[name].shape for name, p in one.items()):
         return False
-    products = squares = 0.0
+    pairs = []
     for name, p in one.items():
         if p.dim() > 1 and p.is_floating_point() and not (p.is_meta or other[name].is_meta):
-            a, b = map(_some, (p, other[name]))
-            products += float(a @ b)
-            squares += float(a.norm() * b.norm())
-    return products > _SAME * squares
+            pairs.append((*sample(p), *sample(other[name])))
+    left = (1 - _SAME) * sum(size * size_of_other for _, size, _, size_of_other in pairs)
+    for a, size, b, size_of_other in pairs:  # most networks are unlike in their first matrix
+        left -= size * size_of_other - float(a @ b)
+        if left <= 0:
+            return False
+    return left > 0
 
 
-def _some(weight: nn.Parameter) -> Tensor:
+def _sample(weight: nn.Parameter) -> tuple[Tensor, float]:
+    """Some values of a weight, and their norm."""
     values = to_local(weight.detach()).reshape(-1)
-    return values[:: 1 + len(values) // 10_000].float().cpu()
+    values = values[:: 1 + len(values) // 10_000].float().cpu()
+    return values, float(values.norm())

@@ -1,12 +1,12 @@
 """Hashes of tensors, to tell their contents apart."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.private import count_modes
 from lightning_lora.tensors.shards import first_local, full_tensor, is_dtensor, is_one_run, split_dims, to_local
 
 _BITS = 18
@@ -116,10 +116,17 @@ def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
     return (integers * multipliers).sum()
 
 
-@functools.cache
+_MULTIPLIERS: dict[torch.device, Tensor] = {}
+
+
 def _multipliers(device: torch.device) -> Tensor:
     """Odd 64-bit numbers, as good as random, by SplitMix64's mixing function (Steele et al. 2014, section 5)."""
+    if device in _MULTIPLIERS:
+        return _MULTIPLIERS[device]
     mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ (mixed >> shift)) * factor
-    return (mixed ^ (mixed >> 31)) | 1
+    made = (mixed ^ (mixed >> 31)) | 1
+    if not count_modes():  # whose tensors may be fake
+        _MULTIPLIERS[device] = made
+    return made

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
+from lightning_lora.functional.factors import with_rank
 from tests.support.models import randomise, same, state
 
 
@@ -28,6 +29,11 @@ def test_merging_asks_no_device_for_float64() -> None:
         for dtype in (torch.float32, torch.float16):
             values, lost = update.merged(weight.to(dtype), a, b, 1.0)
             assert values.dtype is dtype and lost == 0
+
+
+def test_a_higher_rank_than_the_layer_has_is_made_on_its_device() -> None:
+    a, b = torch.empty(8, 4, device="meta"), torch.empty(4, 8, device="meta")
+    assert {factor.device.type for factor in with_rank((a, b), 4)} == {"meta"}
 
 
 def test_merge_says_what_share_of_the_update_rounding_took() -> None:

@@ -20,7 +20,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights
+from tests.support.layers import LAYERS, Factors, Linear, Model, config, factors, reference_weights
 from tests.support.models import randomise, same, state
 
 
@@ -40,6 +40,17 @@ def some(*kinds: str) -> Any:
 def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(pair: Any) -> None:
     with pytest.raises(ConfigError, match=r"register_adapter got .*Expected a class of layers, and"):
         register_adapter(*pair)
+
+
+def test_the_first_argument_of_ones_own_layer_may_have_any_name() -> None:
+    class LoRAOwn(LoRALayer):
+        def lora_update(self, lora_A: Tensor, lora_B: Tensor, *, x: Tensor) -> Tensor:
+            return x @ lora_A.T @ lora_B.T * self.lora_settings.scaling
+
+    register_adapter(own := type("Own", (Linear,), {}), LoRAOwn)
+    model = nn.Sequential(own(5, 4))
+    inject_adapters(model, config(model, dropout=0.5))
+    assert model[0](x=torch.ones(2, 5)).shape == (2, 4)
 
 
 def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(

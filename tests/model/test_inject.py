@@ -85,6 +85,14 @@ def test_a_refused_call_leaves_a_resized_layer_its_adapter() -> None:
         ll.inject_adapters(model, ll.LoRAConfig(r=3))
 
 
+def test_a_copy_in_an_adapted_module_still_follows_when_the_model_is_adapted() -> None:
+    pair = nn.ModuleDict({"student": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    pair["teacher"] = copy.deepcopy(pair["student"]).requires_grad_(False)
+    for model in (pair, nn.ModuleDict({"pair": pair, "head": nn.Linear(4, 4)})):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
+        assert not any(p.requires_grad for p in pair["teacher"].parameters())
+
+
 def test_a_call_on_a_plain_model_says_what_to_do() -> None:
     with pytest.raises(ll.AdapterStateError, match="inject_adapters"):
         ll.merge_adapters(LitTiny())

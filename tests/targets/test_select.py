@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lightning_lora as ll
-from lightning_lora.targets import lookup
+from lightning_lora.targets import lookup, networks
 from tests.support.models import LitTiny, TinyLM, same, state
 from tests.targets.test_checks import LETTERS, Table, adapted, letters, net
 
@@ -95,6 +95,15 @@ def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pyt
     monkeypatch.setattr(lookup, "adapter_for", looks)
     adapted(model, target_modules=["last"])
     assert looks.call_count < 12 * 12 * 3
+
+
+def test_each_weight_is_sampled_once_where_a_frozen_network_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(**{half: nn.ModuleList(net(q=linear(), k=linear()) for _ in range(5)) for half in ("frozen", "free")})
+    model["frozen"].requires_grad_(False)
+    monkeypatch.setattr(networks, "_sample", samples := Mock(wraps=networks._sample))
+    with pytest.warns(ll.LoRAWarning, match="No adapter for 'frozen'"):
+        adapted(model)
+    assert 0 < samples.call_count <= 20
 
 
 def test_parameters_of_no_layer_train_if_they_are_named() -> None:
