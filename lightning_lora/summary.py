@@ -14,12 +14,14 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.errors import listed, shortened
 from lightning_lora.layers import LoRALayer, LoRAParameters, count
+from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import without_base
 from lightning_lora.tables import fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import join, owner_of, state_dict, submodule
+from lightning_lora.tensors.shards import is_dtensor
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _PLAIN = (nn.Parameter, Tensor)
@@ -193,7 +195,7 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
     parameters, added = list(view.model.parameters()), set(view.adapters.values())
     trained, base = [p for p in parameters if p.requires_grad], [p for p in parameters if p not in added]
-    state = without_base(view, state_dict(view.model)) if view.is_adapted else view.model.state_dict()
+    state = without_base(view, state_dict(view.model), _random(view)) if view.is_adapted else view.model.state_dict()
     return LoRASummary(
         title=view.title,
         groups=groups,
@@ -208,6 +210,15 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
         smaller=smaller,
         active=_active(view),
     )
+
+
+def _random(view: View) -> tuple[str, ...]:
+    """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
+    known = view.adapter.random
+    if any(map(is_dtensor, view.base.values())):
+        return known or ()
+    found, view.adapter.random = random_weights(view), known  # the base may change until a fit begins
+    return found
 
 
 def _active(view: View) -> str:

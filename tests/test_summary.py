@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, summarize
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LoRASummary
-from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, trainer
+from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, aged, data, trainer
 
 
 def test_summary_counts_groups_and_costs() -> None:
@@ -67,6 +67,15 @@ def test_buffers_in_a_checkpoint_have_no_optimizer_state_and_others_are_not_coun
     assert summarize(model).full_checkpoint_bytes == full
     assert summarize(model).full_optimizer_bytes == 2 * 4 * (16 + 4 + 4 + 4)
     assert summarize(model).checkpoint_bytes == 4 * 2 * (4 + 4)  # buffers as the base has them are not stored
+
+
+def test_what_looks_untrained_counts_in_a_checkpoint_and_is_judged_anew_in_a_fit() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
+    assert summarize(model).checkpoint_bytes == 4 * 2 * 2 * 64  # of most layers, it is no sign
+    aged(model[:2])
+    size = summarize(model).checkpoint_bytes
+    assert size == sum(value.nbytes for value in adapter_state_dict(model).values()) == 4 * (2 * 2 * 64 + 65 * 16)
 
 
 class Block(nn.Module):

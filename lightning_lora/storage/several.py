@@ -66,7 +66,11 @@ def set_adapter(
         return switch.set_adapter(model, name)
     weights = name if isinstance(name, Mapping) else Counter(name)
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
-    title = " + ".join(f"{float(weight)!r} {each}".replace(".0 ", " ") for each, weight in weights.items())
+    title = " + ".join(f"{repr(float(weight)).removesuffix('.0')} {each}" for each, weight in weights.items())
+    if title in record.adapters and not record.adapters[title].sum_of:
+        raise AdapterStateError(
+            f"An adapter of its own has the name of this sum, {title!r}. Load or make it under another name."
+        )
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]

@@ -1,12 +1,13 @@
 """What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers import (
     ADAPTERS,
     AdaptedMatrix,
@@ -67,11 +68,19 @@ class StoredLayer:
         matrices = list[AdaptedMatrix]()
         for each in stored["parts"]:
             lists = {name: tuple(each.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
-            matrices.append(AdaptedMatrix(**{**each, **lists}))
+            matrices.append(AdaptedMatrix(**{**_known(AdaptedMatrix, each), **lists}))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
-        named = {key: value for key, value in stored.items() if key != "parts"}
+        named = _known(cls, {**stored, "parts": None})
         return cls(**{**named, "matrices": tuple(matrices), "shapes": shapes, "tied": tied})
+
+
+def _known(kind: type, said: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
+    known = {field.name for field in fields(kind)}
+    if later := [name for name, value in said.items() if name not in known and value is not None]:
+        raise AdapterFileError(f"The file says {listed(later)} of a layer, as a later version does. Update the package.")
+    return {name: value for name, value in said.items() if name in known}
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:

@@ -4,6 +4,8 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -131,3 +133,15 @@ def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unkno
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
     with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
         ll.load_adapter(LitTiny(), path)
+
+
+@pytest.mark.parametrize("part", [[], ["parts", 0]], ids=["layer", "matrix"])
+def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: list[Any]) -> None:
+    def add(about: dict[str, Any], _: Any, value: Any = None) -> None:
+        reduce(getitem, part, about["layers"][0])["new"] = value
+        about["base"][0]["dtypes"] = ["float32", "new_float"]
+
+    model = saved(path := tmp_path / "a.safetensors", LitTiny())
+    restores(rewrite(path, add), model)
+    with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as a later version does"):
+        ll.load_adapter(LitTiny(), rewrite(path, partial(add, value=1)))

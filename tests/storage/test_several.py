@@ -170,6 +170,18 @@ def test_sums_leave_layers_alone_whose_names_end_alike() -> None:
         assert set(ll.adapter_state_dict(model)) == {"a.lora_A", "a.lora_B"}
 
 
+def test_a_sum_has_the_names_as_they_are_and_replaces_no_adapter() -> None:
+    model = several("v1.0 beta", **{"v1.0 beta": CONFIGS["style"]})
+    with ll.set_adapter(model, {"v1.0 beta": 2}):
+        assert ll.adapters(model)[0] == "2 v1.0 beta"
+    ll.combine_adapters(model, {"v1.0 beta": 1}, name="0.5 v1.0 beta")
+    for active in ("v1.0 beta", "0.5 v1.0 beta"):
+        ll.set_adapter(model, active)
+        with pytest.raises(ll.AdapterStateError, match="of its own has the name of this sum"):
+            ll.set_adapter(model, {"v1.0 beta": 0.5})
+        assert ll.adapters(model)[0] == active and len(ll.adapters(model)) == 3
+
+
 def test_a_sum_of_half_precision_adapters_is_rounded_once() -> None:
     config = ll.LoRAConfig(r=2, autocast_adapter_dtype=False)
     model = several("one", "two", build=lambda: nn.Sequential(nn.Linear(8, 8).bfloat16()), one=config, two=config)
