@@ -31,6 +31,7 @@ RECURRENT_NAMES = "_flat_weights_names"  # a recurrent layer's weights, even com
 RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights: a merge would leave the old ones there
 START_METHOD = "_start_method"  # of a strategy's processes: adapters that do not come back would not be refused
 HPARAMS_NAME = "_hparams_name"  # the argument with the hyperparameters: Lightning could not build a file's module
+LOADER_STATE = "_iterator"  # where a loader keeps workers that stay: those of a copy would be the same
 LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them: TensorBoard would show ours alone
 CLI_CLASS = "_class_path"  # LightningCLI's entry in them: load_from_checkpoint would build the wrong class
 AVERAGE, AVERAGES_WITH = "_average_model", "_avg_fn"  # of SWA and EMA: they would not know adapters and frozen weights
@@ -91,10 +92,6 @@ def begin_loaders_again(fit_loop: Any) -> None:
 def loader_of(fit_loop: Any) -> Any:
     """Return the loader of a fit, of all its data loaders: starts from data would see other batches."""
     return fit_loop._combined_loader
-
-
-LOADER_STATE = "_iterator"
-"""Where a loader keeps workers that stay: those of a copy would be the same."""
 
 
 def before_transfer(pl_module: Any, batch: Any) -> Any:

@@ -224,8 +224,12 @@ class LoRALayer(LayerKind):
         return all(self.lora_init_digests[name] == digest(values[name].float()) for name in noted)
 
     def lora_is_resized(self) -> bool:
-        """Whether a weight has another shape than at the injection."""
-        return is_resized(self, self._lora_adapter())
+        """Whether a weight has another shape than at the injection. Packed weights never have."""
+        for matrix in () if self.lora_is_quantised(self) else self.lora_matrices:
+            shape = self.lora_as_matrix(self._lora_weight(matrix.weight)).shape[-2:]
+            if shape != (matrix.rows or matrix.writes, matrix.reads):
+                return True
+        return False
 
     def lora_follow_base(self) -> None:
         """Initialise an untrained adapter again if its weights have changed.
@@ -332,12 +336,3 @@ def attributes_of(adapter: Adapter) -> dict[str, Any]:
     """Return the attributes of a layer that this adapter is on, besides its parameters."""
     about = {"lora_settings": adapter.settings, "lora_matrices": adapter.matrices, "lora_enabled": True}
     return {**about, "lora_init_digests": adapter.init_digests, "lora_step": adapter.step}
-
-
-def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
-    """Whether a weight no longer fits its adapter. Packed weights always do."""
-    for matrix in () if adapter.kind.lora_is_quantised(layer) else adapter.matrices:
-        weight = reduce(getattr, matrix.weight.split("."), layer)
-        if adapter.kind.lora_as_matrix(cast(Tensor, weight)).shape[-2:] != (matrix.rows or matrix.writes, matrix.reads):
-            return True
-    return False

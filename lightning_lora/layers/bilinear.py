@@ -22,7 +22,7 @@ class LoRABilinear(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix of shape (out, in1 · in2)."""
+        """Return (out, in1 · in2)."""
         return weight.flatten(1)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input1: Tensor, input2: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix of shape (out, in) in the shape of ``weight``."""
+        """Return a matrix (out, in) in the shape of ``weight``."""
         return matrix.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,16 +116,16 @@ class LayerKind(InPlace, nn.Module):
 
 
 class TransposedKind(LayerKind):
-    """A kind of layer whose weight is stored as (in, out)."""
+    r"""A kind of layer whose weight is stored as (in, out), or (in, out, \*kernel)."""
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix of shape (out, in)."""
-        return weight.T
+        """Return a weight as a matrix (out, in)."""
+        return weight.flatten(1).T
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix of shape (out, in) in the shape of ``weight``."""
+        """Return a matrix (out, in) in the shape of ``weight``."""
         return matrix.T.reshape(weight.shape)
 
 

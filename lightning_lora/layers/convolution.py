@@ -34,7 +34,7 @@ class LoRAConvNd(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix of shape (out, in / groups · kernel)."""
+        """Return (out, in / groups · kernel)."""
         return weight.flatten(1)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
@@ -67,11 +67,6 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
     lora_options = ("groups", "dilation", "padding_mode")
     groups: int
     weight: nn.Parameter
-
-    @staticmethod
-    def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix of shape (out / groups · kernel, in)."""
-        return weight.flatten(1).T
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Convolve with A, then with B, or with their product."""

@@ -1,11 +1,8 @@
 """Low-rank updates for parameters that a module reads itself, such as experts' stacked weights."""
 
-from typing import ClassVar
-
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import own_parameter
 
@@ -21,8 +18,6 @@ class LoRAParameters(LoRALayer):
         have their own updates: lora_A_name: (experts, r, in); lora_B_name: (experts, out, r).
     """
 
-    lora_layer_types: ClassVar[LayerTypes] = ()
-    lora_methods = ()
     lora_options = ("is_transposed",)
 
     @staticmethod

@@ -50,11 +50,6 @@ class LoRALinear4bit(LoRALinear):
 
         return dequantize_4bit(weight.data, weight.quant_state)
 
-    @staticmethod
-    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the matrix unchanged: an update is not packed."""
-        return matrix
-
 
 class LoRALinear8bit(LoRALinear4bit):
     """An 8-bit linear layer of bitsandbytes (Dettmers et al. 2022, "LLM.int8()") with a low-rank update."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -98,13 +98,12 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     if view.is_merged:
         return {}, []
     tied = _check(view)
-    bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
-    lost: dict[str, float] = {}
+    lost, bases = dict[str, float](), dict[str, dict[str, Tensor]]()
     with ExitStack() as undo:
         undo.callback(attach.freeze, view)
         undo.callback(view.look_again)
         for name in view.layers:
-            lost[name] = _merge_layer(view, name, tied[name], bases[name], undo)
+            lost[name], bases[name] = _merge_layer(view, name, tied.get(name, ()), undo)
         attach.weights_have_changed(view)
         view.look_again()  # tied weights have new parameters
         attach.unfreeze(view)
@@ -114,7 +113,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
     view.record.merge = Merge(adapters, *seen)
-    return lost, list(filter(tied.get, tied))
+    return lost, list(tied)
 
 
 def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
@@ -123,7 +122,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
     if not view.is_merged:
         tied = _check(view)
         for name, layer in view.layers.items():
-            lost[name] = _merge_layer(view, name, tied[name])
+            lost[name], _ = _merge_layer(view, name, tied.get(name, ()))
             layer.lora_weights_changed()
             layer.lora_detach()
             view.adapter.layers = tuple(filter(name.__ne__, view.adapter.layers))
@@ -132,35 +131,36 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
         attach.unfreeze(view)
         attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
     forget_record(view.model)
-    return {name: lost[name] for name in tied}, list(filter(tied.get, tied))
+    return lost, list(tied)
 
 
 def _check(view: View) -> dict[str, list[str]]:
-    """Refuse what cannot be merged. Return the weights that another layer uses too, by layer."""
+    """Refuse what cannot be merged. Return :func:`tied_weights`."""
     attach.check_weights(view)
-    check_mergeable(view)
+    tied = check_mergeable(view)
     warn_of_divergence(view)
-    return tied_weights(view)
+    return tied
 
 
 def tied_weights(view: View) -> dict[str, list[str]]:
-    """Return the weights that another layer uses too, by layer."""
+    """Return the weights that another layer uses too, by layer. Layers without such are left out."""
     uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
     tied = {}
     for name, layer in view.layers.items():
         weights = () if isinstance(layer, LoRATokens) else layer.lora_weights()  # all uses of its weight get its rows
-        tied[name] = [weight for weight in weights if uses[id(own_parameter(layer, weight))] > 1]
+        if shared := [weight for weight in weights if uses[id(own_parameter(layer, weight))] > 1]:
+            tied[name] = shared
     return tied
 
 
 def _merge_layer(
-    view: View, name: str, tied: list[str], bases: dict[str, Tensor] | None = None, undo: ExitStack | None = None
-) -> float:
-    """Set a layer's weights to ``W + ΔW``. Return the largest share of an update that is lost to rounding.
+    view: View, name: str, tied: Collection[str], undo: ExitStack | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Set a layer's weights to ``W + ΔW``. For weights in ``tied`` it gets new parameters.
 
-    For weights in ``tied`` it gets new parameters. ``bases`` gets the base's values; without ``undo``, none are kept.
+    Return the largest share of an update that is lost to rounding, and the base's values: with ``undo``, they are kept.
     """
-    layer, values, shares = view.layers[name], {}, []
+    layer, values, shares, bases = view.layers[name], {}, [], dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad():
         for weight in layer.lora_weights():  # compute all first, so that an error changes nothing
             values[weight], share = layer.lora_merged_weight(weight)
@@ -178,9 +178,8 @@ def _merge_layer(
                     undo.callback(_put_back, own, base, own.device)
                     view.record.base_was_copied(join(name, weight), own, base)
                 replace_values(own, merged)
-            if bases is not None:
-                bases[weight] = base
-    return max(shares, key=lambda share: (not share < math.inf, share))
+            bases[weight] = base
+    return max(shares, key=lambda share: (not share < math.inf, share)), bases
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
@@ -205,13 +204,13 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     return merged, tied, others
 
 
-def check_mergeable(view: View) -> None:
-    """Refuse weights that no update can be merged into."""
+def check_mergeable(view: View) -> dict[str, list[str]]:
+    """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
     attach.check_as_adapted(view)
     used = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
     empty = [name for name, weights in used.items() if any(weight.is_meta for weight in weights)]
-    tied = tied_weights(view).items()
-    spread = [name for name, weights in tied if any(is_dtensor(own_parameter(view.layers[name], w)) for w in weights)]
+    tied = tied_weights(view)
+    spread = [name for name in tied if any(map(is_dtensor, used[name]))]
     for names, why in (
         (
             quantised_layers(view),
@@ -228,6 +227,7 @@ def check_mergeable(view: View) -> None:
     ):
         if names:
             raise AdapterStateError(f"The weights of {listed(names)} in {view.title} {why}")
+    return tied
 
 
 def quantised_layers(view: View) -> list[str]:

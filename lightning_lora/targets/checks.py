@@ -25,12 +25,13 @@ class Choice:
     matrices: tuple[AdaptedMatrix, ...]
     settings: Settings
 
-    def name_of(self, name: str, matrix: AdaptedMatrix) -> str:
-        """Return the name by which patterns mean a matrix of the layer ``name``: a parameter has its own."""
-        return join(name, matrix.weight) if self.kind is LoRAParameters else name
+
+def meant_as(name: str, kind: type[LoRALayer], matrix: AdaptedMatrix) -> str:
+    """Return the name by which patterns mean a matrix of the layer ``name``: a parameter has its own."""
+    return join(name, matrix.weight) if kind is LoRAParameters else name
 
 
-def check_shapes(names: Names) -> None:
+def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
     for prefix, module in {"": plain_module(names.model), **names.modules}.items():
@@ -92,18 +93,12 @@ def check_supported(
     )
 
 
-def check_choices(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse choices that patterns or methods do not fit."""
-    _check_patterns(names, config, choices)
-    _check_methods(config, choices)
-
-
-def _check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
     layers, parameters = dict[str, str](), dict[str, str]()  # each with the other name that a pattern may mean it by
     for name, choice in choices.items():
         for matrix in choice.matrices:
-            (parameters if choice.kind is LoRAParameters else layers)[choice.name_of(name, matrix)] = name
+            (parameters if choice.kind is LoRAParameters else layers)[meant_as(name, choice.kind, matrix)] = name
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
         meant = layers if argument == "target_slices" else layers | parameters  # parameters have no slices
         matched: dict[str, list[str]] = {}
@@ -144,7 +139,7 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
             )
 
 
-def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of
+from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of, parameters_of
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
@@ -83,7 +83,7 @@ class Names:
             words = [word for entry in entries for word in difflib.get_close_matches(entry, AUTOMATIC, n=1)]
             hint += f" Or did you mean the word {words[0]!r}?" if words else ""
         if argument == "target_parameters":
-            held = [name for name in self.parameters if _ends_with(name.rpartition(".")[0], entries)]
+            held = [name for name in self.parameters if _ends_with(owner_of(name), entries)]
             hint = f"Name parameters, such as {held[0]!r}." if held else hint
         raise TargetError(
             f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
@@ -138,7 +138,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
         layers = f" (layers inside it are: {listed(fit)})" if fit else ""
         parameters = f", but target_parameters can adapt its {listed(held)}" if held else ""
         return f"a {class_of(layer)} is not supported{layers}{parameters}"
-    outer = name.rpartition(".")[0]
+    outer = owner_of(name)
     if isinstance(names.modules.get(outer), nn.MultiheadAttention):
         return (
             f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
@@ -193,4 +193,4 @@ def class_of(layer: nn.Module) -> str:
 
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
-    return ", ".join(str(kind).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS)
+    return ", ".join(getattr(kind, "__name__", str(kind)).rpartition(".")[2] for kind in ADAPTERS)

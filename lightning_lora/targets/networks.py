@@ -132,13 +132,11 @@ def find_copies(
     for name, p in base.items():
         for outer in starts_of(owner_of(name)):
             held[outer][name.removeprefix(f"{outer}.")] = p
-    inside, candidates = defaultdict[str, list[str]](list), defaultdict[type, list[str]](list)
-    for layer in layers:
-        for outer in starts_of(layer):
-            inside[outer].append(layer.removeprefix(outer))
+    candidates = defaultdict[type, list[str]](list)
     for name in filter(trains.__contains__, held):
         candidates[_own_class(modules[name])].append(name)
-    found, taken, sample = dict[str, str](), Counter[str](), cache(_sample)  # each weight is sampled once
+    found, taken, inside = dict[str, str](), Counter[str](), _layers_inside(layers)
+    sample = cache(_sample)  # each weight is sampled once
     for name in held:
         is_single = owner_of(name) not in {"", *trains} and not modules[name]._modules
         if name in trains or is_in_any(name, found) or is_single:
@@ -151,6 +149,15 @@ def find_copies(
                 taken[original] += 1
                 break
     return found
+
+
+def _layers_inside(layers: Iterable[str]) -> Mapping[str, list[str]]:
+    """The layers in each module, by the rest of their names."""
+    inside = defaultdict[str, list[str]](list)
+    for layer in layers:
+        for outer in starts_of(layer):
+            inside[outer].append(layer.removeprefix(outer))
+    return inside
 
 
 def _own_class(module: nn.Module) -> type:

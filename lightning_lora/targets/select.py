@@ -7,46 +7,47 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
-from lightning_lora.layers.kinds import LoRATokens
-from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
+from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, Settings, adapter_for
+from lightning_lora.targets import checks
+from lightning_lora.targets.checks import Choice, meant_as
 from lightning_lora.targets.lookup import AUTOMATIC, Names, has_forward, is_computed
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
-from lightning_lora.tensors.names import held_parameter, starts_of, submodule
+from lightning_lora.tensors.names import held_parameter, owner_of, starts_of, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
     names = Names(model)
-    check_shapes(names)
+    checks.check_not_lazy(names)
     saved = set(names.find("modules_to_save", config.modules_to_save))
     left_out = {*saved, *names.find("exclude_modules", config.exclude_modules)}
     untouched = _modules_below(names, left_out)
     holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
-    read = {submodule(owner, leaf.rpartition(".")[0]) for owner, leaves in holders.items() for leaf in leaves}
+    read = {submodule(owner, owner_of(leaf)) for owner, leaves in holders.items() for leaf in leaves}
     targets = set(_targets(names, config).values()) - untouched - read
     meant = set[nn.Module]() if config.target_modules in AUTOMATIC else targets
     rows, tied = token_rows(names, config, meant | read | _modules_below(names, saved))
     layers = names.first_names((targets - tied) | holders.keys() | rows.keys())
-    check_supported(names, config, layers, targets)
+    checks.check_supported(names, config, layers, targets)
     choices = {}
     for name, layer in layers.items():
-        kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
-        parameters = holders.get(layer)
+        kind = adapter_for(layer) or LoRALayer
+        matrices: tuple[AdaptedMatrix, ...]
         if layer in rows:
-            choices[name] = _choice(config, name, layer, LoRATokens, (rows[layer],))
-            continue
-        if parameters is None:
-            matrices, slices = kind.lora_matrices_of(layer), config.slices(name)
-            matrices = sliced(names, name, kind, matrices, slices) if slices else matrices
+            kind, matrices = LoRATokens, (rows[layer],)
+        elif layer in holders:
+            kind = LoRAParameters
+            matrices = tuple(kind.lora_matrix_of(layer, leaf) for leaf in holders[layer])
+        elif slices := config.slices(name):
+            matrices = sliced(names, name, kind, kind.lora_matrices_of(layer), slices)
         else:
-            matrices = tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in parameters)
-        matrices = _without(name, matrices, left_out)
-        if matrices:
+            matrices = kind.lora_matrices_of(layer)
+        if matrices := _without(name, matrices, left_out):
             choices[name] = _choice(config, name, layer, kind, matrices)
-    check_any(names, config, choices, untouched)
-    check_choices(names, config, choices)
+    checks.check_any(names, config, choices, untouched)
+    checks.check_patterns(names, config, choices)
+    checks.check_methods(config, choices)
     return choices
 
 
@@ -125,25 +126,24 @@ def _choice(
     config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
 ) -> Choice:
     """The adapter for these matrices. Patterns may give each parameter its own rank and scaling."""
-    settings = Settings(
-        r=1,
-        scaling=1.0,
-        dropout=config.dropout,
-        init=config.init,
-        use_dora=config.use_dora,
-        autocast_dtype=config.autocast_adapter_dtype,
-    )
-    choice = Choice(layer, kind, matrices, settings)
     asked = []
     for matrix in matrices:
-        target = choice.name_of(name, matrix)
+        target = meant_as(name, kind, matrix)
         asked.append((matrix.rank(config.rank(name, target)), config.scaling(name, target)))
     r, scaling = max(asked)[0], asked[0][1]
     ranked = []
     for matrix, (rank, factor) in zip(matrices, asked, strict=True):
         is_usual = (rank, factor) == (matrix.rank(r), scaling)
         ranked.append(matrix if is_usual else replace(matrix, r=rank, scaling=factor))
-    return replace(choice, matrices=tuple(ranked), settings=replace(settings, r=r, scaling=scaling))
+    settings = Settings(
+        r=r,
+        scaling=scaling,
+        dropout=config.dropout,
+        init=config.init,
+        use_dora=config.use_dora,
+        autocast_dtype=config.autocast_adapter_dtype,
+    )
+    return Choice(layer, kind, tuple(ranked), settings)
 
 
 def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
@@ -157,10 +157,7 @@ def _output_heads(names: Names) -> set[object]:
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
     embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
-    heads = set[object]()
-    for module, weight in weights.items():
-        if weight in embeddings:
-            heads.add(module)
+    heads: set[object] = {module for module, weight in weights.items() if weight in embeddings}
     for module in (names.model, *names.modules.values()):
         head = getattr(module, "get_output_embeddings", None)
         if callable(head):

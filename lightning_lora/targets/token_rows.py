@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import AdaptedMatrix, adapter_for
-from lightning_lora.layers.kinds import LoRAEmbedding, LoRALinear, LoRATokens
+from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
 from lightning_lora.targets.lookup import Names, why_not
 from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
