@@ -274,6 +274,8 @@ def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = F
     known = {**view.base, **view.buffers, **required(view)}
     for name in filter(known.__contains__, state):  # a module's own code judges the others
         value, expected = state[name], known[name]
+        if not isinstance(value, Tensor):
+            raise AdapterMismatchError(f"{name!r} is a {type(value).__name__}. Expected a tensor.")
         if value.shape != expected.shape:
             raise AdapterMismatchError(
                 f"{name!r} is {tuple(value.shape)}, but this model has {tuple(expected.shape)}. Build the model as it "

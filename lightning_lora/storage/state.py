@@ -100,8 +100,8 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
 
 def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
-    trained = required(view).items()
-    if broken := [name for name, p in trained if not p.is_meta and not full_tensor(p.detach()).isfinite().all()]:
+    trained = required(view) if view.is_adapted else view.adapters  # a part of an adapted module is saved by itself
+    if broken := [name for name, p in trained.items() if not p.is_meta and not full_tensor(p).isfinite().all()]:
         raise AdapterStateError(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."

@@ -79,7 +79,7 @@ def _known(kind: type, said: dict[str, Any]) -> dict[str, Any]:
     """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
     known = {field.name for field in fields(kind)}
     if later := [name for name, value in said.items() if name not in known and value is not None]:
-        raise AdapterFileError(f"The file says {listed(later)} of a layer, as a later version does. Update the package.")
+        raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
     return {name: value for name, value in said.items() if name in known}
 
 

@@ -143,5 +143,5 @@ def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: li
 
     model = saved(path := tmp_path / "a.safetensors", LitTiny())
     restores(rewrite(path, add), model)
-    with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as a later version does"):
+    with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as later versions do"):
         ll.load_adapter(LitTiny(), rewrite(path, partial(add, value=1)))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import lightning_lora as ll
 from tests.support.models import LitTiny, TinyLM, X, as_trained, same, unties
@@ -26,10 +25,11 @@ def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) ->
     restores(file, trained())
 
 
-STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
     "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "missing '.*_A' and unexpected '.*_a'"),
     "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
+    "list": (lambda s: s.update({"q_proj.lora_A": [1.0]}), "is a list. Expected a tensor"),
     "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
 }
 

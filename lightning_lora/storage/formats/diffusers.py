@@ -123,7 +123,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     if not peft.is_diffusers(contents, path):
         return None
     header, about = contents.get(peft.HEADER, {}).get(peft.METADATA, "{}"), f"{peft.METADATA!r} of {path}"
-    tensors = {name: value for name, value in contents.items() if name != peft.HEADER}
+    tensors = peft.tensors_in(contents, path)
     return lambda view: _read(view, tensors, peft.json_object(header, about), path)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.disk import local_path
@@ -73,6 +75,14 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     local = local_path(path)
     is_beside = local is not None and (local.parent / PEFT_CONFIG).is_file()
     return not is_beside or (has_header and not any(name.startswith(PREFIX) for name in names))
+
+
+def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
+    """Return all but the header of a file. Refuse what is no tensor."""
+    tensors = {name: value for name, value in contents.items() if name != HEADER}
+    if odd := [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
+    return tensors
 
 
 def _has_updates(names: Iterable[object]) -> bool:

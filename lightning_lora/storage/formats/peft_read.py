@@ -18,7 +18,6 @@ from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoR
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.peft_config import (
-    HEADER,
     MERGE_THERE,
     PEFT_CONFIG,
     PREFIX,
@@ -26,6 +25,7 @@ from lightning_lora.storage.formats.peft_config import (
     is_peft,
     peft_key,
     read_config,
+    tensors_in,
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
 from lightning_lora.storage.formats.reading import (
@@ -49,7 +49,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     if not is_peft(contents, path):
         return None
-    tensors = {name: value for name, value in contents.items() if name != HEADER}
+    tensors = tensors_in(contents, path)
 
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)

@@ -91,7 +91,10 @@ class TensorFiles:
 def _read_index(path: Path) -> dict[str, Any]:
     """The index of a folder. It comes with a base from somewhere, and may name files of this folder alone."""
     index = json_object(path.read_bytes(), path)
-    for file in index["weight_map"].values():
+    files = index["weight_map"].values() if isinstance(index.get("weight_map"), dict) else [None]
+    for file in files:
+        if not isinstance(file, str):
+            raise AdapterFileError(f"{path} has no 'weight_map' from tensors to files. Use it as it was written.")
         if PurePath(file).anchor or ".." in PurePath(file).parts or not (path.parent / file).is_file():
             raise AdapterFileError(
                 f"The 'weight_map' in {path} names {file!r}, which is no file in its folder. Get all files of the base."

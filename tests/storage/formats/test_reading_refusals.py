@@ -115,6 +115,15 @@ def test_what_does_not_fit(tmp_path: Path, make: Any, config: Any, change: Chang
     check_refused(tmp_path, built(make), error, match)
 
 
+@pytest.mark.parametrize("value", [Path(), [1]], ids=["object", "list"])
+def test_what_is_no_tensor(tmp_path: Path, value: Any) -> None:
+    written(tmp_path, Mixed)
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save({**tensors, "base_model.model.linear.lora_A.weight": value}, tmp_path / "adapter_model.bin")
+    check_refused(tmp_path, Mixed(), FILE, r"linear\.lora_A\.weight', which are no tensors")
+
+
 LACKING: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, str]] = [
     (Mixed, {}, lambda folder: (folder / PEFT_CONFIG).unlink(), "adapters of PEFT.*json, which is not there"),
     (Mixed, {}, lambda folder: (folder / WEIGHTS).unlink(), "as a folder it holds no adapters of PEFT"),

@@ -85,3 +85,11 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, file: str) -> 
     with pytest.raises(AdapterFileError, match=rf"index\.json names {file!r}.*Get all files"):
         merged(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"0.weight": 3}}'])
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, text: str) -> None:
+    divided(tmp_path, ["w.safetensors"] * 8)
+    (tmp_path / "base" / INDEX).write_text(text)
+    with pytest.raises(AdapterFileError, match="has no 'weight_map' from tensors to files"):
+        merged(tmp_path)
