@@ -167,7 +167,7 @@ class LoRAConfig:
         return re.fullmatch(_as_expression(self.exclude_modules), name) is not None
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
-        """Take the arguments that are at their defaults, and not in ``given``, from ``stored``."""
+        """Take from ``stored`` what was not given: what is at its default, and not in ``given``."""
         default = LoRAConfig()
         names = [field.name for field in dataclasses.fields(self)]
         left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]

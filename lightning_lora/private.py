@@ -95,7 +95,7 @@ def loader_of(fit_loop: Any) -> Any:
 
 
 def before_transfer(pl_module: Any, batch: Any) -> Any:
-    """Return a batch as a module or its data module changes it before it moves: starts from data would see others."""
+    """Return a batch as hooks change it before it moves: starts from data would see others."""
     return pl_module._on_before_batch_transfer(batch)
 
 

@@ -231,7 +231,7 @@ class LoRALayer(LayerKind):
                 return True
         return False
 
-    def lora_follow_base(self) -> None:
+    def lora_begin_anew(self) -> None:
         """Initialise an untrained adapter again if its weights have changed.
 
         Only one that starts from them.
@@ -273,7 +273,7 @@ class LoRALayer(LayerKind):
                 p.grad = None
                 replace_values(p, torch.empty_like(p, dtype=dtype) if data.is_meta else data.to(p.device, dtype))
                 p.grad = None if grad is None else grad.to(p.device, dtype)
-        self.lora_follow_base()  # the base may have been converted
+        self.lora_begin_anew()  # the base may have been converted
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -293,7 +293,7 @@ class LoRALayer(LayerKind):
             for name, p in parameters.items():
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=weight.device), p.requires_grad))
             self.lora_initialise()
-        self.lora_follow_base()
+        self.lora_begin_anew()
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if key not in keys]
 
@@ -325,8 +325,8 @@ class LoRALayer(LayerKind):
         return text if text.startswith(name) else name + text[text.index("(") :]
 
 
-def attach(layer: nn.Module, adapter: Adapter) -> None:
-    """Let a layer, which stays the same object, compute with an adapter."""
+def put_on(layer: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter on a layer, which stays the same object."""
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
     vars(layer).update(attributes_of(adapter))

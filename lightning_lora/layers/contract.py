@@ -140,7 +140,7 @@ class Step:
 
 @dataclass
 class Adapter:
-    """An adapter that is not attached to a layer. :func:`attach` attaches it."""
+    """An adapter that is off its layer. :func:`.put_on` puts it there."""
 
     kind: type[LayerKind]
     settings: Settings

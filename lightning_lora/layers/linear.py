@@ -46,7 +46,7 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAConv1D(TransposedKind, LoRALinear):
-    r"""Conv1D, GPT-2's linear layer, which computes :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""GPT-2's linear layer, with its weight as (in, out): :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
         weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).

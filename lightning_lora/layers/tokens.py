@@ -16,7 +16,7 @@ from lightning_lora.tensors.names import held_parameter
 
 
 class LoRATokens(LoRAEmbedding):
-    r"""An embedding or an output head in which trained rows replace some of the weight.
+    r"""An embedding or an output head in which trained rows replace some of the weight. A head has no padding.
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.

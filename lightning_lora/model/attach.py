@@ -22,7 +22,7 @@ from lightning_lora.layers import (
     LoRATokens,
     Settings,
     adapter_for,
-    attach,
+    put_on,
     repacks,
     tie_layers,
     unpack,
@@ -39,7 +39,7 @@ from lightning_lora.tensors.values import replace_values, set_requires_grad
 def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
     for name, adapter in adapters.items():
-        attach(view.modules[name], adapter)
+        put_on(view.modules[name], adapter)
     _layers_have_changed(view)
     _watch_optimizers(view.model)
 
@@ -62,17 +62,17 @@ def _layers_have_changed(view: View) -> None:
     view.look_again()
 
 
-def follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype | None, undo: ExitStack) -> None:
+def move_to_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype | None, undo: ExitStack) -> None:
     """Move and convert an adapter to its layer's device and dtype: a plain model does not move what is off it."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     roles, held = adapter.roles, adapter.kind.lora_dtype(layer, weight)
     for name, factor in adapter.parameters.items():
         dtype = factor.dtype if weight.dtype == was else roles[name].dtype(held, adapter.settings)
         undo.callback(replace_values, factor, factor.data)
-        follow(factor, weight.device, dtype)
+        move_to(factor, weight.device, dtype)
 
 
-def follow(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """Move and convert a tensor that is off its model, and its gradient."""
     if (tensor.device, tensor.dtype) != (device, dtype):
         gradient, tensor.grad = tensor.grad, None
@@ -175,7 +175,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
 
 
 def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
-    """An adapter's settings and matrices, by the names of the arguments that set them."""
+    """An adapter's settings and matrices, in users' words."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
     if not settings.is_difference:

@@ -118,7 +118,7 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The largest modules that hold only these layers, small ones, and norms as they were made.
+    """The largest modules of these, small layers and blank norms.
 
     A small layer, such as a head's last one, may look trained by chance.
     """
@@ -148,7 +148,7 @@ def _is_blank(parameter: nn.Parameter) -> bool:
 
 # Initial values
 
-_MOST = 10_000  # values that are tested in a large weight
+_TESTED = 10_000  # values that are tested in a large weight
 _ROUNDING = 0.004  # the relative error of bfloat16
 _SPREAD = 4.0  # how many standard errors a moment may be away from its expected value
 
@@ -160,8 +160,8 @@ _NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
 def block_of(weight: Tensor) -> Tensor:
     """Return evenly spaced rows and columns of a weight, without zero rows (padding). These are about 10,000 values."""
     rows, columns = weight.shape[0], weight[0].numel()
-    most_rows = min(rows, max(100, _MOST // columns))
-    columns_taken = min(columns, _MOST // most_rows)
+    most_rows = min(rows, max(100, _TESTED // columns))
+    columns_taken = min(columns, _TESTED // most_rows)
     some = weight.detach()[_spaced(rows, most_rows, weight.device)].flatten(1)
     block = some[:, _spaced(columns, columns_taken, weight.device)].float().cpu()
     return block[block.any(1)]

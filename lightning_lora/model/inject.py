@@ -111,15 +111,15 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
         config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
     view = View(model, config)
-    if others := [name for name, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
+    if others := [inner for inner, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{view.title} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
     _note_flags(view)
     choices = select(model, config)
-    kinds = {name: choice.kind for name, choice in choices.items()}
-    found = _networks(view, kinds, {view.base[name] for name in view.frozen_by_user}, finds=finds)
-    choices = {name: choice for name, choice in choices.items() if not is_in_any(name, found.left)}
+    kinds = {layer: choice.kind for layer, choice in choices.items()}
+    found = _networks(view, kinds, {view.base[frozen] for frozen in view.frozen_by_user}, finds=finds)
+    choices = {layer: choice for layer, choice in choices.items() if not is_in_any(layer, found.left)}
     if not choices:
         raise TargetError(
             f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "

@@ -74,14 +74,14 @@ def unmerge_adapters(model: nn.Module) -> None:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
     record_of(model)
-    _unmerge(View(model))
+    _restore(View(model))
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
     was_merged = record_of(model).is_merged
-    _unmerge(View(model))
+    _restore(View(model))
     try:
         yield
     finally:
@@ -252,11 +252,11 @@ def unmerge(model: nn.Module) -> bool:
             "new base, and the adapters of the earlier fine-tune are dropped."
         )
         return False
-    _unmerge(view)
+    _restore(view)
     return True
 
 
-def _unmerge(view: View) -> None:
+def _restore(view: View) -> None:
     """Undo a merge, if there was one."""
     check_as_merged(view)
     record = view.record
@@ -266,7 +266,7 @@ def _unmerge(view: View) -> None:
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = view.modules[name]
-            attach.follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
+            attach.move_to_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
         record.was_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
-from lightning_lora.layers import LoRALayer, attach
+from lightning_lora.layers import LoRALayer, put_on
 from lightning_lora.model.record import Merge
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
@@ -83,7 +83,7 @@ def _is_merged_anew(merge: Merge, name: str, layer: nn.Module, weights: Mapping[
             for weight, value in weights.items():
                 dtype = merge.weights[join(name, weight)].dtype
                 replace_values(value, adapter.bases[weight].data.to(value.device, dtype))
-            attach(layer, adapter)
+            put_on(layer, adapter)
             try:
                 anew = {weight: layer.lora_merged_weight(weight)[0] for weight in weights}  # type: ignore[operator]
             finally:

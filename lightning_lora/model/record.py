@@ -164,9 +164,13 @@ class Record:
         """The name of the adapter that has its effect, or None."""
         return None if self.is_disabled else self.adapter.name
 
-    def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
-        """The model shows its base. These values of the active adapter are aside; None: it shows the adapter again."""
-        self.is_disabled, self.aside = aside is not None, aside or {}
+    def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]]) -> None:
+        """The model shows its base. These values of the active adapter are aside."""
+        self.is_disabled, self.aside = True, aside
+
+    def adapter_is_shown(self) -> None:
+        """The model shows its active adapter again."""
+        self.is_disabled, self.aside = False, {}
 
     def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
         """The active adapter was taken off, and keeps these tensors. Another one was put on."""
@@ -184,7 +188,7 @@ class Record:
             self.requires_grad.setdefault(name, parameter.requires_grad)
 
     def base_was_loaded(self, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
-        """Other code loads these tensors as the base, some of which the adapters have copied."""
+        """Other code loads a new base. The adapters have copied some of it."""
         for name in names:
             self.changed.pop(name, None)
         for adapter in self.adapters.values():
@@ -234,7 +238,7 @@ class Record:
         return {name: self.read[name].number for name in tensors}
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
-        """Return a base tensor's digests in half precision, by its digest in its own dtype. They are remembered."""
+        """Return a base tensor's digests in half precision, remembered by its own."""
         if known not in self.half_digests:
             self.half_digests[known] = digests_as(tensor, HALVES)
         return self.half_digests[known]

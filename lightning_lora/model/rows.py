@@ -18,7 +18,7 @@ from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
 from lightning_lora.model.record import record_of
-from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
+from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import version_of
 from lightning_lora.targets.lookup import has_forward
@@ -37,8 +37,9 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
     to it. Without ``with``, the names are checked, and nothing else happens.
 
-    The block holds for all threads, and ``disable_adapters`` shows the base in it. Do not move the model inside it, nor
-    add, load, remove or merge adapters. If activations are checkpointed, call ``backward`` inside it.
+    All threads see the block: let one use the model at a time. ``disable_adapters`` shows the base in it. Do not move
+    the model inside it, nor add, load, remove or merge adapters. If activations are checkpointed, call ``backward``
+    inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -78,7 +79,7 @@ class _Block(ExitStack):
         view, forwards = view_of(self.model), list[tuple[nn.Module, str, Any]]()
         check_switchable(view)
         for name in view.record.others.keys() & set(self.names):
-            follow_model(view, view.record.others[name])
+            move_to_model(view, view.record.others[name])
         used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
         values, modules = _own_values(view, used), named_modules(view.model)
         changed = set(chain.from_iterable(used.values()))

@@ -31,7 +31,7 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
         check_as_merged(view)
         _show_base(view)
     elif name in record.others:
-        change(View(model), record.others[name])
+        exchange(View(model), record.others[name])
     elif name != before:
         _show_adapter(View(model))
     return Shown(model, name, before, active)
@@ -135,24 +135,24 @@ def check_switchable(view: View) -> None:
         )
 
 
-def follow_model(view: View, state: AdapterState) -> None:
+def move_to_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers."""
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():
-            attach.follow(tensor, present[name].device, present[name].dtype)
+            attach.move_to(tensor, present[name].device, present[name].dtype)
         for name, adapter in state.resting.items():
-            attach.follow_layer(view.modules[name], adapter, None, undo)
+            attach.move_to_layer(view.modules[name], adapter, None, undo)
         undo.pop_all()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def change(view: View, coming: AdapterState) -> None:
+def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
-    follow_model(view, coming)
+    move_to_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     view.check_present()
     if view.record.is_disabled:
@@ -197,7 +197,7 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
     if config is None or name in names:
         set_adapter(model, name)
     else:
-        change(View(model), AdapterState(config, name))
+        exchange(View(model), AdapterState(config, name))
         undo.callback(lambda: record_of(model).others.pop(name))
     undo.callback(set_adapter, model, names[0])
     return undo
@@ -246,4 +246,4 @@ def _show_adapter(view: View) -> None:
     for layer in view.layers.values():
         layer.lora_enabled = True
     torch.clear_autocast_cache()
-    view.record.base_is_shown(None)
+    view.record.adapter_is_shown()

@@ -269,7 +269,7 @@ class View:
     def follow_base(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
-            layer.lora_follow_base()
+            layer.lora_begin_anew()
 
 
 def view_of(model: nn.Module) -> View:

@@ -73,7 +73,7 @@ class Names:
         entries = list(missing)
         what = "parameter" if argument == "target_parameters" else "module"
         near = _nearest(missing)
-        hint = f"Nearest names: {', '.join(near[:5])}." if near else self._endings()
+        hint = f"Nearest names: {', '.join(near[:5])}." if near else self._hint_of_endings()
         if argument == "modules_to_save" and not near:
             outer = [name for name in self.modules if name and "." not in name]
             hint = f"Its modules are {listed(outer)}, and those inside."
@@ -92,7 +92,7 @@ class Names:
     def _fit(self) -> list[str]:
         return [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
 
-    def _endings(self) -> str:
+    def _hint_of_endings(self) -> str:
         endings = dict.fromkeys(name.rpartition(".")[2] for name in self._fit())
         some = f"Layers that can be adapted end in {listed(endings, most=8)}."
         return some if endings else "It has no layer to adapt."

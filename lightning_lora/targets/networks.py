@@ -69,7 +69,7 @@ def find_networks(
     *,
     beside: Collection[str] = (),
     copies: Mapping[str, str] = MappingProxyType({}),
-    untrained: Callable[[], Collection[str]] = tuple,
+    untrained: Callable[[], Collection[str]] = lambda: (),
 ) -> Networks:
     """Return what those of ``layers`` are for whose weights are among ``still``: frozen, or in no optimizer.
 

@@ -72,7 +72,7 @@ def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = 
 
 
 def join(prefix: str, name: str) -> str:
-    """Return the dotted name of ``name`` in the module ``prefix``, which may be the model itself: ``""``."""
+    """Join a module's name and a name in it. That of the model itself is ``""``."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 

@@ -135,7 +135,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_one_run(tensor: Any) -> bool:
-    """Whether the local shard of a DTensor is one run of neighbours in the full tensor, as FSDP2 makes them."""
+    """Whether the local shard is one run of the full tensor."""
     return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
 
 

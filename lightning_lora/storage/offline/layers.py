@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, attach, matrix_factors
+from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, matrix_factors, put_on
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import bare
@@ -63,5 +63,5 @@ def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -
     for parameter, stored_name in layer.parameters(stored.config).items():
         parameters[parameter] = nn.Parameter(stored.state[stored_name], requires_grad=False)
     kind, settings = cast(type[LoRALayer], layer.adapter_class), layer.settings(stored.config)
-    attach(shell, Adapter(kind, settings, layer.matrices, parameters))
+    put_on(shell, Adapter(kind, settings, layer.matrices, parameters))
     return cast(LoRALayer, shell)
