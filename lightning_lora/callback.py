@@ -4,6 +4,7 @@ import inspect
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -24,7 +25,7 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
-from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
+from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
@@ -148,10 +149,11 @@ class LoRACallback(Callback):
         extend_launchers()
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._training = ExitStack()
+        self._filled = WeakKeyDictionary[LightningModule, set[str]]()  # buffers that each module's own hooks fill
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # two by Lightning
+        added = ("_stage", "_gradients", "_feeding", "_training", "_filled", "log", "log_dict")  # two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
@@ -170,7 +172,7 @@ class LoRACallback(Callback):
         """
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         name = self.name if self.name != "default" or "name" in self.given else None
-        filled, scale = self._stage.filled, self.lr_scale
+        filled, scale = self._filled.setdefault(pl_module, set()), self.lr_scale
         self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=scale, filled=filled)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
@@ -178,7 +180,7 @@ class LoRACallback(Callback):
             self._stage.came = "adapted"
         if is_fit:
             was_adapted, switches = self._stage.came == "adapted", self._stage.wants_another(pl_module)
-            check_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
+            check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
             check_data_init(trainer, pl_module, self.config)
         else:
             compatibility.drop_averages(callbacks)
@@ -199,7 +201,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
-        check_weights(trainer, pl_module, self.merge, self.save)
+        check_merge_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.wants_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
@@ -260,7 +262,7 @@ class LoRACallback(Callback):
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
             log_values(trainer, {"lora/trained_share": share})
-        check_frozen(pl_module, optimizer)
+        check_frozen(pl_module, optimizer, self._gradients.frozen)
         follow(optimizer)
         self._gradients.check(optimizer)
 
@@ -292,9 +294,7 @@ class LoRACallback(Callback):
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
-        which = "the last adapters"
-        if self.merge == "best":
-            which = load_best(trainer, pl_module, cast(LoRAStrategy, trainer.strategy).lora_read_adapters) or which
+        which = load_best(trainer, pl_module) if self.merge == "best" else "the last adapters"
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
     layer: nn.Module
     adapter: Adapter
     matrix: AdaptedMatrix
-    merged: dict[str, Tensor]  # the base's weights, where those of the layer are merged
+    bases: dict[str, Tensor]  # the base's weights, where those of the layer are merged
 
     def factors(self) -> Factors:
         """Return A and B in float64, with the scaling in B."""
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
     def weight(self) -> Tensor:
         """Return the base's weight as a matrix, in float32 or wider."""
         name, kind = self.matrix.weight, self.adapter.kind
-        weight = full_tensor(self.merged[name] if name in self.merged else own_parameter(self.layer, name))
+        weight = full_tensor(self.bases[name] if name in self.bases else own_parameter(self.layer, name))
         if not weight.numel():
             raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
         values: Tensor = kind.lora_as_matrix(kind.lora_values(self.layer, weight)).detach()
@@ -213,7 +213,12 @@ class Amplification(_OfAdapters):
 
     def __init__(self, directions: Literal["update", "weight", "random"] = "update", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.of, self.norms = _known("directions", directions, "update", "weight", "random"), dict[str, Any]()
+        self.of, self._norms = _known("directions", directions, "update", "weight", "random"), dict[str, Any]()
+
+    @property
+    def norms(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """The norms of what was measured last."""
+        return {name: self._norms[name] for name in self.values}
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
         weight, r = precise(matrix.weight()), matrix.matrix.rank(matrix.adapter.settings.r)
@@ -224,7 +229,7 @@ class Amplification(_OfAdapters):
         if self.of == "random":  # the singular vectors of a Gaussian matrix have any direction
             noise = torch.Generator(weight.device).manual_seed(0)
             u, v = (qr(vectors.normal_(generator=noise)).Q for vectors in (u, v))
-        norms = self.norms[name] = tuple(map(vector_norm, (sizes, u.mT @ weight @ v, weight)))
+        norms = self._norms[name] = tuple(map(vector_norm, (sizes, u.mT @ weight @ v, weight)))
         return ratio(*norms[:2])
 
 
@@ -253,6 +258,8 @@ class SubspaceSimilarity(_OfAdapters):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if (i is None and j is not None) or any(each is not None and each < 1 for each in (i, j)):
+            raise ConfigError(f"i={i!r}, j={j!r}. Expected numbers from 1 on, and j only with i.")
         self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]

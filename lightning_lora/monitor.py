@@ -68,3 +68,6 @@ class LoRAMonitor(Callback):
         for name in norms if self.per_layer else ():
             log(f"lora/update_norm/{name}", norms[name])
             log(f"lora/effective_rank/{name}", ranks[name])
+
+
+join_other_package(LoRAMonitor)

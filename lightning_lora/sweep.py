@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 
@@ -76,7 +76,7 @@ class LoRASweep:
         self._varied = [name for name in lists if len(lists[name]) > 1]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            name = "-".join(map(_named, self._varied, map(chosen.get, self._varied)))
+            name = "-".join(map(_named, self._varied, map(chosen.get, self._varied)))[:200]
             if arguments | chosen not in self.runs.values():
                 self.runs[f"{name}_{len(self.runs) + 1}" if name in self.runs else name] = arguments | chosen
             LoRACallback(**arguments | chosen)  # checks them
@@ -119,7 +119,7 @@ class LoRASweep:
             live = live[:kept]
         runs.sort(key=self._rank)
         self.results = list(map(_Run.result, runs))
-        fitting_console().print(self.table())
+        rank_zero_only(fitting_console().print)(self.table())
         if self._rank(runs[0])[0]:
             raise ConfigError(
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
@@ -147,24 +147,23 @@ class _Run:
     """One adapter, through all its fits."""
 
     def __init__(self, sweep: LoRASweep, name: str) -> None:
-        self.name, self.monitor, self.arguments = name, sweep.monitor, sweep.runs[name]
+        self.name, self.sweep, self.arguments = name, sweep, sweep.runs[name]
         self.file = sweep.directory / f"{name}.ckpt"
-        self.varied = sweep._varied
         self.metrics: list[float] = []  # one of each validation
         self.dropped: int | None = None  # the epoch after which it ends
-        self.has_begun = self.has_ended = False
-        self.epochs = 0
+        self.has_ended = False
+        self.epochs = 0  # that it has trained
 
     def result(self) -> dict[str, Any]:
-        varied = zip(self.varied, map(self.arguments.get, self.varied), strict=True)
-        return {"name": self.name, **dict(varied), "metrics": self.metrics, "dropped": self.dropped}
+        varied = {name: self.arguments[name] for name in self.sweep._varied}
+        return {"name": self.name, **varied, "metrics": self.metrics, "dropped": self.dropped}
 
     def go_on(self, fit: Callable[[Any, str | None], object], *, stops: bool) -> None:
         """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
         callback, known = _Callback(self, stops=stops), len(self.metrics)
         with isolate_rng():  # each begins with the same random numbers, or with those in its file
             try:
-                fit(callback, str(self.file) if self.has_begun else None)
+                fit(callback, str(self.file) if self.epochs else None)
             finally:
                 if callback.module is not None and find_record(callback.module):
                     remove_adapters(callback.module)
@@ -173,7 +172,6 @@ class _Run:
                 "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
                 "validation has run."
             )
-        self.has_begun = True
 
 
 class _Callback(LoRACallback):
@@ -186,6 +184,9 @@ class _Callback(LoRACallback):
         self.most: int | None = None  # epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+            return
         kinds = set[str]().union(*map(class_names, callbacks_of(trainer)))
         refused = {
             "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
@@ -209,22 +210,22 @@ class _Callback(LoRACallback):
         trainer.fit_loop.max_epochs = self.most
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.progress.has_begun and not trainer.global_step:
+        if self.progress.epochs and not trainer.global_step:
             raise ConfigError(
                 "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
             )
         super().on_train_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        found = trainer.callback_metrics
-        if self.progress.monitor not in found:
+        found, monitor = trainer.callback_metrics, self.progress.sweep.monitor
+        if monitor not in found:
             raise ConfigError(
-                f"monitor={self.progress.monitor!r} is not logged in validation. Found: {listed(found)}. "
-                f"Log it in validation_step: self.log({self.progress.monitor!r}, ...)."
+                f"monitor={monitor!r} is not logged in validation. Found: {listed(found)}. "
+                f"Log it in validation_step: self.log({monitor!r}, ...)."
             )
-        self.progress.metrics.append(trainer.strategy.broadcast(float(found[self.progress.monitor])))
+        self.progress.metrics.append(trainer.strategy.broadcast(float(found[monitor])))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stops and len(self.progress.metrics) > self.known:
@@ -239,6 +240,6 @@ class _Callback(LoRACallback):
 
 
 def _named(argument: str, value: object) -> str:
-    """An argument and its value as part of a name, also of a file: ``r8`` or ``init_pissa``."""
+    """An argument and its value as a short part of a name, also of a file: ``r8`` or ``init_pissa``."""
     between = "" if isinstance(value, int | float) and not isinstance(value, bool) else "_"
-    return argument + between + re.sub(r"[^\w.+]+", "_", str(value).removesuffix(".0")).strip("_")
+    return argument + between + re.sub(r"[^\w.+]+", "_", str(value).removesuffix(".0"))[:60].strip("_")

@@ -241,12 +241,21 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
     first = metric.norms
     metric.update(model)
     assert metric.norms == first
+    metric.update(two())
+    assert list(metric.norms) == ["0", "1"]
+    metric.update(model)
+    assert list(metric.norms) == ["0"]
+    metric.reset()
+    assert not metric.norms
 
 
 def test_an_unknown_word_is_refused() -> None:
     for kind, name in ((UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")):
         with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
             kind(**{name: "sum"})
+    for number in ({"i": 0}, {"i": 2, "j": -1}, {"j": 2}):
+        with pytest.raises(ll.ConfigError, match="Expected numbers from 1 on, and j only with i"):
+            SubspaceSimilarity(**number)
 
 
 # In a Trainer, and over processes

@@ -1,5 +1,7 @@
 """The monitor measures what adapters have learned, and changes nothing."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,11 @@ def sharded_fit(folder: Path) -> dict[str, float]:
 def test_numbers_of_sharded_modules(tmp_path: Path) -> None:
     one, other = run_ranks(sharded_fit, tmp_path)
     assert one == other
+
+
+def test_a_command_line_of_the_other_lightning_package_takes_it() -> None:
+    code = "import pytorch_lightning as pl, lightning_lora as ll; assert issubclass(ll.LoRAMonitor, pl.Callback)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_not_there_is_named_or_left_out(tmp_path: Path) -> None:

@@ -175,6 +175,20 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept)
 
 
+def test_fit_may_evaluate_the_module_too(tmp_path: Path) -> None:
+    fit, made = fitting(tmp_path)
+
+    def fit_and_validate(callback: Any, ckpt_path: Any) -> None:
+        fit(callback, ckpt_path)
+        made[-1].validate(dataloaders=data(), verbose=False)
+
+    results = []
+    for each in (fit, fit_and_validate):
+        L.seed_everything(3, verbose=False)
+        results.append(LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(each))
+    assert results[0] == results[1]
+
+
 def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -286,3 +300,6 @@ def test_names_have_what_differs() -> None:
     assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
     sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])  # whose names would be the same
     assert list(sweep.runs) == ["target_modules_q_proj_v_proj", "target_modules_q_proj_v_proj_2"]
+    long = [[f"encoder.layers.{number}.attention" for number in range(count)] for count in (11, 12)]
+    lists = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), long)
+    assert max(map(len, LoRASweep(**lists).runs)) < 220  # the name of a file may have 255

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -27,7 +26,7 @@ from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, 
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
+from lightning_lora.tensors.names import join, named_modules, named_parameters, owner_of, starts_of, submodule
 from lightning_lora.training.rates import peak_rates
 
 _warn = partial(warn, anew=True)
@@ -123,10 +122,10 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 
 def _warn_of_thawed(view: View) -> None:
-    """Name weights that ``modules_to_save`` trains, though the module has them frozen beside others that train."""
-    trained = [name for name, p in view.trained.items() if p.requires_grad]  # not numbers of other kinds
+    """Name frozen weights that ``modules_to_save`` trains."""
     for name in filter(view.config.is_saved, view.modules):
-        held = [each for each in trained if is_in_any(each, [name])]
+        parameters = named_parameters(view.modules[name])
+        held = [join(name, each) for each, p in parameters.items() if p.requires_grad]  # not numbers of other kinds
         frozen = [each for each in held if view.record.requires_grad.get(each) is False]
         if frozen and len(frozen) < len(held):
             _warn(
@@ -136,7 +135,7 @@ def _warn_of_thawed(view: View) -> None:
 
 
 def _warn_of_tied(view: View) -> None:
-    """Name layers of one kind that have one weight, as encoders of an actor and a critic: each gets its own update."""
+    """Name layers that share a weight but not an update, as encoders of an actor and a critic."""
     uses = dict[tuple[int, type], list[str]]()
     for name, layer in view.layers.items():
         if not (layer.lora_settings.follows or isinstance(layer, LoRATokens)):
@@ -168,7 +167,7 @@ def left_trainable(view: View) -> list[str]:
 
 
 def _warn_of_heads(view: View) -> None:
-    """Name linear layers that stay as they are, though single rows of an embedding train. Both have as many rows."""
+    """Name output heads whose new rows stay frozen: they have as many rows as an embedding whose single rows train."""
     rows = rows_of(view)
     trains = list(filter(view.matrices.__contains__, map(owner_of, rows)))
     busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))
@@ -258,9 +257,7 @@ def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:
 
 
 def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:
-    """Log the arguments and a digest of the base as ``lora/...``, unless ``Trainer(enable_autolog_hparams=False)``."""
-    if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
-        return
+    """Log the arguments and a digest of the base as ``lora/...``."""
     view = view_of(pl_module)
     values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
     if view.record.adapter.fingerprints:
@@ -271,12 +268,17 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     log_values(trainer, named, _own(trainer, pl_module))
 
 
-def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Log hyperparameters. ``own`` are those that Lightning logs: TensorBoard shows the first ones alone."""
+def log_values(trainer: Trainer, named: dict[str, Any], own: dict[str, Any] | None = None) -> None:
+    """Log hyperparameters, unless ``Trainer(enable_autolog_hparams=False)``.
+
+    ``own`` are those that Lightning logs: TensorBoard shows the first ones alone. None adds to what this fit logged.
+    """
+    if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
+        return
     for logger in trainer.loggers:
-        values = {**(own if "TensorBoardLogger" in class_names(logger) else {}), **named}
+        shown = own if own and "TensorBoardLogger" in class_names(logger) else {}
         try:
-            _log(logger, values, named)
+            _log(logger, {**shown, **named}, named, adds=own is None)
         except Exception as error:  # of any library; a record is no reason to end a fit
             warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
@@ -284,14 +286,16 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
             )
 
 
-def _log(logger: Any, values: dict[str, Any], named: dict[str, Any]) -> None:
+def _log(logger: Any, values: dict[str, Any], named: dict[str, Any], *, adds: bool) -> None:
     """Log values, but not into ``hparams.yaml``. From there, Lightning would pass them to a module."""
     kinds = class_names(logger)
     if "CSVLogger" in kinds:
-        path = Path(logger.log_dir) / "lora.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**known, **named}, indent=2))
+        path, known = f"{logger.log_dir}/lora.json", {}  # perhaps on another machine
+        if adds:
+            with fsspec.open(path) as file:
+                known = json.load(file)
+        with fsspec.open(path, "w") as file:  # makes its folder
+            json.dump({**known, **named}, file, indent=2)
         return
     logger.log_hyperparams(values)
     if "TensorBoardLogger" in kinds:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
@@ -21,10 +22,6 @@ from lightning_lora.private import AVERAGE, AVERAGES_WITH
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
-
-if TYPE_CHECKING:
-    from lightning.pytorch.plugins import Precision
-
 
 CONFIGURE_MODEL = """
     def configure_model(self):
@@ -85,10 +82,9 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
 
 
-def judge_of(trainer: Trainer) -> Callback | None:
+def monitored_checkpoint(trainer: Trainer) -> Callback | None:
     """Return the first ModelCheckpoint with a monitor. It decides which file is best."""
-    judges = (each for each in callbacks_of(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
-    return next(judges, None)
+    return next((each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None)), None)
 
 
 def states_are_read(callbacks: list[Callback]) -> bool:
@@ -187,7 +183,7 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 
 
 @contextmanager
-def keeping_adapters(precision: "Precision") -> Iterator[None]:
+def keeping_adapters(precision: Precision) -> Iterator[None]:
     """Move adapters to the layers with which ``precision`` replaces theirs, as BitsandbytesPrecision does."""
     own = precision.convert_module
 

@@ -1,5 +1,6 @@
 """Adapters that start from the fit's own data: some batches run through the module before its first step."""
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from copy import copy, deepcopy
@@ -171,6 +172,9 @@ def _leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStac
             vars(module)["log"] = lambda *_, **__: None
 
 
+_MANY = 10_000  # a container with more holds data, which are not looked into
+
+
 def _remember(values: Any, undo: ExitStack, seen: set[int]) -> None:
     """Note what a tensor or a container holds now. ``undo`` writes it back into the same object."""
     if id(values) in seen or isinstance(values, nn.Parameter):
@@ -180,15 +184,12 @@ def _remember(values: Any, undo: ExitStack, seen: set[int]) -> None:
         undo.callback(_write_back, values, values.detach().clone())
     elif isinstance(values, nn.Module):
         _remember(vars(values), undo, seen)
-    elif isinstance(values, dict | set | list):
-        undo.callback(values.extend if isinstance(values, list) else values.update, copy(values))
+    elif isinstance(values, dict | set | list | deque):
+        undo.callback(values.extend if isinstance(values, list | deque) else values.update, copy(values))
         undo.callback(values.clear)
-    if isinstance(values, dict | set | list | tuple) and len(values) < _MANY:
+    if isinstance(values, dict | set | list | deque | tuple) and len(values) < _MANY:
         for each in values.values() if isinstance(values, dict) else values:
             _remember(each, undo, seen)
-
-
-_MANY = 10_000  # a container with more holds data, which are not looked into
 
 
 def _put_back(parameter: nn.Parameter, values: Tensor) -> None:

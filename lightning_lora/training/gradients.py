@@ -50,7 +50,8 @@ class Gradients:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
-        self.frozen = list(view.frozen.values())
+        self.frozen = set(view.frozen.values())
+        self.was_thawed = False
         self.random = view.adapter.random or ()
         self.has_begun = False
         self.begins = True  # whether its fit loaded no adapters
@@ -75,18 +76,31 @@ class Gradients:
         self.now.clear()
 
     def _keep_frozen(self) -> None:
+        thawed = {p for p in self.frozen if p.requires_grad}  # a GAN's step may set requires_grad on a full network
+        if thawed and not self.was_thawed:
+            self.was_thawed = True
+            names = [name for name, p in view_of(self.model).frozen.items() if p in thawed]
+            rank_zero_info(
+                f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
+                "these too, name their modules in modules_to_save."
+            )
         for p in self.frozen:
-            if p.requires_grad or p.grad is not None:  # a GAN's step may set requires_grad on a full network
+            if p in thawed or p.grad is not None:
                 p.requires_grad_(False)
                 p.grad = None
 
     def check(self, optimizer: Optimizer) -> None:
         """Warn about adapters in ``optimizer`` that received no gradient, once, at its first step."""
-        if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
+        if not self.has_begun:
+            self._keep_frozen()  # a step by hand may call loss.backward()
+        if optimizer in self.optimizers:
+            return
+        held, reached = self.copied, self.ever | self.now
+        held = held or [p for group in optimizer.param_groups for p in group["params"]]
+        missed = {id(p) for p in held if not (id(p) in reached if self.notes else p.grad is not None)}
+        if not self.has_begun and len(missed) == len(held):
             return
         self.optimizers.append(optimizer)
-        held = self.copied or [p for group in optimizer.param_groups for p in group["params"]]
-        missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
         copies = self._copies(view, set(map(id, held)))
@@ -197,9 +211,10 @@ class Feeding:
             self.have_run.add(network)
 
     def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled() and self.below:
+        if torch.is_grad_enabled():
             self.have_run.add("")
-            self.found |= _leaves_behind(tree_leaves((args, kwargs)))
+            if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
+                self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
     def can_judge(self, network: str) -> bool:
         """Whether both the network and what trains have run."""
@@ -281,7 +296,7 @@ def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         asked = inputs = tuple(inputs)
     frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in asked]
     how = _ASKING.bind(outputs, inputs, *args, **kwargs).arguments if any(frozen) else {}
-    if how.get("allow_unused"):
+    if how.get("allow_unused") or how.get("materialize_grads"):
         left = tuple(p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen)
         found = iter(_own_grad(outputs, left, *args, **kwargs) if left else ())
         zeros: Any = torch.zeros_like if how.get("materialize_grads") else lambda _: None

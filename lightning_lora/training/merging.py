@@ -14,28 +14,23 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.errors import (
-    BestCheckpointWarning,
-    ConfigError,
-    LoRAError,
-    MergePrecisionWarning,
-    listed,
-    warn,
-)
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed, warn
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.training.compatibility import callbacks_of, drop_averages, judge_of
+from lightning_lora.training.compatibility import callbacks_of, drop_averages, monitored_checkpoint
 
 
-def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
+def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
     """Refuse a merge that this Trainer cannot make. In other processes, it cannot switch adapters either."""
-    if merge == "best" and judge_of(trainer) is None:
+    if merge == "best" and monitored_checkpoint(trainer) is None:
         raise ConfigError(
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
@@ -48,12 +43,12 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switc
         )
 
 
-def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
+def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
     tied = [name for name, weights in tied_weights(view).items() if weights]
     if save == "model":
-        _check_files(view, tied)
+        _check_whole_files(view, tied)
     if not merge:
         return
     try:
@@ -69,8 +64,8 @@ def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, s
         )
 
 
-def _check_files(view: View, tied: list[str]) -> None:
-    """Refuse files of the merged model that cannot be written, or would be read wrongly."""
+def _check_whole_files(view: View, tied: list[str]) -> None:
+    """Refuse files of the whole model that would be wrong."""
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
@@ -101,21 +96,29 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
         )
 
 
-def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str], dict[str, Any]]) -> str:
-    """Load the adapters of ModelCheckpoint's best file, and say so. Nothing is said if it cannot be read."""
-    path = getattr(judge_of(trainer), "best_model_path", "")
+def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Load the adapters of ModelCheckpoint's best file, in all processes or none. Return a text that says which."""
+    path = trainer.strategy.broadcast(getattr(monitored_checkpoint(trainer), "best_model_path", ""))
+    checkpoint, failure = dict[str, Any](), "another process could not read it"
     try:
         if not path:
             raise FileNotFoundError("ModelCheckpoint wrote none")
-        load_checkpoint_state(pl_module, read(path))
-        drop_averages(callbacks_of(trainer))  # of the last weights: files would hold these
+        stored = read_adapter_file(path)  # its hyperparameters may be objects of any class
+        checkpoint = {"state_dict": stored.state, KEY: stored.description()}
     except (OSError, LoRAError) as error:
-        warn(
-            f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",
-            BestCheckpointWarning,
-        )
-        return ""
-    return f"the best adapters ({path})"
+        failure = str(error)
+    if trainer.strategy.reduce_boolean_decision(bool(checkpoint)):
+        try:
+            load_checkpoint_state(pl_module, checkpoint)
+            drop_averages(callbacks_of(trainer))  # of the last weights: files would hold these
+            return f"the best adapters ({path})"
+        except LoRAError as error:
+            failure = str(error)
+    warn(
+        f"merge='best' could not load a best checkpoint ({failure}). The last adapters are merged instead.",
+        BestCheckpointWarning,
+    )
+    return "the last adapters"
 
 
 def returns_state_only(trainer: Trainer) -> bool:
@@ -171,7 +174,12 @@ def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -
         torch.save((file.getvalue(), tensors), Path(folder) / "record.pt")
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        _warn_of_loss(error)
+        warn(
+            "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
+            f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
+            "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
+            "If space is missing, free some, or set TMPDIR to a folder that can be written."
+        )
         return results
     return {**results, _KEY: folder}
 
@@ -188,13 +196,4 @@ def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results:
     rank_zero_info(
         f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and its "
         "adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
-    )
-
-
-def _warn_of_loss(error: Exception) -> None:
-    warn(
-        "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
-        f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
-        "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
-        "If space is missing, free some, or set TMPDIR to a folder that can be written."
     )

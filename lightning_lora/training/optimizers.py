@@ -22,9 +22,6 @@ from lightning_lora.training.rates import Params, Scale, check_splits, scales_in
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
 """The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
 
-_CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
-"""The sizes of each optimizer's groups at the last check that found no frozen weight."""
-
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
     """Replace base weights in the groups by adapters, in place: LBFGS and schedulers keep references to these lists."""
@@ -52,7 +49,6 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, split(optimizer, after, scales))
         _EDITED[optimizer] = (before, after)
-        _CHECKED.pop(optimizer, None)
 
 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
@@ -78,6 +74,8 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
         if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision(feeding.can_judge(name)):
             (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
             del feeding.below[name]
+    if not alone and not fed:
+        return False
     view, title = view_of(model), type(model).__name__
     if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
@@ -97,23 +95,18 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     groups = [[p for p in group["params"] if p in kept] for group in optimizer.param_groups]
     _write(view_of(model), optimizer, groups)
     _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
-    _CHECKED.pop(optimizer, None)
     return True
 
 
-def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
+def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
     """Refuse frozen weights that were added to an optimizer after its set-up."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes == _CHECKED.get(optimizer):
-        return
-    frozen = {p: name for name, p in view_of(model).frozen.items()}
-    added = [frozen[p] for group in optimizer.param_groups for p in group["params"] if p in frozen]
+    added = frozen & _held(group["params"] for group in optimizer.param_groups)
     if added:
+        names = [name for name, p in view_of(model).frozen.items() if p in added]
         raise OptimizerError(
-            f"{listed(added)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
+            f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
             "their modules in modules_to_save to train them, or remove the code or the callback that adds them."
         )
-    _CHECKED[optimizer] = sizes
 
 
 def _built_groups(optimizer: Optimizer) -> list[Params]:

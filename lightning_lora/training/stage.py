@@ -43,8 +43,7 @@ class Stage:
     ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
     ``seen`` holds the tensors that have a base value, as they came, ``buffers`` the digests of buffers,
     and ``came_with`` the names of all modules, until its own hooks have run.
-    ``filled`` are those that the module's own hooks filled, in this stage or an earlier one. ``averages_gradients`` is
-    False while a sharded module's backward pass only accumulates.
+    ``filled`` are those that the module's own hooks filled, in this stage or an earlier one.
     """
 
     config: LoRAConfig
@@ -64,7 +63,6 @@ class Stage:
     came_with: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     resumed: Resumed | None = None
-    averages_gradients: bool = True
     lr_scale: float | dict[str, float] = 1
 
     @property

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.training.advice import log_values
 from tests.support import fits
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
@@ -231,6 +232,16 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
     assert found["lora/alpha"] == 4 and found["lora/merge"] is False
 
 
+def test_a_csv_logger_keeps_the_arguments_of_the_last_fit_beside_its_own_file(tmp_path: Path) -> None:
+    logger = CSVLogger("memory://logs", version=0)
+    with logger._fs.open("/logs/lightning_logs/version_0/lora.json", "w") as file:
+        json.dump({"lora/of_before": 1}, file)
+    fits.fit(tmp_path, lora(), logger=logger, log_every_n_steps=1)
+    found = json.loads(logger._fs.cat("/logs/lightning_logs/version_0/lora.json"))
+    assert found["lora/r"] == 2 and "lora/of_before" not in found
+    assert not Path("memory:").exists()
+
+
 def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path: Path) -> None:
     class Board(Notes):
         hparams: ClassVar[dict[str, Any]] = {}
@@ -264,6 +275,7 @@ def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
     choices: list[dict[str, Any]] = [{"logger": False}, {"logger": notes, "fast_dev_run": 1}]
     if "enable_autolog_hparams" in signature(L.Trainer).parameters:
         choices.append({"logger": notes, "enable_autolog_hparams": False})
+        log_values(trainer(tmp_path, **choices[-1]), {"lora/r": 2})  # as in training, of a share that is another then
     for options in choices:
         fits.fit(tmp_path, lora(), **{"max_steps": 1, "log_every_n_steps": 1, **options})
     trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)

@@ -9,11 +9,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora import unmerge_adapters
 from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
+from lightning_lora.training import gradients, optimizers
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, best, is_plain, lora, same, state, trainer
@@ -100,6 +101,30 @@ def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(tmp
     model.freeze()
     outcome(t, "test", model, ckpt_path="best")
     assert reads.passes() <= 1 and not any(p.requires_grad for p in model.parameters())
+
+
+class Judged(LitTiny):  # with frozen networks: one feeds the head, and one runs in validation alone
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.requires_grad_(False).head.requires_grad_(True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.judge(self.embed(batch[0]))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of what runs in validation
+@pytest.mark.parametrize("build", [LitTiny, Judged])
+def test_a_step_does_not_look_at_the_whole_module_or_its_graph(tmp_path: Path, build: Any, monkeypatch: Any) -> None:
+    looks = list[int]()
+    for room, name in ((optimizers, "view_of"), (gradients, "view_of"), (gradients, "_leaves_behind")):
+        own = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda value, own=own: looks.append(steps.step) or own(value))
+    steps = L.Callback()
+    steps.step = -1  # type: ignore[attr-defined]
+    steps.on_train_batch_start = lambda t, *_: setattr(steps, "step", t.global_step)  # type: ignore[method-assign]
+    fit(tmp_path, lora(), steps, model=build())
+    assert 0 in looks and not {2, 3, 4, 5, 6} & set(looks)
 
 
 class Changes(L.Callback):  # a value of a frozen weight, which torch does not count

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,13 +449,14 @@ class Writes(Deep):  # its step skips bad batches, moves a copy, a rate and a te
     def __init__(self) -> None:
         super().__init__()
         self.momentum, self.teacher = copy.deepcopy(self.layers), [nn.BatchNorm1d(12).double()]
-        self.sums = ({"mean": torch.zeros(1)},)
+        self.sums = ({"mean": torch.zeros(1)}, deque[int](maxlen=9))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         for mine, theirs in zip(self.momentum.parameters(), self.layers.parameters(), strict=False):
             mine.data = 0.5 * mine.data + 0.5 * theirs.data
         self.teacher[0](batch[0])
         self.sums[0]["mean"] += 1
+        self.sums[1].append(batch_idx)
         self.trainer.optimizers[0].param_groups[0]["lr"] = 1.0
         self.trainer.should_stop = True
         loss = super().training_step(batch, batch_idx)
@@ -470,5 +472,5 @@ def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tm
     found = begun(tmp_path, model, loader, init=init)
     assert found.state["layers.0.lora_A"].isfinite().all()
     assert all(torch.equal(value, found.state[name]) for name, value in before.items())
-    assert found.rest == (False, 0.05) and found.held[3][0]["mean"] == 0
+    assert found.rest == (False, 0.05) and found.held[3][0]["mean"] == 0 and not found.held[3][1]
     assert same(found.teacher, statistics)

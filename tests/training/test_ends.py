@@ -4,7 +4,9 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
+from lightning_lora.training import merging
 from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 
@@ -105,6 +108,29 @@ def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
     if "devices" not in options:  # those of other processes are not caught
         assert "This fit trained nothing: LitTiny stays as it was before." in caplog.text
         assert "merged" not in caplog.text
+
+
+class ReadsNothing(L.Callback):
+    """The second process reads no file of adapters, as if each machine had a disk of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank:
+            merging.read_adapter_file = Mock(side_effect=FileNotFoundError("no such file"))  # type: ignore[attr-defined]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore::lightning_lora.BestCheckpointWarning")  # in the other processes
+def test_all_processes_merge_the_best_adapters_or_none(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # not the last
+    callbacks = [lora(merge="best"), saves, ReadsNothing(tmp_path)]
+    trainer(tmp_path, callbacks, **FORKED).fit(LitTiny(), data(), data())
+    assert same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)))
 
 
 def interrupt(*_: Any, **__: Any) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, as_trained, lora, same, state
+from tests.support.models import ADAPTERS, LitTiny, as_trained, data, lora, same, state
 
 train = partial(fit, limit_val_batches=0)
 
@@ -97,6 +97,19 @@ def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> Non
     with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient.*exclude_modules") as caught:
         train(tmp_path, lora(), model=Skips(never=True))
     assert len([each for each in caught if each.category is DeadAdapterWarning]) == 1
+
+
+def test_they_are_named_too_where_a_step_calls_backward_itself(tmp_path: Path) -> None:
+    class ByHand(Skips):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            super().training_step(batch, batch_idx).backward()
+            optimizer.step()
+
+    with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient"):
+        train(tmp_path, lora(), model=ByHand(never=True))
 
 
 @pytest.mark.processes
@@ -192,6 +205,37 @@ def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_pa
         assert all(p.grad is None and not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
         states.append(state(model))
     assert same(*states)
+
+
+@pytest.mark.parametrize("thaws", [False, True])
+def test_base_weights_that_are_thawed_in_training_stay_frozen_and_are_named_once(
+    tmp_path: Path, thaws: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Thaws(LitTiny):
+        def on_train_epoch_start(self) -> None:
+            self.embed.requires_grad_(thaws)
+            self.toggle_optimizer(self.optimizers())  # type: ignore[arg-type]
+
+        def on_train_epoch_end(self) -> None:
+            self.untoggle_optimizer(self.optimizers())  # type: ignore[arg-type]
+
+    with caplog.at_level("INFO"):
+        model, _ = train(tmp_path, lora(), model=Thaws())
+    assert torch.equal(model.embed.weight, LitTiny().embed.weight)
+    assert caplog.text.count("requires_grad of 'embed.weight' was set in training.") == thaws
+
+
+def test_a_gradient_of_a_frozen_weight_is_as_of_an_unused_one(tmp_path: Path) -> None:
+    class Asks(LitTiny):
+        def on_after_backward(self) -> None:
+            weights = [self.q_proj.weight, self.q_proj.lora_B]
+            loss = self.loss(next(iter(data())))
+            found = [torch.autograd.grad(loss, weights, retain_graph=True, **how) for how in ASKING]  # type: ignore[arg-type]
+            assert found[0][0] is None and not found[1][0].any()
+            assert all(each[1].any() for each in found)
+
+    ASKING: list[dict[str, Any]] = [{"allow_unused": True}, {"materialize_grads": True}]
+    train(tmp_path, lora(), model=Asks())
 
 
 class Probe(LitTiny):  # a linear probe that freezes all but its head when the optimizer is made

@@ -15,7 +15,7 @@ import lightning_lora as ll
 from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from tests.support.cases import files_hold_adapters_alone, held
+from tests.support.cases import files_hold_adapters_alone, held, tensors
 from tests.support.faults import unchanged
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.late import Normed
@@ -84,6 +84,17 @@ def test_what_setup_takes_from_data_is_in_every_file_and_restored(tmp_path: Path
         ll.save_adapter(again, tmp_path / "b.safetensors")
         for file in ("b.ckpt", "b.safetensors"):
             torch.testing.assert_close(loads(Scaled(3.0), tmp_path / file)(X), model(X))
+
+
+def test_a_callback_does_not_take_them_to_another_module(tmp_path: Path) -> None:
+    class Still(Scaled):
+        setup = LitTiny.setup  # which fills nothing
+
+    fitted(tmp_path / "a.ckpt", Scaled(), callback := lora())
+    still = Still()
+    still.scale += 1
+    fitted(tmp_path / "b.ckpt", still, callback)
+    assert set(tensors(tmp_path / "b.ckpt")) == set(TRAINED)
 
 
 class Registering(LitTiny):  # its buffer exists only after set-up

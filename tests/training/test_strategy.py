@@ -167,6 +167,23 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "wrapped"])
+def test_without_the_callback_a_strategy_is_lightnings_own_again(tmp_path: Path, wrapped: bool) -> None:
+    one = {"strategy": SingleDeviceStrategy(torch.device("cpu")), "accelerator": "auto", "devices": "auto"}
+    _, t = fit(tmp_path, first := lora(), **one)
+    if wrapped:  # by other code, around ours
+        count(t.strategy)
+    model, other = fit(tmp_path, max_epochs=1, **one)
+    other.save_checkpoint(tmp_path / "a.ckpt")
+    assert is_plain(model) and KEY not in torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert same(state(model), state(fit(tmp_path, max_epochs=1)[0]))
+    outcome(t, "test", LitTiny())
+    t.callbacks.remove(first)  # type: ignore[attr-defined]
+    outcome(t, "test", model := LitTiny())
+    assert is_plain(model)
+    assert not is_plain(fit(tmp_path, lora(merge=False), **one)[0])
+
+
 # Strategies that shard the model in another way are refused by name
 
 

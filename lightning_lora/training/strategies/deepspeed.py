@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
@@ -16,10 +17,7 @@ from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
-from lightning_lora.training.strategies.strategy import LateStrategy, LoRAStrategy, for_strategy
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from lightning_lora.training.strategies.strategy import LateStrategy, LoRAStrategy
 
 State = dict[str, Any]
 
@@ -115,8 +113,7 @@ def local_state(partitions: Sequence[Partition], state: State) -> State:
     return {"state": {number: found for number, found in held.items() if found}, "param_groups": groups}
 
 
-@for_strategy("DeepSpeedStrategy")
-class LoRADeepSpeedStrategy(LateStrategy):
+class LoRADeepSpeedStrategy(LateStrategy, kind="DeepSpeedStrategy"):
     """The methods for DeepSpeedStrategy."""
 
     lora_skipped = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
@@ -134,7 +131,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
 
     # Set up
 
-    def setup_optimizers(self, trainer: "Trainer") -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         """Make none yet: ``_init_optimizers`` does."""
         super(LoRAStrategy, self).setup_optimizers(trainer)
 

@@ -3,22 +3,23 @@
 from collections.abc import Callable
 from functools import cache, wraps
 from inspect import isfunction
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from lightning_lora.tensors.inplace import overlay
+from lightning.pytorch.strategies import Strategy
+
+from lightning_lora.tensors.inplace import class_names, overlay
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import deepspeed, sharded  # noqa: F401  # each registers itself
-from lightning_lora.training.strategies.strategy import LoRAStrategy, methods_for
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
+from lightning_lora.training.strategies.strategy import KINDS, LoRAStrategy
 
 
-def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
+def overlay_strategy(strategy: Strategy, stage: Stage) -> LoRAStrategy:
     """Add the methods of LoRAStrategy to a strategy, once. They act in ``stage``, above what other code set on it."""
     held = vars(strategy)
     if not isinstance(strategy, LoRAStrategy):
-        ours, below = _calling(methods_for(strategy), type(strategy))
+        methods = next(map(KINDS.__getitem__, class_names(strategy) & KINDS.keys()), LoRAStrategy)
+        methods.lora_check(strategy)
+        ours, below = _calling(methods, type(strategy))
         held |= {"lora_others": {}, "lora_depths": {}}
         strategy.__class__ = below
         overlay(strategy, ours)
@@ -61,6 +62,8 @@ def _call_next(ours: Callable[..., Any], own: Any, first: int) -> Callable[..., 
 
     @wraps(ours)
     def call(strategy: LoRAStrategy, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(strategy, LoRAStrategy):  # given back since
+            return getattr(type(strategy), name)(strategy, *args, **kwargs)
         running = strategy.lora_depths.get(name, 0)
         others = strategy.lora_others.get(name, []) if name in vars(strategy) else []
         depth = max(first, running)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -18,18 +19,14 @@ from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies.strategy import LateStrategy, for_strategy
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from lightning_lora.training.strategies.strategy import LateStrategy
 
 
-@for_strategy("ModelParallelStrategy")
-class LoRAShardedStrategy(LateStrategy):
+class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
     """The methods for ModelParallelStrategy."""
 
     lora_adapts_late = True
+    lora_averages = True  # False while a backward pass only accumulates gradients
     lora_skipped = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
 
     @classmethod
@@ -53,7 +50,7 @@ class LoRAShardedStrategy(LateStrategy):
         finally:
             attach_adapters(View(self.lora_module), adapters)
 
-    def setup(self, trainer: "Trainer") -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
         module = self.lora_module
         shards.reshard(module)
@@ -159,7 +156,7 @@ class LoRAShardedStrategy(LateStrategy):
             self._lora_set_sync(True)
 
     def _lora_set_sync(self, flag: bool) -> None:
-        self.lora_stage.averages_gradients = flag
+        self.lora_averages = flag
         for module in self.lora_module.modules():
             sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
             if sync is not None:
@@ -167,15 +164,15 @@ class LoRAShardedStrategy(LateStrategy):
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.lora_module, self.model, self.lora_stage, self._lora_mesh())
+        return ShardedGradients(self.lora_module, self.model, self)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, wrapped: Any, stage: Stage, mesh: Any) -> None:
+    def __init__(self, model: nn.Module, wrapped: Any, strategy: LoRAShardedStrategy) -> None:
         super().__init__(model, wrapped, notes=True)
-        self.stage, self.mesh = stage, mesh
+        self.strategy, self.mesh = strategy, strategy._lora_mesh()
         self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in named_parameters(model).values():
             if p.requires_grad and not shards.split_over_data(p):
@@ -187,7 +184,7 @@ class ShardedGradients(Gradients):
         """Average the gradients, unless the pass only accumulates."""
         self.ever |= self.now
         self.now.clear()
-        if self.stage.averages_gradients and self.mesh.size() > 1:
+        if self.strategy.lora_averages and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
             _share(self.statistics)  # of norms that train: the first process's

@@ -1,6 +1,6 @@
-"""What a strategy does for adapters, at moments when callbacks have no hook or are skipped.
+"""What a strategy does for adapters where callbacks have no hook.
 
-These are before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
+That is before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
 
 from abc import ABC
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -26,7 +26,7 @@ from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
-from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
+from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.targets.networks import is_in_any
@@ -46,7 +46,6 @@ from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
 else:
 
@@ -54,7 +53,8 @@ else:
         """Stands for the class of either Lightning package: Python changes a class only to one with such a base."""
 
 
-NO_FIT = "No stage of this Trainer runs, and the hooks of LoRACallback act in one alone. Call trainer.fit(model)."
+KINDS: "dict[str, type[LoRAStrategy]]" = {}
+"""The methods for strategies of a class with this name. There are two Lightning packages."""
 
 
 class LoRAStrategy(Strategy, InPlace):
@@ -72,6 +72,12 @@ class LoRAStrategy(Strategy, InPlace):
     lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
     lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
     lora_depths: dict[str, int]  # how many of those of one name are running
+
+    def __init_subclass__(cls, *, kind: str = "") -> None:
+        """Register methods for one kind of strategy."""
+        super().__init_subclass__()
+        if kind:
+            KINDS[kind] = cls
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
@@ -93,13 +99,17 @@ class LoRAStrategy(Strategy, InPlace):
         """The LightningModule of the run."""
         module = self.lightning_module
         if module is None:
-            raise AdapterStateError(NO_FIT)
+            raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
         return module
 
     # Set up
 
-    def setup(self, trainer: "Trainer") -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
+        if self.lora_stage.phase is Phase.OVER:  # this Trainer has no LoRACallback
+            self.lora_give_back()
+            self.setup(trainer)
+            return
         self.lora_adapt()
         record = find_record(self.lora_module)
         if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
@@ -111,6 +121,11 @@ class LoRAStrategy(Strategy, InPlace):
             super().setup(trainer)
         view_of(self.lora_module).follow_base()  # which may have been converted
         self.lora_note_converted_base()
+
+    def lora_give_back(self) -> None:
+        """Make the strategy what it was."""
+        vars(self).update({name: others[-1] for name, others in self.lora_others.items()})
+        self.__class__ = self.lora_kind  # type: ignore[assignment]
 
     def lora_adapt(self, **options: Any) -> None:
         """Adapt the module after its own hooks have run."""
@@ -131,7 +146,7 @@ class LoRAStrategy(Strategy, InPlace):
         if known and all(each["dtypes"] != dtypes for each in known):
             known.append(fingerprint(view))
 
-    def setup_optimizers(self, trainer: "Trainer") -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters."""
         self.lora_joined = [p for p in self.lora_module.parameters() if p.requires_grad]
         with self.lora_building_optimizers():
@@ -243,11 +258,6 @@ class LoRAStrategy(Strategy, InPlace):
             with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
 
-    def lora_read_adapters(self, path: Any) -> dict[str, Any]:
-        """Read the adapters in a file of this run. Its hyperparameters may be objects of any class."""
-        stored = read_adapter_file(path)
-        return {"state_dict": stored.state, KEY: stored.description()}
-
     def _lora_uses_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""
         return type(self.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
@@ -354,27 +364,3 @@ class LateStrategy(LoRAStrategy):
         super().load_model_state_dict(checkpoint, strict)
         if self.lora_stage.is_fitting and checkpoint.get("optimizer_states"):
             self.load_optimizer_state_dict(checkpoint)
-
-
-# Which methods a strategy gets
-
-_Methods = TypeVar("_Methods", bound=type[LoRAStrategy])
-
-_KINDS: dict[str, type[LoRAStrategy]] = {}
-
-
-def for_strategy(name: str) -> Callable[[_Methods], _Methods]:
-    """Give the methods of a class to strategies of the class with this name. There are two Lightning packages."""
-
-    def register(methods: _Methods) -> _Methods:
-        _KINDS[name] = methods
-        return methods
-
-    return register
-
-
-def methods_for(strategy: "Strategy") -> type[LoRAStrategy]:
-    """Return the methods for a strategy, or refuse it."""
-    methods = next(map(_KINDS.__getitem__, class_names(strategy) & _KINDS.keys()), LoRAStrategy)
-    methods.lora_check(strategy)
-    return methods
