@@ -168,16 +168,13 @@ def _are_alike(one: Parameters, other: Parameters, sample: Callable[[nn.Paramete
     """Whether one network has names and shapes of the other, and nearly the same weights."""
     if not one.keys() <= other.keys() or any(p.shape != other[name].shape for name, p in one.items()):
         return False
-    pairs = []
+    products = squares = 0.0
     for name, p in one.items():
         if p.dim() > 1 and p.is_floating_point() and not (p.is_meta or other[name].is_meta):
-            pairs.append((*sample(p), *sample(other[name])))
-    left = (1 - _SAME) * sum(size * size_of_other for _, size, _, size_of_other in pairs)
-    for a, size, b, size_of_other in pairs:  # most networks are unlike in their first matrix
-        left -= size * size_of_other - float(a @ b)
-        if left <= 0:
-            return False
-    return left > 0
+            (a, size), (b, size_of_other) = sample(p), sample(other[name])
+            products += float(a @ b)
+            squares += size * size_of_other
+    return products > _SAME * squares
 
 
 def _sample(weight: nn.Parameter) -> tuple[Tensor, float]:

@@ -135,14 +135,7 @@ def _choice(
     for matrix, (rank, factor) in zip(matrices, asked, strict=True):
         is_usual = (rank, factor) == (matrix.rank(r), scaling)
         ranked.append(matrix if is_usual else replace(matrix, r=rank, scaling=factor))
-    settings = Settings(
-        r=r,
-        scaling=scaling,
-        dropout=config.dropout,
-        init=config.init,
-        use_dora=config.use_dora,
-        autocast_dtype=config.autocast_adapter_dtype,
-    )
+    settings = Settings(r, scaling, config.dropout, config.init, config.use_dora, config.autocast_adapter_dtype)
     return Choice(layer, kind, tuple(ranked), settings)
 
 

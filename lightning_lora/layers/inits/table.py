@@ -1,4 +1,4 @@
-"""What an initialisation is, and the table of all of them."""
+"""What an initialisation is, the table of all of them, and the two that draw one factor: the other is zero."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +26,13 @@ def kaiming(random: Tensor, zero: Tensor) -> None:
     zero.zero_()
 
 
+@torch.no_grad()
+def gaussian(random: Tensor, zero: Tensor) -> None:
+    """Draw with a standard deviation of 1 / r (the paper: Hu et al. 2021, section 4.1)."""
+    random.normal_(std=1 / min(random.shape[-2:]))
+    zero.zero_()
+
+
 @dataclass(frozen=True)
 class Initialisation:
     """How adapters start. It registers itself under its name.
@@ -49,3 +56,6 @@ class Initialisation:
 
 INITIALISATIONS: dict[str, Initialisation] = {}
 """All initialisations, by name: the values of ``init``."""
+
+Initialisation("kaiming")
+Initialisation("gaussian", draw=gaussian)
