@@ -196,6 +196,11 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
         raise AdapterFileError(
             f"{source} holds more than plain types, such as {found!r}: reading it could run code. {remedy}"
         ) from error
+    except (OSError, ImportError, MemoryError) as error:
+        raise AdapterFileError(
+            f"{source} cannot be read now ({type(error).__name__}: {_first_line(error)}). This is no sign of damage. "
+            "Copy the file to this machine, or provide what is missing, and load it again."
+        ) from error
     except Exception as error:
         raise AdapterFileError(
             f"{source} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "

@@ -168,9 +168,9 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
-    given = kwargs.get("state_dict")
-    is_plain = view.adapters.keys().isdisjoint(map(plain_name, given or ())) and given is not None
-    if is_plain or "state_dict" in vars(model):  # the caller's own values, or inside another save
+    given, adapters = kwargs.get("state_dict"), view.adapters  # those without effect too: none is written
+    has_no_adapters = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
+    if has_no_adapters or "state_dict" in vars(model):  # the caller's own values, or inside another save
         return save(model, *args, **kwargs)
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
     state = _merged(view, given, is_folder=True)
@@ -192,8 +192,11 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     with ExitStack() as undo:
         for name, module in model.named_modules():
             start = f"{name}." if name else ""
-            undo.callback(vars(module).pop, "state_dict")
-            vars(module)["state_dict"] = lambda *_, start=start, **__: {
+            own = vars(module)
+            if "state_dict" in own:  # somebody's
+                undo.callback(own.update, state_dict=own["state_dict"])
+            undo.callback(own.pop, "state_dict")
+            own["state_dict"] = lambda *_, start=start, **__: {
                 key.removeprefix(start): value for key, value in state.items() if key.startswith(start)
             }
         yield
@@ -266,14 +269,17 @@ def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
 def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
     merged, lost = dict[str, Tensor](), dict[str, float]()
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in view.modules.items():
+        owner = vars(module).get("lora_tied_to", (module,))[0]
+        names.setdefault(owner, []).append(name)
     with torch.inference_mode(False), torch.no_grad():
         for first, layer in view.layers.items():
-            names = [n for n, m in view.modules.items() if m is layer or vars(m).get("lora_tied_to") == (layer,)]
             for weight in layer.lora_weights():
                 values, share = layer.lora_merged_weight(weight)
                 lost[first] = max(share, lost.get(first, 0.0))
                 host = values.detach().cpu()
-                merged |= {join(name, weight): host for name in names}
+                merged |= {join(name, weight): host for name in names[layer]}
     return merged, lost
 
 

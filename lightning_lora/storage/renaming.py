@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
@@ -138,7 +138,8 @@ def _slices(layer: StoredLayer) -> Any:
 def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
     """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
     others = set(present or ()) - set(names)
-    is_clear = not any(matches(name, other) for name in names for other in others if other.endswith(name))
+    ends = {other.split(".", cut)[-1] for other in others for cut in range(other.count(".") + 1)}
+    is_clear = ends.isdisjoint(names)
     return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))
 
 

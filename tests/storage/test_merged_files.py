@@ -167,6 +167,13 @@ def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.safetensors", "peft"}
 
 
+def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
+    model = as_trained(Own(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    own = model[1].state_dict = partial(model[1].state_dict)
+    ll.save_merged(model, tmp_path / "merged")
+    assert model[1].state_dict is own and "state_dict" not in vars(model) | vars(model[0])
+
+
 def test_readers_of_adapters_say_what_the_file_is(tmp_path: Path) -> None:
     model = trained()
     for file in ("merged.ckpt", "merged.safetensors"):

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage import disk
 from tests.support.models import LitTiny, data, lora, same, state, trainer
 from tests.support.storage import goes_on, refused, restores, trained
 
@@ -43,6 +44,16 @@ def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: st
             load_adapter(model, source)
     with refused(model := LitTiny(), AdapterFileError, "is damaged"):
         trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")])
+def test_what_is_no_damage_is_told_as_what_it_is(file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(disk, "opened", fail)
+    with pytest.raises(AdapterFileError, match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage"):
+        load_adapter(LitTiny(), file)
 
 
 def test_places_that_do_not_exist_are_told(elsewhere: str) -> None:
