@@ -32,14 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
+    message = ""
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             if said := parsed.run(parsed):
                 print(said)
-        for each in noticed:
-            if issubclass(each.category, LoRAWarning):
-                _say("[bold yellow]warning:[/]", str(each.message))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         message = "Stopped. Nothing was written."
-    else:
-        return 0
-    _say("[bold red]error:[/]", message)
-    return 1
+    for each in noticed:
+        if issubclass(each.category, LoRAWarning):
+            _say("[bold yellow]warning:[/]", str(each.message))
+    if message:
+        _say("[bold red]error:[/]", message)
+    return 1 if message else 0
 
 
 def _say(what: str, message: str) -> None:

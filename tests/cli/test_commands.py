@@ -53,6 +53,9 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert main(["merge", str(base), file, str(out)]) == 0
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and error.startswith("warning: 4 tensors in")
+    assert main(["merge", str(base), file, str(tmp_path / "merged.bin")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("warning: 4 tensors in") and error.splitlines()[1].startswith("error: ")
 
 
 def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,9 @@ def test_what_is_no_file_of_adapters_is_refused(tmp_path: Path) -> None:
         (tmp_path / f"{i}.ckpt").write_bytes(content)
     for path in [*tmp_path.iterdir(), tmp_path / "none.ckpt"]:
         refused(path, builds=[LitTiny])
+    (tmp_path / "zero.ckpt" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(AdapterFileError, match=r"a folder of DeepSpeed\. Make it one file"):
+        load_adapter(LitTiny(), tmp_path / "zero.ckpt")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "hyper_parameters"])

@@ -59,7 +59,7 @@ def weights_of(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
-    if not path.is_dir():
+    if not path.is_dir() or (path / "checkpoint").is_dir():  # DeepSpeed's folder is refused by whoever reads it
         return path
     found = file_in(path)
     if found is None:

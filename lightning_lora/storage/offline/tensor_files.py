@@ -107,8 +107,10 @@ def write_tensors(
 ) -> int:
     """Write what ``values`` gives, one at a time. ``base`` gives the shapes and dtypes. Return their size."""
     header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
+    described = {name: base(name).to("meta") for name in names}
+    names = sorted(described, key=lambda name: described[name].itemsize, reverse=True)  # so each is aligned in memory
     for name in names:
-        header[name] = _entry(base(name), end)
+        header[name] = _entry(described[name], end)
         end = header[name]["data_offsets"][1]
     with path.open("wb") as file:
         file.write(header_of(header))

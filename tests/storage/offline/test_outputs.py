@@ -105,6 +105,14 @@ def test_a_tensor_beside_is_kept_bit_for_bit(folder: Path, value: torch.Tensor) 
     assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
 
 
+def test_tensors_are_aligned_behind_those_of_odd_sizes(folder: Path) -> None:
+    base = {"0": torch.ones(3, dtype=torch.bool), **model().state_dict(), "9": torch.zeros(5, dtype=torch.float16)}
+    save_file(base, folder / "odd.safetensors")
+    merge("odd.safetensors", "a.safetensors", "out.safetensors")
+    found = load_file(folder / "out.safetensors")
+    assert found.keys() == base.keys() and all(value.data_ptr() % value.itemsize == 0 for value in found.values())
+
+
 @pytest.mark.parametrize("is_plain", [True, False])
 def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder: Path, is_plain: bool) -> None:
     base = {**model().state_dict(), "extra": {"n": 1}}
