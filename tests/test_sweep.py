@@ -301,5 +301,6 @@ def test_names_have_what_differs() -> None:
     sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])  # whose names would be the same
     assert list(sweep.runs) == ["target_modules_q_proj_v_proj", "target_modules_q_proj_v_proj_2"]
     long = [[f"encoder.layers.{number}.attention" for number in range(count)] for count in (11, 12)]
+    assert all("-r" in name for name in LoRASweep(target_modules=long, r=[1, 2]).runs)
     lists = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), long)
     assert max(map(len, LoRASweep(**lists).runs)) < 220  # the name of a file may have 255

@@ -76,7 +76,7 @@ class Gradients:
         self.now.clear()
 
     def _keep_frozen(self) -> None:
-        thawed = {p for p in self.frozen if p.requires_grad}  # a GAN's step may set requires_grad on a full network
+        thawed = {p for p in self.frozen if p.requires_grad}  # a GAN's step may set it on a full network
         if thawed and not self.was_thawed:
             self.was_thawed = True
             names = [name for name, p in view_of(self.model).frozen.items() if p in thawed]
@@ -84,9 +84,10 @@ class Gradients:
                 f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
                 "these too, name their modules in modules_to_save."
             )
+        for p in thawed:
+            p.requires_grad_(False)
         for p in self.frozen:
-            if p in thawed or p.grad is not None:
-                p.requires_grad_(False)
+            if p.grad is not None:
                 p.grad = None
 
     def check(self, optimizer: Optimizer) -> None:

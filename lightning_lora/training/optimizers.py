@@ -68,6 +68,8 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks.
     """
+    if not feeding.below:
+        return False
     held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
     alone, fed = list[str](), list[str]()
     for name, own in list(feeding.below.items()):
@@ -100,8 +102,8 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
 
 def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
     """Refuse frozen weights that were added to an optimizer after its set-up."""
-    added = frozen & _held(group["params"] for group in optimizer.param_groups)
-    if added:
+    if any(not frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
+        added = frozen & _held(group["params"] for group in optimizer.param_groups)
         names = [name for name, p in view_of(model).frozen.items() if p in added]
         raise OptimizerError(
             f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "

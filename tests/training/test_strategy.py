@@ -167,15 +167,17 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["", "wrapped"])
-def test_without_the_callback_a_strategy_is_lightnings_own_again(tmp_path: Path, wrapped: bool) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_without_the_callback_a_strategy_is_lightnings_own_again(tmp_path: Path, when: str) -> None:
     one = {"strategy": SingleDeviceStrategy(torch.device("cpu")), "accelerator": "auto", "devices": "auto"}
+    calls = count(one["strategy"]) if when == "before" else {}  # other code is around its methods, or ours
     _, t = fit(tmp_path, first := lora(), **one)
-    if wrapped:  # by other code, around ours
-        count(t.strategy)
+    calls = calls or count(t.strategy)
+    calls["training_step"].reset_mock()
     model, other = fit(tmp_path, max_epochs=1, **one)
     other.save_checkpoint(tmp_path / "a.ckpt")
-    assert is_plain(model) and KEY not in torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert is_plain(model) and calls["training_step"].call_count == 4
+    assert KEY not in torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert same(state(model), state(fit(tmp_path, max_epochs=1)[0]))
     outcome(t, "test", LitTiny())
     t.callbacks.remove(first)  # type: ignore[attr-defined]
