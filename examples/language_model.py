@@ -113,7 +113,7 @@ class Assistant(LightningModule):
 def read(path: Path) -> Pairs:
     """Return questions and answers, one of each on a line, with a tab between them."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         question, tab, answer = line.partition("\t")
         if not tab:
             raise SystemExit(f"Line {number} of {path} has no tab. Each line is a question, a tab and its answer.")

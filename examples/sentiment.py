@@ -149,17 +149,21 @@ def run(folder: Path, *, fast: bool) -> None:
     Console().print(table)
 
 
+def quiet() -> None:
+    """Silence what other packages say about themselves. What LoRACallback says is shown."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    for package in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*(LeafSpec|many workers)")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="use a few hundred texts")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
     print("A minute or two" if options.fast else "Some minutes", "on two CPU cores: two epochs, a test", flush=True)
-    # What other packages say about themselves is not shown, what LoRACallback says is.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
-    for package in ("torch.utils._pytree", "torchao"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(LeafSpec|many workers)")
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         run(options.output or Path(temporary), fast=options.fast)

@@ -163,7 +163,7 @@ class Meter(Callback):
 
 
 def size_of(values: Iterable[Any]) -> int:
-    """Add up the bytes of tensors, those of which a process holds a part by its part."""
+    """Add up the bytes that this process holds."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 

@@ -311,7 +311,7 @@ class LoRACallback(Callback):
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
-        if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+        if self._stage.give_back_after_error(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
             rank_zero_info(
                 f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
                 "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."

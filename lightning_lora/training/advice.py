@@ -269,14 +269,11 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
 
 
 def log_values(trainer: Trainer, named: dict[str, Any], own: dict[str, Any] | None = None) -> None:
-    """Log hyperparameters, unless ``Trainer(enable_autolog_hparams=False)``.
-
-    ``own`` are those that Lightning logs: TensorBoard shows the first ones alone. None adds to what this fit logged.
-    """
+    """Log hyperparameters, if the Trainer logs any. Without ``own``, those of Lightning, they add to the fit's."""
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return
     for logger in trainer.loggers:
-        shown = own if own and "TensorBoardLogger" in class_names(logger) else {}
+        shown = own if own and "TensorBoardLogger" in class_names(logger) else {}  # which shows the first ones alone
         try:
             _log(logger, {**shown, **named}, named, adds=own is None)
         except Exception as error:  # of any library; a record is no reason to end a fit

@@ -106,7 +106,7 @@ def _run(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> in
 
 @contextmanager
 def _explained(config: LoRAConfig, title: str) -> Iterator[None]:
-    """Say of an error that it came before the fit's own hooks for training, epochs and batches."""
+    """Say that the step ran before the fit's own hooks."""
     try:
         yield
     except LoRAError:

@@ -48,32 +48,32 @@ class Gradients:
         joined: Sequence[nn.Parameter] = (),
     ) -> None:
         waits = isinstance(wrapped, DistributedDataParallel)
-        self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
+        self.ddp = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
         self.frozen = set(view.frozen.values())
         self.was_thawed = False
         self.random = view.adapter.random or ()
         self.has_begun = False
         self.begins = True  # whether its fit loaded no adapters
-        self.now: set[int] = set()
-        self.ever: set[int] = set()
+        self.reached: set[int] = set()
+        self.ever_reached: set[int] = set()
         self.optimizers: list[Optimizer] = []
         self.copied = copied
-        self.notes = notes or self.waiting is not None
+        self.notes = notes or self.ddp is not None
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in (*trained, *(joined if self.notes else ()))}
-        self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.now.add(id(p))) for p in trained]
+        self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.reached.add(id(p))) for p in trained]
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
         self.has_begun = True
         self._keep_frozen()
-        self.ever |= self.now
-        if self.waiting is not None and self.waiting.require_backward_grad_sync:
-            idle = [p for key, p in self.trained.items() if key not in self.now]
+        self.ever_reached |= self.reached
+        if self.ddp is not None and self.ddp.require_backward_grad_sync:
+            idle = [p for key, p in self.trained.items() if key not in self.reached]
             if idle:
                 _give_zero_gradients(idle)
-        self.now.clear()
+        self.reached.clear()
 
     def _keep_frozen(self) -> None:
         thawed = {p for p in self.frozen if p.requires_grad}  # a GAN's step may set it on a full network
@@ -96,7 +96,7 @@ class Gradients:
             self._keep_frozen()  # a step by hand may call loss.backward()
         if optimizer in self.optimizers:
             return
-        held, reached = self.copied, self.ever | self.now
+        held, reached = self.copied, self.ever_reached | self.reached
         held = held or [p for group in optimizer.param_groups for p in group["params"]]
         missed = {id(p) for p in held if not (id(p) in reached if self.notes else p.grad is not None)}
         if not self.has_begun and len(missed) == len(held):
@@ -142,7 +142,6 @@ class Gradients:
         self._keep_frozen()
         for hook in self.hooks:
             hook.remove()
-        self.hooks = []
 
 
 def check_loss(model: nn.Module, loss: object) -> None:
@@ -157,7 +156,7 @@ def check_loss(model: nn.Module, loss: object) -> None:
 
 
 def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int) -> None:
-    """Warn of a fit that has trained no adapter, as by an optimizer with a list of parameters of its own."""
+    """Warn of a fit that trained no adapter."""
     view = View(model)
     if steps > 1 and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
         warn(
@@ -192,7 +191,7 @@ class Feeding:
     def __init__(self, model: LightningModule) -> None:
         view, self.trainer = view_of(model), model.trainer
         self.below = {name: set[int]() for name in view.adapter.networks.below}
-        self.found, self.have_run = set[int](), set[str]()
+        self.found, self.have_run = set[int](), set[str]()  # there, "" stands for what trains
         trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
         self.hooks = list[RemovableHandle]()
         for name, layer in view.layers.items():
@@ -229,7 +228,6 @@ class Feeding:
         """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
-        self.hooks, self.below = [], {}
 
 
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass

@@ -137,7 +137,7 @@ def _edit(groups: list[Params], followers: Mapping[nn.Parameter, Params], chosen
 
 
 def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> None:
-    """Put trained parameters that are in no optimizer, but none of ``rests``, into the only group, or refuse."""
+    """Place trained parameters without optimizer in the only group, or refuse. ``rests`` are meant to have none."""
     idle = _networks(rests) if rests else []
     groups = list(chain(*edited))
     placed = _held(groups)

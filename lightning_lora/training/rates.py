@@ -132,7 +132,7 @@ def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
         raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
 
-def _show(optimizer: Optimizer) -> None:
+def _unhide(optimizer: Optimizer) -> None:
     """Put back what a scheduler does not see."""
     behind = _BEHIND[optimizer]
     optimizer.param_groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []
@@ -141,27 +141,27 @@ def _show(optimizer: Optimizer) -> None:
 
 def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Follow what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
-    _show(optimizer)  # a scheduler may call us
+    _unhide(optimizer)  # a scheduler may call us
     behind = _BEHIND[optimizer]
     if not behind.is_seen and not hasattr(optimizer, "found_inf"):  # by which a GradScaler may skip the step
         for group in optimizer.param_groups[behind.place]:
             if group["lr"] > 0:
                 behind.before += [(p, to_local(p).detach().clone()) for p in group["params"]]
     if closure := kwargs.get("closure"):
-        return args, {**kwargs, "closure": partial(_run, closure, optimizer)}
-    _look(behind)
+        return args, {**kwargs, "closure": partial(_with_closure, closure, optimizer)}
+    _note_gradients(behind)
     return None
 
 
-def _run(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+def _with_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
     """Run the closure of a step. Its hooks may write rates too."""
     loss = closure()
     follow(optimizer)
-    _look(_BEHIND[optimizer])
+    _note_gradients(_BEHIND[optimizer])
     return loss
 
 
-def _look(behind: _Behind) -> None:
+def _note_gradients(behind: _Behind) -> None:
     """Note whether an adapter has a gradient to learn from."""
     gradients = [to_local(p.grad) for p, _ in behind.before if p.grad is not None]
     behind.is_due |= any(0 < gradient.norm() < math.inf for gradient in gradients)
@@ -170,7 +170,7 @@ def _look(behind: _Behind) -> None:
 def _end_step(optimizer: Optimizer, *_: Any) -> None:
     """Refuse an optimizer that keeps a list of groups of its own: it never trains those behind."""
     behind = _BEHIND[optimizer]
-    _look(behind)
+    _note_gradients(behind)
     for p, value in behind.before:
         behind.is_seen |= p in optimizer.state or not torch.equal(to_local(p), value)
     behind.before.clear()
@@ -196,7 +196,7 @@ class FollowedScheduler(InPlace):
         try:
             return super().step(*args, **kwargs)  # type: ignore[misc]
         finally:
-            _show(self.optimizer)
+            _unhide(self.optimizer)
 
 
 def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:

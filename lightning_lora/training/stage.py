@@ -40,10 +40,10 @@ class Phase(Enum):
 class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
-    ``seen`` holds the tensors that have a base value, as they came, ``buffers`` the digests of buffers,
-    and ``came_with`` the names of all modules, until its own hooks have run.
-    ``filled`` are those that the module's own hooks filled, in this stage or an earlier one.
+    ``name`` is the adapter's, or None for the active one; ``unswitch`` shows the one from before again. ``seen`` holds
+    the tensors that have a base value, as they came, ``buffers`` the digests of buffers, and ``modules_before`` the
+    names of all modules, until the module's own hooks have run. ``filled`` are the buffers that these filled, in this
+    stage or an earlier one.
     """
 
     config: LoRAConfig
@@ -53,14 +53,14 @@ class Stage:
     is_fit: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
-    back: ExitStack = field(default_factory=ExitStack)
+    unswitch: ExitStack = field(default_factory=ExitStack)
     is_new: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
     filled: set[str] = field(default_factory=set)
     buffers: dict[str, int] = field(default_factory=dict)
-    came_with: set[str] = field(default_factory=set)
+    modules_before: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
@@ -86,7 +86,7 @@ class Stage:
             self._switch(pl_module)
             self.undo.callback(self._switch_back, pl_module)
         view = View(pl_module)
-        self.buffers, self.came_with = _own_buffers(view), set(view.modules)
+        self.buffers, self.modules_before = _own_buffers(view), set(view.modules)
         present = {**view.parameters, **view.buffers}
         for prefix, inner in records_in(view.modules).items():
             for name, original in inner.adapter.originals.items():
@@ -111,11 +111,11 @@ class Stage:
         names = adapters(pl_module)
         name = self.name or names[0]
         self.is_new = name not in names
-        self.back = show(pl_module, name, self.config if self.is_fit else None)
+        self.unswitch = show(pl_module, name, self.config if self.is_fit else None)
 
     def _switch_back(self, pl_module: LightningModule) -> None:
         if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
-            self.back.close()
+            self.unswitch.close()
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from the module's adapters."""
@@ -155,10 +155,10 @@ class Stage:
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
-        for name, now in _own_buffers(View(pl_module)).items() if self.came_with else ():
-            if now != self.buffers.get(name) and owner_of(name) in self.came_with:
+        for name, now in _own_buffers(View(pl_module)).items() if self.modules_before else ():
+            if now != self.buffers.get(name) and owner_of(name) in self.modules_before:
                 self.filled.add(name)
-        self.came_with = set()  # later changes are others'
+        self.modules_before = set()  # later changes are others'
         if not self.adapts(pl_module, for_file=stored is not None):
             return
         self.inject(pl_module, stored)
@@ -186,7 +186,7 @@ class Stage:
             if self.came == "merged":
                 merge(pl_module)
 
-    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+    def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
         """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)

@@ -59,8 +59,8 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
         if find_record(module) is None:  # a plain module is only evaluated
             return
         self._lora_warn_of_whole_model()
-        _share(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
-        _share_adapters(view_of(module))
+        _broadcast_from_first(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
+        _broadcast_adapters(view_of(module))
 
     def _lora_mesh(self) -> Any:
         """The processes that get their own batches."""
@@ -115,7 +115,7 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
     def on_train_start(self) -> None:
         """Take the fingerprint of a base that was loaded late. Adapters that start from it are the first process's."""
         self.lora_note_base(anew=False)
-        _share_adapters(view_of(self.lora_module))
+        _broadcast_adapters(view_of(self.lora_module))
         super().on_train_start()
 
     # Files
@@ -182,12 +182,10 @@ class ShardedGradients(Gradients):
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
-        self.ever |= self.now
-        self.now.clear()
         if self.strategy.lora_averages and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
-            _share(self.statistics)  # of norms that train: the first process's
+            _broadcast_from_first(self.statistics)  # of norms that train: the first process's
         super().end_backward()
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
@@ -204,7 +202,7 @@ class ShardedGradients(Gradients):
                     grad.copy_(mean.view_as(grad))
 
 
-def _share(tensors: Iterable[Tensor]) -> None:
+def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first one."""
     with torch.no_grad():
         for tensor in tensors:
@@ -214,11 +212,11 @@ def _share(tensors: Iterable[Tensor]) -> None:
                 tensor.copy_(values)
 
 
-def _share_adapters(view: View) -> None:
-    """Give every process the adapters of the first one, or its own shards of them."""
+def _broadcast_adapters(view: View) -> None:
+    """Give every process the first one's adapters, or its own shards of them."""
     for p in view.adapters.values():
         values = shards.full_tensor(p.detach())
-        _share([values])
+        _broadcast_from_first([values])
         replace_values(p, shards.distributed_as(values, p))
 
 

@@ -329,7 +329,7 @@ class LoRAStrategy(Strategy, InPlace):
     # Training
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Let the data of a resumed run begin with the random numbers of its file."""
+        """Begin a resumed run's data with its random numbers."""
         if self.lora_stage.resumed and self.lora_module.trainer.training:
             self.lora_stage.resumed.begin_data()
         return super().process_dataloader(dataloader)
