@@ -24,7 +24,7 @@ from lightning_lora.tensors.names import join, owner_of, state_dict, submodule
 from lightning_lora.tensors.shards import is_dtensor
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
-_PLAIN = (nn.Parameter, Tensor)
+_USUAL = (nn.Parameter, Tensor)
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,11 @@ def _bytes(values: Iterable[Any]) -> int:
     sizes = {}
     for value in values:
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            place = value.data_ptr() if type(value) in _PLAIN else 0  # other classes have no pointer, and meta has 0
+            place = value.data_ptr() if type(value) in _USUAL else 0  # other classes have no pointer, and meta has 0
             sizes[place or id(value), value.nbytes] = value.nbytes
     return sum(sizes.values())
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
-    return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
+    return sum(p.nbytes if type(p) in _USUAL and p.is_floating_point() else 4 * count(p) for p in parameters)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.disk import opened
-from lightning_lora.storage.offline.layers import besides, read_layers, updates
+from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import fitting_console, grouped, layer_table
 
@@ -65,7 +65,7 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
 def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
-    values = [directions(update)[1] for update in updates(stored, name).values()]
+    values = [directions(update)[1] for update in matrix_updates(stored, name).values()]
     return {
         "name": name,
         "class": layer.layer_class,

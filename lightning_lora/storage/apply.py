@@ -30,7 +30,7 @@ from lightning_lora.tensors.values import replace_values
 
 
 def apply(
-    model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True, name: str | None = None
+    model: nn.Module, read: Callable[[View], StoredAdapters], *, refuse_base: bool = True, name: str | None = None
 ) -> None:
     """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing.
 
@@ -40,7 +40,7 @@ def apply(
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
         with unmerged(model), show(model, name, before.config) as undo:
-            apply(model, read, check_base=check_base)
+            apply(model, read, refuse_base=refuse_base)
             undo.pop_all()
             set_adapter(model, before.name)
         return
@@ -52,7 +52,7 @@ def apply(
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))
-        check_fits(view, stored, refuse_base=check_base)
+        check_fits(view, stored, refuse_base=refuse_base)
         _write(view, stored.state)
 
 
@@ -190,7 +190,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
     """Refuse stored adapters that do not fit an adapted model."""
     config, state, is_converted = stored.config, stored.state, False
     _check_settings(view, config)
-    _check_names(view, () if stored.base else view.adapter.random or (), state, stored.changed, config)
+    _check_names(view, () if stored.base else view.adapter.random or (), state, stored)
     if stored.base:
         shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
         is_converted = check_base(
@@ -240,14 +240,11 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
 
 
 def _check_names(
-    view: View,
-    random: Collection[str],
-    state: Mapping[str, Any],
-    changed: Collection[str] = (),
-    config: LoRAConfig | None = None,
+    view: View, random: Collection[str], state: Mapping[str, Any], stored: StoredAdapters | None = None
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there. Changed tensors may be."""
-    needed = dict.fromkeys([*required(view), *(name for name in changed if name in view.base)])
+    changed = stored.changed if stored else ()
+    needed = dict.fromkeys([*required(view), *filter(view.base.__contains__, changed)])
     known = {*needed, *without_base(view, state_dict(view.model), random), *view.buffers, *view.kept}
     wrong = {
         "missing": [name for name in needed if name not in state],
@@ -256,7 +253,7 @@ def _check_names(
     if not any(wrong.values()):
         return
     found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
-    trained = f"with {_selecting(config)}" if config else "with the same targets, modules_to_save and bias"
+    trained = f"with {_selecting(stored.config)}" if stored else "with the same targets, modules_to_save and bias"
     raise AdapterMismatchError(
         f"These adapters do not fit {view.title}: {found}. Adapt the model as they were trained: {trained}."
     )

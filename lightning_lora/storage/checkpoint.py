@@ -15,7 +15,7 @@ from lightning_lora.model.record import on_load, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import STATE_NOTES, tree_map
 from lightning_lora.storage.apply import check_fits, write_state
-from lightning_lora.storage.fingerprint import base_tensors, fingerprint, is_same_form, note_changed, with_halves
+from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
@@ -94,7 +94,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     if not merged:
         return False
     here = fingerprint(view := view_of(model), anew=False)
-    fitting = [each for each in checkpoint[KEY]["base"] if is_same_form(each, here)]
+    fitting = [each for each in checkpoint[KEY]["base"] if have_one_form(each, here)]
     if not fitting or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     now = fingerprint(view, anew=False)

@@ -274,7 +274,7 @@ def load_plain(source: Any, **options: Any) -> Any:
     except UnpicklingError:
         if hasattr(source, "seek"):
             source.seek(0)
-        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PLAIN, **options)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PICKLE, **options)
 
 
 def unread_in(value: Any) -> list[str]:
@@ -322,4 +322,4 @@ class _Unpickler(pickle.Unpickler):
         return partial(_KNOWN[called]) if called in _KNOWN else _class(called)
 
 
-_PLAIN = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``
+_PICKLE = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``

@@ -218,7 +218,7 @@ def load_adapter(
         )
     if reader is None:
         reader = partial(with_names_of, stored=adapters_in(contents, path))
-    apply(model, reader, check_base=check_base, name=name)
+    apply(model, reader, refuse_base=check_base, name=name)
 
 
 def load_from_checkpoint(
@@ -255,7 +255,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
-    apply(model, partial(with_names_of, stored=replace(stored, state=state)), check_base=check_base)
+    apply(model, partial(with_names_of, stored=replace(stored, state=state)), refuse_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)
@@ -278,7 +278,7 @@ def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, A
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass that keeps the state that Lightning loads first after its hook. Also the list of these states."""
+    """A subclass that keeps what Lightning loads after its hook, and the list of these states."""
     states: list[Any] = []
 
     def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:

@@ -94,7 +94,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.adapter.fingerprints:
         return record.adapter.fingerprints
-    known = next(filter(partial(is_same_form, now), record.adapter.fingerprints), None)
+    known = next(filter(partial(have_one_form, now), record.adapter.fingerprints), None)
     if known is None:
         return [now]
     for name, was, changed in zip(base_tensors(view), known["digests"], now["digests"], strict=True):
@@ -103,7 +103,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     return record.adapter.fingerprints
 
 
-def is_same_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def have_one_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same names, shapes and dtypes."""
     return bool(one["layout"] == other["layout"] and one["dtypes"] == other["dtypes"])
 
@@ -164,11 +164,6 @@ class BaseTensor:
     exact: int  # the digest of its bits
     halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
     is_packed: bool = False  # whether it is quantised
-
-    @classmethod
-    def of_file(cls, name: str, title: str, tensor: Tensor) -> "BaseTensor":
-        """Return a tensor of a file of the base."""
-        return cls(name, title, tensor, digest(tensor), lambda: digests_as(tensor, HALVES))
 
 
 @dataclass
@@ -231,7 +226,7 @@ def check_base(
     renaming: Renaming,
     refuse: bool,
 ) -> bool:
-    """Refuse adapters that were trained on another base.
+    """Refuse another base. Return whether this one is converted.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
@@ -270,7 +265,7 @@ def _compare(
     tensors, packed = base_tensors(view), _quantised_names(view)
     names = {name: renaming.name_there(name) for name in tensors}
     halves: dict[str, Any] = fingerprint.get("rounded") or {there: [] for there in names.values()}
-    same_form = is_same_form(fingerprint, here) and all((halves[names[n]] is None) == (n in packed) for n in names)
+    same_form = have_one_form(fingerprint, here) and all((halves[names[n]] is None) == (n in packed) for n in names)
     compared = []
     for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
         if name not in random:

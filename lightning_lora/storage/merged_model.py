@@ -111,19 +111,19 @@ def _write_checkpoint(view: View, path: Path) -> None:
             f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
             "in .safetensors, or, if it has save_pretrained, one without ending."
         )
-    is_plain = isinstance(model.hparams, dict)  # otherwise omegaconf's
+    is_dict = isinstance(model.hparams, dict)  # otherwise omegaconf's
     checkpoint = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
         "state_dict": _merged(view),
-        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_plain else model.hparams,
-        model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_plain else type(model.hparams),
+        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_dict else model.hparams,
+        model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_dict else type(model.hparams),
         model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, HPARAMS_NAME, None),
     }
     model.on_save_checkpoint(checkpoint)
-    with writing(path) as beside:
-        torch.save(checkpoint, beside)
+    with writing(path) as part:
+        torch.save(checkpoint, part)
 
 
 def _write_safetensors(view: View, path: Path) -> None:
@@ -133,12 +133,12 @@ def _write_safetensors(view: View, path: Path) -> None:
             f"{listed(odd)} are not tensors, which is all that safetensors holds. Use a name that ends in .ckpt, or "
             "one without ending."
         )
-    with writing(path) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode
+    with writing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         held: Any = SimpleNamespace(state_dict=lambda: dict(state))  # all that it asks of a model
-        save_model(held, str(beside), metadata={"format": "pt"})
-        beside.chmod(mode)  # as any file: safetensors lets nobody else read its own
+        save_model(held, str(part), metadata={"format": "pt"})
+        part.chmod(mode)  # as any file: safetensors lets nobody else read its own
 
 
 # A folder
@@ -160,8 +160,8 @@ def _write_folder(view: View, path: Path) -> None:
             "a name that ends in .ckpt or .safetensors."
         )
     state = _merged(view, is_folder=True)
-    with writing_folder(path) as beside, _answering(view.model, state):
-        save(beside)
+    with writing_folder(path) as part, _answering(view.model, state):
+        save(part)
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from os.path import commonprefix
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -74,13 +76,8 @@ def find_renamings(
 
 def _common_lead(names: Sequence[str]) -> list[str]:
     """The prefixes that all names have, the empty one first."""
-    lead = [""]
-    for component in names[0].split(".")[:-1]:
-        prefix = join(lead[-1], component)
-        if not all(name.startswith(f"{prefix}.") for name in names):
-            break
-        lead.append(prefix)
-    return lead
+    shared = commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071  # of components, not of letters
+    return ["", *accumulate(shared, join)]
 
 
 # Configurations that name each layer in full

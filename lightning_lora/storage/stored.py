@@ -17,19 +17,15 @@ from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from lightning_lora.tensors.digests import digest
 
-KEY = "lightning_lora"
-"""The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
-
-FORMAT = 3
-"""The version of the format of that entry."""
+KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
+FORMAT = 3  # the version of that entry
 
 DIVERGED = (
     "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
 )
 """What is said of NaN and infinite values in a file."""
 
-_PLAIN = ("base", "changed", "random", "saved", "root")
-"""The entries of a file's description that :class:`StoredAdapters` has as they are."""
+_AS_THEY_ARE = ("base", "changed", "random", "saved", "root")  # entries that :class:`StoredAdapters` has too
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,12 @@ class StoredAdapters:
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
         layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
-        plain = {name: description[name] for name in _PLAIN if name in description}
+        plain = {name: description[name] for name in _AS_THEY_ARE if name in description}
         return cls(stored_config(description), state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
-        about = {name: getattr(self, name) for name in _PLAIN}
+        about = {name: getattr(self, name) for name in _AS_THEY_ARE}
         about |= {"format": FORMAT, "config": self.config.to_stored(), "entries": len(self.state)}
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
         return {**about, "checksum": checksum(self.state, about)}
@@ -91,7 +87,7 @@ class StoredAdapters:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        broken = [name for name, value in self.state.items() if is_plain(value) and not value.isfinite().all()]
+        broken = [name for name, value in self.state.items() if is_dense(value) and not value.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
@@ -131,7 +127,7 @@ def check_checksum(state: Mapping[str, Any], description: object, path: object) 
         raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
 
 
-def is_plain(value: object) -> TypeGuard[Tensor]:
+def is_dense(value: object) -> TypeGuard[Tensor]:
     """Whether ``value`` is a usual tensor, with which torch can compute."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return False

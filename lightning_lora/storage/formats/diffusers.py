@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats import peft_config as peft
-from lightning_lora.storage.formats.peft_read import updates_of
+from lightning_lora.storage.formats.peft_read import read_updates
 from lightning_lora.storage.formats.peft_write import exported
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
@@ -147,16 +147,20 @@ def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
         warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
     updates, rest, saved, configs = list[Update](), dict[str, Tensor](), list[str](), list[LoRAConfig]()
     for member in sorted(members & places.keys()):
-        found, about = _of(member, tensors, header, path)
-        more = updates_of(view, found, about, path, places[member])
-        updates, rest, configs = updates + more[0], rest | more[1], [*configs, about.config]
+        found, about = _member(member, tensors, header, path)
+        own_updates, others = read_updates(view, found, about, path, places[member])
+        updates += own_updates
+        rest |= others
+        configs.append(about.config)
         saved += about.config.modules_to_save or ()
     if len(set(map(attrgetter("use_dora", "init"), configs))) > 1:
         raise AdapterFileError(f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model.")
     return adapters_of(view, updates, rest, configs[0], saved)
 
 
-def _of(member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
+def _member(
+    member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any
+) -> tuple[dict[str, Tensor], peft.PeftConfig]:
     """The tensors of one member of a pipeline, and their configuration."""
     start = f"{member}." if member else ""
     found = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

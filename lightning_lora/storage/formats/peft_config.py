@@ -1,4 +1,4 @@
-"""What PEFT names: its files, the tensors in them, and the fields of its configuration."""
+"""What PEFT and diffusers name: files, tensors, fields of the configuration."""
 
 import json
 import re
@@ -21,11 +21,8 @@ DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.b
 HEADER = "__metadata__"  # safetensors' name for what a file's header says, beside the names of its tensors
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
-PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
-"""What a pipeline of diffusers calls its models."""
-
-_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
-"""Names in a file of diffusers without its header."""
+PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
 
@@ -123,9 +120,12 @@ def read_config(weights: Any) -> PeftConfig:
 def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     """Return the fields of a configuration."""
     try:
-        return dict[str, Any](**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f"{source} is not a JSON object: {error}. Use the file as it was written.") from error
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
+    return found
 
 
 def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:

@@ -28,15 +28,7 @@ from lightning_lora.storage.formats.peft_config import (
     tensors_in,
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
-from lightning_lora.storage.formats.reading import (
-    Asked,
-    Reader,
-    Update,
-    adapters_of,
-    check_shapes,
-    pair_of,
-    place_of,
-)
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -53,13 +45,13 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
-        updates = updates_of(view, tensors, peft, path, root_of(view.model))
+        updates = read_updates(view, tensors, peft, path, root_of(view.model))
         return adapters_of(view, *updates, peft.config, peft.config.modules_to_save or ())
 
     return reader
 
 
-def updates_of(
+def read_updates(
     view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
 ) -> tuple[list[Update], dict[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
@@ -212,7 +204,7 @@ class _Layers:
         (matrix,), rows = LoRATokens.lora_matrices_of(self._module(there)), tensors["tokens"]
         indices = self.peft.tokens
         if isinstance(indices, dict):
-            indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
+            indices = next((named for end, named in indices.items() if there.endswith(end)), [])
         matrix = replace(matrix, tokens=tuple(sorted({*indices})))
         is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
         if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
@@ -275,7 +267,7 @@ class _Layers:
         wrapped = set(map(self.view.modules.__getitem__, names))
         held = {"", *(above for name in (*names, *rest) for above in starts_of(name)[:-1])}
         rows = [name for name, tensors in adapters.items() if "tokens" in tensors]
-        ends = self.peft.tokens if isinstance(self.peft.tokens, dict) else [""] * bool(self.peft.tokens)
+        ends = self.peft.tokens if isinstance(self.peft.tokens, dict) else [""] if self.peft.tokens else []
         lacking = [f"{end}: rows" for end in ends if not any(_plain(name).endswith(end) for name in rows)]
         for name, module in self.view.modules.items():
             if not is_inside(name, self.place.here) or name == self.place.here:

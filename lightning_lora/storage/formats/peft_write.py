@@ -15,7 +15,7 @@ from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, with_tied, without_zeros
-from lightning_lora.storage.formats.writing import Source, Update, updates_of, with_scaling, write_files
+from lightning_lora.storage.formats.writing import Source, WeightUpdate, weight_updates, with_scaling, write_files
 from lightning_lora.storage.renaming import list_or_expression
 from lightning_lora.tensors.names import join, starts_of
 
@@ -36,7 +36,7 @@ def exported(source: Source, uniform: bool, scaling: float | None = None) -> tup
     modules = source.modules or {}
     source = replace(source, stored=with_tied(without_zeros(source.stored, modules), source.model))
     check_exportable(source.stored, modules, source.saved)
-    updates, own, is_one = updates_of(source), source.stored.config, uniform or scaling is not None
+    updates, own, is_one = weight_updates(source), source.stored.config, uniform or scaling is not None
     if own.trainable_token_indices and (is_one or not updates):
         raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
     if is_one:
@@ -50,7 +50,7 @@ def exported(source: Source, uniform: bool, scaling: float | None = None) -> tup
     return _tensors(source, updates), config
 
 
-def _tensors(source: Source, updates: list[Update]) -> dict[str, Tensor]:
+def _tensors(source: Source, updates: list[WeightUpdate]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names without its prefix."""
     wrapped, found = list[tuple[str, dict[str, Tensor]]](), dict[str, Tensor]()
     for update in updates:
@@ -74,7 +74,7 @@ def _tensors(source: Source, updates: list[Update]) -> dict[str, Tensor]:
     return found
 
 
-def _of_update(update: Update) -> dict[str, Tensor]:
+def _of_update(update: WeightUpdate) -> dict[str, Tensor]:
     """PEFT's tensors of an update, by the ends of their names."""
     own = peft_layer(update.layer)
     factors = own.there(update.factors, update.layer.shapes[update.weight], update.layer.options)
@@ -95,7 +95,7 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
     return ".".join(components)
 
 
-def _config(source: Source, updates: list[Update], *, use_rslora: bool) -> dict[str, Any]:
+def _config(source: Source, updates: list[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     layers, parameters = list[str](), list[str]()
     ranks, alphas = dict[str, int](), dict[str, float]()
@@ -155,9 +155,13 @@ def _warn_of_merges(source: Source) -> None:
         )
 
 
-def _warn_of_scalings(updates: list[Update], config: dict[str, Any]) -> None:
+def _warn_of_scalings(updates: list[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
     scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
-    readers = ["vLLM up to 0.30"] * any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates)
-    if readers := readers + ["llama.cpp"] * bool(config["alpha_pattern"] or config["use_rslora"]):
+    readers = list[str]()
+    if any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates):
+        readers.append("vLLM up to 0.30")
+    if config["alpha_pattern"] or config["use_rslora"]:
+        readers.append("llama.cpp")
+    if readers:
         warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")

@@ -154,7 +154,8 @@ def _trained(
 
 
 def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
-    return {name for name in names if not set(modules).isdisjoint(starts_of(name)[:-1])}
+    around = set(modules)
+    return {name for name in names if not around.isdisjoint(starts_of(name)[:-1])}
 
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:

@@ -74,7 +74,7 @@ def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None)
 
 
 @dataclass(frozen=True)
-class Update:
+class WeightUpdate:
     """The update of one weight of a layer, which the reader has under ``name``: ``scaling`` times B @ A."""
 
     layer: StoredLayer
@@ -91,9 +91,9 @@ class Update:
         return int(self.factors[0].shape[-2])
 
 
-def updates_of(source: Source) -> list[Update]:
+def weight_updates(source: Source) -> list[WeightUpdate]:
     """Return the updates of all weights, but not single rows that train."""
-    found, config = list[Update](), source.stored.config
+    found, config = list[WeightUpdate](), source.stored.config
     for layer in source.stored.layers.values():
         if layer.tokens:
             continue
@@ -109,13 +109,13 @@ def updates_of(source: Source) -> list[Update]:
             alpha = config.alpha_of(layer.name, parameter, r=factors[0].shape[-2])
             scaling = next(matrix for matrix in layer.matrices if matrix.weight == weight).scale(layer.scaling)
             magnitude = tensor(layer.matrices[0].parameter(Role.MAGNITUDE)) if settings.use_dora else None
-            found.append(Update(layer, source.name_there(layer.name), weight, factors, alpha, scaling, magnitude))
+            found.append(WeightUpdate(layer, source.name_there(layer.name), weight, factors, alpha, scaling, magnitude))
     return found
 
 
-def with_scaling(updates: list[Update], scaling: float, rank: int = 0) -> list[Update]:
+def with_scaling(updates: list[WeightUpdate], scaling: float, rank: int = 0) -> list[WeightUpdate]:
     """Give all the same scaling: B takes over what differs. And at least this rank, with zeros."""
-    found = list[Update]()
+    found = list[WeightUpdate]()
     for update in updates:
         a, b = with_rank(update.factors, max(rank, update.rank))
         factors = a, b * (update.scaling / scaling)

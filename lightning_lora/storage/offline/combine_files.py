@@ -13,7 +13,7 @@ from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, Confi
 from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
-from lightning_lora.storage.offline.layers import besides, read_layers, updates
+from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
@@ -26,8 +26,8 @@ def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequenc
     if not 2 <= len(paths) == len(weights):
         raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
     files = list(map(read_layers, paths))
-    stored = combined(files, weights, r)
     _check_bases(files)
+    stored = combined(files, weights, r)
     write_adapter_file(out, stored)
     return len(stored.layers)
 
@@ -44,7 +44,7 @@ def combined(
     for name, layer in _check_alike(files).items():
         held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
         for file, weight in zip(files, weights, strict=True):
-            for matrix, update in updates(file, name).items() if name in file.layers else ():  # or it is zero
+            for matrix, update in matrix_updates(file, name).items() if name in file.layers else ():  # or it is zero
                 held[matrix].append((update, weight))
         found = {matrix: _combined(matrix, each, r) for matrix, each in held.items()}
         most = max(a.shape[-2] for a, _ in found.values())

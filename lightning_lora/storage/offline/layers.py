@@ -35,7 +35,7 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
     return {name: value for name, value in stored.state.items() if name not in others}
 
 
-def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
+def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
     layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:

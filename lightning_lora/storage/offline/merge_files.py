@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,20 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
+from lightning_lora.model.record import HALVES
 from lightning_lora.storage.disk import check_output, path_here, unread_in, writing, writing_folder
 from lightning_lora.storage.fingerprint import BaseTensor, Comparison, compare
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
 from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside
-from lightning_lora.storage.stored import StoredAdapters, is_plain
+from lightning_lora.storage.stored import StoredAdapters, is_dense
+from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
-    """Merge adapters into a base, one tensor at a time. Return how many weights.
-
-    A checkpoint is merged in memory. ``progress`` is called for each tensor with the number of all.
-    """
+    """Merge adapters into a base, one tensor at a time, or a checkpoint in memory. Return how many weights."""
     base, out = path_here(base), path_here(out)
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
@@ -84,7 +84,7 @@ class _Merge:
         for name, (owner, weight) in self.weights.items():
             layer = self.stored.layers[owner]
             shape, value = layer.shapes[weight], self.files.get(name) if name in self.files.file_of else None
-            if not is_plain(value) or not value.is_floating_point() or value.shape != shape:
+            if not is_dense(value) or not value.is_floating_point() or value.shape != shape:
                 found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
                 wrong.append(f"{name} {list(shape)}, {found}")
             if weight in layer.tied and not layer.tokens:
@@ -104,9 +104,9 @@ class _Merge:
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
-        compared = [self._compare(each) for each in self.stored.base if "rounded" in each]
+        compared = [compare(each, self._compared(each["rounded"])) for each in self.stored.base if "rounded" in each]
         found = min(compared, key=lambda each: len(each.differ), default=Comparison())
-        if found.differ or not found.equal:
+        if not found.is_same:
             raise BaseMismatchError(
                 f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} frozen "
                 f"tensors in {self.files.path} differ, such as {listed(found.differ)}, and {found.equal} are the same. "
@@ -118,20 +118,17 @@ class _Merge:
                 f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
             )
 
-    def _compare(self, fingerprint: dict[str, Any]) -> Comparison:
-        """Compare the base with one fingerprint that the training took."""
-        tensors, left_out = [], {*self.stored.changed, *self.stored.random}
-        for name, halves in fingerprint["rounded"].items():
+    def _compared(self, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
+        """The base's tensors that a fingerprint knows, one at a time, without rows that others replace."""
+        left_out = {*self.stored.changed, *self.stored.random}
+        for name, known in halves.items():
             place = self.name_in_base(name)
-            if halves is not None and name not in left_out and place in self.files.file_of:
-                tensors.append((name, place))  # None: it was quantised
-        return compare(fingerprint, (BaseTensor.of_file(name, place, self._compared(place)) for name, place in tensors))
-
-    def _compared(self, name: str) -> Tensor:
-        """A tensor of the base, without rows that others replace."""
-        tokens = self.stored.layers[self.weights[name][0]].tokens if name in self.weights else ()
-        value: Tensor = self.files.get(name)
-        return value.index_fill(0, torch.tensor(tokens), 0) if tokens else value
+            if known is None or name in left_out or place not in self.files.file_of:  # None: it was quantised
+                continue
+            value, layer = self.files.get(place), self.stored.layers.get(self.weights.get(place, ("", ""))[0])
+            if layer is not None and layer.tokens:
+                value = value.index_fill(0, torch.tensor(layer.tokens), 0)
+            yield BaseTensor(name, place, value, digest(value), partial(digests_as, value, HALVES))
 
     def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
         """Write these tensors of the merged model into a file. Return their size."""
@@ -213,7 +210,7 @@ def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> None:
     """Copy all files of the base but ``known`` ones, weights without the update, and hidden folders."""
     for path in base.rglob("*"):
         place = path.relative_to(base)
-        is_hidden = any(folder.startswith(".") for folder in place.parts[:-1])
+        is_hidden = any(each.startswith(".") for each in place.parts[:-1])
         if path.is_file() and path not in known and not is_hidden and not path.name.lower().endswith(_WEIGHTS):
             shutil.copy2(path, _place(folder / place))
 

@@ -1,8 +1,7 @@
 """Read and write files one tensor at a time."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,7 +33,7 @@ class TensorFiles:
         if path.is_dir():
             self._read_folder()
         elif path.suffix == ".safetensors" and path.is_file():
-            self.file_of = dict.fromkeys(self._names_in(path), path)
+            self.file_of = dict.fromkeys(self._file(path).keys(), path)
         else:
             self._read_checkpoint()
         if not self.file_of:
@@ -58,34 +57,26 @@ class TensorFiles:
                 f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
             )
         for file in dict.fromkeys(self.file_of.values()) if self.index else [one]:
-            for name in self._names_in(file):
+            names = self._file(file).keys()
+            for name in names:
                 self.file_of.setdefault(name, file)  # an index may leave tensors out
 
     def get(self, name: str) -> Tensor:
         """Return one tensor."""
         if name in self.entries:
             return self.entries[name]  # type: ignore[no-any-return]
-        with self._opened(self.file_of[name]) as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        return self._file(self.file_of[name]).get_tensor(name)  # type: ignore[no-any-return]
 
     def metadata(self, file: Path) -> dict[str, str]:
         """Return what a ``.safetensors`` file says of itself."""
-        if self.checkpoint is not None:
-            return {}
-        with self._opened(file) as opened:
-            return opened.metadata() or {}
+        return {} if self.checkpoint is not None else self._file(file).metadata() or {}
 
-    def _names_in(self, file: Path) -> list[str]:
-        with self._opened(file) as opened:
-            return list(opened.keys())
-
-    @contextmanager
-    def _opened(self, file: Path) -> Iterator[Any]:
-        """Yield an open file. It stays open: the header of a file with many tensors is long to read."""
-        with reading(file):
-            if file not in self._files:
+    def _file(self, file: Path) -> Any:
+        """An open file. It stays open: its header may be long."""
+        if file not in self._files:
+            with reading(file):
                 self._files[file] = safe_open(file, "pt")
-            yield self._files[file]
+        return self._files[file]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
