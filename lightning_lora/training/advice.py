@@ -135,7 +135,7 @@ def _warn_of_thawed(view: View) -> None:
 
 
 def _warn_of_tied(view: View) -> None:
-    """Name layers that share a weight but not an update, as encoders of an actor and a critic."""
+    """Name layers that share a weight but not an update."""
     uses = dict[tuple[int, type], list[str]]()
     for name, layer in view.layers.items():
         if not (layer.lora_settings.follows or isinstance(layer, LoRATokens)):
@@ -167,13 +167,14 @@ def left_trainable(view: View) -> list[str]:
 
 
 def _warn_of_heads(view: View) -> None:
-    """Name output heads whose new rows stay frozen: they have as many rows as an embedding whose single rows train."""
+    """Name output heads whose new rows stay frozen."""
     rows = rows_of(view)
     trains = list(filter(view.matrices.__contains__, map(owner_of, rows)))
     busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))
     for name, weight in view.frozen.items():
         head = owner_of(name)
-        if name not in busy and isinstance(view.modules[head], nn.Linear) and weight.shape[:-1].numel() in sizes:
+        has_as_many = weight.shape[:-1].numel() in sizes
+        if has_as_many and name not in busy and isinstance(view.modules[head], nn.Linear):
             _warn(
                 f"Single rows of {listed(trains)} train, but not of the output head {head!r}: it is not tied. Rows of "
                 "new tokens stay random there, and files fit no model that is resized again. Name both, with the same "

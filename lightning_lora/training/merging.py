@@ -28,7 +28,7 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, monitored_checkpoint
 
 
-def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
+def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool) -> None:
     """Refuse a merge that this Trainer cannot make. In other processes, it cannot switch adapters either."""
     if merge == "best" and monitored_checkpoint(trainer) is None:
         raise ConfigError(
@@ -97,7 +97,7 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
-    """Load the adapters of ModelCheckpoint's best file, in all processes or none. Return a text that says which."""
+    """Load the best file's adapters in all processes, or none. Return a text that says which are on the model."""
     path = trainer.strategy.broadcast(getattr(monitored_checkpoint(trainer), "best_model_path", ""))
     checkpoint, failure = dict[str, Any](), "another process could not read it"
     try:

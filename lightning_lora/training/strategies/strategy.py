@@ -1,4 +1,4 @@
-"""What a strategy does for adapters where callbacks have no hook.
+"""What a strategy does where callbacks have no hook.
 
 That is before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
