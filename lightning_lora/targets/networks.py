@@ -56,9 +56,9 @@ class Networks:
         return None
 
 
-def is_in_any(name: str, modules: Iterable[str]) -> bool:
+def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them."""
-    return not set(starts_of(name)).isdisjoint(modules)
+    return any(outer in modules for outer in starts_of(name))
 
 
 def find_networks(
@@ -135,29 +135,21 @@ def find_copies(
     candidates = defaultdict[type, list[str]](list)
     for name in filter(trains.__contains__, held):
         candidates[_own_class(modules[name])].append(name)
-    found, taken, inside = dict[str, str](), Counter[str](), _layers_inside(layers)
-    sample = cache(_sample)  # each weight is sampled once
+    found, taken, sample = dict[str, str](), Counter[str](), cache(_sample)  # each weight is sampled once
     for name in held:
         is_single = owner_of(name) not in {"", *trains} and not modules[name]._modules
         if name in trains or is_in_any(name, found) or is_single:
             continue  # of a network that stands still, single layers say nothing
-        for original in sorted(candidates[_own_class(modules[name])], key=taken.__getitem__):
+        adapted = [inner for inner in held[name] if is_in_any(f"{name}.{inner}", layers)]
+        originals = candidates[_own_class(modules[name])] if adapted else []
+        for original in sorted(originals, key=taken.__getitem__):
             is_whole = may_lack or held[name].keys() == held[original].keys()  # a teacher may lack a mask
-            is_adapted = any(original + layer in layers for layer in inside[name])
-            if is_adapted and is_whole and _are_alike(held[name], held[original], sample):
+            is_alike = is_whole and _are_alike(held[name], held[original], sample)
+            if is_alike and any(is_in_any(f"{original}.{inner}", layers) for inner in adapted):
                 found[name] = original
                 taken[original] += 1
                 break
     return found
-
-
-def _layers_inside(layers: Iterable[str]) -> Mapping[str, list[str]]:
-    """The layers in each module, by the rest of their names."""
-    inside = defaultdict[str, list[str]](list)
-    for layer in layers:
-        for outer in starts_of(layer):
-            inside[outer].append(layer.removeprefix(outer))
-    return inside
 
 
 def _own_class(module: nn.Module) -> type:
