@@ -238,7 +238,7 @@ class LoRACallback(Callback):
             start_from_data(trainer, pl_module)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
-        view.follow_base()  # hooks may have loaded the base late
+        view.begin_anew()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True

@@ -75,7 +75,7 @@ def measured(source: Source) -> dict[str, Measured]:
     if isinstance(source, str | Path):
         stored = read_layers(source)
         layers: dict[str, Any] = {name: layer_on(stored, name, {}) for name in stored.layers}
-        adapters = {name: layer._lora_adapter() for name, layer in layers.items()}
+        adapters = {name: layer.lora_adapter() for name, layer in layers.items()}
     else:
         model, adapter_name = source if isinstance(source, tuple) else (source, None)
         view = view_of(model)

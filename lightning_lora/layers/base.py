@@ -188,13 +188,14 @@ class LoRALayer(LayerKind):
 
     def lora_detach(self) -> Adapter:
         """Remove the adapter. The layer gets its earlier class and state dict keys back."""
-        adapter = self._lora_adapter()
+        adapter = self.lora_adapter()
         for name in (*adapter.parameters, *attributes_of(adapter)):
             delattr(self, name)
         uncover(self)
         return adapter
 
-    def _lora_adapter(self) -> Adapter:
+    def lora_adapter(self) -> Adapter:
+        """Return the adapter, which stays on the layer."""
         about = self.lora_settings, self.lora_matrices, self.lora_parameters(), self.lora_init_digests
         return Adapter(self.overlaid[0], *about, step=self.lora_step)
 
@@ -202,7 +203,7 @@ class LoRALayer(LayerKind):
 
     def lora_initialise(self) -> None:
         """Initialise the adapter again, with an update of zero."""
-        adapter = self._lora_adapter()
+        adapter = self.lora_adapter()
         initialise(self, adapter)
         self.lora_init_digests = adapter.init_digests
 

@@ -295,7 +295,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 def undone_on_error(view: View) -> Iterator[None]:
     """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
     flags = {p: p.requires_grad for p in view.parameters.values()}
-    adapters = {name: layer._lora_adapter() for name, layer in view.layers.items()}
+    adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
     norms = {module for module in view.modules.values() if isinstance(module, FrozenNorm)}
     records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
     try:

@@ -18,7 +18,7 @@ from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
 
-MOST = 0.5  # more than this share of the weights is most of a model
+MOST_SHARE = 0.5  # more than this share of the weights is most of a model
 FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
 
 
@@ -32,7 +32,7 @@ class Fresh:
     @property
     def new(self) -> tuple[str, ...]:
         """The modules that look untrained, unless most of the model does."""
-        return () if self.share > MOST else self.random
+        return () if self.share > MOST_SHARE else self.random
 
 
 def find_fresh(view: View) -> Fresh:

@@ -23,7 +23,7 @@ from lightning_lora.layers import (
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.fresh import find_fresh
-from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
+from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.lookup import AUTOMATIC, Names
@@ -94,17 +94,19 @@ def left_still(still: Collection[str], title: str) -> str:
     )
 
 
-def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds: bool = True) -> tuple[str, ...]:
-    """Adapt as :func:`inject_adapters` does. Without ``finds``, ``config`` says which networks stand still."""
+def inject(
+    model: nn.Module, config: LoRAConfig, *, name: str = "default", networks_are_known: bool = False
+) -> tuple[str, ...]:
+    """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     record = records.find_record(model) and records.record_of(model)  # raises an error if the base is shown
     if record and not record.is_merged:
-        with show(model, name, config) as undo:
-            names = _inject(model, config, name, finds)
+        with activate(model, name, config) as undo:
+            names = _inject(model, config, name, not networks_are_known)
             undo.pop_all()
             return names
     if record and record.others:
         check_switchable(View(model))
-    return _inject(model, config, name, finds)
+    return _inject(model, config, name, not networks_are_known)
 
 
 def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tuple[str, ...]:
@@ -140,7 +142,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         record = records.begin_record(model, config, name)
         record.adapter.networks = found
         attach.attach_adapters(view, adapters)
-        view.follow_base()
+        view.begin_anew()
         follow_originals(view)
         attach.freeze(view)
         record.adapter.layers = tuple(view.layers)
@@ -379,7 +381,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     check_known(record, name, model)
     if name is not None and record.others:
         if name == record.adapter.name:
-            with show(model, next(iter(record.others))) as undo:
+            with activate(model, next(iter(record.others))) as undo:
                 set_adapter(model, None)
                 undo.pop_all()
         del record.others[name]

@@ -238,7 +238,7 @@ def quantised_layers(view: View) -> list[str]:
 # Unmerge
 
 
-def unmerge(model: nn.Module) -> bool:
+def unmerge_or_forget(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
     record = find_record(model)
     if record is None or record.merge is None:
@@ -272,7 +272,7 @@ def _restore(view: View) -> None:
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)
-        view.follow_base()  # it may have been converted
+        view.begin_anew()  # it may have been converted
         undo.pop_all()
     for adapter in adapters.values():
         adapter.bases = {}

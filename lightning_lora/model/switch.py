@@ -104,7 +104,7 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     check_known(record, name, model)
     if name in record.others:
         return record.others[name].resting
-    return record.merged or {layer: each._lora_adapter() for layer, each in View(model).layers.items()}
+    return record.merged or {layer: each.lora_adapter() for layer, each in View(model).layers.items()}
 
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
@@ -189,7 +189,7 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
-def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
+def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
     """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
     names, record, undo = adapters(model), find_record(model), ExitStack()
     if record is not None and record.is_disabled:

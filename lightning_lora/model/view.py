@@ -266,7 +266,7 @@ class View:
         """The names of adapters that hold NaN or infinite values."""
         return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
-    def follow_base(self) -> None:
+    def begin_anew(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
             layer.lora_begin_anew()

@@ -15,10 +15,10 @@ from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
-from lightning_lora.model.merge import merge, unmerge, unmerged
+from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record, keep_record
-from lightning_lora.model.switch import set_adapter, show
+from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.fingerprint import base_value, check_base
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
@@ -39,7 +39,7 @@ def apply(
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
-        with unmerged(model), show(model, name, before.config) as undo:
+        with unmerged(model), activate(model, name, before.config) as undo:
             apply(model, read, refuse_base=refuse_base)
             undo.pop_all()
             set_adapter(model, before.name)
@@ -48,7 +48,7 @@ def apply(
         stored, is_new = read(view), not (view.is_adapted and view.adapter.layers)
         if is_new:  # no adapters, or only those of a submodule
             known = view.adapter.name if view.is_adapted else name
-            inject(model, stored.config, name="default" if known is None else known, finds=False)
+            inject(model, stored.config, name="default" if known is None else known, networks_are_known=True)
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))
@@ -61,7 +61,7 @@ def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
     """Unmerge a model for a change. Undo all of it after an error."""
     record, was_merged = find_record(model), False
     try:
-        was_merged = unmerge(model)
+        was_merged = unmerge_or_forget(model)
         with undone_on_error(view := View(model)):
             yield view
     except BaseException:

@@ -159,7 +159,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        View(model).follow_base()
+        View(model).begin_anew()
     record = record_of(model)
     record.adapter.fingerprints, record.adapter.is_trained, record.changed = [], False, {}
 

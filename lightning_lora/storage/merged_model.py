@@ -80,7 +80,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
     """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
-    untied += [name for name, weights in tied_weights(view).items() if weights]
+    untied += tied_weights(view)
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
     if is_folder and untied and getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(

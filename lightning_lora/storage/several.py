@@ -142,7 +142,7 @@ def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
 
 def _stored(model: nn.Module, name: str) -> StoredAdapters:
     """What a file of one adapter would hold, without the base's own values."""
-    with switch.show(model, name):
+    with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
     state = dict(stored.state)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import FreshLayerWarning, listed, shortened, warn
 from lightning_lora.layers import LoRATokens, adapter_for
-from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
+from lightning_lora.model.fresh import MOST_SHARE, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
@@ -44,7 +44,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     random_weights(view, fresh)
     if not aloud:
         return
-    if fresh.share > MOST:
+    if fresh.share > MOST_SHARE:
         rank_zero_info(
             f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
             "learn little: load pretrained weights first, or train without LoRACallback."
@@ -56,10 +56,10 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     _warn_of_heads(view)
     _tell_of_exports(view)
     left, share = left_alone(view)
-    if left and share > MOST:
+    if left and share > MOST_SHARE:
         _warn_of_left_alone(view, left, share)
     if view.config.target_modules in AUTOMATIC:
-        _warn_of_computed(view, "all" if share > MOST else str(view.config.target_modules))
+        _warn_of_computed(view, "all" if share > MOST_SHARE else str(view.config.target_modules))
 
 
 def _tell_of_networks(view: View) -> None:

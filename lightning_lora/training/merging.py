@@ -46,7 +46,7 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
 def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
-    tied = [name for name, weights in tied_weights(view).items() if weights]
+    tied = list(tied_weights(view))
     if save == "model":
         _check_whole_files(view, tied)
     if not merge:

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
-from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, records_in
-from lightning_lora.model.switch import adapters, show
+from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.storage.fingerprint import note_changed
@@ -79,7 +79,7 @@ class Stage:
                 f"{type(pl_module).__name__} shows a sum of adapters, {own.name!r}, which is not trained. "
                 "Train one of them, LoRACallback(name=...), or make one of the sum with combine_adapters."
             )
-        if unmerge(pl_module):
+        if unmerge_or_forget(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)
         if self.wants_another(pl_module):
@@ -111,7 +111,7 @@ class Stage:
         names = adapters(pl_module)
         name = self.name or names[0]
         self.is_new = name not in names
-        self.unswitch = show(pl_module, name, self.config if self.is_fit else None)
+        self.unswitch = activate(pl_module, name, self.config if self.is_fit else None)
 
     def _switch_back(self, pl_module: LightningModule) -> None:
         if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
@@ -174,7 +174,7 @@ class Stage:
         config = self.config.excluding(stored.exclude_modules) if stored else self.config
         name = record.adapter.name if record else self.name
         with reseeded(pl_module):
-            inject(pl_module, config, name=name or "default", finds=stored is None)
+            inject(pl_module, config, name=name or "default", networks_are_known=stored is not None)
 
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
 from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
-from lightning_lora.model.merge import unmerge
+from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, keep_frozen, view_of
@@ -119,7 +119,7 @@ class LoRAStrategy(Strategy, InPlace):
             self.lora_note_base()
         with keeping_adapters(self.precision_plugin):
             super().setup(trainer)
-        view_of(self.lora_module).follow_base()  # which may have been converted
+        view_of(self.lora_module).begin_anew()  # which may have been converted
         self.lora_note_converted_base()
 
     def lora_give_back(self) -> None:
@@ -322,7 +322,7 @@ class LoRAStrategy(Strategy, InPlace):
         """Whether there is anything of this package to write."""
         module = self.lora_module
         if self.lora_stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
-            unmerge(module)  # drops the record, and says so
+            unmerge_or_forget(module)  # drops the record, and says so
             drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
 
