@@ -136,14 +136,13 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters by a model's names, which may differ by one prefix. Only those of a file of this package."""
-    title = view.title
     found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
     if len(found) == 1 and all(is_inside(name, found[0].here) for name in (*view.parameters, *view.buffers)):
         stored = stored if found[0] == stored.renaming else _renamed(view, replace(stored, renaming=found[0]))
     elif places := [way.here for way in found if way.here]:
         raise AdapterMismatchError(
-            f"The names in the file fit in {title} below {listed(places)}, and {title} holds other weights too. Load "
-            f"it onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
+            f"The names in the file fit in {view.title} below {listed(places)}, and it holds other weights too. Load "
+            f"the file onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
         )
     _check_present(view, stored)
     return stored
@@ -197,7 +196,8 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
         )
     _check_tensors(view, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
-    _check_finite(view, state)
+    if broken := [name for name in required(view) if not state[name].isfinite().all()]:  # a diverged run leaves it
+        raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - set(stored.changed)):
         raise BaseMismatchError(
@@ -288,9 +288,3 @@ def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = F
                 f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
                 f"Convert the model first: model.to({value.dtype})."
             )
-
-
-def _check_finite(view: View, state: Mapping[str, Any]) -> None:
-    """Refuse NaN and infinite values, which a diverged run leaves."""
-    if broken := [name for name in required(view) if not state[name].isfinite().all()]:
-        raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")

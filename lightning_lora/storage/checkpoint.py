@@ -42,7 +42,8 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     if any(map(is_dtensor, view.parameters.values())):
         held = full_tensors(held)
     if written_later:
-        held = deepcopy(tree_map(_detached, held))  # torch copies no tensor with a graph, such as a kept loss
+        # torch copies no tensor with a graph, such as a kept loss
+        held = deepcopy(tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, held))
     about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, fingerprints)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
@@ -59,10 +60,6 @@ def with_merged_model(
     notes = getattr(held["state_dict"], STATE_NOTES)  # for the module itself, as above
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), checkpoint[KEY], state)}
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:

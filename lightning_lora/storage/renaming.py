@@ -33,18 +33,12 @@ class Renaming:
 
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""
-        return (
-            f"The names in the file {_beginning(self.there)}; in {title} they {_beginning(self.here)}. They are taken "
-            "for the same model."
-        )
+        there, here = (f"begin with {prefix!r}" if prefix else "have no prefix" for prefix in (self.there, self.here))
+        return f"The names in the file {there}; in {title} they {here}. They are taken for the same model."
 
 
 def _exchange(name: str, old: str, new: str) -> str:
     return join(new, name[len(old) :].removeprefix(".")) if is_inside(name, old) else name
-
-
-def _beginning(prefix: str) -> str:
-    return f"begin with {prefix!r}" if prefix else "have no prefix"
 
 
 def is_inside(name: str, prefix: str) -> bool:

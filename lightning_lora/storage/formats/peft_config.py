@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,13 +120,11 @@ def read_config(weights: Any) -> PeftConfig:
 
 def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     """Return the fields of a configuration."""
-    try:
+    with suppress(ValueError):
         found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
-    return found
+        if isinstance(found, dict):
+            return found
+    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
 
 
 def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:

@@ -158,10 +158,7 @@ def _warn_of_merges(source: Source) -> None:
 def _warn_of_scalings(updates: list[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
     scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
-    readers = list[str]()
-    if any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates):
-        readers.append("vLLM up to 0.30")
-    if config["alpha_pattern"] or config["use_rslora"]:
-        readers.append("llama.cpp")
+    readers = ["vLLM up to 0.30"] if any(abs(each.scaling - scaling) > 1e-6 * scaling for each in updates) else []
+    readers += ["llama.cpp"] if config["alpha_pattern"] or config["use_rslora"] else []
     if readers:
         warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")

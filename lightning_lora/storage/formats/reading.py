@@ -21,8 +21,7 @@ from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
 
-Reader = Callable[[View], StoredAdapters]
-"""Reads the tensors of a file for a model."""
+Reader = Callable[[View], StoredAdapters]  # reads the tensors of a file for a model
 
 
 class Asked(NamedTuple):
@@ -114,7 +113,12 @@ def adapters_of(
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
     for name in frozen & rest.keys():
-        _check_same_weight(view, name, rest[name])
+        if not is_the_base(view, name, rest[name]):
+            raise BaseMismatchError(
+                f"The file's copy of {name!r} {tuple(rest[name].shape)}, the base of its update, differs from that of "
+                f"{view.title} {tuple(view.base[name].shape)}. Load the weights of the training. If tokens were added "
+                "there, resize the model's embeddings first."
+            )
     rest = {name: value for name, value in rest.items() if name not in frozen}
     modules, single, biases = _trained(view, rest, saved)
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
@@ -162,16 +166,6 @@ def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's, in the narrower of the two dtypes."""
     own = base_value(view, name).cpu()
     return own.is_meta or (own.shape == value.shape and (same_bits(own, value) or same_bits(value, own)))
-
-
-def _check_same_weight(view: View, name: str, value: Tensor) -> None:
-    """Refuse a copy of an adapted weight that is not the model's."""
-    if not is_the_base(view, name, value):
-        raise BaseMismatchError(
-            f"The file's copy of {name!r} {tuple(value.shape)}, the base of its update, differs from that of "
-            f"{view.title} {tuple(view.base[name].shape)}. Load the weights of the training. If tokens "
-            "were added there, resize the model's embeddings first."
-        )
 
 
 def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:

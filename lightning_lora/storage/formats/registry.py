@@ -32,8 +32,7 @@ FORMATS = (
     Format("loralib", "loralib", loralib.read),
 )
 
-WRITTEN = {format.name: format for format in FORMATS if format.write is not None}
-"""Those that can be written, by name."""
+WRITTEN = {format.name: format for format in FORMATS if format.write is not None}  # by name
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:

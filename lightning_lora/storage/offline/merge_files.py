@@ -178,9 +178,8 @@ def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> Non
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
     if unread := unread_in(checkpoint):
         raise AdapterFileError(
-            f"{job.files.path} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost "
-            f"in {out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
-            "save_merged."
+            f"{job.files.path} holds objects of {listed(dict.fromkeys(unread))}, which would be lost in {out}. Name a "
+            "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
         )
     state = dict(job.files.entries)
     for name in job.places:

@@ -106,7 +106,8 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(header_of(header))
         for name in names:
-            file.write(_bytes(values(name)))
+            value = values(name).detach().cpu().contiguous().reshape(-1)
+            file.write(value.view(torch.uint8).numpy().data if value.numel() else b"")
     return end
 
 
@@ -115,8 +116,3 @@ def _entry(tensor: Tensor, start: int) -> dict[str, Any]:
     none = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
     entry = json.loads(save({"": none})[8:])[""]
     return {**entry, "shape": entry["shape"][1:], "data_offsets": [start, start + tensor.nbytes]}
-
-
-def _bytes(tensor: Tensor) -> Any:
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    return values.view(torch.uint8).numpy().data if values.numel() else b""
