@@ -37,7 +37,7 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     for name, (changed, was) in [*view.record.changed.items(), *view.record.rounded_base.items()]:
         if digests.get(name) == changed:
             digests[name] = was
-    return {"layout": _layout(tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
+    return {"layout": _layout(tensors, renaming), "dtypes": dtypes_of(tensors), "digests": list(digests.values())}
 
 
 def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
@@ -45,13 +45,9 @@ def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
+def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the dtypes of some tensors."""
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-
-
-def base_dtypes(view: View) -> list[str]:
-    """Return the names of the base's dtypes."""
-    return _dtypes(base_tensors(view))
 
 
 def base_tensors(view: View) -> dict[str, Tensor]:
@@ -121,7 +117,7 @@ def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[d
     that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
     """
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
-    layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
+    layout, dtypes = _layout(tensors, SAME_NAMES), dtypes_of(tensors)
     left_out = packed | record.changed.keys()
     floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in left_out}
     for each in map(dict, fingerprints):

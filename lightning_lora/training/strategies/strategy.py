@@ -24,7 +24,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
+from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
 from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
@@ -142,7 +142,7 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_note_converted_base(self) -> None:
         """Take the base's fingerprint in another dtype."""
         view = view_of(self.lora_module)
-        known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
+        known, dtypes = view.record.adapter.fingerprints, dtypes_of(base_tensors(view))
         if known and all(each["dtypes"] != dtypes for each in known):
             known.append(fingerprint(view))
 
