@@ -68,9 +68,7 @@ def set_adapter(
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
     title = " + ".join(f"{repr(float(weight)).removesuffix('.0')} {each}" for each, weight in weights.items())
     if title in record.adapters and not record.adapters[title].sum_of:
-        raise AdapterStateError(
-            f"An adapter of its own has the name of this sum, {title!r}. Load or make it under another name."
-        )
+        raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]
@@ -129,8 +127,7 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
     are_numbers = isinstance(weights, Mapping) and all(isinstance(each, int | float) for each in weights.values())
     if not weights or not are_numbers:
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
-    files = [_stored(model, name) for name in weights]
-    return combined(files, list(weights.values()), r, named_modules(model))
+    return combined([_stored(model, name) for name in weights], list(weights.values()), r, named_modules(model))
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
