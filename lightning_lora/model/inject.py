@@ -12,14 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
-from lightning_lora.layers import (
-    INITIALISATIONS,
-    Adapter,
-    LoRALayer,
-    LoRAParameters,
-    LoRATokens,
-    new_adapter,
-)
+from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, LoRAParameters, LoRATokens, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.fresh import find_fresh
