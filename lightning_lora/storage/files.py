@@ -278,7 +278,7 @@ def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, A
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass that keeps what Lightning loads after its hook, and the list of these states."""
+    """A subclass that keeps what Lightning loads after its hook. Also the list of that."""
     states: list[Any] = []
 
     def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:

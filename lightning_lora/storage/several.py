@@ -1,4 +1,4 @@
-"""Weighted sums of a model's adapters, as adapters of their own."""
+"""Switch to one adapter or to a sum of several, and keep sums."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -32,7 +32,7 @@ from lightning_lora.tensors.names import join
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
-    """Merge adapters into a base, one tensor at a time, or a checkpoint in memory. Return how many weights."""
+    """Merge adapters into a base. Return how many weights. Only a checkpoint is in memory as a whole."""
     base, out = path_here(base), path_here(out)
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
@@ -119,7 +119,7 @@ class _Merge:
             )
 
     def _compared(self, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
-        """The base's tensors that a fingerprint knows, one at a time, without rows that others replace."""
+        """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
         left_out = {*self.stored.changed, *self.stored.random}
         for name, known in halves.items():
             place = self.name_in_base(name)
