@@ -230,6 +230,8 @@ class Record:
 
     def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
         """Return digests of base tensors by name: changed ones, or all (``anew``), are read. Collective for shards."""
+        if anew:
+            self.read.clear()  # it may hold tensors that the model has lost
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}

@@ -1,6 +1,8 @@
 """What training changes besides adapters is stored and restored."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model.view import View
+from lightning_lora.storage.fingerprint import fingerprint
 from tests.support.fits import resumes_to_the_bit
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
@@ -125,6 +129,16 @@ def test_a_run_whose_base_changes_resumes_bit_for_bit(tmp_path: Path, merge: Any
         t = trainer(tmp_path, [make()], precision=precision)
         tested += t.test(each, data(), ckpt_path=tmp_path / "through" / "epoch=3.ckpt", verbose=False)
     assert tested[0] == tested[1] and same(state(model), before)
+
+
+def test_a_weight_that_the_model_has_lost_is_freed_when_its_base_is_read() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+    fingerprint(View(model))
+    lost = weakref.ref(model.pop(1).weight)
+    fingerprint(View(model))
+    gc.collect()
+    assert lost() is None
 
 
 def test_values_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
