@@ -173,8 +173,7 @@ def _warn_of_heads(view: View) -> None:
     busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))
     for name, weight in view.frozen.items():
         head = owner_of(name)
-        has_as_many = weight.shape[:-1].numel() in sizes
-        if has_as_many and name not in busy and isinstance(view.modules[head], nn.Linear):
+        if name not in busy and isinstance(view.modules[head], nn.Linear) and weight.shape[:-1].numel() in sizes:
             _warn(
                 f"Single rows of {listed(trains)} train, but not of the output head {head!r}: it is not tied. Rows of "
                 "new tokens stay random there, and files fit no model that is resized again. Name both, with the same "

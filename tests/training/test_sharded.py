@@ -256,6 +256,27 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> N
     assert_same(whole_state(module), merged)
 
 
+def without_the_callback(kind: str, folder: Path) -> list[tuple[State, State]]:
+    """Fit with the callback, and then without it: the merged module and a new one."""
+    states, modules = [], [LitNet(), LitNet()]
+    t = trainer_of(kind, folder, [callback := lora(merge="last")], max_epochs=1)
+    t.fit(modules[0], data())
+    t.callbacks.remove(callback)  # type: ignore[attr-defined]
+    for module in modules:
+        t.fit_loop.max_epochs += 1  # type: ignore[operator]
+        before = whole_state(module) if module.model else {f"model.{key}": value for key, value in pretrained().items()}
+        t.fit(module, data())
+        states.append((before, whole_state(module)))
+    return states
+
+
+@pytest.mark.parametrize("kind", ["sharded", zero("zero2")])
+def test_without_the_callback_all_weights_train(tmp_path: Path, kind: str) -> None:
+    for states in run_ranks(without_the_callback, kind, tmp_path):
+        for before, after in states:
+            assert before.keys() == after.keys() and not any(torch.equal(after[name], before[name]) for name in before)
+
+
 class FailsAlone(LitNet):
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         if dist.get_rank() == 1 and index == 2:

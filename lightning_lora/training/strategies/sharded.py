@@ -19,6 +19,7 @@ from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.stage import Phase
 from lightning_lora.training.strategies.strategy import LateStrategy
 
 
@@ -52,6 +53,9 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
 
     def setup(self, trainer: Trainer) -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
+        if self.lora_stage.phase is Phase.OVER:  # it is given back
+            super().setup(trainer)
+            return
         module = self.lora_module
         shards.reshard(module)
         self._lora_check_mesh()
