@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         except Exception as error:
             failed = [error]
     if is_shared:
-        dist.broadcast_object_list(failed)
+        dist.broadcast_object_list(failed)  # all wait for the file, and know if there is none
     if failed[0]:
         raise failed[0]
 

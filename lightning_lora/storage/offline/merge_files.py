@@ -125,9 +125,9 @@ class _Merge:
             place = self.name_in_base(name)
             if known is None or name in left_out or place not in self.files.file_of:  # None: it was quantised
                 continue
-            value, layer = self.files.get(place), self.stored.layers.get(self.weights.get(place, ("", ""))[0])
-            if layer is not None and layer.tokens:
-                value = value.index_fill(0, torch.tensor(layer.tokens), 0)
+            value = self.files.get(place)
+            if place in self.weights and (tokens := self.stored.layers[self.weights[place][0]].tokens):
+                value = value.index_fill(0, torch.tensor(tokens), 0)
             yield BaseTensor(name, place, value, digest(value), partial(digests_as, value, HALVES))
 
     def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
