@@ -96,10 +96,10 @@ class Gradients:
             self._keep_frozen()  # a step by hand may call loss.backward()
         if optimizer in self.optimizers:
             return
-        held, reached = self.copied, self.ever_reached | self.reached
-        held = held or [p for group in optimizer.param_groups for p in group["params"]]
+        held = self.copied or [p for group in optimizer.param_groups for p in group["params"]]
+        reached = self.ever_reached | self.reached
         missed = {id(p) for p in held if not (id(p) in reached if self.notes else p.grad is not None)}
-        if not self.has_begun and len(missed) == len(held):
+        if not self.has_begun and len(missed) == len(held):  # no backward pass yet
             return
         self.optimizers.append(optimizer)
         view = view_of(self.model)

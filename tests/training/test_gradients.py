@@ -147,16 +147,19 @@ def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp
     assert keeps.same()  # the mean of both gradients
 
 
-@pytest.mark.parametrize("new", [False, True])
-def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(tmp_path: Path, new: bool) -> None:
+@pytest.mark.parametrize("how", ["a new optimizer", "a new group", "in place of another"])
+def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(tmp_path: Path, how: str) -> None:
     class Unfreezes(LitTiny):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 self.embed.requires_grad_()
-                if new:
+                (optimizer,) = self.trainer.optimizers
+                if how == "a new optimizer":
                     self.trainer.optimizers = [torch.optim.AdamW(self.parameters())]
+                elif how == "a new group":
+                    optimizer.add_param_group({"params": self.embed.parameters()})
                 else:
-                    self.optimizers().add_param_group({"params": self.embed.parameters()})  # type: ignore[union-attr]
+                    optimizer.param_groups[0]["params"][0] = self.embed.weight
 
     model = Unfreezes()
     before = model.embed.weight.clone()
