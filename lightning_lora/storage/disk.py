@@ -156,13 +156,13 @@ def path_here(path: Any) -> Path:
 
 
 @contextmanager
-def opened(source: Any) -> Iterator[Any]:
-    """Open a path or a URL to read bytes. An open file is yielded as it is."""
+def opened(source: Any, mode: str = "rb") -> Iterator[Any]:
+    """Open a path or a URL. An open file is yielded as it is."""
     if hasattr(source, "read"):
         yield source
         return
     local = local_path(source)
-    with local.open("rb") if local is not None else fsspec.open(os.fspath(source), "rb") as file:
+    with local.open(mode) if local is not None else fsspec.open(os.fspath(source), mode) as file:
         yield file
 
 

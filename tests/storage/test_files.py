@@ -101,6 +101,12 @@ def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path:
     restores(tmp_path / "a.safetensors", model)
 
 
+def test_a_name_may_look_like_several(file: Path) -> None:  # as fsspec chains them
+    ll.load_adapter(model := LitTiny(), file)
+    ll.save_adapter(model, other := file.with_name("a::b.safetensors"))
+    assert other.read_bytes() == file.read_bytes() and len(list(file.parent.iterdir())) == 2
+
+
 def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
     ll.save_adapter(trained(), tmp_path / "link.safetensors")

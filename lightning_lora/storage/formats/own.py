@@ -1,13 +1,11 @@
 """Read and write the adapter files of this package."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -20,6 +18,7 @@ from lightning_lora.storage.disk import (
     load_plain,
     local_path,
     on_this_machine,
+    opened,
     reading,
     save,
     unread_in,
@@ -40,7 +39,7 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
     with writing(path) as place:
         contents = save(stored.state, {KEY: json.dumps(stored.description())})
-        with fsspec.open(os.fspath(place), "wb") as file:
+        with opened(place, "wb") as file:
             file.write(contents)
 
 
