@@ -321,6 +321,7 @@ def _check_keys(name: str, value: object, values: str) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a dict from names to {values}.")
     for key in value:
+        _check_expression(name, key)
         _check_expression(name, key, _ending)
 
 

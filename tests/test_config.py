@@ -20,7 +20,7 @@ BAD: dict[str, list[Any]] = {
     "target_modules": [[], "", [""], ["q", 3], None, "(q"],
     "exclude_modules": ["[", [None]],
     "modules_to_save": ["head", [1]],
-    "rank_pattern": [{"q": 0}, {"(": 2}, {"(?i)q": 2}, ["q"]],
+    "rank_pattern": [{"q": 0}, {"(": 2}, {"(?i)q": 2}, {"a)|(q": 2}, ["q"]],
     "alpha_pattern": [{"q": math.nan}, {1: 2.0}],
     "target_slices": ["q", {"a": "q"}, {"a": []}, {"a": ["q.v"]}, {"a": {"q": [3, 3]}}],
     "bias": ["some", True],

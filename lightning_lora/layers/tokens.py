@@ -53,7 +53,7 @@ class TiedLayer(InPlace, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the rows of the embedding."""
-        return _with_rows(self, *self.lora_tied_to, *args, **kwargs)
+        return _with_rows(self, *vars(self).get("lora_tied_to", [self]), *args, **kwargs)
 
 
 def tie_layers(modules: Collection[nn.Module]) -> None:
@@ -71,6 +71,9 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
 
 def _with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Any:
     """Compute a layer that has the weight of ``tokens`` with its rows. Layers of torch copy no other rows for that."""
+    kind: Any = type(layer)
+    if not issubclass(kind, LoRATokens | TiedLayer):  # other code has wrapped its forward, and the rows are gone since
+        return kind.forward(layer, *args, **kwargs)
     own = layer.overlaid[1]
     if not getattr(tokens, "lora_enabled", False):  # it may have been merged
         return own.forward(layer, *args, **kwargs)

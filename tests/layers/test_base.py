@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
+from lightning_lora import (
+    AdapterMismatchError,
+    LoRAConfig,
+    adapter_state_dict,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+)
 from tests.support.cases import Three, three
 from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config
 from tests.support.models import WIDTH, X, randomise, same
@@ -50,11 +57,14 @@ def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
 def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     build, x = LAYERS[name]
     model = Model(build()).double()
+    base = model(x)
     inject_adapters(model, config(model))
     randomise(model)
     expected, forward = model(x), model[0].forward
     model[0].forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
     assert torch.equal(model(x), expected)
+    remove_adapters(model)
+    assert torch.equal(model(x), base)
 
 
 @pytest.mark.parametrize(("text", "adapted"), [("<Own>", "LoRAOwn: <Own>, r=2"), ("Own(4)", "LoRAOwn(4, r=2")])

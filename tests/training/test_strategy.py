@@ -186,6 +186,27 @@ def test_without_the_callback_a_strategy_is_lightnings_own_again(tmp_path: Path,
     assert not is_plain(fit(tmp_path, lora(merge=False), **one)[0])
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["set after the fit", "a second fit after it"])
+def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Path, again: bool) -> None:
+    one = {"strategy": SingleDeviceStrategy(torch.device("cpu")), "accelerator": "auto", "devices": "auto"}
+    calls = []
+    for number in (1, 2):
+        below = one["strategy"].save_checkpoint
+
+        def save(*args: Any, number: int = number, below: Any = below, **kwargs: Any) -> None:
+            calls.append(number)
+            below(*args, **kwargs)
+
+        one["strategy"].save_checkpoint = save
+        if number == 1 or again:
+            fit(tmp_path, lora(), **one)
+    for callbacks in ([], [lora()], []):
+        _, trainer = fit(tmp_path, *callbacks, max_epochs=1, **one)
+        calls.clear()
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        assert calls == [2, 1]
+
+
 # Strategies that shard the model in another way are refused by name
 
 

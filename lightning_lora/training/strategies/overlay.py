@@ -20,7 +20,7 @@ def overlay_strategy(strategy: Strategy, stage: Stage) -> LoRAStrategy:
         methods = next(map(KINDS.__getitem__, class_names(strategy) & KINDS.keys()), LoRAStrategy)
         methods.lora_check(strategy)
         ours, below = _calling(methods, type(strategy))
-        held |= {"lora_others": {}, "lora_depths": {}}
+        held["lora_depths"], held["lora_others"] = {}, held.get("lora_others", {})
         strategy.__class__ = below
         overlay(strategy, ours)
     found = cast(LoRAStrategy, strategy)
@@ -29,7 +29,8 @@ def overlay_strategy(strategy: Strategy, stage: Stage) -> LoRAStrategy:
         if other is None:
             found.lora_others.pop(name, None)
         elif other != method:
-            found.lora_others.setdefault(name, []).append(other)
+            others = found.lora_others.setdefault(name, [])
+            others += [other] if other not in others else []
             held[name] = method  # the other one is called below it, once
     found.lora_stage = stage
     return found
@@ -62,11 +63,9 @@ def _call_next(ours: Callable[..., Any], own: Any, first: int) -> Callable[..., 
 
     @wraps(ours)
     def call(strategy: LoRAStrategy, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(strategy, LoRAStrategy):  # given back since
-            return getattr(type(strategy), name)(strategy, *args, **kwargs)
         running = strategy.lora_depths.get(name, 0)
         others = strategy.lora_others.get(name, []) if name in vars(strategy) else []
-        depth = max(first, running)
+        depth = max(first, running + (not isinstance(strategy, LoRAStrategy)))  # ours is left out if it was given back
         strategy.lora_depths[name] = depth + 1
         try:
             if depth == 0:

@@ -107,8 +107,7 @@ class LoRAStrategy(Strategy, InPlace):
     def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
         if self.lora_stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
-            vars(self).update({name: others[-1] for name, others in self.lora_others.items()})
-            self.__class__ = self.lora_kind  # type: ignore[assignment]
+            self.lora_give_back()
             self.setup(trainer)
             return
         self.lora_adapt()
@@ -122,6 +121,14 @@ class LoRAStrategy(Strategy, InPlace):
             super().setup(trainer)
         view_of(self.lora_module).begin_anew()  # which may have been converted
         self.lora_note_converted_base()
+
+    def lora_give_back(self) -> None:
+        """Give the strategy its class back, and what other code has set on it."""
+        held = vars(self)
+        for name, others in self.lora_others.items():
+            if held[name] == getattr(self.__class__, name).__get__(self):
+                held[name], self.lora_depths[name] = others[-1], 1
+        self.__class__ = self.lora_kind  # type: ignore[assignment]
 
     def lora_adapt(self, **options: Any) -> None:
         """Adapt the module after its own hooks have run."""
