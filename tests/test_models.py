@@ -215,6 +215,3 @@ def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config:
     again.net, about = type(model.net).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(about.values())
     torch.testing.assert_close(run(again), run(model))
-
-
-# Experts, statistics, recurrence, and weights that other code reads

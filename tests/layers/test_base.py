@@ -57,13 +57,6 @@ def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize(("text", "adapted"), [("<Own>", "LoRAOwn: <Own>, r=2"), ("Own(4)", "LoRAOwn(4, r=2")])
-def test_a_layer_with_a_text_of_its_own_tells_its_adapter_too(text: str, adapted: str) -> None:
-    model = nn.Sequential(type("Own", (nn.Linear,), {"__repr__": lambda _: text})(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    assert adapted in repr(model)
-
-
 def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
     class Counts(nn.Linear):
         calls = 0

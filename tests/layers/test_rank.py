@@ -9,8 +9,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import Role
-from tests.layers.test_kinds import reference
-from tests.support.layers import LAYERS, Model, config, factors
+from tests.support.layers import LAYERS, Model, config, factors, reference
 from tests.support.models import as_trained, randomise, same
 
 
