@@ -27,16 +27,6 @@ TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "int
 TEXT |= {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-class Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 8, num_layers=2, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(words))[0])
-
-
 class Case(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: dict[str, Any]
@@ -86,7 +76,6 @@ CASES = {
         lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
         parameters=["attn.qkv.weight", "attn.proj.weight"],
     ),
-    "lstm tagger": Case(Tagger, {"words": IDS}),
 }
 
 
@@ -144,19 +133,12 @@ def base_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if "lora_" not in name}
 
 
-def lacking(name: str) -> str | None:
-    """Why an architecture cannot be built here, or None."""
-    if name.startswith("torchvision") and importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed"
-    if name == "mixtral" and Version(transformers.__version__) < Version("5"):
-        return "its experts are modules there, each with linear layers"
-    return None
-
-
 @pytest.fixture(params=CASES, ids=str)
 def name(request: pytest.FixtureRequest) -> str:
-    if why := lacking(request.param):
-        pytest.skip(why)
+    if request.param.startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    if request.param == "mixtral" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("its experts are modules there, each with linear layers")
     return request.param
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.model.view import View
 from lightning_lora.tensors import names
 from tests.support.models import (
     Around,
@@ -84,7 +85,9 @@ def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, ll.LoRAConfig]:
 
 def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by_the_whole() -> None:
     part, model, config = part_and_whole()
+    ll.load_adapter_state_dict(part, ll.adapter_state_dict(part))
     ll.inject_adapters(model, config)
+    assert View(model).adapter.is_trained
     with pytest.raises(ll.AdapterStateError):  # it is no longer the part's to give back
         ll.remove_adapters(part)
     assert (part[0].bias == 1).all()

@@ -135,23 +135,19 @@ LAYERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def run(model: nn.Sequential, x: Any) -> Tensor:
-    """All that the layer puts out, as one vector."""
-    output = model[0](*x) if type(x) is tuple else model[0](x)
-    found: list[Tensor] = []
-    inside = [output]
-    while inside:
-        each = inside.pop()
-        if isinstance(each, nn.utils.rnn.PackedSequence):
-            each = each.data
-        inside += each if isinstance(each, tuple) else []
-        found += [each.reshape(-1)] if isinstance(each, Tensor) else []
-    return torch.cat(found)
-
-
 class Model(nn.Sequential):
+    """A model of one layer. It returns all that the layer puts out, as one vector."""
+
     def forward(self, x: Any) -> Tensor:
-        return run(self, x)
+        inside = [self[0](*x) if type(x) is tuple else self[0](x)]
+        found: list[Tensor] = []
+        while inside:
+            each = inside.pop()
+            if isinstance(each, nn.utils.rnn.PackedSequence):
+                each = each.data
+            inside += each if isinstance(each, tuple) else []
+            found += [each.reshape(-1)] if isinstance(each, Tensor) else []
+        return torch.cat(found)
 
 
 def config(model: nn.Sequential, **kwargs: Any) -> LoRAConfig:

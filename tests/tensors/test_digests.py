@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from tests.support.ranks import has_shards, join_group, run_ranks
+from tests.support.traffic import Traffic, sizes_of
 
 pytestmark = [
     pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later"),
@@ -63,18 +64,11 @@ def many_layouts() -> tuple[bool, int, bool]:
         dtensor.distribute_tensor(tensor, mesh, [dtensor.Shard(place % 2)], src_data_rank=None)
         for place, tensor in enumerate(made)
     ]
-    messages, own = [0], torch.distributed.all_reduce
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        messages[0] += 1
-        return own(*args, **kwargs)
-
-    torch.distributed.all_reduce = counting
-    mixed = [value for pair in zip(spread, made, strict=True) for value in pair]
-    same = digests(mixed) == [digest(tensor) for tensor in made for _ in range(2)]
-    count = messages[0]
+    with Traffic() as traffic:
+        found = digests([value for pair in zip(spread, made, strict=True) for value in pair])
+    same = found == [digest(tensor) for tensor in made for _ in range(2)]
     half = digests_as(spread[0], [torch.float16]) == digests_as(made[0], [torch.float16])
-    return same, count, half
+    return same, len(sizes_of(traffic.messages, "all-reduce")), half
 
 
 def test_many_digests_take_one_message() -> None:
