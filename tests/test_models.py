@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from tests.support.layers import is_float
 from tests.support.models import randomise, same, state, trainer
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
@@ -99,7 +100,7 @@ class Lit(L.LightningModule):
 
     def forward(self) -> Any:
         dtype = next(self.parameters()).dtype
-        return self.net(**tree_map(lambda x: x.to(dtype) if _is_float(x) else x, self.case.inputs))
+        return self.net(**tree_map(lambda x: x.to(dtype) if is_float(x) else x, self.case.inputs))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         output = self()
@@ -112,18 +113,10 @@ class Lit(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def run(model: Lit) -> Tensor:
     """All that the model puts out in eval mode, as one vector."""
     with torch.no_grad():
-        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if _is_float(x)])
-
-
-def batches() -> DataLoader[Any]:
-    return DataLoader(range(6), batch_size=1)
+        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if is_float(x)])
 
 
 FAST = "torch.backends.mha._is_fastpath_enabled"
@@ -180,7 +173,7 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
     before, output = state(model), run(model)
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
-    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), batches())
+    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
     after = state(model)
     assert same(base_of(after), before)
     idle = [key for key, value in after.items() if "lora_" in key and not value.any()]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
 from tests.support.cases import Three, three
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config
+from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
 from tests.support.models import WIDTH, X, randomise, same
 
 
@@ -102,10 +102,6 @@ def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments
 
 
 KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
-
-
-def is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("name", KINDS)

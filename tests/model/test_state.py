@@ -127,15 +127,11 @@ def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(mo
 # A call walks over a model few times
 
 
-def blocks(number: int) -> nn.Sequential:
-    torch.manual_seed(0)
-    pairs = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "qk"}) for _ in range(number)]
-    return nn.Sequential(*pairs, nn.BatchNorm1d(4), nn.ModuleDict({"head": nn.Linear(4, 2)}))
-
-
 def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The walks of each call over all modules of a model: ours, torch's, and state dicts."""
-    model, config, count = blocks(number), ll.LoRAConfig(r=2, modules_to_save=["head"]), Counter[str]()
+    pairs = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "qk"}) for _ in range(number)]
+    model = nn.Sequential(*pairs, nn.BatchNorm1d(4), nn.ModuleDict({"head": nn.Linear(4, 2)}))
+    config, count = ll.LoRAConfig(r=2, modules_to_save=["head"]), Counter[str]()
     calls: dict[str, Callable[[], Any]] = {
         "inject": lambda: ll.inject_adapters(model, config),
         "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(model, ll.adapter_state_dict(model)),

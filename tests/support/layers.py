@@ -150,6 +150,10 @@ class Model(nn.Sequential):
         return torch.cat(found)
 
 
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def config(model: nn.Sequential, **kwargs: Any) -> LoRAConfig:
     """A configuration that adapts all there is in the one layer of ``model``."""
     if isinstance(model[0], Experts):
