@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_lora import private
+from tests.support.models import LitTiny
 
 ROOM = Path(private.__file__)
 
@@ -29,12 +29,6 @@ class Doubles(torch.autograd.Function):
         return 2 * grad
 
 
-class Named(L.LightningModule):
-    def __init__(self, options: dict[str, int]) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)
-
-
 CHECKS: dict[str, Callable[[], bool]] = {
     "STORAGE_BYTES": lambda: (
         getattr(torch.storage.TypedStorage(2, dtype=torch.int8), private.STORAGE_BYTES).nbytes() == 2
@@ -44,7 +38,7 @@ CHECKS: dict[str, Callable[[], bool]] = {
     ),
     "RECURRENT_LISTS": lambda: all(hasattr(nn.GRU(2, 2), name) for name in private.RECURRENT_LISTS),
     "START_METHOD": lambda: getattr(DDPStrategy(start_method="fork"), private.START_METHOD) == "fork",
-    "HPARAMS_NAME": lambda: getattr(Named({"a": 1}), private.HPARAMS_NAME) == "kwargs",
+    "HPARAMS_NAME": lambda: getattr(LitTiny(), private.HPARAMS_NAME) == "kwargs",
 }
 
 

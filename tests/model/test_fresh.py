@@ -172,17 +172,6 @@ def test_changed_weights_do_not(change: Callable[[Tensor], Tensor]) -> None:
         assert not is_normal(block_of(change(torch.empty(shape).normal_(0, 0.02))), 0.02)
 
 
-class Pair(nn.Module):
-    """A large body, and heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
-        self.neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
-        self.head = nn.Linear(8, 4)
-        self.scale = nn.Parameter(torch.ones(4))
-
-
 @pytest.mark.parametrize(
     ("frozen", "thawed", "config", "found"),
     [
@@ -197,7 +186,10 @@ class Pair(nn.Module):
 def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
     frozen: list[str], thawed: list[str], config: dict[str, Any], found: list[str]
 ) -> None:
-    model = Pair()
+    body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
+    neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
+    model = nn.ModuleDict({"body": body, "neck": neck, "head": nn.Linear(8, 4)})
+    model.scale = nn.Parameter(torch.ones(4))
     for names, trains in ((frozen, False), (thawed, True)):
         for name in names:
             model.get_submodule(name).requires_grad_(trains)

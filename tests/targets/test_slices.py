@@ -47,10 +47,6 @@ class Attention(nn.Module):
         return self.get_submodule(self.name)(x)
 
 
-class CodeGenAttention(Attention):
-    """One that computes queries, keys and values in another order, under a name of those that do not."""
-
-
 class Block(nn.Sequential):
     """A module around one, with or without a configuration of its own."""
 
@@ -95,7 +91,7 @@ UNKNOWN: dict[str, tuple[Attention, str]] = {
     "other sizes": (Attention("qkv", 25), "q"),
     "other sizes than these heads write": (Attention("qkv", 24, GROUPS), "q"),
     "written head by head": (Attention("c_attn", 24, HEADS | {"multi_query": False}), "q"),
-    "in another order": (CodeGenAttention("qkv_proj", 24), "q"),
+    "in another order": (type("CodeGenAttention", (Attention,), {})("qkv_proj", 24), "q"),
     "another name": (Attention("query_key_value", 24), "q"),
 }
 
