@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from tests.support.layers import is_float
 from tests.support.models import randomise, same, state, trainer
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
@@ -25,16 +26,6 @@ WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
 
 TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 TEXT |= {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-class Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 8, num_layers=2, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(words))[0])
 
 
 class Case(NamedTuple):
@@ -86,7 +77,6 @@ CASES = {
         lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
         parameters=["attn.qkv.weight", "attn.proj.weight"],
     ),
-    "lstm tagger": Case(Tagger, {"words": IDS}),
 }
 
 
@@ -110,7 +100,7 @@ class Lit(L.LightningModule):
 
     def forward(self) -> Any:
         dtype = next(self.parameters()).dtype
-        return self.net(**tree_map(lambda x: x.to(dtype) if _is_float(x) else x, self.case.inputs))
+        return self.net(**tree_map(lambda x: x.to(dtype) if is_float(x) else x, self.case.inputs))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         output = self()
@@ -123,18 +113,10 @@ class Lit(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def run(model: Lit) -> Tensor:
     """All that the model puts out in eval mode, as one vector."""
     with torch.no_grad():
-        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if _is_float(x)])
-
-
-def batches() -> DataLoader[Any]:
-    return DataLoader(range(6), batch_size=1)
+        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if is_float(x)])
 
 
 FAST = "torch.backends.mha._is_fastpath_enabled"
@@ -144,19 +126,12 @@ def base_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if "lora_" not in name}
 
 
-def lacking(name: str) -> str | None:
-    """Why an architecture cannot be built here, or None."""
-    if name.startswith("torchvision") and importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed"
-    if name == "mixtral" and Version(transformers.__version__) < Version("5"):
-        return "its experts are modules there, each with linear layers"
-    return None
-
-
 @pytest.fixture(params=CASES, ids=str)
 def name(request: pytest.FixtureRequest) -> str:
-    if why := lacking(request.param):
-        pytest.skip(why)
+    if request.param.startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    if request.param == "mixtral" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("its experts are modules there, each with linear layers")
     return request.param
 
 
@@ -198,7 +173,7 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
     before, output = state(model), run(model)
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
-    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), batches())
+    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
     after = state(model)
     assert same(base_of(after), before)
     idle = [key for key, value in after.items() if "lora_" in key and not value.any()]
@@ -215,6 +190,3 @@ def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config:
     again.net, about = type(model.net).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(about.values())
     torch.testing.assert_close(run(again), run(model))
-
-
-# Experts, statistics, recurrence, and weights that other code reads

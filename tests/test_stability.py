@@ -15,14 +15,9 @@ METRICS = ("UpdateNorm", "EffectiveRank", "Amplification", "SubspaceSimilarity")
 def signature(name: str, value: object) -> str:
     """A name with its arguments and defaults, in lines of the page."""
     assert callable(value)
-    parts, is_after_star = [], False
-    for each in inspect.signature(value).parameters.values():
-        if each.kind is each.KEYWORD_ONLY and not is_after_star:
-            parts, is_after_star = [*parts, "*"], True
-        sign = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
-        default = "" if each.default is each.empty else f"={each.default!r}"
-        parts.append(f"{sign}{each.name}{default}")
-    text = f"{name}({', '.join(parts)})"
+    found = inspect.signature(value)
+    parameters = [each.replace(annotation=each.empty) for each in found.parameters.values()]
+    text = f"{name}{found.replace(parameters=parameters, return_annotation=found.empty)}"
     return textwrap.fill(text, 80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 

@@ -19,16 +19,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed import fsdp
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
-from lightning_lora.tensors.shards import to_local
 from tests.benchmarks.life import QUIET
 from tests.benchmarks.measure import Bench, Row, in_new_process
 from tests.support.ranks import run_ranks
-from tests.support.traffic import Traffic
+from tests.support.traffic import Counts
 
 DDP, DDP_LORA, FSDP2, FSDP2_LORA = "DDP", "DDP, LoRA", "FSDP2", "FSDP2, LoRA"
 WAYS = (DDP, DDP_LORA, FSDP2, FSDP2_LORA)
@@ -86,43 +84,6 @@ class Task(LightningModule):
         return DataLoader(torch.randint(0, SMALL["vocab_size"], (6, 16)))
 
 
-class Meter(Callback):
-    """Counts the messages of the third step, when DDP has settled, and of two saves; and what is held."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.traffic = path, Traffic()
-        self.found: dict[str, Any] = {}
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, number: int) -> None:
-        if number == 2:
-            self.traffic.__enter__()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.found["gradients"] = _held(p.grad for p in pl_module.parameters())
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if args[-1] == 2:
-            self.found["step"] = self.traffic.leave()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        adapters = [p for name, p in pl_module.named_parameters() if "lora_" in name]
-        self.found["adapters"] = _held(adapters)
-        self.found["base"] = _held(pl_module.parameters()) - _held(adapters)
-        self.found["optimizer"] = _held(tree_leaves(dict(trainer.optimizers[0].state)))
-        for save in ("first save", "save"):
-            path = self.path / save
-            self.traffic.__enter__()
-            trainer.save_checkpoint(path)
-            self.found[save] = self.traffic.leave()
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        self.found["file"] = sum(file.stat().st_size for file in files)
-
-
-def _held(values: Iterable[Any]) -> int:
-    """The bytes that this process holds of tensors."""
-    return sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
-
-
 def count(way: str, folder: Path) -> dict[str, Any]:
     """Train three steps and save twice, in one of two processes."""
     warnings.simplefilter("ignore")
@@ -131,11 +92,20 @@ def count(way: str, folder: Path) -> dict[str, Any]:
     strategy: Strategy = DDPStrategy(process_group_backend="gloo")
     if way not in (DDP, DDP_LORA):
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=way == FOLDER)
-    meter = Meter(folder)
+    counts = Counts(folder)
     callbacks: list[Callback] = [LoRACallback(r=RANK, merge=False)] if "LoRA" in way else []
     options = {**QUIET, "max_steps": 3, "enable_checkpointing": False}
-    Trainer(callbacks=[*callbacks, meter], strategy=strategy, devices=2, **options).fit(Task())
-    return meter.found
+    Trainer(callbacks=[*callbacks, counts], strategy=strategy, devices=2, **options).fit(Task())
+    saved = folder / "1.ckpt"
+    files = [saved] if saved.is_file() else [file for file in saved.rglob("*") if file.is_file()]
+    return {
+        **counts.held,
+        "base": counts.held["parameters"] - counts.held["adapters"],
+        "step": counts.batches[2],  # when DDP has settled
+        "first save": counts.saves[0],
+        "save": counts.saves[1],
+        "file": sum(file.stat().st_size for file in files),
+    }
 
 
 def _measured(found: dict[str, dict[str, Any]]) -> Iterator[Row]:

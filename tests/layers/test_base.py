@@ -19,7 +19,7 @@ from lightning_lora import (
     remove_adapters,
 )
 from tests.support.cases import Three, three
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config
+from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
 from tests.support.models import WIDTH, X, randomise, same
 
 
@@ -67,13 +67,6 @@ def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     assert torch.equal(model(x), base)
 
 
-@pytest.mark.parametrize(("text", "adapted"), [("<Own>", "LoRAOwn: <Own>, r=2"), ("Own(4)", "LoRAOwn(4, r=2")])
-def test_a_layer_with_a_text_of_its_own_tells_its_adapter_too(text: str, adapted: str) -> None:
-    model = nn.Sequential(type("Own", (nn.Linear,), {"__repr__": lambda _: text})(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    assert adapted in repr(model)
-
-
 def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
     class Counts(nn.Linear):
         calls = 0
@@ -119,10 +112,6 @@ def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments
 
 
 KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
-
-
-def is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from lightning_lora import LoRAConfig, adapter_state_dict, inject_adapters
 from lightning_lora.config import Init
 from lightning_lora.layers import INITIALISATIONS
 from tests.support.layers import Experts
@@ -51,13 +51,15 @@ def test_a_direction_that_is_weak_and_not_zero_is_one_to_start_from() -> None:
         torch.testing.assert_close(getattr(model[0], factor).norm(dim=dim), values.sqrt().float(), rtol=1e-3, atol=0)
 
 
-def test_each_matrix_of_a_stack_starts_from_its_own_strongest_part_however_small() -> None:
-    model = nn.Sequential(Experts())
-    stack = model[0].stack.data.mul_(torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1))
-    inject_adapters(model, LoRAConfig(r=2, alpha=2, init="pissa", target_modules=[], target_parameters=["stack"]))
+def test_each_matrix_of_a_layer_starts_from_its_own_strongest_part_however_small() -> None:
+    model = nn.Sequential(Experts(), nn.MultiheadAttention(8, 2))
+    matrices = [*model[0].stack.data.mul_(torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1))]
+    matrices += model[1].in_proj_weight.detach().chunk(3)
+    inject_adapters(model, LoRAConfig(r=2, alpha=2, init="pissa", target_modules=["1"], target_parameters=["stack"]))
     factors = adapter_state_dict(model)
-    starts = factors["0.lora_B_stack"] @ factors["0.lora_A_stack"]
-    for matrix, start in zip(stack, starts, strict=True):
+    starts = [*(factors["0.lora_B_stack"] @ factors["0.lora_A_stack"])]
+    starts += [factors[f"1.lora_B_{part}"] @ factors[f"1.lora_A_{part}"] for part in "qkv"]
+    for matrix, start in zip(matrices, starts, strict=True):
         tail = torch.linalg.svdvals(matrix)[2:].norm()
         torch.testing.assert_close((matrix - start).norm() / matrix.norm(), tail / matrix.norm())
 
@@ -182,8 +184,3 @@ def test_small_updates_from_a_start_keep_their_precision_in_half_precision() -> 
         with torch.autocast("cpu", torch.bfloat16):
             update = model(x)
     assert (update.double() - exact).norm() < 0.02 * exact.norm()
-
-
-def test_starts_from_the_base_are_refused_for_embeddings() -> None:
-    with pytest.raises(TargetError, match=r"init='pissa' is for .* '0' \(Embedding\)"):
-        inject_adapters(nn.Sequential(nn.Embedding(5, 5)), LoRAConfig(r=2, init="pissa", target_modules="all"))

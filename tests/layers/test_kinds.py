@@ -20,7 +20,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from tests.support.layers import LAYERS, Factors, Linear, Model, config, factors, reference_weights
+from tests.support.layers import LAYERS, Linear, Model, config, factors, reference
 from tests.support.models import randomise, same, state
 
 
@@ -77,14 +77,6 @@ def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(
     assert type(model[0]) is cls and same(state(model), values) and torch.equal(model(x), frozen)
     assert not any(p.requires_grad for p in weights)
     assert not [name for name in (*vars(model[0]), *vars(model)) if "lora" in name]
-
-
-def reference(model: nn.Sequential, lora: Factors, x: Any) -> Tensor:
-    """What the same layer without adapters computes with these weights."""
-    plain = copy.deepcopy(model)
-    remove_adapters(plain)
-    weights = {f"0.{name}": weight for name, weight in reference_weights(model[0], lora).items()}
-    return torch.func.functional_call(plain, weights, (x,))
 
 
 def test_adapted_layer_computes_the_papers_equation_and_its_gradients(case: tuple[nn.Sequential, Any]) -> None:

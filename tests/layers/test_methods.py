@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import lightning_lora as ll
-from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights, train
+from tests.support.layers import LAYERS, Model, config, factors, reference, train
 from tests.support.models import same, state
 
 KINDS: dict[str, list[str]] = {
@@ -18,30 +17,6 @@ KINDS: dict[str, list[str]] = {
     "pissa": ["linear", "grouped convolution", "transposed convolution", "bilinear", "gru", "attention", "experts"],
     "olora": ["linear", "experts"],
 }
-
-
-def as_rows(layer: Any, weight: Tensor) -> Tensor:
-    return weight.T if isinstance(layer, nn.Embedding | Conv1D) else weight.flatten(1)
-
-
-def weights_of(layer: Any, lora: Factors) -> dict[str, Tensor]:
-    """What the papers say of the adapted weights."""
-    updated = reference_weights(layer, lora)
-    if "lora_magnitude" in lora:
-        rows = as_rows(layer, updated["weight"])
-        rows = lora["lora_magnitude"][:, None] * rows / rows.norm(dim=1, keepdim=True).detach()
-        transposed = isinstance(layer, nn.Embedding | Conv1D)
-        return {"weight": (rows.T if transposed else rows).reshape(layer.weight.shape)}
-    starts = {name.replace("0", "", 1): p.detach() for name, p in lora.items() if name[5:7] in ("A0", "B0")}
-    started = reference_weights(layer, starts)
-    return {name: layer.get_parameter(name) + updated[name] - started[name] for name in updated}
-
-
-def reference(model: Model, lora: Factors, x: Any) -> Tensor:
-    plain = copy.deepcopy(model)
-    ll.remove_adapters(plain)
-    weights = {f"0.{name}": weight for name, weight in weights_of(model[0], lora).items()}
-    return torch.func.functional_call(plain, weights, (x,))
 
 
 CASES = [(method, name, 2) for method, names in KINDS.items() for name in names]

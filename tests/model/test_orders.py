@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
-from tests.support.models import is_plain, same
+from tests.support.models import is_plain, same, state
 
 WORDS, WIDTH = 5, 3
 INDEX = torch.arange(WORDS)
@@ -163,7 +163,7 @@ class Oracle:
 
     def check(self, model: nn.Module) -> None:
         """Compare a model with what it is to be."""
-        found, expected = shown(model), self.now if self.merged else {**self.now, **self.factors}
+        found, expected = state(model), self.now if self.merged else {**self.now, **self.factors}
         assert found.keys() == expected.keys() and {value.dtype for value in found.values()} == {self.dtype}
         for name, value in expected.items():
             layer = name.removesuffix(".weight")
@@ -189,11 +189,6 @@ class Oracle:
         if not self.config:
             assert not [name for module in model.modules() for name in vars(module) if "lora" in name]
             assert not model._load_state_dict_pre_hooks
-
-
-def shown(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what ``model`` holds under each name."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_close(found: Tensor, exact: Tensor) -> None:
@@ -256,14 +251,14 @@ class Orders(RuleBasedStateMachine):
 
     def refused(self, call: Callable[[], Any], *errors: type[Exception]) -> None:
         """See that a call fails and changes no bit; the invariant sees the rest."""
-        before = shown(self.model)
+        before = state(self.model)
         with pytest.raises(errors):
             call()
-        assert same(shown(self.model), before)
+        assert same(state(self.model), before)
 
     def settled(self) -> Oracle:
         """What becomes of a merged model for good; its weights have been compared."""
-        found = wide(shown(self.model))
+        found = wide(state(self.model))
         return self.it.plain({name: found[name] for name in self.it.base})
 
     @rule(config=VALID | ANY)
@@ -342,7 +337,7 @@ class Orders(RuleBasedStateMachine):
     @rule(call=st.sampled_from(CALLS))
     def disable(self, call: Callable[[nn.Module], Any]) -> None:
         with ll.disable_adapters(self.model), ll.disable_adapters(self.model):
-            found = wide(shown(self.model))
+            found = wide(state(self.model))
             assert all(torch.equal(found[name], value) for name, value in self.it.base.items())
             assert_close(self.model(INDEX), self.it.plain(self.it.base).output())
             self.refused(lambda: call(self.model), ll.AdapterStateError)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.record import find_record
 from tests.support.faults import FailsAt, unchanged
 from tests.support.models import same, state
 
@@ -173,30 +172,6 @@ def test_an_optimizer_keeps_the_parameters_of_its_own_adapter() -> None:
         assert torch.equal(model(X), outputs["default"])
 
 
-def test_resting_adapters_follow_the_models_dtype() -> None:
-    model, _ = several()
-    model.bfloat16()
-    ll.set_adapter(model, "de")
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    assert dtypes["0.lora_A"] == torch.float32 and dtypes["3.weight"] == dtypes["0.weight"] == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["0.lora_B", "3.weight", "0.weight"])
-def test_new_parameters_are_those_of_the_adapter_that_has_them(name: str) -> None:
-    model, outputs = several()
-    switched(model, "default", "de", "default", "de")
-    layer, leaf = name.split(".")
-    new = nn.Parameter(2 * getattr(model.get_submodule(layer), leaf).detach(), requires_grad=name != "0.weight")
-    setattr(model.get_submodule(layer), leaf, new)
-    now = model(X).detach()
-    assert not torch.equal(now, outputs["de"])
-    for other in ("default", "fr", "default"):
-        ll.set_adapter(model, other)
-        assert torch.equal(model(X), outputs[other]) is not (name == "0.weight"), other
-        ll.set_adapter(model, "de")
-        assert torch.equal(model(X), now) and model.get_parameter(name) is new, other
-
-
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
@@ -277,20 +252,6 @@ def test_another_base_is_the_base_of_all_adapters() -> None:
         assert name or all(torch.equal(state(model)[each], value) for each, value in base.items())
     ll.remove_adapters(model)
     assert all(torch.equal(state(model)[name], value) for name, value in base.items())
-
-
-def test_a_frozen_weight_that_was_loaded_is_that_of_its_adapter_alone() -> None:
-    model = build()
-    for name in ("de", "fr"):
-        ll.inject_adapters(model, HEAD, name=name)
-    switched(model, "de", "fr", "de")
-    record, values = find_record(model), {"de": torch.ones(4), "fr": state(model)["0.bias"]}
-    assert record is not None
-    record.adapter.random = ("0.bias",)  # it looks untrained, so files hold it
-    ll.load_adapter_state_dict(model, {**ll.adapter_state_dict(model), "0.bias": values["de"]})
-    for name in ("fr", "de", "fr"):
-        ll.set_adapter(model, name)
-        assert torch.equal(state(model)["0.bias"], values[name])
 
 
 def test_modules_inside_with_several_adapters_are_refused() -> None:

@@ -1,12 +1,13 @@
 """Layers of every kind, and what they should compute."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, remove_adapters
 from tests.support.models import as_trained
 
 
@@ -41,10 +42,6 @@ class Recursive(nn.Linear):
 
     def forward(self, input: Tensor, times: int = 2) -> Tensor:
         return self(input, times - 1) if times else self.start(input)
-
-
-class PlainSubclass(nn.Linear):
-    """A subclass that computes as nn.Linear does."""
 
 
 class Padding(nn.Conv2d):
@@ -94,8 +91,6 @@ SELF = (FLOATS, FLOATS, FLOATS)
 ATTENTION: dict[str, Any] = {"embed_dim": 5, "num_heads": 1, "batch_first": True}
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(5, 4), FLOATS),
-    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), FLOATS),
-    "subclass": (lambda: PlainSubclass(5, 4), FLOATS),
     "conv1d": (lambda: Conv1D(4, 5), FLOATS),
     "embedding": (lambda: nn.Embedding(5, 4), INDEX),
     "padded embedding": (lambda: nn.Embedding(5, 4, padding_idx=4), INDEX),
@@ -117,10 +112,8 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "padding convolution": (lambda: Padding(4, 6, 3), PLANE),
     "standardised convolution": (lambda: Standardised(4, 6, 3), PLANE),
     "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), PLANE),
-    "transposed in one dimension": (lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, bias=False), LINE),
     "transposed to a size": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (PLANE, [12, 11])),
     "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), PLANE),
-    "unbatched transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), PLANE[0]),
     "bilinear": (lambda: nn.Bilinear(5, 4, 6), (FLOATS, FLOATS[..., :4])),
     "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True), FLOATS),
     "lstm with projections": (lambda: nn.LSTM(5, 4, proj_size=3, batch_first=True), FLOATS),
@@ -129,7 +122,6 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu"), FLOATS),
     "lstm cell": (lambda: nn.LSTMCell(5, 4), FLOATS[0]),
     "gru cell": (lambda: nn.GRUCell(5, 4, bias=False), FLOATS[0]),
-    "rnn cell": (lambda: nn.RNNCell(5, 4), FLOATS[0]),
     "attention": (lambda: nn.MultiheadAttention(**ATTENTION), (*SELF, PAD)),
     "attention to others": (
         lambda: nn.MultiheadAttention(**ATTENTION | {"kdim": 4, "vdim": 3}),
@@ -143,23 +135,23 @@ LAYERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def run(model: nn.Sequential, x: Any) -> Tensor:
-    """All that the layer puts out, as one vector."""
-    output = model[0](*x) if type(x) is tuple else model[0](x)
-    found: list[Tensor] = []
-    inside = [output]
-    while inside:
-        each = inside.pop()
-        if isinstance(each, nn.utils.rnn.PackedSequence):
-            each = each.data
-        inside += each if isinstance(each, tuple) else []
-        found += [each.reshape(-1)] if isinstance(each, Tensor) else []
-    return torch.cat(found)
-
-
 class Model(nn.Sequential):
+    """A model of one layer. It returns all that the layer puts out, as one vector."""
+
     def forward(self, x: Any) -> Tensor:
-        return run(self, x)
+        inside = [self[0](*x) if type(x) is tuple else self[0](x)]
+        found: list[Tensor] = []
+        while inside:
+            each = inside.pop()
+            if isinstance(each, nn.utils.rnn.PackedSequence):
+                each = each.data
+            inside += each if isinstance(each, tuple) else []
+            found += [each.reshape(-1)] if isinstance(each, Tensor) else []
+        return torch.cat(found)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def config(model: nn.Sequential, **kwargs: Any) -> LoRAConfig:
@@ -193,6 +185,23 @@ def reference_weights(layer: Any, lora: Factors) -> dict[str, Tensor]:
     delta, weight = scaling * lora["lora_B"] @ lora["lora_A"], layer.weight
     transposed = isinstance(layer, nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd)
     return {"weight": weight + (delta.T if transposed else delta).reshape(weight.shape)}
+
+
+def reference(model: Model, lora: Factors, x: Any) -> Tensor:
+    """What the same layer without adapters computes with the weights that the papers say."""
+    layer: Any = model[0]
+    weights = reference_weights(layer, lora)
+    if "lora_magnitude" in lora:  # DoRA
+        transposed = isinstance(layer, nn.Embedding | Conv1D)
+        rows = weights["weight"].T if transposed else weights["weight"].flatten(1)
+        rows = lora["lora_magnitude"][:, None] * rows / rows.norm(dim=1, keepdim=True).detach()
+        weights = {"weight": (rows.T if transposed else rows).reshape(layer.weight.shape)}
+    if starts := {name.replace("0", "", 1): p.detach() for name, p in lora.items() if name[5:7] in ("A0", "B0")}:
+        started = reference_weights(layer, starts)  # PiSSA and OLoRA
+        weights = {name: layer.get_parameter(name) + weights[name] - started[name] for name in weights}
+    plain = copy.deepcopy(model)
+    remove_adapters(plain)
+    return torch.func.functional_call(plain, {f"0.{name}": weight for name, weight in weights.items()}, (x,))
 
 
 def train(model: Model) -> None:

@@ -142,6 +142,18 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
         {"target_modules": ["out_proj"]},
         r"name 'self_attn', with target_slices={'self_attn': \['out'\]}",
     ),
+    # not every kind of layer has what is asked of it
+    (lambda: net(e=nn.Embedding(5, 5)), {"target_modules": "all", "init": "pissa"}, r"'pissa' is for .* 'e' \(Emb"),
+    (
+        lambda: net(up=nn.ConvTranspose2d(4, 6, 3)),
+        {"target_modules": ["up"], "target_slices": {"up": {"few": [1, 3]}}},
+        "'up' is a ConvTranspose2d, which has no parts for target_slices",
+    ),
+    # parameters are read by a module around them, and have no parts
+    (Table, {"target_parameters": ["proj.weight"]}, "Table itself may read it.* name its layer in target_modules"),
+    (lambda: net(a=Table()), {"target_parameters": ["proj.bias"]}, r"it is \(5,\)"),
+    (lambda: net(a=Table()), {"target_parameters": ["table"], "rank_pattern": {"codes": 1}}, "target_parameters too"),
+    (lambda: net(a=Table()), {"target_parameters": ["table"], "target_slices": {"a": ["q"]}}, "target_slices"),
     # the first key that matches decides
     (letters, {"rank_pattern": {**LETTERS, "[ab]": 3}}, r"'\[ab\]' has no effect .*: 'a', 'b' before it.*Put it first"),
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_lora.tensors.digests import digest, digests, digests_as
+from lightning_lora.tensors.digests import digest
 from tests.support.ranks import has_shards, join_group, run_ranks
 
 pytestmark = [
@@ -53,29 +53,3 @@ def test_digest_of_parts_is_that_of_the_whole(shape: Any, splits: Any, size: int
     for found in run_ranks(spread, shape, splits, size=size):
         assert len(found) > 30
         assert not [layout for layout, of_parts, of_whole in found if of_parts != of_whole]
-
-
-def many_layouts() -> tuple[bool, int, bool]:
-    join_group()
-    mesh = init_device_mesh("cpu", (2,))
-    made = [tensor for tensor in tensors() if tensor.dim() > 1]
-    spread = [
-        dtensor.distribute_tensor(tensor, mesh, [dtensor.Shard(place % 2)], src_data_rank=None)
-        for place, tensor in enumerate(made)
-    ]
-    messages, own = [0], torch.distributed.all_reduce
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        messages[0] += 1
-        return own(*args, **kwargs)
-
-    torch.distributed.all_reduce = counting
-    mixed = [value for pair in zip(spread, made, strict=True) for value in pair]
-    same = digests(mixed) == [digest(tensor) for tensor in made for _ in range(2)]
-    count = messages[0]
-    half = digests_as(spread[0], [torch.float16]) == digests_as(made[0], [torch.float16])
-    return same, count, half
-
-
-def test_many_digests_take_one_message() -> None:
-    assert run_ranks(many_layouts) == [(True, 1, True)] * 2

@@ -3,55 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from tests.support.ranks import run_ranks
 from tests.support.sharded import InPairs, LitNet, Net, data, lora, trainer_of
-from tests.support.traffic import Messages, Traffic, sizes_of
+from tests.support.traffic import Counts, sizes_of
 
 pytestmark = pytest.mark.processes
-
-
-class Counts(L.Callback):
-    """Counts the messages of each batch, of two saves and of the end of a fit, and what this process holds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.traffic = folder, Traffic()
-        self.batches: list[Messages] = []
-        self.saves: list[Messages] = []
-        self.end: Messages = []
-        self.held: dict[str, int] = {}
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.traffic.__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.batches.append(self.traffic.leave())
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number in range(2):
-            self.traffic.__enter__()
-            trainer.save_checkpoint(self.folder / f"{number}.ckpt")
-            self.saves.append(self.traffic.leave())
-        self.held = {
-            "parameters": own_bytes(pl_module.parameters()),
-            "adapters": own_bytes(p for name, p in pl_module.named_parameters() if "lora_" in name),
-            "optimizer": own_bytes(tree_leaves(dict(trainer.optimizers[0].state))),
-        }
-        self.traffic.__enter__()
-
-    def on_fit_end(self, *_: Any) -> None:  # after LoRACallback's
-        self.end = self.traffic.leave()
-
-
-def own_bytes(values: Any) -> int:
-    """The bytes that this process holds of tensors. AdamW's steps are not counted: numbers without dimensions."""
-    found = (getattr(value, "_local_tensor", value) for value in values if isinstance(value, Tensor) and value.ndim)
-    return sum(value.nbytes for value in found)
 
 
 def count(kind: str, folder: Path, *, adapted: bool = True, kwargs: Any = None, **options: Any) -> dict[str, Any]:
