@@ -12,7 +12,7 @@ from lightning_lora.model.record import Merge
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.shards import agreed, is_dtensor
+from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 from lightning_lora.tensors.values import replace_values
 
 
@@ -101,7 +101,8 @@ _MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is l
 
 def warn_of_divergence(view: View) -> None:
     """Warn of adapters that hold NaN or infinite values."""
-    if broken := view.diverged():
+    broken = [name for name, p in view.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
+    if broken:
         warn(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "

@@ -19,7 +19,7 @@ from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of, parameters_of, plain_module
-from lightning_lora.tensors.shards import is_dtensor, to_local
+from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import replace_values, same_bits
 
 
@@ -261,10 +261,6 @@ class View:
     def is_fresh(self) -> bool:
         """Whether all updates are still zero."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
-
-    def diverged(self) -> list[str]:
-        """The names of adapters that hold NaN or infinite values."""
-        return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
     def begin_anew(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""

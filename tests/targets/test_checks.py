@@ -110,6 +110,12 @@ def letters() -> nn.ModuleDict:
     return net(**{name: nn.Linear(4, 4) for name in "abc"})
 
 
+def wrapped() -> nn.Module:
+    model = net(mixed=Table())
+    model.mixed.forward = model.mixed.forward
+    return model
+
+
 MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (LitTiny, {"target_modules": ["q_porj"]}, r"\['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'"),
     (LitTiny, {"target_modules": ["xyz"]}, r"that can be adapted end in 'embed', 'q_proj', 'v_proj', 'head'"),
@@ -137,6 +143,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (lambda: net(mixed=Table()), {"target_modules": ["mixed"]}, r"are: 'mixed\.proj'\), but .* its 'mixed\.table'\)"),
     (lambda: net(mixed=Table()), {"target_parameters": ["codes"]}, "neither a matrix nor a stack of matrices"),
     (holding, {"target_parameters": ["matrix"]}, "no forward of its own, so other code reads"),
+    (wrapped, {"target_parameters": ["mixed.table"]}, "its forward is replaced on the instance"),
     (
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
         {"target_modules": ["out_proj"]},
