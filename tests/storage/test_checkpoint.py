@@ -6,11 +6,29 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, X, data, lora, trainer
+from tests.support.cases import At, StopError, files_hold_adapters_alone, stop
+from tests.support.models import LitTiny, X, best, data, lora, trainer
 from tests.support.storage import fitted
 from tests.training.test_compiled import Compiled
+
+
+def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
+    saves = At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt"))
+    light = At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True))
+    fail = At(7, stop)
+    top = best(tmp_path / "top", save_top_k=2, save_last=True)
+    weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2)
+    callbacks = [lora(), saves, light, fail, top, weights, OnExceptionCheckpoint(tmp_path, "failed")]
+    with pytest.raises(StopError):
+        trainer(tmp_path, callbacks).fit(LitTiny(), data(), data())
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    written = {"during.ckpt", "light.ckpt", "failed.ckpt", "last.ckpt", "best-epoch=0.ckpt"}
+    assert {file.name for file in files} >= written
+    assert any(file.parent.name == "weights" for file in files)
+    assert files_hold_adapters_alone(tmp_path)
 
 
 def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:

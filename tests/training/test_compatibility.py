@@ -57,13 +57,9 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(tmp_path: Path, opti
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "limits": {"limit_train_batches": 3, "limit_val_batches": 1},
-    "steps": {"max_epochs": -1, "max_steps": 10},
-    "often": {"val_check_interval": 2},
     "barebones": {"barebones": True, "default_root_dir": None},
     "anomalies": {"detect_anomaly": True, "inference_mode": False},
     "bf16": {"precision": "bf16-mixed"},
-    "double": {"precision": "64-true"},
 }
 
 

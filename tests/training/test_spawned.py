@@ -1,10 +1,12 @@
 """The record of a fit in other processes comes to the main process whole, or the warning says what is lost."""
 
 import errno
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
+from lightning_lora.training import merging
 from tests.support.kept import Kept
-from tests.support.models import LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, as_merged, data, is_plain, lora, same, state, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,18 @@ def test_every_kind_of_adapter_comes_back(tmp_path: Path, monkeypatch: pytest.Mo
     for each in (model, expected):
         ll.remove_adapters(each)
     assert same(state(model), state(expected))
+
+
+def test_only_the_user_can_read_what_is_sent() -> None:
+    home: Any = SimpleNamespace(lightning_module=as_merged(LitTiny()), state=SimpleNamespace(fn="fit"))
+    before = os.umask(0)
+    try:
+        entry = merging._send(None, lambda *_: {}, home)
+    finally:
+        os.umask(before)
+    (folder,) = map(Path, entry.values())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    merging._receive(None, lambda *_: None, home, entry)
 
 
 def refuses_folders(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
