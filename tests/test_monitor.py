@@ -20,9 +20,7 @@ from tests.support.models import LitTiny, data, lora, same, state, trainer
 from tests.support.ranks import run_ranks
 
 
-class Keeps(Notes):
-    """A logger that keeps all numbers."""
-
+class Keeps(Notes):  # a logger that keeps all numbers
     def log_metrics(self, metrics: Any, step: Any = None) -> None:
         self.seen.append({name: float(value) for name, value in metrics.items()})
 

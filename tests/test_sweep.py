@@ -196,9 +196,7 @@ def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> Non
     assert adapters(model) == ("de",)
 
 
-class Diverges(LitTiny):
-    """Adapters of rank 1 have no loss."""
-
+class Diverges(LitTiny):  # adapters of rank 1 have no loss
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         rank = len(self.q_proj.lora_A)  # type: ignore[arg-type]
         self.log("val_loss", self.loss(batch) * (torch.nan if rank == 1 else 1))

@@ -15,9 +15,7 @@ from tests.support.fits import fit
 from tests.support.models import ADAPTERS, LitTiny, X, lora
 
 
-class Keeps(nn.Module):
-    """A metric, perhaps: it counts, and keeps anything."""
-
+class Keeps(nn.Module):  # a metric, perhaps: it counts, and keeps anything
     def __init__(self, kept: Any) -> None:
         super().__init__()
         self.kept, self.count = kept, 0

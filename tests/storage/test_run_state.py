@@ -21,9 +21,7 @@ class Scheduled(LitTiny):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
-class Keeps(L.Callback):
-    """A callback with a state and an entry of its own."""
-
+class Keeps(L.Callback):  # a callback with a state and an entry of its own
     def state_dict(self) -> dict[str, Any]:
         return {"mine": [1, 2.5, "a", None, (True,)], "average": torch.arange(3.0)}
 

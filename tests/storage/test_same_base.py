@@ -67,9 +67,7 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
     assert torch.equal(other.q_proj.lora_A, model.q_proj.lora_A)
 
 
-class Lit(LitTiny):
-    """A module in a precision of its own, and perhaps another base."""
-
+class Lit(LitTiny):  # a module in a precision of its own, and perhaps another base
     def __init__(self, dtype: str = "float32", more: float = 0.0) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -38,9 +38,7 @@ def lora(**options: Any) -> ll.LoRACallback:
     return ll.LoRACallback(**{"r": 2, **options})
 
 
-class Net(L.LightningModule):
-    """A network that learns to turn its input round."""
-
+class Net(L.LightningModule):  # a network that learns to turn its input round
     def __init__(self) -> None:
         super().__init__()
         self.net = layers(6, 8, 6)
@@ -64,9 +62,7 @@ def learned(model: nn.Module) -> set[str]:
 # Optimizers
 
 
-class Sorting(Net):
-    """Of minGPT: each parameter must be in one of two sets."""
-
+class Sorting(Net):  # of minGPT: each parameter must be in one of two sets
     def configure_optimizers(self) -> Any:
         held = dict(self.named_parameters())
         decay = {name for name in held if name.endswith("weight")}
@@ -108,9 +104,7 @@ def test_groups_for_adapters_are_not_emptied_by_a_second_try(tmp_path: Path) -> 
     fitted(tmp_path, Grouped())
 
 
-class TwoStages(L.LightningModule):
-    """A GAN whose later fit leaves the discriminator out."""
-
+class TwoStages(L.LightningModule):  # a GAN whose later fit leaves the discriminator out
     stage: tuple[str, ...] = ("net", "critic")
 
     def __init__(self) -> None:
@@ -214,9 +208,7 @@ def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(tmp_path: Path)
     assert torch.autograd.grad is TORCHS_OWN
 
 
-class Adaptive(Net):
-    """Of VQGAN: a weight of the loss is a gradient of the last layer."""
-
+class Adaptive(Net):  # of VQGAN: a weight of the loss is a gradient of the last layer
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         output, last = self.net(batch), self.net[-1].weight
         loss, other = (output - batch.flip(1)).square().mean(), output.mean()
@@ -230,15 +222,11 @@ def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path) 
     fitted(tmp_path, Adaptive(), modules_to_save=["net.1"])
 
 
-class Asking(Net):
-    """Asks for gradients in ways that torch takes, or refuses by an error of its own."""
-
+class Asking(Net):  # asks for gradients in ways that torch takes, or refuses by an error of its own
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, last = super().training_step(batch, batch_idx), self.net[-1].weight
-        assert all(
-            g is not None
-            for g in torch.autograd.grad(loss, [p for p in self.parameters() if p.requires_grad], retain_graph=True)
-        )
+        ours = (p for p in self.parameters() if p.requires_grad)  # torch takes any iterable
+        assert all(gradient is not None for gradient in torch.autograd.grad(loss, ours, retain_graph=True))
         how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         assert not torch.autograd.grad(loss, last, **how)[0].any()
         with torch.no_grad(), pytest.raises(RuntimeError):  # of VQGAN, in a validation
@@ -261,9 +249,7 @@ def test_torchs_own_ways_and_patches_of_its_gradients_stay(tmp_path: Path, monke
 # Networks beside those that train
 
 
-class Perceptual(Net):
-    """Of latent diffusion's autoencoder: a frozen network in the loss."""
-
+class Perceptual(Net):  # of latent diffusion's autoencoder: a frozen network in the loss
     def __init__(self, *sizes: int) -> None:
         super().__init__()
         self.net, self.vgg = layers(6, *(sizes or (8, 8, 8, 8)), 6), layers(6, 4, 4).requires_grad_(False)
@@ -320,9 +306,7 @@ def test_layers_that_have_one_weight_are_named(tmp_path: Path) -> None:
 # Copies
 
 
-class Student(Net):
-    """Of iBOT and data2vec: a teacher without the mask of its student, and with dropout of adapters."""
-
+class Student(Net):  # of iBOT and data2vec: a teacher without the mask of its student, and with dropout of adapters
     def __init__(self) -> None:
         super().__init__()
         self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
@@ -441,9 +425,7 @@ def test_a_module_may_clear_its_checkpoint(tmp_path: Path, key: str | None) -> N
     assert bool(held) is (key is not None)
 
 
-class Masking(Net):
-    """As transformers' speech models, by numpy's random numbers. And by Python's."""
-
+class Masking(Net):  # as transformers' speech models, by numpy's random numbers, and by Python's
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         keep = torch.from_numpy(np.random.rand(6) + np.random.randn(6) < 0.9)  # as they do
         return super().training_step(batch * keep * random.gauss(1, 0.1), batch_idx)

@@ -61,9 +61,7 @@ def lacks(pattern: str) -> Change:
     return change
 
 
-class Blocks(nn.Module):
-    """Two blocks in a list."""
-
+class Blocks(nn.Module):  # two blocks in a list
     def __init__(self) -> None:
         super().__init__()
         self.m = nn.ModuleDict({"h": nn.ModuleList([self.block(), self.block()])})

@@ -15,9 +15,7 @@ from tests.support.layers import Experts
 from tests.support.models import as_trained, randomise, state
 
 
-class Several(nn.Module):
-    """Layers of several kinds."""
-
+class Several(nn.Module):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.linear, self.fused = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)

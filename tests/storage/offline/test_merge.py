@@ -20,9 +20,7 @@ from tests.support.models import Around, LitTiny, TinyLM, lora, randomise, same,
 from tests.support.storage import fitted, saved
 
 
-class Mixed(Several):
-    """Such layers, one in half precision, and a norm with buffers."""
-
+class Mixed(Several):  # such layers, one in half precision, and a norm with buffers
     def __init__(self) -> None:
         super().__init__()
         self.narrow, self.norm, self.head = nn.Linear(8, 8).bfloat16(), nn.BatchNorm1d(8), nn.Linear(8, 3)
