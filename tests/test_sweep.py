@@ -117,14 +117,20 @@ def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, va
     assert same(state(made[-1].lightning_module), state(swept)) and not is_plain(alone)
 
 
-def test_one_module_may_be_used_for_all(tmp_path: Path) -> None:
+def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Path) -> None:
     model = Rich()
     fit, made = fitting(tmp_path, lambda: model)
+
+    def fit_and_validate(callback: Any, ckpt_path: Any) -> None:
+        fit(callback, ckpt_path)
+        made[-1].validate(dataloaders=data(), verbose=False)
+
     sweep = LoRASweep(r=[1, 2], keep=1, **HEAD, directory=tmp_path / "sweep")
     base = state(model)
     L.seed_everything(3, verbose=False)
-    sweep.run(fit)
+    sweep.run(fit_and_validate)
     assert is_plain(model) and not same(state(model), base)
+    assert [len(each["metrics"]) for each in sweep.results] == [3, 3]
     for name in sweep.runs:
         fit, made = fitting(tmp_path)
         check_as_alone(sweep, name, fit, made, tmp_path / "alone.ckpt")
@@ -160,20 +166,6 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     swept = made[-1].lightning_module
     fit(LoRACallback(**sweep.runs[best["name"]]))
     assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept)
-
-
-def test_fit_may_evaluate_the_module_too(tmp_path: Path) -> None:
-    fit, made = fitting(tmp_path)
-
-    def fit_and_validate(callback: Any, ckpt_path: Any) -> None:
-        fit(callback, ckpt_path)
-        made[-1].validate(dataloaders=data(), verbose=False)
-
-    results = []
-    for each in (fit, fit_and_validate):
-        L.seed_everything(3, verbose=False)
-        results.append(LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(each))
-    assert results[0] == results[1]
 
 
 def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:

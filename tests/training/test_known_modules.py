@@ -329,21 +329,34 @@ def test_a_teacher_without_all_parameters_of_its_student_follows(tmp_path: Path)
     assert learned(model) == {"net.0", "net.1", "teacher.0", "teacher.1"}
 
 
+class Moved(Net):  # of iBOT: its copy is moved with rounding
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.slow = 0.02, copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
+            q.data = 0.9 * q.data + 0.1 * p.data
+
+
 def test_a_file_of_a_copy_with_two_names_is_loaded_without_a_warning(tmp_path: Path) -> None:
-    class Heads(Net):  # of iBOT: one head has two names, and its copy is moved with rounding
+    class Heads(Moved):
         def __init__(self) -> None:
             super().__init__()
-            self.slow = copy.deepcopy(self.net).requires_grad_(False)
             self.other_net, self.other_slow = self.net, self.slow
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
-                q.data = 0.9 * q.data + 0.1 * p.data
 
     model, again = fitted(tmp_path, Heads()), Heads()
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.load_adapter(again, tmp_path / "a.safetensors")  # a warning would be an error here
     torch.testing.assert_close(again.other_slow(torch.ones(6)), model.other_slow(torch.ones(6)))
+
+
+def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> None:
+    model, before = Moved(), state(Moved())
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    Tuner(t).lr_find(model, numbers(), num_training=5, update_attr=False)
+    now = state(model)
+    torch.testing.assert_close({name: now[name] for name in before}, before, rtol=0, atol=0)
 
 
 def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -378,24 +391,6 @@ def test_who_names_the_layers_of_a_network_trains_them_though_it_is_like_another
             return torch.optim.AdamW(self.parameters(), lr=0.02)
 
     assert learned(fitted(tmp_path, Control(), target_modules=["net.0", "control.0"])) == {"net.0", "control.0"}
-
-
-def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> None:
-    class Momentum(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lr, self.slow = 0.02, copy.deepcopy(self.net).requires_grad_(False)
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
-                q.data = 0.9 * q.data + 0.1 * p.data
-            return super().training_step(batch, batch_idx)
-
-    model, before = Momentum(), state(Momentum())
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    Tuner(t).lr_find(model, numbers(), num_training=5, update_attr=False)
-    now = state(model)
-    torch.testing.assert_close({name: now[name] for name in before}, before, rtol=0, atol=0)
 
 
 # Whole modules, files and random numbers
