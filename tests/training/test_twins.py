@@ -89,6 +89,17 @@ def test_a_file_from_before_their_first_update_resumes_to_the_bit(tmp_path: Path
     assert learned(through.other) and same(state(resumed), state(through))
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
+def test_a_copy_that_nobody_froze_follows_and_its_files_load(tmp_path: Path, options: Any) -> None:
+    module = trained(tmp_path, Towers("one"), lora=options)
+    updates = [(layer.lora_B @ layer.lora_A).flatten() for layer in (module.other["body"], module.one["body"])]
+    assert torch.cosine_similarity(*updates, dim=0) > 0.9  # with other random A, they would hardly be alike
+    assert learned(module.other)
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    ll.load_adapter(loaded := Towers("one"), tmp_path / "adapter.safetensors")
+    assert same(state(loaded), state(module))
+
+
 # Between two fits
 
 
