@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
+from lightning_lora.storage.disk import load_plain
 from tests.support.faults import Runs, forks, put_pickle, refused, unchanged
 from tests.support.models import LitTiny, best, data, lora, same, state, trainer
 from tests.support.storage import Holds, fitted, restores
@@ -179,3 +180,11 @@ def test_nothing_in_a_file_runs_or_is_imported(tmp_path: Path, good: Path, attac
         assert same(state(model), torch.load(good / "good.pt", weights_only=True))
     assert not mark.exists() and "this" not in sys.modules
     assert dict(vars(Tensor)) == tensor and torch._utils._rebuild_tensor_v2.__defaults__ is defaults
+
+
+def test_tensors_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    values = torch.arange(24.0).view(2, 3, 4)
+    whole = {"half": values.bfloat16(), "rows": values[1, :, ::2].t(), "empty": torch.empty(0, 3)}
+    torch.save([whole | {"parameter": nn.Parameter(values)}, Mode.FAST], path := tmp_path / "a.pt")
+    (read, _), (expected, _) = load_plain(path), torch.load(path, weights_only=False)
+    assert same(read, expected) and all(read[name].stride() == expected[name].stride() for name in read)
