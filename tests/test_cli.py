@@ -20,9 +20,7 @@ QUIET = [
 ]  # fmt: skip
 
 
-class CLIModule(LitTiny):
-    """LitTiny with its own data, and with the optimizer left to the CLI."""
-
+class CLIModule(LitTiny):  # LitTiny with its own data, and with the optimizer left to the CLI
     def train_dataloader(self) -> Any:
         return data()
 
@@ -135,17 +133,13 @@ def test_help_explains_every_option(capsys: Any) -> None:
     assert "Rank of the update" in shown and "ModelCheckpoint's best file" in " ".join(shown.split())
 
 
-class LoRACLI(LightningCLI):
-    """The callback's arguments as flags of their own, as the guide shows it."""
-
+class LoRACLI(LightningCLI):  # the callback's arguments as flags of their own, as the guide shows it
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_lightning_class_args(Noted, "lora")
         parser.set_defaults({"lora.modules_to_save": ["head"]})
 
 
-class Noted(LoRACallback):
-    """A subclass that hands its arguments on."""
-
+class Noted(LoRACallback):  # a subclass that hands its arguments on
     def __init__(self, note: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.note = note

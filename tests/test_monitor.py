@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -20,18 +19,11 @@ from tests.support.models import LitTiny, data, lora, same, state, trainer
 from tests.support.ranks import run_ranks
 
 
-class Keeps(Notes):
-    """A logger that keeps all numbers."""
-
-    def log_metrics(self, metrics: Any, step: Any = None) -> None:
-        self.seen.append({name: float(value) for name, value in metrics.items()})
-
-
 def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> None:
-    kept, model = Keeps(), LitTiny()
+    notes, model = Notes(), LitTiny()
     monitor = LoRAMonitor(3, per_layer=True)
     callbacks = [monitor, lora(alpha=None, merge=False)]
-    trainer(tmp_path, callbacks, logger=kept, log_every_n_steps=1, max_steps=6).fit(model, data())
+    trainer(tmp_path, callbacks, logger=notes, log_every_n_steps=1, max_steps=6).fit(model, data())
     norms, ranks = {}, {}
     for name, layer in View(model).layers.items():
         values = torch.linalg.svdvals(layer.get_parameter("lora_B").double() @ layer.get_parameter("lora_A").double())
@@ -39,12 +31,12 @@ def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> N
         norms[f"/{name}"], ranks[f"/{name}"] = values.norm(), (-shares * shares.log()).sum().exp()
     norms[""] = torch.stack([*norms.values()]).norm()
     ranks[""] = torch.stack([*ranks.values()]).mean()
-    last = {name: value for name, value in kept.seen[-1].items() if name.startswith("lora/")}
+    last = {name: value for name, value in notes.metrics[-1].items() if name.startswith("lora/")}
     assert last == {
         **{f"lora/update_norm{name}": pytest.approx(value.item(), 1e-5) for name, value in norms.items()},
         **{f"lora/effective_rank{name}": pytest.approx(value.item(), 1e-5) for name, value in ranks.items()},
     }
-    each = [line["lora/update_norm"] for line in kept.seen if "lora/update_norm" in line]
+    each = [line["lora/update_norm"] for line in notes.metrics if "lora/update_norm" in line]
     assert len(set(each)) == 3 and each[0] == each[1] > 0  # of the steps 1, 3 and 6
 
 

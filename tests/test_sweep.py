@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError, adapters, inject_adapters
-from tests.support.cases import StopError
+from tests.support.cases import StopError, same_parts
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, data, is_plain, same, state, trainer
 
@@ -75,19 +75,6 @@ def fitting(folder: Path, build: Callable[[], Any] = Rich, *others: Any, **optio
     return fit, made
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places where two files differ. Paths are left out."""
-    if isinstance(one, Tensor):
-        return [] if torch.equal(one, other) else [where]
-    if isinstance(one, dict | list | tuple):
-        if len(one) != len(other):
-            return [where]
-        keys: Any = one.keys() if isinstance(one, dict) else range(len(one))
-        inside = [differences(one[key], other[key], f"{where}/{key}") for key in keys if "path" not in str(key)]
-        return [each for found in inside for each in found]
-    return [] if one == other else [where]
-
-
 def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file: Path) -> Any:
     """The file of a run that reached the end is that of a fit alone: all states but random numbers, which go on."""
     L.seed_everything(3, verbose=False)
@@ -95,8 +82,8 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     made[-1].save_checkpoint(file)
     one, other = (torch.load(each, weights_only=True) for each in (file, sweep.directory / f"{name}.ckpt"))
     assert one["optimizer_states"][0]["state"] and one["global_step"] == other["global_step"]
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
-    assert differences({key: one[key] for key in kept}, {key: other[key] for key in kept}) == []
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+        assert same_parts(one[key], other[key]), key
     return made[-1].lightning_module
 
 
@@ -130,14 +117,20 @@ def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, va
     assert same(state(made[-1].lightning_module), state(swept)) and not is_plain(alone)
 
 
-def test_one_module_may_be_used_for_all(tmp_path: Path) -> None:
+def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Path) -> None:
     model = Rich()
     fit, made = fitting(tmp_path, lambda: model)
+
+    def fit_and_validate(callback: Any, ckpt_path: Any) -> None:
+        fit(callback, ckpt_path)
+        made[-1].validate(dataloaders=data(), verbose=False)
+
     sweep = LoRASweep(r=[1, 2], keep=1, **HEAD, directory=tmp_path / "sweep")
     base = state(model)
     L.seed_everything(3, verbose=False)
-    sweep.run(fit)
+    sweep.run(fit_and_validate)
     assert is_plain(model) and not same(state(model), base)
+    assert [len(each["metrics"]) for each in sweep.results] == [3, 3]
     for name in sweep.runs:
         fit, made = fitting(tmp_path)
         check_as_alone(sweep, name, fit, made, tmp_path / "alone.ckpt")
@@ -175,20 +168,6 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept)
 
 
-def test_fit_may_evaluate_the_module_too(tmp_path: Path) -> None:
-    fit, made = fitting(tmp_path)
-
-    def fit_and_validate(callback: Any, ckpt_path: Any) -> None:
-        fit(callback, ckpt_path)
-        made[-1].validate(dataloaders=data(), verbose=False)
-
-    results = []
-    for each in (fit, fit_and_validate):
-        L.seed_everything(3, verbose=False)
-        results.append(LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(each))
-    assert results[0] == results[1]
-
-
 def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -209,9 +188,7 @@ def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> Non
     assert adapters(model) == ("de",)
 
 
-class Diverges(LitTiny):
-    """Adapters of rank 1 have no loss."""
-
+class Diverges(LitTiny):  # adapters of rank 1 have no loss
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         rank = len(self.q_proj.lora_A)  # type: ignore[arg-type]
         self.log("val_loss", self.loss(batch) * (torch.nan if rank == 1 else 1))

@@ -60,9 +60,7 @@ def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool
     assert "load_state_dict" not in vars(again)
 
 
-class Changes(LitTiny):
-    """It changes what is loaded."""
-
+class Changes(LitTiny):  # it changes what is loaded
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {**checkpoint["state_dict"], "head.bias": torch.zeros(4)}
 

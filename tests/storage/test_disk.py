@@ -29,9 +29,7 @@ pytestmark = forks
 # Killed
 
 
-class AtSave(L.Callback):
-    """Do something when the Trainer begins to write its n-th file."""
-
+class AtSave(L.Callback):  # do something when the Trainer begins to write its n-th file
     def __init__(self, n: int, do: Callable[[], object]) -> None:
         self.n, self.do = n, do
 
@@ -41,9 +39,7 @@ class AtSave(L.Callback):
             self.do()
 
 
-class Dies(L.Callback):
-    """Die after two epochs, if not before."""
-
+class Dies(L.Callback):  # die after two epochs, if not before
     epochs = 0
 
     def on_train_epoch_start(self, *_: Any) -> None:

@@ -15,9 +15,7 @@ from tests.support.fits import fit
 from tests.support.models import ADAPTERS, LitTiny, X, lora
 
 
-class Keeps(nn.Module):
-    """A metric, perhaps: it counts, and keeps anything."""
-
+class Keeps(nn.Module):  # a metric, perhaps: it counts, and keeps anything
     def __init__(self, kept: Any) -> None:
         super().__init__()
         self.kept, self.count = kept, 0
@@ -88,6 +86,16 @@ def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
     t.save_checkpoint(tmp_path / "a.ckpt")
     model, _ = fit(tmp_path, lora(), model=Counts("tensor", 1), ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
     assert len(model.metric.state) == 9
+
+
+def test_modules_that_keep_nothing_yet_share_nothing() -> None:
+    model, again = LitTiny(), LitTiny()
+    for each in (model, again):
+        each.one, each.other = Keeps(lambda count: count or None), Keeps(lambda count: count or None)
+        ll.inject_adapters(each, lora().config)
+    model.one.count = 1
+    ll.load_adapter_state_dict(again, ll.adapter_state_dict(model))
+    assert (again.one.state, again.other.state) == (1, None)
 
 
 def test_what_cannot_be_asked_for_yet_stops_nothing(tmp_path: Path) -> None:

@@ -124,9 +124,7 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, 
     assert {path.name for path in home.iterdir()} == names
 
 
-class Shared(LitTiny):
-    """A module that uses one layer under two names, each in a part of its own."""
-
+class Shared(LitTiny):  # a module that uses one layer under two names, each in a part of its own
     def __init__(self) -> None:
         super().__init__()
         self.again = nn.ModuleDict({"q_proj": self.q_proj})

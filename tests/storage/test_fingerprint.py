@@ -25,9 +25,7 @@ def test_adapters_need_their_own_base(file: Path) -> None:
         ll.load_adapter(model, file)
 
 
-class Drifts(LitTiny):
-    """Its own code changes a frozen weight."""
-
+class Drifts(LitTiny):  # its own code changes a frozen weight
     def on_train_epoch_start(self) -> None:
         with torch.no_grad():
             self.embed.weight.mul_(0.9)

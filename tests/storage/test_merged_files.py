@@ -100,9 +100,7 @@ def plain(layer: nn.Module | None = None, value: float | None = None) -> nn.Modu
     return model
 
 
-class Named(nn.Linear):
-    """A layer whose state dict has names of its own."""
-
+class Named(nn.Linear):  # a layer whose state dict has names of its own
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")

@@ -60,10 +60,13 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> No
         assert not mark.exists()
 
 
-def test_a_base_in_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
+def test_a_base_of_an_old_lightning_in_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
     fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
-    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-    trainer(tmp_path, [lora()], max_epochs=1).fit(LitTiny(), data(), ckpt_path=path)
+    checkpoint = torch.load(path, weights_only=True) | {"pytorch-lightning_version": "0.9"}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    t.fit(LitTiny(), data(), ckpt_path=path)
+    assert t.global_step == 4
 
 
 # Beside objects of classes

@@ -46,9 +46,7 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
     assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
 
-class Nested(nn.Module):
-    """A model with a head, and an encoder with a head, experts and a scale of its own."""
-
+class Nested(nn.Module):  # a model with a head, and an encoder with a head, experts and a scale of its own
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(5)
@@ -120,9 +118,7 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
 # Files that do not fit
 
 
-class Headed(L.LightningModule):
-    """A module with a model, and a head beside it."""
-
+class Headed(L.LightningModule):  # a module with a model, and a head beside it
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self.model, self.head = model or base(), nn.Linear(WIDTH, 2)

@@ -21,9 +21,7 @@ class Scheduled(LitTiny):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
-class Keeps(L.Callback):
-    """A callback with a state and an entry of its own."""
-
+class Keeps(L.Callback):  # a callback with a state and an entry of its own
     def state_dict(self) -> dict[str, Any]:
         return {"mine": [1, 2.5, "a", None, (True,)], "average": torch.arange(3.0)}
 
@@ -66,14 +64,6 @@ def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, chang
     path = edited(written, tmp_path / "a.ckpt", change)
     with unchanged(model := Scheduled()), pytest.raises(LoRAError):
         trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
-
-
-def test_a_full_checkpoint_of_an_older_version_is_a_base(tmp_path: Path) -> None:
-    fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
-    edited(path, path, lambda checkpoint: checkpoint.update({"pytorch-lightning_version": "0.9"}))
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    t.fit(LitTiny(), data(), ckpt_path=path)
-    assert t.global_step == 4
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:

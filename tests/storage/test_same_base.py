@@ -17,15 +17,10 @@ DTYPES = {"double": torch.float64, "single": torch.float32, "bfloat": torch.bflo
 converted = pytest.mark.filterwarnings(f"ignore:.*{CONVERTED}:lightning_lora.LoRAWarning")
 
 
-def trained_in(dtype: torch.dtype, file: Path) -> LitTiny:
-    """Adapters on the base in ``dtype``, and their file."""
-    return saved(file, LitTiny().to(dtype), **CONFIG.to_dict())  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("here", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("there", DTYPES.values(), ids=DTYPES)
 def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, there: Any, here: Any) -> None:
-    model = trained_in(there, file := tmp_path / "a.safetensors")
+    model = saved(file := tmp_path / "a.safetensors", LitTiny().to(there), **CONFIG.to_dict())
     other = LitTiny().to(here)
     if {there, here} == {torch.bfloat16, torch.float16}:  # both were rounded, each in its way
         with refused(other, ll.BaseMismatchError, "3 of 3 frozen tensors.*rounded twice, or to float16 there"):
@@ -72,9 +67,7 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
     assert torch.equal(other.q_proj.lora_A, model.q_proj.lora_A)
 
 
-class Lit(LitTiny):
-    """A module in a precision of its own, and perhaps another base."""
-
+class Lit(LitTiny):  # a module in a precision of its own, and perhaps another base
     def __init__(self, dtype: str = "float32", more: float = 0.0) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -98,7 +91,7 @@ def test_a_trainer_resumes_and_tests_on_a_converted_base(tmp_path: Path) -> None
     assert ll.load_from_checkpoint(Lit, file, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
 
 
-def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
+def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path, checkpoint: Path) -> None:
     ll.load_adapter(LitTiny(), file, check_base=False)  # without a word
     model = LitTiny()
     with torch.no_grad():
@@ -113,9 +106,6 @@ def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
     sizes = r"is \(2, 8\)|is \(4, 8\)|is \(8,\)|\(8, 2\)"
     with pytest.warns(match="another architecture"), refused(model := LitTiny(width=6), Exception, sizes):
         ll.load_adapter(model, file, check_base=False)
-
-
-def test_without_the_check_a_checkpoint_loads_onto_another_base(checkpoint: Path) -> None:
     with pytest.raises(ll.BaseMismatchError):
         ll.load_from_checkpoint(Lit, checkpoint, more=1.0)
     with pytest.warns(ll.LoRAWarning, match="1 of 4 frozen tensors of Lit differ"):

@@ -126,9 +126,7 @@ def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Ca
     check(tmp_path / "gpt2-1.0", other)
 
 
-class Saves(LitGPT2):
-    """Writes a folder beside each checkpoint, as lightning-ir does."""
-
+class Saves(LitGPT2):  # writes a folder beside each checkpoint, as lightning-ir does
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
@@ -196,9 +194,7 @@ def test_a_save_around_another_one_says_it_once(tmp_path: Path) -> None:
     check(tmp_path / "merged", module.model)
 
 
-class Hub(nn.Module, PyTorchModelHubMixin):
-    """A model of huggingface_hub's kind, which asks safetensors to write it."""
-
+class Hub(nn.Module, PyTorchModelHubMixin):  # a model of huggingface_hub's kind, which asks safetensors to write it
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(width, width), nn.MultiheadAttention(width, 2))

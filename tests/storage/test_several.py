@@ -15,9 +15,7 @@ from tests.support.peft_export import read
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
-class Layers(nn.Module):
-    """Layers of several kinds."""
-
+class Layers(nn.Module):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.words = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(8, 8)

@@ -52,13 +52,6 @@ def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_pa
     assert torch.equal(again(X), model(X))
 
 
-def test_half_precision_adapters_load_into_wider_ones() -> None:
-    model = as_trained(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
-    narrow = {name: value.bfloat16() for name, value in ll.adapter_state_dict(model).items()}
-    ll.load_adapter_state_dict(model, narrow)
-    assert all(torch.equal(value, narrow[name].float()) for name, value in ll.adapter_state_dict(model).items())
-
-
 @unties
 def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_is_merged(tmp_path: Path) -> None:
     base = TinyLM()

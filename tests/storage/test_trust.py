@@ -35,13 +35,10 @@ def test_a_file_of_other_types_is_refused_without_a_word_of_trust(tmp_path: Path
         trainer(tmp_path, [lora(merge=False)]).fit(Holds(path=tmp_path), data(), ckpt_path=half)
 
 
-may_say = pytest.mark.skipif(
+@pytest.mark.skipif(
     "weights_only" not in inspect.signature(L.Trainer.fit).parameters,
     reason="this Lightning's stages take no such word",
 )
-
-
-@may_say
 def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) -> None:
     goes_on(half, Holds(path=tmp_path), weights_only=False)
     trusted: dict[str, Any] = {"ckpt_path": half, "weights_only": False, "verbose": False}

@@ -19,9 +19,7 @@ HEAD = {"head.weight", "head.bias"}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 
 
-class NewHead(LitTiny):
-    """A pretrained model whose head is random, in each process and each time another one."""
-
+class NewHead(LitTiny):  # a pretrained model whose head is random, in each process and each time another one
     def __init__(self) -> None:
         super().__init__(width=64)
         for layer in (self.embed, self.q_proj, self.v_proj):

@@ -42,10 +42,7 @@ def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average:
     torch.testing.assert_close(merged, model(X))
 
 
-outside_fit = pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
-
-
-@outside_fit
+@pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
 @pytest.mark.parametrize(("first", "merge"), [(False, "last"), (True, "best")])
 @each_average
 def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool, merge: Any) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, as_trained, data, lora, same, state
+from tests.support.models import ADAPTERS, LitTiny, as_trained, lora, same, state
 
 train = partial(fit, limit_val_batches=0)
 
@@ -226,19 +226,6 @@ def test_base_weights_that_are_thawed_in_training_stay_frozen_and_are_named_once
         model, _ = train(tmp_path, lora(), model=Thaws())
     assert torch.equal(model.embed.weight, LitTiny().embed.weight)
     assert caplog.text.count("requires_grad of 'embed.weight' was set in training.") == thaws
-
-
-def test_a_gradient_of_a_frozen_weight_is_as_of_an_unused_one(tmp_path: Path) -> None:
-    class Asks(LitTiny):
-        def on_after_backward(self) -> None:
-            weights = [self.q_proj.weight, self.q_proj.lora_B]
-            loss = self.loss(next(iter(data())))
-            found = [torch.autograd.grad(loss, weights, retain_graph=True, **how) for how in ASKING]  # type: ignore[arg-type]
-            assert found[0][0] is None and not found[1][0].any()
-            assert all(each[1].any() for each in found)
-
-    ASKING: list[dict[str, Any]] = [{"allow_unused": True}, {"materialize_grads": True}]
-    train(tmp_path, lora(), model=Asks())
 
 
 class Probe(LitTiny):  # a linear probe that freezes all but its head when the optimizer is made

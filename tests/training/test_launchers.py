@@ -103,13 +103,6 @@ def lightning(folder: Path) -> list[Command]:
     return [Command("-m", "tests.support.launched", str(folder))]
 
 
-def torchrun_on_two_nodes(folder: Path) -> list[Command]:
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    job |= {"TORCHELASTIC_RUN_ID": "fit", "LOCAL_RANK": "0"}
-    ranks = [{"RANK": str(node), "GROUP_RANK": str(node)} for node in range(2)]
-    return [Program(str(folder), "--nodes=2", "--devices=1", **job, **rank) for rank in ranks]
-
-
 def slurm(folder: Path, *options: str) -> list[Command]:
     job = {
         "SLURM_JOB_ID": "4711",
@@ -164,7 +157,7 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in WRITTEN if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
-@pytest.mark.parametrize("launcher", [lightning, torchrun_on_two_nodes, slurm])
+@pytest.mark.parametrize("launcher", [lightning, slurm])
 def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
     assert differing(result(results, launcher), forked) == []
 

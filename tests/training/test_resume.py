@@ -8,7 +8,6 @@ import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -143,17 +142,3 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
     assert save == "adapters" or torch.load(file, weights_only=True)["state_dict"]["moved"] == 0
     resumed_seen, resumed = run("b", [], ckpt_path=file)
     assert repr(resumed_seen) == repr(seen) and same(resumed, whole)
-
-
-def test_a_file_that_is_written_at_once_is_not_copied_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def takes(_: Any, checkpoint: dict[str, Any], path: Path, *__: Any, **___: Any) -> None:
-        taken.append(checkpoint)
-        path.touch()
-
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", takes)
-    counts, taken = Counts(), list[Any]()
-    model, t = fit(tmp_path, lora(merge=False), counts, max_steps=1, enable_checkpointing=False)
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    (checkpoint,) = taken
-    assert checkpoint["callbacks"]["Counts"] is counts.seen
-    assert checkpoint["state_dict"]["q_proj.lora_A"].data_ptr() == model.get_parameter("q_proj.lora_A").data_ptr()

@@ -188,9 +188,7 @@ def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
     return models
 
 
-class DreamBooth(L.LightningModule):
-    """A UNet and a text encoder that train together, beside other parts."""
-
+class DreamBooth(L.LightningModule):  # a UNet and a text encoder that train together, beside other parts
     def __init__(self) -> None:
         super().__init__()
         self.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)

@@ -49,9 +49,7 @@ EXPERTS: list[dict[str, Any]] = [
 INSIDE = {"target_parameters": ["experts.v", "experts.u"], "target_slices": {"attn": ["q", "v"]}, "bias": "all"}
 
 
-class Block(Attending):
-    """Layers inside of a module with parameters."""
-
+class Block(Attending):  # layers inside of a module with parameters
     def __init__(self) -> None:
         super().__init__()
         self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
 
 import lightning_lora as ll
 from lightning_lora.training.advice import advise
+from tests.storage.formats.test_export_models import run
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, read, trained
 
@@ -22,7 +22,6 @@ if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
 DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
-IDS = torch.arange(12).view(2, 6)
 GATED, EACH = ["gate_proj", "up_proj", "down_proj"], ["experts.gate_up_proj", "experts.down_proj"]
 CASES: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
@@ -34,11 +33,6 @@ def tiny(kind: str, sizes: dict[str, Any]) -> Any:
     config = getattr(hf, f"{kind}Config")(**sizes)
     torch.manual_seed(1)
     return getattr(hf, f"{kind}ForCausalLM")(config).eval()
-
-
-def run(model: Any) -> Tensor:
-    logits: Tensor = model(input_ids=IDS).logits
-    return logits
 
 
 @pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")

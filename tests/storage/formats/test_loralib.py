@@ -18,9 +18,7 @@ from tests.support.storage import refused, saved
 INDEX = torch.arange(12).view(2, 6)
 
 
-class Plain(nn.Module):
-    """A layer of each kind that loralib adapts."""
-
+class Plain(nn.Module):  # a layer of each kind that loralib adapts
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.linear, self.c_attn = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)
@@ -30,9 +28,7 @@ class Plain(nn.Module):
         return self.head(torch.tanh(self.c_attn(torch.tanh(self.linear(self.embed(index))))))
 
 
-class Theirs(Plain):
-    """The same, of loralib's layers."""
-
+class Theirs(Plain):  # the same, of loralib's layers
     def __init__(self, enabled: tuple[bool, ...] = (True, False, True), r: int = 2) -> None:
         super().__init__()
         self.embed = loralib.Embedding(12, 8, r=r, lora_alpha=6)

@@ -75,9 +75,7 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, confi
         assert gap(model(inputs), expected) < 2e-6
 
 
-class Heads(nn.Module):
-    """Two heads in an nn.ModuleDict, which PEFT cannot save whole."""
-
+class Heads(nn.Module):  # two heads in an nn.ModuleDict, which PEFT cannot save whole
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(8, 8)

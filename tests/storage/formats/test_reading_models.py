@@ -46,9 +46,7 @@ def test_an_update_of_a_layer_that_is_never_called_is_left_out(tmp_path: Path) -
     assert len(told) == 1 and gap(model(TOKENS), expected) < 2e-6
 
 
-class Shared(nn.Module):
-    """Two layers with one weight, as in Zamba2."""
-
+class Shared(nn.Module):  # two layers with one weight, as in Zamba2
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)

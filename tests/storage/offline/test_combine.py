@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.offline.combine_files import combine_files
 from tests.support.layers import Experts
 from tests.support.models import as_trained, randomise, state
 
 
-class Several(nn.Module):
-    """Layers of several kinds."""
-
+class Several(nn.Module):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.linear, self.fused = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)
@@ -63,7 +60,6 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
 def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path, configs: Any, r: Any) -> None:
     paths, (one, other) = saved(tmp_path, configs)
     combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), r)
-    assert {layer.scaling for layer in read_adapter_file(out).layers.values()} == {1.0}
     ll.load_adapter(model := copy.deepcopy(BASE), out)
     found = update(model)
     for name in found:

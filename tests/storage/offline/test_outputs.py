@@ -64,9 +64,7 @@ def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any
     assert contents(folder) == before
 
 
-class Own(nn.Sequential):
-    """A model that saves itself, if it can."""
-
+class Own(nn.Sequential):  # a model that saves itself, if it can
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()
         save_file(self.state_dict(), folder / "model.safetensors")
