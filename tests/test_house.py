@@ -20,8 +20,8 @@ def test_the_package_has_at_most_16400_lines() -> None:
     assert sum(map(lines_of, HOUSE.rglob("*.py"))) <= 16_400
 
 
-def test_the_tests_have_at_most_24000_lines() -> None:
-    assert sum(map(lines_of, Path(__file__).parent.rglob("*.py"))) <= 24_000
+def test_the_tests_have_at_most_23800_lines() -> None:
+    assert sum(map(lines_of, Path(__file__).parent.rglob("*.py"))) <= 23_800
 
 
 def test_no_prefix_of_a_name_is_without_its_dot() -> None:  # the module "enc" is not around "encoder"

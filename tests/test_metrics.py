@@ -236,6 +236,10 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
     first = metric.norms
     metric.update(model)
     assert metric.norms == first
+    metric.update(two())
+    assert list(metric.norms) == ["0", "1"]
+    metric.reset()
+    assert not metric.norms
 
 
 def test_an_unknown_word_is_refused() -> None:

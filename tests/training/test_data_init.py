@@ -105,6 +105,26 @@ def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: 
         x = layer(x).detach()
 
 
+def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    stops = peft.EvaConfig(rho=1.0, tau=0.0)  # all ranks stay, and two batches are enough
+    config = peft.LoraConfig(r=3, target_modules=r"layers\.\d", init_lora_weights="eva", eva_config=stops)
+    found = peft.get_eva_state_dict(
+        Deep(),
+        [batch[0] for batch in numbers(batch_size=60)],
+        config,
+        forward_fn=lambda model, x: model(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    ours = begun(tmp_path, Deep(), numbers(batch_size=60), init="eva", init_batches=2)
+    assert len(found) == 3
+    for name, a in found.items():
+        assert angles(ours.state[f"{name}.lora_A"], a).min() > 0.999, name  # they keep less between batches
+
+
 # Without a trace
 
 
@@ -356,6 +376,29 @@ def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int)
         for own, wanted in ((a, right[:3]), (b.T, left.T[3:6])):
             torch.testing.assert_close((own * wanted).sum(1).abs(), size, rtol=1e-3, atol=0)
         assert torch.equal(a, a0) and torch.equal(b, b0)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft", minversion="0.21")
+    from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+
+    theirs, batches = Deep(), list(numbers())[:8]
+    how = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
+    config = peft.LoraConfig(r=3, target_modules=r"layers\.[023]", **how)
+    preprocess_loraga(theirs, config, lambda: [theirs.training_step(batch, 0).backward() for batch in batches])  # type: ignore[no-untyped-call]
+    for name, grad in gradients(numbers(), 8).items():
+        layer: Any = theirs.get_submodule(name.removesuffix(".weight"))
+        torch.testing.assert_close(layer._peft_loraga_grad, grad)
+    wrapped = peft.get_peft_model(theirs, config)
+    ours = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=8)
+    for name, p in wrapped.named_parameters():
+        if "lora_" in name:
+            own = ours.state[name.removeprefix("base_model.model.").replace(".default.weight", "")]
+            a, b = (own, p) if "lora_A" in name else (own.T, p.T)  # PEFT scales B by the singular values too
+            cosines = torch.cosine_similarity(a.double(), b.double(), dim=1).abs()
+            assert (cosines > 0.999).all(), (name, cosines)
 
 
 def test_every_kind_of_layer_but_embeddings_starts_from_its_gradients(

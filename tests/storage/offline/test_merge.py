@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertModel
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
+from lightning_lora.storage.offline import tensor_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from tests.storage.formats.test_export_models import tiny
 from tests.storage.offline.test_combine import Several
@@ -20,7 +22,9 @@ from tests.support.models import Around, LitTiny, TinyLM, lora, randomise, same,
 from tests.support.storage import fitted, saved
 
 
-class Mixed(Several):  # such layers, one in half precision, and a norm with buffers
+class Mixed(Several):
+    """Such layers, one in half precision, and a norm with buffers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.narrow, self.norm, self.head = nn.Linear(8, 8).bfloat16(), nn.BatchNorm1d(8), nn.Linear(8, 3)
@@ -164,6 +168,19 @@ def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> Non
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
     refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
+
+
+def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[Path]()
+
+    def counted(file: Path, *args: Any) -> Any:
+        opened.append(file)
+        return safe_open(file, *args)
+
+    monkeypatch.setattr(tensor_files, "safe_open", counted)
+    save_files(tmp_path, LitTiny())
+    merged(tmp_path)
+    assert opened == [tmp_path / "base.safetensors"]  # its header may be long
 
 
 def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: Path) -> None:
