@@ -117,10 +117,10 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
         return f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
     if len(shape) not in (2, 3) or not names.parameters[name].is_floating_point():
         return f"it is {shape}, {names.parameters[name].dtype}, neither a matrix nor a stack of matrices"
-    if "forward" in vars(holder) and not isinstance(holder, LoRALayer):
-        return "its forward is replaced on the instance, which would bypass the adapter"
     if not has_forward(holder):
         return f"its {type(holder).__name__} has no forward of its own, so other code reads it"
+    if "forward" in vars(holder) and not isinstance(holder, LoRALayer):
+        return "its forward is replaced on the instance, which would bypass the adapter"
     return None
 
 
