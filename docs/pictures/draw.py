@@ -354,7 +354,6 @@ def rates() -> str:
         text(240, 306, "learning rate", "quiet small middle"),
     ]
     labels = {"full": (128, 213), "LoRA q v, r=8": (392, 62), "LoRA all, r=8": (352, 196)}
-    colours = {"full": "quiet", "LoRA q v, r=8": "orange", "LoRA all, r=8": "blue"}
 
     def down(loss: float) -> float:
         return 262 - 3500 * (loss - 0.295)
@@ -367,14 +366,14 @@ def rates() -> str:
         method = row[""]
         if method not in labels:
             continue
-        x, y = labels[method]
-        shapes.append(text(x, y, method, f"{colours[method]} small middle"))
+        (x, y), colour = labels[method], colour_of(method)
+        shapes.append(text(x, y, method, f"{colour} small middle"))
         tried = [each.strip("*").split(": ") for each in row["rate: loss"].split(", ")]
         points = [(70 + 53 * math.log2(float(lr) / 5e-5), down(float(loss))) for lr, loss in tried]
         ticks |= {lr: x for (lr, _), (x, _) in zip(tried, points, strict=True)}
-        shapes.append(path("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in points), f"{colours[method]}-line thick"))
+        shapes.append(path("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in points), f"{colour}-line thick"))
         best = max(points, key=lambda point: point[1])
-        shapes += [dot(*point, colours[method], 6 if point == best else 3.5) for point in points]
+        shapes += [dot(*point, colour, 6 if point == best else 3.5) for point in points]
     shapes += [text(round(x), 284, lr, "quiet small middle") for lr, x in ticks.items()]
     return picture("Validation loss against learning rate", 314, *shapes)
 

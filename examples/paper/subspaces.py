@@ -15,6 +15,7 @@ from .minilm import CLASSES, WEIGHTS, Classifier
 
 PARTS = {"q": "query", "v": "value"}
 SHOWN = 32  # directions in a figure, as in the paper
+INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 
 
 def subspaces(small: Job, large: Job, other_seed: Job, adapters: Path) -> Result:
@@ -78,11 +79,12 @@ def draw(result: Result, folder: Path) -> None:
         panels = dict(result[name])
         if name == "seeds":
             panels["random"] = result["random"]["query"]
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1, 3.2), layout="constrained")
-        for axis, (title, grid) in zip(axes, panels.items(), strict=True):
-            ends = (0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5)
-            image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
-            axis.set(title=title, xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
-        figure.colorbar(image, ax=axes)
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        plt.close(figure)
+        with plt.rc_context(dict.fromkeys(INKS, "gray")):  # readable on light and on dark pages
+            figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1, 3.2), layout="constrained")
+            for axis, (title, grid) in zip(axes, panels.items(), strict=True):
+                ends = (0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5)
+                image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
+                axis.set(title=title, xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
+            figure.colorbar(image, ax=axes)
+            figure.savefig(folder / f"{name}.png", dpi=100, transparent=True)
+            plt.close(figure)
