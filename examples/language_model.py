@@ -1,6 +1,6 @@
 """Teach a small language model to answer questions as a file does, with LoRA.
 
-python examples/language_model.py                   # a dictionary: some minutes on two CPU cores
+python examples/language_model.py                   # a dictionary: five to ten minutes on two CPU cores
 python examples/language_model.py --fast            # a few minutes on 64 lines, to see that it runs
 python examples/language_model.py --file mine.tsv   # your own: a question, a tab and its answer on each line
 python examples/language_model.py --qlora           # with its weights in 4 bits: pip install bitsandbytes
@@ -207,7 +207,7 @@ if __name__ == "__main__":
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
     pairs = read(options.file)[: HELD_OUT + 64 if options.fast else None]
-    print("A few minutes" if options.fast else "Ten minutes or so", "on two CPU cores.", flush=True)
+    print("A few minutes" if options.fast else "Five to ten minutes", "on two CPU cores.", flush=True)
     if options.file == DICTIONARY:
         print("The loss on new words should fall from 5.3 to about", "3.1." if options.fast else "2.6.", flush=True)
     quiet()

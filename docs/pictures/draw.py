@@ -5,7 +5,7 @@ The charts are drawn from the tables of docs/paper-tables.md.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -283,7 +283,13 @@ def interval(x: float, y: float, method: str, ends: list[tuple[float, float]], f
     return shapes
 
 
-def behind(name: str, title: str, about: str) -> str:
+def legend(found: Iterable[Found]) -> str:
+    """Say what the signs mean that a chart has."""
+    has_hollow = any(not each.is_clear for each in found if each != FULL)
+    return f"Lines: 95 % intervals{'. Hollow: no clear difference' if has_hollow else ''}"
+
+
+def behind(name: str, title: str) -> str:
     """Draw the differences of one table to full fine-tuning: a row for each method."""
     found = {}
     for row in table(name):
@@ -296,7 +302,7 @@ def behind(name: str, title: str, about: str) -> str:
     def across(value: float) -> float:
         return 126 + 304 * (value - low) / (high - low)
 
-    shapes = [text(0, 16, title, "ink bold"), text(0, 36, about, "quiet small")]
+    shapes = [text(0, 16, title, "ink bold"), text(0, 36, legend(found.values()), "quiet small")]
     for tick in range(math.ceil(low / step), math.floor(high / step) + 1):
         x = across(tick * step)
         shapes.append(line(x, 50, x, bottom, "frozen-line" if tick else "quiet-line"))
@@ -308,7 +314,6 @@ def behind(name: str, title: str, about: str) -> str:
     return picture(title, bottom + 24, *shapes)
 
 
-INTERVALS = "Lines: 95 % intervals. Hollow: no clear difference"
 PLACES = {
     "full": (0, -12, "middle"),
     "LoRA all, r=16": (-4, -10, ""),
@@ -321,9 +326,11 @@ PLACES = {
 
 def parameters() -> str:
     """Accuracy against trained parameters."""
+    rows = {row["method"]: row for row in table("table2")}
+    found = {method: difference(row["minus full"]) for method, row in rows.items()}
     shapes = [
-        text(0, 16, "Test accuracy minus full fine-tuning, in points", "ink bold"),
-        text(0, 36, f"Film reviews. {INTERVALS}", "quiet small"),
+        text(0, 16, "Test accuracy after two epochs, minus full, in points", "ink bold"),
+        text(0, 36, f"Film reviews. {legend(found.values())}", "quiet small"),
         text(235, 346, "trained parameters", "quiet small middle"),
     ]
 
@@ -335,9 +342,8 @@ def parameters() -> str:
         shapes.append(text(28, down(tick) + 5, f"{tick}", "quiet small end"))
     for power, label in enumerate(("1,000", "10,000", "100,000", "1 M", "10 M"), 3):
         shapes.append(text(56 + 80 * (power - 2.7), 324, label, "quiet small middle"))
-    for row in table("table2"):
-        method, each = row["method"], difference(row["minus full"])
-        x = 56 + 80 * (math.log10(int(row["trained"].replace(",", ""))) - 2.7)
+    for method, each in found.items():
+        x = 56 + 80 * (math.log10(int(rows[method]["trained"].replace(",", ""))) - 2.7)
         ends = [(x, down(each.low)), (x, down(each.high))]
         shapes += interval(x, down(each.value), method, ends, each)
         right, below, anchor = PLACES.get(method, (10, 5, ""))
@@ -387,9 +393,9 @@ PICTURES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "halving": halving,
     "readers": readers,
-    "table3": lambda: behind("table3", "E2E: BLEU minus full fine-tuning", INTERVALS),
-    "table5": lambda: behind("table5", "Which weights: accuracy minus full, in points", INTERVALS),
-    "table6": lambda: behind("table6", "Which rank: accuracy minus full, in points", INTERVALS),
+    "table3": lambda: behind("table3", "E2E: BLEU minus full fine-tuning"),
+    "table5": lambda: behind("table5", "Which weights: accuracy minus full, in points"),
+    "table6": lambda: behind("table6", "Which rank: accuracy minus full, in points"),
 }
 """How each is drawn, by the name of its file."""
 
