@@ -60,7 +60,7 @@ class LoRACallback(Callback):
     When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
     parameters that train and a digest of the base.
 
-    The arguments before ``merge`` are those of ``LoRAConfig``, and are explained there.
+    The arguments before ``merge`` are those of ``LoRAConfig``.
 
     Args:
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
@@ -216,8 +216,8 @@ class LoRACallback(Callback):
         if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
-        if "lr_scale" not in self.given and self.lr_scale == 1:
-            advise_rates(pl_module, trainer.optimizers)
+        is_scaled = "lr_scale" in self.given or self.lr_scale != 1
+        advise_rates(pl_module, trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -298,6 +298,7 @@ class LoRACallback(Callback):
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
+        compatibility.end_bar(trainer, pl_module)
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 
     # Afterwards
@@ -312,6 +313,7 @@ class LoRACallback(Callback):
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
         if self._stage.give_back_after_error(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+            compatibility.end_bar(trainer, pl_module)
             rank_zero_info(
                 f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
                 "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."

@@ -78,13 +78,14 @@ def multiprocessing_launchers() -> Iterator[Any]:
             yield module._MultiProcessingLauncher
 
 
-def loader_states_wait(fit_loop: Any) -> bool:
-    """Whether a resumed run has states for its loaders: those that began without them begin again."""
-    return bool(fit_loop._combined_loader_states_to_load)
+def loader_states(fit_loop: Any) -> Any:
+    """Return the states that the loaders of a resumed run wait for: those that began without them begin again."""
+    return fit_loop._combined_loader_states_to_load
 
 
-def begin_loaders_again(fit_loop: Any) -> None:
+def begin_loaders_again(fit_loop: Any, states: Any) -> None:
     """Begin the loaders of a fit again, with their states: another order of batches is another run."""
+    fit_loop._combined_loader_states_to_load = fit_loop._combined_loader_states_to_load or states
     fit_loop._load_combined_loader_states()
     iter(fit_loop._data_fetcher)
 

@@ -12,15 +12,15 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_lora.errors import listed, shortened
-from lightning_lora.layers import LoRALayer, LoRAParameters, count
+from lightning_lora.errors import listed
+from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import without_base
-from lightning_lora.tables import fitting_console, grouped, layer_table
+from lightning_lora.tables import LayerName, fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import join, owner_of, state_dict, submodule
+from lightning_lora.tensors.names import owner_of, state_dict, submodule
 from lightning_lora.tensors.shards import is_dtensor
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
@@ -29,12 +29,15 @@ _USUAL = (nn.Parameter, Tensor)
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names adapted matrices."""
+    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names adapted matrices.
+
+    ``r`` is the rank of these: "8", or "1–8" if some are smaller than the rank asked.
+    """
 
     name: str
     layers: int
     kind: str
-    r: int | None
+    r: str
     trained: int
     frozen: int
     parts: tuple[str, ...] = ()
@@ -45,8 +48,7 @@ class LoRASummary:
     """The result of :func:`summarize`; it prints as a table.
 
     Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. A ``plain`` model
-    was never adapted, or is merged. ``smaller`` names layers that are too small for the rank asked, with their ranks.
-    ``active`` says which adapter is, unless it is "default" alone.
+    was never adapted, or is merged. ``active`` says which adapter is, unless it is "default" alone.
     """
 
     title: str
@@ -59,7 +61,6 @@ class LoRASummary:
     full_checkpoint_bytes: int
     adapters: int
     plain: bool
-    smaller: tuple[tuple[str, int], ...] = ()
     active: str = ""
 
     @property
@@ -76,9 +77,6 @@ class LoRASummary:
             merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it{self.active}"
             headline = f"{self.title} is a plain model{merged if self.adapters else ''}"
         shown: list[RenderableType] = [Text(headline, style="bold"), self._layers(trained_only)]
-        if self.smaller:
-            names = shortened([f"{name} (r={r})" for name, r in self.smaller], 8)
-            shown.append(Text(f"Layers smaller than r have their largest rank: {names}"))
         if not self.plain:
             shown.append(costs := self._costs(optimizers))
             if any(rates):
@@ -95,10 +93,11 @@ class LoRASummary:
                 continue
             parts = f" [{','.join(group.parts)}]" if group.parts else ""
             times = f" (×{group.layers})" if group.layers > 1 else ""
-            r = "–" if group.r is None else str(group.r)
-            table.add_row(Text(group.name + parts + times), group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
+            name, numbers = LayerName(group.name + parts + times), (f"{group.trained:,}", f"{group.frozen:,}")
+            table.add_row(name, group.kind, group.r, *numbers)
         if others:
-            rest = f"{others} other layer{'s' if others > 1 else ''}{': print(summarize(model))' if trained else ''}"
+            see = ": lightning_lora.summarize(model)" if trained else ""
+            rest = LayerName(f"{others} other layer{'s' if others > 1 else ''}{see}")
             table.add_row(rest, "", "–", f"{trained:,}", f"{frozen:,}")
         table.add_section()
         table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
@@ -151,38 +150,25 @@ def summarize(model: nn.Module) -> LoRASummary:
         if parameters:
             trained = sum(count(p) for p in parameters if p.requires_grad)
             counts[name] = trained, sum(map(count, parameters)) - trained
-            kinds[name] = (*_about(module), _smaller(view, name))
-    groups, smaller = list[LayerGroup](), list[tuple[str, int]]()
+            kinds[name] = _about(module)
+    groups = list[LayerGroup]()
     for group, names in grouped(kinds):
-        kind, r, parts, weights = kinds[names[0]]
+        kind, r, parts = kinds[names[0]]
         trained, frozen = (sum(each) for each in zip(*(counts[name] for name in names), strict=True))
         groups.append(LayerGroup(group, len(names), kind, r, trained, frozen, parts))
-        smaller += [(join(group, weight), rank) for weight, rank in weights]
-    return _with_costs(view, tuple(groups), tuple(smaller))
+    return _with_costs(view, tuple(groups))
 
 
-def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
-    """A layer's own class, and the rank and the names of its adapted matrices."""
+def _about(module: nn.Module) -> tuple[str, str, tuple[str, ...]]:
+    """A layer's own class, and the ranks and the names of its adapted matrices."""
     kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
     if not isinstance(module, LoRALayer):
-        return kind, None, ()
+        return kind, "–", ()
     if tokens := module.lora_matrices[0].tokens:
-        return kind, None, (f"{len(tokens)} rows",)
-    return kind, module.lora_settings.r, tuple(matrix.name for matrix in module.lora_matrices if matrix.name)
-
-
-def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
-    """A layer's weights that are too small for the rank asked, with their ranks. One name is empty for all of them."""
-    layer, found = view.layers.get(name), dict[str, int]()
-    if layer is None or not view.is_adapted or layer.lora_matrices[0].tokens:
-        return ()
-    for matrix in layer.lora_matrices:
-        target = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else name
-        r = matrix.rank(layer.lora_settings.r)
-        if r < view.config.rank(name, target):
-            found[matrix.weight] = r
-    ranks = {*found.values()}
-    return (("", ranks.pop()),) if len(found) == len(layer.lora_weights()) and len(ranks) == 1 else tuple(found.items())
+        return kind, "–", (f"{len(tokens)} rows",)
+    ranks = sorted(matrix.rank(module.lora_settings.r) for matrix in module.lora_matrices)
+    r = "–".join(dict.fromkeys(map(str, (ranks[0], ranks[-1]))))
+    return kind, r, tuple(matrix.name for matrix in module.lora_matrices if matrix.name)
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -192,7 +178,7 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for holder in holders for p in holder.parameters(recurse=False)]
 
 
-def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
+def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     parameters, added = list(view.model.parameters()), set(view.adapters.values())
     trained, base = [p for p in parameters if p.requires_grad], [p for p in parameters if p not in added]
     state = without_base(view, state_dict(view.model), _random(view)) if view.is_adapted else view.model.state_dict()
@@ -207,7 +193,6 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
         plain=not view.layers,
-        smaller=smaller,
         active=_active(view),
     )
 

@@ -7,8 +7,21 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.containers import Lines
 from rich.table import Table
 from rich.text import Text
+
+
+class LayerName(Text):
+    """A name for a table. If it does not fit into a line, it breaks behind dots."""
+
+    def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+        """Return its lines."""
+        lines = [""]
+        for part in self.plain.replace(".", ".\n").split("\n"):
+            lines += [""] * (len(lines[-1] + part) > width and lines[-1] != "")
+            lines[-1] += part
+        return Text("\n".join(lines)).wrap(console, width, **options)
 
 
 def layer_table(*headings: str, title: str = "") -> Table:

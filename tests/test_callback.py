@@ -2,14 +2,15 @@
 
 import copy
 import pickle
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, ModelCheckpoint, ModelPruning, ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 import lightning_lora as ll
@@ -34,6 +35,40 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, c
     assert not torch.equal(merged(X), LitTiny()(X)) and all(adapted.get_parameter(name).any() for name in ADAPTERS)
     base, trained = state(LitTiny()), state(adapted)
     assert [name for name in base if not torch.equal(trained[name], base[name])] == ["head.weight", "head.bias"]
+
+
+class Ends(ProgressBar):  # as that of rich does: lines before its end are written over
+    def teardown(self, *_: Any, **__: Any) -> None:
+        rank_zero_info("The bar has ended.")
+
+    disable = enable = print  # type: ignore[assignment]
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_last_line_comes_below_the_bar(tmp_path: Path, is_stopped: bool, caplog: Any) -> None:
+    stops = [LambdaCallback(on_train_batch_end=interrupt)] if is_stopped else []
+    t = trainer(tmp_path, [lora(), Ends(), *stops], enable_progress_bar=True)
+    with pytest.raises(SystemExit) if is_stopped else nullcontext():
+        t.fit(LitTiny(), data())
+    said = [record.getMessage() for record in caplog.records]
+    last = next(place for place, each in enumerate(said) if "merged the last" in each or "Interrupted after" in each)
+    assert "The bar has ended." in said[:last]
+
+
+def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora(merge=False)]).test(model, data(), verbose=False)
+    assert "LitTiny has no adapters, and no ckpt_path was given" in caplog.text and is_plain(model)
+    caplog.clear()
+    t = trainer(tmp_path, [lora(merge=False), best(tmp_path)])
+    t.fit(model, data(), data())
+    t.test(LitTiny(), data(), ckpt_path="best", verbose=False)
+    t.test(model, data(), verbose=False)
+    assert "no ckpt_path" not in caplog.text
 
 
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:

@@ -75,11 +75,12 @@ def draw(result: Result, folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     folder.mkdir(exist_ok=True)
+    gray: Any = dict.fromkeys(INKS, "gray")  # readable on light and on dark pages
     for name, rows, columns in (("ranks", "r=8", "r=64"), ("seeds", "one seed", "another seed")):
         panels = dict(result[name])
         if name == "seeds":
             panels["random"] = result["random"]["query"]
-        with plt.rc_context(dict.fromkeys(INKS, "gray")):  # readable on light and on dark pages
+        with plt.rc_context(gray):
             figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1, 3.2), layout="constrained")
             for axis, (title, grid) in zip(axes, panels.items(), strict=True):
                 ends = (0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5)

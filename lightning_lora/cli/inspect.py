@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from rich.filesize import decimal
-from rich.text import Text
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.disk import opened
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import fitting_console, grouped, layer_table
+from lightning_lora.tables import LayerName, fitting_console, grouped, layer_table
 
 
 def add_arguments(parser: Any) -> None:
@@ -91,15 +91,14 @@ def _show(found: dict[str, Any]) -> None:
             values = sorted(layers[name][key] for name in names)
             numbers.append("–".join(dict.fromkeys(map("{:.3g}".format, (values[0], values[-1])))))
         kind = first["class"].rpartition(".")[2]
-        table.add_row(Text(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
+        table.add_row(LayerName(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
     console.print(table)
     if found["beside"]:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
-        console.print(f"Besides adapters: {beside}", markup=False)
+        console.print(f"Besides adapters: {beside}", soft_wrap=True, markup=False)
     rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
     base = found["base"]
-    given = {key: value for key, value in found["config"].items() if value not in (None, False)}
-    config = {"alpha": None, **given}  # None is not its default
-    about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.{rows}"
-    console.print(about, markup=False)
-    console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
+    console.print(f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}.{rows}", markup=False)
+    usual = {**LoRAConfig().to_dict(), "r": None, "alpha": "", "target_modules": None}  # these are always shown
+    given = [f"{key}={value!r}" for key, value in found["config"].items() if value != usual[key]]
+    console.print(f"Arguments: {', '.join(given)}", soft_wrap=True, markup=False)

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
     message = ""
     try:
         with warnings.catch_warnings(record=True) as noticed:

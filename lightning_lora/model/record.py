@@ -164,14 +164,6 @@ class Record:
         """The name of the adapter that has its effect, or None."""
         return None if self.is_disabled else self.adapter.name
 
-    def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]]) -> None:
-        """The model shows its base. These values of the active adapter are aside."""
-        self.is_disabled, self.aside = True, aside
-
-    def adapter_is_shown(self) -> None:
-        """The model shows its active adapter again."""
-        self.is_disabled, self.aside = False, {}
-
     def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
         """The active adapter was taken off, and keeps these tensors. Another one was put on."""
         leaving, self.adapter = self.adapter, coming

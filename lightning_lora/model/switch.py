@@ -230,7 +230,7 @@ def _show_base(view: View) -> None:
     for layer in view.layers.values():
         layer.lora_enabled = False
     torch.clear_autocast_cache()  # it may hold copies of the other values
-    record.base_is_shown(aside)
+    record.is_disabled, record.aside = True, aside
 
 
 @torch.inference_mode(False)
@@ -246,4 +246,4 @@ def _show_adapter(view: View) -> None:
     for layer in view.layers.values():
         layer.lora_enabled = True
     torch.clear_autocast_cache()
-    view.record.adapter_is_shown()
+    view.record.is_disabled, view.record.aside = False, {}

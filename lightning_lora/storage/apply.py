@@ -276,7 +276,7 @@ def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = F
         if value.shape != expected.shape:
             raise AdapterMismatchError(
                 f"{name!r} is {tuple(value.shape)}, but this model has {tuple(expected.shape)}. Build the model as it "
-                "was built for training, with the same head, and adapt it with the same r."
+                f"was built for training, with the same {'r' if name in view.adapters else 'head'}."
             )
         are_floats = value.is_floating_point() and expected.is_floating_point()
         may_round = converting and name not in view.adapters and are_floats

@@ -117,7 +117,7 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
     """Refuse what is not a path, a URL or, if it ``may_be_open``, an open file: such as a model."""
     if not isinstance(path, str | os.PathLike) and not (may_be_open and hasattr(path, "read")):
         raise AdapterFileError(
-            f"Expected a path, but a {type(path).__name__} was given. Pass the model first, then the path."
+            f"Expected a path, but a {type(path).__name__} was given. Pass the model or its class first, then the path."
         )
 
 
@@ -208,12 +208,7 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
         ) from error
 
 
-TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-
-
-def trusts_all_files() -> bool:
-    """Whether torch's variable allows all files to run code."""
-    return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
+TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code
 
 
 def check_whole(path: Any, source: Any = None) -> None:

@@ -11,6 +11,7 @@ from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import join, plain_module
 
 _SHOWN = 5  # the number of layers that an error names
@@ -84,12 +85,14 @@ def check_supported(
     reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
     more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     unknown = any(adapter_for(layers[name]) is None for name in refused)
-    supported = f"Supported are {supported_types()} and their subclasses. " if unknown else ""
+    inside = {name.rpartition(".")[2]: None for name in names.fit() if is_in_any(name, refused)}
+    supported = f"Supported are {supported_types()} and their subclasses. " if unknown and not inside else ""
+    such = f" inside, by the ends of their names: {listed(inside, most=8)}" if inside else ""
     remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}" if len(refused) < len(layers) else ""
     meant = config.to_dict()["target_modules"]
     raise TargetError(
         f"target_modules {meant!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
-        f"{supported}Name other layers{remedy}."
+        f"{supported}Name other layers{such}{remedy}."
     )
 
 

@@ -16,7 +16,7 @@ AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accept
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
-SEE_ALL = "print(summarize(model)) shows every layer"
+SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
 
 
 class Names:
@@ -36,14 +36,14 @@ class Names:
         known: Mapping[str, object] = self.parameters if argument == "target_parameters" else self.modules
         if argument == "modules_to_save":
             known = {**known, **self.parameters}
-        meant = self._fit() if argument == "target_modules" else list(known)
+        meant = self.fit() if argument == "target_modules" else list(known)
         if isinstance(pattern, str):
             found = [name for name in known if re.fullmatch(pattern, name)]
-            if not found and any(pattern in _ends_of(name) for name in known):
+            ends = {end: None for name in known for end in _ends_of(name) if re.fullmatch(pattern, end)}
+            if not found and ends:
                 raise TargetError(
                     f"{argument}={pattern!r} is an expression, which must match the whole name of a module of "
-                    f"{self.title}, and matches none. To match the end of a name, give a list: "
-                    f"{argument}=[{pattern!r}]."
+                    f"{self.title}, and matches none. To match ends of names, give a list: {argument}={[*ends]}."
                 )
             self.require(argument, {} if found else {pattern: meant})
             return found
@@ -89,11 +89,12 @@ class Names:
             f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
         )
 
-    def _fit(self) -> list[str]:
+    def fit(self) -> list[str]:
+        """Return the layers that can be adapted."""
         return [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
 
     def _hint_of_endings(self) -> str:
-        endings = dict.fromkeys(name.rpartition(".")[2] for name in self._fit())
+        endings = dict.fromkeys(name.rpartition(".")[2] for name in self.fit())
         some = f"Layers that can be adapted end in {listed(endings, most=8)}."
         return some if endings else "It has no layer to adapt."
 

@@ -74,11 +74,16 @@ def _tell_of_networks(view: View) -> None:
         )
 
 
-def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """Tell of a learning rate from full fine-tuning that is low for adapters."""
+def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
+    """Tell of a learning rate that is low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
     like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
     rates, _ = peak_rates(view_of(model), like_adam)
-    if rates and 0 < rates[-1] < 1e-4:
+    if rates and rates[0] > 0.01:
+        rank_zero_info(
+            f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the rate of "
+            "configure_optimizers is one for LoRA, leave lr_scale out. If the loss grows, try a tenth."
+        )
+    if rates and 0 < rates[-1] <= 1e-4 and not is_scaled:
         rank_zero_info(
             f"The adapters' learning rate is {rates[-1]:g} at most, as in full fine-tuning. LoRA usually needs about "
             "ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
@@ -99,8 +104,8 @@ def _few(rates: list[float]) -> str:
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     found = (
-        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so. "
-        f"Their values look like those of an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If "
+        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
+        f"an initialisation, and stay as they are. Train them in full: {_to_save(view, fresh.random)}. (If "
         "they are random on purpose, or the loss does not depend on them, ignore this: the files hold them as they "
         "are.)"
     )

@@ -45,6 +45,12 @@ def refuse_strategy(called: str, why: str = "shards the model in a way that") ->
     )
 
 
+def end_bar(trainer: Trainer, pl_module: LightningModule) -> None:
+    """End Lightning's progress bar: that of rich would write over the lines that follow."""
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
+
+
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
     ours = sum(map(_is_ours, callbacks))

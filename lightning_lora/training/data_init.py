@@ -112,10 +112,8 @@ def _explained(config: LoRAConfig, title: str) -> Iterator[None]:
     except LoRAError:
         raise
     except Exception as error:
-        why = (
-            f"that of {title} ended in {type(error).__name__}: {error}. (Hooks such as on_train_epoch_start run later)"
-        )
-        raise _refusal(config, why) from error
+        why = f"{type(error).__name__}: {error}. (Hooks such as on_train_epoch_start run later)"
+        raise _refusal(config, f"that of {title} ended in {why}") from error
 
 
 # The data

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_lora.model.view import View
-from lightning_lora.private import begin_loaders_again, loader_states_wait
+from lightning_lora.private import begin_loaders_again, loader_of, loader_states
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
 
@@ -72,9 +72,11 @@ class Resumed:
             if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
                 self.states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
         self.loop: Any = trainer.fit_loop
+        self.loader_states: Any = []
         self.own, vars(self.loop)["setup_data"] = self.loop.setup_data, self._setup_data
 
     def _setup_data(self) -> None:
+        self.loader_states = loader_states(self.loop) or self.loader_states
         self.own()
         if self.begins:
             self.begins, self.begun = False, _states_here(self.trainer)
@@ -86,12 +88,22 @@ class Resumed:
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
-        begins_anew = not self.begun or (self.loop.restarting and loader_states_wait(self.loop))
+        begins_anew = self._set_epoch() or not self.begun or (self.loop.restarting and loader_states(self.loop))
         later = self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting  # by Lightning before 2.6
         later = later and not hasattr(type(self.loop), "is_resuming")
         self._set(self.states if begins_anew or later else self.begun)
         if begins_anew and not later:
-            begin_loaders_again(self.loop)
+            begin_loaders_again(self.loop, self.loader_states)
+
+    def _set_epoch(self) -> bool:
+        """Set the epoch of samplers, as Lightning does later. Return whether one had another: workers draw ahead."""
+        epoch, loaders = self.loop.epoch_progress.current.processed, loader_of(self.loop).flattened
+        owners = [*loaders, *(getattr(loader, "batch_sampler", None) for loader in loaders)]
+        found: list[Any] = [getattr(owner, "sampler", None) for owner in owners]
+        samplers = [sampler for sampler in found if hasattr(sampler, "set_epoch")]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return bool(epoch and samplers)
 
     def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():

@@ -46,7 +46,7 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     assert [w.category for w in caught].count(ll.FreshLayerWarning) == 2  # in every fit
     assert {w.filename for w in caught if issubclass(w.category, ll.LoRAWarning)} == {__file__}  # the line that fits
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
-    assert "LitTiny that look untrained: 'head'. Their weights are frozen" in said
+    assert "LitTiny that look untrained: 'head'. Their frozen weights have" in said
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
     assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
@@ -71,7 +71,7 @@ def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: P
     caplog.clear()
     for excluded in (["sizes"], ["sizes.0", "sizes.2"]):
         assert fit(tmp_path, Encodes(), r=2, exclude_modules=excluded) == []
-        assert "that look untrained: 'sizes'. Their weights are frozen" in caplog.text  # and nothing is quiet
+        assert "that look untrained: 'sizes'. Their frozen weights have" in caplog.text  # and nothing is quiet
         caplog.clear()
     model = new_head()
     model.sizes = nn.Linear(64, 64)

@@ -374,22 +374,24 @@ def test_swa_moves_both(tmp_path: Path) -> None:
     assert runs[1] == [[rate, 10 * rate] for (rate,) in runs[0]] and len({rate for (rate,) in runs[0]}) == 3
 
 
-SHOWN: list[tuple[Any, dict[str, Any], float, str, bool]] = [
-    (AdamW, {}, 1e-3, "0.001", False),
-    (AdamW, {}, 5e-5, "5e-05", True),
-    (SGD, {}, 5e-5, "5e-05", False),
-    (AdamW, {"lr_scale": 1}, 5e-5, "5e-05", False),
-    (AdamW, {"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 and 0.016 the module's: 0.0001", False),
-    (AdamW, {"lr_scale": 10, "modules_to_save": None}, 1e-4, "0.001 the module's: 0.0001", False),
+SHOWN: list[tuple[Any, dict[str, Any], float, str, str]] = [
+    (AdamW, {}, 1e-3, "0.001", ""),
+    (AdamW, {}, 1e-4, "0.0001", "as in full fine-tuning"),
+    (SGD, {}, 1e-4, "0.0001", ""),
+    (SGD, {}, 0.1, "0.1", ""),
+    (AdamW, {"lr_scale": 1}, 5e-5, "5e-05", ""),
+    (AdamW, {"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 and 0.016 the module's: 0.0001", ""),
+    (AdamW, {"lr_scale": 10, "modules_to_save": None}, 1e-4, "0.001 the module's: 0.0001", ""),
+    (AdamW, {"lr_scale": 10}, 2e-3, "0.02 the module's: 0.002", "which is high"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "options", "rate", "row", "is_low"), SHOWN, ids=str)
-def test_the_rates_are_shown_and_a_low_one_is_named(
-    tmp_path: Path, kind: Any, options: Any, rate: float, row: str, is_low: bool, capsys: Any, caplog: Any
+@pytest.mark.parametrize(("kind", "options", "rate", "row", "said"), SHOWN, ids=str)
+def test_the_rates_are_shown_and_one_that_is_low_or_high_is_named(
+    tmp_path: Path, kind: Any, options: Any, rate: float, row: str, said: str, capsys: Any, caplog: Any
 ) -> None:
     model = told(lambda p, _: kind(p, rate), warms=True)  # from a rate of zero
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
     assert " ".join(line.split()) == f"Learning rate {row}"
-    assert ("LoRACallback(lr_scale=10)" in caplog.text) == is_low
+    assert [each for each in ("as in full fine-tuning", "which is high") if each in caplog.text] == [said] * bool(said)

@@ -44,9 +44,11 @@ def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path
 
 @pytest.mark.processes
 @exact
-def test_every_process_drops_and_shuffles_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int) -> None:
     options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
-    resumes_to_the_bit(tmp_path, WarmsUp, partial(lora, dropout=0.3), train=shuffled, **options)
+    train = partial(shuffled, num_workers=workers)
+    resumes_to_the_bit(tmp_path, WarmsUp, partial(lora, dropout=0.3), train=train, **options)
 
 
 @exact

@@ -160,7 +160,7 @@ def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     ll.unmerge_adapters(model)
     model.load_state_dict(file["state_dict"])
     torch.testing.assert_close(model(X), again(X))
-    with pytest.raises(ll.BaseMismatchError, match="Of a merged model, load the base"):
+    with pytest.raises(ll.BaseMismatchError, match="If this model is merged, load its base"):
         ll.load_adapter(again, tmp_path / "last.ckpt")
     for config in (ll.LoRAConfig(r=2), lora().config):  # another fine-tune, or a like one
         ll.inject_adapters(fresh := LitTiny(), config)

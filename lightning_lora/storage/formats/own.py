@@ -11,19 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.disk import (
-    check_output,
-    check_path,
-    check_whole,
-    load_plain,
-    local_path,
-    on_this_machine,
-    opened,
-    reading,
-    save,
-    unread_in,
-    writing,
-)
+from lightning_lora.storage import disk
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft_config import HEADER
 from lightning_lora.storage.formats.reading import Asked
@@ -37,15 +25,15 @@ ADAPTERS = "adapters"  # the item of this package's entry that holds what traini
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
-    with writing(path) as place:
-        contents = save(stored.state, {KEY: json.dumps(stored.description())})
-        with opened(place, "wb") as file:
+    with disk.writing(path) as place:
+        contents = disk.save(stored.state, {KEY: json.dumps(stored.description())})
+        with disk.opened(place, "wb") as file:
             file.write(contents)
 
 
 def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse an ending that hides the format, and a place where no file can be."""
-    check_output(path, inputs)
+    disk.check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(
             f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use a name such as "
@@ -55,7 +43,7 @@ def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
-    local = local_path(path)
+    local = disk.local_path(path)
     if local is not None and (found := file_in(local)):
         raise AdapterFileError(f"{path} holds {_only_their_model(found[0])}")
     return adapters_in(read_contents(path), path)
@@ -77,9 +65,9 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
 
 def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
-    check_path(path, may_be_open=True)
-    with reading(path, remedy), on_this_machine(path) as local:
-        check_whole(local, path)
+    disk.check_path(path, may_be_open=True)
+    with disk.reading(path, remedy), disk.on_this_machine(path) as local:
+        disk.check_whole(local, path)
         with local.open("rb") as file:
             if file.read(4) != b"PK\3\4":  # torch would read anything else in its old format
                 return _read_tensors(local)
@@ -91,8 +79,8 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
 
 def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
-    contents = load_plain(file)
-    if isinstance(contents, dict) and (unread := unread_in(list(map(contents.get, ("state_dict", KEY, "model"))))):
+    contents = disk.load_plain(file)
+    if isinstance(contents, dict) and (unread := disk.unread_in(list(map(contents.get, ("state_dict", KEY, "model"))))):
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
             "save_adapter or a Trainer with LoRACallback wrote."

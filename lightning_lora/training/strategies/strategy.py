@@ -3,6 +3,7 @@
 That is before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
 
+import os
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,13 +33,7 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.compatibility import (
-    drop_averages,
-    has_own,
-    keeping_adapters,
-    refuse_strategy,
-    states_are_read,
-)
+from lightning_lora.training import compatibility
 from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
@@ -90,9 +85,9 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_check(cls, strategy: "Strategy") -> None:
         """Refuse a strategy that these methods do not fit."""
         if "FSDPStrategy" in class_names(strategy):
-            refuse_strategy(type(strategy).__name__)
+            compatibility.refuse_strategy(type(strategy).__name__)
         if strategy.restore_checkpoint_after_setup:
-            refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
+            compatibility.refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
 
     @property
     def lora_module(self) -> LightningModule:
@@ -112,12 +107,15 @@ class LoRAStrategy(Strategy, InPlace):
             return
         self.lora_adapt()
         record = find_record(self.lora_module)
+        if record is None and not trainer.ckpt_path:
+            title = type(self.lora_module).__name__
+            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: it is evaluated as it is.")
         if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
             super().setup(trainer)
             return
         if self.lora_stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
             self.lora_note_base()
-        with keeping_adapters(self.precision_plugin):
+        with compatibility.keeping_adapters(self.precision_plugin):
             super().setup(trainer)
         view_of(self.lora_module).begin_anew()  # which may have been converted
         self.lora_note_converted_base()
@@ -244,7 +242,8 @@ class LoRAStrategy(Strategy, InPlace):
                 "save_merged wrote it, call safetensors.torch.load_model(model, path). Then use the Trainer without "
                 "ckpt_path."
             )
-        is_trusted = False in (*args, kwargs.get("weights_only")) or disk.trusts_all_files()
+        is_trusted = os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true")  # as torch reads it
+        is_trusted |= False in (*args, kwargs.get("weights_only"))
         by_torch = self._lora_uses_torch()
         may_be_told = "weights_only" in signature(self.lora_kind.load_checkpoint).parameters  # since Lightning 2.6
         trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
@@ -275,7 +274,7 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        checkpoints.load_checkpoint_state(module, checkpoint, whole=states_are_read(stage.callbacks))
+        checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
 
@@ -326,7 +325,7 @@ class LoRAStrategy(Strategy, InPlace):
         module = self.lora_module
         if self.lora_stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
             unmerge_or_forget(module)  # drops the record, and says so
-            drop_averages(self.lora_stage.callbacks)  # of the adapted module
+            compatibility.drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
 
     # Training
@@ -347,7 +346,7 @@ class LoRAStrategy(Strategy, InPlace):
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        if not has_own(self.lora_module, "backward"):  # which may have a graph of its own
+        if not compatibility.has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
         loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
