@@ -119,13 +119,15 @@ class LoRASweep:
             live = live[:kept]
         runs.sort(key=self._rank)
         self.results = list(map(_Run.result, runs))
+        has_best = not self._rank(runs[0])[0]
+        if has_best:
+            fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
         rank_zero_only(fitting_console().print)(self.table())
-        if self._rank(runs[0])[0]:
+        if not has_best:
             raise ConfigError(
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
                 f"{self.directory}. Try a lower learning rate."
             )
-        fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
         return self.results
 
     def _rank(self, run: "_Run") -> tuple[bool, float, float]:
