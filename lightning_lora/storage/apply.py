@@ -219,12 +219,12 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
+                given = {"r": config.r, "alpha": config.alpha, **config.to_stored()}
+                use = ", ".join(f"{name}={value!r}" for name, value in given.items())
                 raise AdapterMismatchError(
-                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; "
-                    f"here it has r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of "
-                    f"the training: r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
-                    f"init={config.init!r}, rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}; "
-                    "or LoRACallback() alone, or remove_adapters(model) before load_adapter."
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
+                    f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of the training: "
+                    f"{use}; or LoRACallback() alone, or remove_adapters(model) before load_adapter."
                 )
 
 
