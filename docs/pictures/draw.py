@@ -317,7 +317,7 @@ def behind(name: str, title: str) -> str:
 PLACES = {
     "full": (0, -12, "middle"),
     "LoRA all, r=16": (-4, -10, ""),
-    "LoRA all, r=8": (0, 18, "middle"),
+    "LoRA all, r=8": (6, -10, "end"),
     "LoRA q v, r=8": (-12, 18, ""),
     "BitFit": (4, 18, "end"),
 }
