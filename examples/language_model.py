@@ -2,11 +2,9 @@
 
 python examples/language_model.py                  # a dictionary: five to ten minutes on two CPU cores
 python examples/language_model.py --fast           # a minute or two on 64 lines, to see that it runs
-python examples/language_model.py --file my.tsv    # your own: a question, a tab and its answer on each line
+python examples/language_model.py --file my.tsv    # yours: on each line a question, a tab and its answer; 64 held out
 python examples/language_model.py --qlora          # with its weights in 4 bits: pip install bitsandbytes
-python examples/language_model.py --output kept    # keep the adapters, to ask them later: --output kept --ask "..."
-
-It learns for 120 steps, from all lines but the first 64. They are held out: the loss is theirs.
+python examples/language_model.py --output kept    # keep the adapters, and ask later: --output kept --ask "..."
 """
 
 import argparse
@@ -151,11 +149,10 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     steps, time = (8, "A minute or two") if fast else (120, "Five to ten minutes")
     pairs = read(options.file)[: HELD_OUT + steps * SIZE if fast else None]
     held_out, others = pairs[:HELD_OUT], pairs[HELD_OUT:]
-    times = f"{steps * SIZE / len(others):.1f} times"
     print(f"{time} on two CPU cores: {steps} steps{', too few to learn much' if fast else ''}.")
-    print(f"Each of {len(others):,} lines is trained on {times}; {HELD_OUT} others are held out.", flush=True)
+    print(f"It learns each of {len(others):,} lines {steps * SIZE / len(others):.1f} times. {HELD_OUT} are held out.")
     if options.file == DICTIONARY and not qlora:
-        print(f"The loss on these {HELD_OUT} should fall from 5.3 to about", "3.1." if fast else "2.6.", flush=True)
+        print("The loss on those held out should fall from 5.3 to about", "3.1." if fast else "2.6.")
     folder.mkdir(parents=True, exist_ok=True)
     unpack(base)
     print("Asking it before any training ...", flush=True)
@@ -195,18 +192,9 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     assert difference < 1e-3, "PEFT computes something else"
     found = f"its logits differ by {difference:.0e} at most" if difference else "it computes the same logits"
     print(f"PEFT reads the adapters too: {found}.")
-    form = "short definitions" if options.file == DICTIONARY else "as in the file"
-    print(f"It learned the form of the answers ({form}), not new words or facts.")
-    ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output {folder} --ask "..."'
+    print("It learned the form of answers, such as short definitions, not new words.")
+    ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output "{folder}" --ask "..."'
     print(ask_it if options.output else "To keep the adapters: --output FOLDER")
-
-
-def ask(question: str, base: Path, folder: Path, *, qlora: bool) -> str:
-    """Return what the adapters of an earlier run answer."""
-    unpack(base)
-    module = Assistant(base, qlora=qlora)
-    load_adapter(module, folder / ADAPTER)
-    return module.answer(question)
 
 
 def quiet() -> None:
@@ -238,4 +226,7 @@ if __name__ == "__main__":
         if options.ask is None:
             run(options, base, folder)
         else:
-            print(ask(options.ask, base, folder, qlora=options.qlora))
+            unpack(base)
+            module = Assistant(base, qlora=options.qlora)
+            load_adapter(module, folder / ADAPTER)
+            print(module.answer(options.ask))

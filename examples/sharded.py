@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from lightning_lora import LoRACallback, load_adapter
 
@@ -65,6 +66,8 @@ class ShardedLlama(LightningModule):
         """Make the model, load it, and shard it if the strategy has a mesh of processes."""
         if self.model is not None:
             return
+        from transformers import LlamaForCausalLM  # not above, where what it imports would not be quiet yet
+
         self.model = LlamaForCausalLM(SHAPE)
         if self.base is not None:
             self.load_state_dict(torch.load(self.base, map_location="cpu", weights_only=True)["state_dict"])
@@ -184,17 +187,25 @@ def make_trainer(callbacks: list[Callback], *, steps: int) -> Trainer:
         max_epochs=1,
         limit_train_batches=steps,
         callbacks=callbacks,
+        enable_progress_bar=Console().is_terminal,  # elsewhere it would not move
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
 
 
+@rank_zero_only
+def say(text: str) -> None:
+    """Print in the first process alone."""
+    print(text, flush=True)
+
+
 def run(folder: Path, *, fast: bool) -> None:
     """Pretrain, train adapters, and load their file in one process. Every process runs this."""
-    seed_everything(0)
+    seed_everything(0, verbose=False)
     steps, seen, unseen = 4 if fast else STEPS, code()[:-256], code()[-256:]
 
+    say(f"{'Some seconds' if fast else 'About a minute'} on two CPU cores. All weights train on film reviews ...")
     of_all = Meter()
     trainer = make_trainer([of_all], steps=steps)
     pretrained = ShardedLlama(lr=3e-3)
@@ -204,6 +215,7 @@ def run(folder: Path, *, fast: bool) -> None:
     trainer.save_checkpoint(base, weights_only=True)
     before = trainer.validate(pretrained, batches(unseen), verbose=False)[0]["loss"]
 
+    say("Adapters train on Python code ...")
     of_lora = Meter()
     trainer = make_trainer([LoRACallback(r=8, merge=False), of_lora], steps=steps)
     module = ShardedLlama(lr=1e-2, base=base)
@@ -234,8 +246,11 @@ def check_in_one_process(base: Path, adapters: Path, text: Tensor, expected: flo
 
 
 def quiet() -> None:
-    """Show progress bars and the table, without Lightning's own messages."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    """Show progress bars and the table, without what other packages say about themselves."""
+    for package in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    for package in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     for message in (".*does not have many workers", ".*no `val_dataloader`", "Using `Distrib", ".*is deprecated, use"):
         warnings.filterwarnings("ignore", message=message)
 

