@@ -151,6 +151,8 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     held_out, others = pairs[:HELD_OUT], pairs[HELD_OUT:]
     print(f"{time} on two CPU cores: {steps} steps{', too few to learn much' if fast else ''}.")
     print(f"It learns each of {len(others):,} lines {steps * SIZE / len(others):.1f} times. {HELD_OUT} are held out.")
+    if steps * SIZE > 3 * len(others):
+        print("With so few, it soon knows them by heart: the loss on those held out may rise again.")
     if options.file == DICTIONARY and not qlora:
         print("The loss on those held out should fall from 5.3 to about", "3.1." if fast else "2.6.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +194,7 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     assert difference < 1e-3, "PEFT computes something else"
     found = f"its logits differ by {difference:.0e} at most" if difference else "it computes the same logits"
     print(f"PEFT reads the adapters too: {found}.")
-    print("It learned the form of answers, such as short definitions, not new words.")
+    print("For new questions, it learned the form (such as short definitions), not facts.")
     ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output "{folder}" --ask "..."'
     print(ask_it if options.output else "To keep the adapters: --output FOLDER")
 

@@ -331,7 +331,7 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            self._stage.resumed = Resumed(trainer, checkpoint[RANDOM])
+            self._stage.resumed = Resumed(trainer, checkpoint)
             self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)
 
 

@@ -29,10 +29,7 @@ _USUAL = (nn.Parameter, Tensor)
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names adapted matrices.
-
-    ``r`` is the rank of these: "8", or "1–8" if some are smaller than the rank asked.
-    """
+    """Layers of one kind whose names differ only in blocks. ``parts`` names adapted matrices, ``r`` their ranks."""
 
     name: str
     layers: int

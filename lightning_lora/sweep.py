@@ -120,9 +120,11 @@ class LoRASweep:
         runs.sort(key=self._rank)
         self.results = list(map(_Run.result, runs))
         has_best = not self._rank(runs[0])[0]
-        if has_best:
-            fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
-        rank_zero_only(fitting_console().print)(self.table())
+        try:
+            if has_best:
+                fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
+        finally:
+            rank_zero_only(fitting_console().print)(self.table())
         if not has_best:
             raise ConfigError(
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "

@@ -9,8 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, ModelCheckpoint, ModelPruning, ProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    LambdaCallback,
+    ModelCheckpoint,
+    ModelPruning,
+    RichProgressBar,
+)
 from torch import nn
 
 import lightning_lora as ll
@@ -37,26 +42,22 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, c
     assert [name for name in base if not torch.equal(trained[name], base[name])] == ["head.weight", "head.bias"]
 
 
-class Ends(ProgressBar):  # as that of rich does: lines before its end are written over
-    def teardown(self, *_: Any, **__: Any) -> None:
-        rank_zero_info("The bar has ended.")
-
-    disable = enable = print  # type: ignore[assignment]
-
-
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def is_shown(bar: RichProgressBar) -> bool:
+    return bar.progress is not None and bar.progress.live.is_started
+
+
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_the_last_line_comes_below_the_bar(tmp_path: Path, is_stopped: bool, caplog: Any) -> None:
-    stops = [LambdaCallback(on_train_batch_end=interrupt)] if is_stopped else []
-    t = trainer(tmp_path, [lora(), Ends(), *stops], enable_progress_bar=True)
+    stops, bar, said = [LambdaCallback(on_train_batch_end=interrupt)] if is_stopped else [], RichProgressBar(), []
+    caplog.handler.addFilter(lambda record: said.append((record.getMessage(), is_shown(bar))) or True)
     with pytest.raises(SystemExit) if is_stopped else nullcontext():
-        t.fit(LitTiny(), data())
-    said = [record.getMessage() for record in caplog.records]
-    last = next(place for place, each in enumerate(said) if "merged the last" in each or "Interrupted after" in each)
-    assert "The bar has ended." in said[:last]
+        trainer(tmp_path, [lora(), bar, *stops], enable_progress_bar=True).fit(LitTiny(), data())
+    (last,) = [shown for each, shown in said if "merged the last" in each or "Interrupted after" in each]
+    assert not last and (is_stopped or any(shown for _, shown in said))  # where rich writes over what others write
 
 
 def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> None:

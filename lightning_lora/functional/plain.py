@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.private import (
-    count_modes,
-    is_any_autocast_enabled,
-    is_forward_differentiating,
-    is_transforming,
-    tracing,
-)
+from lightning_lora import private
 
 # These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
 # not called saves some microseconds.
@@ -26,17 +20,17 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
         and x.is_floating_point()
         and not x.is_nested
         and x.layout is torch.strided
-        and not is_transforming()
-        and not count_modes()  # modes that count, trace or store operations
-        and not is_forward_differentiating()
-        and not tracing()
+        and not private.is_transforming()
+        and not private.count_modes()  # modes that count, trace or store operations
+        and not private.is_forward_differentiating()
+        and not private.tracing()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
     )
 
 
 def is_autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is enabled for a tensor's device."""
-    return is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+    return private.is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

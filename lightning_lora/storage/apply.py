@@ -219,8 +219,9 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
-                given = {"r": config.r, "alpha": config.alpha, **config.to_stored()}
-                use = ", ".join(f"{name}={value!r}" for name, value in given.items())
+                now, usual = view.config.to_dict(), LoRAConfig().to_dict()
+                shown = {name: v for name, v in config.to_dict().items() if not v == now[name] == usual[name]}
+                use = ", ".join(f"{name}={v!r}" for name, v in {"r": config.r, "alpha": config.alpha, **shown}.items())
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
                     f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of the training: "
@@ -276,7 +277,7 @@ def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = F
         if value.shape != expected.shape:
             raise AdapterMismatchError(
                 f"{name!r} is {tuple(value.shape)}, but this model has {tuple(expected.shape)}. Build the model as it "
-                f"was built for training, with the same {'r' if name in view.adapters else 'head'}."
+                f"was built for training, with the same sizes{' and r' if name in view.adapters else ''}."
             )
         are_floats = value.is_floating_point() and expected.is_floating_point()
         may_round = converting and name not in view.adapters and are_floats

@@ -21,17 +21,8 @@ from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.lightning import check_readable
-from lightning_lora.storage.formats.own import (
-    adapters_in,
-    check_place,
-    leave_adapters,
-    read_adapter_file,
-    read_checkpoint,
-    read_contents,
-    show_base,
-    write_adapter_file,
-)
 from lightning_lora.storage.formats.reading import Asked
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
@@ -64,7 +55,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Warns:
         LoRAWarning: training changed what modules keep besides tensors (``get_extra_state``): no file has a place.
     """
-    check_place(path)
+    own.check_place(path)
     view = view_of(model)
     held = without_extra(view, adapter_state(view))
     state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
@@ -78,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     is_shared, failed = any(map(is_dtensor, view.parameters.values())), list[Exception | None]([None])
     if not is_shared or dist.get_rank() == 0:
         try:
-            write_adapter_file(path, stored)
+            own.write_adapter_file(path, stored)
         except Exception as error:
             failed = [error]
     if is_shared:
@@ -145,7 +136,7 @@ def export_peft(
         state, model = without_extra(view, adapter_state(view)), model_or_file
         stored = StoredAdapters.from_view(view, state, [])
     else:
-        stored, model = read_adapter_file(model_or_file), None
+        stored, model = own.read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
@@ -209,7 +200,7 @@ def load_adapter(
     """
     local = local_path(path)
     file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
-    contents = read_contents(file)
+    contents = own.read_contents(file)
     format, reader = find_format(contents, file, asked) or (None, None)
     if (format is None or format.name != "loralib") and asked != Asked():
         raise ConfigError(
@@ -217,7 +208,7 @@ def load_adapter(
             "Leave them out."
         )
     if reader is None:
-        reader = partial(with_names_of, stored=adapters_in(contents, path))
+        reader = partial(with_names_of, stored=own.adapters_in(contents, path))
     apply(model, reader, refuse_base=check_base, name=name)
 
 
@@ -249,8 +240,8 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
-    stored = adapters_in(checkpoint, path)
+    checkpoint = own.read_checkpoint(path, weights_only=weights_only)
+    stored = own.adapters_in(checkpoint, path)
     check_readable(checkpoint, path)
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
@@ -286,9 +277,9 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        show_base(self, checkpoint)
+        own.show_base(self, checkpoint)
         cls.on_load_checkpoint(self, checkpoint)
-        leave_adapters(checkpoint)
+        own.leave_adapters(checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
     body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

@@ -78,10 +78,10 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_
     """Tell of a learning rate that is low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
     like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
     rates, _ = peak_rates(view_of(model), like_adam)
-    if rates and rates[0] > 0.01:
+    if rates and 0.0101 < rates[0] < 0.5:  # a scheduler multiplies higher ones, such as 1
         rank_zero_info(
-            f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the rate of "
-            "configure_optimizers is one for LoRA, leave lr_scale out. If the loss grows, try a tenth."
+            f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the loss grows, lower it."
+            + " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out." * is_scaled
         )
     if rates and 0 < rates[-1] <= 1e-4 and not is_scaled:
         rank_zero_info(

@@ -46,9 +46,11 @@ def refuse_strategy(called: str, why: str = "shards the model in a way that") ->
 
 
 def end_bar(trainer: Trainer, pl_module: LightningModule) -> None:
-    """End Lightning's progress bar: that of rich would write over the lines that follow."""
-    if trainer.progress_bar_callback is not None:
-        trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
+    """Stop a progress bar of rich, which would write over the lines that follow."""
+    bar: Any = trainer.progress_bar_callback
+    for kind in type(bar).__mro__:
+        if kind.__name__ == "RichProgressBar":  # of either Lightning package
+            kind.teardown(bar, trainer, pl_module, "fit")  # type: ignore[attr-defined]
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:

@@ -64,11 +64,12 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
 class Resumed:
     """The random numbers of a checkpoint. A resumed fit begins its data with them, once, and then its training."""
 
-    def __init__(self, trainer: Trainer, stored: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         self.trainer, self.device, self.states = trainer, trainer.strategy.root_device, dict[str, Tensor]()
         self.begins, self.begun = False, dict[str, Tensor]()  # the states when the data have begun
+        self.epoch: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         for name, now in _states_here(trainer).items():
-            rows = stored.get(name)
+            rows = checkpoint[RANDOM].get(name)
             if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
                 self.states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
         self.loop: Any = trainer.fit_loop
@@ -81,29 +82,32 @@ class Resumed:
         if self.begins:
             self.begins, self.begun = False, _states_here(self.trainer)
 
-    def begin_data(self) -> None:
-        """Set the generators for a loader that Lightning begins next."""
+    def begin_data(self, loader: Any) -> None:
+        """Set the generators, and a sampler's epoch, for a loader that Lightning begins next: workers draw ahead."""
         self.begins = True
         self._set(self.states)
+        _set_epoch(loader, self.epoch)
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
-        begins_anew = self._set_epoch() or not self.begun or (self.loop.restarting and loader_states(self.loop))
-        later = self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting  # by Lightning before 2.6
-        later = later and not hasattr(type(self.loop), "is_resuming")
+        loop, epoch = self.loop.epoch_loop, self.loop.epoch_progress.current.processed
+        is_other = [_set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened if epoch != self.epoch]
+        begins_anew = any(is_other) or not self.begun or (self.loop.restarting and loader_states(self.loop))
+        is_known = hasattr(
+            type(self.loop), "is_resuming"
+        )  # Lightning 2.6; before, a later epoch begins its data itself
+        later = self.trainer.current_epoch > 0 and not loop.restarting and not is_known
         self._set(self.states if begins_anew or later else self.begun)
         if begins_anew and not later:
             begin_loaders_again(self.loop, self.loader_states)
-
-    def _set_epoch(self) -> bool:
-        """Set the epoch of samplers, as Lightning does later. Return whether one had another: workers draw ahead."""
-        epoch, loaders = self.loop.epoch_progress.current.processed, loader_of(self.loop).flattened
-        owners = [*loaders, *(getattr(loader, "batch_sampler", None) for loader in loaders)]
-        found: list[Any] = [getattr(owner, "sampler", None) for owner in owners]
-        samplers = [sampler for sampler in found if hasattr(sampler, "set_epoch")]
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
-        return bool(epoch and samplers)
+        if (
+            is_known
+            and self.loop.restarting
+            and not (
+                loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch  # the next epoch begins
+            )
+        ):
+            self._set(self.states)  # of a moment when the epoch's data had begun
 
     def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():
@@ -115,3 +119,12 @@ class Resumed:
                 *values, last = _OTHERS.unpack(bytes(state.tolist()))
                 np.random.set_state(("MT19937", np.array(values[:624], dtype=np.uint32), *values[624:627]))
                 random.setstate((3, tuple(values[627:]), None if math.isnan(last) else last))
+
+
+def _set_epoch(loader: Any, epoch: int) -> bool:
+    """Set the epoch of a loader's samplers, as Lightning does later. Return whether one has an epoch."""
+    samplers = [getattr(each, "sampler", None) for each in (loader, getattr(loader, "batch_sampler", None))]
+    setters = list(filter(callable, (getattr(sampler, "set_epoch", None) for sampler in samplers)))
+    for set_epoch in setters:
+        set_epoch(epoch)
+    return bool(setters)

@@ -33,6 +33,10 @@ class Stateful:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
+        torch.rand(1)  # as the loaders of torch and torchdata draw a seed for their workers
+        return self._rest()
+
+    def _rest(self) -> Iterator[Any]:
         self.at %= len(self.batches)
         while self.at < len(self.batches):
             self.at += 1

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 import lightning_lora as ll
 from lightning_lora.storage.offline.combine_files import combine_files
@@ -363,7 +364,8 @@ class Sees(LitTiny):  # a module that keeps which items its steps see
         super().__init__()
         self.items: list[int] = []
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch, *_ = batch if isinstance(batch[0], list) else [batch]
         self.items += batch[0].tolist()
         return super().training_step(batch, batch_idx)
 
@@ -374,14 +376,22 @@ class Asks(Sees):  # that asks for the number of batches, so that Lightning begi
         return super().configure_optimizers()
 
 
+class Orders(RandomSampler):  # with an order for each epoch, as DistributedSampler has
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(epoch)
+
+
 @exact
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cls", [Sees, Asks])
-def test_a_resumed_fit_begins_a_stream_once(tmp_path: Path, cls: type[Sees], workers: int) -> None:
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_resumed_fit_begins_a_stream_once(tmp_path: Path, cls: type[Sees], workers: int, is_alone: bool) -> None:
     def run(file: Path | None, epochs: int) -> list[int]:
         options = {"limit_train_batches": 4, "enable_checkpointing": False, "max_epochs": epochs}
         loader = DataLoader(stream, num_workers=workers, prefetch_factor=2 if workers else None)
-        model, t = fit(tmp_path, lora(), model=cls(), train=loader, ckpt_path=file, **options)
+        others = [] if is_alone else [DataLoader(range(16), sampler=Orders(range(16)))]
+        train = CombinedLoader([loader, *others], "min_size")
+        model, t = fit(tmp_path, lora(), model=cls(), train=train, ckpt_path=file, **options)
         t.save_checkpoint(tmp_path / "a.ckpt")
         return model.items
 

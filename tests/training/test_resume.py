@@ -42,6 +42,16 @@ def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path
     resumes_to_the_bit(tmp_path, cls, make, train=train, max_epochs=3)
 
 
+@exact
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2, "max_epochs": 5}])
+def test_run_resumed_from_the_end_of_a_validation_ends_with_the_same_bits(tmp_path: Path, options: Any) -> None:
+    make, options = (
+        partial(lora, dropout=0.3),
+        {"max_epochs": 3, "saving": {"save_on_train_epoch_end": False}, **options},
+    )
+    resumes_to_the_bit(tmp_path, LitTiny, make, at="epoch=1", train=shuffled, **options)
+
+
 @pytest.mark.processes
 @exact
 @pytest.mark.parametrize("workers", [0, 1])

@@ -333,7 +333,7 @@ class LoRAStrategy(Strategy, InPlace):
     def process_dataloader(self, dataloader: object) -> object:
         """Begin a resumed run's data with its random numbers."""
         if self.lora_stage.resumed and self.lora_module.trainer.training:
-            self.lora_stage.resumed.begin_data()
+            self.lora_stage.resumed.begin_data(dataloader)
         return super().process_dataloader(dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
