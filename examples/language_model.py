@@ -1,15 +1,18 @@
 """Teach a small language model to answer questions as a file does, with LoRA.
 
-python examples/language_model.py                  # a dictionary: five to ten minutes on two CPU cores
-python examples/language_model.py --fast           # a minute or two on 64 lines, to see that it runs
-python examples/language_model.py --file my.tsv    # yours: on each line a question, a tab and its answer; 64 held out
-python examples/language_model.py --qlora          # with its weights in 4 bits: pip install bitsandbytes
-python examples/language_model.py --output kept    # keep the adapters, and ask later: --output kept --ask "..."
+python examples/language_model.py learns a dictionary, in five to ten minutes on
+two CPU cores. Options:
+
+--fast           a minute or two on 64 lines, to see that it runs
+--file my.tsv    yours: a question, a tab and its answer on each line; 64 are held out
+--qlora          with its weights in 4 bits: pip install bitsandbytes
+--output kept    keep the adapters; later ask them: --output kept --ask "..."
 """
 
 import argparse
 import io
 import logging
+import shlex
 import sys
 import tempfile
 import warnings
@@ -181,7 +184,7 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     table.add_row("adapters, from file", *measure(fresh, held_out))
     if not qlora:
         table.add_row("merged", *measure(module, held_out))
-    table.add_row("the file", "–", "\n".join(f"{question} {answer}" for question, answer in held_out[:SHOWN]))
+    table.add_row("expected", "–", "\n".join(f"{question} {answer}" for question, answer in held_out[:SHOWN]))
     console.print(table)
 
     from peft import PeftModel  # not above, where what it imports would not be quiet yet
@@ -195,7 +198,8 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     found = f"its logits differ by {difference:.0e} at most" if difference else "it computes the same logits"
     print(f"PEFT reads the adapters too: {found}.")
     print("For new questions, it learned the form (such as short definitions), not facts.")
-    ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output "{folder}" --ask "..."'
+    question = shlex.quote(held_out[0][0])
+    ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output "{folder}" --ask {question}'
     print(ask_it if options.output else "To keep the adapters: --output FOLDER")
 
 
@@ -220,8 +224,10 @@ if __name__ == "__main__":
         parser.error(f"--file {options.file} is no file")
     if options.qlora and find_spec("bitsandbytes") is None:
         parser.error("--qlora needs one more package: pip install bitsandbytes")
-    if options.ask is not None and not (options.output and (options.output / ADAPTER).is_file()):
-        parser.error(f"--ask needs --output FOLDER, with {ADAPTER} of an earlier run in it")
+    if options.ask is not None and not options.output:
+        parser.error("--ask needs --output FOLDER, the folder of an earlier run")
+    if options.ask is not None and not (options.output / ADAPTER).is_file():
+        parser.error(f"{options.output} holds no {ADAPTER}: train first, without --ask")
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         base, folder = Path(temporary) / "base", options.output or Path(temporary)

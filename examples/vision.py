@@ -1,7 +1,7 @@
 """Fine-tune the convolutions of an image classifier with LoRA.
 
 python examples/vision.py           # about a minute on two CPU cores
-python examples/vision.py --fast    # some seconds on a few images, to see that it runs
+python examples/vision.py --fast    # some seconds, to see that it runs
 
 It needs: pip install -e '.[vision]'
 """

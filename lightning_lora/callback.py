@@ -299,7 +299,7 @@ class LoRACallback(Callback):
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
         compatibility.end_bar(trainer, pl_module)
-        rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
+        rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
 
     # Afterwards
 

@@ -109,7 +109,7 @@ class LoRAStrategy(Strategy, InPlace):
         record = find_record(self.lora_module)
         if record is None and not trainer.ckpt_path:
             title = type(self.lora_module).__name__
-            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: it is evaluated as it is.")
+            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
         if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
             super().setup(trainer)
             return
