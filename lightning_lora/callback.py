@@ -20,6 +20,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
+from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
@@ -203,7 +204,8 @@ class LoRACallback(Callback):
         reshard(pl_module)
         check_merge_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
-        if trainer.is_global_zero and compatibility.wants_summary(trainer):
+        kinds = set[str]().union(*map(class_names, compatibility.callbacks_of(trainer)))
+        if trainer.is_global_zero and any("ModelSummary" in kind for kind in kinds):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
             fitting_console().print(table)

@@ -110,9 +110,7 @@ class LoRASummary:
         costs.add_row("Weights in a checkpoint", decimal(self.checkpoint_bytes), f"full fine-tuning: {full}")
         return costs
 
-    def __rich__(self) -> Group:
-        """Print as a table with rich."""
-        return self.table()
+    __rich__ = table  # for rich's print
 
     def __str__(self) -> str:
         """Print as a table."""

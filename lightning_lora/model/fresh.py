@@ -27,7 +27,7 @@ class Fresh:
     """The layers of a model that look untrained. Layers that are trained in full are not among them."""
 
     random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
-    share: float  # their share of the weights of all layers that were looked at
+    share: float  # their share of the weights of all layers that were looked at; NaN if there are none
 
     @property
     def new(self) -> tuple[str, ...]:
@@ -45,13 +45,15 @@ def find_fresh(view: View) -> Fresh:
         # an embedding's large values change slowly, and what the user froze is random on purpose
         if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights
-    return Fresh(tuple(_as_modules(view, fresh)), sizes[True] / max(sum(sizes.values()), 1))
+    return Fresh(tuple(_as_modules(view, fresh)), sizes[True] / total if (total := sum(sizes.values())) else math.nan)
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return frozen weights that look untrained, unless most do, and filled buffers. Collective for a sharded model."""
+    """Return frozen weights that may be new, if not most look so, and filled buffers. Collective for sharded models."""
     if view.adapter.random is None:
-        modules = (found or find_fresh(view)).new
+        found = found or find_fresh(view)
+        small = _small(view) if found.share <= MOST_SHARE else ()
+        modules = {*found.new, *(name for name in small if isinstance(view.modules[name], nn.Linear))}
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
         view.adapter.random = tuple(compress(view.frozen, inside))
@@ -129,13 +131,20 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
         held.setdefault(owner_of(name), []).append(parameter)
     trained = set(map(id, view.trained.values()))
     norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
-    small = {name for name, own in held.items() if adapter_for(view.modules[name]) and max(map(count, own)) < FEWEST}
-    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms - small))
+    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms - _small(view)))
     found = []
     for name in fresh:
         beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))
         found += [next((outer for outer in starts_of(each) if outer not in known), each) for each in (name, *beside)]
     return list(dict.fromkeys(found))
+
+
+def _small(view: View) -> set[str]:
+    """The layers that are too small to judge."""
+    sizes: dict[str, int] = {}
+    for name, parameter in view.base.items():
+        sizes[owner_of(name)] = max(sizes.get(owner_of(name), 0), count(parameter))
+    return {name for name, size in sizes.items() if size < FEWEST and adapter_for(view.modules[name])}
 
 
 def _is_blank(parameter: nn.Parameter) -> bool:

@@ -101,11 +101,6 @@ def states_are_read(callbacks: list[Callback]) -> bool:
     return any("on_load_checkpoint" in vars(kind) and kind.__name__ != "Callback" for kind in kinds)
 
 
-def wants_summary(trainer: Trainer) -> bool:
-    """Whether the Trainer shows model summaries."""
-    return any("ModelSummary" in kind for callback in callbacks_of(trainer) for kind in class_names(callback))
-
-
 def loads_in_hooks(pl_module: LightningModule) -> bool:
     """Whether the module has hooks that may load weights. They would load the base's weights over merged ones."""
     return has_own(pl_module, "setup") or has_own(pl_module, "configure_model")

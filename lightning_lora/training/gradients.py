@@ -216,10 +216,6 @@ class Feeding:
             if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
                 self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    def can_judge(self, network: str) -> bool:
-        """Whether both the network and what trains have run."""
-        return {"", network} <= self.have_run
-
     def feeds_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
         return self.found.isdisjoint({*self.below[network], _UNKNOWN})

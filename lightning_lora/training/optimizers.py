@@ -73,7 +73,7 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
     alone, fed = list[str](), list[str]()
     for name, own in list(feeding.below.items()):
-        if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision(feeding.can_judge(name)):
+        if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
             (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
             del feeding.below[name]
     if not alone and not fed:

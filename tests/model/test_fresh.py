@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
 from lightning_lora.training.advice import left_alone, left_trainable
@@ -50,6 +50,23 @@ def test_new_classifier_is_found_whether_it_stays_frozen_or_is_adapted() -> None
     assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).random == ()
     for targets in ("all-linear", "all", ["conv1", "conv2"]):
         assert fresh(resnet(), target_modules=targets) == Fresh(("fc",), share=pytest.approx(0, abs=0.01))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
+def test_a_new_head_that_is_too_small_to_judge_is_in_files(tmp_path: Path, targets: Any) -> None:
+    torch.manual_seed(1)
+    model = bert(labels=2)  # a head of 130 values, which nobody names
+    base = copy.deepcopy(model.bert.state_dict())
+    inject_adapters(model, LoRAConfig(r=2, target_modules=targets))
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(p)
+    save_adapter(model, tmp_path / "a.safetensors")
+    other = bert(labels=2)  # with another random head
+    other.bert.load_state_dict(base)
+    load_adapter(other, tmp_path / "a.safetensors")
+    ids = torch.arange(6).view(1, 6)
+    torch.testing.assert_close(other.eval()(ids).logits, model.eval()(ids).logits)
 
 
 class Wrapped(nn.Module):
