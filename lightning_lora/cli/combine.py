@@ -1,11 +1,11 @@
 """Combine several files of adapters into one.
 
-The result is the exact weighted sum of the updates, of the sum of the ranks; or with --rank, its best approximation of
-that rank. Files with DoRA, or with modules that were trained in full, cannot be combined.
+The result is the exact weighted sum of the updates; or with --rank, the best
+one of that rank. Files with DoRA or modules trained in full are refused.
 
 examples::
 
-  lightning-lora combine de.safetensors fr.safetensors --weights 0.7 0.3 --out both.safetensors
+  lightning-lora combine a.ckpt b.ckpt --weights 0.7 0.3 --out sum.safetensors
   lightning-lora combine a.ckpt b.ckpt c.ckpt --rank 8 --out sum.safetensors
 """
 

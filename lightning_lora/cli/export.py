@@ -1,6 +1,6 @@
 """Write a file of adapters in PEFT's format, or in that of diffusers.
 
-peft and transformers read the folder. With --uniform, so do readers of one rank and one alpha: vLLM and llama.cpp.
+peft and transformers read the folder; with --uniform, vLLM and llama.cpp too.
 What PEFT has no counterpart for is refused by name.
 
 examples::

@@ -1,8 +1,8 @@
 """Show what a file of adapters holds.
 
-For each group of layers: the rank, the scaling, the norm of the update, and how many of its directions count (effective
-rank; the mean where a layer has several updates, such as those of q, k and v). Then what the file holds besides
-adapters, and the base they were trained on.
+For each group of layers: the rank, the scaling, the norm of the update, and
+how many of its directions count (effective rank, the mean of q, k and v).
+Then what the file holds besides adapters, and the base they were trained on.
 
 examples::
 
