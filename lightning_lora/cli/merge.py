@@ -1,6 +1,6 @@
 """Merge adapters into a file of the base.
 
-One tensor is in memory at a time, and the result is in files as the base is.
+One tensor is in memory at a time. The result has the same files as the base.
 Another base than that of the training is refused.
 
 examples::
