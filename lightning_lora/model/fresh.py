@@ -24,7 +24,7 @@ FEWEST = 256  # with fewer values than this, a trained weight may look drawn by 
 
 @dataclass(frozen=True)
 class Fresh:
-    """The layers of a model that look untrained. Layers that are trained in full are not among them."""
+    """The layers of a model that look untrained and do not train."""
 
     random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
     share: float  # their share of the weights of all layers that were looked at; NaN if there are none
@@ -36,7 +36,10 @@ class Fresh:
 
 
 def find_fresh(view: View) -> Fresh:
-    """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
+    """Find the layers that look untrained.
+
+    Embeddings, and what the user froze, count only in the share.
+    """
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
         is_fresh = _looks_fresh(view, name, weights)
@@ -49,7 +52,10 @@ def find_fresh(view: View) -> Fresh:
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return frozen weights that may be new, if not most look so, and filled buffers. Collective for sharded models."""
+    """Return frozen weights that may be new, and filled buffers.
+
+    None are new if most look untrained. Collective for a sharded model.
+    """
     if view.adapter.random is None:
         found = found or find_fresh(view)
         small = _small(view) if found.share <= MOST_SHARE else ()

@@ -85,7 +85,7 @@ def check_supported(
     reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
     more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     unknown = any(adapter_for(layers[name]) is None for name in refused)
-    inside = [name for name in names.fit() if is_in_any(name, refused)]
+    inside = [name for name in names.adaptable() if is_in_any(name, refused)]
     supported = f"Supported are {supported_types()} and their subclasses. " if unknown and not inside else ""
     such = f", such as {listed(inside, most=3)}" if inside else ""
     remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}" if len(refused) < len(layers) else ""

@@ -36,7 +36,7 @@ class Names:
         known: Mapping[str, object] = self.parameters if argument == "target_parameters" else self.modules
         if argument == "modules_to_save":
             known = {**known, **self.parameters}
-        meant = self.fit() if argument == "target_modules" else list(known)
+        meant = self.adaptable() if argument == "target_modules" else list(known)
         if isinstance(pattern, str):
             found = [name for name in known if re.fullmatch(pattern, name)]
             ends = {end: None for name in known for end in _ends_of(name) if re.fullmatch(pattern, end)}
@@ -89,12 +89,12 @@ class Names:
             f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
         )
 
-    def fit(self) -> list[str]:
+    def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""
         return [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
 
     def _hint_of_endings(self) -> str:
-        endings = dict.fromkeys(name.rpartition(".")[2] for name in self.fit())
+        endings = dict.fromkeys(name.rpartition(".")[2] for name in self.adaptable())
         some = f"Layers that can be adapted end in {listed(endings, most=8)}."
         return some if endings else "It has no layer to adapt."
 

@@ -93,20 +93,13 @@ class Resumed:
         loop, epoch = self.loop.epoch_loop, self.loop.epoch_progress.current.processed
         is_other = [_set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened if epoch != self.epoch]
         begins_anew = any(is_other) or not self.begun or (self.loop.restarting and loader_states(self.loop))
-        is_known = hasattr(
-            type(self.loop), "is_resuming"
-        )  # Lightning 2.6; before, a later epoch begins its data itself
+        is_known = hasattr(type(self.loop), "is_resuming")  # Lightning 2.6: before, a later epoch begins its data
         later = self.trainer.current_epoch > 0 and not loop.restarting and not is_known
         self._set(self.states if begins_anew or later else self.begun)
         if begins_anew and not later:
             begin_loaders_again(self.loop, self.loader_states)
-        if (
-            is_known
-            and self.loop.restarting
-            and not (
-                loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch  # the next epoch begins
-            )
-        ):
+        is_over = is_known and loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch
+        if is_known and self.loop.restarting and not is_over:
             self._set(self.states)  # of a moment when the epoch's data had begun
 
     def _set(self, states: dict[str, Tensor]) -> None:
