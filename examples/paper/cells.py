@@ -9,6 +9,9 @@ from . import stats
 from .jobs import Job, Results, nll
 from .plan import finalists, loss, ranked, search, seeds
 
+WHOLE = "\N{NO-BREAK SPACE}"
+"""What stands in a cell where a narrow screen must not break a line."""
+
 
 def accuracy(results: Results, jobs: list[Job], *sets: str) -> float:
     """Return the mean accuracy on the test part, or on these parts, in per cent."""
@@ -46,7 +49,7 @@ def difference(
         results.compared[known] = stats.interval(one, other, statistic)
     exact = results.compared[known]
     found, low, high = (signed(factor * value, digits) for value in exact[:3])
-    text = f"{found} [{low}, {high}]"
+    text = f"{found} [{low},{WHOLE}{high}]"
     return f"**{text}**" if exact.is_resolved else text
 
 
@@ -66,11 +69,11 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
     """Return each learning rate with its loss, and with the mean over seeds where that decided; the best is bold."""
     jobs = search(results, task, name, epochs)
-    tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
+    tried = {job: f"{job.lr:g}:{WHOLE}{nll(results[job]):.3f}" for job in jobs}
     best, *_ = ranked(results, jobs)
     if len(last := finalists(results, task, name, epochs)) > 1:
         for of_seeds in last:
-            tried[of_seeds[0]] += f" ({loss(results, of_seeds):.3f})"
+            tried[of_seeds[0]] += f"{WHOLE}({loss(results, of_seeds):.3f})"
         best, *_ = seeds(results, task, name, epochs)
     tried[best] = f"**{tried[best]}**"
     return ", ".join(tried.values())

@@ -159,9 +159,14 @@ def short(results: Results) -> str:
         best = at_best_epochs(results, task, "full")
         for name in EPOCHS:
             jobs = at_best_epochs(results, task, name)
-            found = [jobs[0].epochs, f"{accuracy(results, jobs):.1f}", *differences(results, jobs, best)]
-            rows.append([f"{task}: {name}", *found])
-    return markdown(["", "epochs", "accuracy", "minus full", "loss minus full"], rows)
+            found = [f"{accuracy(results, jobs):.1f}", *differences(results, jobs, best)]
+            rows.append([f"{task}: {with_epochs(name, jobs)}", *found])
+    return markdown(["", "accuracy", "minus full", "loss minus full"], rows)
+
+
+def with_epochs(name: str, jobs: list[Job]) -> str:
+    """Return the name of a method with the number of epochs of its jobs."""
+    return f"{name}, {jobs[0].epochs} epoch{'s' * (jobs[0].epochs > 1)}"
 
 
 CLASSIFYING = ("reviews", "definitions")
@@ -212,11 +217,8 @@ def few_rates(results: Results) -> str:
 
 def own_epochs(results: Results, task: str) -> str:
     """Compare the same with seeds, rates and what is forgotten."""
-    jobs_of = {}
-    for name in EPOCHS:
-        jobs = at_best_epochs(results, task, name)
-        jobs_of[f"{name}, {jobs[0].epochs} epoch{'s' * (jobs[0].epochs > 1)}"] = jobs
-    return classified(results, at_best_epochs(results, task, "full"), jobs_of)
+    each = {name: at_best_epochs(results, task, name) for name in EPOCHS}
+    return classified(results, each["full"], {with_epochs(name, jobs): jobs for name, jobs in each.items()})
 
 
 def epoch_losses(results: Results) -> str:
