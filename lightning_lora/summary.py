@@ -104,7 +104,7 @@ class LoRASummary:
         costs = Table.grid(padding=(0, 2))
         kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
         if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers):
-            what, full = f"State of {kinds}" if kinds else "Optimizer, two moments", decimal(self.full_optimizer_bytes)
+            what, full = f"State of {kinds or 'Adam'}", decimal(self.full_optimizer_bytes)
             costs.add_row(what, decimal(self.optimizer_bytes), f"full fine-tuning: {full}")
         full = decimal(self.full_checkpoint_bytes)
         costs.add_row("Weights in a checkpoint", decimal(self.checkpoint_bytes), f"full fine-tuning: {full}")

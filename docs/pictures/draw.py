@@ -254,7 +254,7 @@ def table(name: str) -> list[dict[str, str]]:
     page = (HERE.parent / "paper-tables.md").read_text(encoding="utf-8")
     _, _, after = page.partition(f"<!-- {name} -->")
     lines = after.partition("<!-- end -->")[0].strip().splitlines()
-    header, _, *rows = [[cell.strip() for cell in each.strip("|").split("|")] for each in lines]
+    header, _, *rows = [[" ".join(cell.split()) for cell in each.strip("|").split("|")] for each in lines]
     return [dict(zip(reversed(header), reversed(row), strict=True)) for row in rows]
 
 

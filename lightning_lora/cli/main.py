@@ -58,4 +58,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: str, message: str) -> None:
     """Print a message on the standard error."""
-    Console(stderr=True, soft_wrap=True).print(what, escape(message), highlight=False)
+    console = Console(stderr=True)
+    console.print(what, escape(message), highlight=False, soft_wrap=not console.is_terminal)

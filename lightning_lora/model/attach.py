@@ -114,9 +114,8 @@ def check_weights(view: View) -> None:
             changed.append(name)
     if changed:
         raise AdapterStateError(
-            f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed (by "
-            "prune, parametrize, weight_norm or the like), so no update can be merged into it or removed from it. Undo "
-            "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
+            f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed, so no update can be "
+            "merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before inject_adapters."
         )
 
 

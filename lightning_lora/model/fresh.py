@@ -28,6 +28,7 @@ class Fresh:
 
     random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
     share: float  # their share of the weights of all layers that were looked at; NaN if there are none
+    unsure: tuple[str, ...] = ()  # linear layers that look the same, with too few values to tell
 
     @property
     def new(self) -> tuple[str, ...]:
@@ -40,15 +41,19 @@ def find_fresh(view: View) -> Fresh:
 
     Embeddings, and what the user froze, count only in the share.
     """
-    sizes, fresh = {True: 0, False: 0}, {}
+    sizes, fresh, small = {True: 0, False: 0}, {}, []
     for name, weights in _layers(view):
-        is_fresh = _looks_fresh(view, name, weights)
+        is_fresh, layer = _looks_fresh(view, name, weights), view.modules[name]
+        on_purpose = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
+        if min(map(count, weights.values())) < FEWEST:
+            small += [name] if is_fresh and not on_purpose and isinstance(layer, nn.Linear) else []
+            continue
         sizes[is_fresh] += sum(map(torch.numel, weights.values()))
-        frozen_by_user = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
-        # an embedding's large values change slowly, and what the user froze is random on purpose
-        if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
+        if is_fresh and not on_purpose and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # they change slowly
             fresh[name] = weights
-    return Fresh(tuple(_as_modules(view, fresh)), sizes[True] / total if (total := sum(sizes.values())) else math.nan)
+    random = tuple(_as_modules(view, fresh))
+    unsure = tuple(name for name in small if set(random).isdisjoint(starts_of(name)))
+    return Fresh(random, sizes[True] / total if (total := sum(sizes.values())) else math.nan, unsure)
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
@@ -76,8 +81,9 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
         weights = {leaf: p for leaf, p in named.items() if id(p) not in seen}
         seen.update(map(id, weights.values()))
         plain = [p for p in weights.values() if (type(p) is nn.Parameter or is_dtensor(p)) and not p.is_meta]
-        large = [p for p in plain if p.is_floating_point() and p.element_size() > 1 and to_local(p).numel() >= FEWEST]
-        if weights and len(large) == len(weights):
+        floats = [p for p in plain if p.is_floating_point() and p.element_size() > 1]
+        here = [p for p in floats if to_local(p).numel() >= min(FEWEST, p.numel()) > 0]
+        if weights and len(here) == len(weights):
             yield name, weights
 
 
@@ -88,7 +94,7 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
     has_bias = any(to_local(bias).any() for bias in biases)
     for weight in weights.values():
         block = block_of(to_local(weight))
-        if block.numel() < FEWEST:  # the others are zero
+        if block.numel() < min(FEWEST, count(weight)):  # the others are zero
             looks_fresh = isinstance(layer, nn.Linear) and not has_bias and not to_local(weight).any()
         else:
             looks_fresh = any(is_uniform(block, bound) for bound in _bounds(layer, weight))
@@ -210,7 +216,7 @@ def _is_even(block: Tensor) -> bool:
     squares = block.square()
     for sums, length in ((squares.sum(1), squares.shape[1]), (squares.sum(0), squares.shape[0])):
         if len(sums) > 1:
-            ratio = sums.var().item() / (length * squares.var().item())
+            ratio = (sums.var() / (length * squares.var())).item()  # NaN if all are equal
             variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
             if ratio > (1 - variance + _SPREAD * math.sqrt(variance)) ** 3:
                 return False

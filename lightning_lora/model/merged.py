@@ -142,6 +142,5 @@ def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
     worst = max(much, key=much.__getitem__)
     return (
         f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} in "
-        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged model has "
-        "lost this part of the fine-tuning."
+        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small."
     )

@@ -253,9 +253,8 @@ class View:
         lost = [name for name in present if not isinstance(self.modules[name], LoRALayer) and name not in merged]
         if lost:
             raise AdapterStateError(
-                f"{listed(lost)} of {self.title} no longer have their adapters: the layers were replaced, or merged by "
-                "a call on another module that shares them. Call unmerge_adapters on that module, or "
-                "inject_adapters(model, config) to give the layers new adapters."
+                f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "
+                "module that shares them. Call unmerge_adapters on that one, or inject_adapters for new adapters."
             )
 
     def is_fresh(self) -> bool:

@@ -177,8 +177,7 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     if absent:
         raise AdapterMismatchError(
             f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
-            "model that it was saved from, or one with the same names. If the module makes them in setup, call "
-            "model.setup('fit') first."
+            "model that it was saved from. If the module makes them in setup, call model.setup('fit') first."
         )
 
 

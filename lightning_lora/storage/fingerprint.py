@@ -310,9 +310,8 @@ def _difference(
     there, now = (" and ".join(dtypes) for dtypes in (fingerprint["dtypes"], here["dtypes"]))
     return (
         f"These adapters were trained on another base, in {there}: {how_many}, also after a conversion from "
-        f"{now}{_left_out(found)}. Load the same pretrained weights as for the training, in {there}, and convert the "
-        "model afterwards if you wish. A base that was rounded twice, or to float16 there and to bfloat16 here, cannot "
-        "be recognised."
+        f"{now}{_left_out(found)}. Load the same pretrained weights as for the training, in {there}, and then convert "
+        "the model. A base that was rounded twice, or to float16 there and to bfloat16 here, is not recognised."
     )
 
 

@@ -51,6 +51,11 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         )
     elif fresh.random:
         _warn_of_fresh(view, fresh)
+    if fresh.unsure and fresh.share <= MOST_SHARE:
+        rank_zero_info(
+            f"Perhaps new: {listed(fresh.unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+            f"{_to_save(view, fresh.unsure)}. If pretrained, all is well."
+        )
     _warn_of_left_trainable(view, fresh)
     _warn_of_tied(view)
     _warn_of_heads(view)
@@ -105,9 +110,8 @@ def _few(rates: list[float]) -> str:
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     found = (
         f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
-        f"an initialisation, and stay as they are. Train them in full: {_to_save(view, fresh.random)}. (If "
-        "they are random on purpose, or the loss does not depend on them, ignore this: the files hold them as they "
-        "are.)"
+        f"an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If they are random on purpose, or "
+        "the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
     excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
     layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}

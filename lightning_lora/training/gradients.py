@@ -109,13 +109,12 @@ class Gradients:
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
-                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
-                "train, unless other batches use these layers (as with experts). Either the loss does not depend on "
-                "them; or other code reads their weights without calling the layers (name these weights in "
-                "target_parameters); or it has frozen them (requires_grad, freeze()). Find out why, or leave them out "
-                "with exclude_modules."
-                + f" {listed(fresh)} look untrained too: if the loss does not depend on them, leave them out, whatever "
-                "FreshLayerWarning says of them." * bool(fresh),
+                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Do only other "
+                "batches use these layers (as with experts)? Has other code frozen them (requires_grad), or does it "
+                "read weights without calling the layers (name these in target_parameters)? If the loss does not "
+                "depend on the layers, leave them out with exclude_modules."
+                + f" {listed(fresh)} look untrained too: leave them out then, whatever FreshLayerWarning says."
+                * bool(fresh),
                 DeadAdapterWarning,
             )
 

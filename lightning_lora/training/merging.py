@@ -90,8 +90,7 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
     if lost_to_rounding(lost, type(module).__name__):
         warn(
             f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
-            "of the update away. Code that reads only these weights has lost this part of the fine-tuning. Set "
-            'save="adapters", or convert the model to float32 first.',
+            'of the update away. Set save="adapters", or convert the model to float32 first.',
             MergePrecisionWarning,
         )
 
@@ -176,9 +175,8 @@ def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -
         shutil.rmtree(folder, ignore_errors=True)
         warn(
             "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
-            f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
-            "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
-            "If space is missing, free some, or set TMPDIR to a folder that can be written."
+            f"({type(error).__name__}: {error}): the model there can be neither unmerged nor saved as adapters. Load "
+            "them from a checkpoint. If space is missing, free some, or set TMPDIR to a folder that can be written."
         )
         return results
     return {**results, _KEY: folder}

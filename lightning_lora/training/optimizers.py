@@ -151,9 +151,8 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
             )
     elif rest:
         raise OptimizerError(
-            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "
-            f"holds them or the weights that they adapt. To train them, give {view.title}.parameters() to one "
-            f"of its optimizers. If they are not meant: exclude_modules={_networks(map(owner_of, rest))}."
+            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups holds them or the weights "
+            f"below. Give one {view.title}.parameters(). Or set exclude_modules={_networks(map(owner_of, rest))}."
         )
 
 

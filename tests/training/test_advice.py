@@ -23,8 +23,8 @@ from tests.support.models import LitTiny, aged, data, lora, state, trainer
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
-def new_head() -> LitTiny:
-    model = LitTiny(width=64)
+def new_head(width: int = 64) -> LitTiny:
+    model = LitTiny(width)
     for layer in (model.embed, model.q_proj, model.v_proj):
         aged(layer)
     return model
@@ -67,7 +67,7 @@ def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: P
     fresh, dead = fit(tmp_path, Encodes(), r=2)
     assert fresh.startswith("FreshLayerWarning: Layers of Encodes that look untrained: 'sizes'.")
     assert "or the loss does not depend on them, ignore this" in fresh and dead.startswith("DeadAdapterWarning")
-    assert "'sizes.0', 'sizes.2' look untrained too: if the loss does not depend on them, leave them out" in dead
+    assert "'sizes.0', 'sizes.2' look untrained too: leave them out then" in dead
     caplog.clear()
     for excluded in (["sizes"], ["sizes.0", "sizes.2"]):
         assert fit(tmp_path, Encodes(), r=2, exclude_modules=excluded) == []
@@ -86,6 +86,20 @@ def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     assert fit(tmp_path, model, **TARGETS) == []
     resumed = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=2)  # a warning would be an error
     resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_small_new_head_is_named_as_perhaps_new(tmp_path: Path, caplog: Any) -> None:
+    def said(model: LitTiny, **options: Any) -> bool:
+        caplog.clear()
+        assert fit(tmp_path, model, **TARGETS, **options) == []
+        return "Perhaps new: 'head' of LitTiny" in caplog.text and "modules_to_save=['head']" in caplog.text
+
+    trained, frozen = new_head(48), new_head(48)  # a head of 192 values
+    aged(trained.head)
+    frozen.head.requires_grad_(False)
+    assert said(new_head(48)) and not said(new_head(48), modules_to_save=["head"])
+    assert not said(trained) and not said(frozen)  # which is random on purpose
+    assert not said(LitTiny(width=48)) and not said(LitTiny())  # as all of the model is, or may be
 
 
 def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path: Path, caplog: Any) -> None:

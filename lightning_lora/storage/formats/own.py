@@ -128,8 +128,8 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     if VERSION in contents:
         reader = "MyModule.load_from_checkpoint(path)"
     return (
-        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "
-        f"as save_merged writes. Load it with {reader}, or give it to a Trainer as ckpt_path, as a base."
+        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model. Load "
+        f"it with {reader}, or give it to a Trainer as ckpt_path. (The order: lightning-lora merge BASE ADAPTER OUT.)"
     )
 
 

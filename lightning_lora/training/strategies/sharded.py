@@ -75,7 +75,7 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
             warn(
                 f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
                 f"{self._lora_mesh().size()} of {self.world_size} read their own data. "  # type: ignore[attr-defined]
-                "Call fully_shard in configure_model, with both sizes: ModelParallelStrategy(data_parallel_size=..., "
+                "Call fully_shard in configure_model, with ModelParallelStrategy(data_parallel_size=..., "
                 "tensor_parallel_size=1). Or use strategy='ddp'."
             )
 

@@ -238,9 +238,8 @@ class LoRAStrategy(Strategy, InPlace):
         disk.check_path(path)
         if str(path).endswith(".safetensors"):
             raise AdapterFileError(
-                f"{path} is no Trainer's checkpoint. If save_adapter wrote it, call load_adapter(model, path). If "
-                "save_merged wrote it, call safetensors.torch.load_model(model, path). Then use the Trainer without "
-                "ckpt_path."
+                f"{path} is no Trainer's checkpoint. If save_merged wrote it, call safetensors.torch.load_model(model, "
+                "path), otherwise load_adapter(model, path). Then use the Trainer without ckpt_path."
             )
         is_trusted = os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true")  # as torch reads it
         is_trusted |= False in (*args, kwargs.get("weights_only"))
