@@ -297,8 +297,7 @@ class LoRACallback(Callback):
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
         which = load_best(trainer, pl_module) if self.merge == "best" else "the last adapters"
-        count = len(View(pl_module).layers)
-        layers = "1 layer" if count == 1 else f"{count} layers"
+        layers = "1 layer" if (count := len(View(pl_module).layers)) == 1 else f"{count} layers"
         merge_adapters(pl_module)
         compatibility.end_bar(trainer, pl_module)
         rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")

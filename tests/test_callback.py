@@ -72,6 +72,16 @@ def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> 
     assert "no ckpt_path" not in caplog.text
 
 
+def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -> None:
+    model, said = LitTiny(), "LoRA: merged the file's adapters. LitTiny is plain again."
+    t = trainer(tmp_path, [lora(), best(tmp_path)])
+    t.fit(model, data(), data())
+    t.test(model, data(), verbose=False)
+    assert said not in caplog.text
+    t.test(model, data(), ckpt_path="best", verbose=False)
+    assert said in caplog.text and is_plain(model)
+
+
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
     model = LitTiny()
     model.q_proj = model.v_proj = model.head = nn.Identity()  # type: ignore[assignment]

@@ -58,9 +58,8 @@ def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: obj
         raise ConfigError(f"merge={merge!r} is not possible. {error} {stay}") from error
     if tied and returns_state_only(trainer):
         raise ConfigError(
-            f"merge={merge!r} is not possible: a weight of {listed(tied)} and another layer's are one tied weight, and "
-            "a merge changes only one use of it. The processes of this strategy send back a state dict, which cannot "
-            "hold both. Use strategy='ddp', or leave the layer out with exclude_modules."
+            f"merge={merge!r} is not possible: a weight of {listed(tied)} is tied, and a merge changes one use of it. "
+            "A state dict from another process cannot hold both. Use strategy='ddp', or exclude_modules."
         )
 
 

@@ -185,6 +185,8 @@ class Stage:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)
+                if was is Phase.LOADED:
+                    rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
 
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
         """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
