@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -155,14 +156,13 @@ def run(folder: Path, *, fast: bool) -> None:
     assert abs(reloaded - accuracy) < 1e-3, "the fresh model does not score the same"
     size = summarize(fresh)
     caption = None if fast else "LoRA, mean of three seeds: 86.8% (README.md)"
-    table = Table("", "LoRA", "full fine-tuning", title="Film reviews", caption=caption)
-    if fast:
-        table.add_row("Test accuracy", f"{accuracy:.1%}", "not trained here")
-    else:
-        table.add_row("Test accuracy", f"{accuracy:.1%}", "87.6% (README.md)")
+    table = Table("", title="Film reviews", caption=caption)
+    table.add_column("LoRA", justify="right")
+    table.add_column("full fine-tuning", justify="right")
+    table.add_row("Test accuracy", f"{accuracy:.1%}", "not trained here" if fast else "87.6% (README.md)")
     table.add_row("Accuracy, from its file", f"{reloaded:.1%}", "–")
     table.add_row("Trained parameters", f"{size.trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
-    table.add_row("Bytes to store", f"{size.checkpoint_bytes:,}", f"{size.full_checkpoint_bytes:,}")
+    table.add_row("Weights in a checkpoint", decimal(size.checkpoint_bytes), decimal(size.full_checkpoint_bytes))
     console.print(table)
 
 

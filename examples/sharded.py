@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -224,13 +225,15 @@ def run(folder: Path, *, fast: bool) -> None:
     after = trainer.validate(module, batches(unseen), verbose=False)[0]["loss"]
 
     if trainer.is_global_zero:
-        table = Table("Bytes of a process", "all weights", "LoRA")
+        table = Table("In each process")
+        table.add_column("all weights", justify="right")
+        table.add_column("LoRA", justify="right")
         table.title = f"The second step. Processes: {trainer.world_size}"
         for name, size in of_all.rows().items():
-            table.add_row(name, f"{size:,}", f"{of_lora.rows()[name]:,}")
-        table.add_row("Checkpoint, weights only", *(f"{path.stat().st_size:,}" for path in (base, adapters)))
+            table.add_row(name, decimal(size), decimal(of_lora.rows()[name]))
+        table.add_row("Checkpoint, weights only", *(decimal(path.stat().st_size) for path in (base, adapters)))
         table.add_section()
-        table.add_row("Loss on new code, not a size", f"{before:.2f}", f"{after:.2f}")
+        table.add_row("Loss on new code", f"{before:.2f}", f"{after:.2f}")
         Console().print(table)
         check_in_one_process(base, adapters, unseen, after)
     trainer.strategy.barrier()  # then the folder may be deleted

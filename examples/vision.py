@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -149,12 +150,14 @@ def run(folder: Path, *, fast: bool) -> None:
     merged = other.test(plain, data, verbose=False)[0]["test_accuracy"]
     assert abs(merged - of_checkpoint) < 0.005, "the merged model is another one"  # it is rounded once
 
-    table = Table("", "accuracy", "file, bytes", title="Handwritten digits, test")
+    table = Table("", title="Handwritten digits, test")
+    table.add_column("accuracy", justify="right")
+    table.add_column("file", justify="right")
     for name, accuracy, path in (
         ("Best checkpoint of the adapters", of_checkpoint, Path(best.best_model_path)),
         ("Merged model, without LoRA", merged, folder / "merged.pt"),
     ):
-        table.add_row(name, f"{accuracy:.1%}", f"{path.stat().st_size:,}")
+        table.add_row(name, f"{accuracy:.1%}", decimal(path.stat().st_size))
     console.print(table)
 
 
