@@ -22,6 +22,7 @@ CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's,
 FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
 EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
 STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
+VIEWED = "_base"  # the tensor below a view: a weight that is read by hand would not be noticed
 NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
 STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
 NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused

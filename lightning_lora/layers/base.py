@@ -139,10 +139,7 @@ class LoRALayer(LayerKind):
             return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a merged weight, and the share of its update lost to rounding.
-
-        A DTensor gets the same bits as in one process.
-        """
+        """Return a merged weight, a DTensor with the bits of one process, and the share of its update that is lost."""
         weight = own_parameter(self, name)
         full = full_tensor(weight)
         is_plain = type(full.data) is Tensor and full.dim() == 2
@@ -235,10 +232,7 @@ class LoRALayer(LayerKind):
         return False
 
     def lora_begin_anew(self) -> None:
-        """Initialise an untrained adapter again if its weights have changed.
-
-        Only one that starts from them.
-        """
+        """Initialise an untrained adapter anew that starts from its weights, if these have changed."""
         has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta
         if has_values and self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
@@ -254,10 +248,7 @@ class LoRALayer(LayerKind):
     # Methods of nn.Module
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does.
-
-        A mode that is set in a training step holds until the next step.
-        """
+        """Set the mode as nn.Module does. A mode that is set in a training step holds until the next step."""
         self.lora_step.runs = False
         return super().train(mode)
 
@@ -304,9 +295,8 @@ class LoRALayer(LayerKind):
         """Warn of weights below an adapter that is trained: always in the same words, so Python does it once."""
         if any(prefix + name in state_dict for name in self.lora_weights()) and not self.lora_is_fresh():
             warn(
-                "A state of the base was loaded below trained adapters, which stay as they are, trained. If its "
-                "weights hold merged updates, these count twice now. Call remove_adapters(model) before loading, to "
-                "start anew. For a file of this package, call load_adapter(model, path)."
+                "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
+                "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."
             )
 
     def extra_repr(self) -> str:

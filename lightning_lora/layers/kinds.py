@@ -35,10 +35,7 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class for a layer, or None.
-
-    It is that of the layer's type, or of its nearest base class that has one.
-    """
+    """Return the adapter class for a layer, that of its type or nearest base class, or None."""
     for ancestor in type(layer).__mro__:
         adapter = ADAPTERS.get(ancestor) or ADAPTERS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if adapter is not None:
@@ -47,10 +44,7 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 
 
 def name_of_kind(kind: type) -> str:
-    """Return the full name of an adapter class.
-
-    It is the same in a spawned process, which knows the main module under another name.
-    """
+    """Return the full name of an adapter class, the same one in a spawned process."""
     return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
 
 

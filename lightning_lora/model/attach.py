@@ -167,9 +167,8 @@ def _check_same_trained(view: View, prefix: str) -> None:
     ours = {name for name in view.trained if name.startswith(inside)}
     if theirs != ours:
         raise AdapterMismatchError(
-            f"{view.title} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
-            f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
-            "give another name=..., or call remove_adapters(model) first."
+            f"{view.title} is adapted already, and trains {listed(theirs) or 'nothing'} beside its adapters, not "
+            f"{listed(ours) or 'nothing'}. Use the same modules_to_save and bias, another name=..., or remove_adapters."
         )
 
 
@@ -208,9 +207,8 @@ def _check_optimizer(optimizer: Optimizer, *_: Any) -> None:
         below = [name for name in view.adapted_weights if view.layers and view.base.get(name) in held]
         if below and held.isdisjoint(view.adapters.values()):
             raise OptimizerError(
-                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter: "
-                "it trains nothing. Make it after inject_adapters or load_adapter: "
-                f"{type(optimizer).__name__}(p for p in model.parameters() if p.requires_grad)."
+                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter. "
+                "Make it after inject_adapters or load_adapter, of (p for p in model.parameters() if p.requires_grad)."
             )
     _CHECKED.add(optimizer)
 

@@ -37,10 +37,7 @@ class Fresh:
 
 
 def find_fresh(view: View) -> Fresh:
-    """Find the layers that look untrained.
-
-    Embeddings, and what the user froze, count only in the share.
-    """
+    """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
     sizes, fresh, small = {True: 0, False: 0}, {}, []
     for name, weights in _layers(view):
         is_fresh, layer = _looks_fresh(view, name, weights), view.modules[name]
@@ -57,10 +54,7 @@ def find_fresh(view: View) -> Fresh:
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return frozen weights that may be new, and filled buffers.
-
-    None are new if most look untrained. Collective for a sharded model.
-    """
+    """Return frozen weights that may be new, unless most look untrained, and filled buffers. Collective."""
     if view.adapter.random is None:
         found = found or find_fresh(view)
         small = _small(view) if found.share <= MOST_SHARE else ()
@@ -132,10 +126,7 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The largest modules of these, small layers and blank norms.
-
-    A small layer, such as a head's last one, may look trained by chance.
-    """
+    """The largest modules of these, small layers and blank norms. A small layer may look trained by chance."""
     if not fresh:
         return []
     held: dict[str, list[nn.Parameter]] = {}

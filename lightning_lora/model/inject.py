@@ -253,9 +253,8 @@ def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
     since.clear()
     if 0 < len(frozen) < len(view.layers):
         warn(
-            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned. The "
-            "adapters train on. To keep what they learned, and train the rest: merge_adapters(model), "
-            "remove_adapters(model), then freeze and fit."
+            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
+            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
         )
 
 
@@ -331,9 +330,8 @@ def check_adapted(model: nn.Module) -> None:
     missing = [name for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)]
     if missing:
         raise AdapterStateError(
-            f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced after the "
-            "adapters were injected. Make all layers in __init__, setup (a callback's too) or configure_model: there, "
-            "exclude_modules can leave them out."
+            f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced later. "
+            "Make all layers in __init__, setup (a callback's too) or configure_model. Or set exclude_modules."
         )
 
 

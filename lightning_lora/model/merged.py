@@ -20,9 +20,8 @@ def check_as_merged(view: View) -> None:
     """Raise an error if a merged model's weights have changed."""
     if not is_as_merged(view):
         raise AdapterStateError(
-            f"The weights of {view.title} were changed since its adapters were merged into them (replaced, "
-            "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
-            "restored. Load both again, or call remove_adapters(model) to continue from the weights as they are."
+            f"The weights of {view.title} were changed since its adapters were merged into them, so neither these nor "
+            "its base can be restored. Load both again, or keep the weights as they are: remove_adapters(model)."
         )
 
 
@@ -104,9 +103,8 @@ def warn_of_divergence(view: View) -> None:
     broken = [name for name, p in view.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
     if broken:
         warn(
-            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
-            "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
-            "learning rate."
+            f"{listed(broken)} of {view.title} hold NaN or infinite values, and the merged weights too: the training "
+            "has diverged. Call unmerge_adapters(model) for the base, and train with a lower learning rate."
         )
 
 
@@ -115,9 +113,8 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[
     title = type(model).__name__
     if untied:
         warn(
-            f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
-            "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
-            "are not tied (in transformers, config.tie_word_embeddings=False)."
+            f"The weight of {listed(untied)} in {title} was tied to another layer's: they are two weights now. Load "
+            "the state dict into a model where they are not tied (in transformers, config.tie_word_embeddings=False)."
         )
     overflown = [name for name, share in lost.items() if not share < math.inf]
     if overflown:

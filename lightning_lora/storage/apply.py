@@ -32,10 +32,7 @@ from lightning_lora.tensors.values import replace_values
 def apply(
     model: nn.Module, read: Callable[[View], StoredAdapters], *, refuse_base: bool = True, name: str | None = None
 ) -> None:
-    """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing.
-
-    A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
-    """
+    """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing."""
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
@@ -153,9 +150,8 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
     outside = dict.fromkeys(owner_of(name) or name for name in stored.state if not is_inside(name, renaming.there))
     if outside:
         raise AdapterMismatchError(
-            f"The file's adapters fit {title}, but it also holds {listed(outside)}, trained outside of "
-            f"{renaming.there!r}, which {title} does not have. Load it onto the whole model that it was saved from, "
-            f"and take its {renaming.there!r}."
+            f"The file's adapters fit {title}, but it also holds {listed(outside)}, outside of {renaming.there!r}. "
+            "Load it onto the whole model that it was saved from, and take this module from there."
         )
     warn(renaming.told(title))
     return replace(

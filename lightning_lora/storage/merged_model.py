@@ -214,9 +214,8 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     changed = {plain_name(name): value for name, value in (changed or {}).items()}
     if any(is_dtensor(changed.get(name, p)) for name, p in view.parameters.items()):
         raise AdapterStateError(
-            f"{type(model).__name__} is spread over processes, so none of them holds all its weights. Call "
-            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
-            "FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
+            f"{type(model).__name__} is spread over processes. Call save_adapter(model, path) in each, then "
+            "lightning-lora merge BASE FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
         )
     check_weights(view)
     check_mergeable(view)

@@ -254,9 +254,8 @@ def _warn_of_computed(view: View, word: str) -> None:
     idle = (*view.adapter.networks.still, *view.adapter.networks.copies)
     if left := [name for name in layers if by_user.isdisjoint(starts_of(name)) and not is_in_any(name, idle)]:
         _warn(
-            f"No adapter for {listed(left)} of {view.title}, because the weight is {COMPUTED}: no "
-            "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "
-            f"{_to_save(view, left)}."
+            f"No adapter for {listed(left)} of {view.title}, because the weight is {COMPUTED}. It stays frozen: undo "
+            f"that to adapt it, or train it in full: {_to_save(view, left)}."
         )
 
 

@@ -163,9 +163,8 @@ def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:
         return
     networks = _networks(owner_of(name) or name for name in lost)
     raise OptimizerError(
-        f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, without adapters or "
-        "with adapters that are in another optimizer. Adapt their layers (target_modules), or train them in full: "
-        f"modules_to_save={networks}. Or leave this optimizer out."
+        f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, whose adapters, if any, "
+        f"are in another one. Adapt layers (target_modules), set modules_to_save={networks}, or leave it out."
     )
 
 

@@ -43,7 +43,7 @@ def test_files_of_a_run_that_changed_its_base_load_in_any_order_and_onto_the_bas
     for file in (first, second, second, first):
         ll.load_adapter(model, file)
         restores(file, model)
-    with pytest.warns(ll.LoRAWarning, match="stay as they are"):
+    with pytest.warns(ll.LoRAWarning, match="below trained adapters"):
         model.load_state_dict(LitTiny().state_dict())
     ll.load_adapter(model, second)
     restores(second, model)

@@ -231,4 +231,4 @@ def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Pa
     assert came_back(result, result["best"])
     assert train(tmp_path / "wide", module=training.Wide, merge="best")["classes"][1:] == CLASSES
     assert "merge=False would lose the adapters" in failing(tmp_path / "none", merge=False)
-    assert "one tied weight" in failing(tmp_path / "tied", module=training.Tied)
+    assert "is tied, and a merge changes one use" in failing(tmp_path / "tied", module=training.Tied)

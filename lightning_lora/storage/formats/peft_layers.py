@@ -263,9 +263,8 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
         )
     if left:
         raise ExportError(
-            f"PEFT's format has no place for {listed(left)}: buffers or frozen weights that changed in training, "
-            "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
-            "whole modules in modules_to_save, load a file onto its model and export that, or save the whole model."
+            f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "
+            "no single parameters or buffers. Load a file onto its model and export that, or save the whole model."
         )
 
 

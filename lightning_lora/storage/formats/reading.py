@@ -71,9 +71,8 @@ def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r:
     (a, b), (*stack,) = factors, matrix.stack
     if [*a.shape] != [*stack, r, matrix.reads] or [*b.shape] != [*stack, matrix.writes, r]:
         raise AdapterMismatchError(
-            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {layer.name!r}. This "
-            f"{layer.layer_class.rpartition('.')[2]} reads {matrix.reads} features and writes {matrix.writes}. Pass "
-            f"the model that they were trained on.{remedy}"
+            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {layer.name!r}. It reads {matrix.reads} "
+            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
         )
 
 

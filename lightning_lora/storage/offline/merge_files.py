@@ -108,9 +108,8 @@ class _Merge:
         found = min(compared, key=lambda each: len(each.differ), default=Comparison())
         if not found.is_same:
             raise BaseMismatchError(
-                f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} frozen "
-                f"tensors in {self.files.path} differ, such as {listed(found.differ)}, and {found.equal} are the same. "
-                "Pass the weights that they were trained on."
+                f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} "
+                f"frozen tensors in {self.files.path} differ, such as {listed(found.differ)}. Pass the same weights."
             )
         if found.converted:
             warn(

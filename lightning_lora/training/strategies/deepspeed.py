@@ -176,9 +176,8 @@ class LoRADeepSpeedStrategy(LateStrategy, kind="DeepSpeedStrategy"):
             is_wide |= uses_dora or layer.lora_settings.autocast_dtype
         if self.lora_stage.is_fitting and is_wide and (in_float16 or (in_bfloat16 and view.trained)):
             raise StrategyError(
-                "In half precision, DeepSpeed trains all parameters in the dtype of the adapters, which is float32 "
-                f"here. Set autocast_adapter_dtype=False{' and use_dora=False' * uses_dora}: DeepSpeed itself trains "
-                "copies in float32, so no step is rounded away."
+                "In half precision, DeepSpeed trains all parameters in one dtype, and the adapters are float32. Set "
+                f"autocast_adapter_dtype=False{' and use_dora=False' * uses_dora}: its own copies are float32."
             )
 
     def on_train_start(self) -> None:

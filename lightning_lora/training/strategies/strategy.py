@@ -1,12 +1,9 @@
-"""What a strategy does where callbacks have no hook.
-
-That is before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
-"""
+"""What a strategy does where callbacks have no hook, such as before a checkpoint is loaded."""
 
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,6 +35,7 @@ from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.reads import reads_watched
 from lightning_lora.training.stage import Phase, Stage
 
 if TYPE_CHECKING:
@@ -288,9 +286,8 @@ class LoRAStrategy(Strategy, InPlace):
             if self.lora_stage.phase is Phase.LOADED:
                 self.lora_stage.phase = Phase.SET_UP  # so that the module becomes what it was before
             raise OptimizerError(
-                f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same "
-                "ones from configure_optimizers, with the same kind of lr_scale: 1, another number, or A and B. Or "
-                "load the adapters only, with load_adapter(model, path), and call fit without ckpt_path."
+                f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same, "
+                "with the same kind of lr_scale. Or load_adapter(model, path), and fit without ckpt_path."
             ) from error
 
     def lora_load_states(self, checkpoint: Any) -> None:
@@ -338,7 +335,10 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        output = super().training_step(*args, **kwargs)
+        watch = nullcontext() if self.lora_stage.has_stepped else reads_watched(self.lora_module)
+        self.lora_stage.has_stepped = True
+        with watch:
+            output = super().training_step(*args, **kwargs)
         if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()
         return output

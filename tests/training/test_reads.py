@@ -1,0 +1,59 @@
+"""Embeddings that a training step reads by hand are named: a merge would change what the reader computes."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_lora as ll
+from tests.support.models import WIDTH, WORDS, LitTiny, data, trainer
+
+ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}
+
+
+class Words(LitTiny):
+    """A model that predicts the word that it reads, in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.out = nn.Linear(WIDTH, WORDS, bias=False)
+        if way == "a tied layer":
+            self.out.weight = self.embed.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        x, weight = torch.tanh(self.q_proj(self.embed(index))), self.embed.weight
+        if self.way == "transposed":
+            return x @ weight.T
+        if self.way == "multiplied":
+            return F.linear(x, weight)
+        if self.way == "looked at":  # for a size, and for a number without a gradient
+            x = x * weight.shape[1] ** 0.5 + weight.detach().norm()
+        return self.out(x)
+
+
+def said(folder: Path, way: str, **options: Any) -> list[str]:
+    """What a fit says of reads."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = ll.LoRACallback(**{"r": 2, "target_modules": "all", **options})
+        trainer(folder, [callback], max_epochs=2).fit(Words(way), data())
+    return [str(each.message) for each in caught if "by hand" in str(each.message)]
+
+
+@pytest.mark.parametrize("options", [{}, ROWS])
+@pytest.mark.parametrize("way", ["transposed", "multiplied"])
+def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, way: str, options: Any) -> None:
+    (message,) = said(tmp_path, way, **options)
+    assert "'embed' of Words" in message and "exclude_modules=['embed']" in message
+    assert not said(tmp_path, way, target_modules="all", exclude_modules=["embed"])  # it is right there
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, ROWS])
+@pytest.mark.parametrize("way", ["a tied layer", "a layer", "looked at"])
+def test_layers_and_looks_are_no_reads(tmp_path: Path, way: str, options: Any) -> None:
+    assert not said(tmp_path, way, **options)
