@@ -22,7 +22,6 @@ CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's,
 FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
 EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
 STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
-VIEWED = "_base"  # the tensor below a view: a weight that is read by hand would not be noticed
 NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
 STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
 NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
@@ -60,6 +59,12 @@ def local_offsets(tensor: Any) -> tuple[Any, Any]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch may compile a part of a model: with a watched weight, it would compile that once more."""
+    hints = {"training_step", "forward", "_compiled_call_impl", COMPILED}
+    return any(not hints.isdisjoint((*vars(each), *dict(each.named_children()))) for each in model.modules())
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -151,9 +151,8 @@ def check_same(view: View, choices: Mapping[str, Choice]) -> None:
         if differ:
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
-                f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
-                f"this configuration asks for {there}. Use the same one, or {instead} (after "
-                "unmerge_adapters(model) if the updates are merged)."
+                f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}, "
+                f"not {there}. Use the same, or {instead} (after unmerge_adapters(model) if the updates are merged)."
             )
     for prefix, record in records_in(view.modules).items():
         if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:

@@ -197,7 +197,7 @@ def is_normal(block: Tensor, deviation: float) -> bool:
 
 def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) -> bool:
     for power, moment, variance in moments:
-        if abs(scaled.pow(power).mean().item() - moment) > _SPREAD * math.sqrt(variance / scaled.numel()):
+        if not abs(scaled.pow(power).mean().item() - moment) <= _SPREAD * math.sqrt(variance / scaled.numel()):
             return False
     return True
 

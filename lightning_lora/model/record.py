@@ -1,7 +1,4 @@
-"""What an adapted model remembers: its record, an attribute of the model, which so survives copy and pickle.
-
-All keys in it are names as in ``named_parameters``.
-"""
+"""What an adapted model remembers: an attribute, which survives copy and pickle, with names of parameters."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping

@@ -37,10 +37,7 @@ def digest(tensor: Tensor) -> int:
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
-    """Return the digests of several tensors, converted to ``dtype``. DTensors take one message for each placement.
-
-    Those that are not split in their first dimension (tensor parallelism) are gathered, one after the other.
-    """
+    """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
     tensors = [full_tensor(each) if is_dtensor(each) and not is_one_run(each) else each for each in tensors]
     found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
     placed: dict[Any, list[int]] = {}

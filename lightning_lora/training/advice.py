@@ -51,10 +51,12 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         )
     elif fresh.random:
         _warn_of_fresh(view, fresh)
-    if fresh.unsure and fresh.share <= MOST_SHARE:
+    aside = {*Names(view.model).find("exclude_modules", view.config.exclude_modules), *view.adapter.networks.copies}
+    unsure = [name for name in fresh.unsure if not is_in_any(name, aside) and fresh.share <= MOST_SHARE]
+    if unsure:
         rank_zero_info(
-            f"Perhaps new: {listed(fresh.unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-            f"{_to_save(view, fresh.unsure)}. If pretrained, all is well."
+            f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+            f"{_to_save(view, unsure)}. If pretrained, all is well."
         )
     _warn_of_left_trainable(view, fresh)
     _warn_of_tied(view)

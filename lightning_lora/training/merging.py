@@ -174,8 +174,7 @@ def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -
         shutil.rmtree(folder, ignore_errors=True)
         warn(
             "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
-            f"({type(error).__name__}: {error}): the model there can be neither unmerged nor saved as adapters. Load "
-            "them from a checkpoint. If space is missing, free some, or set TMPDIR to a folder that can be written."
+            f"({type(error).__name__}: {error}). These are in checkpoints. Is space missing? Set TMPDIR to a folder."
         )
         return results
     return {**results, _KEY: folder}

@@ -151,8 +151,8 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
             )
     elif rest:
         raise OptimizerError(
-            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups holds them or the weights "
-            f"below. Give one {view.title}.parameters(). Or set exclude_modules={_networks(map(owner_of, rest))}."
+            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups holds them. Give an "
+            f"optimizer {view.title}.parameters(), or set exclude_modules={_networks(map(owner_of, rest))}."
         )
 
 

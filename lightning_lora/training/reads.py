@@ -1,55 +1,64 @@
 """Embeddings whose weight other code reads in a training step, past their adapters."""
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.model.view import View, view_of
-from lightning_lora.private import COMPILED, VIEWED
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.model.view import view_of
+from lightning_lora.private import is_compiled, tree_leaves
 
 
 @contextmanager
 def reads_watched(model: nn.Module) -> Iterator[None]:
     """Warn of embeddings that a training step reads by hand, such as ``h @ embed.weight.T``."""
-    view = view_of(model)
-    reads = _Reads(_own_weights(view))
-    if not reads.names or any(COMPILED in name for name in view.modules):  # which would be compiled again
+    view, watched = view_of(model), dict[str, Any]()
+    for name, layer in view.layers.items() if not is_compiled(model) else ():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and type(layer.weight) is nn.Parameter:
+            watched[name] = layer.weight
+    with ExitStack() as undo:
+        for weight in watched.values():
+            undo.callback(_switch, weight, nn.Parameter)
+            _switch(weight, _Watched)
+            for module in view.modules.values():
+                if any(p is weight for p in module._parameters.values()):  # its own forward may read it
+                    undo.callback(module.register_forward_pre_hook(partial(_switch, weight, nn.Parameter)).remove)
+                    after = module.register_forward_hook(partial(_switch, weight, _Watched), always_call=True)
+                    undo.callback(after.remove)
         yield
-        return
-    with reads:
-        yield
-    if reads.found:
+    if read := [name for name, weight in watched.items() if vars(weight).pop(_READ, False)]:
         warn(
-            f"A training step reads the weight of {listed(reads.found)} of {view.title} by hand, as an output that is "
-            "tied to an embedding. There it has no update, but after a merge it has. Use a tied layer in place of it "
-            f"(nn.Linear, with layer.weight = embedding.weight), or set exclude_modules={sorted(reads.found)}."
+            f"A training step reads the weight of {listed(read)} of {view.title} by hand, without its update. A merge "
+            "would change what it computes. Use a tied layer (nn.Linear without bias), or leave the embedding out."
         )
 
 
-class _Reads(TorchFunctionMode):
-    """Notes which weights take part in what has a gradient. A lookup in a frozen weight has none."""
+def _switch(weight: Any, kind: type, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        weight.__class__ = kind
 
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self.names, self.found = names, set[str]()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.requires_grad:
-            read = {id(each) for arg in args if isinstance(arg, Tensor) for each in (arg, getattr(arg, VIEWED))}
-            self.found.update(self.names[each] for each in read & self.names.keys())
+_READ = "lora_is_read"
+_LOOKS: set[Any] = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]  # a property of C
+
+
+class _Watched(nn.Parameter):
+    """A weight that notes when something is computed with it, where gradients are."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if isinstance(result, Tensor) and result.is_floating_point() and torch.is_grad_enabled():
+            for each in tree_leaves((args, kwargs)) if function not in _LOOKS else ():
+                if type(each) is cls and each is not result and not torch.compiler.is_compiling():
+                    setattr(each, _READ, True)
         return result
 
-
-def _own_weights(view: View) -> dict[int, str]:
-    """Adapted embeddings by the id of their weight. Other layers compute with a tied one, and DoRA with its own."""
-    layers = view.layers.items()
-    plain = {name for name, each in layers if isinstance(each, nn.Embedding) and not each.lora_settings.use_dora}
-    uses = Counter(map(id, view.base.values()))
-    return {id(p): owner_of(name) for name, p in view.base.items() if owner_of(name) in plain and uses[id(p)] == 1}
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied.__class__ = nn.Parameter
+        return copied

@@ -186,7 +186,7 @@ class Stage:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)
-                if was is Phase.LOADED:
+                if was is Phase.LOADED and self.name in (None, view_of(pl_module).adapter.name):
                     rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
 
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:

@@ -49,13 +49,14 @@ def counted() -> tuple[Any, list[int]]:
     return count, graphs
 
 
-def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all"])
+def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Path, targets: Any) -> None:
     results = []
     backend, graphs = counted()
     for compiled in (False, True):
         torch.manual_seed(0)
         model = LitTiny()
-        t = trainer(tmp_path, [lora(merge=False)], max_epochs=3, enable_checkpointing=False)
+        t = trainer(tmp_path, [lora(merge=False, target_modules=targets)], max_epochs=3, enable_checkpointing=False)
         t.fit(torch.compile(model, backend=backend) if compiled else model, data())
         results.append(state(model))
         if compiled:

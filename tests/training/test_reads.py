@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.models import WIDTH, WORDS, LitTiny, data, trainer
+from tests.support.models import CLASSES, WIDTH, WORDS, LitTiny, data, trainer
 
 ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}
+
+
+class Scaled(nn.Embedding):
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) * 2
 
 
 class Words(LitTiny):
@@ -24,13 +29,17 @@ class Words(LitTiny):
         self.out = nn.Linear(WIDTH, WORDS, bias=False)
         if way == "a tied layer":
             self.out.weight = self.embed.weight
+        if way == "a scaled lookup":
+            self.embed = Scaled(WORDS, WIDTH)
 
     def forward(self, index: Tensor) -> Tensor:
         x, weight = torch.tanh(self.q_proj(self.embed(index))), self.embed.weight
         if self.way == "transposed":
             return x @ weight.T
-        if self.way == "multiplied":
-            return F.linear(x, weight)
+        if self.way == "by keyword":
+            return F.linear(x, weight=weight)
+        if self.way == "picked":
+            return x @ F.normalize(weight[:CLASSES]).T
         if self.way == "looked at":  # for a size, and for a number without a gradient
             x = x * weight.shape[1] ** 0.5 + weight.detach().norm()
         return self.out(x)
@@ -46,14 +55,14 @@ def said(folder: Path, way: str, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [{}, ROWS])
-@pytest.mark.parametrize("way", ["transposed", "multiplied"])
+@pytest.mark.parametrize("way", ["transposed", "by keyword", "picked"])
 def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, way: str, options: Any) -> None:
     (message,) = said(tmp_path, way, **options)
-    assert "'embed' of Words" in message and "exclude_modules=['embed']" in message
+    assert "'embed' of Words" in message and "tied layer" in message
     assert not said(tmp_path, way, target_modules="all", exclude_modules=["embed"])  # it is right there
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, ROWS])
-@pytest.mark.parametrize("way", ["a tied layer", "a layer", "looked at"])
+@pytest.mark.parametrize("way", ["a tied layer", "a layer", "a scaled lookup", "looked at"])
 def test_layers_and_looks_are_no_reads(tmp_path: Path, way: str, options: Any) -> None:
     assert not said(tmp_path, way, **options)

@@ -38,9 +38,8 @@ def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | No
 def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked) -> StoredAdapters:
     if asked.alpha is None:
         raise ConfigError(
-            f"{path} holds adapters of loralib, or the state_dict() of a model that was adapted here. The alpha of "
-            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). Otherwise "
-            "call inject_adapters(model, config) as for the training, and model.load_state_dict(torch.load(path))."
+            f"{path} holds adapters of loralib, whose alpha is in no file: load_adapter(model, path, alpha=...). Or "
+            "a state of a model adapted here: inject_adapters(model, config), then model.load_state_dict(state)."
         )
     settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
     pairs: dict[str, dict[str, Tensor]] = {}

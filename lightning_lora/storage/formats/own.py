@@ -126,10 +126,10 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         return f"adapters of {tool}. Or train anew here."
     reader = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
     if VERSION in contents:
-        reader = "MyModule.load_from_checkpoint(path)"
+        reader = "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model. Load "
-        f"it with {reader}, or give it to a Trainer as ckpt_path. (The order: lightning-lora merge BASE ADAPTER OUT.)"
+        f"it with {reader}. (The order: lightning-lora merge BASE ADAPTER OUT.)"
     )
 
 

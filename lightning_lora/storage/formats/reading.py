@@ -114,9 +114,8 @@ def adapters_of(
     for name in frozen & rest.keys():
         if not is_the_base(view, name, rest[name]):
             raise BaseMismatchError(
-                f"The file's copy of {name!r} {tuple(rest[name].shape)}, the base of its update, differs from that of "
-                f"{view.title} {tuple(view.base[name].shape)}. Load the weights of the training. If tokens were added "
-                "there, resize the model's embeddings first."
+                f"The file's copy of the base's {name!r} {tuple(rest[name].shape)} differs from that of "
+                f"{view.title} {tuple(view.base[name].shape)}. Load the same weights, with embeddings of the same size."
             )
     rest = {name: value for name, value in rest.items() if name not in frozen}
     modules, single, biases = _trained(view, rest, saved)

@@ -91,9 +91,8 @@ class _Merge:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
-                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or a "
-                f"form that takes no update: {listed(wrong)}. It has {listed(self.files.file_of)}. Pass the base of "
-                "the training, not quantised, in float32, bfloat16 or float16."
+                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them otherwise: "
+                f"{listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
             )
         if tied:
             raise AdapterMismatchError(

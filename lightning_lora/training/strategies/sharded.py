@@ -87,8 +87,7 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
             if count != size:
                 raise StrategyError(
                     f"{name!r} of {type(self.lora_module).__name__} is sharded over {count} processes, but the mesh "
-                    f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]), '
-                    "with ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=...)."
+                    f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]).'
                 )
 
     def lora_adapt(self, **options: Any) -> None:

@@ -204,8 +204,7 @@ class LoRAStrategy(Strategy, InPlace):
             if checkpoints.find_base_in(module, merged, checkpoint):
                 rank_zero_info(
                     f"{type(module).__name__} holds the merged weights of {checkpoint_path}. Their updates are taken "
-                    "out, so the base is that of the earlier run up to rounding. For the same bits, load the base's "
-                    "own weights."
+                    "out, up to rounding. For the same bits, load the base's own weights."
                 )
         if find_record(module) is None:  # outside of a stage, or in the evaluation of a plain module
             return checkpoint
@@ -335,9 +334,8 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        watch = nullcontext() if self.lora_stage.has_stepped else reads_watched(self.lora_module)
-        self.lora_stage.has_stepped = True
-        with watch:
+        is_watched, self.lora_stage.has_stepped = self.is_global_zero and not self.lora_stage.has_stepped, True
+        with reads_watched(self.lora_module) if is_watched else nullcontext():
             output = super().training_step(*args, **kwargs)
         if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()

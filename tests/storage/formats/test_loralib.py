@@ -100,7 +100,7 @@ def test_alpha_of_other_files_is_in_them(tmp_path: Path) -> None:
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
-    ({}, {"alpha": None}, ll.ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
+    ({}, {"alpha": None}, ll.ConfigError, r"is in no file: load_adapter.*inject_adapters"),
     ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
     ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
     ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
