@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, usage=command.format_usage().strip().capitalize())
     parsed = parser.parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
     message = ""
     try:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FileNotFoundError as error:
-        message = f"{error.filename} does not exist." if error.filename else str(error)
+        message = f"{error.filename} does not exist.\n{parsed.usage}" if error.filename else str(error)
     except (LoRAError, OSError) as error:
-        message = str(error)
+        message = f"{error}\n{parsed.usage}"
     except KeyboardInterrupt:
         message = "Stopped. Nothing was written."
     for each in noticed:

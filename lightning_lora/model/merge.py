@@ -156,10 +156,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 def _merge_layer(
     view: View, name: str, tied: Collection[str], undo: ExitStack | None = None
 ) -> tuple[float, dict[str, Tensor]]:
-    """Set a layer's weights to ``W + ΔW``. For weights in ``tied`` it gets new parameters.
-
-    Return the largest share of an update that is lost to rounding, and the base's values: with ``undo``, they are kept.
-    """
+    """Set a layer's weights to ``W + ΔW``; tied ones become new. Return the largest lost share, and base values."""
     layer, values, shares, bases = view.layers[name], {}, [], dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad():
         for weight in layer.lora_weights():  # compute all first, so that an error changes nothing
@@ -214,9 +211,8 @@ def check_mergeable(view: View) -> dict[str, list[str]]:
     for names, why in (
         (
             quantised_layers(view),
-            "are quantised, and no update can be merged into them. Keep the adapters on their layers (save_adapter "
-            "saves them alone); or merge into the model in full precision: inject_adapters(full, config), "
-            "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full).",
+            "are quantised: no update can be merged into them. Keep the adapters; or inject_adapters(full, config), "
+            "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
         ),
         (empty, "have no values yet (they are on the meta device). Load them first."),
         (

@@ -312,10 +312,7 @@ _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers'
 
 
 def root_of(model: nn.Module) -> str:
-    """Return the name of the one model inside ``model``, or ``""`` for ``model`` itself.
-
-    It is the outermost one of transformers or diffusers, or else the only module of a LightningModule with weights.
-    """
+    """Return the name of the one model inside: of transformers or diffusers, or the only one, or ``""``."""
     outermost: list[str] = []
     for name, module in named_modules(model).items():
         inside = any(not other or name.startswith(f"{other}.") for other in outermost)

@@ -240,6 +240,8 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
+    if not isinstance(cls, type):
+        raise ConfigError(f"Pass the class {type(cls).__name__}. For a module of it, call load_adapter(model, path).")
     checkpoint = own.read_checkpoint(path, weights_only=weights_only)
     stored = own.adapters_in(checkpoint, path)
     check_readable(checkpoint, path)

@@ -109,10 +109,10 @@ class Gradients:
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
-                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Do only other "
-                "batches use these layers (as with experts)? Has other code frozen them (requires_grad), or does it "
-                "read weights without calling the layers (name these in target_parameters)? If the loss does not "
-                "depend on the layers, leave them out with exclude_modules."
+                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Do they run "
+                "under no_grad() or detach()? Do only other batches use them (as with experts)? Does other code freeze "
+                "them (requires_grad), or read weights without calling the layers (name these in target_parameters)? "
+                "If the loss does not depend on them, leave them out with exclude_modules."
                 + f" {listed(fresh)} look untrained too: leave them out then, whatever FreshLayerWarning says."
                 * bool(fresh),
                 DeadAdapterWarning,

@@ -37,9 +37,8 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
         )
     if returns_state_only(trainer) and (bool(merge) == was_adapted or (was_adapted and switches)):
         raise ConfigError(
-            f"merge={merge!r} would lose the adapters: this strategy trains in other processes, which send back only "
-            "the weights of layers that the model has before fit. Use strategy='ddp'. Or pass a model without adapters "
-            "and set merge='last'. Or call inject_adapters or set_adapter before fit and set merge=False."
+            f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
+            "has before fit. Use strategy='ddp', or merge='last' without adapters, or merge=False with inject_adapters."
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
+from lightning_lora import AdapterFileError, ConfigError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
 from lightning_lora.storage.disk import load_plain
 from tests.support.faults import Runs, forks, put_pickle, refused, unchanged
@@ -130,6 +130,8 @@ def test_what_needs_the_classes_names_them_and_the_argument(tmp_path: Path) -> N
     with pytest.raises(AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"):
         load_from_checkpoint(Holds, path)
     assert same(state(load_from_checkpoint(Holds, path, weights_only=False)), state(model))
+    with pytest.raises(ConfigError, match="Pass the class Holds"):
+        load_from_checkpoint(model, path)
 
 
 @pytest.mark.parametrize("where", ["state_dict", "lightning_lora"])

@@ -246,7 +246,7 @@ def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> Non
     model, _ = train(tmp_path, lora(merge=False), model=Probe())
     assert all(model.get_parameter(name).any() for name in ADAPTERS)
     with (
-        pytest.warns(DeadAdapterWarning, match=r"frozen them \(requires_grad"),
+        pytest.warns(DeadAdapterWarning, match=r"code freeze them \(requires_grad"),
         pytest.warns(DeadAdapterWarning, match="After 8 steps, all updates of FreezesLate are still zero"),
     ):
         train(tmp_path, lora(merge=False), model=FreezesLate())

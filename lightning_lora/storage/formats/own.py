@@ -129,7 +129,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         reader = "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model. Load "
-        f"it with {reader}. (The order: lightning-lora merge BASE ADAPTER OUT.)"
+        f"it with {reader}."
     )
 
 

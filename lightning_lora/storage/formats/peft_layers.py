@@ -259,7 +259,7 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
     if outside:
         raise ExportError(
             f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
-            'For a file that fits the whole module, PeftModel.from_pretrained(module, directory): root="" (--root "").'
+            'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
         )
     if left:
         raise ExportError(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     base, out = path_here(base), path_here(out)
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
+    if out.is_file():
+        with suppress(AdapterFileError):
+            read_layers(out)
+            raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
     job = _Merge(files, read_layers(adapter), progress)
     job.check()
     if base.is_dir():
