@@ -22,7 +22,7 @@ def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("base", help="a .safetensors file, a folder with such files, or a checkpoint")
     parser.add_argument("adapter", help="a file with adapters")
-    parser.add_argument("out", help="the merged model, of the same kind as the base")
+    parser.add_argument("out", help="the merged model, of the same kind as the base, or .safetensors")
 
 
 def run(arguments: Any) -> str:

@@ -77,7 +77,7 @@ def _tell_of_networks(view: View) -> None:
         pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
         rank_zero_info(
             f"Copies in {view.title}: {pairs}. A copy gets the same adapters, for other code to move. If that uses "
-            "lerp_, frozen weights stay as they are; files hold whole weights that change."
+            "lerp_, frozen weights stay as they are; other formulas round them, and files hold them whole."
         )
 
 

@@ -48,10 +48,10 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     elif out.suffix == ".safetensors":
         with writing(out) as place:
             job.write(place, job.places, files.metadata(base))
-    elif out.suffix == ".ckpt" and files.checkpoint is not None:
+    elif out.suffix in (".ckpt", base.suffix) and files.checkpoint is not None:
         _write_checkpoint(job, files.checkpoint, out)
     else:
-        kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
+        kinds = ".safetensors" if files.checkpoint is None else f".safetensors or {base.suffix}"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
     if loss := lost_to_rounding(job.lost, str(base)):
         warn(
@@ -96,8 +96,8 @@ class _Merge:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
-                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them otherwise: "
-                f"{listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
+                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or "
+                f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
             )
         if tied:
             raise AdapterMismatchError(
