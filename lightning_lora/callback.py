@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
@@ -252,6 +253,11 @@ class LoRACallback(Callback):
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look at the first loss for embeddings that the step reads by hand."""
+        if trainer.is_global_zero:
+            self._gradients.look_at(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""

@@ -24,6 +24,7 @@ EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state
 STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
 NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
 STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
+PRODUCT_SIZES = "_saved_mat2_sym_sizes"  # of a product's second factor: an embedding that is read would not be noticed
 NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
 LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
 CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed
@@ -59,12 +60,6 @@ def local_offsets(tensor: Any) -> tuple[Any, Any]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether torch may compile a part of a model: with a watched weight, it would compile that once more."""
-    hints = {"training_step", "forward", "_compiled_call_impl", COMPILED}
-    return any(not hints.isdisjoint((*vars(each), *dict(each.named_children()))) for each in model.modules())
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.rates import peak_rates
+from lightning_lora.training.reads import nodes_behind, sizes_to_find, warn_of_reads
 
 
 class Gradients:
@@ -50,7 +51,7 @@ class Gradients:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.ddp = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
-        self.frozen = set(view.frozen.values())
+        self.frozen, self.sizes = set(view.frozen.values()), sizes_to_find(view)
         self.was_thawed = False
         self.random = view.adapter.random or ()
         self.has_begun = False
@@ -63,6 +64,11 @@ class Gradients:
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in (*trained, *(joined if self.notes else ()))}
         self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.reached.add(id(p))) for p in trained]
+
+    def look_at(self, loss: Tensor) -> None:
+        """Warn of embeddings that the step reads by hand, once."""
+        warn_of_reads(self.sizes, loss)
+        self.sizes = {}
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
@@ -228,14 +234,8 @@ _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its gra
 def _leaves_behind(values: Iterable[object]) -> set[int]:
     """The ids of the parameters from which these were computed."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
-    found, seen = set(map(id, tensors)), set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [before for before, _ in node.next_functions]
+    found = set(map(id, tensors))
+    for node in nodes_behind(tensors):
         found.add(id(getattr(node, "variable", None)))
         if issubclass(getattr(type(node), NODE_FUNCTION, object), _OWN):
             found.add(_UNKNOWN)

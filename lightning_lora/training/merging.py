@@ -173,7 +173,8 @@ def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -
         shutil.rmtree(folder, ignore_errors=True)
         warn(
             "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
-            f"({type(error).__name__}: {error}). These are in checkpoints. Is space missing? Set TMPDIR to a folder."
+            f"({type(error).__name__}: {error}). These are in checkpoints. If space "
+            "is missing, free some, or set TMPDIR to a folder that can be written."
         )
         return results
     return {**results, _KEY: folder}

@@ -62,7 +62,6 @@ class Stage:
     buffers: dict[str, int] = field(default_factory=dict)
     modules_before: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
-    has_stepped: bool = False
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
 

@@ -3,7 +3,7 @@
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,7 +35,6 @@ from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
-from lightning_lora.training.reads import reads_watched
 from lightning_lora.training.stage import Phase, Stage
 
 if TYPE_CHECKING:
@@ -334,9 +333,7 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        is_watched, self.lora_stage.has_stepped = self.is_global_zero and not self.lora_stage.has_stepped, True
-        with reads_watched(self.lora_module) if is_watched else nullcontext():
-            output = super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
         if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()
         return output
