@@ -40,7 +40,10 @@ def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Te
 
 
 def taken(tree: Any, rows: Tensor, n: int, later: int = 0, whole: Tensor | None = None) -> Any:
-    """Return arguments or outputs with some of n rows, but ``whole``. After the first, dimension ``later`` has them."""
+    """Return arguments or outputs with some of n rows.
+
+    Rows are dimension 0 of the first tensor, and dimension ``later`` of the others. ``whole`` stays whole.
+    """
     leaves, spec = tree_flatten(tree)
     for i, leaf in enumerate(leaves):
         if leaf is not whole and _has_rows(leaf, later if i else 0, n):

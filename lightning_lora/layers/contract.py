@@ -105,7 +105,10 @@ class LayerKind(InPlace, nn.Module):
         return matrix.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the update of the output from the arguments of ``forward``, after dropout. Optional."""
+        """Compute the update of the output.
+
+        It gets the arguments of ``forward``, after dropout. Optional: without it, the layer runs on W + ΔW.
+        """
         raise NotImplementedError
 
     def lora_weights_changed(self) -> None:

@@ -156,7 +156,10 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 def _merge_layer(
     view: View, name: str, tied: Collection[str], undo: ExitStack | None = None
 ) -> tuple[float, dict[str, Tensor]]:
-    """Set a layer's weights to ``W + ΔW``; tied ones become new. Return the largest lost share, and base values."""
+    """Set a layer's weights to ``W + ΔW``. For weights in ``tied`` it gets new parameters.
+
+    Return the largest share of an update that is lost to rounding, and the base's values: with ``undo``, they are kept.
+    """
     layer, values, shares, bases = view.layers[name], {}, [], dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad():
         for weight in layer.lora_weights():  # compute all first, so that an error changes nothing

@@ -1,4 +1,7 @@
-"""What an adapted model remembers: an attribute, which survives copy and pickle, with names of parameters."""
+"""What an adapted model remembers: its record, an attribute of the model, which so survives copy and pickle.
+
+All keys in it are names as in ``named_parameters``.
+"""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping

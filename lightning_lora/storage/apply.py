@@ -32,7 +32,10 @@ from lightning_lora.tensors.values import replace_values
 def apply(
     model: nn.Module, read: Callable[[View], StoredAdapters], *, refuse_base: bool = True, name: str | None = None
 ) -> None:
-    """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing."""
+    """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing.
+
+    A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
+    """
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter

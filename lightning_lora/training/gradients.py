@@ -165,7 +165,8 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
     if steps > 1 and view.layers and view.is_fresh() and any(rate > 0 for rate in peak_rates(view, optimizers)[0]):
         warn(
             f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "
-            "optimizer may keep parameters of its own (use another one), or an average that has not begun is in place.",
+            "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an average "
+            "that has not begun took their place.",
             DeadAdapterWarning,
         )
 
@@ -180,7 +181,8 @@ def tell_of_unmoved(model: nn.Module) -> None:
     if unmoved:
         rank_zero_info(
             f"Copies in {view.title} that no code has moved: {', '.join(unmoved)}. They compute what they did before. "
-            "An average may look for names from before the fit, as ema_pytorch: make it in on_fit_start."
+            "If one is an average that has begun, its code may look for parameters by the names they had before the "
+            "fit, as ema_pytorch does: make it in on_fit_start."
         )
 
 

@@ -107,7 +107,8 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
     if member is None:
         raise ExportError(
             f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
-            "known (PixArt has none). Load a file onto its model, set root='unet', or leave format out for PeftModel."
+            "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
+            "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
     if left := [name for name in tensors if not peft.peft_key(name)]:
         raise ExportError(
