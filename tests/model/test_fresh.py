@@ -97,11 +97,7 @@ def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
 
 
 def test_equal_sizes_of_all_values_are_no_error() -> None:
-    model = nn.ModuleDict({"body": resnet(), "signs": nn.Linear(16, 16, bias=False)})
-    aged(model["body"].fc)
-    with torch.no_grad():
-        model["signs"].weight.copy_(0.02 * (-1.0) ** torch.arange(256).view(16, 16))
-    assert fresh(model, target_modules=["body.fc"]).random in ((), ("signs",))
+    assert is_normal(0.02 * (-1.0) ** torch.arange(256).view(16, 16), 0.02) in (True, False)
 
 
 INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
