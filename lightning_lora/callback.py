@@ -3,6 +3,7 @@
 import inspect
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
+from inspect import cleandoc
 from typing import Any, Literal, cast, get_args
 from weakref import WeakKeyDictionary
 
@@ -345,5 +346,5 @@ class LoRACallback(Callback):
 compatibility.join_other_package(LoRACallback)
 
 
-_SHARED = (LoRAConfig.__doc__ or "").partition("    Args:\n")[2].partition("\n    Raises:")[0]
-LoRACallback.__doc__ = (LoRACallback.__doc__ or "").replace("    Args:\n", f"    Args:\n{_SHARED}", 1)
+_SHARED = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+LoRACallback.__doc__ = cleandoc(LoRACallback.__doc__ or "").replace("Args:\n", f"Args:\n{_SHARED}", 1)

@@ -1,7 +1,6 @@
 """Every test starts from the same random numbers, whichever ran before it, may fork, and takes the time it needs."""
 
 import gc
-import multiprocessing
 
 import pytest
 import torch
@@ -19,18 +18,6 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("processes") is not None)
-    for item in items if not computes_in_forks() else ():
-        if item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.skip(reason="this torch computes no gradients in a fork of a process that has"))
-
-
-def computes_in_forks() -> bool:
-    number = torch.ones(1, requires_grad=True)
-    number.backward()
-    child = multiprocessing.get_context("fork").Process(target=number.backward)
-    child.start()
-    child.join()
-    return child.exitcode == 0
 
 
 @pytest.fixture(autouse=True)

@@ -285,7 +285,7 @@ class Scripted(Perceptual):
         self.vgg = torch.jit.script(self.vgg)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_a_scripted_network_stands_beside_adapters(tmp_path: Path) -> None:
     assert len(learned(fitted(tmp_path, Scripted()))) == 5
     for options in ({"target_modules": ["net.0"]}, {"modules_to_save": ["vgg"]}):
