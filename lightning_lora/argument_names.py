@@ -35,7 +35,10 @@ ELSEWHERE = {
 
 
 def explains_arguments(cls: _Class) -> _Class:
-    """Let errors on unknown arguments name the right one. The signature stays, for mypy and LightningCLI."""
+    """Let errors on unknown arguments name the right one.
+
+    The signature stays, for mypy and LightningCLI.
+    """
     init = cls.__init__  # type: ignore[misc]  # of this very class
     names = list(inspect.signature(init).parameters)[1:]  # without self
 

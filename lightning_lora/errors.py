@@ -78,7 +78,7 @@ class MergePrecisionWarning(LoRAWarning):
 
 
 def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool = False) -> None:
-    """Warn at the user's own line that led here: once, or ``anew`` in every fit of a notebook."""
+    """Warn at the user's own line: once, or ``anew`` each time."""
     frame = last = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         last, frame = frame, frame.f_back

@@ -12,7 +12,7 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether explicit gradients are safe: where no other code needs to see the single operations."""
+    """Whether no other code needs to see the single operations."""
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, (x, *others)))

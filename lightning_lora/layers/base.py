@@ -139,7 +139,7 @@ class LoRALayer(LayerKind):
             return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a merged weight, a DTensor with the bits of one process, and the share of its update that is lost."""
+        """Return a merged weight, and the share of its update lost to rounding."""
         weight = own_parameter(self, name)
         full = full_tensor(weight)
         is_plain = type(full.data) is Tensor and full.dim() == 2
@@ -232,7 +232,7 @@ class LoRALayer(LayerKind):
         return False
 
     def lora_begin_anew(self) -> None:
-        """Initialise an untrained adapter anew that starts from its weights, if these have changed."""
+        """Start an untrained adapter again if the weights that it starts from changed."""
         has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta
         if has_values and self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
@@ -248,7 +248,7 @@ class LoRALayer(LayerKind):
     # Methods of nn.Module
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does. A mode that is set in a training step holds until the next step."""
+        """Set the mode. In a training step, it holds until the next one."""
         self.lora_step.runs = False
         return super().train(mode)
 

@@ -35,7 +35,7 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class for a layer, that of its type or nearest base class, or None."""
+    """Return the adapter class for a layer's type, or nearest base class, or None."""
     for ancestor in type(layer).__mro__:
         adapter = ADAPTERS.get(ancestor) or ADAPTERS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if adapter is not None:

@@ -26,13 +26,15 @@ class Words(LitTiny):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way = way
-        if way not in READS:
+        if way not in (*READS, "all rows"):
             self.out = nn.Linear(WIDTH, WORDS, bias=False)
         if way == "a tied layer":
             self.out.weight = self.embed.weight
 
     def forward(self, index: Tensor) -> Tensor:
         x, weight = torch.tanh(self.q_proj(self.embed(index))), self.embed.weight
+        if self.way == "all rows":  # with their updates
+            return x @ self.embed(torch.arange(WORDS)).T
         if self.way == "looked at":  # for a size, and for a number
             x = x * weight.shape[1] ** 0.5 + weight.norm()
         return READS[self.way](x, weight) if self.way in READS else self.out(x)
@@ -55,6 +57,6 @@ def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, way: str, option
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, ROWS])
-@pytest.mark.parametrize("way", ["a tied layer", "a layer", "looked at"])
+@pytest.mark.parametrize("way", ["a tied layer", "a layer", "looked at", "all rows"])
 def test_layers_and_looks_are_no_reads(tmp_path: Path, way: str, options: Any) -> None:
     assert not said(tmp_path, way, **options)
