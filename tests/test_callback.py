@@ -80,6 +80,11 @@ def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -
     assert said not in caplog.text
     t.test(model, data(), ckpt_path="best", verbose=False)
     assert said in caplog.text and is_plain(model)
+    caplog.clear()
+    trainer(tmp_path / "y", [lora(name="y")]).fit(model, data(), data())  # which is merged then
+    file = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    trainer(tmp_path, [lora(name="default")]).test(model, data(), ckpt_path=file, verbose=False)
+    assert said not in caplog.text and is_plain(model)
 
 
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
