@@ -240,7 +240,7 @@ class _Callback(LoRACallback):
         self.progress.epochs = trainer.current_epoch
         self.progress.has_ended = trainer.current_epoch == self.most or trainer.should_stop or not self.stops
         trainer.fit_loop.max_epochs = self.most
-        trainer.save_checkpoint(self.progress.file)
+        trainer.save_checkpoint(self.progress.file, weights_only=False)
 
 
 def _named(argument: str, value: object) -> str:

@@ -142,9 +142,10 @@ def _choice(
 
 
 def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer that are not left out. ``left_out`` names matrices, or modules inside the layer."""
+    """The matrices of a layer that have weights. ``left_out`` names other matrices, or modules inside the layer."""
     outside = len(starts_of(name))
-    return tuple(m for m in matrices if left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[outside:]))
+    kept = (m for m in matrices if left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[outside:]))
+    return tuple(matrix for matrix in kept if matrix.largest_rank)
 
 
 def _output_heads(names: Names) -> set[object]:
