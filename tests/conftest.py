@@ -10,6 +10,8 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 torch.cuda._is_in_bad_fork = bool  # False: a fit in a fork of this process has no use for CUDA, if torch comes with it
 torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot be forked; and tiny tensors need none
+# The first backward pass starts a thread for each device: after a FakeTensorMode, for eight that are not there.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def pytest_collection_finish() -> None:
