@@ -228,6 +228,8 @@ if __name__ == "__main__":
         parser.error("--ask needs --output FOLDER, the folder of an earlier run")
     if options.ask is not None and not (options.output / ADAPTER).is_file():
         parser.error(f"{options.output} holds no {ADAPTER}: train first, without --ask")
+    if options.ask is None and options.output and (options.output / ADAPTER).exists():
+        parser.error(f"{options.output} holds adapters of an earlier run: take another folder, or remove it")
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
         base, folder = Path(temporary) / "base", options.output or Path(temporary)

@@ -1,6 +1,6 @@
 """Fine-tune a sentence encoder on film reviews with LoRA.
 
-python examples/sentiment.py           # five to ten minutes on two CPU cores
+python examples/sentiment.py           # four to ten minutes on two CPU cores
 python examples/sentiment.py --fast    # a minute or two, to see that it runs
 """
 
@@ -180,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--fast", action="store_true", help="use a few hundred texts")
     parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
     options = parser.parse_args()
-    print("A minute or two" if options.fast else "Five to ten minutes", "on two CPU cores: two epochs, a test.")
+    print("A minute or two" if options.fast else "Four to ten minutes", "on two CPU cores: two epochs, a test.")
     expected = "about 70 %: too few texts to learn much" if options.fast else "about 87 %"
     print(f"The test accuracy should be {expected}.", flush=True)
     quiet()

@@ -163,7 +163,8 @@ def _about(module: nn.Module) -> tuple[str, str, tuple[str, ...]]:
         return kind, "–", (f"{len(tokens)} rows",)
     ranks = sorted(matrix.rank(module.lora_settings.r) for matrix in module.lora_matrices)
     r = "–".join(dict.fromkeys(map(str, (ranks[0], ranks[-1]))))
-    return kind, r, tuple(matrix.name for matrix in module.lora_matrices if matrix.name)
+    names = [matrix.name for matrix in module.lora_matrices if matrix.name]
+    return kind, r, tuple(names if len("".join(names)) < 24 else [f"{len(names)} matrices"])
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -66,8 +66,8 @@ def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None)
         stored = replace(stored, root=root)
     if left := [name for name in stored.random if name not in stored.filled or is_inside(name, stored.root)]:
         warn(
-            f"{listed(left)} look untrained and stayed frozen, or setup filled them. PEFT's format has no place for "
-            "them: name layers in modules_to_save and train again, or save the whole model: save_merged(model, path)."
+            f"{listed(left)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "
+            "reader's base has not these values: train them in full (modules_to_save), or use save_merged(model, path)."
         )
     state = {name: value for name, value in stored.state.items() if name not in stored.random}
     return Source(replace(stored, state=state), model)
