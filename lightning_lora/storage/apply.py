@@ -217,13 +217,11 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
-                now, usual = view.config.to_dict(), LoRAConfig().to_dict()
-                shown = {name: v for name, v in config.to_dict().items() if not v == now[name] == usual[name]}
-                use = ", ".join(f"{name}={v!r}" for name, v in {"r": config.r, "alpha": config.alpha, **shown}.items())
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
                     f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of the training: "
-                    f"{use}; or LoRACallback() alone, or remove_adapters(model) before load_adapter."
+                    f"{_as_trained(view, config, 'r', 'alpha')}; or LoRACallback() alone, or remove_adapters(model) "
+                    "before load_adapter."
                 )
 
 
@@ -252,17 +250,17 @@ def _check_names(
     if not any(wrong.values()):
         return
     found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
-    trained = f"with {_selecting(stored.config)}" if stored else "with the same targets, modules_to_save and bias"
+    same = "the same targets, modules_to_save and bias"
+    trained = _as_trained(view, stored.config, "target_modules") if stored else same
     raise AdapterMismatchError(
-        f"These adapters do not fit {view.title}: {found}. Adapt the model as they were trained: {trained}."
+        f"These adapters do not fit {view.title}: {found}. Adapt the model as they were trained: with {trained}."
     )
 
 
-def _selecting(config: LoRAConfig) -> str:
-    """The arguments that decide what trains, without those at their defaults."""
-    fixed = ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
-    shown = {"target_modules": config.to_dict()["target_modules"], **config.to_stored()}
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name not in fixed)
+def _as_trained(view: View, config: LoRAConfig, *always: str) -> str:
+    """The arguments of the training that are others here, and those that are shown always."""
+    here = view.config.to_dict()
+    return ", ".join(f"{name}={v!r}" for name, v in config.to_dict().items() if v != here[name] or name in always)
 
 
 def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = False) -> None:
