@@ -151,8 +151,9 @@ def test_a_fit_names_its_optimizer(tmp_path: Path, kind: Any, named: Any, capsys
 
 
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(1, 16), "body": nn.Linear(16, 16), "attention": nn.MultiheadAttention(2, 1)})
-    model["heads"] = nn.ModuleList([nn.Linear(16, 1)])
+    model = nn.ModuleDict({"lstm": nn.LSTM(1, 16, bidirectional=True), "attention": nn.MultiheadAttention(2, 1)})
+    model.update({"body": nn.Linear(16, 16), "heads": nn.ModuleList([nn.Linear(16, 1)])})
     inject_adapters(model, LoRAConfig(r=4, target_modules="all"))
     ranks = {group.name: group.r for group in summarize(model).groups}
-    assert ranks == {"lstm": "1–4", "body": "4", "attention": "2", "heads.0": "1"}
+    assert ranks == {"lstm": "1–4", "attention": "2", "body": "4", "heads.0": "1"}
+    assert "lstm [4 matrices] " in str(summarize(model)) and "attention [q,k,v,out] " in str(summarize(model))
