@@ -128,7 +128,7 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
         restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
         undo.pop_all()
-    view.record.values_were_loaded(view.base)
+    view.record.values_were_loaded(view.base_values)
 
 
 # Other names
@@ -197,7 +197,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
     if broken := [name for name in required(view) if not state[name].isfinite().all()]:  # a diverged run leaves it
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
     _check_layers(view, stored)
-    if lost := sorted(view.record.changed.keys() - set(stored.changed)):
+    if lost := sorted(view.record.changed.keys() - state.keys()):
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
@@ -219,20 +219,20 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
-                    f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of the training: "
-                    f"{_as_trained(view, config, 'r', 'alpha')}; or LoRACallback() alone, or remove_adapters(model) "
+                    f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. "
+                    f"{_as_trained(view, config, 'r', 'alpha')} Or LoRACallback() alone, or remove_adapters(model) "
                     "before load_adapter."
                 )
 
 
 def _check_layers(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file of this package that describes other layers than the model now has."""
-    for name, layer in view.layers.items() if stored.base else ():
-        there = stored.layers[stored.renaming.name_there(name)]
-        if {*map(bare, there.matrices)} != {*map(bare, layer.lora_matrices)}:
+    """Refuse a file that describes other layers than the model now has."""
+    for name, layer in view.layers.items():
+        there = stored.layers.get(stored.renaming.name_there(name))
+        if there and {*map(bare, there.matrices)} != {*map(bare, layer.lora_matrices)}:
             raise AdapterMismatchError(
-                f"In {name!r}, the file adapts other rows of the weight than this model does. Load it onto the model "
-                "that it was saved from."
+                f"In {name!r}, the file adapts other rows of the weight than this model does. "
+                f"{_as_trained(view, stored.config)}"
             )
 
 
@@ -250,17 +250,16 @@ def _check_names(
     if not any(wrong.values()):
         return
     found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
-    same = "the same targets, modules_to_save and bias"
-    trained = _as_trained(view, stored.config, "target_modules") if stored else same
-    raise AdapterMismatchError(
-        f"These adapters do not fit {view.title}: {found}. Adapt the model as they were trained: with {trained}."
-    )
+    remedy = "Use the same targets, modules_to_save and bias as for the training."
+    remedy = _as_trained(view, stored.config) if stored else remedy
+    raise AdapterMismatchError(f"These adapters do not fit {view.title}: {found}. {remedy}")
 
 
 def _as_trained(view: View, config: LoRAConfig, *always: str) -> str:
-    """The arguments of the training that are others here, and those that are shown always."""
+    """What to do: take the arguments of the training that are others here, or the module."""
     here = view.config.to_dict()
-    return ", ".join(f"{name}={v!r}" for name, v in config.to_dict().items() if v != here[name] or name in always)
+    use = ", ".join(f"{name}={v!r}" for name, v in config.to_dict().items() if v != here[name] or name in always)
+    return f"Use the arguments of the training: {use}." if use else "Build the module as it was built for training."
 
 
 def _check_tensors(view: View, state: Mapping[str, Any], *, converting: bool = False) -> None:

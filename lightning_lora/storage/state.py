@@ -75,7 +75,7 @@ def is_note(name: object) -> bool:
 def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
     """Remove the base's values from a state of the model: frozen weights, and buffers with the base's values.
 
-    Frozen weights that code other than an optimizer changed are kept, or added, and so are those in ``random``, which
+    What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
     record, trained = view.record, view.trained
@@ -83,15 +83,15 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     adapters = set(map(id, view.adapters.values()))
     aliases = {name for name, p in view.parameters.items() if id(p) in adapters and name not in view.adapters}
     dropped = {*view.frozen, *view.entries, *aliases}
-    added = {*record.changed, *originals, *random}
-    held: dict[str, Any] = {name: value.detach() for name, value in view.frozen_values.items() if name in added}
+    noted = {*record.changed, *random}
+    held: dict[str, Any] = {n: p.detach() for n, p in view.frozen_values.items() if n in noted or n in originals}
+    held |= {name: view.buffers[name].detach() for name in record.changed if name in view.buffers}
     held |= {plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}
     kept: dict[str, Any] = {name: p.detach() for name, p in required(view).items()}
     for name, value in held.items():
         is_own = isinstance(value, Tensor) and not is_dtensor(value)
-        if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
-            continue
-        kept[name] = value
+        if not (name in originals and name not in noted and is_own and same_bits(value.detach(), originals[name])):
+            kept[name] = value
     for name in trained:
         if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
             kept[name] = trained[name].detach()

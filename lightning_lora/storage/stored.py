@@ -34,7 +34,7 @@ class StoredAdapters:
 
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
-    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of other libraries do not say them
+    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; of other libraries, only those with rows
     base: list[dict[str, Any]] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers

@@ -156,6 +156,8 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
+    if not has_matrices(layer):
+        return "it has no weights"
     for name in dict.fromkeys(matrix.weight for matrix in kind.lora_matrices_of(layer)):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
@@ -174,11 +176,17 @@ def is_computed(layer: nn.Module) -> bool:
         return True
 
 
+def has_matrices(layer: nn.Module) -> bool:
+    """Whether a layer has matrices to update, which are neither computed nor empty."""
+    kind = adapter_for(layer)
+    return bool(kind and not is_computed(layer) and any(each.largest_rank for each in kind.lora_matrices_of(layer)))
+
+
 def own_matrices(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
     if not name or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
         return []
-    held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point()}
+    held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point() and p.numel()}
     return [join(name, leaf) for leaf, p in held.items() if p.dim() == 2 or (p.dim() == 3 and len(p) > 1)]
 
 

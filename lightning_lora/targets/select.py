@@ -10,7 +10,7 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, Settings, adapter_for
 from lightning_lora.targets import checks
 from lightning_lora.targets.checks import Choice, meant_as
-from lightning_lora.targets.lookup import AUTOMATIC, Names, has_forward, is_computed
+from lightning_lora.targets.lookup import AUTOMATIC, Names, has_forward, has_matrices
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.names import held_parameter, owner_of, starts_of, submodule
@@ -70,24 +70,19 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
         found = {name: names.modules[name] for name in names.find("target_modules", targets)}
     if not isinstance(targets, str):
         return found
-    # a word leaves out computed weights, an expression containers and norms: unless there is nothing else
-    is_automatic = targets in AUTOMATIC
-    fit = {
-        name: layer for name, layer in found.items() if adapter_for(layer) and not (is_automatic and is_computed(layer))
-    }
-    return fit or found
+    # a word leaves out computed and empty weights, an expression containers and norms: unless there is nothing else
+    has_update = has_matrices if targets in AUTOMATIC else adapter_for
+    return {name: layer for name, layer in found.items() if has_update(layer)} or found
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
     """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
-    left_out = _output_heads(names) if word == "all-linear" else set[object]()
+    aside = _output_heads(names) if word == "all-linear" else set[object]()
     for module in names.modules.values():
         if isinstance(module, nn.MultiheadAttention):  # it reads weights of layers inside it without calling them
-            left_out |= {*module.modules()} - {module}
+            aside |= {*module.modules()} - {module}
     kinds = {kind for kind in ADAPTERS.values() if word == "all" or kind.lora_is_linear}
-    return {
-        name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and layer not in left_out
-    }
+    return {name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and layer not in aside}
 
 
 def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
@@ -143,9 +138,8 @@ def _choice(
 
 def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
     """The matrices of a layer that have weights. ``left_out`` names other matrices, or modules inside the layer."""
-    outside = len(starts_of(name))
-    kept = (m for m in matrices if left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[outside:]))
-    return tuple(matrix for matrix in kept if matrix.largest_rank)
+    own = len(starts_of(name))
+    return tuple(m for m in matrices if m.largest_rank and left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[own:]))
 
 
 def _output_heads(names: Names) -> set[object]:

@@ -10,15 +10,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import (
-    ConfigError,
-    disable_adapters,
-    inject_adapters,
-    merge_adapters,
-    register_adapter,
-    remove_adapters,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.layers import LAYERS, Linear, Model, config, factors, reference
 from tests.support.models import randomise, same, state
@@ -38,8 +30,8 @@ def some(*kinds: str) -> Any:
 
 @pytest.mark.parametrize("pair", [(nn.Linear(2, 2), LoRALayer), (nn.Linear, nn.Linear)])
 def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(pair: Any) -> None:
-    with pytest.raises(ConfigError, match=r"register_adapter got .*Expected a class of layers, and"):
-        register_adapter(*pair)
+    with pytest.raises(ll.ConfigError, match=r"register_adapter got .*Expected a class of layers, and"):
+        ll.register_adapter(*pair)
 
 
 def test_the_first_argument_of_ones_own_layer_may_have_any_name() -> None:
@@ -47,9 +39,9 @@ def test_the_first_argument_of_ones_own_layer_may_have_any_name() -> None:
         def lora_update(self, lora_A: Tensor, lora_B: Tensor, *, x: Tensor) -> Tensor:
             return x @ lora_A.T @ lora_B.T * self.lora_settings.scaling
 
-    register_adapter(own := type("Own", (Linear,), {}), LoRAOwn)
+    ll.register_adapter(own := type("Own", (Linear,), {}), LoRAOwn)
     model = nn.Sequential(own(5, 4))
-    inject_adapters(model, config(model, dropout=0.5))
+    ll.inject_adapters(model, config(model, dropout=0.5))
     assert model[0](x=torch.ones(2, 5)).shape == (2, 4)
 
 
@@ -62,18 +54,18 @@ def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(
     frozen = model(x)  # torch may round differently then
     values, keys, calls = state(model), list(model.state_dict()), list[str]()
     layer.register_forward_hook(lambda *_: calls.append("forward"))
-    inject_adapters(model, config(model))
+    ll.inject_adapters(model, config(model))
     assert torch.equal(model(x), before) and set(calls) == {"forward"}
     assert model[0] is layer and isinstance(layer, cls) and isinstance(layer, LoRALayer)
     assert [p for name, p in model.named_parameters() if "lora_" not in name] == weights
     assert [key for key in model.state_dict() if "lora_" not in key] == keys
     randomise(model)
-    for change in (lambda _: None, merge_adapters):
+    for change in (lambda _: None, ll.merge_adapters):
         change(model)
-        with disable_adapters(model):
+        with ll.disable_adapters(model):
             assert torch.equal(model(x), frozen)
-    unmerge_adapters(model)
-    remove_adapters(model)
+    ll.unmerge_adapters(model)
+    ll.remove_adapters(model)
     assert type(model[0]) is cls and same(state(model), values) and torch.equal(model(x), frozen)
     assert not any(p.requires_grad for p in weights)
     assert not [name for name in (*vars(model[0]), *vars(model)) if "lora" in name]
@@ -81,7 +73,7 @@ def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(
 
 def test_adapted_layer_computes_the_papers_equation_and_its_gradients(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
-    inject_adapters(model, config(model))
+    ll.inject_adapters(model, config(model))
     randomise(model)
     layer: Any = model[0]
     if getattr(layer, "padding_idx", None) is not None:
@@ -104,20 +96,20 @@ def test_adapted_layer_computes_the_papers_equation_and_its_gradients(case: tupl
 def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     plain = copy.deepcopy(model)
-    inject_adapters(model, config(model))
+    ll.inject_adapters(model, config(model))
     randomise(model)
     before, adapted, weights = state(model), model(x), list(model.parameters())
     base = {id(p) for name, p in model.named_parameters() if "lora_" not in name}
-    merge_adapters(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
     assert {id(p) for p in model.parameters()} == base and list(model.state_dict()) == list(plain.state_dict())
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(plain(x), adapted)
-    remove_adapters(kept := copy.deepcopy(model))
+    ll.remove_adapters(kept := copy.deepcopy(model))
     assert torch.equal(kept(x), plain(x))
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
     assert torch.equal(model(x), adapted)
 
@@ -126,20 +118,20 @@ def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequen
 @pytest.mark.parametrize("merged", [False, True])
 def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Sequential, Any], merged: bool) -> None:
     model, x = case
-    inject_adapters(model, config(model))
+    ll.inject_adapters(model, config(model))
     randomise(model)
     if merged:
-        merge_adapters(model)
+        ll.merge_adapters(model)
     torch.save(model, file := io.BytesIO())
     file.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
     expected, kind = model(x), type(model[0])
     randomise(model, seed=9)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     for each in copies:
         assert type(each[0]) is kind and torch.equal(each(x), expected)
-        unmerge_adapters(each)
-        remove_adapters(each)
+        ll.unmerge_adapters(each)
+        ll.remove_adapters(each)
         assert type(each[0]) is type(model[0])
 
 
@@ -148,11 +140,11 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
 def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     torch._dynamo.reset()
-    inject_adapters(model, config(model))
+    ll.inject_adapters(model, config(model))
     randomise(model)
     expected = model(x)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for change in (lambda _: None, merge_adapters, unmerge_adapters):
+    for change in (lambda _: None, ll.merge_adapters, ll.unmerge_adapters):
         change(model)
         torch.testing.assert_close(compiled(x), expected)
 
@@ -161,8 +153,8 @@ def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tupl
 def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     plain = copy.deepcopy(model)
-    inject_adapters(model, config(model, dropout=0.5))
-    inject_adapters(plain, config(plain))
+    ll.inject_adapters(model, config(model, dropout=0.5))
+    ll.inject_adapters(plain, config(plain))
     for each in (model, plain):
         randomise(each, scale=0.01)
     expected = plain.eval()(x)

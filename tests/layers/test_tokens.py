@@ -11,16 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRAConfig,
-    disable_adapters,
-    inject_adapters,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    set_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.errors import AdapterStateError
 from tests.support.layers import ScaledEmbedding
 from tests.support.models import TinyLM, randomise
@@ -59,8 +50,8 @@ def test_rows_train_to_the_bits_of_a_training_of_these_rows_alone(make: Callable
     weight, places = layer.weight.detach().clone(), torch.tensor(TOKENS)
     rows = nn.Parameter(weight[places].float())  # as an adapter beside half precision
     fresh = layer(INDEX)
-    config = LoRAConfig(target_modules=[], trainable_token_indices={"embed": TOKENS})
-    inject_adapters(nn.ModuleDict({"embed": layer}), config)
+    config = ll.LoRAConfig(target_modules=[], trainable_token_indices={"embed": TOKENS})
+    ll.inject_adapters(nn.ModuleDict({"embed": layer}), config)
     assert torch.equal(layer(INDEX), fresh) and [*layer.lora_parameters()] == ["lora_rows"]
     trained(rows, lambda: looked_up(layer, weight.index_copy(0, places, rows.to(weight.dtype)), INDEX))
     trained(layer.lora_rows, lambda: layer(INDEX.int()))
@@ -75,7 +66,7 @@ def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(bias: bo
     model = TinyLM().double()
     model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 20).double()) if bias else None
     weight, fresh = model.embed.weight.detach().clone(), model(INDEX)
-    names = inject_adapters(model, LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}))
+    names = ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}))
     assert names == ("embed", "q_proj", "v_proj") and type(model.lm_head).__name__ == "TiedLinear"
     assert torch.equal(model(INDEX), fresh)
     randomise(model)
@@ -91,7 +82,7 @@ def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(bias: bo
     torch.testing.assert_close(layer.lora_rows.grad, gradient)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copied.lm_head.lora_tied_to[0] is copied.embed and torch.equal(copied(INDEX), model(INDEX))
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert type(model.lm_head) is nn.Linear and torch.equal(model(INDEX), fresh)
 
 
@@ -107,7 +98,7 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> 
             return self.embed(index), self.scaled(index), self.head(torch.ones(5))
 
     model: Any = Model()
-    inject_adapters(model, LoRAConfig(target_modules=[], trainable_token_indices={named: TOKENS}))
+    ll.inject_adapters(model, ll.LoRAConfig(target_modules=[], trainable_token_indices={named: TOKENS}))
     randomise(model)
     whole = model.get_submodule(named).lora_effective_weight("weight")
     one, scaled, head = model(INDEX)
@@ -117,30 +108,30 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> 
 
 def test_a_head_that_is_tied_or_untied_later_follows_after_the_next_injection(tmp_path: Path) -> None:
     model, given = TinyLM(tied=False), {"embed": TOKENS}
-    config = LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=given)
-    inject_adapters(model, config)
+    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=given)
+    ll.inject_adapters(model, config)
     randomise(model)
     own = nn.Parameter(model.lm_head.weight.detach().clone())
     for weight in (model.embed.weight, own):
         model.lm_head.weight = weight
-        for act in (merge_adapters, lambda model: save_adapter(model, tmp_path / "a.safetensors")):
+        for act in (ll.merge_adapters, lambda model: ll.save_adapter(model, tmp_path / "a.safetensors")):
             with pytest.raises(AdapterStateError, match="'lm_head' of TinyLM was tied to an embedding whose rows"):
                 act(model)
-        inject_adapters(model, config)
+        ll.inject_adapters(model, config)
         layer: Any = model.embed
         whole = layer.lora_effective_weight("weight") if weight is layer.weight else own
         x, expected = torch.ones(model.lm_head.in_features), model(INDEX)
         torch.testing.assert_close(model.lm_head(x), F.linear(x, whole))
-        merge_adapters(model)
+        ll.merge_adapters(model)
         torch.testing.assert_close(model(INDEX), expected)
-        unmerge_adapters(model)
+        ll.unmerge_adapters(model)
 
 
 @pytest.mark.parametrize("init", ["pissa", "kaiming"])
 def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(init: str) -> None:
     model = TinyLM(tied=False)
-    config = LoRAConfig(r=2, init=init, use_dora=init == "kaiming", trainable_token_indices={"embed": TOKENS})  # type: ignore[arg-type]
-    inject_adapters(model, config)
+    config = ll.LoRAConfig(r=2, init=init, use_dora=init == "kaiming", trainable_token_indices={"embed": TOKENS})  # type: ignore[arg-type]
+    ll.inject_adapters(model, config)
     other = TinyLM(tied=False)
     model.load_state_dict(other.state_dict())
     rows: Any = model.embed.lora_rows
@@ -157,19 +148,19 @@ def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(init: str) -> No
 def test_adapters_with_other_rows_and_with_a_low_rank_update_take_turns() -> None:
     model, alone = TinyLM(), dict[str, Tensor]()
     configs = {
-        "some": LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}),
-        "others": LoRAConfig(r=2, target_modules=["v_proj"], trainable_token_indices={"embed": [0, 3]}),
-        "low rank": LoRAConfig(r=2, target_modules=["embed", "q_proj"]),
+        "some": ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}),
+        "others": ll.LoRAConfig(r=2, target_modules=["v_proj"], trainable_token_indices={"embed": [0, 3]}),
+        "low rank": ll.LoRAConfig(r=2, target_modules=["embed", "q_proj"]),
     }
     fresh, weight = model(INDEX), model.embed.weight.detach().clone()
     for seed, (name, config) in enumerate(configs.items()):
-        inject_adapters(model, config, name=name)
+        ll.inject_adapters(model, config, name=name)
         randomise(model, seed)
         alone[name] = model(INDEX)
     for name in [*configs, *reversed(configs), *configs]:
-        set_adapter(model, name)
+        ll.set_adapter(model, name)
         assert torch.equal(model(INDEX), alone[name]) and not torch.equal(alone[name], fresh)
         assert (type(model.lm_head) is nn.Linear) is (name == "low rank")
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert torch.equal(model(INDEX), fresh)
     assert torch.equal(model.embed.weight, weight)

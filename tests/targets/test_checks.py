@@ -69,6 +69,7 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one byte": (lambda: numbers(torch.float8_e4m3fn), "torch.float8_e4m3fn, with which torch does not compute"),
     "replaced forward": (lambda: with_(nn.Linear(4, 4), "forward", lambda x: x), "its forward is replaced"),
     "replaced method": (lambda: with_(nn.Conv2d(4, 4, 1), "_conv_forward", lambda *x: x), "_conv_forward is replaced"),
+    "nothing": (lambda: nn.Embedding(0, 4), "it has no weights"),
     "another library's": (lambda: with_(nn.Linear(4, 4), "lora_A", nn.Parameter(torch.ones(1))), "a lora_A of another"),
 }
 

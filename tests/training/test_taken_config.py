@@ -69,7 +69,7 @@ def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixtu
     [
         ({"r": 8}, "trained with r=3"),  # its default
         ({"modules_to_save": ["embed"]}, "missing 'embed.weight'"),
-        ({"use_dora": True}, "missing .*magnitude.* were trained: with .*use_dora=False"),
+        ({"use_dora": True}, "missing .*magnitude.* of the training: .*use_dora=False"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
         ([8], "trained with r=3"),  # by its place
     ],

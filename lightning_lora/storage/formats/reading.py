@@ -131,7 +131,8 @@ def adapters_of(
     for update in updates:
         layers.append(replace(update.layer, r=update.r))
         state |= update.tensors()
-    return StoredAdapters(by_whole_names(layers, settings, view.modules.keys()), state)
+    rows = {layer.name: layer for layer in layers if layer.tokens}  # which, no tensor says
+    return StoredAdapters(by_whole_names(layers, settings, view.modules.keys()), state, rows)
 
 
 def _trained(

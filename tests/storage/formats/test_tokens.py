@@ -18,6 +18,7 @@ from tests.storage.formats.test_export_models import run, tiny
 from tests.support.models import Around, TinyLM, as_trained, same
 from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
+from tests.support.storage import refused
 
 INDEX = torch.arange(12).view(2, 6)
 TOKENS = [18, 5]
@@ -75,6 +76,14 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
     ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": [1, 2]}))
     with pytest.raises(ll.ExportError, match=match):
         ll.export_peft(model, tmp_path / "here")
+
+
+def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
+    there, here = ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1, row]}} for row in (2, 3))
+    write_peft(tmp_path, TinyLM(tied=False), **there)
+    ll.inject_adapters(model := TinyLM(tied=False), ll.LoRAConfig(r=2, **here))
+    with refused(model, ll.AdapterMismatchError, r"other rows .* trainable_token_indices={'embed': \[1, 2"):
+        ll.load_adapter(model, tmp_path)
 
 
 def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path) -> None:
