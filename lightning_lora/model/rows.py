@@ -192,7 +192,7 @@ class _Mixed:
         if not isinstance(x, Tensor) or x.dim() <= (bags or x.is_floating_point()) or len(x) != len(self.names):
             raise ConfigError(
                 f"{self.name!r} reads a {type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}. adapter_names "
-                f"got {len(self.names)} names, and needs one for each row (or beam). Other layers need set_adapter."
+                f"got {len(self.names)} names, and needs one for each row (or beam). Otherwise, use set_adapter."
             )
         return x
 

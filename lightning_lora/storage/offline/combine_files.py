@@ -26,8 +26,8 @@ def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequenc
     if not 2 <= len(paths) == len(weights):
         raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
     files = list(map(read_layers, paths))
-    _check_bases(files)
     stored = combined(files, weights, r)
+    _check_bases(files)
     write_adapter_file(out, stored)
     return len(stored.layers)
 
@@ -85,8 +85,8 @@ def _check_alike(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
             other = holder.setdefault(name, file)
             if (found.kind, found.shapes, found.matrices) != (layer.kind, layer.shapes, matrices):
                 raise AdapterMismatchError(
-                    f"{name!r} is adapted in other parts in {other.source} than in {file.source}. Use the same "
-                    "target_slices and target_parameters."
+                    f"{name!r} is adapted in other parts in {other.source} than in {file.source}. Use one base, "
+                    "and the same target_slices and target_parameters."
                 )
     return layers
 

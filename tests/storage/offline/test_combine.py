@@ -81,6 +81,9 @@ def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     for given, weights, says in ((paths[:1], (1.0,), "at least two"), (paths, (1.0,) * 3, "3 weights")):
         with pytest.raises(ll.ConfigError, match=says):
             combine_files(given, out, weights)
+    ll.save_adapter(as_trained(copy.deepcopy(BASE), **LINEAR, modules_to_save=["embed"]), other)
+    with pytest.raises(ll.AdapterMismatchError, match=r"also holds 'embed.weight', .*trained in full"):
+        combine_files(paths, out, (1.0, 1.0))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
     ll.save_adapter(as_trained(model, **LINEAR), other)
