@@ -45,6 +45,7 @@ DEFINITIONS = ("full", "LoRA q v, r=8", "LoRA all, r=8", "probe")
 BEYOND = {
     "LoRA+ all, r=8": lora("all", 8, lr_scale={"A": 0.125, "B": 2}),
     "DoRA all, r=8": lora("all", 8, use_dora=True),
+    "LoRA all, r=8, dropout 0.1": lora("all", 8, dropout=0.1),
 }
 EVERYTHING = {"LoRA everything, r=8": lora("everything", 8, bias="all")}
 VARIANTS = {  # where the adapters start, and a head that keeps the module's rate
