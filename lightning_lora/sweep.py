@@ -191,10 +191,10 @@ class _Callback(LoRACallback):
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
             return
-        kinds = set[str]().union(*map(class_names, callbacks_of(trainer)))
+        kinds, record = set[str]().union(*map(class_names, callbacks_of(trainer))), find_record(pl_module)
         refused = {
             "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
-            "a module that has adapters, perhaps merged (call remove_adapters(model) first)": find_record(pl_module),
+            "a module with adapters (if merged, call unmerge_adapters(model); then remove_adapters(model))": record,
             "callbacks that average weights": kinds & {"WeightAveraging", "StochasticWeightAveraging"},
             "max_steps (use max_epochs)": trainer.max_steps != -1,
             "reload_dataloaders_every_n_epochs": trainer.reload_dataloaders_every_n_epochs,  # type: ignore[attr-defined]

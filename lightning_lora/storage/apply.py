@@ -220,7 +220,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
                     f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. "
-                    f"{_as_trained(view, config, 'r', 'alpha')} Or LoRACallback() alone, or remove_adapters(model) "
+                    f"{_as_trained(view, config)} Or LoRACallback() alone, or remove_adapters(model) "
                     "before load_adapter."
                 )
 
@@ -255,10 +255,10 @@ def _check_names(
     raise AdapterMismatchError(f"These adapters do not fit {view.title}: {found}. {remedy}")
 
 
-def _as_trained(view: View, config: LoRAConfig, *always: str) -> str:
+def _as_trained(view: View, config: LoRAConfig) -> str:
     """What to do: take the arguments of the training that are others here, or the module."""
     here = view.config.to_dict()
-    use = ", ".join(f"{name}={v!r}" for name, v in config.to_dict().items() if v != here[name] or name in always)
+    use = "; ".join(f"{name}={v!r}, not {here[name]!r}" for name, v in config.to_dict().items() if v != here[name])
     return f"Use the arguments of the training: {use}." if use else "Build the module as it was built for training."
 
 

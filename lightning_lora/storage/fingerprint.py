@@ -304,8 +304,8 @@ def _difference(
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the same pretrained weights as for the "
-            "training: first, or in the module's __init__ or setup. New layers and rows are random each time, so they "
-            "must train: modules_to_save, trainable_token_indices. If this model is merged, load its base."
+            "training: in the module's __init__ or setup, or before load_adapter. New layers and rows are random, so "
+            "they must train: modules_to_save, trainable_token_indices. If this model is merged, load its base."
         )
     there, now = (" and ".join(dtypes) for dtypes in (fingerprint["dtypes"], here["dtypes"]))
     return (
