@@ -110,7 +110,7 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
 
     config: dict[str, Any] = {"target_modules": ["q"], argument: [f"model.{name}"]}
     saved(path := tmp_path / "a.safetensors", Around(Twice()), r=2, **config)
-    with pytest.raises(ll.AdapterMismatchError, match=rf"do not fit Twice: missing 'encoder\.{name.partition('.')[0]}"):
+    with pytest.raises(ll.AdapterMismatchError, match=rf"missing 'encoder\.{name.partition('.')[0]}.* Build the mod"):
         ll.load_adapter(loaded := Twice(), path)
     assert is_plain(loaded)
 
