@@ -116,7 +116,7 @@ class LayerKind(InPlace, nn.Module):
 
 
 class TransposedKind(LayerKind):
-    r"""A kind of layer whose weight is stored as (in, out), or (in, out, \*kernel)."""
+    r"""A kind whose weight is (in, out), or (in, out, \*kernel)."""
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:

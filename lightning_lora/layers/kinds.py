@@ -44,7 +44,7 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 
 
 def name_of_kind(kind: type) -> str:
-    """Return the full name of an adapter class, the same one in a spawned process."""
+    """Return a class's full name, also right in a spawned process."""
     return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
 
 

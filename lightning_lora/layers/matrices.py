@@ -15,7 +15,7 @@ from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 
 
 class Role(Enum):
-    """What a parameter of an adapter is. The value is in its name, such as ``lora_A`` or ``lora_A_q``."""
+    """The role of an adapter's parameter. Its name has the value: ``lora_A``, ``lora_A_q``."""
 
     A = "A"  # the factor that reads the input
     B = "B"  # the factor that writes the output
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """One matrix with its own update: a weight of a layer, or some rows of it."""
+    """A weight, or some of its rows, with one update."""
 
     weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
     reads: int  # columns: input features
@@ -104,7 +104,7 @@ class AdaptedMatrix:
 
 
 class AdapterParameter(NamedTuple):
-    """What one parameter of an adapter is: its role in the update of a matrix."""
+    """A parameter's role, and the matrix that it updates."""
 
     role: Role
     matrix: AdaptedMatrix
@@ -136,7 +136,7 @@ Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by
 
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
-    """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names."""
+    """Return an adapter's parameters by their names in the layer."""
     pairs = ((role, m) for m in matrices for role in ((Role.ROWS,) if m.tokens else settings.roles))
     return {matrix.parameter(role): AdapterParameter(role, matrix) for role, matrix in pairs}
 
