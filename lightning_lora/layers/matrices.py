@@ -91,8 +91,8 @@ class AdaptedMatrix:
 
     @property
     def largest_rank(self) -> int:
-        """The smaller side of the matrix, or 0 if it has no numbers."""
-        return min(self.reads, self.writes) if all(self.stack) else 0
+        """The smaller side of the matrix."""
+        return min(self.reads, self.writes)
 
     def rank(self, r: int) -> int:
         """Return the rank of its update: ``r`` or its own, or the largest rank if that is less."""

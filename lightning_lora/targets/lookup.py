@@ -186,7 +186,7 @@ def own_matrices(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
     if not name or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
         return []
-    held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point() and p.numel()}
+    held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point()}
     return [join(name, leaf) for leaf, p in held.items() if p.dim() == 2 or (p.dim() == 3 and len(p) > 1)]
 
 

@@ -75,8 +75,8 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (TinyLM, {"target_modules": {"v_proj", "q_proj"}}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": r".*(proj|norm)"}, ("q_proj", "v_proj")),
     (normed, {}, ("body",)),
-    # a layer of no weights has nothing to adapt
-    (lambda: net(no_words=nn.Embedding(0, 4), body=linear()), {"target_modules": "all"}, ("body",)),
+    # a matrix of no numbers has nothing to adapt
+    (lambda: net(no_words=nn.Embedding(0, 4), cell=nn.GRUCell(0, 4)), {"target_modules": "all"}, ("cell",)),
     # an attention reads the weights inside it
     (lambda: nn.TransformerEncoderLayer(8, 2, 16), {}, ("self_attn", "linear1", "linear2")),
 ]
