@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import time
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -60,8 +59,17 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", **metadata}
     contents = save_in_any_order(plain, metadata)
-    start = 8 + int.from_bytes(contents[:8], "little")
-    return header_of({**json.loads(contents[8:start]), "__metadata__": metadata}) + contents[start:]
+    return header_of({**header_in(contents), "__metadata__": metadata}) + contents[_end_of_header(contents) :]
+
+
+def header_in(contents: bytes) -> dict[str, Any]:
+    """Return what the beginning of a safetensors file says: its tensors, and its metadata."""
+    entries: dict[str, Any] = json.loads(contents[8 : _end_of_header(contents)])
+    return entries
+
+
+def _end_of_header(contents: bytes) -> int:
+    return 8 + int.from_bytes(contents[:8], "little")
 
 
 def header_of(entries: dict[str, Any]) -> bytes:
@@ -209,30 +217,6 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
 
 
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code
-
-
-def check_whole(path: Any, source: Any = None) -> None:
-    """Refuse a damaged archive, which torch itself would read."""
-    local, source = local_path(path), path if source is None else source
-    if local is None and str(path).startswith("http"):
-        return
-    if local is not None:
-        if not local.exists():
-            return
-        if (local / "checkpoint").is_dir():  # as Lightning calls it
-            raise AdapterFileError(
-                f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
-                "of lightning.pytorch.utilities.deepspeed, and pass that."
-            )
-        if not local.is_file():
-            raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
-    with opened(path) as file:
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            broken = archive.testzip()
-    if broken:
-        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,13 @@
 import errno
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import lightning as L
@@ -19,8 +21,9 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
+from lightning_lora.storage.formats.own import read_adapter_file
 from tests.support.faults import adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
-from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
+from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
 from tests.support.storage import restores
 
 pytestmark = forks
@@ -171,3 +174,31 @@ def test_what_a_killed_writer_left_is_cleared_an_hour_later(tmp_path: Path) -> N
         save_adapter(adapted(), path)
         assert new.exists() and not old.exists()
     assert path.read_bytes() == b"mine"  # the other writer has left this file alone
+
+
+@contextmanager
+def replacing(path: Path, others: list[Path]) -> Iterator[None]:
+    """Let a thread put other files in the place of one, again and again, each at once as :func:`writing` does."""
+    is_over = Event()
+
+    def work() -> None:
+        while not is_over.is_set():
+            for other in others:
+                new = shutil.copyfile(other, path.with_suffix(".new"))
+                new.replace(path)
+
+    (thread := Thread(target=work)).start()
+    yield
+    is_over.set()
+    thread.join()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    """What is read comes from one open file. Two looks at one path would see the header of another file."""
+    ranks, path = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}, tmp_path / "a.safetensors"
+    for r, file in ranks.items():
+        save_adapter(as_trained(LitTiny(), r=r), file)
+    shutil.copyfile(ranks[2], path)
+    with replacing(path, list(ranks.values())):
+        for _ in range(1000):
+            assert read_adapter_file(path).config.r in ranks

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft_config import json_object
 
@@ -41,6 +42,9 @@ class TensorFiles:
 
     def _read_checkpoint(self) -> None:
         with reading(self.path):
+            check_file(self.path)
+            with self.path.open("rb") as file:
+                check_new_format(kind_of(file), self.path)
             loaded = load_plain(self.path, mmap=True)
         self.checkpoint = loaded if isinstance(loaded, dict) else {}
         state = self.checkpoint.get("state_dict", self.checkpoint)

@@ -20,8 +20,8 @@ from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, keep_frozen, view_of
+from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints
-from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
 from lightning_lora.storage.formats.own import leave_adapters, show_base
@@ -245,7 +245,7 @@ class LoRAStrategy(Strategy, InPlace):
         if not may_be_told:
             trust = f"set {disk.TRUST}=1"
         with disk.reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
-            disk.check_whole(path)
+            archives.check_file(path, is_any_kind=not self._lora_reads_by_torch())
             if is_trusted:
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
@@ -254,6 +254,13 @@ class LoRAStrategy(Strategy, InPlace):
                 return super().load_checkpoint(path)
             with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
+
+    def _lora_reads_by_torch(self) -> bool:
+        """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
+        plugin = self.checkpoint_io
+        while hasattr(plugin, "checkpoint_io"):
+            plugin = plugin.checkpoint_io
+        return type(plugin).__name__ == "TorchCheckpointIO" and "load_checkpoint" not in self.lora_others
 
     def _lora_uses_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""
