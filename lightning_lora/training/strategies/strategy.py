@@ -192,6 +192,9 @@ class LoRAStrategy(Strategy, InPlace):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
         stage, module = self.lora_stage, self.lora_module
+        local = disk.local_path(checkpoint_path)
+        if local is not None and stage.is_fitting and self.is_global_zero:
+            disk.remove_left_parts(local.parent)  # the new run may save elsewhere
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
