@@ -12,8 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what a terminal would obey or not show: names in files come from anybody."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 class LayerName(Text):
     """A name for a table. If it does not fit into a line, it breaks behind dots."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(printable(name))
 
     def wrap(self, console: Console, width: int, **options: Any) -> Lines:
         """Return its lines."""
@@ -26,7 +34,7 @@ class LayerName(Text):
 
 def layer_table(*headings: str, title: str = "") -> Table:
     """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
-    table = Table(title=Text(title) if title else None)
+    table = Table(title=Text(printable(title)) if title else None)
     for heading in headings:
         is_text = heading in ("Layers", "Type")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from lightning_lora.cli import combine, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
+from lightning_lora.tables import printable
 
 _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its help
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             if said := parsed.run(parsed):
-                print(said)
+                print(printable(said))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,4 +60,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(what: str, message: str) -> None:
     """Print a message on the standard error."""
     console = Console(stderr=True)
+    message = "\n".join(map(printable, message.splitlines()))
     console.print(what, escape(message), highlight=False, soft_wrap=not console.is_terminal)
