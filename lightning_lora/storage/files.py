@@ -23,7 +23,7 @@ from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.lightning import check_readable
-from lightning_lora.storage.formats.reading import Asked
+from lightning_lora.storage.formats.reading import Asked, check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
@@ -209,6 +209,8 @@ def load_adapter(
         )
     if reader is None:
         reader = partial(with_names_of, stored=own.adapters_in(contents, path))
+    else:
+        check_usual(contents, path)
     apply(model, reader, refuse_base=check_base, name=name)
 
 

@@ -14,7 +14,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
@@ -56,6 +56,35 @@ class Update:
         if self.magnitude is not None:
             found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
         return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
+
+
+def check_usual(contents: Mapping[Any, Any], path: object) -> None:
+    """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
+    groups = [contents, *contents.values()]
+    odd = list[str]()
+    for group in groups:
+        if isinstance(group, Mapping):
+            odd += [str(name) for name, value in group.items() if isinstance(value, Tensor) and not _is_usual(value)]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(odd)}, with which nothing can be computed: they are sparse, of 8 bits, or have no "
+            "values. Write the file again with the values of .to_dense() or .float()."
+        )
+
+
+def _is_usual(value: Tensor) -> bool:
+    return is_dense(value) and not value.is_quantized and not value.is_meta
+
+
+def _check_floating(updates: Iterable[Update]) -> None:
+    """Refuse updates of integers, to which other code has rounded them."""
+    for update in updates:
+        for factor in (factor for pair in update.factors for factor in pair):
+            if not factor.is_floating_point() and not factor.is_complex():
+                raise AdapterFileError(
+                    f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
+                    "integers. Use the file as it was written, or write it again with the values of .float()."
+                )
 
 
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
@@ -110,6 +139,7 @@ def adapters_of(
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
+    _check_floating(updates)
     frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
     for name in frozen & rest.keys():
         if not is_the_base(view, name, rest[name]):
