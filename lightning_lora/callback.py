@@ -100,6 +100,7 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
+    _is_set_up = False  # in a stage
     _gradients: Any = None  # in training
     _feeding: Any = None
 
@@ -156,8 +157,9 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_feeding", "_training", "_filled", "log", "log_dict")  # two by Lightning
-        kept = {name: value for name, value in vars(self).items() if name not in added}
+        added = ("_stage", "_is_set_up", "_gradients", "_feeding", "_training", "_filled")
+        by_lightning = ("log", "log_dict")
+        kept = {name: value for name, value in vars(self).items() if name not in (*added, *by_lightning)}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,6 +175,7 @@ class LoRACallback(Callback):
         A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
         that the module's own hooks create later.
         """
+        self._is_set_up = True
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         name = self.name if self.name != "default" or "name" in self.given else None
         filled, scale = self._filled.setdefault(pl_module, set()), self.lr_scale
@@ -203,6 +206,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
+        self._check_set_up()
         reshard(pl_module)
         check_merge_weights(trainer, pl_module, self.merge, self.save)
         follow(*trainer.optimizers)  # a tuner may have written to them
@@ -213,6 +217,14 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
+
+    def _check_set_up(self) -> None:
+        """Refuse a fit that had begun when this callback came."""
+        if not self._is_set_up:
+            raise ConfigError(
+                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
+                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
+            )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
@@ -231,6 +243,7 @@ class LoRACallback(Callback):
 
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
+        self._check_set_up()
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -255,17 +268,29 @@ class LoRACallback(Callback):
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
+    def _is_in_training(self, trainer: Trainer) -> bool:
+        """Whether a training step runs.
+
+        The module may call ``manual_backward`` elsewhere too: in an evaluation, or in hooks around the training.
+        """
+        return self._gradients is not None and trainer.training
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Look at the first loss for embeddings that the step reads by hand."""
-        if trainer.is_global_zero:
+        if self._is_in_training(trainer) and trainer.is_global_zero:
             self._gradients.look_at(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._gradients.end_backward()
+        if self._is_in_training(trainer):
+            self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
+        self._check_set_up()
+        if not self._is_in_training(trainer):
+            follow(optimizer)
+            return
         copied = self._gradients.copied is not None
         if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
             share = summarize(pl_module).share
@@ -277,10 +302,12 @@ class LoRACallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """End dropout until the next training step."""
+        self._check_set_up()
         self._stage.dropout.end_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
+        self._check_set_up()
         tell_of_unmoved(pl_module)
         self._end_training()
 
@@ -294,6 +321,7 @@ class LoRACallback(Callback):
 
         It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
+        self._check_set_up()
         if self._stage.phase is Phase.SET_UP:
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
@@ -315,10 +343,12 @@ class LoRACallback(Callback):
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
+        self._is_set_up = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
+        self._is_set_up = False
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
         if self._stage.give_back_after_error(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
             compatibility.end_bar(trainer, pl_module)
