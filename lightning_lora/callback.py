@@ -157,9 +157,16 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_is_set_up", "_gradients", "_feeding", "_training", "_filled")
-        by_lightning = ("log", "log_dict")
-        kept = {name: value for name, value in vars(self).items() if name not in (*added, *by_lightning)}
+        added = (
+            "_stage",
+            "_is_set_up",
+            "_gradients",
+            "_feeding",
+            "_training",
+            "_filled",
+            *compatibility.SET_BY_LIGHTNING,
+        )
+        kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -343,14 +350,21 @@ class LoRACallback(Callback):
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
         self._is_set_up = False
+        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
+        compatibility.forget_module(self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
-        self._is_set_up = False
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
-        if self._stage.give_back_after_error(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+        is_kept = self._stage.give_back_after_error(pl_module, is_alone=is_alone)
+        self._let_go()
+        if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.end_bar(trainer, pl_module)
             rank_zero_info(
                 f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
