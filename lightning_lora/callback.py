@@ -19,13 +19,13 @@ from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
+from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
 from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
@@ -103,6 +103,7 @@ class LoRACallback(Callback):
     _is_set_up = False  # in a stage
     _gradients: Any = None  # in training
     _feeding: Any = None
+    _base_seen: dict[str, int] | None = None  # until the first step
 
     def __init__(
         self,
@@ -157,16 +158,9 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = (
-            "_stage",
-            "_is_set_up",
-            "_gradients",
-            "_feeding",
-            "_training",
-            "_filled",
-            *compatibility.SET_BY_LIGHTNING,
-        )
-        kept = {name: value for name, value in vars(self).items() if name not in added}
+        of_a_stage = ("_stage", "_is_set_up", "_gradients", "_feeding", "_base_seen", "_training", "_filled")
+        left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,8 +228,7 @@ class LoRACallback(Callback):
             )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
-        advise(pl_module, aloud=trainer.is_global_zero)
+        """Say and log how the adapters train. A checkpoint is loaded by then."""
         if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
@@ -257,6 +250,8 @@ class LoRACallback(Callback):
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
+        advise(pl_module, aloud=trainer.is_global_zero)  # the module's own on_fit_start may load or reset weights
+        self._base_seen = base_digests(pl_module)
         begins = self._stage.phase is Phase.SET_UP
         if begins:
             start_from_data(trainer, pl_module)
@@ -274,6 +269,16 @@ class LoRACallback(Callback):
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        if self._base_seen is None:
+            return
+        seen, now = self._base_seen, base_digests(pl_module)
+        self._base_seen = None
+        changed = {name for name, digest in now.items() if seen.get(name) != digest}
+        if changed:
+            advise_again(pl_module, changed, aloud=trainer.is_global_zero)
 
     def _is_in_training(self, trainer: Trainer) -> bool:
         """Whether a training step runs.
@@ -320,7 +325,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._feeding = None
+        self._gradients = self._feeding = self._base_seen = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
