@@ -11,7 +11,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.metrics import measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import join_other_package
+from lightning_lora.training.compatibility import forget_module, join_other_package
 
 
 class LoRAMonitor(Callback):
@@ -68,6 +68,14 @@ class LoRAMonitor(Callback):
         for name in norms if self.per_layer else ():
             log(f"lora/update_norm/{name}", norms[name])
             log(f"lora/effective_rank/{name}", ranks[name])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module, also if this callback is kept in a variable."""
+        forget_module(self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module, as at the end."""
+        forget_module(self)
 
 
 join_other_package(LoRAMonitor)

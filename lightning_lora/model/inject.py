@@ -15,6 +15,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, l
 from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, LoRAParameters, LoRATokens, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
@@ -92,6 +93,8 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     record = records.find_record(model) and records.record_of(model)  # raises an error if the base is shown
+    if record is None or name not in record.adapters:
+        refuse_in_block(model, "inject_adapters")
     if record and not record.is_merged:
         with activate(model, name, config) as undo:
             names = _inject(model, config, name, not networks_are_known)
@@ -122,6 +125,8 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         )
     loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
     loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
+    if loose or not all(isinstance(choice.layer, LoRALayer) for choice in choices.values()):
+        refuse_in_block(model, "inject_adapters")
     with attach.undone_on_error(view):
         if loose:
             attach.detach_adapters(view, loose)
@@ -370,6 +375,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = records.find_record(model) or records.record_of(model)
     check_known(record, name, model)
+    refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
         if name == record.adapter.name:
             with activate(model, next(iter(record.others))) as undo:

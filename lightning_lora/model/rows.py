@@ -17,6 +17,7 @@ from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
+from lightning_lora.model.blocks import is_in_block, open_block
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
@@ -37,9 +38,9 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
     to it. Without ``with``, the names are checked, and nothing else happens.
 
-    All threads see the block: let one use the model at a time. ``disable_adapters`` shows the base in it. Do not move
-    the model inside it, nor add, load, remove or merge adapters. If activations are checkpointed, call ``backward``
-    inside it.
+    All threads see the block: let one use the model at a time. Of blocks in blocks, the inner one counts, and
+    ``disable_adapters`` shows the base. To add, load, remove, sum or merge adapters there is an error. Do not move the
+    model inside it. If activations are checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -83,7 +84,7 @@ class _Block(ExitStack):
         used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
         values, modules = _own_values(view, used), named_modules(view.model)
         changed = set(chain.from_iterable(used.values()))
-        changed.update(name for name, module in modules.items() if module in values)
+        changed.update(name for name, module in modules.items() if module in values or is_in_block(module))
         around = {"", *chain.from_iterable(map(starts_of, changed))}
         for name, module in modules.items():
             adapters: dict[Name, Adapter] = {key: layers[name] for key, layers in used.items() if name in layers}
@@ -93,6 +94,7 @@ class _Block(ExitStack):
             if name in changed:
                 mixed = _Mixed(self, view, name, adapters, values.get(module, {}))
                 forwards.append((module, "forward", MethodType(mixed.forward, module)))  # a copy gets one of the copy
+        self.enter_context(open_block([modules[name] for name in modules.keys() & changed]))
         for module, name, forward in forwards:
             held = vars(module)
             self.callback(*((held.update, {name: held[name]}) if name in held else (held.pop, name)))

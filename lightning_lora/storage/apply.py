@@ -13,6 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
@@ -36,6 +37,7 @@ def apply(
 
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
+    refuse_in_block(model, "load_adapter")
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
@@ -98,6 +100,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterStateError: ``model`` has no adapters.
     """
     view = view_of(model)
+    refuse_in_block(model, "load_adapter_state_dict")
     check_as_merged(view)
     state = without_notes(state)
     _check_names(view, random_weights(view), state)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,20 +45,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     random_weights(view, fresh)
     if not aloud:
         return
-    if fresh.share > MOST_SHARE:
-        rank_zero_info(
-            f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
-            "learn little: load pretrained weights first, or train without LoRACallback."
-        )
-    elif fresh.random:
-        _warn_of_fresh(view, fresh)
-    aside = {*Names(view.model).find("exclude_modules", view.config.exclude_modules), *view.adapter.networks.copies}
-    unsure = [name for name in fresh.unsure if not is_in_any(name, aside) and fresh.share <= MOST_SHARE]
-    if unsure:
-        rank_zero_info(
-            f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-            f"{_to_save(view, unsure)}. If pretrained, all is well."
-        )
+    _tell_of_untrained(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_tied(view)
     _warn_of_heads(view)
@@ -67,6 +55,44 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_left_alone(view, left, share)
     if view.config.target_modules in AUTOMATIC:
         _warn_of_computed(view, "all" if share > MOST_SHARE else str(view.config.target_modules))
+
+
+def advise_again(model: LightningModule, changed: Collection[str], *, aloud: bool) -> None:
+    """Warn of layers that look untrained since :func:`advise`: the module's own hooks have changed these weights."""
+    view = view_of(model)
+    if not view.is_fresh():
+        return
+    view.adapter.random = None
+    fresh = find_fresh(view)
+    random_weights(view, fresh)
+    around = set[str]().union(*map(starts_of, changed))
+    random = tuple(name for name in fresh.random if name in around)
+    unsure = tuple(name for name in fresh.unsure if name in around)
+    if aloud and (random or unsure):
+        _tell_of_untrained(view, replace(fresh, random=random, unsure=unsure))
+
+
+def _tell_of_untrained(view: View, fresh: Fresh) -> None:
+    if fresh.share > MOST_SHARE:
+        rank_zero_info(
+            f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
+            "learn little: load pretrained weights first, or train without LoRACallback."
+        )
+        return
+    if fresh.random:
+        _warn_of_fresh(view, fresh)
+    aside = {*Names(view.model).find("exclude_modules", view.config.exclude_modules), *view.adapter.networks.copies}
+    unsure = [name for name in fresh.unsure if not is_in_any(name, aside)]
+    if unsure and fresh.share <= MOST_SHARE:  # it is NaN if no layer was large enough
+        _warn_of_unsure(view, unsure)
+
+
+def _warn_of_unsure(view: View, unsure: list[str]) -> None:
+    _warn(
+        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{_to_save(view, unsure)}. If pretrained, all is well.",
+        FreshLayerWarning,
+    )
 
 
 def _tell_of_networks(view: View) -> None:

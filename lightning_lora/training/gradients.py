@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
@@ -149,14 +149,21 @@ class Gradients:
             hook.remove()
 
 
-def check_loss(model: nn.Module, loss: object) -> None:
+def check_loss(model: LightningModule, loss: object) -> None:
     """Refuse a loss that depends on nothing that trains."""
-    if isinstance(loss, Tensor) and not loss.requires_grad:
-        view = view_of(model)
-        raise TargetError(
-            f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
-            "run without gradients (torch.no_grad, detach). Adapt others (target_modules), or set modules_to_save."
+    if not isinstance(loss, Tensor) or loss.requires_grad:
+        return
+    if not model.trainer.training:
+        raise AdapterStateError(
+            f"The loss of {type(model).__name__} has no graph to go back through: outside of training, a Trainer "
+            "computes without gradients. Set Trainer(inference_mode=False), and put the forward pass and the loss "
+            "into a block of torch.enable_grad()."
         )
+    view = view_of(model)
+    raise TargetError(
+        f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
+        "run without gradients (torch.no_grad, detach). Adapt others (target_modules), or set modules_to_save."
+    )
 
 
 def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int) -> None:
