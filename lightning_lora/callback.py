@@ -27,7 +27,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
+from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
 from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
@@ -250,13 +250,13 @@ class LoRACallback(Callback):
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
-        self._training.enter_context(gradients_pass(pl_module))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the first loss for embeddings that the step reads by hand."""
+        """Let own checkpoints pass. Look at the first loss for embeddings that the step reads by hand."""
+        self._gradients.begin_backward(loss)
         if trainer.is_global_zero:
             self._gradients.look_at(loss)
 

@@ -25,6 +25,7 @@ STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would 
 NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
 STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
 PRODUCT_SIZES = "_saved_mat2_sym_sizes"  # of a product's second factor: an embedding that is read would not be noticed
+ASKED = "t_inputs"  # a variable of torch.autograd.grad: weights that a generator gave it would have no names
 NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
 LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
 CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed

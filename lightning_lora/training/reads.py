@@ -1,14 +1,12 @@
 """Embeddings whose weight other code reads by hand, past their adapters."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 from torch import Tensor, nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.private import PRODUCT_SIZES
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.training.graphs import nodes_behind
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -31,14 +29,3 @@ def warn_of_reads(sizes: Sizes, loss: Tensor) -> None:
             f"A step multiplies by the weight of {listed(read)} itself, without its update. A merge would change what "
             "it computes. Use a tied layer there (nn.Linear without bias), or leave the embedding out: exclude_modules."
         )
-
-
-def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Go through the graph from which these were computed."""
-    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
-    seen = {None}
-    while nodes:
-        if (node := nodes.pop()) not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            yield node
