@@ -22,6 +22,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
+from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
@@ -246,6 +247,8 @@ class LoRACallback(Callback):
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
+        if trainer.is_global_zero:
+            warn_of_hooks(pl_module, view.layers)
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins

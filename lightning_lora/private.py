@@ -56,6 +56,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether code has put hooks on a parameter's gradient: without it, masks that no longer act would go unnoticed."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
 def local_offsets(tensor: Any) -> tuple[Any, Any]:
     """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

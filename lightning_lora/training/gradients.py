@@ -23,10 +23,10 @@ from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import agreed, to_local
-from lightning_lora.training.asked import OwnCheckpoints
 from lightning_lora.training.graphs import nodes_behind
+from lightning_lora.training.guards.asked import OwnCheckpoints
+from lightning_lora.training.guards.reads import sizes_to_find, warn_of_reads
 from lightning_lora.training.rates import peak_rates
-from lightning_lora.training.reads import sizes_to_find, warn_of_reads
 
 
 class Gradients:

@@ -30,8 +30,9 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training import asked, compatibility
+from lightning_lora.training import compatibility
 from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass
+from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
