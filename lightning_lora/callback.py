@@ -258,10 +258,8 @@ class LoRACallback(Callback):
             self._stage.resumed = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Let own checkpoints pass. Look at the first loss for embeddings that the step reads by hand."""
+        """Let the module's own checkpoints ask for gradients of frozen weights."""
         self._gradients.begin_backward(loss)
-        if trainer.is_global_zero:
-            self._gradients.look_at(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
@@ -278,9 +276,10 @@ class LoRACallback(Callback):
         follow(optimizer)
         self._gradients.check(optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End dropout until the next training step."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End dropout until the next training step. After the first, name weights that other code reads."""
         self._stage.dropout.end_step()
+        self._stage.reads.end_batch(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""

@@ -25,7 +25,6 @@ from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.graphs import nodes_behind
 from lightning_lora.training.guards.asked import OwnCheckpoints
-from lightning_lora.training.guards.reads import sizes_to_find, warn_of_reads
 from lightning_lora.training.rates import peak_rates
 
 
@@ -49,7 +48,7 @@ class Gradients:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.ddp = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
-        self.frozen, self.sizes = set(view.frozen.values()), sizes_to_find(view)
+        self.frozen = set(view.frozen.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
         self.was_thawed = False
         self.random = view.adapter.random or ()
@@ -68,11 +67,6 @@ class Gradients:
         """Let the module's own checkpoints work, if the first step shows one."""
         if self.checkpoints.were_found or not self.optimizers:
             self.checkpoints.prepare(loss)
-
-    def look_at(self, loss: Tensor) -> None:
-        """Warn of embeddings that the step reads by hand, once."""
-        warn_of_reads(self.sizes, loss)
-        self.sizes = {}
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""

@@ -30,7 +30,8 @@ class OwnCheckpoints:
     """
 
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
-        self.frozen = frozen
+        plain = [p for p in frozen if type(p) is nn.Parameter]
+        self.frozen = {p for p in plain if p.is_floating_point() or p.is_complex()}
         self.were_found = False
 
     def prepare(self, loss: Tensor) -> None:
@@ -50,8 +51,7 @@ class OwnCheckpoints:
         return value.detach().requires_grad_() if self._is_frozen(value) else value
 
     def _is_frozen(self, value: Any) -> bool:
-        is_weight = type(value) is nn.Parameter and (value.is_floating_point() or value.is_complex())
-        return is_weight and not value.requires_grad and value in self.frozen
+        return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
 
 
 IN_A_STEP = "Or ask for gradients of what trains: [p for p in self.parameters() if p.requires_grad]."
