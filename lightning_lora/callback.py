@@ -22,12 +22,13 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
+from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
+from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
 from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
@@ -261,11 +262,12 @@ class LoRACallback(Callback):
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
+        if trainer.is_global_zero:
+            warn_of_hooks(pl_module, view.layers)
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
-        self._training.enter_context(gradients_pass(pl_module))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
@@ -288,9 +290,9 @@ class LoRACallback(Callback):
         return self._gradients is not None and trainer.training
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the first loss for embeddings that the step reads by hand."""
-        if self._is_in_training(trainer) and trainer.is_global_zero:
-            self._gradients.look_at(loss)
+        """Let the module's own checkpoints ask for gradients of frozen weights."""
+        if self._is_in_training(trainer):
+            self._gradients.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
@@ -312,10 +314,11 @@ class LoRACallback(Callback):
         follow(optimizer)
         self._gradients.check(optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End dropout until the next training step."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End dropout until the next training step. After the first, name weights that other code reads."""
         self._check_set_up()
         self._stage.dropout.end_step()
+        self._stage.reads.end_batch(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""

@@ -20,6 +20,7 @@ from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.private import FABRIC_WRAPPED
+from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
@@ -77,6 +78,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     names = inject(model, config, name=name)
     if still := records.record_of(model).adapter.networks.still:
         warn(left_still(still, type(model).__name__))
+    warn_of_hooks(model, View(model).layers)
     return names
 
 

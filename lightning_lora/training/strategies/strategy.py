@@ -3,7 +3,7 @@
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +31,8 @@ from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
-from lightning_lora.training.gradients import Gradients, check_loss
+from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass
+from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
@@ -343,7 +344,12 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        output = super().training_step(*args, **kwargs)
+        with gradients_pass(self.lora_module), self.lora_watching():
+            try:
+                output = super().training_step(*args, **kwargs)
+            except Exception as error:
+                asked.explain(error, self.lora_module, asked.IN_A_STEP)
+                raise
         if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()
         return output
@@ -352,10 +358,20 @@ class LoRAStrategy(Strategy, InPlace):
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         if not compatibility.has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
-        loss = super().backward(closure_loss, *args, **kwargs)
+        with gradients_pass(self.lora_module), self.lora_watching():  # checkpoints run their layers again
+            try:
+                loss = super().backward(closure_loss, *args, **kwargs)
+            except Exception as error:
+                asked.explain(error, self.lora_module, asked.IN_BACKWARD)
+                raise
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
         return loss
+
+    def lora_watching(self) -> AbstractContextManager[None]:
+        """Watch what else reads adapted weights in the first batch. One process says it for all."""
+        reads = self.lora_stage.reads
+        return nullcontext() if reads.is_over or not self.is_global_zero else reads.watching(self.lora_module)
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
