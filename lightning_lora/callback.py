@@ -25,6 +25,7 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
+from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
@@ -205,6 +206,7 @@ class LoRACallback(Callback):
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
         check_merge_weights(trainer, pl_module, self.merge, self.save)
+        self._training.enter_context(added_groups_fit(pl_module))
         follow(*trainer.optimizers)  # a tuner may have written to them
         kinds = set[str]().union(*map(class_names, compatibility.callbacks_of(trainer)))
         if trainer.is_global_zero and any("ModelSummary" in kind for kind in kinds):

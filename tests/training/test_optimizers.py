@@ -245,6 +245,28 @@ def test_networks_that_are_saved_or_that_the_user_froze_are_no_error(tmp_path: P
         assert all(moved) if saved else not any(moved)
 
 
+class Unfreezes(LitTiny):  # gradually, as fastai's recipe does: a group for one more layer in each epoch
+    adds = True
+
+    def on_train_epoch_start(self) -> None:
+        layer = (self.v_proj, self.q_proj)[self.current_epoch]
+        layer.requires_grad_(True)
+        if self.adds:
+            self.optimizers().add_param_group({"params": layer.parameters(), "lr": 0.01})  # type: ignore[union-attr]
+
+
+def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(tmp_path: Path, caplog: Any) -> None:
+    model, t = fit(tmp_path, lora(), model=Unfreezes())
+    assert [len(group["params"]) for group in t.optimizers[0].param_groups] == [len(TRAINED), 0, 0]
+    for name in ("v_proj", "q_proj"):
+        assert f"What trains in '{name}' has its group already" in caplog.text
+    plain = Unfreezes()
+    plain.adds = False
+    assert same(state(model), state(fit(tmp_path, lora(), model=plain)[0]))
+    with pytest.raises(ValueError, match="more than one parameter group"):  # the method is torch's own again
+        t.optimizers[0].add_param_group({"params": t.optimizers[0].param_groups[0]["params"]})
+
+
 # Parts of parameter groups make up what an optimizer of the whole parameters has
 
 
