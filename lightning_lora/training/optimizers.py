@@ -162,6 +162,12 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
 
 def _no_place(title: str, names: list[str], groups: int) -> OptimizerError:
     """The error of trained parameters that no group holds, nor their weights."""
+    if not groups:
+        return OptimizerError(
+            f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
+            "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
+            "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
+        )
     return OptimizerError(
         f"No optimizer trains {listed(names)}: none of the {groups} parameter groups holds them. Give an optimizer "
         f"{title}.parameters(), or set exclude_modules={_networks(map(owner_of, names))}."
