@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
+from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
@@ -26,6 +27,7 @@ from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
+from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
@@ -211,6 +213,7 @@ class LoRACallback(Callback):
         self._check_set_up()
         reshard(pl_module)
         check_merge_weights(trainer, pl_module, self.merge, self.save)
+        self._training.enter_context(added_groups_fit(pl_module))
         follow(*trainer.optimizers)  # a tuner may have written to them
         kinds = set[str]().union(*map(class_names, compatibility.callbacks_of(trainer)))
         if trainer.is_global_zero and any("ModelSummary" in kind for kind in kinds):
@@ -245,6 +248,7 @@ class LoRACallback(Callback):
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
         self._check_set_up()
+        check_weights(View(pl_module))
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)

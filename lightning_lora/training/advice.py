@@ -28,7 +28,7 @@ from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, named_parameters, owner_of, starts_of, submodule
-from lightning_lora.training.rates import peak_rates
+from lightning_lora.training.rates import peak_rates, rates_by_layer
 
 _warn = partial(warn, anew=True)
 
@@ -109,18 +109,44 @@ def _tell_of_networks(view: View) -> None:
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
     """Tell of a learning rate that is low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
-    like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
-    rates, _ = peak_rates(view_of(model), like_adam)
+    view = view_of(model)
+    like_adam, others = list[Optimizer](), list[Optimizer]()
+    for each in optimizers:
+        is_like_adam = any("Adam" in name for name in class_names(each))
+        (like_adam if is_like_adam else others).append(each)
+    rates, _ = peak_rates(view, like_adam)
     if rates and 0.0101 < rates[0] < 0.5:  # a scheduler multiplies higher ones, such as 1
         rank_zero_info(
             f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the loss grows, lower it."
             + " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out." * is_scaled
         )
-    if rates and 0 < rates[-1] <= 1e-4 and not is_scaled:
+    if is_scaled:
+        return
+    if low := _low_rates(view, like_adam):
         rank_zero_info(
-            f"The adapters' learning rate is {rates[-1]:g} at most, as in full fine-tuning. LoRA usually needs about "
-            "ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
+            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, as in full fine-tuning. LoRA usually needs "
+            "about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
         )
+    if low := _low_rates(view, others):
+        kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in others))
+        rank_zero_info(
+            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, in {kinds}. Whether that is low for LoRA can "
+            "be said of Adam and AdamW alone. If the loss hardly falls: LoRACallback(lr_scale=10), or AdamW. With "
+            "lr_scale=1, this line is not shown."
+        )
+
+
+def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
+    """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
+    return {layer: rate for layer, rate in rates_by_layer(view, optimizers).items() if 0 < rate <= 1e-4}
+
+
+def _whose_rate(view: View, low: Iterable[str]) -> str:
+    """Whose rate is low: layers are named if those of others are not."""
+    trained = {name for name, layer in view.layers.items() if layer.lora_trained()}
+    return (
+        "The adapters' learning rate" if trained == set(low) else f"The learning rate of the adapters of {listed(low)}"
+    )
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:

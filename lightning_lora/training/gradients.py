@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
+from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
@@ -107,6 +108,7 @@ class Gradients:
             return
         self.optimizers.append(optimizer)
         view = view_of(self.model)
+        check_weights(view)  # hooks may compute them since training began
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
         copies = self._copies(view, set(map(id, held)))
         dead = [name for name in view.layers if name in idle and not is_in_any(name, copies)]

@@ -68,19 +68,24 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
-    were such networks.
+    were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
     if not feeding.below:
         return False
     held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
+    held_by_any = set(map(id, _held(group["params"] for each in strategy.optimizers for group in each.param_groups)))
     alone, fed = list[str](), list[str]()
     for name, own in list(feeding.below.items()):
-        if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
+        is_judged_here = copied or not held.isdisjoint(own) or held_by_any.isdisjoint(own)
+        if is_judged_here and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
             (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
             del feeding.below[name]
     if not alone and not fed:
         return False
     view, title = view_of(model), type(model).__name__
+    unplaced = [name for name, p in view.adapters.items() if is_in_any(name, fed) and id(p) not in held_by_any]
+    if unplaced and not copied:
+        raise _no_place(title, unplaced, sum(len(each.param_groups) for each in strategy.optimizers))
     if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
             f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
@@ -166,11 +171,24 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )
-    elif rest:
-        raise OptimizerError(
-            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups holds them. Give an "
-            f"optimizer {view.title}.parameters(), or set exclude_modules={_networks(map(owner_of, rest))}."
+        return
+    below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
+    if unplaced := [name for name in rest if not is_in_any(name, below)]:
+        raise _no_place(view.title, unplaced, len(groups))
+
+
+def _no_place(title: str, names: list[str], groups: int) -> OptimizerError:
+    """The error of trained parameters that no group holds, nor their weights."""
+    if not groups:
+        return OptimizerError(
+            f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
+            "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
+            "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
         )
+    return OptimizerError(
+        f"No optimizer trains {listed(names)}: none of the {groups} parameter groups holds them. Give an optimizer "
+        f"{title}.parameters(), or set exclude_modules={_networks(map(owner_of, names))}."
+    )
 
 
 def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:

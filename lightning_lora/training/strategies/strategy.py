@@ -34,6 +34,7 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass
 from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
+from lightning_lora.training.optimizer_states import states_fit
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
@@ -290,7 +291,8 @@ class LoRAStrategy(Strategy, InPlace):
         try:
             if KEY in checkpoint and len(states) != len(self.optimizers):
                 raise ValueError(f"it has {len(states)} states, and the module {len(self.optimizers)} optimizers")
-            self.lora_load_states(checkpoint)
+            with states_fit(self.optimizers, states):
+                self.lora_load_states(checkpoint)
         except Exception as error:
             if self.lora_stage.phase is Phase.LOADED:
                 self.lora_stage.phase = Phase.SET_UP  # so that the module becomes what it was before
