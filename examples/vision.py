@@ -3,7 +3,7 @@
 python examples/vision.py           # about a minute on two CPU cores
 python examples/vision.py --fast    # some seconds, to see that it runs
 
-It needs: pip install -e '.[vision]'
+It needs: pip install '.[vision]'
 """
 
 import argparse

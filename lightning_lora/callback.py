@@ -20,9 +20,9 @@ from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
+from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
-from lightning_lora.tables import fitting_console
 from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard

@@ -17,7 +17,7 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.record import find_record
-from lightning_lora.tables import fitting_console
+from lightning_lora.printing import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import callbacks_of
 from lightning_lora.training.merging import returns_state_only

@@ -1,6 +1,5 @@
 """Tables of layers, for a terminal of any width."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -11,10 +10,7 @@ from rich.containers import Lines
 from rich.table import Table
 from rich.text import Text
 
-
-def printable(text: str) -> str:
-    """Return a text with escapes for what a terminal would obey or not show: names in files come from anybody."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+from lightning_lora.printing import printable
 
 
 class LayerName(Text):
@@ -39,13 +35,6 @@ def layer_table(*headings: str, title: str = "") -> Table:
         is_text = heading in ("Layers", "Type")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     return table
-
-
-def fitting_console(**options: Any) -> Console:
-    """Return a console of the terminal's width. A log file has none, and gets 120."""
-    console = Console(**options)
-    has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
-    return console if has_width else Console(width=120, **options)
 
 
 _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is

@@ -19,10 +19,11 @@ from rich.filesize import decimal
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.functional.subspace import directions, effective_rank
+from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.disk import opened
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import LayerName, fitting_console, grouped, layer_table, printable
+from lightning_lora.tables import LayerName, grouped, layer_table
 
 
 def add_arguments(parser: Any) -> None:

@@ -7,6 +7,7 @@ from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.init import new_adapter
 from lightning_lora.layers.inits import INITIALISATIONS
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, name_of_kind, register_adapter
+from lightning_lora.layers.layouts import why_merge_is_wrong
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import (
     AdaptedMatrix,

@@ -48,6 +48,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     checks.check_any(names, config, choices, untouched)
     checks.check_patterns(names, config, choices)
     checks.check_methods(config, choices)
+    checks.check_merges(choices)
     return choices
 
 

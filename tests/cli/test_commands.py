@@ -56,13 +56,16 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert len(error.splitlines()) == 1 and error.startswith("warning: 4 tensors in")
     assert main(["merge", str(base), file, str(tmp_path / "merged.bin")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("warning: 4 tensors in") and error.splitlines()[1].startswith("error: ")
+    assert error.startswith("warning: 4 tensors in") and error.splitlines()[-1].startswith("error: ")
 
 
-def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tmp_path / "none")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "does not exist" in error and "Traceback" not in error
+def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text").write_text("no file of tensors")
+    for name, says in (("none", "does not exist."), ("text", "cannot be read")):
+        assert main(["inspect", str(tmp_path / name)]) == 1
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")
+        assert error.startswith("error: ") and says in error
     with pytest.raises(SystemExit) as done:
         main(["nothing"])
     assert done.value.code == 2
