@@ -171,3 +171,10 @@ def test_what_a_killed_writer_left_is_cleared_an_hour_later(tmp_path: Path) -> N
         save_adapter(adapted(), path)
         assert new.exists() and not old.exists()
     assert path.read_bytes() == b"mine"  # the other writer has left this file alone
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
+        save_adapter(adapted(), path)
+    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
