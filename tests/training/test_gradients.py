@@ -11,7 +11,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
+from lightning_lora import (
+    DeadAdapterWarning,
+    LoRACallback,
+    LoRAWarning,
+    OptimizerError,
+    TargetError,
+    disable_adapters,
+)
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, as_trained, lora, same, state
 
@@ -281,3 +288,30 @@ def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> No
             return super().training_step(batch, batch_idx) if batch_idx else None
 
     train(tmp_path, lora(), model=SkipsFirst())
+
+
+class Refers(LitTiny):
+    """It compares with the base, and calls backward in the block or after it."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.inside = False, inside
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        outputs = self(batch[0])
+        with disable_adapters(self):
+            loss = (outputs - self(batch[0]).detach()).square().mean() + outputs.mean()
+            if self.inside:
+                self.manual_backward(loss)
+        if not self.inside:
+            self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(tmp_path: Path) -> None:
+    with pytest.warns(LoRAWarning, match=r"'head\.weight', 'head\.bias' of Refers .*no gradient. Call it after"):
+        train(tmp_path, lora(), model=Refers(inside=True), max_epochs=1)
+    train(tmp_path, lora(), model=Refers(inside=False), max_epochs=1)  # a warning would be an error
+    train(tmp_path, lora(modules_to_save=None), model=Refers(inside=True), max_epochs=1)
