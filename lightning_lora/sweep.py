@@ -122,7 +122,13 @@ class LoRASweep:
         has_best = not self._rank(runs[0])[0]
         try:
             if has_best:
-                fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
+                last = _Callback(runs[0], stops=False, merges=True)
+                fit(last, str(runs[0].file))
+                if last.module is None:
+                    raise ConfigError(
+                        "LoRASweep expects that fit fits in each call: the last one merges the best adapter, and did "
+                        f"not. Its file is {runs[0].file}."
+                    )
         finally:
             rank_zero_only(fitting_console().print)(self.table())
         if not has_best:

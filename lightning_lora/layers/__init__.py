@@ -1,6 +1,6 @@
 """The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
 
-from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attributes_of, put_on
+from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attributes_of, is_resized, put_on
 from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAParameters

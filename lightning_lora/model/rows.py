@@ -21,7 +21,7 @@ from lightning_lora.model.blocks import is_in_block, open_block
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import version_of
+from lightning_lora.private import NormBase, version_of
 from lightning_lora.targets.lookup import has_forward
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
@@ -49,7 +49,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name.
+        ConfigError: in forward, a layer reads something else than one row for each name, or a norm with running
+            statistics that an adapter trains is in train mode.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -149,6 +150,9 @@ class _Mixed:
             cls: Any = combined(adapter.kind, self.plain)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
             self.has_dropout |= adapter.settings.dropout > 0
+        self.has_statistics = False  # of a norm that an adapter trains in full
+        if isinstance(module, NormBase) and module.track_running_stats:
+            self.has_statistics = "weight" in values.get(None, ())
         self.stacked_from, self.stacked = list[Any](), (torch.empty(0), torch.empty(0))
         self.names = [key if key in adapters or values or module._modules else None for key in block.names]
         self.rows: dict[Name, Tensor] = {}
@@ -159,6 +163,11 @@ class _Mixed:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
+        if self.has_statistics and module.training:
+            raise ConfigError(
+                f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
+                "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
+            )
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)

@@ -23,7 +23,7 @@ from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.fingerprint import base_value, check_base
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
-from lightning_lora.storage.state import required, without_base, without_notes
+from lightning_lora.storage.state import diverged, required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
@@ -197,7 +197,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
         )
     _check_tensors(view, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
-    if broken := [name for name in required(view) if not state[name].isfinite().all()]:  # a diverged run leaves it
+    if broken := diverged(view, state):
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - state.keys()):

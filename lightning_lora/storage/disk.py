@@ -40,6 +40,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there

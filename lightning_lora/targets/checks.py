@@ -163,6 +163,18 @@ def check_merges(choices: Mapping[str, Choice]) -> None:
             )
 
 
+def check_factor_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
+    for name, choice in choices.items():
+        endings = [matrix.name for matrix in choice.matrices]
+        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
+        if twice:
+            raise TargetError(
+                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name. Name "
+                "one of them in target_parameters, or rename one in the module."
+            )
+
+
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:

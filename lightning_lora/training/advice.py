@@ -28,6 +28,7 @@ from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, named_parameters, owner_of, starts_of, submodule
+from lightning_lora.training.noted import warn_of_noted
 from lightning_lora.training.rates import peak_rates, rates_by_layer
 
 _warn = partial(warn, anew=True)
@@ -39,6 +40,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     if aloud:
         _tell_of_networks(view)
         _warn_of_thawed(view)
+        warn_of_noted(model, view)
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -167,6 +169,8 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
         f"an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If they are random on purpose, or "
         "the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
+    if all(is_in_any(name, fresh.random) for name in view.layers):
+        found += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
     excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
     layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
     if any(excluded.isdisjoint(starts_of(name)) for name in layers):

@@ -42,6 +42,8 @@ def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRACo
         raise _refusal(config, f"{type(trainer.strategy).__name__} shards the fit (ddp does not)", StrategyError)
     if not pl_module.automatic_optimization:
         raise _refusal(config, f"{type(pl_module).__name__} steps optimizers there (automatic_optimization=False)")
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise _refusal(config, f"that of {type(pl_module).__name__} takes a dataloader_iter")
 
 
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,6 +52,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     config, how = view.config, INITIALISATIONS[view.config.init]
     if how.observe is None or not view.is_fresh():
         return
+    check_data_init(trainer, pl_module, config)  # again: the module's own hooks have run
     layers = {name: layer for name, layer in view.layers.items() if not layer.lora_settings.follows}
     packed = [name for name, layer in layers.items() if layer.lora_is_quantised(layer)]
     if packed and how.needs_gradients:
@@ -131,8 +134,17 @@ def _batches(trainer: Trainer, pl_module: Any, config: LoRAConfig) -> Generator[
         loader.reset()  # ends its workers
 
 
+# Iterators whose copies have a place of their own
+_STARTS_ANEW: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+
+
 def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone."""
+    kind = type(loader).__name__
+    if hasattr(loader, "__next__") and not isinstance(loader, _STARTS_ANEW):
+        if type(loader).__module__ in ("builtins", "itertools"):  # a copy of it would take its batches
+            raise _refusal(config, f"the data are a {kind}, which can be read once (a DataLoader: twice)")
+        rank_zero_info(f"init={config.init!r}: a {kind} that is read only once goes on after these batches.")
     again = copy(loader)
     if isinstance(loader, DataLoader):
         own, memo = vars(again), {id(loader.dataset): loader.dataset}

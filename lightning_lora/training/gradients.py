@@ -166,6 +166,20 @@ def check_loss(model: LightningModule, loss: object) -> None:
     )
 
 
+def warn_if_base_is_shown(model: nn.Module) -> None:
+    """Warn of a backward pass while the base is shown: what trains in full gets no gradient there."""
+    record = find_record(model)
+    if record is None or not record.is_disabled:
+        return
+    trained = View(model).trained
+    if trained:
+        warn(
+            f"A backward pass in a block of disable_adapters: {listed(trained)} of {type(model).__name__} hold the "
+            "base's values there, and get no gradient. Call it after the block, in which only the base's outputs are "
+            "computed."
+        )
+
+
 def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int) -> None:
     """Warn of a fit that trained no adapter."""
     view = View(model)
@@ -173,7 +187,7 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
         warn(
             f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "
             "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an average "
-            "that has not begun took their place.",
+            "that has not begun took their place. Or the scaler of 16-mixed has skipped each step: train more.",
             DeadAdapterWarning,
         )
 

@@ -171,6 +171,15 @@ def test_frozen_norms_take_part() -> None:
     check(model.train(), lambda: model(x), MIXED)
 
 
+@pytest.mark.parametrize("name", ["de", "fr"])
+def test_a_norm_that_an_adapter_trains_needs_eval_mode(name: str) -> None:
+    each = {"de": only("0"), "fr": only("0"), name: only("0", modules_to_save=["1"])}
+    model, x = linear(nn.BatchNorm1d(4), **each)
+    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"):
+        model(x)
+    check(model.eval(), lambda: model(x), MIXED)
+
+
 def test_what_is_trained_in_the_block_counts_at_once() -> None:
     model, x = linear()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -292,3 +292,10 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_
     with replacing(path, list(ranks.values())):
         for _ in range(1000):
             assert read_adapter_file(path).config.r in ranks
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
+        save_adapter(adapted(), path)
+    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]

@@ -53,6 +53,12 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     assert "modules_to_save=['embed', 'head']" in said
 
 
+def test_a_new_head_that_alone_is_adapted_is_told_to_adapt_others_too(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
+    assert "modules_to_save=['head']" in said and said.endswith('for example with target_modules="all-linear".')
+    assert fit(tmp_path, new_head(), r=2, target_modules="all-linear", modules_to_save=["head"]) == []
+
+
 class Encodes(LitTiny):
     """A trained network beside a new one, on which no loss depends, as scvi's for the sizes of libraries."""
 

@@ -11,7 +11,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import AdapterStateError, DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
+from lightning_lora import (
+    AdapterStateError,
+    DeadAdapterWarning,
+    LoRACallback,
+    LoRAWarning,
+    OptimizerError,
+    TargetError,
+    disable_adapters,
+)
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, X, as_trained, data, lora, same, state, trainer
 
@@ -351,3 +359,30 @@ def test_a_loss_of_an_evaluation_without_a_graph_says_that_gradients_are_off(tmp
 
     with pytest.raises(AdapterStateError, match=r"inference_mode=False.* torch.enable_grad\(\)"):
         trainer(tmp_path, [LoRACallback()]).test(Forgets(), data(), verbose=False)
+
+
+class Refers(LitTiny):
+    """It compares with the base, and calls backward in the block or after it."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.inside = False, inside
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        outputs = self(batch[0])
+        with disable_adapters(self):
+            loss = (outputs - self(batch[0]).detach()).square().mean() + outputs.mean()
+            if self.inside:
+                self.manual_backward(loss)
+        if not self.inside:
+            self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(tmp_path: Path) -> None:
+    with pytest.warns(LoRAWarning, match=r"'head\.weight', 'head\.bias' of Refers .*no gradient. Call it after"):
+        train(tmp_path, lora(), model=Refers(inside=True), max_epochs=1)
+    train(tmp_path, lora(), model=Refers(inside=False), max_epochs=1)  # a warning would be an error
+    train(tmp_path, lora(modules_to_save=None), model=Refers(inside=True), max_epochs=1)

@@ -11,15 +11,16 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, kinds
+from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import held_parameter, named_modules, owner_of
+from lightning_lora.tensors.names import held_parameter, join, named_modules, owner_of, starts_of
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -40,13 +41,15 @@ class PeftLayer:
     is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
 
-def why_not(layer: StoredLayer) -> str | None:
+def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
     """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
     own = _PEFT_LAYERS.get(layer.adapter_class)
     if own is None or _is_registered(layer.layer_class):
         return f"PEFT has no counterpart for our adapter of {layer.layer_class.rpartition('.')[2]}."
     if layer.options.get(ALSO):
         return f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone."
+    if magnitude is not None and (magnitude == 0).any():  # the base has a row of zeros
+        return "with use_dora, PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
     return own.why_not(layer)
 
 
@@ -122,6 +125,8 @@ def _parameters(layer: StoredLayer) -> str | None:
     for matrix in layer.matrices:
         if "." in matrix.weight:
             return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
+        if matrix.stack == (1,) and layer.options.get("is_transposed"):
+            return "PEFT adds the update of one transposed expert the wrong way round."
     return None
 
 
@@ -184,7 +189,8 @@ def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> 
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
     wrong: dict[str, list[str]] = {}
     for layer in stored.layers.values():
-        why = why_not(layer) or _why_not_there(layer, stored) or _why_not_of_type(layer, stored, modules)
+        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+        why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, stored, modules)
         if layer.tokens and modules and not why:
             why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
         if why:
@@ -275,12 +281,18 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
     if "out_proj.weight" in layer.shapes:
         without = f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}"
         return f"PEFT 0.21 adds the update of an attention's output projection twice; {without} leaves that out."
+    around = stored.layers.keys() & starts_of(owner_of(layer.name))
+    if around and peft_layer(layer).is_parameter:
+        return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
     return None
 
 
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT would not find just this module that is trained whole."""
     name, *saved = map(Renaming(stored.root, "").name_here, (module, *stored.saved))
+    around = stored.layers.keys() & starts_of(owner_of(module))
+    if around:
+        return f"inside of {listed(around)}, whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
     if alike := [other for other in modules if other.endswith(name) and other not in saved]:
         return f"and PEFT would also save {listed(alike)}, because these names end alike. Name all, or rename one."
     return None

@@ -137,7 +137,7 @@ class _Layers:
         (tensors, *more) = wrapped.values()
         if "tokens" in tensors and not more:
             return self._tokens(there, tensors)
-        about = self._described(there, kind, kind.lora_matrices_of(layer))
+        about = self._described(there, kind, kind.lora_matrices_of(layer), tensors.get("magnitude"))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
         if more:
@@ -226,10 +226,12 @@ class _Layers:
     def _is_named(self, parameter: str) -> bool:
         return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
 
-    def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
+    def _described(
+        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
+    ) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         about = described(self.view, self.place.name_here(there), kind, matrices)
-        if why := why_not(about):
+        if why := why_not(about, magnitude):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
                 "trained on, or merge it with PEFT, and use the merged model."

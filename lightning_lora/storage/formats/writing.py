@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, ExportError, listed, warn
+from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, submodule
+from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Source:
 def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
     """Return what to write for a reader that has the module ``root``."""
     if root is not None:
+        around = set(chain.from_iterable(map(starts_of, stored.layers)))
+        if root and root not in around:
+            raise ConfigError(
+                f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
+                f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
+            )
         stored = replace(stored, root=root)
     if left := [name for name in stored.random if name not in stored.filled or is_inside(name, stored.root)]:
         warn(

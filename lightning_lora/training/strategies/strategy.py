@@ -31,7 +31,7 @@ from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
-from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass
+from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
 from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizer_states import states_fit
@@ -360,6 +360,7 @@ class LoRAStrategy(Strategy, InPlace):
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         if not compatibility.has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
+        warn_if_base_is_shown(self.lora_module)
         with gradients_pass(self.lora_module), self.lora_watching():  # checkpoints run their layers again
             try:
                 loss = super().backward(closure_loss, *args, **kwargs)
