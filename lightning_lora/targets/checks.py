@@ -11,8 +11,7 @@ from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import join, plain_module
+from lightning_lora.tensors.names import is_in_any, join, plain_module
 
 _SHOWN = 5  # the number of layers that an error names
 

@@ -4,7 +4,7 @@
 ``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -95,6 +95,11 @@ def join(prefix: str, name: str) -> str:
 def starts_of(name: str) -> list[str]:
     """Return the modules around ``name``, the outermost first, and itself: ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
     return list(accumulate(name.split("."), "{}.{}".format))
+
+
+def is_in_any(name: str, modules: Collection[str]) -> bool:
+    """Whether ``name`` is one of these modules, or in one of them."""
+    return any(outer in modules for outer in starts_of(name))
 
 
 def owner_of(parameter: str) -> str:

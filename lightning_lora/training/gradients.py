@@ -24,8 +24,7 @@ from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import is_in_any, owner_of
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.rates import peak_rates
 from lightning_lora.training.reads import nodes_behind, sizes_to_find, warn_of_reads
