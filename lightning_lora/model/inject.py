@@ -20,12 +20,14 @@ from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.find import find_networks
+from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
-from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
+from lightning_lora.tensors.names import is_in_any, join, named_modules, owner_of, starts_of
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:

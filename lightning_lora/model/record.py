@@ -15,8 +15,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
 from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.networks.roles import Networks
 from lightning_lora.private import LOAD_HOOKS
-from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard

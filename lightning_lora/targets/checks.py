@@ -19,8 +19,7 @@ from lightning_lora.layers import (
     why_merge_is_wrong,
 )
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import join, plain_module
+from lightning_lora.tensors.names import is_in_any, join, plain_module
 
 _SHOWN = 5  # the number of layers that an error names
 

@@ -24,10 +24,17 @@ from lightning_lora.storage.formats.peft_layers import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
-from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import join, named_modules, named_parameters, owner_of, starts_of, submodule
+from lightning_lora.tensors.names import (
+    is_in_any,
+    join,
+    named_modules,
+    named_parameters,
+    owner_of,
+    starts_of,
+    submodule,
+)
 from lightning_lora.training.noted import warn_of_noted
 from lightning_lora.training.rates import peak_rates, rates_by_layer
 

@@ -21,8 +21,7 @@ from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import is_in_any, owner_of
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.graphs import nodes_behind
 from lightning_lora.training.guards.asked import OwnCheckpoints

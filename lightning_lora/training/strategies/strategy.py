@@ -27,8 +27,8 @@ from lightning_lora.storage.formats.lightning import as_base, check_readable, ch
 from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
-from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
+from lightning_lora.tensors.names import is_in_any
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
 from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
