@@ -142,7 +142,8 @@ class _Mixed:
         self.plain: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
         self.adapters, self.values = {key: adapters[key] for key in block.names if key in adapters}, values
-        self.is_sum, self.has_dropout = not values, False  # a sum of the base's output and an update for each row
+        # a sum of the base's output and an update for each row
+        self.is_sum, self.has_dropout = bool(self.adapters) and not values, False
         for adapter in self.adapters.values():
             cls: Any = combined(adapter.kind, self.plain)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
