@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
+from lightning_lora.patterns import matches_pattern
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import join, plain_module
