@@ -173,9 +173,12 @@ def own_task(module: Classifier, limit: int | None = None) -> dict[str, list[int
 
 def embed_all(encoder: PreTrainedModel, made: list[Batch]) -> Tensor:
     """Return the directions of the embeddings of numbered texts, in the order of their numbers."""
-    embeddings = torch.cat([embed(encoder, tokens) for tokens, _ in made])
-    numbers = torch.cat([labels for _, labels in made])
-    return nn.functional.normalize(embeddings[numbers.argsort()], dim=-1)
+    embeddings, numbers = [], []
+    for tokens, labels in made:
+        embeddings.append(embed(encoder, tokens))
+        numbers.append(labels)
+    order = torch.cat(numbers).argsort()
+    return nn.functional.normalize(torch.cat(embeddings)[order], dim=-1)
 
 
 @cache
@@ -185,13 +188,13 @@ def verbs(count: int) -> tuple[list[Batch], list[Batch]]:
     Random(2).shuffle(entries)
     definitions = {word: gloss for word, _, gloss in entries}
     words = list(definitions)[:count]
-    glosses = [definitions[word] for word in words]
+    glosses = list(definitions.values())[:count]
     return batches(numbered(words), 50), batches(numbered(glosses), 50)
 
 
 def numbered(texts: list[str]) -> Labelled:
     """Return texts with their numbers in place of classes."""
-    return [(text, number) for number, text in enumerate(texts)]
+    return list(zip(texts, range(len(texts)), strict=True))
 
 
 CLASSES = {"reviews": 2, "reviews-100": 2, "reviews-1000": 2, "definitions": 26}

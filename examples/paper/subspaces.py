@@ -56,7 +56,7 @@ def similarity(one: Any, other: Any) -> dict[str, list[list[float]]]:
     for part in PARTS.values():
         of_layers = [grid for name, grid in grids.items() if name.endswith(part)]
         mean = torch.stack(of_layers).mean(0)
-        found[part] = [rounded(row) for row in mean[:SHOWN, :SHOWN]]
+        found[part] = list(map(rounded, mean[:SHOWN, :SHOWN]))
     return found
 
 

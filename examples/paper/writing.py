@@ -25,14 +25,16 @@ def written(results: Results) -> str:
 
 def row(results: Results, jobs: list[Job], best: list[Job]) -> list[Any]:
     """Return what was measured of the texts of a method."""
-    scores = [stats.bleu(mean_item(results, job, "bleu")) for job in jobs]
-    wrong = [stats.share(mean_item(results, job, "wrong_slots", "slots")) for job in jobs]
-    rouge = [mean_item(results, job, "rouge_l") for job in jobs]
+    bleu, wrong, rouge = [], [], []
+    for job in jobs:
+        bleu.append(stats.bleu(mean_item(results, job, "bleu")))
+        wrong.append(stats.share(mean_item(results, job, "wrong_slots", "slots")))
+        rouge.append(mean_item(results, job, "rouge_l"))
     return [
         jobs[0].method,
         rate(jobs),
-        f"{np.mean(scores):.1f}",
-        " ".join(f"{score:.1f}" for score in scores),
+        f"{np.mean(bleu):.1f}",
+        " ".join(map("{:.1f}".format, bleu)),
         difference(results, jobs, best, BLEU),
         f"{mean_of(results, jobs, 'nist'):.2f}",
         f"{100 * np.mean(rouge):.1f}",
