@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import (
     INITIALISATIONS,
@@ -18,6 +18,7 @@ from lightning_lora.layers import (
     adapter_for,
     why_merge_is_wrong,
 )
+from lightning_lora.patterns import matches_pattern
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
 from lightning_lora.tensors.names import is_in_any, join, plain_module
 

@@ -109,6 +109,12 @@ def test_shared_layers_take_part() -> None:
     check(model, lambda: model(x), MIXED)
 
 
+def test_an_attention_whose_adapter_no_row_has_is_the_bases() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double()
+    model, x = with_adapters(layer, only("linear1"), only("self_attn")), torch.randn(3, 2, 8).double()
+    check(model, lambda: model(x), ["de", None, "de"])
+
+
 class Sums(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).sum()

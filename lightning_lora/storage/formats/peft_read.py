@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
+from lightning_lora.patterns import matches
 from lightning_lora.storage.formats.peft_config import (
     MERGE_THERE,
     PEFT_CONFIG,
