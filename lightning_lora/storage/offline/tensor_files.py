@@ -65,8 +65,8 @@ class TensorFiles:
             absent = [name for name, place in self.file_of.items() if place == file and name not in names]
             if absent:
                 raise AdapterFileError(
-                    f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get all "
-                    "files of the base, of one version."
+                    f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
+                    "all files of the base, of one version."
                 )
             for name in names:
                 self.file_of.setdefault(name, file)  # an index may leave tensors out
