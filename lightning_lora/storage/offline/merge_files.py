@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,7 @@ class _Merge:
                 f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
                 "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
             )
+        self._check_complete()
         self._check_base()
 
     def check_tensors_alone(self) -> None:
@@ -116,6 +117,59 @@ class _Merge:
                 f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and safetensors holds no "
                 "others. Merge into a checkpoint (.ckpt); or in memory: load_adapter(model, path), then save_merged."
             )
+
+    def _check_complete(self) -> None:
+        """Refuse a base that lacks a tensor of the training's."""
+        for form in self.stored.base:
+            lost = self._lost(form) if "rounded" in form else []
+            if lost:
+                raise BaseMismatchError(
+                    f"{self.files.path} lacks {listed(lost)}, which the base of the adapters in {self.stored.source} "
+                    "had: the file is damaged, or holds a part of that base. Pass the whole base. Or merge in memory: "
+                    "load_adapter(model, path), then save_merged."
+                )
+
+    def _lost(self, form: Mapping[str, Any]) -> list[str]:
+        """The tensors of a fingerprint that the base does not have.
+
+        A tied tensor is there under one of its names. And a library may know another name for one, as transformers
+        reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
+        """
+        names = {name: self.name_in_base(name) for name in form["rounded"]}
+        digests = dict(zip(names, form["digests"], strict=True))
+        present = {digests[name] for name, place in names.items() if place in self.files.file_of}
+        absent = [name for name in self._expected(form["rounded"]) if digests[name] not in present]
+        if not absent:
+            return []
+        others = self.files.file_of.keys() - {*names.values(), *self.weights, *self.beside}
+        values = self._digests(others)
+        lost = list[str]()
+        for name in absent:
+            has_values = not values.isdisjoint({digests[name], *form["rounded"][name]})
+            is_misspelt = any(_differ_in_one_character(names[name], other) for other in others)
+            if is_misspelt or not has_values:
+                lost.append(name)
+        return lost
+
+    def _expected(self, halves: Mapping[str, Any]) -> list[str]:
+        """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
+        left_out = {*self.stored.changed, *self.stored.random}
+        expected = list[str]()
+        for name, known in halves.items():
+            is_weight = bool(known)  # None: it was quantised. Empty: integers, which other versions may not store
+            if is_weight and name not in left_out and not self.name_in_base(name).startswith(_OUTSIDE):
+                expected.append(name)
+        return expected
+
+    def _digests(self, places: Iterable[str]) -> set[int]:
+        """The digests of some tensors of the base: as they are, and in half precision."""
+        found = set[int]()
+        for place in places:
+            value = self.files.get(place)
+            if is_dense(value):
+                found.add(digest(value))
+                found.update(digests_as(value, HALVES) if value.is_floating_point() else ())
+        return found
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
@@ -185,7 +239,14 @@ def _renaming(stored: StoredAdapters, files: TensorFiles) -> Callable[[str], str
             f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
             f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
         )
-    return lambda name: renaming.name_here(name) if is_inside(name, renaming.there) else f" outside: {name}"
+    return lambda name: renaming.name_here(name) if is_inside(name, renaming.there) else f"{_OUTSIDE}{name}"
+
+
+_OUTSIDE = " outside: "  # before names for which the base has no place
+
+
+def _differ_in_one_character(one: str, other: str) -> bool:
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
 
 
 def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft_config import json_object
@@ -63,7 +63,13 @@ class TensorFiles:
                 f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
             )
         for file in dict.fromkeys(self.file_of.values()) if self.index else [one]:
-            names = self._file(file).keys()
+            names = dict.fromkeys(self._file(file).keys())
+            absent = [name for name, place in self.file_of.items() if place == file and name not in names]
+            if absent:
+                raise AdapterFileError(
+                    f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
+                    "all files of the base, of one version."
+                )
             for name in names:
                 self.file_of.setdefault(name, file)  # an index may leave tensors out
 

@@ -101,3 +101,12 @@ def test_an_index_without_metadata_is_read(tmp_path: Path) -> None:
     index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": None}))
     merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
     assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"].keys() == {"total_size"}
+
+
+def test_an_index_that_names_what_its_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    divided(tmp_path, ["w.safetensors"] * 8)
+    index = tmp_path / "base" / INDEX
+    index.write_text(index.read_text().replace("3.bias", "3.bia"))
+    with pytest.raises(AdapterFileError, match=r"names '3.bia' in w.safetensors, which does not hold them"):
+        merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -145,6 +145,63 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, ll.AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters")
 
 
+class Two(nn.Module):
+    """Two layers, of which the second may be known under a second name."""
+
+    def __init__(self, *, is_tied: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        if is_tied:
+            self.c = self.b
+
+
+def test_a_base_that_lacks_a_tensor_of_the_trainings_is_refused(tmp_path: Path) -> None:
+    save_files(tmp_path, Two(), target_modules=["a"])
+    base = load_file(path := tmp_path / "base.safetensors")
+    save_file({name: value for name, value in base.items() if name != "b.weight"}, path)
+    refused(tmp_path, ll.BaseMismatchError, "lacks 'b.weight', which the base of the adapters")
+    save_file(base, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"b.weight")] ^= 4
+    path.write_bytes(damaged)
+    assert "f.weight" in load_file(path)
+    refused(tmp_path, ll.BaseMismatchError, "lacks 'b.weight', which the base of the adapters")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As files of BERT have gamma, which transformers reads as weight."""
+    save_files(tmp_path, Two(), target_modules=["a"])
+    base = {name: value.to(dtype) for name, value in load_file(tmp_path / "base.safetensors").items()}
+    save_file(
+        {name.replace("b.weight", "b.gamma"): value for name, value in base.items()}, tmp_path / "base.safetensors"
+    )
+    assert torch.equal(merged(tmp_path)["b.gamma"], base["b.weight"])
+
+
+def test_a_tied_tensor_may_be_there_under_one_of_its_names(tmp_path: Path) -> None:
+    save_files(tmp_path, Two(is_tied=True), target_modules=["a"])
+    base = load_file(tmp_path / "base.safetensors")
+    save_file({name: value for name, value in base.items() if name[0] != "c"}, tmp_path / "base.safetensors")
+    assert merged(tmp_path).keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
+
+
+BITS: dict[str, bytes] = {"a hyperparameter": b"gain", "a name": b"b.weight"}
+
+
+@pytest.mark.parametrize("place", BITS.values(), ids=BITS)
+def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(tmp_path: Path, place: bytes) -> None:
+    save_files(tmp_path, Two(), target_modules=["a"])
+    torch.save({"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}}, path := tmp_path / "base.ckpt")
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(place)] ^= 1
+    path.write_bytes(contents)
+    refused(tmp_path, ll.AdapterFileError, "is damaged", base="base.ckpt", out="merged.ckpt")
+
+
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     (tmp_path / "empty").mkdir()
