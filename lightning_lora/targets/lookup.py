@@ -14,6 +14,8 @@ from lightning_lora.tensors.names import join, named_modules, own_parameter, own
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
+OUTPUT_HEAD = "lm_head"  # the name that language models of many packages have for it
+
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
 SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
