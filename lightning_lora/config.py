@@ -127,8 +127,13 @@ class LoRAConfig:
         for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             _check_choice(field, getattr(self, field), (False, True))
         for field in ("modules_to_save", "target_parameters"):
-            if isinstance(getattr(self, field), str):
-                raise ConfigError(f"{field}={getattr(self, field)!r} is a string. Expected a list of names.")
+            given = getattr(self, field)
+            if isinstance(given, str):
+                names = [name.strip() for name in given.split(",")]
+                raise ConfigError(
+                    f"{field}={given!r} is a string. Expected a list of names: {field}={names}. In YAML: "
+                    f"[{', '.join(names)}]."
+                )
         for field, checked in _PATTERNS.items():
             given = getattr(self, field)
             self._keep(field, checked(field, given) if _given(given) else None)
@@ -296,6 +301,9 @@ def _check_expression(name: str, expression: str, compiled: Callable[[str], obje
         compiled(expression)
     except (re.error, RecursionError, OverflowError) as error:
         instead = f", or give a list of names: {name}=[{expression!r}]" if compiled is re.compile else ""
+        if "*" in expression:
+            starred = ".*".join(re.escape(part) for part in re.split(r"\.?\*", expression))
+            instead = f': "*" is no wildcard in it. Perhaps write r"{starred}"'
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression ({error}). Correct it{instead}."
         ) from error

@@ -26,7 +26,8 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     untouched = _modules_below(names, left_out)
     holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
     read = {submodule(owner, owner_of(leaf)) for owner, leaves in holders.items() for leaf in leaves}
-    targets = set(_targets(names, config).values()) - untouched - read
+    named = set(_targets(names, config).values())
+    targets = named - untouched - read
     meant = set[nn.Module]() if config.target_modules in AUTOMATIC else targets
     rows, tied = token_rows(names, config, meant | read | _modules_below(names, saved))
     layers = names.first_names((targets - tied) | holders.keys() | rows.keys())
@@ -46,7 +47,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
             matrices = kind.lora_matrices_of(layer)
         if matrices := _without(name, matrices, left_out):
             choices[name] = _choice(config, name, layer, kind, matrices)
-    checks.check_any(names, config, choices, untouched)
+    checks.check_any(names, config, choices, untouched, taken=names.first_names(named & untouched))
     checks.check_patterns(names, config, choices)
     checks.check_methods(config, choices)
     checks.check_merges(choices)
