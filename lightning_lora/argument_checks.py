@@ -76,7 +76,11 @@ def is_given(value: object) -> bool:
 def check_is_list(name: str, value: object) -> None:
     """Refuse a string where only a list has a meaning."""
     if isinstance(value, str):
-        raise ConfigError(f"{name}={value!r} is a string. Expected a list of names.")
+        names = [entry.strip() for entry in value.split(",")]
+        in_yaml = ", ".join(names)
+        raise ConfigError(
+            f"{name}={value!r} is a string. Expected a list of names: {name}={names}. In YAML: [{in_yaml}]."
+        )
 
 
 def checked_names(name: str, value: object) -> str | tuple[str, ...]:
@@ -102,10 +106,18 @@ def _check_expression(name: str, expression: str) -> None:
     try:
         re.compile(expression)
     except _NO_EXPRESSION as error:
+        instead = f", or give a list of names: {name}=[{expression!r}]"
+        if "*" in expression:
+            instead = f': "*" is no wildcard in it. Perhaps write r"{_with_wildcards(expression)}"'
         raise ConfigError(
-            f"{name}={expression!r} is not a regular expression ({error}). Correct it, or give a list of names: "
-            f"{name}=[{expression!r}]."
+            f"{name}={expression!r} is not a regular expression ({error}). Correct it{instead}."
         ) from error
+
+
+def _with_wildcards(expression: str) -> str:
+    """The regular expression for a name in which ``*`` stands for anything."""
+    parts = re.split(r"\.?\*", expression)
+    return ".*".join(re.escape(part) for part in parts)
 
 
 def _check_ending(name: str, key: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
+from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
+from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
@@ -116,9 +118,17 @@ def _check_as_configured(view: View, layers: Sequence[StoredLayer]) -> None:
 def stored_config(description: Mapping[str, Any]) -> LoRAConfig:
     """Return the configuration in a file's description."""
     try:
-        return LoRAConfig.from_dict(description["config"])
+        config = LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+    names = [layer["name"] for layer in description["layers"] if layer["kind"] not in _NAMED_OTHERWISE]
+    has_head = any(name.rpartition(".")[2] == OUTPUT_HEAD for name in names)
+    if config.target_modules == "all-linear" and has_head:  # 0.2.0 adapted heads that only their names and sizes tell
+        return replace(config, target_modules=names)
+    return config
+
+
+_NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
 
 
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:

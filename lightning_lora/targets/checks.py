@@ -19,8 +19,8 @@ from lightning_lora.layers import (
     why_merge_is_wrong,
 )
 from lightning_lora.patterns import matches_pattern
-from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
-from lightning_lora.tensors.names import is_in_any, join, plain_module
+from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names, own_matrices, supported_types, why_not
+from lightning_lora.tensors.names import is_in_any, join, plain_module, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -56,10 +56,18 @@ def check_not_lazy(names: Names) -> None:
         )
 
 
-def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouched: Collection[nn.Module]) -> None:
-    """Refuse a selection of no layer."""
+def check_any(
+    names: Names,
+    config: LoRAConfig,
+    layers: Collection[str],
+    untouched: Collection[nn.Module],
+    *,
+    taken: Collection[str],
+) -> None:
+    """Refuse a selection of no layer. ``taken`` are those that other arguments take out of it."""
     if layers:
         return
+    _check_not_only_taken(names, config, taken)
     fit, held = dict[str, list[str]](), list[str]()
     for name, layer in names.first_names(set(names.modules.values()) - {*untouched}).items():
         held += own_matrices(name, layer)
@@ -79,6 +87,22 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
     raise TargetError(
         f"target_modules {meant!r} select no layer of {names.title} beyond those in exclude_modules and "
         f"modules_to_save. {hint} ({SEE_ALL}.)"
+    )
+
+
+def _check_not_only_taken(names: Names, config: LoRAConfig, taken: Collection[str]) -> None:
+    """Refuse a selection of layers of which each is in another argument too."""
+    if not taken or config.target_modules in AUTOMATIC:
+        return
+    saved = [name for name in taken if any(map(config.is_saved, starts_of(name)))]
+    if saved:
+        argument, why = "modules_to_save", "trains in full, and so without an adapter"
+    else:
+        argument, why = "exclude_modules", "gets none"
+    raise TargetError(
+        f"target_modules and {argument} both mean {listed(saved or taken)} of {names.title}, and nothing else is "
+        f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
+        f"or leave these out of {argument}."
     )
 
 

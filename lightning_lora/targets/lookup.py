@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,9 +10,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
+from lightning_lora.targets.meant import several_names, wildcards
 from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of, parameters_of
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
+
+OUTPUT_HEAD = "lm_head"  # the name that language models of many packages have for it
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -36,7 +39,7 @@ class Names:
         known: Mapping[str, object] = self.parameters if argument == "target_parameters" else self.modules
         if argument == "modules_to_save":
             known = {**known, **self.parameters}
-        meant = self.adaptable() if argument == "target_modules" else list(known)
+        meant = self._meant(argument, known)
         if isinstance(pattern, str):
             found = [name for name in known if re.fullmatch(pattern, name)]
             ends = {end: None for name in known for end in _ends_of(name) if re.fullmatch(pattern, end)}
@@ -45,13 +48,21 @@ class Names:
                     f"{argument}={pattern!r} is an expression, which must match the whole name of a module of "
                     f"{self.title}, and matches none. To match ends of names, give a list: {argument}={[*ends]}."
                 )
-            self.require(argument, {} if found else {pattern: meant})
+            self.require(argument, {} if found else {pattern: meant}, given=pattern)
             return found
         assert isinstance(pattern, tuple)
         matching = {name: {*pattern}.intersection(_ends_of(name)) for name in known}
         matched = set[str]().union(*matching.values())
-        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
+        self.require(argument, {entry: meant for entry in pattern if entry not in matched}, given=pattern)
         return [name for name, entries in matching.items() if entries]
+
+    def _meant(self, argument: str, known: Iterable[str]) -> list[str]:
+        """The names that an argument could mean."""
+        if argument == "target_modules":
+            return self.adaptable()
+        if argument == "trainable_token_indices":
+            return [name for name in known if isinstance(self.modules[name], nn.Embedding)]
+        return list(known)
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
@@ -66,14 +77,17 @@ class Names:
         short = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
         return list(short if {*self.find("target_parameters", short)} == {*parameters} else parameters)
 
-    def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise an error if there are entries that match nothing. Each comes with the names that it could mean."""
+    def require(self, argument: str, missing: Mapping[str, Iterable[str]], *, given: str | Sequence[str] = ()) -> None:
+        """Raise an error if there are entries that match nothing. Each comes with the names that it could mean.
+
+        ``given`` is the whole pattern, if it is one expression or a list.
+        """
         if not missing:
             return
         entries = list(missing)
         what = "parameter" if argument == "target_parameters" else "module"
         near = _nearest(missing)
-        hint = f"Nearest names: {', '.join(near[:5])}." if near else self._hint_of_endings()
+        hint = f"Nearest names: {', '.join(near[:5])}." if near else self._hint_of_endings(argument)
         if argument == "modules_to_save" and not near:
             outer = [name for name in self.modules if name and "." not in name]
             hint = f"Its modules are {listed(outer)}, and those inside."
@@ -85,15 +99,22 @@ class Names:
         if argument == "target_parameters":
             held = [name for name in self.parameters if _ends_with(owner_of(name), entries)]
             hint = f"Name parameters, such as {held[0]!r}." if held else hint
-        raise TargetError(
-            f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
-        )
+        known = [name for names in missing.values() for name in names]
+        meant = several_names(argument, entries, known) or wildcards(argument, given, entries, known)
+        if isinstance(given, str):
+            found = f"{argument}={given!r} is an expression, and matches no whole name of a {what} of {self.title}."
+        else:
+            found = f"{argument} {entries} match no {what} of {self.title}."
+        raise TargetError(f"{found} {meant or hint} Correct {argument}; {SEE_ALL}.")
 
     def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""
         return [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
 
-    def _hint_of_endings(self) -> str:
+    def _hint_of_endings(self, argument: str) -> str:
+        if argument == "trainable_token_indices":
+            embeddings = self._meant(argument, self.modules)
+            return f"Its embeddings are {listed(embeddings)}." if embeddings else "It has no nn.Embedding."
         endings = dict.fromkeys(name.rpartition(".")[2] for name in self.adaptable())
         some = f"Layers that can be adapted end in {listed(endings, most=8)}."
         return some if endings else "It has no layer to adapt."

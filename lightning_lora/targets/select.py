@@ -10,10 +10,10 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, Settings, adapter_for
 from lightning_lora.targets import checks
 from lightning_lora.targets.checks import Choice, meant_as
-from lightning_lora.targets.lookup import AUTOMATIC, Names, has_forward, has_matrices
+from lightning_lora.targets.lookup import AUTOMATIC, OUTPUT_HEAD, Names, has_forward, has_matrices
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
-from lightning_lora.tensors.names import held_parameter, owner_of, starts_of, submodule
+from lightning_lora.tensors.names import held_parameter, is_in_any, owner_of, starts_of, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
@@ -25,7 +25,8 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     untouched = _modules_below(names, left_out)
     holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
     read = {submodule(owner, owner_of(leaf)) for owner, leaves in holders.items() for leaf in leaves}
-    targets = set(_targets(names, config).values()) - untouched - read
+    named = set(_targets(names, config).values())
+    targets = named - untouched - read
     meant = set[nn.Module]() if config.target_modules in AUTOMATIC else targets
     rows, tied = token_rows(names, config, meant | read | _modules_below(names, saved))
     layers = names.first_names((targets - tied) | holders.keys() | rows.keys())
@@ -45,7 +46,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
             matrices = kind.lora_matrices_of(layer)
         if matrices := _without(name, matrices, left_out):
             choices[name] = _choice(config, name, layer, kind, matrices)
-    checks.check_any(names, config, choices, untouched)
+    checks.check_any(names, config, choices, untouched, taken=names.first_names(named & untouched))
     checks.check_patterns(names, config, choices)
     checks.check_factor_names(choices)
     checks.check_methods(config, choices)
@@ -145,7 +146,7 @@ def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str])
 
 
 def _output_heads(names: Names) -> set[object]:
-    """The output heads of language models: from ``get_output_embeddings`` of transformers, or tied to an embedding."""
+    """The output heads of language models: transformers names them, others are tied to an embedding, or look so."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
     embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
@@ -154,4 +155,20 @@ def _output_heads(names: Names) -> set[object]:
         head = getattr(module, "get_output_embeddings", None)
         if callable(head):
             heads.add(head())
+    heads.update(_named_heads(names))
+    return heads
+
+
+def _named_heads(names: Names) -> list[nn.Module]:
+    """Output heads that only their names and sizes tell, as in litgpt: beside an embedding of as many words."""
+    heads = list[nn.Module]()
+    for name, module in names.modules.items():
+        owner, _, own_name = name.rpartition(".")
+        if own_name != OUTPUT_HEAD or not isinstance(module, nn.Linear):
+            continue
+        for other, embedding in names.modules.items():
+            is_beside = is_in_any(other, [owner]) if owner else True
+            if is_beside and isinstance(embedding, nn.Embedding) and embedding.num_embeddings == module.out_features:
+                heads.append(module)
+                break
     return heads

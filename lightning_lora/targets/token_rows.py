@@ -1,20 +1,21 @@
 """The rows of embeddings that ``trainable_token_indices`` names."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import TargetError
+from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
 from lightning_lora.targets.lookup import Names, why_not
 from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
 _ARGUMENT = "trainable_token_indices"
+_USUAL = "embed_tokens"  # the name that most language models have for their input embedding
 
 
 def token_rows(
@@ -22,7 +23,8 @@ def token_rows(
 ) -> tuple[dict[nn.Module, AdaptedMatrix], set[nn.Module]]:
     """Return the embeddings whose rows train, and all layers with their weights. Other arguments name ``busy`` ones."""
     given = config.trainable_token_indices or {}
-    given = given if isinstance(given, Mapping) else dict.fromkeys(_input_embeddings(names), given)
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(_input_embeddings(names, given), given)
     found, rows_of = dict[nn.Module, AdaptedMatrix](), dict[nn.Module, object]()
     for key, rows in given.items():
         for name in [key] if key in names.modules else names.find(_ARGUMENT, (key,)):
@@ -41,7 +43,7 @@ def token_rows(
     return found, set(rows_of)
 
 
-def _input_embeddings(names: Names) -> list[str]:
+def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
     """What a list means: the input embedding of each outermost model that has one, or else ``embed_tokens``."""
     found: dict[str, str] = {}  # by the model that has it
     for name, module in {"": plain_module(names.model), **names.modules}.items():
@@ -49,7 +51,18 @@ def _input_embeddings(names: Names) -> list[str]:
         if callable(ask) and found.keys().isdisjoint(["", *starts_of(name)]):
             with suppress(NotImplementedError):
                 (found[name],) = names.first_names({plain_module(ask())})
-    return list(found.values()) or ["embed_tokens"]
+    if found:
+        return list(found.values())
+    if any(matches(_USUAL, name) for name in names.modules):
+        return [_USUAL]
+    embeddings = [name for name, module in names.modules.items() if isinstance(module, nn.Embedding)]
+    if not embeddings:
+        raise TargetError(f"{_ARGUMENT} is for embeddings, and {names.title} has no nn.Embedding. Leave it out.")
+    raise TargetError(
+        f"{_ARGUMENT}={list(rows)} names no embedding, and {names.title} does not say which one is meant (by "
+        f"get_input_embeddings, or the name {_USUAL!r}). It has {listed(embeddings)}. Name it: "
+        f"{_ARGUMENT}={{{embeddings[0]!r}: {list(rows)}}}."
+    )
 
 
 def _why_not(names: Names, name: str, rows: Iterable[int]) -> str:

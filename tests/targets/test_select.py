@@ -71,6 +71,13 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (lambda: net(model=Words(), more=linear()), {}, ("model.body", "more")),
     (Words, {"target_modules": "all"}, ("body", "words")),
     (TinyLM, {"target_modules": "all-linear"}, ("q_proj", "v_proj")),
+    # nor one that only its name and its size tell, as litgpt's
+    (lambda: TinyLM(tied=False), {}, ("q_proj", "v_proj")),
+    (lambda: net(gpt=TinyLM(tied=False), more=linear()), {}, ("gpt.q_proj", "gpt.v_proj", "more")),
+    (lambda: TinyLM(tied=False), {"target_modules": ["lm_head"]}, ("lm_head",)),
+    (lambda: net(embed=nn.Embedding(20, 8), head=nn.Linear(8, 20)), {}, ("head",)),  # it may be a classifier
+    (lambda: net(embed=nn.Embedding(20, 8), lm_head=nn.Linear(8, 5)), {}, ("lm_head",)),
+    (lambda: net(a=net(e=nn.Embedding(20, 8)), b=net(lm_head=nn.Linear(8, 20))), {}, ("b.lm_head",)),
     (TinyLM, {"target_modules": "all"}, ("embed", "q_proj", "v_proj", "lm_head")),
     (TinyLM, {"target_modules": {"v_proj", "q_proj"}}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": r".*(proj|norm)"}, ("q_proj", "v_proj")),
