@@ -23,7 +23,13 @@ from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
+from lightning_lora.storage.formats.lightning import (
+    as_base,
+    check_readable,
+    check_resumable,
+    leave_callback,
+    with_callback_named,
+)
 from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
@@ -195,6 +201,7 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
+        leave_callback(checkpoint)
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]
@@ -310,6 +317,8 @@ class LoRAStrategy(Strategy, InPlace):
             if stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, module)
+            if stage.save == "adapters":
+                checkpoint = with_callback_named(checkpoint, view_of(module).adapter.name)
         beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
         with disk.writing(filepath, beside=beside) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
