@@ -16,7 +16,6 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
 from lightning_lora.model.inject import check_adapted, follow_copied
-from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests, note_changed
@@ -28,7 +27,13 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
-from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
+from lightning_lora.training.merging import (
+    check_layers_stayed,
+    check_merge_arguments,
+    check_merge_weights,
+    extend_launchers,
+    merge_trained,
+)
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
@@ -281,10 +286,7 @@ class LoRACallback(Callback):
             advise_again(pl_module, changed, aloud=trainer.is_global_zero)
 
     def _is_in_training(self, trainer: Trainer) -> bool:
-        """Whether a training step runs.
-
-        The module may call ``manual_backward`` elsewhere too: in an evaluation, or in hooks around the training.
-        """
+        """Whether a training step runs: evaluations, and hooks around the training, may call ``manual_backward`` too."""
         return self._gradients is not None and trainer.training
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -338,16 +340,13 @@ class LoRACallback(Callback):
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
+        check_layers_stayed(pl_module)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
         check_learned(pl_module, trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
-        which = load_best(trainer, pl_module) if self.merge == "best" else "the last adapters"
-        layers = "1 layer" if (count := len(View(pl_module).layers)) == 1 else f"{count} layers"
-        merge_adapters(pl_module)
-        compatibility.end_bar(trainer, pl_module)
-        rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
+        merge_trained(trainer, pl_module, self.merge)
 
     # Afterwards
 
