@@ -286,7 +286,7 @@ class LoRACallback(Callback):
             advise_again(pl_module, changed, aloud=trainer.is_global_zero)
 
     def _is_in_training(self, trainer: Trainer) -> bool:
-        """Whether a training step runs: evaluations, and hooks around the training, may call ``manual_backward`` too."""
+        """Whether a training step runs: evaluations and hooks around the training may call ``manual_backward`` too."""
         return self._gradients is not None and trainer.training
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

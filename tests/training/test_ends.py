@@ -171,13 +171,13 @@ class Deletes(LitTiny):  # adapted layers, in its last epoch
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_fit_that_has_lost_all_its_adapters_is_an_error_that_names_them(tmp_path: Path, merge: Any) -> None:
-    with pytest.raises(ll.AdapterStateError, match="'q_proj', 'v_proj' of Deletes had adapters .* and are gone"):
+    with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of Deletes had adapters .* and are gone"):
         trainer(tmp_path, [lora(merge=merge)]).fit(Deletes("q_proj", "v_proj"), data())
 
 
 def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_others(tmp_path: Path, caplog: Any) -> None:
     with (
-        pytest.warns(ll.LoRAWarning, match="'q_proj' of Deletes had adapters .* The others stay"),
+        pytest.warns(ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"),
         caplog.at_level("INFO"),
     ):
         trainer(tmp_path, [lora()]).fit(model := Deletes("q_proj"), data())
