@@ -65,8 +65,8 @@ class LoRACallback(Callback):
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
     error.
 
-    When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
-    parameters that train and a digest of the base.
+    When a fit begins, a table shows what trains: ``enable_model_summary=False`` hides it. The Trainer's loggers get the
+    arguments as hyperparameters (``lora/r``), with the share of parameters that train and a digest of the base.
 
     The arguments before ``merge`` are those of ``LoRAConfig``.
 
@@ -175,6 +175,7 @@ class LoRACallback(Callback):
 
     # Set-up
 
+    @compatibility.needs_an_object
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -362,6 +363,7 @@ class LoRACallback(Callback):
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         compatibility.forget_module(self)
 
+    @compatibility.needs_an_object
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()

@@ -13,7 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
+    OptimizerError,
+)
 from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge_or_forget
@@ -198,6 +204,7 @@ class LoRAStrategy(Strategy, InPlace):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
         stage, module = self.lora_stage, self.lora_module
+        stage.file = checkpoint_path
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
@@ -276,9 +283,21 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
+        with self._lora_naming_the_file():
+            checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
+
+    @contextmanager
+    def _lora_naming_the_file(self) -> Iterator[None]:
+        """Say which file does not fit: with ``ckpt_path="last"`` or ``"best"``, Lightning has found it."""
+        try:
+            yield
+        except (AdapterMismatchError, BaseMismatchError) as error:
+            raise type(error)(
+                f"{self.lora_stage.file}: {error} Or did another run write this file? Then pass the path of this run's "
+                "own file (ckpt_path), or none to begin anew."
+            ) from error
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
