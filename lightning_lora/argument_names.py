@@ -21,6 +21,7 @@ ELSEWHERE = {
     **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
     **dict.fromkeys(("merge", "save", "lr_scale", "name"), "it is an argument of LoRACallback"),
     "loraplus_lr_ratio": "LoRACallback(lr_scale={'A': 1, 'B': 16}) stands for loraplus_lr_ratio=16",
+    **dict.fromkeys(("config", "peft_config"), "pass its arguments themselves, such as r=8, alpha=16"),
     **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"),

@@ -17,7 +17,6 @@ from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
 from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import check_adapted, follow_copied
-from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
@@ -31,7 +30,13 @@ from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
-from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
+from lightning_lora.training.merging import (
+    check_layers_stayed,
+    check_merge_arguments,
+    check_merge_weights,
+    extend_launchers,
+    merge_trained,
+)
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
@@ -63,8 +68,8 @@ class LoRACallback(Callback):
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
     error.
 
-    When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
-    parameters that train and a digest of the base.
+    When a fit begins, a table shows what trains: ``enable_model_summary=False`` hides it. The Trainer's loggers get the
+    arguments as hyperparameters (``lora/r``), with the share of parameters that train and a digest of the base.
 
     The arguments before ``merge`` are those of ``LoRAConfig``.
 
@@ -173,6 +178,7 @@ class LoRACallback(Callback):
 
     # Set-up
 
+    @compatibility.needs_an_object
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -287,10 +293,7 @@ class LoRACallback(Callback):
             advise_again(pl_module, changed, aloud=trainer.is_global_zero)
 
     def _is_in_training(self, trainer: Trainer) -> bool:
-        """Whether a training step runs.
-
-        The module may call ``manual_backward`` elsewhere too: in an evaluation, or in hooks around the training.
-        """
+        """Whether a training step runs: evaluations and hooks around the training may call ``manual_backward`` too."""
         return self._gradients is not None and trainer.training
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -345,16 +348,13 @@ class LoRACallback(Callback):
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
+        check_layers_stayed(pl_module)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
         check_learned(pl_module, trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
-        which = load_best(trainer, pl_module) if self.merge == "best" else "the last adapters"
-        layers = "1 layer" if (count := len(View(pl_module).layers)) == 1 else f"{count} layers"
-        merge_adapters(pl_module)
-        compatibility.end_bar(trainer, pl_module)
-        rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
+        merge_trained(trainer, pl_module, self.merge)
 
     # Afterwards
 
@@ -370,6 +370,7 @@ class LoRACallback(Callback):
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         compatibility.forget_module(self)
 
+    @compatibility.needs_an_object
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()

@@ -11,7 +11,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.metrics import Measured, measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import forget_module, join_other_package
+from lightning_lora.training.compatibility import forget_module, join_other_package, needs_an_object
 
 
 class LoRAMonitor(Callback):
@@ -72,6 +72,7 @@ class LoRAMonitor(Callback):
         """Let go of the module, also if this callback is kept in a variable."""
         forget_module(self)
 
+    @needs_an_object
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module, as at the end."""
         forget_module(self)

@@ -105,17 +105,17 @@ class LoRASweep:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         runs = list(map(partial(_Run, self), self.runs))
-        live, epoch = runs, 0
+        live = runs
         while live:
-            epoch += 1
             for run in live:
                 run.go_on(fit, stops=len(live) > 1 and self.keep < 1)
             live = sorted((run for run in live if not run.has_ended), key=self._rank)
             kept = math.ceil(len(live) * self.keep)
             if live:
-                rank_zero_info(f"LoRASweep, epoch {epoch}: {live[0].name} is best; {kept} of {len(live)} go on.")
+                best = live[0]
+                rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {kept} of {len(live)} go on.")
             for run in live[kept:]:
-                run.dropped = epoch
+                run.dropped = run.epochs
             live = live[:kept]
         runs.sort(key=self._rank)
         self.results = list(map(_Run.result, runs))

@@ -105,6 +105,29 @@ def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, h
     assert is_plain(model) and (hook == "on_train_epoch_end" or same(state(model), state(LitTiny())))
 
 
+@pytest.mark.parametrize("kinds", [[ll.LoRACallback], [ll.LoRACallback(), ll.LoRAMonitor]])
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_class_among_the_callbacks_is_named_with_what_to_write(tmp_path: Path, kinds: Any, stage: str) -> None:
+    t = trainer(tmp_path, kinds)
+    with pytest.raises(ll.ConfigError, match=r"has the class (\w+) among its callbacks.* Write \1\(\), with"):
+        getattr(t, stage)(LitTiny(), data())
+
+
+def test_a_configuration_in_place_of_the_arguments_is_told_to_pass_these() -> None:
+    with pytest.raises(ll.ConfigError, match="config: pass its arguments themselves, such as r=8"):
+        ll.LoRACallback(config=ll.LoRAConfig())  # type: ignore[call-arg]
+
+
+def test_a_file_of_another_run_is_named_where_lightning_has_found_it(tmp_path: Path) -> None:
+    def fit(**arguments: Any) -> None:
+        saves = ModelCheckpoint(tmp_path / "runs", save_last=True)
+        trainer(tmp_path, [ll.LoRACallback(r=2, **arguments), saves]).fit(LitTiny(), data(), ckpt_path="last")
+
+    fit()
+    with pytest.raises(ll.AdapterMismatchError, match=r"last\.ckpt: .* Or did another run write this file\?"):
+        fit(modules_to_save=["head"])
+
+
 def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
     with pytest.raises(ll.ConfigError, match="2 LoRACallbacks"):
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())

@@ -151,6 +151,17 @@ def test_the_better_half_goes_on_after_each_epoch(tmp_path: Path, capsys: Any, c
     assert {each.name for each in sweep.directory.iterdir()} == {f"{name}.ckpt" for name in sweep.runs}
 
 
+def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(tmp_path: Path, caplog: Any) -> None:
+    fit, _ = fitting(tmp_path, LitTiny, max_epochs=9, check_val_every_n_epoch=3)
+    sweep = LoRASweep(r=[1, 2, 4, 8], **HEAD, directory=tmp_path / "sweep")
+    with caplog.at_level("INFO"):
+        results = sweep.run(fit)
+    assert [each["dropped"] for each in results] == [None, 6, 3, 3]
+    assert "LoRASweep, epoch 3: " in caplog.text and "LoRASweep, epoch 6: " in caplog.text
+    trained = [torch.load(tmp_path / "sweep" / f"{each['name']}.ckpt", weights_only=True)["epoch"] for each in results]
+    assert trained[1:] == [6, 3, 3]
+
+
 def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     made: list[Any] = []
 

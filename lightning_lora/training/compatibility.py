@@ -4,9 +4,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -88,6 +88,25 @@ def join_other_package(kind: type[Callback]) -> None:
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks of a Trainer."""
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
+
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def needs_an_object(hook: _Hook) -> _Hook:
+    """Let a hook say what to write if a Trainer has the callback's class: ``callbacks=[LoRACallback]``."""
+    name = hook.__qualname__.partition(".")[0]
+
+    @wraps(hook)
+    def checked(callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(callback, Callback):  # it is the Trainer, which Lightning passes first
+            raise ConfigError(
+                f"The Trainer has the class {name} among its callbacks. Expected an object of it. Write {name}(), with "
+                f"parentheses: Trainer(callbacks=[{name}()])."
+            )
+        return hook(callback, *args, **kwargs)
+
+    return cast(_Hook, checked)
 
 
 SET_BY_LIGHTNING = ("log", "log_dict")

@@ -14,10 +14,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed, warn
-from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
+from lightning_lora.errors import (
+    AdapterStateError,
+    BestCheckpointWarning,
+    ConfigError,
+    LoRAError,
+    MergePrecisionWarning,
+    listed,
+    warn,
+)
+from lightning_lora.model.merge import check_mergeable, merge_adapters, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.record import find_record, keep_record
+from lightning_lora.model.record import find_record, keep_record, record_of
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
@@ -25,7 +33,7 @@ from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.training.compatibility import callbacks_of, drop_averages, monitored_checkpoint
+from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
 
 
 def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool) -> None:
@@ -91,6 +99,37 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
             'of the update away. Set save="adapters", or convert the model to float32 first.',
             MergePrecisionWarning,
         )
+
+
+def check_layers_stayed(pl_module: LightningModule) -> None:
+    """Refuse the end of a fit whose module has lost all of its adapters in training. Warn if it has lost some."""
+    view = View(pl_module)
+    if not view.is_adapted or view.is_merged:
+        return
+    gone = [name for name in view.adapter.layers if name not in view.layers]
+    if not gone:
+        return
+    found = (
+        f"{listed(gone)} of {view.title} had adapters when the training began, and are gone: other code has deleted or "
+        "replaced these layers since, with what the adapters had learned."
+    )
+    if view.layers:
+        warn(f"{found} The others stay as trained.")
+        return
+    raise AdapterStateError(
+        f"{found} So there is nothing to merge or to keep. Let the layers stay until fit has ended. Adapters from "
+        "before are in checkpoints that were written earlier: load_adapter(model, path)."
+    )
+
+
+def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -> None:
+    """Merge the adapters at the end of a fit, and say which."""
+    which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
+    merge_adapters(pl_module)
+    count = len(record_of(pl_module).merged)
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    end_bar(trainer, pl_module)
+    rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:

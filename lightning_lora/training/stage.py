@@ -44,7 +44,7 @@ class Stage:
     ``name`` is the adapter's, or None for the active one; ``unswitch`` shows the one from before again. ``seen`` holds
     the tensors that have a base value, as they came, ``buffers`` the digests of buffers, and ``modules_before`` the
     names of all modules, until the module's own hooks have run. ``filled`` are the buffers that these filled, in this
-    stage or an earlier one.
+    stage or an earlier one. ``file`` is the checkpoint that it loads.
     """
 
     config: LoRAConfig
@@ -66,6 +66,7 @@ class Stage:
     reads: Reads = field(default_factory=Reads)
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
+    file: object = None
 
     @property
     def is_fitting(self) -> bool:

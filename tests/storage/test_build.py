@@ -1,5 +1,6 @@
 """Modules are built from files of adapters as Lightning builds them, and Lightning says what such files are."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
+from lightning_lora import (
+    LoRACallback,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter_state_dict,
+    load_from_checkpoint,
+)
 from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
 from tests.support.faults import edited
-from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, lora, same, state, trainer
 from tests.support.storage import fitted
 
 
@@ -58,6 +65,34 @@ def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool
     again = load_from_checkpoint(Strict, written(tmp_path, model), strict=not strict)
     assert type(again) is Strict and same(state(again), state(model)) and again.strict_loading is strict
     assert "load_state_dict" not in vars(again)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
+    tmp_path: Path, monkeypatch: Any, weights_only: bool, save: str
+) -> None:
+    path = tmp_path / "a.ckpt"
+    trainer(tmp_path, [lora(save=save)]).fit(model := Strict(False), data())
+    model.trainer.save_checkpoint(path, weights_only=weights_only)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path).test(Strict(False), data(), ckpt_path=path, verbose=False)
+    said = [str(each.message) for each in caught]
+    asks = any("add the following callbacks" in each and "lightning_lora.LoRACallback" in each for each in said)
+    assert asks is (save == "adapters")  # a whole model needs none
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*many workers|.*treespec")
+        t = trainer(tmp_path, [LoRACallback(), Reads()])
+        t.test(again := Strict(False), data(), ckpt_path=path, verbose=False)
+    assert torch.equal(again(X), model(X))
+
+
+class Reads(L.Callback):  # what files that a run can go on from hold
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["optimizer_states"]
 
 
 class Changes(LitTiny):  # it changes what is loaded

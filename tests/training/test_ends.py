@@ -153,3 +153,42 @@ def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, caplog: 
         trainer(tmp_path, [lora()]).fit(plain, data(), data())
     assert is_plain(plain) and "Interrupted" not in caplog.text
     signal.signal(signal.SIGINT, before)
+
+
+class Deletes(LitTiny):  # adapted layers, in its last epoch
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        return self.head(sum((getattr(self, name)(x) for name in ("q_proj", "v_proj") if hasattr(self, name)), x))
+
+    def on_train_epoch_end(self) -> None:
+        for name in self.names if self.current_epoch == 1 else ():
+            delattr(self, name)
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_a_fit_that_has_lost_all_its_adapters_is_an_error_that_names_them(tmp_path: Path, merge: Any) -> None:
+    with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of Deletes had adapters .* and are gone"):
+        trainer(tmp_path, [lora(merge=merge)]).fit(Deletes("q_proj", "v_proj"), data())
+
+
+def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_others(tmp_path: Path, caplog: Any) -> None:
+    with (
+        pytest.warns(ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"),
+        caplog.at_level("INFO"),
+    ):
+        trainer(tmp_path, [lora()]).fit(model := Deletes("q_proj"), data())
+    assert is_plain(model) and "merged the last adapters into 1 layer." in caplog.text
+
+
+def test_a_fit_in_which_the_module_has_merged_itself_counts_its_layers(tmp_path: Path, caplog: Any) -> None:
+    class Merges(LitTiny):
+        def on_train_end(self) -> None:
+            ll.merge_adapters(self)
+
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, [lora()]).fit(Merges(), data())
+    assert "into 2 layers." in caplog.text

@@ -9,6 +9,10 @@ from lightning_lora.storage.stored import KEY, check_checksum
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
 AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
+_CALLBACKS, _OURS = (
+    "callbacks",
+    "lightning_lora.LoRACallback",
+)  # the states of callbacks, and the name of ours among them
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
 
 
@@ -19,6 +23,26 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
             "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."
         )
+
+
+def with_callback_named(checkpoint: Mapping[str, Any], adapter: str) -> dict[str, Any]:
+    """Return a checkpoint with a state of LoRACallback: without the callback, Lightning then warns that it is missing.
+
+    That is all that is said where the module has ``strict_loading = False``: torch ignores the names of adapters.
+    """
+    return {**checkpoint, _CALLBACKS: {**checkpoint.get(_CALLBACKS, {}), _OURS: {"name": adapter}}}
+
+
+def leave_callback(checkpoint: dict[str, Any]) -> None:
+    """Take that state out again, in place: the callback is here, and needs none."""
+    states = checkpoint.get(_CALLBACKS)
+    if not isinstance(states, dict) or _OURS not in states:
+        return
+    del states[_OURS]
+    if (
+        not states and "optimizer_states" not in checkpoint
+    ):  # with save_weights_only=True, Lightning stores no callbacks
+        del checkpoint[_CALLBACKS]
 
 
 def check_readable(checkpoint: object, path: object) -> None:

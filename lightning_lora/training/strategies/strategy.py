@@ -13,7 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
+    OptimizerError,
+)
 from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge_or_forget
@@ -23,7 +29,13 @@ from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
+from lightning_lora.storage.formats.lightning import (
+    as_base,
+    check_readable,
+    check_resumable,
+    leave_callback,
+    with_callback_named,
+)
 from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
@@ -197,9 +209,11 @@ class LoRAStrategy(Strategy, InPlace):
         local = disk.local_path(checkpoint_path)
         if local is not None and stage.is_fitting and self.is_global_zero:
             disk.remove_left_parts(local.parent)  # the new run may save elsewhere
+        stage.file = checkpoint_path
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
+        leave_callback(checkpoint)
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]
@@ -281,9 +295,21 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
+        with self._lora_naming_the_file():
+            checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
+
+    @contextmanager
+    def _lora_naming_the_file(self) -> Iterator[None]:
+        """Say which file does not fit: with ``ckpt_path="last"`` or ``"best"``, Lightning has found it."""
+        try:
+            yield
+        except (AdapterMismatchError, BaseMismatchError) as error:
+            raise type(error)(
+                f"{self.lora_stage.file}: {error} Or did another run write this file? Then pass the path of this run's "
+                "own file (ckpt_path), or none to begin anew."
+            ) from error
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
@@ -323,6 +349,8 @@ class LoRAStrategy(Strategy, InPlace):
             if stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, module)
+            if stage.save == "adapters":
+                checkpoint = with_callback_named(checkpoint, view_of(module).adapter.name)
         beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
         with disk.writing(filepath, beside=beside) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
