@@ -71,12 +71,12 @@ def look(tensor: Tensor) -> tuple[Any, ...] | None:
         return None if None in inner else (None, version_of(tensor), *inner)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
-    seen = (str(tensor.device), tensor.dtype, tuple(tensor.shape), digest(_samples(tensor)))
+    seen = (str(tensor.device), tensor.dtype, tuple(tensor.shape), digest(samples(tensor)))
     return tensor.data_ptr(), version_of(tensor), *seen
 
 
-def _samples(tensor: Tensor) -> Tensor:
-    """About a thousand values, at the same places however the tensor lies in memory."""
+def samples(tensor: Tensor) -> Tensor:
+    """Return about a thousand values, at the same places however the tensor lies in memory."""
     values = tensor.detach()
     step = values.numel() // _SAMPLES + 1
     while values.dim() and math.gcd(step, values.shape[-1] or 1) > 1:  # or it would meet some columns only
@@ -94,7 +94,7 @@ class Seen:
         self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
         tensor = to_local(tensor)
         self._look = look(tensor)
-        self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
+        self._some = None if self._look is None or self._look[0] is None else samples(tensor).to("cpu", copy=True)
         self._digest = known
         self.dtype = tensor.dtype
 
@@ -120,7 +120,7 @@ class Seen:
             return self.dtype != tensor.dtype or self._digest is None
         if tensor.dtype == self.dtype and self._digest is not None:
             return False
-        return digest(_samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
+        return digest(samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change, here or on another device."""
