@@ -181,6 +181,7 @@ class Stage:
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
+        self.guards.close()
         if self.is_fit and was is Phase.SET_UP:
             self.undo.close()
         elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
@@ -193,6 +194,7 @@ class Stage:
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
         """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
+        self.guards.close()
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
             return False

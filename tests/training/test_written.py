@@ -1,5 +1,6 @@
 """Adapted weights that code writes into while they train are named: what it writes does not reach the update."""
 
+import contextlib
 import copy
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.cases import StopError
 from tests.support.fits import AVERAGES, fit
 from tests.support.models import LitTiny, lora
 
@@ -177,3 +179,17 @@ def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(tmp_p
     for write, count in (("nothing", 0), ("normalise", 1)):
         model = Writes(write)
         assert len(said(tmp_path, model, ckpt_path=tmp_path / "epoch=0.ckpt", **NO_SAVES)) == count
+
+
+def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path) -> None:
+    for model in (LitTiny(), Stops()):
+        callback = ll.LoRACallback(r=2)
+        with contextlib.suppress(StopError):
+            fit(tmp_path, callback, model=model, **NO_SAVES)
+        guards = callback._stage.guards
+        assert not (guards.writes.seen or guards.copies.weights or guards.reads.forwards or guards.reads.watched)
+
+
+class Stops(LitTiny):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise StopError

@@ -43,3 +43,8 @@ class Guards:
             view = View(model)
             self.writes.tell(view)
             self.copies.tell(view)
+
+    def close(self) -> None:
+        """Let go of the model's weights."""
+        self.reads.close()
+        self.writes, self.copies = Writes(), LeftCopies()

@@ -336,7 +336,8 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        self.lora_stage.guards.begin_step(self.lora_module)
+        if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
+            self.lora_stage.guards.begin_step(self.lora_module)
         with gradients_pass(self.lora_module), self.lora_watching():
             try:
                 output = super().training_step(*args, **kwargs)
@@ -363,7 +364,9 @@ class LoRAStrategy(Strategy, InPlace):
 
     def lora_watching(self) -> AbstractContextManager[None]:
         """Watch what else reads adapted weights in the first batch."""
-        return self.lora_stage.guards.watching(self.lora_module, is_aloud=self.is_global_zero)
+        return self.lora_stage.guards.watching(
+            self.lora_module, is_aloud=self.is_global_zero and not self.lora_adapts_late
+        )
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
