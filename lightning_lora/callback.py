@@ -325,7 +325,7 @@ class LoRACallback(Callback):
         """End dropout until the next training step. After the first, name weights that other code reads."""
         self._check_set_up()
         self._stage.dropout.end_step()
-        self._stage.reads.end_batch(pl_module)
+        self._stage.guards.end_batch(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
@@ -352,6 +352,7 @@ class LoRACallback(Callback):
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
         check_learned(pl_module, trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
+        self._stage.guards.base_was_compared(pl_module, is_aloud=trainer.is_global_zero)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
         merge_trained(trainer, pl_module, self.merge)

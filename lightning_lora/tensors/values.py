@@ -106,7 +106,7 @@ def look(tensor: Tensor) -> Look | InnerLooks | None:
         device=str(tensor.device),
         dtype=tensor.dtype,
         shape=tuple(tensor.shape),
-        samples=digest(_samples(tensor)),
+        samples=digest(samples(tensor)),
     )
 
 
@@ -120,8 +120,8 @@ def _look_inside(tensor: Tensor) -> InnerLooks | None:
     return InnerLooks(version_of(tensor), tuple(looks))
 
 
-def _samples(tensor: Tensor) -> Tensor:
-    """About a thousand values, at the same places however the tensor lies in memory."""
+def samples(tensor: Tensor) -> Tensor:
+    """Return about a thousand values, at the same places however the tensor lies in memory."""
     values = tensor.detach()
     step = _step_between_samples(values)
     if values.is_contiguous():
@@ -149,7 +149,7 @@ class Seen:
         self.dtype = local.dtype
         self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
         self._look = look(local)
-        self._samples = _samples(local).to("cpu", copy=True) if isinstance(self._look, Look) else None
+        self._samples = samples(local).to("cpu", copy=True) if isinstance(self._look, Look) else None
         self._digest = known_digest
 
     def is_unchanged(self, tensor: Tensor) -> bool:
@@ -175,7 +175,7 @@ class Seen:
             return is_converted or self._digest is None
         if self._digest is not None and not is_converted:
             return False
-        return digest(_samples(local).cpu()) == digest(self._samples.to(local.dtype))
+        return digest(samples(local).cpu()) == digest(self._samples.to(local.dtype))
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change, here or on another device."""

@@ -24,7 +24,7 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.guards.reads import Reads
+from lightning_lora.training.guards.moments import Guards
 from lightning_lora.training.randomness import Resumed, reseeded
 
 
@@ -63,7 +63,7 @@ class Stage:
     buffers: dict[str, int] = field(default_factory=dict)
     modules_before: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
-    reads: Reads = field(default_factory=Reads)
+    guards: Guards = field(default_factory=Guards)
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
     file: object = None
@@ -182,6 +182,7 @@ class Stage:
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
+        self.guards.close()
         if self.is_fit and was is Phase.SET_UP:
             self.undo.close()
         elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
@@ -194,6 +195,7 @@ class Stage:
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
         """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
+        self.guards.close()
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
             return False

@@ -139,6 +139,7 @@ class Changes(L.Callback):  # a value of a frozen weight, which torch does not c
 
 
 # The first value is a sample of a large weight, the second is none
+@pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("place", "fails", "file"), [(0, False, "best"), (1, False, "after"), (1, True, "after")])
 def test_a_changed_value_is_stored_when_a_save_sees_it_or_at_the_end(
     tmp_path: Path, place: int, fails: bool, file: str

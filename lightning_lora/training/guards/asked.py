@@ -20,6 +20,8 @@ from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.training.graphs import nodes_behind
 
+_FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
+
 
 class OwnCheckpoints:
     """Checkpoints of the module's own code, such as latent diffusion's.
@@ -33,9 +35,13 @@ class OwnCheckpoints:
         plain = [p for p in frozen if type(p) is nn.Parameter]
         self.frozen = {p for p in plain if p.is_floating_point() or p.is_complex()}
         self.were_found = False
+        self.losses = 0
 
     def prepare(self, loss: Tensor) -> None:
-        """Let those behind ``loss`` ask for gradients of frozen weights."""
+        """Let those behind ``loss`` ask for gradients of frozen weights. Where the first losses have none, stop."""
+        self.losses += 1
+        if self.losses > _FIRST_LOSSES and not self.were_found:
+            return
         for node in nodes_behind([loss]):
             if isinstance(node, BackwardCFunction):
                 self._detach_weights_of(node)

@@ -59,10 +59,9 @@ class Reads:
         """End the first batch: warn of what was found."""
         if self.is_over:
             return
-        self.is_over = True
         called = {forward.layer for forward in self.forwards if forward.was_called}
         names = [name for name, layer in self.layers.items() if name in self.found and layer in called]
-        self.watched, self.layers, self.forwards = {}, {}, []
+        self.close()
         if names:  # without layers that nothing calls: their adapters get no gradient, and another warning says so
             asked = str(names) if len(names) <= _MOST_NAMES else "[...]"
             warn(
@@ -72,6 +71,11 @@ class Reads:
                 f"out: exclude_modules={asked}. An output head that shares a weight can be a tied layer instead: "
                 "nn.Linear without bias."
             )
+
+    def close(self) -> None:
+        """Watch nothing more, and let go of the weights."""
+        self.is_over = True
+        self.watched, self.layers, self.forwards = {}, {}, []
 
     def _begin(self, model: nn.Module) -> None:
         view = View(model)

@@ -3,7 +3,7 @@
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -346,6 +346,8 @@ class LoRAStrategy(Strategy, InPlace):
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
         if "state_dict" in checkpoint and self._lora_saves():  # a module's hook may write files of its own instead
             checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
+            if stage.phase is Phase.TRAINING:
+                stage.guards.base_was_compared(module, is_aloud=self.is_global_zero)
             if stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, module)
@@ -374,6 +376,8 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
+        if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
+            self.lora_stage.guards.begin_step(self.lora_module)
         with gradients_pass(self.lora_module), self.lora_watching():
             try:
                 output = super().training_step(*args, **kwargs)
@@ -400,9 +404,10 @@ class LoRAStrategy(Strategy, InPlace):
         return loss
 
     def lora_watching(self) -> AbstractContextManager[None]:
-        """Watch what else reads adapted weights in the first batch. One process says it for all."""
-        reads = self.lora_stage.reads
-        return nullcontext() if reads.is_over or not self.is_global_zero else reads.watching(self.lora_module)
+        """Watch what else reads adapted weights in the first batch."""
+        return self.lora_stage.guards.watching(
+            self.lora_module, is_aloud=self.is_global_zero and not self.lora_adapts_late
+        )
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
