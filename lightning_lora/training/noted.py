@@ -78,7 +78,7 @@ def _warn_of_copies_by_name(model: LightningModule, view: View) -> None:
             _warn(
                 f"{type(model).__name__}.{place} is a dict of tensors with the names of weights, which are frozen "
                 "here, and without adapters. An average there stays as the base is, and a distance to it stays zero. "
-                "For an average, use EMAWeightAveraging or a copy of the network, or make the dict in on_fit_start. "
+                "For an average, use EMAWeightAveraging or a copy of the network, or make the dict in on_train_start. "
                 "For full training of these weights, name their modules in modules_to_save."
             )
 

@@ -186,6 +186,21 @@ def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: 
         ll.load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind: str) -> None:
+    model = build(PLAIN)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]), name="first")
+    nn.init.normal_(model[0].lora_B)  # type: ignore[arg-type]
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["2"]), name="second")
+    with torch.no_grad():
+        plain: Any = model[0](BATCH)
+    model[0] = KINDS[kind](model[0])
+    ll.set_adapter(model, "first")
+    assert (model[0](BATCH) - plain).abs().max() > 0.1  # its update
+    with pytest.raises(ll.AdapterStateError, match="'0' in Sequential are quantised"):
+        ll.merge_adapters(model)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bool) -> None:
     layer = bnb.nn.Linear4bit(128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double)

@@ -203,6 +203,20 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path: Path) -> None:
         assert "could not be written" in unwritten and "hold NaN" in diverged
 
 
+def folder_in_the_way(folder: Path) -> str:
+    module = LitNet()
+    t = trainer_of("sharded", folder, [lora()], max_epochs=1)
+    t.fit(module, data())
+    return message_of(t.save_checkpoint, folder / "a.ckpt")
+
+
+def test_a_sharded_checkpoint_in_the_place_of_a_file_is_named_in_every_process(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    for message in run_ranks(folder_in_the_way, tmp_path):
+        assert re.search(r"a\.ckpt is a folder, perhaps a sharded checkpoint.*another name", message)
+    assert not list((tmp_path / "a.ckpt").iterdir())
+
+
 def changed_on_one(folder: Path) -> tuple[str, list[str]]:
     """A merged bias of which one process holds all is changed, then adapters are asked back."""
     module = fitted(folder, merge="last", exclude_modules=["head"])

@@ -173,6 +173,12 @@ class _Layers:
             elif name.endswith(".base_layer.out_proj"):
                 matrices.append(out)
                 factors.append(self._factors(about, out, (a, 2 * b), there))
+            elif INITIALISATIONS[self.config.init].is_difference:
+                raise AdapterMismatchError(
+                    f"The file adapts {name!r} with init_lora_weights={self.config.init!r}. Its nn.MultiheadAttention "
+                    "never calls that layer: PEFT's model computes with what the start has left of the weight. Train "
+                    f"again without this layer, or adapt {there!r} itself."
+                )
             else:
                 warn(f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left out, as PEFT does.")
         return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))

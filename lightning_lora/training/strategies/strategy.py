@@ -422,3 +422,13 @@ class LateStrategy(LoRAStrategy):
         super().load_model_state_dict(checkpoint, strict)
         if self.lora_stage.is_fitting and checkpoint.get("optimizer_states"):
             self.load_optimizer_state_dict(checkpoint)
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
+        path = disk.local_path(filepath)
+        if path is not None and path.is_dir():
+            raise AdapterFileError(
+                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
+                "another name, or move the folder away."
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -15,7 +15,7 @@ import lightning_lora as ll
 from tests.storage.formats.test_reading import INDEX
 from tests.support.layers import Scaled
 from tests.support.models import TinyLM
-from tests.support.peft_reading import Expert, Mixed, built, gap, write_peft
+from tests.support.peft_reading import Attending, Expert, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
 PRE, PEFT_CONFIG, WEIGHTS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
@@ -80,6 +80,8 @@ RNN: dict[str, Any] = {"target_modules": [], "target_parameters": ["rnn.weight_h
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 HEAD: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 OLORA: dict[str, Any] = {"target_modules": ["c_proj"], "init_lora_weights": "olora"}
+OUTPUT: dict[str, Any] = {"target_modules": ["out_proj"], "init_lora_weights": "pissa"}
+ZEROS = {"linear.lora_magnitude_vector.weight": torch.zeros(8)}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exception], str]] = [
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
@@ -102,6 +104,8 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),
     (TinyLM, HEAD, asks(), MODEL, "'lm_head.weight', which is tied to 'embed.weight'"),
     (Mixed, OLORA, asks(), MODEL, "'c_proj' is a Conv1D, trained"),
+    (Attending, OUTPUT, asks(), MODEL, "'attn.out_proj' with init_lora_weights='pissa'.*never calls that layer"),
+    (Mixed, MORE, holds(ZEROS), MODEL, "'linear', which cannot be read: with use_dora, PEFT scales .* zero by zero"),
 ]
 
 
