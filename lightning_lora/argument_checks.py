@@ -68,9 +68,10 @@ def python_number(value: float) -> float:
 
 def is_given(value: object) -> bool:
     """Whether an optional pattern is given: an empty list or dict counts as None."""
-    if isinstance(value, Sequence | Mapping | Set):
-        return len(value) > 0
-    return value is not None
+    if value is None:
+        return False
+    is_empty = isinstance(value, Sequence | Mapping | Set) and len(value) == 0
+    return not is_empty
 
 
 def check_is_list(name: str, value: object) -> None:

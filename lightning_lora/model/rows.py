@@ -329,7 +329,8 @@ class _MixedModule:
         needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if needs_gradients or torch.compiler.is_compiling():
             return self._stack_factors()
-        now = [_version_of_values(p) for p in parameters]
+        # what is stacked in inference mode cannot be used in another one
+        now = [torch.is_inference_mode_enabled(), *map(_version_of_values, parameters)]
         if self.stacked_from != now:
             self.stacked = self._stack_factors()
             self.stacked_from = now
@@ -345,7 +346,7 @@ class _MixedModule:
         return stacked([updates.get(key, nothing) for key in self.names])
 
 
-def _version_of_values(parameter: nn.Parameter) -> tuple[bool, int, int]:
-    """What differs when a parameter has other values, or what was made of them cannot be used in this mode."""
+def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:
+    """What differs when a parameter has other values."""
     version = 1 if parameter.is_inference() else version_of(parameter)
-    return torch.is_inference_mode_enabled(), parameter.data_ptr(), version
+    return parameter.data_ptr(), version
