@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LoRAParameters
@@ -14,6 +14,8 @@ from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Renaming:
     def name_there(self, name: str) -> str:
         """Return the file's name for a name in the model."""
         return _exchange(name, self.here, self.there)
+
+    def with_names_here(self, named: Mapping[str, Value]) -> dict[str, Value]:
+        """Return what a file holds by name, by the model's names."""
+        return {self.name_here(name): value for name, value in named.items()}
 
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""

@@ -17,7 +17,8 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.formats.peft_config import (
+from lightning_lora.storage.formats.format import Asked, Reader
+from lightning_lora.storage.formats.peft.peft_config import (
     MERGE_THERE,
     PEFT_CONFIG,
     PREFIX,
@@ -27,8 +28,8 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
     tensors_in,
 )
-from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, check_shapes, pair_of, place_of
+from lightning_lora.storage.formats.peft.peft_layers import has_layer, peft_layer, why_not, why_not_rows
+from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.disk import local_path
+from lightning_lora.storage.formats.format import HEADER
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
 PREFIX = "base_model.model."  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-HEADER = "__metadata__"  # safetensors' name for what a file's header says, beside the names of its tensors
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
 PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
@@ -42,21 +42,34 @@ _KEYS = {
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
-Tokens = list[int] | dict[str, list[int]]  # the rows that train: of all embeddings, or by the end of their names
+
+class AdapterKey(NamedTuple):
+    """What the name of an adapter's tensor says."""
+
+    wrapped: str  # the name of what PEFT wraps
+    what: str  # "A", "B", "magnitude" or "tokens"
 
 
-def peft_key(name: str) -> tuple[str, str] | None:
+def peft_key(name: str) -> AdapterKey | None:
     """Return the layer of a PEFT tensor and what it is. None: it does not belong to an adapter."""
     for suffix, what in _KEYS.items():
-        if name.endswith(f".{suffix}"):
-            return name.removesuffix(f".{suffix}"), what
+        end = f".{suffix}"
+        if name.endswith(end):
+            return AdapterKey(name.removesuffix(end), what)
     return None
 
 
-def most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and the other ones by expressions for exactly these names."""
-    most = Counter(values.values()).most_common(1)[0][0]
-    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
+    ((most, _),) = Counter(values.values()).most_common(1)
+    others = dict[str, Any]()
+    for name, value in values.items():
+        if value != most:
+            others[f"^{re.escape(name)}"] = value
+    return most, others
+
+
+# Whose a file is
 
 
 def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
@@ -66,26 +79,46 @@ def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
 
 def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
-    has_header = METADATA in contents.get(HEADER, {})
-    names = [str(name) for name in contents if name != HEADER]
-    if not _has_updates(contents) or not (has_header or all(map(_OLDER_NAME.match, names))):
+    if not _has_updates(contents):
         return False
-    local = local_path(path)
-    is_beside = local is not None and (local.parent / PEFT_CONFIG).is_file()
-    return not is_beside or (has_header and not any(name.startswith(PREFIX) for name in names))
-
-
-def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
-    """Return all but the header of a file. Refuse what is no tensor."""
-    tensors = {name: value for name, value in contents.items() if name != HEADER}
-    if odd := [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
-    return tensors
+    names = [str(name) for name in contents if name != HEADER]
+    has_header = METADATA in contents.get(HEADER, {})
+    if not has_header and not all(map(_OLDER_NAME.match, names)):
+        return False
+    if not _has_config_beside(path):
+        return True
+    return has_header and not any(name.startswith(PREFIX) for name in names)
 
 
 def _has_updates(names: Iterable[object]) -> bool:
     """Whether these are names of PEFT's. ComfyUI has the same ends."""
-    return any(isinstance(name, str) and peft_key(name) and not name.startswith("diffusion_model.") for name in names)
+    for name in names:
+        if not isinstance(name, str) or name.startswith("diffusion_model."):
+            continue
+        if peft_key(name) is not None:
+            return True
+    return False
+
+
+def _has_config_beside(path: Any) -> bool:
+    """Whether PEFT's configuration lies beside a file."""
+    local = local_path(path)
+    return local is not None and (local.parent / PEFT_CONFIG).is_file()
+
+
+def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
+    """Return all but the header of a file. Refuse what is no tensor."""
+    tensors = dict(contents)
+    tensors.pop(HEADER, None)
+    odd = [str(name) for name in tensors if not isinstance(tensors[name], Tensor)]
+    if odd:
+        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
+    return tensors
+
+
+# What the configuration says
+
+Tokens = list[int] | dict[str, list[int]]  # the rows that train: of all embeddings, or by the end of their names
 
 
 class PeftConfig(NamedTuple):
@@ -97,14 +130,33 @@ class PeftConfig(NamedTuple):
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
+        if self.config.is_excluded(name):
+            return False
+        return self._is_target(name) and self._is_of_layers(name)
+
+    def _is_target(self, name: str) -> bool:
+        """Whether ``target_modules`` names a module."""
         targets = self.config.target_modules
         if isinstance(targets, str):
-            is_named = re.fullmatch(targets, name) is not None
-        else:
-            is_named = any(matches(entry, name) for entry in targets)
-        numbers = {int(component) for component in name.split(".")[2:-1] if component.isdecimal()}
-        is_of_layers = self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
-        return is_named and is_of_layers and not self.config.is_excluded(name)
+            return re.fullmatch(targets, name) is not None
+        return any(matches(entry, name) for entry in targets)
+
+    def _is_of_layers(self, name: str) -> bool:
+        """Whether a module lies in one of the layers, if these are given by number."""
+        if self.layers is None:
+            return True
+        inner = name.split(".")[2:-1]
+        numbers = {int(component) for component in inner if component.isdecimal()}
+        return bool(numbers) and numbers.issubset(self.layers)
+
+    def token_rows(self, name: str) -> list[int]:
+        """Return the rows that train in an embedding."""
+        if not isinstance(self.tokens, dict):
+            return self.tokens
+        for end, rows in self.tokens.items():
+            if name.endswith(end):
+                return rows
+        return []
 
 
 def read_config(weights: Any) -> PeftConfig:
@@ -127,36 +179,67 @@ def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
 
 
-def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
+def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     """Return what these fields say. Those that are not known are ignored, with a warning."""
-    if (kind := stored.get("peft_type")) != "LORA":
+    _check_fields(fields, source)
+    _warn_of_unknown(fields, source)
+    init = _init_of(fields, source)
+    given = dict[str, Any]()
+    for theirs, ours in _OURS.items():
+        value = fields.get(theirs)
+        if value not in (None, [], ""):
+            given[ours] = value
+    try:
+        config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
+    except ConfigError as error:
+        raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
+    tokens = fields.get("trainable_token_indices") or []
+    return PeftConfig(config, tokens, _layer_numbers(fields))
+
+
+def _check_fields(fields: Mapping[str, Any], source: object) -> None:
+    """Refuse what makes another update than LoRA's."""
+    kind = fields.get("peft_type")
+    if kind != "LORA":
         raise AdapterFileError(f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}")
-    if refused := [name for name in _REFUSED if stored.get(name)]:
+    refused = [name for name in _REFUSED if fields.get(name)]
+    if refused:
         raise AdapterFileError(
             f"{source} sets {listed(refused)}, which this package does not have: its update is another. {MERGE_THERE}"
         )
-    if unknown := [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]:
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
+    """Warn of fields that are set, and that are of no version that is known."""
+    known = {*_OURS, *_OTHERS}
+    unknown = [name for name in fields if fields[name] and name not in known]
+    if unknown:
         warn(
             f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "
             "wrote it, and it changes what is computed, merge the adapters there, and use the merged model."
         )
-    init, tokens = str(stored.get("init_lora_weights")).lower(), stored.get("trainable_token_indices") or []
+
+
+def _init_of(fields: Mapping[str, Any], source: object) -> str:
+    """Our name for how training began. Most starts change nothing of the update, and are taken for the usual one."""
+    init = str(fields.get("init_lora_weights")).lower()
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
             f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
             "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
-    start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
-    try:
-        config = LoRAConfig(**{"r": 8, "alpha": 8, "init": start, **given})
-    except ConfigError as error:
-        raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
-    numbers = stored.get("layers_to_transform")
-    layers = [numbers] if type(numbers) is int else numbers or None
-    if layers is not None and stored.get("layers_pattern"):
-        layers = []  # which layers it means is not known here
-    return PeftConfig(config, tokens, layers)
+    return init if init in _OUR_INITIALISATIONS else "kaiming"
+
+
+def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
+    """The numbers of the only layers that PEFT adapts. None: all."""
+    numbers: Any = fields.get("layers_to_transform")
+    layers: list[int] = [numbers] if type(numbers) is int else numbers
+    if not layers:
+        return None
+    if fields.get("layers_pattern"):
+        return []  # which layers it means is not known here
+    return layers
 
 
 MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
@@ -176,6 +259,9 @@ _REFUSED = (
 
 _INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 """Those after which the base is known. Only ``pissa`` and ``olora`` are a part of the update."""
+
+_OUR_INITIALISATIONS = ("pissa", "olora", "gaussian")
+"""Those of them that the configuration here names too."""
 
 _OTHERS = {
     # read above, or from the tensors
