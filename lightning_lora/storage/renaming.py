@@ -61,6 +61,11 @@ def is_inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
+def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what is ``prefix``, or lies inside it."""
+    return {name: value for name, value in named.items() if is_inside(name, prefix)}
+
+
 SAME_NAMES = Renaming()
 
 

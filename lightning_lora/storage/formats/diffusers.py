@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.peft_read import read_updates
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
-from lightning_lora.storage.renaming import is_inside
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import named_modules, starts_of, submodule
 
@@ -71,17 +71,14 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
         member = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
         member_tensors, config = exported(member, uniform, scaling=1.0)
-        prefix = _prefix_for(member.inner, stored, member_tensors)
-        tensors |= _with_prefix(prefix, member_tensors)
-        header |= _with_prefix(prefix, config)
-    name = peft.DIFFUSERS_WEIGHTS[0]
-    _warn_of_replaced(directory / name, tensors)
+        name = _checked_member(member.inner, stored, member_tensors)
+        below = Renaming(here=name)
+        tensors |= below.with_names_here(member_tensors)
+        header |= below.with_names_here(config)
+    file = peft.DIFFUSERS_WEIGHTS[0]
+    _warn_of_replaced(directory / file, tensors)
     contents = save(tensors, {peft.METADATA: json.dumps(header)})
-    write_files(directory, {name: contents})
-
-
-def _with_prefix(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {prefix + name: value for name, value in named.items()}
+    write_files(directory, {file: contents})
 
 
 def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
@@ -117,14 +114,10 @@ def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:
     return replace(
         stored,
         root=root,
-        state=_inside(root, stored.state),
-        layers=_inside(root, stored.layers),
-        saved=_inside(root, stored.saved),
+        state=entries_inside(root, stored.state),
+        layers=entries_inside(root, stored.layers),
+        saved=entries_inside(root, stored.saved),
     )
-
-
-def _inside(root: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if is_inside(name, root)}
 
 
 def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
@@ -137,8 +130,8 @@ def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
         warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
 
 
-def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
-    """Return what a pipeline expects before each name of these tensors. Refuse what it would not read."""
+def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
+    """Return what a pipeline calls a model with these tensors. Refuse what it would not read."""
     member = _member_name(model, stored.root)
     if member is None:
         raise ExportError(
@@ -152,7 +145,7 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
             f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
             "bias and modules_to_save, or leave format='diffusers' out, which writes a folder for PEFT."
         )
-    return f"{member}."
+    return member
 
 
 # Read
@@ -206,7 +199,7 @@ def _members_of(tensors: Iterable[str], header: Iterable[str]) -> set[str]:
         members = {start for start in starts if peft.PARTS.fullmatch(start)}
     if not members:
         return {""}
-    is_one_model = not members.isdisjoint(("", peft.PREFIX.rstrip(".")))
+    is_one_model = not members.isdisjoint(("", peft.PREFIX))
     return members if is_one_model else members | starts
 
 
@@ -239,9 +232,9 @@ def _member(
     path: Any,
 ) -> tuple[dict[str, Tensor], peft.PeftConfig]:
     """The tensors of one member of a pipeline, and their configuration."""
-    prefix = f"{member}." if member else ""
-    member_tensors = _without_prefix(prefix, tensors)
-    config = _without_prefix(prefix, header)
+    below = Renaming(there=member)
+    member_tensors = below.with_names_here(entries_inside(member, tensors))
+    config = below.with_names_here(entries_inside(member, header))
     if not config:
         config = _without_scaling(member_tensors)
         warn(
@@ -249,15 +242,6 @@ def _member(
             "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
     return member_tensors, peft.config_of({"peft_type": "LORA", **config}, path)
-
-
-def _without_prefix(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a prefix, by the rest of its names."""
-    found = dict[str, Any]()
-    for name, value in named.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = value
-    return found
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,40 +2,39 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.format import Asked, Reader
+from lightning_lora.storage.formats.peft.peft_complete import PeftFile, Tensors, check_complete
 from lightning_lora.storage.formats.peft.peft_config import (
     MERGE_THERE,
     PEFT_CONFIG,
     PREFIX,
     PeftConfig,
+    base_name,
     is_peft,
     peft_key,
     read_config,
     tensors_in,
 )
-from lightning_lora.storage.formats.peft.peft_layers import has_layer, peft_layer, why_not, why_not_rows
+from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not, why_not_rows
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
-from lightning_lora.storage.renaming import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.tensors.names import join, owner_of, starts_of
-
-Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
+from lightning_lora.tensors.names import join
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
@@ -46,63 +45,94 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
-        updates = read_updates(view, tensors, peft, path, root_of(view.model))
-        return adapters_of(view, *updates, peft.config, peft.config.modules_to_save or ())
+        updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
+        return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
 
     return reader
 
 
 def read_updates(
-    view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
+    view: View,
+    tensors: Mapping[str, Any],
+    peft: PeftConfig,
+    path: Any,
+    root: str,
 ) -> tuple[list[Update], dict[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
-    adapters, rest = _sorted(tensors, path)
+    adapters, others = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
-    place = place_of(view, list(map(_plain, adapters)), list(rest), root)
-    layers = _Layers(view, peft, place)
-    rest = {place.name_here(name): value for name, value in rest.items()}
-    updates = layers.updates(adapters)
-    layers.check_complete(adapters, rest, path)
+    layers = [base_name(wrapped) for wrapped in adapters]
+    place = place_of(view, layers, others.keys(), root)
+    updates = _Layers(view, peft, place).updates(adapters)
+    rest = place.with_names_here(others)
+    check_complete(PeftFile(path, peft, place, adapters, rest), view)
     return updates, rest
 
 
-def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+# The tensors of a file
+
+
+def _sorted(
+    tensors: Mapping[str, Any],
+    path: object,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
-    adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
+    adapters = dict[str, dict[str, Tensor]]()
+    others = dict[str, Tensor]()
+    unknown = list[str]()
     for key, value in tensors.items():
-        name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
-        if found := peft_key(name):
-            wrapped, what = found
-            adapters.setdefault(wrapped, {})[what] = value
-        elif any(mark in f"{name}." for mark in _LEFT):
+        name = key.removeprefix(f"{PREFIX}.")
+        adapter_key = peft_key(name)
+        if adapter_key is not None:
+            adapters.setdefault(adapter_key.wrapped, {})[adapter_key.what] = value
+        elif _is_without_effect(name):
             continue
-        elif any(component.startswith(("lora_", "trainable_tokens")) for component in name.split(".")):
+        elif _is_of_another_method(name):
             unknown.append(key)
-        elif copied == key or copied not in tensors:
-            rest[_plain(name)] = value
+        elif not _is_copy(key, tensors):
+            others[base_name(name)] = value
     if unknown:
         raise AdapterFileError(f"{path} holds {listed(unknown)}, of a method of PEFT that is not here. {MERGE_THERE}")
-    return adapters, rest
+    return adapters, others
 
 
-_LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
+_WITHOUT_EFFECT = (".original_module.", ".lora_velora_embed.")  # a trained module's base values; training's own
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
+
+
+def _is_without_effect(name: str) -> bool:
+    """Whether a tensor is none of those that change what is computed."""
+    return any(mark in f"{name}." for mark in _WITHOUT_EFFECT)
+
+
+def _is_of_another_method(name: str) -> bool:
+    """Whether a tensor belongs to an adapter of a kind that is not known."""
+    marks = ("lora_", "trainable_tokens")
+    return any(component.startswith(marks) for component in name.split("."))
+
+
+def _is_copy(key: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether the file holds the same tensor under its name in the base too."""
+    original = _COPY.sub("", key)
+    return original != key and original in tensors
 
 
 def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
     """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
-    pairs = {name: "magnitude" in tensors for name, tensors in adapters.items() if "A" in tensors}
-    if odd := [name for name, has_magnitude in pairs.items() if has_magnitude != use_dora]:
+    odd = list[str]()
+    for name, tensors in adapters.items():
+        has_magnitude = "magnitude" in tensors
+        if "A" in tensors and has_magnitude != use_dora:
+            odd.append(name)
+    if odd:
+        found = "no" if use_dora else "a"
         raise AdapterFileError(
-            f"{PEFT_CONFIG} says use_dora={use_dora}, and {path} holds {'no' if use_dora else 'a'} "
+            f"{PEFT_CONFIG} says use_dora={use_dora}, and {path} holds {found} "
             f"lora_magnitude_vector for {listed(odd)}. Use the configuration and the tensors of one training."
         )
 
 
-def _plain(name: str) -> str:
-    """A name of the base, without PEFT's wrappers inside."""
-    wrappers = ("base_layer", "token_adapter", "modules_to_save")
-    return ".".join(component for component in name.split(".") if component not in wrappers)
+# The layers
 
 
 @dataclass(frozen=True)
@@ -119,186 +149,225 @@ class _Layers:
 
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
         """Return the updates of the layers."""
-        of_layer: dict[str, dict[str, Tensors]] = {}
+        by_layer: dict[str, dict[str, Tensors]] = {}
         for wrapped, tensors in adapters.items():
-            outer, _, inner = _plain(wrapped).rpartition(".")
-            above = self.view.modules.get(self.place.name_here(outer))
-            is_of_attention = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
-            of_layer.setdefault(outer if is_of_attention else _plain(wrapped), {})[wrapped] = tensors
-        found = list(starmap(self._update, of_layer.items()))
-        return [update for update in found if update.layer.matrices]  # an attention's may all be zero
+            layer = self._layer_of(wrapped)
+            by_layer.setdefault(layer, {})[wrapped] = tensors
+        updates = [self._update(layer, wrapped) for layer, wrapped in by_layer.items()]
+        return [update for update in updates if update.layer.matrices]  # an attention's may all be zero
+
+    def _layer_of(self, wrapped: str) -> str:
+        """The layer that has the update of what PEFT wraps: an attention has that of its output projection too."""
+        name = base_name(wrapped)
+        outer, _, inner = name.rpartition(".")
+        if inner == "out_proj" and isinstance(self._module(outer), nn.MultiheadAttention):
+            return outer
+        return name
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         """The update of one layer, from what PEFT wraps around it or inside of it."""
-        layer = self._module(there)
-        kind = adapter_for(layer)
-        adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
-        if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
+        module = self._module(there)
+        kind = adapter_for(module)
+        if kind is None or kind is LoRARecurrent or _is_adapted_by_parameters(module):
             return self._parameters(there, wrapped)
-        (tensors, *more) = wrapped.values()
+        tensors, *more = wrapped.values()
         if "tokens" in tensors and not more:
             return self._tokens(there, tensors)
-        about = self._described(there, kind, kind.lora_matrices_of(layer))
+        layer = self._described(there, kind, kind.lora_matrices_of(module))
         if kind is LoRAAttention:
-            return self._attention(there, about, wrapped)
+            return self._attention(there, layer, wrapped)
         if more:
-            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
-        return self._weight(there, about, kind, tensors)
+            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {self._title(there)}.")
+        return self._weight(there, layer, kind, tensors)
 
-    def _weight(self, there: str, about: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
+    # Each kind of layer
+
+    def _weight(self, there: str, layer: StoredLayer, kind: type[LoRALayer], tensors: Tensors) -> Update:
         """The update of a layer with one weight."""
-        (matrix,), said, factors = about.matrices, there, pair_of(there, tensors)
+        factors = pair_of(there, tensors)
         if kind is LoRAConv1D and self.config.init == "olora":
             raise AdapterMismatchError(
                 f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
                 "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
             )
-        if self._is_named(f"{there}.weight"):
-            said = f"{there}.weight"  # patterns mean a parameter by its own name
+        named = there
+        parameter = f"{there}.weight"
+        if self.peft.names_parameter(parameter):
+            named = parameter  # patterns mean a parameter by its own name
             if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
-                factors = factors[1].T, factors[0].T
-        factors = self._factors(about, matrix, factors, said)
-        return Update(replace(about, scaling=self.config.scaling(said)), (factors,), tensors.get("magnitude"))
+                a, b = factors
+                factors = b.T, a.T
+        (matrix,) = layer.matrices
+        factors = self._factors(layer, matrix, factors, named)
+        layer = replace(layer, scaling=self.config.scaling(named))
+        return Update(layer, (factors,), tensors.get("magnitude"))
 
-    def _attention(self, there: str, about: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
+    def _attention(self, there: str, layer: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
         """q, k and v share A, and lie one after the other in B. PEFT adds the output projection's update twice."""
-        *qkv, out = about.matrices
-        matrices, factors = list[AdaptedMatrix](), list[Factors]()
+        *qkv, out = layer.matrices
+        found = list[tuple[AdaptedMatrix, Factors]]()
         for name, tensors in wrapped.items():
             a, b = pair_of(name, tensors)
-            if _plain(name) == there:
-                matrices += qkv
-                for matrix, block in zip(qkv, torch.atleast_1d(b).tensor_split(3), strict=True):
-                    factors.append(self._factors(about, matrix, (a, block), there))
+            if base_name(name) == there:
+                blocks = torch.atleast_1d(b).tensor_split(3)
+                for matrix, block in zip(qkv, blocks, strict=True):
+                    found.append((matrix, (a, block)))
             elif name.endswith(".base_layer.out_proj"):
-                matrices.append(out)
-                factors.append(self._factors(about, out, (a, 2 * b), there))
+                found.append((out, (a, 2 * b)))
             else:
                 warn(f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left out, as PEFT does.")
-        return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
+        factors = [self._factors(layer, matrix, pair, there) for matrix, pair in found]
+        matrices = tuple(matrix for matrix, _ in found)
+        layer = replace(layer, scaling=self.config.scaling(there), matrices=matrices)
+        return Update(layer, tuple(factors))
 
     def _parameters(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         """Parameters of a module. PEFT wraps it once for each, in the module's own order: the last one is outermost."""
-        layer = self._module(there)
-        ours = layer.lora_roles() if isinstance(layer, LoRALayer) else {}
-        named = [leaf for leaf in layer._parameters if leaf not in ours and self._is_named(f"{there}.{leaf}")]
+        named = self._named_parameters(there)
         if len(named) != len(wrapped):
             raise AdapterMismatchError(
-                f"The file has {len(wrapped)} updates of {there!r}, a {type(layer).__name__} in this model, and its "
+                f"The file has {len(wrapped)} updates of {there!r}, a {self._title(there)} in this model, and its "
                 f"target_parameters name {named or 'no parameter of it'}. Pass the model that it was trained on."
             )
-        kind: type[LoRALayer] = LoRAParameters
-        matrices = tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in named)
-        if adapter_for(layer) is LoRARecurrent:
-            kind = LoRARecurrent
-            matrices = tuple(matrix for matrix in kind.lora_matrices_of(layer) if matrix.weight in named)
-        about, factors = self._described(there, kind, matrices), list[Factors]()
+        kind, matrices = _matrices_of_parameters(self._module(there), named)
+        layer = self._described(there, kind, matrices)
         scaling = self.config.scaling(f"{there}.{named[0]}")
-        for matrix, name in zip(matrices, sorted(wrapped, key=len, reverse=True), strict=True):
-            said = f"{there}.{matrix.weight}"
-            a, b = self._factors(about, matrix, pair_of(name, wrapped[name]), said)
-            factors.append((a, b * (self.config.scaling(said) / scaling)))
-        return Update(replace(about, scaling=scaling), tuple(factors))
+        innermost_first = sorted(wrapped, key=len, reverse=True)
+        factors = list[Factors]()
+        for matrix, name in zip(matrices, innermost_first, strict=True):
+            parameter = f"{there}.{matrix.weight}"
+            in_file = pair_of(name, wrapped[name])
+            a, b = self._factors(layer, matrix, in_file, parameter)
+            scaling_of_parameter = self.config.scaling(parameter)
+            factors.append((a, b * (scaling_of_parameter / scaling)))
+        return Update(replace(layer, scaling=scaling), tuple(factors))
+
+    def _named_parameters(self, there: str) -> list[str]:
+        """The parameters of a module that ``target_parameters`` names, without our adapter's."""
+        module = self._module(there)
+        of_adapter = module.lora_roles() if isinstance(module, LoRALayer) else {}
+        named = list[str]()
+        for name in module._parameters:
+            if name not in of_adapter and self.peft.names_parameter(f"{there}.{name}"):
+                named.append(name)
+        return named
 
     def _tokens(self, there: str, tensors: Tensors) -> Update:
         """The rows as they are: PEFT's name says delta, but they are whole."""
-        (matrix,), rows = LoRATokens.lora_matrices_of(self._module(there)), tensors["tokens"]
-        indices = self.peft.tokens
-        if isinstance(indices, dict):
-            indices = next((named for end, named in indices.items() if there.endswith(end)), [])
-        matrix = replace(matrix, tokens=tuple(sorted({*indices})))
-        is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
-        if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
-            raise AdapterMismatchError(
-                f"The file holds {len(rows)} rows of {there!r} {(matrix.reads, matrix.writes)}, and its configuration "
-                f"names {len(indices)}, up to {max(indices, default=0)}. Resize it first, as for the training."
-            )
-        if why := why_not_rows(self.view.modules, self.place.name_here(there)):
+        (matrix,) = LoRATokens.lora_matrices_of(self._module(there))
+        rows = tensors["tokens"]
+        indices = self.peft.token_rows(there)
+        _check_rows(there, matrix, rows, indices)
+        why = why_not_rows(self.view.modules, self.place.name_here(there))
+        if why is not None:
             raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
-        about = replace(self._described(there, LoRATokens, (matrix,)), scaling=self.config.scaling(there))
-        about = replace(about, r=matrix.rank(self.config.rank(there)))
-        return Update(about, (), rows=rows[torch.tensor(indices).argsort()])
+        matrix = replace(matrix, tokens=tuple(sorted(indices)))
+        layer = self._described(there, LoRATokens, (matrix,))
+        r = matrix.rank(self.config.rank(there))
+        layer = replace(layer, scaling=self.config.scaling(there), r=r)
+        in_order = torch.tensor(indices).argsort()
+        return Update(layer, (), rows=rows[in_order])
 
     # What these share
 
     def _module(self, there: str) -> Any:
         return self.view.modules[self.place.name_here(there)]
 
-    def _is_named(self, parameter: str) -> bool:
-        return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
+    def _title(self, there: str) -> str:
+        """The name of a module's class, for messages."""
+        return type(self._module(there)).__name__
 
-    def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
+    def _described(
+        self,
+        there: str,
+        kind: type[LoRALayer],
+        matrices: tuple[AdaptedMatrix, ...],
+    ) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
-        about = described(self.view, self.place.name_here(there), kind, matrices)
-        if why := why_not(about):
+        layer = described(self.view, self.place.name_here(there), kind, matrices)
+        why = why_not(layer)
+        if why is not None:
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
                 "trained on, or merge it with PEFT, and use the merged model."
             )
-        return about
+        return layer
 
-    def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
-        """A and B of one matrix as they are here. Their rank and their shapes are checked."""
-        (a, b), stack = factors, math.prod(matrix.stack)
-        is_difference = INITIALISATIONS[self.config.init].is_difference
-        weight = self.view.base[join(about.name, matrix.weight)]
-        shared = [name for name, p in self.view.base.items() if p is weight] if is_difference else []
-        if len(shared) > 1:
+    def _factors(
+        self,
+        layer: StoredLayer,
+        matrix: AdaptedMatrix,
+        factors: Factors,
+        named: str,
+    ) -> Factors:
+        """A and B of one matrix as they are here. ``named``: the name by which patterns mean it."""
+        self._check_start(layer, matrix)
+        rank = self._checked_rank(matrix, factors, named)
+        shape = layer.shapes[matrix.weight]
+        with suppress(IndexError, RuntimeError):  # other shapes, which are refused below
+            factors = peft_layer(layer).here(factors, shape, layer.options)
+        check_shapes(layer, matrix, factors, rank)
+        return factors
+
+    @property
+    def _is_difference(self) -> bool:
+        """Whether PEFT took the start of each adapter off the base."""
+        return INITIALISATIONS[self.config.init].is_difference
+
+    def _check_start(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
+        """Refuse a tied weight of which PEFT took a start off."""
+        if not self._is_difference:
+            return
+        weight = self.view.base[join(layer.name, matrix.weight)]
+        uses = [name for name, p in self.view.base.items() if p is weight]
+        if len(uses) > 1:
             raise AdapterMismatchError(
-                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
+                f"{listed(uses)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
                 "off it for each use, and its merge gives another model. Train anew, from another start."
             )
-        rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
-        most = min(asked, matrix.largest_rank) if is_difference else asked  # its start has no more
-        if rank not in (asked, most):
+
+    def _checked_rank(self, matrix: AdaptedMatrix, factors: Factors, named: str) -> int:
+        """The rank of A. It must be the one in the configuration: the scaling depends on it."""
+        a, _ = factors
+        rows = a.shape[0] if a.dim() else 0
+        rank = rows // math.prod(matrix.stack)
+        asked = self.config.rank(named)
+        possible = [asked]
+        if self._is_difference:
+            possible.append(min(asked, matrix.largest_rank))  # its start has no more
+        if rank not in possible:
             raise AdapterFileError(
-                f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
+                f"lora_A of {named!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
                 "Use the adapter_config.json that was written with these tensors."
             )
-        with suppress(IndexError, RuntimeError):  # other shapes
-            a, b = peft_layer(about).here(factors, about.shapes[matrix.weight], about.options)
-        check_shapes(about, matrix, (a, b), rank)
-        return a, b
+        return rank
 
-    # What a whole file holds
 
-    def check_complete(self, adapters: Mapping[str, Tensors], rest: Collection[str], path: object) -> None:
-        """Refuse a file that lacks some of what its configuration names, or warn: an encoder's has no decoder."""
-        names, left = [self.place.name_here(_plain(name)) for name in adapters], list[str]()
-        wrapped = set(map(self.view.modules.__getitem__, names))
-        held = {"", *(above for name in (*names, *rest) for above in starts_of(name)[:-1])}
-        rows = [name for name, tensors in adapters.items() if "tokens" in tensors]
-        ends = self.peft.tokens if isinstance(self.peft.tokens, dict) else [""] if self.peft.tokens else []
-        lacking = [f"{end}: rows" for end in ends if not any(_plain(name).endswith(end) for name in rows)]
-        for name, module in self.view.modules.items():
-            if not is_inside(name, self.place.here) or name == self.place.here:
-                continue
-            around, there = map(self.view.modules.__getitem__, starts_of(name)), self.place.name_there(name)
-            if not self._is_saved_whole(name, there, rest):
-                lacking.append(name)
-            elif wrapped.isdisjoint(around) and self._is_meant(there, module):
-                (lacking if owner_of(name) in held else left).append(name)
-        says = (
-            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {self.view.title}, and {path} holds "
-            "no tensors for them: it is not whole, or of another model. "
+def _is_adapted_by_parameters(module: nn.Module) -> bool:
+    """Whether a module is adapted here already, by its parameters."""
+    return isinstance(module, LoRALayer) and module.overlaid[0] is LoRAParameters
+
+
+def _matrices_of_parameters(
+    module: nn.Module,
+    names: list[str],
+) -> tuple[type[LoRALayer], tuple[AdaptedMatrix, ...]]:
+    """Our adapter for parameters of a module, and its matrices for these."""
+    if adapter_for(module) is LoRARecurrent:
+        matrices = LoRARecurrent.lora_matrices_of(module)
+        return LoRARecurrent, tuple(matrix for matrix in matrices if matrix.weight in names)
+    return LoRAParameters, tuple(LoRAParameters.lora_matrix_of(module, name) for name in names)
+
+
+def _check_rows(there: str, matrix: AdaptedMatrix, rows: Tensor, indices: list[int]) -> None:
+    """Refuse rows that are not those in the configuration, or that the embedding does not have."""
+    count = len(indices)
+    distinct = set(indices)
+    are_in_weight = distinct.issubset(range(matrix.reads))
+    are_in_file = rows.shape == (count, matrix.writes)
+    is_each_once = len(distinct) == count > 0
+    if not (are_in_weight and are_in_file and is_each_once):
+        raise AdapterMismatchError(
+            f"The file holds {len(rows)} rows of {there!r} {(matrix.reads, matrix.writes)}, and its configuration "
+            f"names {count}, up to {max(indices, default=0)}. Resize it first, as for the training."
         )
-        if lacking:
-            raise AdapterFileError(
-                f"{says}Use all that was saved, on the model of the training. If they are to stay as they are, name "
-                "them in exclude_modules of the configuration, or remove them from modules_to_save."
-            )
-        if left:
-            warn(f"{says}They stay as they are. To hide this warning, name them in exclude_modules there.")
-
-    def _is_meant(self, there: str, module: nn.Module) -> bool:
-        """Whether PEFT would adapt a module, or one of its parameters."""
-        if any(map(self.config.is_saved, starts_of(there))):
-            return False
-        parameters = [join(there, leaf) for leaf, _ in module._parameters.items()]
-        return (self.peft.adapts(there) and has_layer(adapter_for(module))) or any(map(self._is_named, parameters))
-
-    def _is_saved_whole(self, name: str, there: str, rest: Collection[str]) -> bool:
-        """Whether the file holds each tensor of a module, if that trains whole. PEFT takes any ending of a name."""
-        if not there.endswith(tuple(self.config.modules_to_save or ())):
-            return True
-        return all(own in rest for own in (*self.view.base, *self.view.buffers) if own.startswith(f"{name}."))

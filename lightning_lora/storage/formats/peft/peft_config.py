@@ -17,7 +17,7 @@ from lightning_lora.storage.formats.format import HEADER
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
-PREFIX = "base_model.model."  # before every name of the base
+PREFIX = "base_model.model"  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
@@ -59,6 +59,12 @@ def peft_key(name: str) -> AdapterKey | None:
     return None
 
 
+def base_name(name: str) -> str:
+    """Return a name of the base, without PEFT's wrappers inside."""
+    wrappers = ("base_layer", "token_adapter", "modules_to_save")
+    return ".".join(component for component in name.split(".") if component not in wrappers)
+
+
 def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and the other ones by expressions for exactly these names."""
     ((most, _),) = Counter(values.values()).most_common(1)
@@ -83,11 +89,9 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
         return False
     names = [str(name) for name in contents if name != HEADER]
     has_header = METADATA in contents.get(HEADER, {})
-    if not has_header and not all(map(_OLDER_NAME.match, names)):
-        return False
-    if not _has_config_beside(path):
-        return True
-    return has_header and not any(name.startswith(PREFIX) for name in names)
+    if _has_config_beside(path):
+        return has_header and not any(name.startswith(f"{PREFIX}.") for name in names)
+    return has_header or all(map(_OLDER_NAME.match, names))
 
 
 def _has_updates(names: Iterable[object]) -> bool:
@@ -118,14 +122,12 @@ def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
 
 # What the configuration says
 
-Tokens = list[int] | dict[str, list[int]]  # the rows that train: of all embeddings, or by the end of their names
-
 
 class PeftConfig(NamedTuple):
-    """What PEFT's configuration says. ``tokens`` are rows of embeddings that train."""
+    """What PEFT's configuration says."""
 
     config: LoRAConfig
-    tokens: Tokens
+    tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
     layers: list[int] | None  # the only numbers in the names of adapted layers
 
     def adapts(self, name: str) -> bool:
@@ -149,10 +151,12 @@ class PeftConfig(NamedTuple):
         numbers = {int(component) for component in inner if component.isdecimal()}
         return bool(numbers) and numbers.issubset(self.layers)
 
+    def names_parameter(self, name: str) -> bool:
+        """Return whether ``target_parameters`` names a parameter."""
+        return any(matches(entry, name) for entry in self.config.target_parameters or ())
+
     def token_rows(self, name: str) -> list[int]:
         """Return the rows that train in an embedding."""
-        if not isinstance(self.tokens, dict):
-            return self.tokens
         for end, rows in self.tokens.items():
             if name.endswith(end):
                 return rows
@@ -193,8 +197,7 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
     except ConfigError as error:
         raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
-    tokens = fields.get("trainable_token_indices") or []
-    return PeftConfig(config, tokens, _layer_numbers(fields))
+    return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
 
 
 def _check_fields(fields: Mapping[str, Any], source: object) -> None:
@@ -229,6 +232,12 @@ def _init_of(fields: Mapping[str, Any], source: object) -> str:
             "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     return init if init in _OUR_INITIALISATIONS else "kaiming"
+
+
+def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The rows that train, by the end of an embedding's name. A list is meant for each embedding."""
+    rows = fields.get("trainable_token_indices") or {}
+    return rows if isinstance(rows, dict) else {"": rows}
 
 
 def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:

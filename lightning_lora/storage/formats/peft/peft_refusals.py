@@ -181,10 +181,10 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
 
 def _check_modules_to_save(stored: StoredAdapters, modules: Modules) -> None:
     """Refuse names by which PEFT would save other modules too: it takes any ending of a name."""
-    saved = [_name_there(name, stored) for name in stored.saved]
-    for module in stored.saved:
-        name = _name_there(module, stored)
-        alike = [other for other in modules if other.endswith(name) and other not in saved]
+    names_there = {module: _name_there(module, stored) for module in stored.saved}
+    others = [name for name in modules if name not in names_there.values()]
+    for module, name in names_there.items():
+        alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(
                 f"modules_to_save names {module!r}, and PEFT would also save {listed(alike)}, because these names end "
@@ -200,12 +200,9 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
             f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
             'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
         )
-    has_place = stored.adapter_names().union(saved)
-    left = list[str]()
-    for name in stored.state:
-        is_trained_bias = is_bias(name, stored) and name not in stored.changed
-        if name not in has_place and not is_trained_bias:
-            left.append(name)
+    biases = [name for name in stored.state if is_bias(name, stored) and name not in stored.changed]
+    has_place = stored.adapter_names().union(saved, biases)
+    left = [name for name in stored.state if name not in has_place]
     if left:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "

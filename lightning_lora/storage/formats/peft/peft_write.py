@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning_lora.storage.formats.peft import peft_config as peft
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
 from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, is_bias, with_tied, without_zeros
 from lightning_lora.storage.formats.writing import Source, WeightUpdate, weight_updates, with_scaling, write_files
-from lightning_lora.storage.renaming import list_or_expression
+from lightning_lora.storage.renaming import Renaming, list_or_expression
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, starts_of
 
@@ -26,16 +26,13 @@ from lightning_lora.tensors.names import join, starts_of
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = exported(source, uniform)
-    header = json.dumps(_with_prefix(config))
+    in_peft = Renaming(here=peft.PREFIX)
+    header = json.dumps(in_peft.with_names_here(config))
     contents = {
         peft.PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        peft.PEFT_WEIGHTS[0]: save(_with_prefix(tensors), {peft.METADATA: header}),
+        peft.PEFT_WEIGHTS[0]: save(in_peft.with_names_here(tensors), {peft.METADATA: header}),
     }
     write_files(directory, contents)
-
-
-def _with_prefix(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {peft.PREFIX + name: value for name, value in named.items()}
 
 
 def exported(
