@@ -67,7 +67,7 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
-    for stored in _split(source.stored, source.model):
+    for stored in _split(source):
         member = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
         member_tensors, config = exported(member, uniform, scaling=1.0)
@@ -81,11 +81,11 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     write_files(directory, {file: contents})
 
 
-def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
+def _split(source: Source) -> list[StoredAdapters]:
     """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
-    roots = _roots_of_members(stored, model)
-    parts = [_part_below(root, stored) for root in roots]
-    outside = set(stored.state)
+    roots = _roots_of_members(source)
+    parts = [_part_below(root, source.stored) for root in roots]
+    outside = set(source.stored.state)
     for part in parts:
         outside -= part.state.keys()
     if outside:
@@ -96,17 +96,17 @@ def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapte
     return parts
 
 
-def _roots_of_members(stored: StoredAdapters, model: nn.Module | None) -> list[str]:
+def _roots_of_members(source: Source) -> list[str]:
     """The names of the adapted members. If none is known, the root, which is refused later."""
-    inner = None if model is None else submodule(model, stored.root)
-    if _member_name(inner, stored.root) is not None:
-        return [stored.root]
+    root = source.stored.root
+    if _member_name(source.inner, root) is not None:
+        return [root]
     with_adapters = dict[str, None]()  # in the order of the layers
-    for name in stored.layers:
+    for name in source.stored.layers:
         with_adapters.update(dict.fromkeys(starts_of(name)))
-    modules = with_adapters if model is None else named_modules(model)
+    modules = with_adapters if source.model is None else named_modules(source.model)
     roots = [name for name in _members_in(modules).values() if name in with_adapters]
-    return roots or [stored.root]
+    return roots or [root]
 
 
 def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:

@@ -38,12 +38,10 @@ class Format:
     write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
-    unread_names: str = ""  # if its files are not read, an expression for the names of their tensors
+    unread_names: str = r"(?!)"  # if its files are not read, an expression for names of their tensors; no name fits it
     remedy: str = ""  # and how to go on
 
     def is_told_by(self, names: Iterable[str]) -> bool:
         """Whether names of tensors tell that a file is of this tool, and is not read."""
-        if not self.unread_names:
-            return False
         expression = re.compile(self.unread_names)
         return any(map(expression.fullmatch, names))

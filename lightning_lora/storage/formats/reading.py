@@ -37,13 +37,11 @@ class Update:
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        if self.rows is not None:
-            return self.layer.r
         ranks = list[int]()
         for matrix, factors in self._by_matrix():
             a, _ = factors
             ranks.append(matrix.rank(a.shape[-2]))
-        return max(ranks)
+        return max(ranks, default=self.layer.r)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
@@ -69,8 +67,8 @@ class Update:
         return named
 
     def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
-        """Each matrix with its factors."""
-        return zip(self.layer.matrices, self.factors, strict=True)
+        """Each matrix with its factors. That of single rows has none."""
+        return zip(self.layer.matrices, self.factors, strict=False)
 
 
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
@@ -93,7 +91,7 @@ def check_shapes(
     a, b = factors
     shape_of_a = (*matrix.stack, r, matrix.reads)
     shape_of_b = (*matrix.stack, matrix.writes, r)
-    if a.shape != shape_of_a or b.shape != shape_of_b:
+    if (a.shape, b.shape) != (shape_of_a, shape_of_b):
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise AdapterMismatchError(
             f"The file has factors {shapes} for {layer.name!r}. It reads {matrix.reads} "
@@ -218,7 +216,7 @@ class _TrainedInFull:
     modules: list[str]
     names: set[str]  # of all tensors: in the modules, and the next two
     parameters: list[str]
-    biases: list[str]
+    biases: set[str]
 
 
 def _find_trained(
@@ -227,22 +225,14 @@ def _find_trained(
     saved: Collection[str] | None,
 ) -> _TrainedInFull:
     """Return what trains in full. The names of the file's tensors say so."""
-    changed = set[str]()
-    for name, value in entries.items():
-        if not is_the_base(view, name, value):
-            changed.add(name)
+    changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _whole_modules(view, entries, saved)
     if saved is None:
         modules = [module for module in modules if _below(changed, [module])]
     inside = _below(entries, modules)
-    parameters, biases = list[str](), list[str]()
-    for name in entries:
-        if name in inside or name not in view.base:
-            continue
-        if "bias" in name.rpartition(".")[2]:
-            biases.append(name)
-        elif name in changed:
-            parameters.append(name)
+    others = {name for name in entries if name in view.base and name not in inside}
+    biases = {name for name in others if "bias" in name.rpartition(".")[2]}
+    parameters = [name for name in changed if name in others and name not in biases]
     return _TrainedInFull(modules, inside.union(parameters, biases), parameters, biases)
 
 

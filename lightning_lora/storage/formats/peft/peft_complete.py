@@ -35,18 +35,19 @@ class PeftFile:
 
 def check_complete(file: PeftFile, view: View) -> None:
     """Refuse a file that lacks some of what its configuration names, or warn: an encoder's has no decoder."""
+    adapted = {view.modules[name] for name in file.layers}
+    parts = _modules_with_tensors(file)
     lacking = _missing_rows(file)
     elsewhere = list[str]()
-    parts = _modules_with_tensors(file)
-    adapted = {view.modules[name] for name in file.layers}
-    for name in view.modules:
-        if not is_inside(name, file.place.here) or name == file.place.here:
-            continue
+    for name in _modules_of(file, view):
         if not _is_saved_whole(name, file, view):
             lacking.append(name)
-        elif _is_missed(name, file, view, adapted):
-            where = lacking if owner_of(name) in parts else elsewhere
-            where.append(name)
+        elif not _is_missed(name, file, view, adapted):
+            continue
+        elif owner_of(name) in parts:
+            lacking.append(name)
+        else:
+            elsewhere.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file, view)}Use all that was saved, on the model of the training. If they are to stay as "
@@ -65,6 +66,12 @@ def _says(names: list[str], file: PeftFile, view: View) -> str:
         f"{PEFT_CONFIG} also names {listed(names)} in {view.title}, and {file.path} holds "
         "no tensors for them: it is not whole, or of another model. "
     )
+
+
+def _modules_of(file: PeftFile, view: View) -> list[str]:
+    """The modules inside of the model that the file is for."""
+    place = file.place.here
+    return [name for name in view.modules if is_inside(name, place) and name != place]
 
 
 def _missing_rows(file: PeftFile) -> list[str]:

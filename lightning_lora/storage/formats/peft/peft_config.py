@@ -89,7 +89,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
         return False
     names = [str(name) for name in contents if name != HEADER]
     has_header = METADATA in contents.get(HEADER, {})
-    if _has_config_beside(path):
+    if _config_beside(path) is not None:
         return has_header and not any(name.startswith(f"{PREFIX}.") for name in names)
     return has_header or all(map(_OLDER_NAME.match, names))
 
@@ -104,10 +104,13 @@ def _has_updates(names: Iterable[object]) -> bool:
     return False
 
 
-def _has_config_beside(path: Any) -> bool:
-    """Whether PEFT's configuration lies beside a file."""
+def _config_beside(path: Any) -> Path | None:
+    """PEFT's configuration in the folder of a file on this machine, if it is there."""
     local = local_path(path)
-    return local is not None and (local.parent / PEFT_CONFIG).is_file()
+    if local is None:
+        return None
+    config = local.parent / PEFT_CONFIG
+    return config if config.is_file() else None
 
 
 def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
@@ -165,8 +168,8 @@ class PeftConfig(NamedTuple):
 
 def read_config(weights: Any) -> PeftConfig:
     """Read the configuration beside a file."""
-    path = weights.with_name(PEFT_CONFIG) if isinstance(weights, Path) else None
-    if path is None or not path.is_file():
+    path = _config_beside(weights)
+    if path is None:
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
             "it beside the tensors, in a folder on this machine."
@@ -224,14 +227,14 @@ def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
 
 
 def _init_of(fields: Mapping[str, Any], source: object) -> str:
-    """Our name for how training began. Most starts change nothing of the update, and are taken for the usual one."""
+    """Our word for how training began."""
     init = str(fields.get("init_lora_weights")).lower()
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
             f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
             "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    return init if init in _OUR_INITIALISATIONS else "kaiming"
+    return _INITIALISATIONS[init]
 
 
 def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -266,11 +269,15 @@ _REFUSED = (
 )  # fmt: skip
 """Those that make another update."""
 
-_INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")
-"""Those after which the base is known. Only ``pissa`` and ``olora`` are a part of the update."""
-
-_OUR_INITIALISATIONS = ("pissa", "olora", "gaussian")
-"""Those of them that the configuration here names too."""
+_INITIALISATIONS = {
+    # a part of the update
+    "pissa": "pissa",
+    "olora": "olora",
+    # forgotten once it is trained
+    "gaussian": "gaussian",
+    **dict.fromkeys(("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"),
+}
+"""PEFT's words for how training began, if the base is known after it, and ours."""
 
 _OTHERS = {
     # read above, or from the tensors

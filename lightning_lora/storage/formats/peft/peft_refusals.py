@@ -161,7 +161,7 @@ def _has_zero_b(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
     """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
-    if model is None or not stored.saved:
+    if model is None:
         return stored
     modules = named_modules(model, remove_duplicate=False)
     entries = chain.from_iterable(stored.saved.values())

@@ -51,8 +51,7 @@ def exported(
     if settings.trainable_token_indices and (has_one_scaling or not updates):
         raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
     if has_one_scaling:
-        rank = max(update.rank for update in updates) if uniform else 0
-        updates = with_scaling(updates, scaling or _most_common_scaling(updates), rank)
+        updates = _with_one_scaling(updates, uniform, scaling)
     config = _config(source, updates, use_rslora=settings.use_rslora and not has_one_scaling)
     _warn_of_merges(source)
     if scaling is None:
@@ -69,10 +68,17 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
-    scalings = Counter(update.scaling for update in updates)
-    ((most_common, _),) = scalings.most_common(1)
-    return most_common
+def _with_one_scaling(
+    updates: list[WeightUpdate],
+    uniform: bool,
+    scaling: float | None,
+) -> list[WeightUpdate]:
+    """Give all the same scaling, by default the most common one. ``uniform``: and the same rank."""
+    if scaling is None:
+        scalings = Counter(update.scaling for update in updates)
+        ((scaling, _),) = scalings.most_common(1)
+    rank = max(update.rank for update in updates) if uniform else 0
+    return with_scaling(updates, scaling, rank)
 
 
 # The tensors
@@ -80,24 +86,34 @@ def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
 
 def _tensors(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names without its prefix."""
-    wrappers = _Wrappers()
-    for update in updates:
-        wrappers.add(update.name, _of_update(update))
-        if update.layer.adapter_class is LoRAAttention:  # PEFT adapts its output projection too: by zero here
-            zero = torch.zeros_like(update.factors[0])
-            wrappers.add(join(update.name, "out_proj"), {"lora_A.weight": zero, "lora_B.weight": zero.T})
+    wrappers = _wrappers(updates)
     tensors = wrappers.tensors()
     for layer in _layers_with_rows(source):
         (rows,) = layer.parameters(source.stored.config).values()
         place = wrappers.name_inside(source.name_there(layer.name))
-        tensors[f"{place}.{peft.TOKENS}"] = source.stored.state[rows]
+        name = f"{place}.{peft.TOKENS}"
+        tensors[name] = source.stored.state[rows]
     for name, value in source.stored.state.items():
         if is_bias(name, source.stored) and name not in source.saved:
             place = wrappers.name_inside(source.name_there(name))
             tensors[place] = value
     for name, value in source.saved.items():
-        tensors[source.name_there(name)] = value
+        place = source.name_there(name)
+        tensors[place] = value
     return tensors
+
+
+def _wrappers(updates: Iterable[WeightUpdate]) -> "_Wrappers":
+    """What PEFT wraps for these updates."""
+    wrappers = _Wrappers()
+    for update in updates:
+        wrappers.add(update.name, _of_update(update))
+        if update.layer.adapter_class is LoRAAttention:  # PEFT adapts its output projection too: by zero here
+            a, _ = update.factors
+            zero = torch.zeros_like(a)
+            tensors = {"lora_A.weight": zero, "lora_B.weight": zero.T}
+            wrappers.add(join(update.name, "out_proj"), tensors)
+    return wrappers
 
 
 @dataclass
@@ -140,9 +156,10 @@ def _of_update(update: WeightUpdate) -> dict[str, Tensor]:
     factors = counterpart.there(update.factors, shape, update.layer.options)
     tensors = dict(zip(counterpart.keys, factors, strict=True))
     if update.magnitude is not None:  # without .weight in its name, transformers would ignore it
-        kernel = (1,) * (factors[1].dim() - 2)
-        magnitude = update.magnitude.view(1, -1, *kernel) if kernel else update.magnitude
-        tensors["lora_magnitude_vector.weight"] = magnitude
+        _, b = factors
+        kernel = (1,) * (b.dim() - 2)
+        shape = (1, -1, *kernel) if kernel else (-1,)
+        tensors["lora_magnitude_vector.weight"] = update.magnitude.view(shape)
     return tensors
 
 
@@ -232,7 +249,11 @@ def _layers_with_rows(source: Source) -> list[StoredLayer]:
 
 def _tokens(source: Source) -> dict[str, list[int]]:
     """The rows that train, by embedding."""
-    return {source.name_there(layer.name): list(layer.tokens) for layer in _layers_with_rows(source)}
+    rows = dict[str, list[int]]()
+    for layer in _layers_with_rows(source):
+        name = source.name_there(layer.name)
+        rows[name] = list(layer.tokens)
+    return rows
 
 
 # Readers that compute something else
