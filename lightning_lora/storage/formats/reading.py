@@ -150,8 +150,8 @@ def adapters_of(
     _check_copies(view, rest, adapted_weights)
     others = {name: value for name, value in rest.items() if name not in adapted_weights}
     trained = _find_trained(view, others, saved)
-    kept = trained.names.union(view.buffers)
-    state = {name: value for name, value in others.items() if name in kept}
+    changing = trained.names.union(view.buffers)
+    state = {name: value for name, value in others.items() if name in changing}
     _check_ties(view, state)
     layers = list[StoredLayer]()
     for update in updates:
@@ -214,9 +214,9 @@ class _TrainedInFull:
     """What trains beside updates."""
 
     modules: list[str]
-    names: set[str]  # of all tensors: in the modules, and the next two
-    parameters: list[str]
-    biases: set[str]
+    parameters: list[str]  # single ones, in no such module
+    biases: set[str]  # likewise
+    names: set[str]  # of all these tensors
 
 
 def _find_trained(
@@ -233,7 +233,8 @@ def _find_trained(
     others = {name for name in entries if name in view.base and name not in inside}
     biases = {name for name in others if "bias" in name.rpartition(".")[2]}
     parameters = [name for name in changed if name in others and name not in biases]
-    return _TrainedInFull(modules, inside.union(parameters, biases), parameters, biases)
+    names = inside.union(parameters, biases)
+    return _TrainedInFull(modules, parameters, biases, names)
 
 
 def _whole_modules(
@@ -259,18 +260,19 @@ def _count_below(names: Iterable[str]) -> Counter[str]:
     """The number of these tensors in each module, the modules inside it included."""
     count = Counter[str]()
     for name in names:
-        count.update(starts_of(name)[:-1])
+        count.update(_modules_around(name))
     return count
 
 
 def _below(names: Iterable[str], modules: Iterable[str]) -> set[str]:
     """Those of the names that lie in one of the modules."""
-    around = set(modules)
-    inside = set[str]()
-    for name in names:
-        if not around.isdisjoint(starts_of(name)[:-1]):
-            inside.add(name)
-    return inside
+    wanted = set(modules)
+    return {name for name in names if wanted.intersection(_modules_around(name))}
+
+
+def _modules_around(name: str) -> list[str]:
+    """The modules in which a tensor lies, the outermost first."""
+    return starts_of(name)[:-1]
 
 
 def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:

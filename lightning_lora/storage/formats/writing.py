@@ -73,7 +73,8 @@ def source_of(
     if root is not None:
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
-    state = {name: value for name, value in stored.state.items() if name not in stored.random}
+    random = set(stored.random)
+    state = {name: value for name, value in stored.state.items() if name not in random}
     return Source(replace(stored, state=state), model)
 
 

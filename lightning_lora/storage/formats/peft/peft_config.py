@@ -90,7 +90,8 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     names = [str(name) for name in contents if name != HEADER]
     has_header = METADATA in contents.get(HEADER, {})
     if _config_beside(path) is not None:
-        return has_header and not any(name.startswith(f"{PREFIX}.") for name in names)
+        has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
+        return has_header and not has_prefix
     return has_header or all(map(_OLDER_NAME.match, names))
 
 

@@ -152,8 +152,11 @@ def _has_zero_b(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
     """Whether each B of a layer is zero. Single rows have none."""
     if layer.tokens:
         return False
-    names = [join(layer.name, matrix.parameter(Role.B)) for matrix in layer.matrices]
-    return not any(state[name].any() for name in names)
+    for matrix in layer.matrices:
+        name = join(layer.name, matrix.parameter(Role.B))
+        if state[name].any():
+            return False
+    return True
 
 
 # What trains in full
@@ -161,7 +164,7 @@ def _has_zero_b(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
     """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
-    if model is None:
+    if model is None or not stored.saved:
         return stored
     modules = named_modules(model, remove_duplicate=False)
     entries = chain.from_iterable(stored.saved.values())

@@ -83,6 +83,8 @@ def _with_one_scaling(
 
 # The tensors
 
+Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names
+
 
 def _tensors(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names without its prefix."""
@@ -120,9 +122,9 @@ def _wrappers(updates: Iterable[WeightUpdate]) -> "_Wrappers":
 class _Wrappers:
     """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost."""
 
-    around: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # tensors by the ends of their names
+    around: dict[str, list[Wrapper]] = field(default_factory=dict)  # by the name of the module
 
-    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def add(self, name: str, tensors: Wrapper) -> None:
         """Wrap a module once more, around its other wrappers."""
         self.around.setdefault(name, []).append(tensors)
 
@@ -149,8 +151,8 @@ class _Wrappers:
         return named
 
 
-def _of_update(update: WeightUpdate) -> dict[str, Tensor]:
-    """PEFT's tensors of an update, by the ends of their names."""
+def _of_update(update: WeightUpdate) -> Wrapper:
+    """What PEFT has for an update."""
     counterpart = peft_layer(update.layer)
     shape = update.layer.shapes[update.weight]
     factors = counterpart.there(update.factors, shape, update.layer.options)
@@ -296,7 +298,8 @@ def _warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: d
     growth = config["r"] ** (0.5 if config["use_rslora"] else 1)
     scaling = config["lora_alpha"] / growth
     readers = list[str]()
-    if any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates):
+    differences = [abs(update.scaling - scaling) for update in updates]
+    if max(differences) > 1e-6 * scaling:
         readers.append("vLLM up to 0.30")
     if config["alpha_pattern"] or config["use_rslora"]:
         readers.append("llama.cpp")
