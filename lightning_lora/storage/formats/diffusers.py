@@ -16,8 +16,8 @@ from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
 from lightning_lora.storage.formats.peft import peft_config as peft
+from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.peft.peft_write import exported
-from lightning_lora.storage.formats.peft_read import read_updates
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.formats import diffusers, loralib, peft_format, unread
+from lightning_lora.storage.formats import diffusers, loralib, unread
 from lightning_lora.storage.formats.format import Asked, Format, Reader
 from lightning_lora.storage.formats.lightning import VERSION
+from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.stored import KEY
 
 FORMATS = (

@@ -1,8 +1,7 @@
 """PEFT's format."""
 
-from lightning_lora.storage.formats import peft_read
 from lightning_lora.storage.formats.format import Format
-from lightning_lora.storage.formats.peft import peft_write
+from lightning_lora.storage.formats.peft import peft_read, peft_write
 from lightning_lora.storage.formats.peft.peft_config import PEFT_CONFIG, PEFT_WEIGHTS
 
 PEFT = Format(
