@@ -256,6 +256,8 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             use_dora = True
         elif key.what == "A" and value.dim():
             ranks[key.wrapped] = len(value)
+    if not ranks:  # a damaged file, which is refused with the name of a layer
+        return {}
     r, other_ranks = peft.most_common(ranks)
     return {
         "r": r,
