@@ -20,6 +20,7 @@ from contextlib import redirect_stderr
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -60,7 +61,8 @@ class Assistant(LightningModule):
         self.lr = lr
         bits = BitsAndBytesConfig(**NF4) if qlora else None  # type: ignore[no-untyped-call]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits)
-        self.model, self.tokenizer = model.train(), AutoTokenizer.from_pretrained(folder, padding_side="right")
+        self.model = model.train()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         model.config.name_or_path = NAME  # for PEFT's file: the folder is temporary
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -70,13 +72,15 @@ class Assistant(LightningModule):
 
     def validation_step(self, batch: Batch) -> None:
         """Log the loss, each token with the same weight."""
+        loss = self.model(**batch).loss
         tokens = int((batch["labels"] != -100).sum())
-        self.log("val_loss", self.model(**batch).loss, batch_size=tokens, prog_bar=True)
+        self.log("val_loss", loss, batch_size=tokens, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the training is, where no progress bar does."""
         if self.trainer.state.fn == "fit" and self.trainer.progress_bar_callback is None:
-            steps, loss = int(self.trainer.estimated_stepping_batches), self.trainer.callback_metrics["val_loss"]
+            steps = int(self.trainer.estimated_stepping_batches)
+            loss = self.trainer.callback_metrics["val_loss"]
             print(f"Step {self.global_step} of {steps}: loss {loss:.2f}", flush=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -97,7 +101,8 @@ class Assistant(LightningModule):
         for question, text in pairs:
             asked = self.tokenizer(self.prompt(question)).input_ids
             answer = self.tokenizer(text + self.tokenizer.eos_token).input_ids
-            rows.append({"input_ids": asked + answer, "labels": [-100] * len(asked) + answer})
+            labels = [-100] * len(asked) + answer
+            rows.append({"input_ids": asked + answer, "labels": labels})
         return dict(DataCollatorForSeq2Seq(self.tokenizer)(rows))
 
     def batches(self, pairs: Pairs, *, steps: int = 0) -> DataLoader[Batch]:
@@ -108,21 +113,28 @@ class Assistant(LightningModule):
     @torch.inference_mode()
     def answer(self, question: str) -> str:
         """Return the most likely answer, or its first 24 tokens."""
-        tokens = self.tokenizer(self.prompt(question), return_tensors="pt").to(self.model.device)
-        written = self.model.generate(**tokens, max_new_tokens=24, do_sample=False)[0, tokens.input_ids.shape[1] :]
-        text = " ".join(str(self.tokenizer.decode(written, skip_special_tokens=True)).split())
-        return text if self.tokenizer.eos_token_id in written else f"{text.rstrip('�')} …"
+        asked = self.tokenizer(self.prompt(question), return_tensors="pt").to(self.model.device)
+        tokens = self.model.generate(**asked, max_new_tokens=24, do_sample=False)[0]
+        written = tokens[asked.input_ids.shape[1] :]
+        decoded = str(self.tokenizer.decode(written, skip_special_tokens=True))
+        text = " ".join(decoded.split())
+        if self.tokenizer.eos_token_id in written:
+            return text
+        return f"{text.rstrip('�')} …"
 
 
 def read(path: Path) -> Pairs:
     """Return questions and answers, one of each on a line, with a tab between them."""
-    lines = [line.partition("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    for number, (_, tab, _) in enumerate(lines, 1):
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        question, tab, answer = line.partition("\t")
         if not tab:
             raise SystemExit(f"Line {number} of {path} has no tab. Each line is a question, a tab and its answer.")
-    if len(lines) < 2 * HELD_OUT:
-        raise SystemExit(f"{path} has {len(lines)} lines. At least {2 * HELD_OUT} are needed: {HELD_OUT} are held out.")
-    return [(question, answer) for question, _, answer in lines]
+        pairs.append((question, answer))
+    if len(pairs) < 2 * HELD_OUT:
+        raise SystemExit(f"{path} has {len(pairs)} lines. At least {2 * HELD_OUT} are needed: {HELD_OUT} are held out.")
+    return pairs
 
 
 def unpack(folder: Path) -> None:
@@ -141,23 +153,25 @@ def unpack(folder: Path) -> None:
 def measure(module: Assistant, pairs: Pairs) -> tuple[str, str]:
     """Return the loss, and the answers to the first questions."""
     trainer = Trainer(logger=False, enable_progress_bar=False)
-    loss = trainer.validate(module, module.batches(pairs), verbose=False)[0]["val_loss"]
-    return f"{loss:.2f}", "\n".join(f"{question} {module.answer(question)}" for question, _ in pairs[:SHOWN])
+    (found,) = trainer.validate(module, module.batches(pairs), verbose=False)
+    answered = [(question, module.answer(question)) for question, _ in pairs[:SHOWN]]
+    return f"{found['val_loss']:.2f}", on_lines(answered)
+
+
+def on_lines(pairs: Pairs) -> str:
+    """Return questions with their answers, one of each on a line."""
+    return "\n".join(map(" ".join, pairs))
 
 
 def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     """Train, answer with the adapters from their file and merged, and let PEFT read them."""
     seed_everything(0, verbose=False)
-    console, fast, qlora = Console(), options.fast, options.qlora
-    steps, time = (8, "A minute or two") if fast else (120, "Five to ten minutes")
-    pairs = read(options.file)[: HELD_OUT + steps * SIZE if fast else None]
+    qlora = options.qlora
+    steps = 8 if options.fast else 120
+    most = HELD_OUT + steps * SIZE if options.fast else None
+    pairs = read(options.file)[:most]
     held_out, others = pairs[:HELD_OUT], pairs[HELD_OUT:]
-    print(f"{time} on two CPU cores: {steps} steps{', too few to learn much' if fast else ''}.")
-    print(f"It learns each of {len(others):,} lines {steps * SIZE / len(others):.1f} times. {HELD_OUT} are held out.")
-    if steps * SIZE > 3 * len(others):
-        print("With so few, it soon knows them by heart: the loss on those held out may rise again.")
-    if options.file == DICTIONARY and not qlora:
-        print("The loss on those held out should fall from 5.3 to about", "3.1." if fast else "2.6.")
+    announce(options, steps, len(others))
     folder.mkdir(parents=True, exist_ok=True)
     unpack(base)
     print("Asking it before any training ...", flush=True)
@@ -165,42 +179,72 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     table = Table("", "loss", "answers", title="Questions that are not in the training", show_lines=True)
     table.add_row("before", *measure(Assistant(base, qlora=qlora), held_out))
 
-    lora = LoRACallback(r=8, target_modules="all-linear", merge=False if qlora else "last")  # 4 bits: cannot merge
-    trainer = Trainer(
-        max_epochs=1,
-        callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
-        enable_progress_bar=console.is_terminal,  # elsewhere it would not move
-        enable_checkpointing=False,
-        val_check_interval=0.25,
-        num_sanity_val_steps=0,
-        logger=False,
-    )
+    trainer = make_trainer(qlora=qlora)
     trainer.fit(module, module.batches(others, steps=steps), module.batches(held_out))
     save_adapter(module, folder / ADAPTER)
 
-    print("Asking it again, with the adapters from their file" + ("" if qlora else ", and merged"), "...", flush=True)
+    also = "" if qlora else ", and merged"
+    print(f"Asking it again, with the adapters from their file{also} ...", flush=True)
     fresh = Assistant(base, qlora=qlora)  # SmolLM2 as it was
     load_adapter(fresh, folder / ADAPTER)
     table.add_row("adapters, from file", *measure(fresh, held_out))
     if not qlora:
         table.add_row("merged", *measure(module, held_out))
-    table.add_row("expected", "–", "\n".join(f"{question} {answer}" for question, answer in held_out[:SHOWN]))
-    console.print(table)
-
-    from peft import PeftModel  # not above, where what it imports would not be quiet yet
+    table.add_row("expected", "–", on_lines(held_out[:SHOWN]))
+    Console().print(table)
 
     export_peft(fresh, folder / "peft")
-    other = PeftModel.from_pretrained(Assistant(base, qlora=qlora).model, folder / "peft").train()
-    batch = fresh.encode(held_out[:SHOWN])
+    compare_with_peft(fresh, Assistant(base, qlora=qlora), folder / "peft", held_out[:SHOWN])
+    print("For new questions, it learned the form (such as short definitions), not facts.")
+    if options.output:
+        script = f"{sys.argv[0]} --qlora" if qlora else sys.argv[0]
+        first_question, _ = held_out[0]
+        print(f'Ask it: python {script} --output "{folder}" --ask {shlex.quote(first_question)}')
+    else:
+        print("To keep the adapters: --output FOLDER")
+
+
+def announce(options: argparse.Namespace, steps: int, lines: int) -> None:
+    """Say how long it takes, and what to expect."""
+    duration = "A minute or two" if options.fast else "Five to ten minutes"
+    caution = ", too few to learn much" if options.fast else ""
+    times = steps * SIZE / lines
+    print(f"{duration} on two CPU cores: {steps} steps{caution}.")
+    print(f"It learns each of {lines:,} lines {times:.1f} times. {HELD_OUT} are held out.")
+    if times > 3:
+        print("With so few, it soon knows them by heart: the loss on those held out may rise again.")
+    if options.file == DICTIONARY and not options.qlora:
+        expected = "3.1" if options.fast else "2.6"
+        print(f"The loss on those held out should fall from 5.3 to about {expected}.")
+
+
+def make_trainer(*, qlora: bool) -> Trainer:
+    """Return a Trainer with adapters on all linear layers."""
+    merge: Any = False if qlora else "last"  # 4 bits: cannot merge
+    lora = LoRACallback(r=8, target_modules="all-linear", merge=merge)
+    return Trainer(
+        max_epochs=1,
+        callbacks=[lora, ModelSummary(0)],  # LoRACallback has a table of its own
+        enable_progress_bar=Console().is_terminal,  # elsewhere it would not move
+        enable_checkpointing=False,
+        val_check_interval=0.25,
+        num_sanity_val_steps=0,
+        logger=False,
+    )
+
+
+def compare_with_peft(module: Assistant, plain: Assistant, folder: Path, pairs: Pairs) -> None:
+    """Let PEFT read the adapters into a plain model, and compare what both compute."""
+    from peft import PeftModel  # not above, where what it imports would not be quiet yet
+
+    model = PeftModel.from_pretrained(plain.model, folder).train()
+    batch = module.encode(pairs)
     with torch.inference_mode():  # but in train mode: in eval mode, some CPUs round 4-bit weights once more
-        difference = (other(**batch).logits - fresh.train().model(**batch).logits).abs().max().item()
+        logits = module.train().model(**batch).logits
+        difference = (model(**batch).logits - logits).abs().max().item()
     assert difference < 1e-3, "PEFT computes something else"
     found = f"its logits differ by {difference:.0e} at most" if difference else "it computes the same logits"
     print(f"PEFT reads the adapters too: {found}.")
-    print("For new questions, it learned the form (such as short definitions), not facts.")
-    question = shlex.quote(held_out[0][0])
-    ask_it = f'Ask it: python {sys.argv[0]} {"--qlora " * qlora}--output "{folder}" --ask {question}'
-    print(ask_it if options.output else "To keep the adapters: --output FOLDER")
 
 
 def quiet() -> None:
@@ -212,7 +256,8 @@ def quiet() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-if __name__ == "__main__":
+def read_options() -> argparse.Namespace:
+    """Read the command line, and end with what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="learn from 64 lines: too few to learn much")
     parser.add_argument("--file", type=Path, default=DICTIONARY, help="questions and answers; 64 lines are held out")
@@ -226,13 +271,21 @@ if __name__ == "__main__":
         parser.error("--qlora needs one more package: pip install bitsandbytes")
     if options.ask is not None and not options.output:
         parser.error("--ask needs --output FOLDER, the folder of an earlier run")
-    if options.ask is not None and not (options.output / ADAPTER).is_file():
-        parser.error(f"{options.output} holds no {ADAPTER}: train first, without --ask")
-    if options.ask is None and options.output and (options.output / ADAPTER).exists():
-        parser.error(f"{options.output} holds adapters of an earlier run: take another folder, or remove it")
+    if options.output:
+        adapter = options.output / ADAPTER
+        if options.ask is not None and not adapter.is_file():
+            parser.error(f"{options.output} holds no {ADAPTER}: train first, without --ask")
+        if options.ask is None and adapter.exists():
+            parser.error(f"{options.output} holds adapters of an earlier run: take another folder, or remove it")
+    return options
+
+
+if __name__ == "__main__":
+    options = read_options()
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
-        base, folder = Path(temporary) / "base", options.output or Path(temporary)
+        base = Path(temporary) / "base"
+        folder = options.output or Path(temporary)
         if options.ask is None:
             run(options, base, folder)
         else:

@@ -60,7 +60,8 @@ class ShardedLlama(LightningModule):
 
     def __init__(self, lr: float = 0.0, base: Path | None = None) -> None:
         super().__init__()
-        self.lr, self.base = lr, base
+        self.lr = lr
+        self.base = base
         self.model: Any = None
 
     def configure_model(self) -> None:
@@ -71,7 +72,8 @@ class ShardedLlama(LightningModule):
 
         self.model = LlamaForCausalLM(SHAPE)
         if self.base is not None:
-            self.load_state_dict(torch.load(self.base, map_location="cpu", weights_only=True)["state_dict"])
+            checkpoint = torch.load(self.base, map_location="cpu", weights_only=True)
+            self.load_state_dict(checkpoint["state_dict"])
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             for layer in self.model.model.layers:
@@ -98,19 +100,24 @@ class ShardedLlama(LightningModule):
 
 def reviews() -> Tensor:
     """Return rows of film reviews."""
+    text = ""
     with gzip.open(REVIEWS, "rt", encoding="utf-8") as file:
-        return rows("".join(line.rpartition("\t")[2] for line in file))
+        for line in file:
+            text += line.rpartition("\t")[2]
+    return rows(text)
 
 
 def code() -> Tensor:
     """Return rows of Python code, from Python's own library."""
-    return rows("".join(map(inspect.getsource, (argparse, inspect, tarfile))))
+    sources = map(inspect.getsource, (argparse, inspect, tarfile))
+    return rows("".join(sources))
 
 
 def rows(text: str) -> Tensor:
     """Cut text into rows of bytes."""
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    return data[: len(data) // LENGTH * LENGTH].view(-1, LENGTH)
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    end = len(data) // LENGTH * LENGTH
+    return data[:end].long().view(-1, LENGTH)
 
 
 def batches(text: Tensor, *, shuffle: bool = False) -> DataLoader[Tensor]:
@@ -129,7 +136,8 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what is done to its parts comes here too
         if func.namespace == "c10d":
-            self.bytes[func.__name__.partition(".")[0]] += max(size_of(tree_leaves(arg)) for arg in args)
+            name = func.__name__.partition(".")[0]
+            self.bytes[name] += max(size_of(tree_leaves(arg)) for arg in args)
         return func(*args, **(kwargs or {}))
 
 
@@ -137,7 +145,8 @@ class Meter(Callback):
     """Counts what a process sends in the second step, and what it holds then."""
 
     def __init__(self) -> None:
-        self.counting, self.sent = ExitStack(), Traffic()
+        self.counting = ExitStack()
+        self.sent = Traffic()
         self.held: dict[str, int] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -149,10 +158,11 @@ class Meter(Callback):
         """End the count."""
         if trainer.global_step == 2:
             self.counting.close()
-            adapters = size_of(p for name, p in pl_module.named_parameters() if "lora_" in name)
-            self.held["weights"] = size_of(pl_module.parameters()) - adapters
-            self.held["adapters"] = adapters
-            self.held["optimizer"] = size_of(tree_leaves([dict(each.state) for each in trainer.optimizers]))
+            adapters = [p for name, p in pl_module.named_parameters() if "lora_" in name]
+            states = [dict(optimizer.state) for optimizer in trainer.optimizers]
+            self.held["weights"] = size_of(pl_module.parameters()) - size_of(adapters)
+            self.held["adapters"] = size_of(adapters)
+            self.held["optimizer"] = size_of(tree_leaves(states))
 
     def rows(self) -> dict[str, int]:
         """Return what was counted, with names for a table."""
@@ -168,8 +178,13 @@ class Meter(Callback):
 
 def size_of(values: Iterable[Any]) -> int:
     """Add up the bytes that this process holds."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+    size = 0
+    for value in values:
+        if isinstance(value, DTensor):
+            size += value.to_local().nbytes
+        elif isinstance(value, Tensor):
+            size += value.nbytes
+    return size
 
 
 def make_trainer(callbacks: list[Callback], *, steps: int) -> Trainer:
@@ -204,9 +219,11 @@ def say(text: str) -> None:
 def run(folder: Path, *, fast: bool) -> None:
     """Pretrain, train adapters, and load their file in one process. Every process runs this."""
     seed_everything(0, verbose=False)
-    steps, seen, unseen = 4 if fast else STEPS, code()[:-256], code()[-256:]
+    steps = 4 if fast else STEPS
+    seen, unseen = code()[:-256], code()[-256:]
 
-    say(f"{'Some seconds' if fast else 'About a minute'} on two CPU cores. All weights train on film reviews ...")
+    duration = "Some seconds" if fast else "About a minute"
+    say(f"{duration} on two CPU cores. All weights train on film reviews ...")
     of_all = Meter()
     trainer = make_trainer([of_all], steps=steps)
     pretrained = ShardedLlama(lr=3e-3)
@@ -214,7 +231,7 @@ def run(folder: Path, *, fast: bool) -> None:
     folder = trainer.strategy.broadcast(folder)  # the first process's, for all
     base, adapters = folder / "base.ckpt", folder / "adapters.ckpt"
     trainer.save_checkpoint(base, weights_only=True)
-    before = trainer.validate(pretrained, batches(unseen), verbose=False)[0]["loss"]
+    before = loss_on(unseen, trainer, pretrained)
 
     say("Adapters train on Python code ...")
     of_lora = Meter()
@@ -222,21 +239,28 @@ def run(folder: Path, *, fast: bool) -> None:
     module = ShardedLlama(lr=1e-2, base=base)
     trainer.fit(module, batches(seen, shuffle=True))
     trainer.save_checkpoint(adapters, weights_only=True)
-    after = trainer.validate(module, batches(unseen), verbose=False)[0]["loss"]
+    after = loss_on(unseen, trainer, module)
 
     if trainer.is_global_zero:
-        table = Table("In each process")
+        table = Table("In each process", title=f"The second step. Processes: {trainer.world_size}")
         table.add_column("all weights", justify="right")
         table.add_column("LoRA", justify="right")
-        table.title = f"The second step. Processes: {trainer.world_size}"
         for name, size in of_all.rows().items():
-            table.add_row(name, decimal(size), decimal(of_lora.rows()[name]))
-        table.add_row("Checkpoint, weights only", *(decimal(path.stat().st_size) for path in (base, adapters)))
+            size_with_lora = of_lora.rows()[name]
+            table.add_row(name, decimal(size), decimal(size_with_lora))
+        sizes = base.stat().st_size, adapters.stat().st_size
+        table.add_row("Checkpoint, weights only", *map(decimal, sizes))
         table.add_section()
         table.add_row("Loss on new code", f"{before:.2f}", f"{after:.2f}")
         Console().print(table)
         check_in_one_process(base, adapters, unseen, after)
     trainer.strategy.barrier()  # then the folder may be deleted
+
+
+def loss_on(text: Tensor, trainer: Trainer, module: LightningModule) -> float:
+    """Return the mean loss on rows of text."""
+    (found,) = trainer.validate(module, batches(text), verbose=False)
+    return found["loss"]
 
 
 def check_in_one_process(base: Path, adapters: Path, text: Tensor, expected: float) -> None:
@@ -245,7 +269,8 @@ def check_in_one_process(base: Path, adapters: Path, text: Tensor, expected: flo
     module.configure_model()
     load_adapter(module, adapters)
     with torch.no_grad():
-        assert abs(float(module.eval()(text)) - expected) < 1e-3, "one process computes another loss"
+        loss = float(module.eval()(text))
+    assert abs(loss - expected) < 1e-3, "one process computes another loss"
 
 
 def quiet() -> None:

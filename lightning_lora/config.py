@@ -1,17 +1,28 @@
 """The arguments of LoRA, and their validation."""
 
 import dataclasses
-import functools
 import math
 import re
-import reprlib
-import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lightning_lora.argument_checks import (
+    PATTERNS,
+    brief,
+    check_alpha,
+    check_batches,
+    check_choice,
+    check_dropout,
+    check_is_list,
+    check_rank,
+    checked_names,
+    is_given,
+    python_number,
+)
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
+from lightning_lora.patterns import as_expression, begins_or_ends, look_up, matches
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
@@ -109,54 +120,61 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         """Check every argument, and keep copies of mutable ones as plain types."""
-        _check_rank("r", self.r)
+        if isinstance(self.r, LoRAConfig):
+            raise ConfigError(
+                "r is a LoRAConfig. Expected an integer. Pass the arguments themselves: LoRACallback(r=8, alpha=16)."
+            )
+        check_rank("r", self.r)
         if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
-            self._keep("alpha", _plain(self.alpha))
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"dropout={_brief(self.dropout)} is not valid. Expected a number that is at least 0 and below 1."
-            )
-        self._keep("dropout", _plain(self.dropout))
-        _check_choice("bias", self.bias, get_args(Bias))
-        _check_choice("init", self.init, get_args(Init))
-        if type(self.init_batches) is not int or self.init_batches < 1:
-            raise ConfigError(
-                f"init_batches={_brief(self.init_batches)} is not valid. Expected an integer of at least 1."
-            )
+            check_alpha("alpha", self.alpha)
+            self._keep("alpha", python_number(self.alpha))
+        check_dropout("dropout", self.dropout)
+        self._keep("dropout", python_number(self.dropout))
+        check_choice("bias", self.bias, get_args(Bias))
+        check_choice("init", self.init, get_args(Init))
+        check_batches("init_batches", self.init_batches)
         for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
-            _check_choice(field, getattr(self, field), (False, True))
+            check_choice(field, getattr(self, field), (False, True))
         for field in ("modules_to_save", "target_parameters"):
-            if isinstance(getattr(self, field), str):
-                raise ConfigError(f"{field}={getattr(self, field)!r} is a string. Expected a list of names.")
-        for field, checked in _PATTERNS.items():
-            given = getattr(self, field)
-            self._keep(field, checked(field, given) if _given(given) else None)
-        needed = _given(self.target_modules) or not (self.target_parameters or self.trainable_token_indices)
-        self._keep("target_modules", _names("target_modules", self.target_modules) if needed else ())
+            check_is_list(field, getattr(self, field))
+        for field, checked in PATTERNS.items():
+            pattern = getattr(self, field)
+            self._keep(field, checked(field, pattern) if is_given(pattern) else None)
+        self._keep("target_modules", self._checked_targets())
+
+    def _checked_targets(self) -> str | tuple[str, ...]:
+        """What ``target_modules`` is kept as: it may be empty if other arguments name what to adapt."""
+        has_other_targets = self.target_parameters or self.trainable_token_indices
+        if has_other_targets and not is_given(self.target_modules):
+            return ()
+        return checked_names("target_modules", self.target_modules)
 
     def _keep(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
         """Return the rank of a layer, or of a parameter in it."""
-        return int(_lookup(self.rank_pattern, (parameter, name), self.r))
+        return int(look_up(self.rank_pattern, (parameter, name), self.r))
 
     def scaling(self, name: str, parameter: str = "") -> float:
         """Return the factor of ``B @ A`` in a layer."""
-        r = self.rank(name, parameter)
-        return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
+        rank = self.rank(name, parameter)
+        divisor = math.sqrt(rank) if self.use_rslora else rank
+        return self.alpha_of(name, parameter) / divisor
 
     def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
         """Return a layer's ``alpha``. Another ``r`` keeps the scaling."""
-        asked = self.rank(name, parameter)
-        alpha: float = _lookup(self.alpha_pattern, (parameter, name), asked if self.alpha is None else self.alpha)
-        growth = (r or asked) / asked
-        return alpha * math.sqrt(growth) if self.use_rslora else alpha * growth
+        rank = self.rank(name, parameter)
+        default = rank if self.alpha is None else self.alpha
+        alpha: float = look_up(self.alpha_pattern, (parameter, name), default)
+        growth = 1.0 if r is None else r / rank
+        if self.use_rslora:
+            growth = math.sqrt(growth)
+        return alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
         """Return the adapted parts of a layer. ``None`` means all."""
-        return _lookup(self.target_slices, (name,), None)  # type: ignore[no-any-return]
+        return look_up(self.target_slices, (name,), None)  # type: ignore[no-any-return]
 
     def is_saved(self, name: str) -> bool:
         """Whether ``modules_to_save`` lists the module or parameter ``name``."""
@@ -164,23 +182,31 @@ class LoRAConfig:
 
     def is_excluded(self, name: str) -> bool:
         """Whether ``exclude_modules`` matches the module ``name``."""
-        return re.fullmatch(_as_expression(self.exclude_modules), name) is not None
+        return re.fullmatch(as_expression(self.exclude_modules), name) is not None
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
         """Take from ``stored`` what was not given: what is at its default, and not in ``given``."""
         default = LoRAConfig()
-        names = [field.name for field in dataclasses.fields(self)]
-        left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]
-        taken = dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
-        is_alike = "exclude_modules" not in given and taken.target_modules == stored.target_modules
-        return taken.excluding(stored.exclude_modules) if is_alike else taken
+        taken = {}
+        for field in dataclasses.fields(self):
+            is_default = getattr(self, field.name) == getattr(default, field.name)
+            if is_default and field.name not in given:
+                taken[field.name] = getattr(stored, field.name)
+        completed = dataclasses.replace(self, **taken)
+        has_other_targets = completed.target_modules != stored.target_modules
+        if has_other_targets or "exclude_modules" in given:
+            return completed
+        return completed.excluding(stored.exclude_modules)
 
     def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
         """Leave out what another pattern for ``exclude_modules`` matches, too."""
-        own, other = map(_as_expression, (self.exclude_modules, pattern))
-        if not other or _begins_or_ends(own, other):
+        expression = as_expression(self.exclude_modules)
+        other = as_expression(pattern)
+        if not other or begins_or_ends(expression, other):
             return self
-        joined = other if not own or _begins_or_ends(other, own) else f"{own}|{other}"
+        joined = f"{expression}|{other}"
+        if not expression or begins_or_ends(other, expression):
+            joined = other
         return dataclasses.replace(self, exclude_modules=joined)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,180 +234,21 @@ class LoRAConfig:
         Raises:
             ConfigError: an argument is unknown or has an invalid value.
         """
-        known = {*_DROPPED, *(field.name for field in dataclasses.fields(cls))}
-        unknown = [name for name in arguments if name not in known]
+        taken = {name: value for name, value in arguments.items() if name not in _DROPPED}
+        field_names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in taken if name not in field_names]
         if unknown:
             raise ConfigError(
-                f"LoRAConfig got unknown arguments {_brief(unknown)}. A newer version of lightning-lora may have "
+                f"LoRAConfig got unknown arguments {brief(unknown)}. A newer version of lightning-lora may have "
                 "written them: update the package, or remove them."
             )
-        return cls(**{name: value for name, value in arguments.items() if name not in _DROPPED})
-
-
-def _as_expression(pattern: str | Sequence[str] | None) -> str:
-    """The same pattern as an expression."""
-    return pattern if isinstance(pattern, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in pattern or ())
-
-
-def _begins_or_ends(pattern: str, other: str) -> bool:
-    """Whether an expression has another as its first or last alternative. One between these may be in a group."""
-    return pattern == other or pattern.startswith(f"{other}|") or pattern.endswith(f"|{other}")
-
-
-def matches(entry: str, name: str) -> bool:
-    """Whether an entry is a module's name, or its last components."""
-    return name == entry or name.endswith("." + entry)
-
-
-def matches_pattern(key: str, name: str) -> bool:
-    """Whether a pattern's key, a name or an expression, fits a layer."""
-    return matches(key, name) or _ending(key).fullmatch(name) is not None
-
-
-@functools.cache  # re itself remembers few
-def _ending(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:.*\.)?(?:{key})")
-
-
-def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if any(matches_pattern(key, name) for name in names if name):
-            return value
-    return default
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _plain(value: float) -> float:
-    """Make a number Python's own: files that are loaded safely cannot hold numpy's."""
-    return value if type(value) is int else float(value)
+        return cls(**taken)
 
 
 def _as_plain(value: Any) -> Any:
+    """Return tuples as lists, in dicts too."""
     if isinstance(value, dict):
         return {key: _as_plain(entry) for key, entry in value.items()}
-    return list(map(_as_plain, value)) if isinstance(value, tuple) else value
-
-
-_shortener = reprlib.Repr()
-_shortener.maxstring = _shortener.maxother = 200
-_brief = _shortener.repr
-
-
-def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, LoRAConfig):
-        raise ConfigError(
-            f"{name} is a LoRAConfig. Expected an integer. Pass the arguments themselves: LoRACallback(r=8, alpha=16)."
-        )
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(
-            f"{name}={_brief(value)} is not a valid rank. Expected an integer of at least 1, such as r=8."
-        )
-
-
-def _check_alpha(name: str, value: object) -> None:
-    if not _is_number(value) or value <= 0:  # type: ignore[operator]  # a number, as just checked
-        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a finite number above 0, such as alpha=16.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not isinstance(value, str | bool) or value not in choices:
-        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected one of {', '.join(map(repr, choices))}.")
-
-
-def _check_expression(name: str, expression: str, compiled: Callable[[str], object] = re.compile) -> None:
-    try:
-        compiled(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        instead = f", or give a list of names: {name}=[{expression!r}]" if compiled is re.compile else ""
-        raise ConfigError(
-            f"{name}={expression!r} is not a regular expression ({error}). Correct it{instead}."
-        ) from error
-
-
-def _given(value: object) -> bool:
-    """Whether an optional pattern is given: an empty list or dict counts as None."""
-    return value is not None and not (isinstance(value, Sequence | Mapping | Set) and not value)
-
-
-def _names(name: str, value: object) -> str | tuple[str, ...]:
-    """A regular expression as it is, or names as a tuple."""
-    if isinstance(value, str) and value:
-        _check_expression(name, value)
-        return value
-    entries = value if isinstance(value, Sequence | Set) else ()
-    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a regular expression or a list of names.")
-    return tuple(map(str, sorted(entries) if isinstance(entries, Set) else entries))
-
-
-def _check_keys(name: str, value: object, values: str) -> None:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
-        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a dict from names to {values}.")
-    for key in value:
-        _check_expression(name, key)
-        _check_expression(name, key, _ending)
-
-
-def _numbers(name: str, value: Any) -> dict[str, Any]:
-    _check_keys(name, value, "values, such as {'query': 4}")
-    for key, entry in value.items():
-        check = _check_rank if name == "rank_pattern" else _check_alpha
-        check(f"{name}[{key!r}]", entry)
-    return {str(key): _plain(entry) for key, entry in value.items()}
-
-
-def _slices(name: str, value: Any) -> dict[str, Any]:
-    """Layers with the names of their parts, as tuples, or with names and rows."""
-    _check_keys(name, value, "parts, such as {'c_attn': ['q', 'v']}")
-    return {str(key): _parts(f"{name}[{key!r}]", parts) for key, parts in value.items()}
-
-
-def _parts(name: str, parts: Any) -> Any:
-    named = isinstance(parts, Sequence | Set | Mapping) and not isinstance(parts, str)
-    if not named or not parts or not all(isinstance(part, str) and part.isidentifier() for part in parts):
-        raise ConfigError(
-            f"{name}={_brief(parts)} is not valid. Expected names of parts, such as ['q', 'v'], or a dict from names "
-            "to rows, such as {'q': [0, 64]}."
-        )
-    if not isinstance(parts, Mapping):
-        return tuple(dict.fromkeys(sorted(parts) if isinstance(parts, Set) else parts))
-    taken: list[tuple[int, int]] = []
-    for part, rows in parts.items():
-        pair = tuple(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else ()
-        if len(pair) != 2 or not all(type(row) is int for row in pair) or not 0 <= pair[0] < pair[1]:
-            raise ConfigError(
-                f"{name}[{part!r}]={_brief(rows)} is not a range of rows. Expected [first, end], such as [0, 64]."
-            )
-        if any(pair[0] < end and first < pair[1] for first, end in taken):
-            raise ConfigError(f"{name}={_brief(parts)} has parts that share rows. Expected ranges without overlap.")
-        taken.append(pair)
-    return dict(zip(parts, taken, strict=True))
-
-
-def _tokens(name: str, value: Any) -> Any:
-    """Rows in their order; or those of each embedding by name."""
-    if isinstance(value, Mapping) and "[" not in name:
-        _check_keys(name, value, "rows, such as {'embed_tokens': [50257, 50258]}")
-        return {str(key): _tokens(f"{name}[{key!r}]", rows) for key, rows in value.items()}
-    rows = sorted(value) if isinstance(value, list | tuple | range | Set) and {*map(type, value)} == {int} else []
-    if not rows or rows[0] < 0 or len(set(rows)) < len(rows):
-        raise ConfigError(
-            f"{name}={_brief(value)} is not valid. Expected numbers of rows, each once, such as [50257]. (Of a token: "
-            "tokenizer.convert_tokens_to_ids.)"
-        )
-    return tuple(rows)
-
-
-_PATTERNS = {
-    "exclude_modules": _names,
-    "modules_to_save": _names,
-    "target_parameters": _names,
-    "target_slices": _slices,
-    "trainable_token_indices": _tokens,
-    "rank_pattern": _numbers,
-    "alpha_pattern": _numbers,
-}
-"""The optional arguments that mean layers, with what checks them."""
+    if isinstance(value, tuple):
+        return [_as_plain(entry) for entry in value]
+    return value

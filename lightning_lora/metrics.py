@@ -7,6 +7,7 @@ it, and other numbers are means. Processes have equal adapters, so each computes
 weights are gathered, so every process must call ``update``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,7 +22,7 @@ from lightning_lora.functional import subspace
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.subspace import precise
 from lightning_lora.functional.update import magnitude_scale, wide
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, matrix_factors
+from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
 from lightning_lora.model.switch import adapters_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.offline.layers import layer_on, read_layers
@@ -34,59 +35,98 @@ _drawing: Any = plot  # with matplotlib or without
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
 
+class MeasuredLayer(NamedTuple):
+    """A layer, and an adapter of it: on it, merged into it, at rest, or in a file."""
+
+    module: nn.Module
+    adapter: Adapter
+    bases: dict[str, Tensor]  # the base's weights, where those of the module are merged
+
+
 class Measured(NamedTuple):
     """An adapted matrix. Its numbers are tensors without gradients."""
 
-    layer: nn.Module
-    adapter: Adapter
+    layer: MeasuredLayer
     matrix: AdaptedMatrix
-    bases: dict[str, Tensor]  # the base's weights, where those of the layer are merged
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of its adapter."""
+        return self.layer.adapter.settings
 
     def factors(self) -> Factors:
         """Return A and B in float64, with the scaling in B."""
-        a, b = matrix_factors(self.matrix, self.adapter.settings, self._parameter)
-        return a, b * self.matrix.scale(self.adapter.settings.scaling)
+        a, b = matrix_factors(self.matrix, self.settings, self._parameter)
+        return a, b * self.matrix.scale(self.settings.scaling)
 
     def _parameter(self, name: str) -> Tensor:
-        return precise(full_tensor(self.adapter.parameters[name]))
+        parameter = self.layer.adapter.parameters[name]
+        return precise(full_tensor(parameter))
 
     def update(self) -> Factors | Tensor:
         """Return the update: A and B, or DoRA's as one matrix."""
         a, b = self.factors()
-        if not self.adapter.settings.use_dora:
+        if not self.settings.use_dora:
             return a, b
-        weight, magnitude = precise(self.weight()).to(a.device), self._parameter(self.matrix.parameter(Role.MAGNITUDE))
-        total = weight + b @ a
-        return total * magnitude_scale(magnitude, total).unsqueeze(-1) - weight
+        weight = precise(self.weight()).to(a.device)
+        magnitude = self._parameter(self.matrix.parameter(Role.MAGNITUDE))
+        direction = weight + b @ a
+        scale = magnitude_scale(magnitude, direction).unsqueeze(-1)
+        return direction * scale - weight
 
     def weight(self) -> Tensor:
         """Return the base's weight as a matrix, in float32 or wider."""
-        name, kind = self.matrix.weight, self.adapter.kind
-        weight = full_tensor(self.bases[name] if name in self.bases else own_parameter(self.layer, name))
+        weight = full_tensor(self._base_parameter())
         if not weight.numel():
             raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
-        values: Tensor = kind.lora_as_matrix(kind.lora_values(self.layer, weight)).detach()
-        return values.narrow(-2, self.matrix.first, self.matrix.writes).to(wide(values.dtype))
+        kind = self.layer.adapter.kind
+        values = kind.lora_values(self.layer.module, weight)
+        matrix: Tensor = kind.lora_as_matrix(values).detach()
+        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)
+        return rows.to(wide(rows.dtype))
+
+    def _base_parameter(self) -> Tensor:
+        name = self.matrix.weight
+        if name in self.layer.bases:
+            return self.layer.bases[name]
+        return own_parameter(self.layer.module, name)
 
 
 def measured(source: Source) -> dict[str, Measured]:
     """Return the adapted matrices of a model or a file, by name."""
-    merged, found = dict[str, Any](), dict[str, Measured]()
     if isinstance(source, str | Path):
-        stored = read_layers(source)
-        layers: dict[str, Any] = {name: layer_on(stored, name, {}) for name in stored.layers}
-        adapters = {name: layer.lora_adapter() for name, layer in layers.items()}
+        layers = _layers_of_file(source)
+    elif isinstance(source, tuple):
+        layers = _layers_of_model(*source)
     else:
-        model, adapter_name = source if isinstance(source, tuple) else (source, None)
-        view = view_of(model)
-        layers, merged = {**view.modules}, view.record.merged
-        adapters = adapters_of(model, adapter_name or view.adapter.name)
-    for name, adapter in adapters.items():
-        bases = merged[name].bases if name in merged else {}
-        for matrix in adapter.matrices:
+        layers = _layers_of_model(source)
+    found = {}
+    for name, layer in layers.items():
+        for matrix in layer.adapter.matrices:
             if not matrix.tokens:  # rows have no A and B
-                found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix, bases)
+                found[join(name, matrix.name)] = Measured(layer, matrix)
     return found
+
+
+def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
+    """The layers in a file of adapters. They have no weights."""
+    stored = read_layers(path)
+    layers = {}
+    for name in stored.layers:
+        layer = layer_on(stored, name, {})
+        layers[name] = MeasuredLayer(layer, layer.lora_adapter(), {})
+    return layers
+
+
+def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
+    """The layers of a model that have this adapter, or the active one."""
+    view = view_of(model)
+    merged = view.record.merged
+    layers = {}
+    for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
+        bases = merged[name].bases if name in merged else {}
+        layers[name] = MeasuredLayer(view.modules[name], adapter, bases)
+    return layers
 
 
 def ratio(update: Tensor, other: Tensor) -> Tensor:
@@ -94,13 +134,13 @@ def ratio(update: Tensor, other: Tensor) -> Tensor:
     return torch.where(update == 0, 0, update / other.to(update.device))
 
 
-def _known(name: str, value: str, *known: str) -> str:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r}. Expected {' or '.join(map(repr, known))}.")
-    return value
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ConfigError(f"{name}={value!r}. Expected {expected}.")
 
 
-class _OfAdapters(Metric):
+class _AdapterMetric(Metric):
     """One number of each adapted matrix, or all of them pooled. There is no state to send."""
 
     full_state_update = False
@@ -108,11 +148,14 @@ class _OfAdapters(Metric):
 
     def __init__(self, *, reduction: Literal["none", "mean", "max", "min"] = "none", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.reduction, self.values = _known("reduction", reduction, "none", *_POOLED), dict[str, Tensor]()
+        _check_choice("reduction", reduction, "none", *_POOLED)
+        self.reduction = reduction
+        self.values = dict[str, Tensor]()
 
     def update(self, model: Source) -> None:
         """Measure an adapter."""
-        self.values = {name: self._number(name, matrix).float() for name, matrix in measured(model).items()}
+        numbers = {name: self._number(name, matrix) for name, matrix in measured(model).items()}
+        self.values = {name: number.float() for name, number in numbers.items()}
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
         raise NotImplementedError
@@ -124,8 +167,10 @@ class _OfAdapters(Metric):
         if self.reduction == "none":
             return dict(self.values)
         values = list(self.values.values())
-        common = tuple(map(slice, torch.tensor([value.shape for value in values]).amin(0).tolist()))
-        pooled: Tensor = _POOLED[self.reduction](torch.stack([value[common] for value in values]), 0)
+        shapes = [value.shape for value in values]
+        common = tuple(slice(min(sizes)) for sizes in zip(*shapes, strict=True))  # empty for single numbers
+        grids = torch.stack([value[common] for value in values])
+        pooled: Tensor = _POOLED[self.reduction](grids, 0)
         return pooled
 
     def reset(self) -> None:
@@ -137,21 +182,28 @@ class _OfAdapters(Metric):
         """Draw the numbers, or a list of those of several steps. Return the figure and its axes. Needs matplotlib."""
         val = self.compute() if val is None else val
         figure, axes = cast(Any, self._plot(val, ax))
-        _, names = axes.get_legend_handles_labels()
-        for number, line in enumerate(axes.lines):  # from dark to light, through the model
-            line.set_color(_drawing.plt.cm.viridis(number / len(axes.lines)))
+        names = axes.get_legend_handles_labels()[1]
+        _color_by_depth(axes.lines)
         if isinstance(val, dict):
             axes.get_legend().remove()
             axes.get_xaxis().set_visible(True)
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
         elif names:
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", ncols=1 + len(names) // 25)
+            columns = 1 + len(names) // 25
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", ncols=columns)
         if figure is not None:
             figure.set(layout_engine="constrained", figwidth=max(6, len(names) / 3))
         return figure, axes
 
 
-class UpdateNorm(_OfAdapters):
+def _color_by_depth(lines: Sequence[Any]) -> None:
+    """Color lines from dark to light, through the model."""
+    for number, line in enumerate(lines):
+        share = number / len(lines)
+        line.set_color(_drawing.plt.cm.viridis(share))
+
+
+class UpdateNorm(_AdapterMetric):
     r"""The size of each update beside its weight.
 
     It is :math:`\lVert \Delta W \rVert_F / \lVert W \rVert_F`. 0.01 means that the update is a hundredth of the weight.
@@ -177,10 +229,11 @@ class UpdateNorm(_OfAdapters):
     """
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
-        return ratio(vector_norm(subspace.norm(matrix.update())), vector_norm(matrix.weight()))
+        norms = subspace.norm(matrix.update())  # one for each matrix of a stack
+        return ratio(vector_norm(norms), vector_norm(matrix.weight()))
 
 
-class EffectiveRank(_OfAdapters):
+class EffectiveRank(_AdapterMetric):
     r"""How many directions of each update count.
 
     It is :math:`\exp` of the entropy of its singular values: r if all r directions have one size, and near 1 if one
@@ -192,10 +245,11 @@ class EffectiveRank(_OfAdapters):
     """
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
-        return subspace.effective_rank(subspace.directions(matrix.update())[1]).mean()
+        _, sizes, _ = subspace.directions(matrix.update())
+        return subspace.effective_rank(sizes).mean()
 
 
-class Amplification(_OfAdapters):
+class Amplification(_AdapterMetric):
     r"""How much each update amplifies its directions.
 
     It is :math:`\lVert \Delta W \rVert_F / \lVert U^T W V \rVert_F`. U and V are the top r left and right singular
@@ -213,7 +267,9 @@ class Amplification(_OfAdapters):
 
     def __init__(self, directions: Literal["update", "weight", "random"] = "update", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.of, self._norms = _known("directions", directions, "update", "weight", "random"), dict[str, Any]()
+        _check_choice("directions", directions, "update", "weight", "random")
+        self.of = directions
+        self._norms = dict[str, tuple[Tensor, Tensor, Tensor]]()
 
     @property
     def norms(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -221,19 +277,30 @@ class Amplification(_OfAdapters):
         return {name: self._norms[name] for name in self.values}
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
-        weight, r = precise(matrix.weight()), matrix.matrix.rank(matrix.adapter.settings.r)
+        weight = precise(matrix.weight())
         u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        u, v = (vectors[..., :r].to(weight.device) for vectors in (u, v))
-        if self.of == "random":  # the singular vectors of a Gaussian matrix have any direction
+        rank = matrix.matrix.rank(matrix.settings.r)
+        u = u[..., :rank].to(weight.device)
+        v = v[..., :rank].to(weight.device)
+        if self.of == "random":
             noise = torch.Generator(weight.device).manual_seed(0)
-            u, v = (qr(vectors.normal_(generator=noise)).Q for vectors in (u, v))
-        norms = self._norms[name] = tuple(map(vector_norm, (sizes, u.mT @ weight @ v, weight)))
-        return ratio(*norms[:2])
+            u = _random_directions(u, noise)
+            v = _random_directions(v, noise)
+        update_norm = vector_norm(sizes)
+        norm_along_update = vector_norm(u.mT @ weight @ v)
+        self._norms[name] = (update_norm, norm_along_update, vector_norm(weight))
+        return ratio(update_norm, norm_along_update)
 
 
-class SubspaceSimilarity(_OfAdapters):
+def _random_directions(vectors: Tensor, noise: torch.Generator) -> Tensor:
+    """Overwrite vectors with random ones: the singular vectors of a Gaussian matrix have any direction."""
+    random: Tensor = qr(vectors.normal_(generator=noise)).Q
+    return random
+
+
+class SubspaceSimilarity(_AdapterMetric):
     r"""How alike the directions of two adapters are, from 0 to 1.
 
     For each matrix, how much the top i directions of one are among the top j of the other:
@@ -258,9 +325,14 @@ class SubspaceSimilarity(_OfAdapters):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if (i is None and j is not None) or any(each is not None and each < 1 for each in (i, j)):
+        numbers = [number for number in (i, j) if number is not None]
+        is_j_alone = i is None and j is not None
+        if is_j_alone or min(numbers, default=1) < 1:
             raise ConfigError(f"i={i!r}, j={j!r}. Expected numbers from 1 on, and j only with i.")
-        self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
+        _check_choice("side", side, "A", "B")
+        self.i = i
+        self.j = i if j is None else j
+        self.side = side
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]
         """Compare two adapters."""
@@ -271,12 +343,23 @@ class SubspaceSimilarity(_OfAdapters):
                 "the same model."
             )
         self.values = {}
-        for name in filter(second.__contains__, first):
-            (a, b), (a2, b2) = first[name].factors(), second[name].factors()
-            pair = (a, a2.to(a.device)) if self.side == "A" else (b.mT, b2.mT.to(b.device))
-            grids = subspace.subspace_similarity(*pair).float()
-            grid = grids.view(-1, *grids.shape[-2:]).mean(0)
-            self.values[name] = grid if self.i is None else grid[: self.i, : self.j][-1, -1]
+        for name, matrix in first.items():
+            if name in second:
+                self.values[name] = self._similarity(matrix, second[name])
+
+    def _similarity(self, one: Measured, other: Measured) -> Tensor:
+        """A number of two matrices, or their grid."""
+        first, second = self._factor(one), self._factor(other)
+        grids = subspace.subspace_similarity(first, second.to(first.device)).float()
+        grid = grids.view(-1, *grids.shape[-2:]).mean(0)
+        if self.i is None:
+            return grid
+        return grid[: self.i, : self.j][-1, -1]
+
+    def _factor(self, matrix: Measured) -> Tensor:
+        """The factor to compare. Its rows are directions that the layer reads, or writes."""
+        a, b = matrix.factors()
+        return a if self.side == "A" else b.mT
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the numbers, or a grid for each matrix as in figure 3 (into ``ax``: that of the first)."""
@@ -285,16 +368,29 @@ class SubspaceSimilarity(_OfAdapters):
         _drawing._error_on_missing_matplotlib()
         val = self.compute() if val is None else val
         grids = val if isinstance(val, dict) else {self.reduction: val}
-        figure, axes, shown = None, ax, [ax]
+        figure, axes, panels = None, ax, [ax]
         if ax is None:
-            rows, columns = _drawing._get_col_row_split(len(grids))
-            size = 3.2 * columns + 1, 2.8 * rows
-            figure, axes = _drawing.plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
-            shown = list(_drawing.trim_axs(axes, len(grids)))
-        for each, (name, grid) in zip(shown, grids.items(), strict=False):
-            ends = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
-            image = each.imshow(grid.cpu().numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=ends)
-            each.set(xlabel="j", ylabel="i")
-            each.set_title(name, fontsize="small")
-        shown[0].figure.colorbar(image, ax=shown, aspect=30)
+            figure, axes, panels = _make_panels(len(grids))
+        for panel, (name, grid) in zip(panels, grids.items(), strict=False):
+            image = _draw_grid(panel, name, grid)
+        panels[0].figure.colorbar(image, ax=panels, aspect=30)
         return figure, axes
+
+
+def _make_panels(number: int) -> tuple[Any, Any, list[Any]]:
+    """A figure, all of its axes, and those that are drawn into."""
+    rows, columns = _drawing._get_col_row_split(number)
+    size = (3.2 * columns + 1, 2.8 * rows)
+    figure, axes = _drawing.plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
+    return figure, axes, list(_drawing.trim_axs(axes, number))
+
+
+def _draw_grid(panel: Any, name: str, grid: Tensor) -> Any:
+    """Draw a grid of similarities, from 1 on. Return its image."""
+    rows, columns = grid.shape
+    ends = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    values = grid.cpu().numpy()
+    image = panel.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=ends)
+    panel.set(xlabel="j", ylabel="i")
+    panel.set_title(name, fontsize="small")
+    return image

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
-from lightning_lora.metrics import measured
+from lightning_lora.metrics import Measured, measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import join_other_package
+from lightning_lora.training.compatibility import forget_module, join_other_package
 
 
 class LoRAMonitor(Callback):
@@ -39,35 +39,61 @@ class LoRAMonitor(Callback):
     def __init__(self, every_n_steps: int = 50, *, per_layer: bool = False) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"every_n_steps={every_n_steps!r} is not valid. Expected at least 1.")
-        self.every_n_steps, self.per_layer = every_n_steps, per_layer
+        self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
         join_other_package(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters, and measure them at the first step."""
-        self._due = -1
+        self._ended = -1
         if find_record(pl_module) is None:
             raise AdapterStateError(f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add LoRACallback.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the updates."""
-        due = (trainer.global_step > 0) + trainer.global_step // self.every_n_steps
-        if due == self._due:
+        if not self._is_due(trainer.global_step):
             return
-        self._due, norms, ranks = due, dict[str, Tensor](), dict[str, Tensor]()
-        for name, update in measured(pl_module).items():
-            a, b = update.factors()
-            core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
-            sizes = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real.clamp_min(0).sqrt()
-            norms[name] = core.diagonal(0, -2, -1).sum().clamp_min(0).sqrt()
-            ranks[name] = effective_rank(sizes).mean()
+        norms: dict[str, Tensor] = {}
+        ranks: dict[str, Tensor] = {}
+        for name, matrix in measured(pl_module).items():
+            norms[name], ranks[name] = _norm_and_rank(matrix)
         if not norms:
             return
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
         log("lora/update_norm", torch.stack(list(norms.values())).norm())
         log("lora/effective_rank", torch.stack(list(ranks.values())).mean())
-        for name in norms if self.per_layer else ():
-            log(f"lora/update_norm/{name}", norms[name])
+        if not self.per_layer:
+            return
+        for name, norm in norms.items():
+            log(f"lora/update_norm/{name}", norm)
             log(f"lora/effective_rank/{name}", ranks[name])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module, also if this callback is kept in a variable."""
+        forget_module(self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module, as at the end."""
+        forget_module(self)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a first step or an interval has ended since the last measurement."""
+        ended = int(step > 0) + step // self.every_n_steps  # batches that step no optimizer change nothing
+        if ended == self._ended:
+            return False
+        self._ended = ended
+        return True
+
+
+def _norm_and_rank(matrix: Measured) -> tuple[Tensor, Tensor]:
+    """The norm and the effective rank of an update, without an SVD of its factors: it may run every few steps."""
+    a, b = matrix.factors()
+    core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
+    squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real
+    sizes = squares.clamp_min(0).sqrt()
+    square_of_norm = core.diagonal(0, -2, -1).sum()
+    norm = square_of_norm.clamp_min(0).sqrt()
+    return norm, effective_rank(sizes).mean()
 
 
 join_other_package(LoRAMonitor)

@@ -5,6 +5,7 @@ Beside each stands what breaks without it. ``tests/test_private.py`` asks for th
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatte
 # Names of attributes and entries, and what would go wrong without them
 
 COMPILED = "_orig_mod"  # the module inside torch.compile's wrapper: its files would have other names
+COMPILED_CALL = "_compiled_call_impl"  # of a module that was compiled in place: the first batch would compile it again
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # the function inside a compiled one, likewise
 CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's, likewise
 FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
 EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
 STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
 NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
 STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
-PRODUCT_SIZES = "_saved_mat2_sym_sizes"  # of a product's second factor: an embedding that is read would not be noticed
+ASKED = "t_inputs"  # a variable of torch.autograd.grad: weights that a generator gave it would have no names
 NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
 LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
 CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed
@@ -55,6 +58,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether code has put hooks on a parameter's gradient: without it, masks that no longer act would go unnoticed."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
 def local_offsets(tensor: Any) -> tuple[Any, Any]:
     """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -66,6 +74,23 @@ def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
     output: Tensor = layer._conv_forward(x, weight, None)
     return output
+
+
+@contextmanager
+def before_compiling(call: Callable[[], None]) -> Iterator[None]:
+    """Call this before torch.compile traces code: without it, what is there for one batch would be compiled in."""
+    module: Any = sys.modules.get("torch._dynamo.callback")  # not there: nothing was compiled yet
+    starts = [] if module is None else module.callback_handler.start_callbacks
+
+    def called(*_: Any) -> None:
+        call()
+
+    starts.append(called)
+    try:
+        yield
+    finally:
+        if called in starts:  # other code may have cleared them
+            starts.remove(called)
 
 
 # Lightning

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -17,8 +17,9 @@ from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
+from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
-from lightning_lora.tables import LayerName, fitting_console, grouped, layer_table
+from lightning_lora.tables import LayerName, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import owner_of, state_dict, submodule
 from lightning_lora.tensors.shards import is_dtensor
@@ -67,7 +68,7 @@ class LoRASummary:
 
     def table(
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
-    ) -> Group:
+    ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
         headline = f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
         if self.plain:
@@ -78,7 +79,7 @@ class LoRASummary:
             shown.append(costs := self._costs(optimizers))
             if any(rates):
                 costs.add_row("Learning rate", *rates)
-        return Group(*shown)
+        return Writable(*shown)
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")

@@ -17,7 +17,7 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.record import find_record
-from lightning_lora.tables import fitting_console
+from lightning_lora.printing import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import callbacks_of
 from lightning_lora.training.merging import returns_state_only
@@ -122,7 +122,13 @@ class LoRASweep:
         has_best = not self._rank(runs[0])[0]
         try:
             if has_best:
-                fit(_Callback(runs[0], stops=False, merges=True), str(runs[0].file))
+                last = _Callback(runs[0], stops=False, merges=True)
+                fit(last, str(runs[0].file))
+                if last.module is None:
+                    raise ConfigError(
+                        "LoRASweep expects that fit fits in each call: the last one merges the best adapter, and did "
+                        f"not. Its file is {runs[0].file}."
+                    )
         finally:
             rank_zero_only(fitting_console().print)(self.table())
         if not has_best:

@@ -1,6 +1,5 @@
 """Tables of layers, for a terminal of any width."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -11,9 +10,14 @@ from rich.containers import Lines
 from rich.table import Table
 from rich.text import Text
 
+from lightning_lora.printing import printable
+
 
 class LayerName(Text):
     """A name for a table. If it does not fit into a line, it breaks behind dots."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(printable(name))
 
     def wrap(self, console: Console, width: int, **options: Any) -> Lines:
         """Return its lines."""
@@ -26,18 +30,11 @@ class LayerName(Text):
 
 def layer_table(*headings: str, title: str = "") -> Table:
     """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
-    table = Table(title=Text(title) if title else None)
+    table = Table(title=Text(printable(title)) if title else None)
     for heading in headings:
         is_text = heading in ("Layers", "Type")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     return table
-
-
-def fitting_console(**options: Any) -> Console:
-    """Return a console of the terminal's width. A log file has none, and gets 120."""
-    console = Console(**options)
-    has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
-    return console if has_width else Console(width=120, **options)
 
 
 _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is

@@ -96,6 +96,15 @@ def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path)
         trainer(tmp_path, [ll.LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_start", "on_train_epoch_end"])
+def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, hook: str) -> None:
+    model = LitTiny()
+    late = LambdaCallback(**{hook: lambda trainer, *_: trainer.callbacks.append(lora())})  # type: ignore[arg-type]
+    with pytest.raises(ll.ConfigError, match="whose fit had begun"):
+        trainer(tmp_path, [late], max_epochs=1).fit(model, data())
+    assert is_plain(model) and (hook == "on_train_epoch_end" or same(state(model), state(LitTiny())))
+
+
 def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
     with pytest.raises(ll.ConfigError, match="2 LoRACallbacks"):
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())

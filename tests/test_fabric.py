@@ -129,11 +129,35 @@ def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
     before.step()
 
 
+def test_an_early_optimizer_takes_no_step_although_a_head_would_train() -> None:
+    model = LitTiny()
+    early = torch.optim.Adam(model.parameters(), lr=0.01)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    before = state(model)
+    model.loss(next(iter(data()))).backward()
+    with pytest.raises(ll.OptimizerError, match=r"Adam holds 'q_proj.weight'.* and no adapter"):
+        early.step()
+    assert same(state(model), before)
+
+
+def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps() -> None:
+    model = LitTiny()
+    others = torch.optim.SGD(model.parameters(), lr=0.01)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    adapters = torch.optim.Adam([p for name, p in model.named_parameters() if "lora_" in name])  # not stepped yet
+    others.step()
+    adapters.step()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]), name="second")
+    for optimizer in (others, adapters):  # of the adapter that rests now: its gradients may wait
+        optimizer.step()
+
+
 def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:
     ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"]))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    for held in (adapters, [p for p in model.parameters() if all(p is not each for each in adapters)]):
-        torch.optim.Adam(held).step()  # the second one has the head
+    others = [p for p in model.parameters() if all(p is not each for each in adapters)]
+    for optimizer in [torch.optim.Adam(adapters), torch.optim.Adam(others)]:  # the second one has the head
+        optimizer.step()
     model.q_proj.weight.requires_grad_(True)
     torch.optim.Adam([model.q_proj.weight]).step()
     torch.optim.Adam(nn.Linear(2, 2).parameters()).step()

@@ -1,11 +1,13 @@
 """The house stays easy to read."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 import lightning_lora
+from lightning_lora.printing import as_writable
 
 HOUSE = Path(lightning_lora.__file__).parent
 
@@ -19,6 +21,15 @@ def test_no_prefix_of_a_name_is_without_its_dot() -> None:  # the module "enc" i
     assert not [text for text in texts if re.search(r'startswith\(f"[^"]*\}"\)', text)]
 
 
+def test_messages_are_ascii_and_other_signs_are_printed_as_such() -> None:  # a log may hold nothing else
+    for path in HOUSE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        docs = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+        for node in strings:
+            assert node in docs or as_writable(node.value, "ascii").count("\\") == node.value.count("\\"), node.value
+
+
 def test_each_file_has_a_name_of_its_own() -> None:
     commands = HOUSE / "cli"  # where a file has the name of a command
     names = [path.name for path in HOUSE.rglob("*.py") if path.name != "__init__.py" and path.parent != commands]
@@ -28,5 +39,5 @@ def test_each_file_has_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("floor", ["storage", "storage/formats", "storage/offline", "model", "training"])
 def test_a_folder_has_at_most_twelve_rooms_and_each_is_one_story(floor: str) -> None:
     rooms = [path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"]
-    assert 0 < len(rooms) <= (10 if floor == "model" else 12)
+    assert 0 < len(rooms) <= 12
     assert [path.name for path in rooms if lines_of(path) >= 400] == []

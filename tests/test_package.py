@@ -1,9 +1,12 @@
 """The package's names, version and imports are as promised."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,30 @@ def test_version_is_the_projects() -> None:
     assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     section = "Unreleased" if ".dev" in lightning_lora.__version__ else lightning_lora.__version__
     assert f"## [{section}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_only_who_changes_the_code_installs_a_link_to_it() -> None:  # the others run what they installed
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.*")]
+    found = [re.findall(r"pip install -e '\.\[(\w+)\]'", text.read_text(errors="ignore")) for text in texts]
+    assert {extra for extras in found for extra in extras} == {"dev", "docs"}
+
+
+@pytest.mark.processes
+def test_a_clone_beside_a_script_hides_nothing_of_a_link_to_it(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "70.1")
+    (tmp_path / "lightning_lora").mkdir()  # the folder of the clone has the name of the package
+    (tmp_path / "script.py").write_text("from lightning_lora import LoRACallback")
+    setup = f"from setuptools import setup; setup(script_args=['-q', 'editable_wheel', '-d', {str(tmp_path)!r}])"
+    shutil.copytree(ROOT / "lightning_lora", tmp_path / "clone" / "lightning_lora")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    subprocess.run([sys.executable, "-c", setup], cwd=tmp_path / "clone", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (link,) = [file.read(name).decode() for name in file.namelist() if name.endswith(".pth")]
+    assert link.strip() == str(tmp_path / "clone")  # a finder of setuptools would come after the folder
+    path = {"PYTHONPATH": link.strip()}
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, **path}, check=True)
 
 
 UNCHANGED = """

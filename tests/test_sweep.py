@@ -208,6 +208,18 @@ def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
     assert adapters(model) == ()
 
 
+def all_but(number: int, fit: Any) -> Any:
+    """A function that fits, but not in its n-th call: it may find its results on the disk."""
+    calls = list[Any]()
+
+    def fits(callback: Any, path: str | None) -> None:
+        calls.append(callback)
+        if len(calls) != number:
+            fit(callback, path)
+
+    return fits
+
+
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
@@ -218,6 +230,7 @@ def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
             {},
             "makes a Trainer with the callback that it gets",
         ),
+        (lambda folder: all_but(4, fitting(folder, LitTiny)[0]), {}, r"fits in each call: the last .*r\d\.ckpt"),
         (lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0], {}, "No validation has run"),
         (lambda folder: fitting(folder, max_steps=9)[0], {}, "does not work with max_steps"),
         (lambda folder: fitting(folder, Rich, lambda: StochasticWeightAveraging(0.1))[0], {}, "that average weights"),

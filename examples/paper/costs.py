@@ -4,6 +4,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +43,9 @@ def costs(task: str, names: list[str], folders: Folders, *, fast: bool) -> Resul
     """Return the costs of each method."""
     jobs = [Job(task, name, METHODS[name].rates[0]) for name in names]
     measure = directly if fast else in_own_process
-    found: Result = {job.method: measure(once, job, folders, fast) for job in jobs}
+    found: Result = {}
+    for job in jobs:
+        found[job.method] = measure(once, job, folders, fast)
     for name, seconds in measure(steps, jobs, folders, fast).items():
         found[name]["step_seconds"] = seconds
     return found
@@ -68,20 +71,25 @@ def once(job: Job, folders: Folders, fast: bool) -> Result:
     trainer.fit(module, batches)
     memory = peak_memory() - before
     with tempfile.TemporaryDirectory() as folder:
-        trainer.save_checkpoint(path := Path(folder) / "weights.ckpt", weights_only=True)
+        path = Path(folder) / "weights.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)
         checkpoint = path.stat().st_size
-    optimizer = trainer.optimizers[0]
-    return {"memory_bytes": memory, "optimizer_bytes": state_bytes(optimizer), "checkpoint_bytes": checkpoint}
+    return {
+        "memory_bytes": memory,
+        "optimizer_bytes": state_bytes(trainer.optimizers[0]),
+        "checkpoint_bytes": checkpoint,
+    }
 
 
 def steps(jobs: list[Job], folders: Folders, fast: bool) -> dict[str, float]:
     """Return the median time of a step on batches of the middle. In each round, all methods take turns."""
-    seconds: dict[str, list[float]] = {job.method: [] for job in jobs}
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(1 if fast else ROUNDS):
         for job in jobs:
             timer = StepTimer()
             module, callbacks, batches = made(job, folders, fast, place=0.5)
-            make_trainer([*callbacks, timer], max_epochs=1).fit(module, batches)
+            trainer = make_trainer([*callbacks, timer], max_epochs=1)
+            trainer.fit(module, batches)
             seconds[job.method] += timer.seconds[1:] or timer.seconds  # the first one makes the optimizer's state
     return {name: median(taken) for name, taken in seconds.items()}
 
@@ -91,9 +99,11 @@ def made(job: Job, folders: Folders, fast: bool, place: float) -> tuple[Any, lis
     quiet()
     torch.set_num_threads(1)
     module, data, family = build(job, folders, fast)
-    batches = sorted(data.train_dataloader(), key=lambda batch: -width(batch))
-    chosen: Any = batches[int(place * len(batches)) :][:STEPS]
-    return module, prepare(module, METHODS[job.method], family.WEIGHTS), DataLoader(chosen, batch_size=None)
+    batches = sorted(data.train_dataloader(), key=width, reverse=True)
+    first = int(place * len(batches))
+    chosen: Any = batches[first : first + STEPS]
+    callbacks = prepare(module, METHODS[job.method], family.WEIGHTS)
+    return module, callbacks, DataLoader(chosen, batch_size=None)
 
 
 def width(batch: Any) -> int:
@@ -104,9 +114,12 @@ def width(batch: Any) -> int:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Add up the tensors that an optimizer keeps."""
-    return sum(
-        value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-    )
+    total = 0
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                total += value.nbytes
+    return total
 
 
 def peak_memory() -> int:

@@ -5,13 +5,15 @@ import logging
 import re
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, save_adapter
@@ -80,9 +82,12 @@ class Results:
     """
 
     def __init__(self, folder: Path, *, fast: bool = False) -> None:
-        self.folder, self.fast = folder, fast
+        self.folder = folder
+        self.fast = fast
+        self.found: dict[str, Result] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, Result] = {path.stem: read(path) for path in folder.glob("*.json")}
+        for path in folder.glob("*.json"):
+            self.found[path.stem] = read(path)
         self.compared: dict[tuple[str, ...], Difference] = {}  # by two jobs and what tables compare of them
 
     @property
@@ -99,8 +104,9 @@ class Results:
     def add(self, name: str, result: Result) -> None:
         """Write a result, whole or not at all."""
         path = self.folder / f"{name}.json"
-        path.with_suffix(".part").write_text(json.dumps(result, separators=(",", ":")) + "\n")
-        path.with_suffix(".part").replace(path)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        part.replace(path)
         self.found[name] = result
 
 
@@ -108,25 +114,31 @@ def read(path: Path) -> Result:
     """Return a result, after a look whether it is that of its file's name."""
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
-        whole = not result.get("task") or path.stem == Job(*(result[field.name] for field in fields(Job))).name
+        is_whole = not result.get("task") or path.stem == job_of(result).name
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        is_whole = False
+    if not is_whole:
         raise SystemExit(f"{path} does not hold the result that its name says. Delete it: then its job is run again.")
     return result
+
+
+def job_of(result: Result) -> Job:
+    """Return the job that a result is of."""
+    return Job(result["task"], result["method"], result["lr"], result["seed"], result["epochs"])
 
 
 def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     """Train, evaluate, and return what was found."""
     quiet()
     torch.set_num_threads(1)
-    started, method = time.process_time(), METHODS[job.method]
+    started = time.process_time()
+    method = METHODS[job.method]
     module, data, family = build(job, folders, fast)
     result: Result = {**asdict(job), "trained": 0}
     trainer = make_trainer(prepare(module, method, family.WEIGHTS), max_epochs=job.epochs)
     if not method.shots:
         trainer.fit(module, data.train_dataloader())
-        result["trained"] = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
+        result["trained"] = size_of_parameters(trainer.optimizers[0])
     if method.weights:
         save_adapter(module, folders.adapters / f"{job.name}.safetensors")
     trainer.validate(module, data.val_dataloader(), verbose=False)
@@ -141,16 +153,27 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     if job.task == "e2e":
         result["nist"] = family.nist(result["test"]["text"], data.test)
     result["own"] = family.own_task(module, FEW if fast else None)
-    return {
-        **result,
-        "own_task": mean(*result["own"].values()),
-        "seconds": round(time.process_time() - started, 1),
-    }
+    result["own_task"] = mean(*result["own"].values())
+    result["seconds"] = round(time.process_time() - started, 1)
+    return result
+
+
+def size_of_parameters(optimizer: Optimizer) -> int:
+    """Return how many numbers an optimizer changes."""
+    size = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            size += parameter.numel()
+    return size
 
 
 def columns(items: list[Result]) -> dict[str, list[Any]]:
     """Return a list for each key of the items."""
-    return {key: [item[key] for item in items] for key in items[0]}
+    lists: dict[str, list[Any]] = {key: [] for key in items[0]}
+    for item in items:
+        for key, values in lists.items():
+            values.append(item[key])
+    return lists
 
 
 def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
@@ -160,34 +183,46 @@ def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
     if job.task in ("e2e", "prompts"):
         from . import smollm
 
-        return smollm.Writer(job.lr), smollm.Tables(folders.e2e, METHODS[job.method], job.seed, limit), smollm
+        writer = smollm.Writer(job.lr)
+        return writer, smollm.Tables(folders.e2e, METHODS[job.method], job.seed, limit), smollm
     from . import minilm
 
-    return minilm.Classifier(minilm.CLASSES[job.task], job.lr), minilm.texts(job.task, limit), minilm
+    classifier = minilm.Classifier(minilm.CLASSES[job.task], job.lr)
+    return classifier, minilm.texts(job.task, limit), minilm
 
 
 def prepare(module: LightningModule, method: Method, weights: dict[str, str]) -> list[Callback]:
     """Set what trains, and return the callbacks of a method."""
     if method.weights is None:
-        for name, p in module.get_submodule("pretrained").named_parameters():
-            p.requires_grad_(method.trains == "all" or (method.trains == "biases" and name.endswith("bias")))
+        thaw(module.get_submodule("pretrained"), method.trains)
         if method.prefix:
             module.pretrained = with_prefix(module.pretrained, method.prefix)
         return []
     saved = ["head"] if hasattr(module, "head") else []
-    targets: Any = {"all": weights["all"], "everything": "all"}.get(method.weights)
-    if method.weights == "everything":
+    targets: str | list[str]
+    if method.weights == "all":
+        targets = weights["all"]
+    elif method.weights == "everything":
+        targets = "all"
         saved += weights["norms"].split()
-    if targets is None:
+    else:
         targets = [weights[name] for name in method.weights]
     return [LoRACallback(target_modules=targets, modules_to_save=saved, **method.lora)]
+
+
+def thaw(model: nn.Module, what: str) -> None:
+    """Let ``"all"`` weights, ``"biases"`` or ``"nothing"`` of a model train."""
+    for name, parameter in model.named_parameters():
+        is_bias = name.endswith("bias")
+        parameter.requires_grad_(what == "all" or (what == "biases" and is_bias))
 
 
 def with_prefix(model: Any, tokens: int) -> Any:
     """Return the model with a prefix to train, by peft."""
     from peft import PrefixTuningConfig, get_peft_model  # no other method needs it
 
-    return get_peft_model(model, PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=tokens))
+    config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=tokens)
+    return get_peft_model(model, config)
 
 
 def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:

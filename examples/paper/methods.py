@@ -60,11 +60,10 @@ PREFIX = {"prefix, 10 tokens": Method((5e-3, 1e-2, 2e-2), prefix=10)}
 FEW = ("full", "LoRA all, r=8", *EVERYTHING, "probe")
 FEW_EPOCHS = {"reviews-100": 20, "reviews-1000": 6}  # of the tasks with so many texts to train on
 EPOCHS = ("full", "LoRA all, r=8", *EVERYTHING)
-PROMPTS = {
-    f"{shots}-shot{', chat' * chat}": Method((0.0,), shots=shots, chat=chat)
-    for shots in (1, 5, 10)
-    for chat in (False, True)
-}
+PROMPTS: dict[str, Method] = {}
+for shots in (1, 5, 10):
+    PROMPTS[f"{shots}-shot"] = Method((0.0,), shots=shots)
+    PROMPTS[f"{shots}-shot, chat"] = Method((0.0,), shots=shots, chat=True)
 E2E = {
     "5-shot": PROMPTS["5-shot"],
     "full": MAIN["full"],
@@ -74,10 +73,10 @@ E2E = {
 }
 
 # Which weights, for about the same number of parameters; and which rank.
-WHICH = {
-    f"LoRA {' '.join(weights)}, r={8 // len(weights)}": lora(weights, 8 // len(weights))
-    for weights in ("q", "k", "v", "o", "qk", "qv", "qkvo")
-}
+WHICH: dict[str, Method] = {}
+for weights in ("q", "k", "v", "o", "qk", "qv", "qkvo"):
+    rank = 8 // len(weights)
+    WHICH[f"LoRA {' '.join(weights)}, r={rank}"] = lora(weights, rank)
 RANKS = {f"LoRA q v, r={r}": lora("qv", r) for r in (1, 2, 4, 8, 64)}
 RATE = 4e-3  # of these two: the best one of "LoRA q v, r=8" after one epoch; with alpha = 8, ranks hardly change it
 
@@ -93,9 +92,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 def grid_name(r: int, scaling: str) -> str:
     """Return the name of a method of the grid."""
-    return f"LoRA all, r={r}" if r == 8 or scaling == "alpha = 8" else f"LoRA all, r={r}, {scaling}"
+    if r == 8 or scaling == "alpha = 8":
+        return f"LoRA all, r={r}"
+    return f"LoRA all, r={r}, {scaling}"
 
 
-GRID = {grid_name(r, name): lora("all", r, **more) for name, more in SCALINGS.items() for r in GRID_RANKS}
+GRID: dict[str, Method] = {}
+for scaling, arguments in SCALINGS.items():
+    for rank in GRID_RANKS:
+        GRID[grid_name(rank, scaling)] = lora("all", rank, **arguments)
 
 METHODS = GRID | MAIN | BEYOND | EVERYTHING | VARIANTS | WHOLE | PREFIX | PROMPTS | E2E | WHICH | RANKS

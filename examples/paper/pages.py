@@ -3,7 +3,7 @@
 import re
 
 from .jobs import Results
-from .plan import PARTS
+from .plan import PARTS, are_finished
 from .tables import COMPARING, TABLES
 
 
@@ -15,7 +15,9 @@ def fill(page: str, results: Results) -> str:
 
     def made(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- {name} -->\n\n{TABLES[name](results)}\n\n<!-- end -->" if finished(name, results) else match[0]
+        if not finished(name, results):
+            return match[0]
+        return f"<!-- {name} -->\n\n{TABLES[name](results)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
 
@@ -27,7 +29,7 @@ def finished(table: str, results: Results) -> bool:
     if table in results.found:
         return True
     part, _, _ = table.partition("-")
-    return part in PARTS and all(job in results for job in PARTS[part](results))
+    return part in PARTS and are_finished(PARTS[part](results), results)
 
 
 NEEDS: dict[str, tuple[str, ...]] = {

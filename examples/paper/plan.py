@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from statistics import mean
 
@@ -41,15 +42,27 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
-    for _ in range(3 if task in FEW_EPOCHS else 1):
-        if not all(job in results for job in jobs):
-            break
-        best = jobs.index(ranked(results, jobs)[0])
-        if best == 0:
-            jobs.insert(0, replace(jobs[0], lr=jobs[0].lr / 2))
-        elif best == len(jobs) - 1:
-            jobs.append(replace(jobs[-1], lr=jobs[-1].lr * 2))
+    most_more = 3 if task in FEW_EPOCHS else 1
+    for _ in range(most_more):
+        if are_finished(jobs, results):
+            jobs = beyond_the_edge(results, jobs)
     return jobs
+
+
+def beyond_the_edge(results: Results, jobs: list[Job]) -> list[Job]:
+    """Add a rate below the lowest or above the highest one, if that is the best."""
+    first, *_, last = jobs
+    best = ranked(results, jobs)[0]
+    if best == first:
+        return [replace(first, lr=first.lr / 2), *jobs]
+    if best == last:
+        return [*jobs, replace(last, lr=last.lr * 2)]
+    return jobs
+
+
+def are_finished(jobs: Iterable[Job], results: Results) -> bool:
+    """Whether all of these jobs have results."""
+    return all(job in results for job in jobs)
 
 
 def ranked(results: Results, jobs: list[Job]) -> list[Job]:
@@ -63,15 +76,26 @@ def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[l
     On E2E, at the two best ones: its validation part is too small to choose by one seed.
     """
     searched = search(results, task, name, epochs)
-    if not all(job in results for job in searched):
+    if not are_finished(searched, results):
         return []
-    best = ranked(results, searched)[: 2 if task == "e2e" else 1]
-    return [[replace(job, seed=seed) for seed in results.seeds] for job in best]
+    number = 2 if task == "e2e" else 1
+    best = ranked(results, searched)[:number]
+    return [of_all_seeds(results, job) for job in best]
+
+
+def of_all_seeds(results: Results, job: Job) -> list[Job]:
+    """Return the same job with each seed."""
+    return [replace(job, seed=seed) for seed in results.seeds]
 
 
 def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the finished jobs at the chosen learning rate, one for each seed."""
-    return min(finalists(results, task, name, epochs), key=lambda jobs: loss(results, jobs))
+    return with_lowest_loss(results, finalists(results, task, name, epochs))
+
+
+def with_lowest_loss(results: Results, several: Iterable[list[Job]]) -> list[Job]:
+    """Return those jobs whose mean loss is the lowest."""
+    return min(several, key=lambda jobs: loss(results, jobs))
 
 
 def loss(results: Results, jobs: list[Job]) -> float:
@@ -93,27 +117,40 @@ def by_epochs(results: Results, task: str, name: str, most: int = 2) -> list[Job
 
     Each has a search. Three seeds decide between those whose loss is near the lowest.
     """
-    jobs: list[Job] = []
-    for tried in ((1, 2), (1, 2, 4))[: most // 2]:
-        jobs = [job for epochs in tried for job in search(results, task, name, epochs)]
-        if not all(job in results for job in jobs):
-            return jobs
-        near = near_best(results, task, name, tried)
-        jobs += [job for epochs in near for of_seeds in finalists(results, task, name, epochs) for job in of_seeds]
-        if not all(job in results for job in jobs) or lowest(results, task, name, near)[0].epochs != 2:
-            return jobs
+    jobs = among_epochs(results, task, name, (1, 2))
+    if most == 4 and are_finished(jobs, results) and best_among(results, task, name, (1, 2))[0].epochs == 2:
+        return among_epochs(results, task, name, (1, 2, 4))
+    return jobs
+
+
+def among_epochs(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+    """Return the jobs that choose between these numbers of epochs: those that search, then those of all seeds."""
+    jobs = []
+    for epochs in tried:
+        jobs += search(results, task, name, epochs)
+    if not are_finished(jobs, results):
+        return jobs
+    for epochs in near_best(results, task, name, tried):
+        for of_seeds in finalists(results, task, name, epochs):
+            jobs += of_seeds
     return jobs
 
 
 def near_best(results: Results, task: str, name: str, tried: Iterable[int]) -> list[int]:
     """Return the numbers of epochs whose loss of one seed is near the lowest."""
-    losses = {epochs: nll(results[ranked(results, search(results, task, name, epochs))[0]]) for epochs in tried}
-    return [epochs for epochs, found in losses.items() if found < min(losses.values()) + NEAR]
+    losses = {}
+    for epochs in tried:
+        searched = search(results, task, name, epochs)
+        best = ranked(results, searched)[0]
+        losses[epochs] = nll(results[best])
+    limit = min(losses.values()) + NEAR
+    return [epochs for epochs, found in losses.items() if found < limit]
 
 
-def lowest(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
-    """Return the jobs of three seeds whose mean loss is the lowest."""
-    return min((seeds(results, task, name, epochs) for epochs in tried), key=lambda jobs: loss(results, jobs))
+def best_among(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+    """Return the jobs of three seeds whose mean loss is the lowest, with one of these numbers of epochs."""
+    near = near_best(results, task, name, tried)
+    return with_lowest_loss(results, [seeds(results, task, name, epochs) for epochs in near])
 
 
 def by_all_epochs(results: Results, most: int) -> list[Job]:
@@ -127,15 +164,15 @@ def by_all_epochs(results: Results, most: int) -> list[Job]:
 
 def tried_epochs(results: Results, task: str, name: str) -> list[int]:
     """Return the numbers of epochs whose jobs are finished."""
-    longer = by_epochs(results, task, name, 4)
-    jobs = longer if all(job in results for job in longer) else by_epochs(results, task, name)
+    jobs = by_epochs(results, task, name, 4)
+    if not are_finished(jobs, results):
+        jobs = by_epochs(results, task, name)
     return sorted({job.epochs for job in jobs})
 
 
 def at_best_epochs(results: Results, task: str, name: str) -> list[Job]:
     """Return the finished jobs at the best number of epochs and its best rate, one for each seed."""
-    tried = tried_epochs(results, task, name)
-    return lowest(results, task, name, near_best(results, task, name, tried))
+    return best_among(results, task, name, tried_epochs(results, task, name))
 
 
 NEAR = 0.03  # two and a half times the deviation between seeds of full fine-tuning
@@ -143,13 +180,15 @@ NEAR = 0.03  # two and a half times the deviation between seeds of full fine-tun
 
 def at_one_rate(results: Results, name: str) -> list[Job]:
     """Return the jobs of a method of tables 5 and 6, one for each seed."""
-    return [Job("reviews", name, RATE, seed) for seed in results.seeds]
+    return of_all_seeds(results, Job("reviews", name, RATE))
 
 
 def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
     """Return the jobs of table 5 or 6, and of a full fine-tuning that is as short."""
     jobs = compared(results, "reviews", ["full", "LoRA q v, r=8"], 1)  # the latter chose RATE
-    return jobs + [job for name in names for job in at_one_rate(results, name)]
+    for name in names:
+        jobs += at_one_rate(results, name)
+    return jobs
 
 
 PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]  # by their loss of one seed, a prompt is chosen
@@ -158,18 +197,31 @@ PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]  # by their loss o
 def best_prompt(results: Results) -> list[Job]:
     """Return the jobs of E2E whose prompt has the lowest loss, one for each seed."""
     best = ranked(results, PROMPT_JOBS)[0].method
-    return [Job("e2e", best, 0.0, seed, epochs=2) for seed in results.seeds]
+    return of_all_seeds(results, Job("e2e", best, 0.0, epochs=2))
 
 
 def of_e2e(results: Results) -> list[Job]:
     """Return the jobs of E2E: the prompts, the best one, and what is trained."""
     jobs = PROMPT_JOBS + compared(results, "e2e", E2E)
-    return [*jobs, *best_prompt(results)] if all(job in results for job in PROMPT_JOBS) else jobs
+    if are_finished(PROMPT_JOBS, results):
+        jobs += best_prompt(results)
+    return jobs
 
 
 def of_few(results: Results) -> list[Job]:
     """Return the jobs that have few texts to train on."""
-    return [job for task, epochs in FEW_EPOCHS.items() for job in compared(results, task, FEW, epochs)]
+    jobs = []
+    for task, epochs in FEW_EPOCHS.items():
+        jobs += compared(results, task, FEW, epochs)
+    return jobs
+
+
+def of_grid(results: Results) -> list[Job]:
+    """Return the jobs of the grid."""
+    jobs = []
+    for name in GRID:
+        jobs += in_grid(results, name)
+    return jobs
 
 
 def in_grid(results: Results, name: str) -> list[Job]:
@@ -180,17 +232,17 @@ def in_grid(results: Results, name: str) -> list[Job]:
 
 # What --only takes, and the jobs of each part. Table 3 needs the E2E data.
 PARTS: dict[str, Callable[[Results], list[Job]]] = {
-    "grid": lambda results: [job for name in GRID for job in in_grid(results, name)],
-    "table2": lambda results: compared(results, "reviews", MAIN),
+    "grid": of_grid,
+    "table2": partial(compared, task="reviews", names=MAIN),
     "table3": of_e2e,
-    "table5": lambda results: unsearched(results, WHICH),
-    "table6": lambda results: unsearched(results, RANKS),
-    "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
-    "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
-    "epochs": lambda results: by_all_epochs(results, 2),
-    "longer": lambda results: by_all_epochs(results, 4),
-    "prefix": lambda results: compared(results, "reviews", ["full", *PREFIX]),
+    "table5": partial(unsearched, names=WHICH),
+    "table6": partial(unsearched, names=RANKS),
+    "beyond": partial(compared, task="reviews", names=["full", "LoRA all, r=8", *BEYOND]),
+    "definitions": partial(compared, task="definitions", names=DEFINITIONS),
+    "epochs": partial(by_all_epochs, most=2),
+    "longer": partial(by_all_epochs, most=4),
+    "prefix": partial(compared, task="reviews", names=["full", *PREFIX]),
     "few": of_few,
-    "variants": lambda results: compared(results, "reviews", ["LoRA all, r=8", *VARIANTS], 1),
-    "whole": lambda results: compared(results, "reviews", ["full", *EVERYTHING, *WHOLE], 1),
+    "variants": partial(compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1),
+    "whole": partial(compared, task="reviews", names=["full", *EVERYTHING, *WHOLE], epochs=1),
 }

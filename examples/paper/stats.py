@@ -34,11 +34,18 @@ def interval(one: Values, other: Values, statistic: Statistic) -> Difference:
     Source:
         Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
     """
-    found = statistic(one.mean(1)).mean() - statistic(other.mean(1)).mean()
-    drawn_ones = resampled(one, statistic) - resampled(other, statistic)
-    low, high = np.percentile(drawn_ones, [2.5, 97.5])
-    across = min((drawn_ones <= 0).mean(), (drawn_ones >= 0).mean())
-    return Difference(float(found), float(low), float(high), max(2 * float(across), 2 / RESAMPLES))
+    found = over_seeds(one, statistic) - over_seeds(other, statistic)
+    redrawn = resampled(one, statistic) - resampled(other, statistic)
+    low, high = np.percentile(redrawn, [2.5, 97.5])
+    across_zero = min((redrawn <= 0).mean(), (redrawn >= 0).mean())
+    p = max(2 * float(across_zero), 2 / RESAMPLES)
+    return Difference(float(found), float(low), float(high), p)
+
+
+def over_seeds(values: Values, statistic: Statistic) -> float:
+    """Return the mean over seeds of a statistic."""
+    of_seeds = statistic(values.mean(1))
+    return float(of_seeds.mean())
 
 
 def survivors(p: list[float], level: float = 0.05) -> list[bool]:
@@ -47,19 +54,21 @@ def survivors(p: list[float], level: float = 0.05) -> list[bool]:
     Source:
         Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
     """
-    found = [False] * len(p)
-    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+    survives = [False] * len(p)
+    places = sorted(range(len(p)), key=p.__getitem__)
+    for rank, place in enumerate(places):
         if p[place] > level / (len(p) - rank):
             break
-        found[place] = True
-    return found
+        survives[place] = True
+    return survives
 
 
 def resampled(values: Values, statistic: Statistic) -> np.ndarray:
     """Return the mean over seeds of a statistic, for each resample."""
     shares, seeds = drawn(*values.shape[:2])
     means = np.stack([shares @ of_seed for of_seed in values], axis=1)  # (resamples, seeds, numbers)
-    found: np.ndarray = np.take_along_axis(statistic(means), seeds, axis=1).mean(1)
+    redrawn_seeds = np.take_along_axis(statistic(means), seeds, axis=1)
+    found: np.ndarray = redrawn_seeds.mean(1)
     return found
 
 
@@ -67,8 +76,12 @@ def resampled(values: Values, statistic: Statistic) -> np.ndarray:
 def drawn(seeds: int, items: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the share of each item in each resample, and the seeds of each: the same ones for all methods."""
     draw = np.random.default_rng(0)
-    counts = [np.bincount(draw.integers(items, size=items), minlength=items) for _ in range(RESAMPLES)]
-    return np.stack(counts) / items, draw.integers(seeds, size=(RESAMPLES, seeds))
+    counts = []
+    for _ in range(RESAMPLES):
+        numbers = draw.integers(items, size=items)
+        counts.append(np.bincount(numbers, minlength=items))
+    shares = np.stack(counts) / items
+    return shares, draw.integers(seeds, size=(RESAMPLES, seeds))
 
 
 def average(means: np.ndarray) -> np.ndarray:
@@ -80,7 +93,8 @@ def bleu(means: np.ndarray) -> np.ndarray:
     """Return corpus BLEU from the counts of each item."""
     counts, totals, lengths = np.split(means, [4, 8], axis=-1)
     with np.errstate(divide="ignore"):  # no match or no text: a logarithm is minus infinity, and BLEU is 0
-        precision = np.exp(np.log(counts / np.where(counts, totals, 1)).mean(-1))
+        precisions = counts / np.where(counts, totals, 1)
+        precision = np.exp(np.log(precisions).mean(-1))
         brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])
     found: np.ndarray = 100 * precision * np.exp(brevity)
     return found
@@ -88,5 +102,6 @@ def bleu(means: np.ndarray) -> np.ndarray:
 
 def share(means: np.ndarray) -> np.ndarray:
     """Return the first number over the second, in per cent."""
-    found: np.ndarray = 100 * means[..., 0] / means[..., 1]
+    counts, totals = means[..., 0], means[..., 1]
+    found: np.ndarray = 100 * counts / totals
     return found

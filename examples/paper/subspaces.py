@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter
 from lightning_lora.metrics import Amplification, SubspaceSimilarity
@@ -27,13 +27,14 @@ def subspaces(small: Job, large: Job, other_seed: Job, adapters: Path) -> Result
         other_seed: As ``large``, with another seed.
         adapters: The folder of their adapters.
     """
-    paths = [adapters / f"{job.name}.safetensors" for job in (small, large, other_seed)]
-    random = fresh(0), fresh(1)
+    of_small = adapters / f"{small.name}.safetensors"
+    of_large = adapters / f"{large.name}.safetensors"
+    of_other_seed = adapters / f"{other_seed.name}.safetensors"
     return {
-        "ranks": similarity(paths[0], paths[1]),
-        "seeds": similarity(paths[1], paths[2]),
-        "random": similarity(*random),
-        "amplification": [amplification(job, path) for job, path in zip((small, large), paths, strict=False)],
+        "ranks": similarity(of_small, of_large),
+        "seeds": similarity(of_large, of_other_seed),
+        "random": similarity(fresh(0), fresh(1)),
+        "amplification": [amplification(small, of_small), amplification(large, of_large)],
     }
 
 
@@ -41,7 +42,8 @@ def fresh(seed: int) -> nn.Module:
     """Return a model with adapters that have not been trained: their A is random."""
     model = Classifier(CLASSES["reviews"], 0.0)
     seed_everything(seed, verbose=False)
-    inject_adapters(model, LoRAConfig(r=64, target_modules=[WEIGHTS[name] for name in PARTS]))
+    targets = [WEIGHTS[name] for name in PARTS]
+    inject_adapters(model, LoRAConfig(r=64, target_modules=targets))
     return model
 
 
@@ -52,9 +54,15 @@ def similarity(one: Any, other: Any) -> dict[str, list[list[float]]]:
     grids: Any = metric.compute()
     found = {}
     for part in PARTS.values():
-        mean = torch.stack([grid for name, grid in grids.items() if name.endswith(part)]).mean(0)
-        found[part] = [[round(value, 3) for value in row] for row in mean[:SHOWN, :SHOWN].tolist()]
+        of_layers = [grid for name, grid in grids.items() if name.endswith(part)]
+        mean = torch.stack(of_layers).mean(0)
+        found[part] = list(map(rounded, mean[:SHOWN, :SHOWN]))
     return found
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Return numbers as files hold them."""
+    return [round(value, 3) for value in values.tolist()]
 
 
 def amplification(job: Job, path: Path) -> Result:
@@ -65,8 +73,8 @@ def amplification(job: Job, path: Path) -> Result:
     for directions in ("update", "weight", "random"):
         metric = Amplification(directions)
         metric.update(model)
-        norms = torch.tensor([values for name, values in metric.norms.items() if name.endswith("query")]).mean(0)
-        found[directions] = [round(value, 3) for value in norms.tolist()]
+        of_layers = [norms for name, norms in metric.norms.items() if name.endswith("query")]
+        found[directions] = rounded(torch.tensor(of_layers).mean(0))
     return found
 
 
@@ -81,11 +89,22 @@ def draw(result: Result, folder: Path) -> None:
         if name == "seeds":
             panels["random"] = result["random"]["query"]
         with plt.rc_context(gray):
-            figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1, 3.2), layout="constrained")
-            for axis, (title, grid) in zip(axes, panels.items(), strict=True):
-                ends = (0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5)
-                image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
-                axis.set(title=title, xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
-            figure.colorbar(image, ax=axes)
+            figure = draw_grids(panels, rows, columns)
             figure.savefig(folder / f"{name}.png", dpi=100, transparent=True)
             plt.close(figure)
+
+
+def draw_grids(panels: dict[str, list[list[float]]], rows: str, columns: str) -> Any:
+    """Return a figure with grids side by side, by their titles."""
+    from matplotlib import pyplot as plt
+
+    size = (3.4 * len(panels) + 1, 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    for axis, (title, grid) in zip(axes, panels.items(), strict=True):
+        height, width = len(grid), len(grid[0])
+        ends = (0.5, width + 0.5, height + 0.5, 0.5)
+        image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
+        axis.set_title(title)
+        axis.set(xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
+    figure.colorbar(image, ax=axes)
+    return figure

@@ -19,10 +19,11 @@ from rich.filesize import decimal
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.functional.subspace import directions, effective_rank
+from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.disk import opened
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import LayerName, fitting_console, grouped, layer_table
+from lightning_lora.tables import LayerName, grouped, layer_table
 
 
 def add_arguments(parser: Any) -> None:
@@ -90,15 +91,16 @@ def _show(found: dict[str, Any]) -> None:
         for key in ("norm", "effective_rank"):
             values = sorted(layers[name][key] for name in names)
             numbers.append("–".join(dict.fromkeys(map("{:.3g}".format, (values[0], values[-1])))))
-        kind = first["class"].rpartition(".")[2]
+        kind = LayerName(first["class"].rpartition(".")[2])
         table.add_row(LayerName(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
     console.print(table)
     if found["beside"]:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
-        console.print(f"Besides adapters: {beside}", soft_wrap=True, markup=False)
+        console.print(printable(f"Besides adapters: {beside}"), soft_wrap=True, markup=False)
     rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
     base = found["base"]
-    console.print(f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}.{rows}", markup=False)
+    about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}.{rows}"
+    console.print(printable(about), markup=False)
     usual = {**LoRAConfig().to_dict(), "r": None, "alpha": "", "target_modules": None}  # these are always shown
     given = [f"{key}={value!r}" for key, value in found["config"].items() if value != usual[key]]
     console.print(f"Arguments: {', '.join(given)}", soft_wrap=True, markup=False)

@@ -6,11 +6,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.markup import escape
 
 from lightning_lora.cli import combine, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
+from lightning_lora.printing import fitting_console, printable
 
 _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its help
 
@@ -30,33 +30,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, usage=command.format_usage().strip().capitalize())
-    parsed = parser.parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
-    message = ""
+        command.set_defaults(run=module.run, usage=command.format_usage().strip().removeprefix("usage: "))
+    return _run(parser.parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"]))
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    usage = message = ""
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             if said := parsed.run(parsed):
-                print(said)
+                fitting_console().print(printable(said), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FileNotFoundError as error:
-        message = f"{error.filename} does not exist.\n{parsed.usage}" if error.filename else str(error)
+        usage = parsed.usage if error.filename else ""
+        message = f"{error.filename} does not exist." if error.filename else str(error)
     except (LoRAError, OSError) as error:
-        message = f"{error}\n{parsed.usage}"
+        usage, message = parsed.usage, str(error)
     except KeyboardInterrupt:
         message = "Stopped. Nothing was written."
     for each in noticed:
         if issubclass(each.category, LoRAWarning):
             _say("[bold yellow]warning:[/]", str(each.message))
-    if message:
+    if usage:
+        _say("[dim]usage:[/]", usage)
+    if message:  # last, where it is read
         _say("[bold red]error:[/]", message)
     return 1 if message else 0
 
 
 def _say(what: str, message: str) -> None:
     """Print a message on the standard error."""
-    console = Console(stderr=True)
+    console = fitting_console(stderr=True)
+    message = "\n".join(map(printable, message.splitlines()))
     console.print(what, escape(message), highlight=False, soft_wrap=not console.is_terminal)

@@ -73,8 +73,11 @@ def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     """Add the update for a few tokens, in the wider dtype: here the tokens are smaller than the factors."""
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
-        x, lora_A, lora_B = as_dtype(x, dtype), as_dtype(lora_A, dtype), as_dtype(lora_B, dtype)
-    return as_dtype(torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling), output.dtype)
+        x = as_dtype(x, dtype)
+        lora_A = as_dtype(lora_A, dtype)
+        lora_B = as_dtype(lora_B, dtype)
+    update = F.linear(F.linear(x, lora_A), lora_B)
+    return as_dtype(torch.add(output, update, alpha=scaling), output.dtype)
 
 
 def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
@@ -110,14 +113,15 @@ class _AdaptedLinear(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h (None if unused) and the seed."""
-        rows, a, b = x.reshape(-1, x.shape[-1]), as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        a = as_dtype(lora_A, x.dtype)
+        b = as_dtype(lora_B, x.dtype)
         if _pays_to_update(rows, weight, dropout):
             return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
-        seed = new_seed() if dropout else 0
+        seed = 0
         if dropout:
-            h = a.new_empty(len(a), len(rows))
-            for block, drop in drops(rows, dropout, seed):
-                h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
+            seed = new_seed()
+            h = _dropped_product(a, rows, dropout, seed)
         else:
             h = a @ rows.T
         y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
@@ -140,37 +144,36 @@ class _AdaptedLinear(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 return _AdaptedLinear.backward(ctx, grad)
         *inputs, h = ctx.saved_tensors
-        x, weight, _, lora_A, lora_B = inputs
         if torch.is_grad_enabled():
             return _AdaptedLinear.differentiable(ctx, grad, inputs)
-        rows, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        a, b, scaling = as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype), ctx.scaling
+        x, weight, _, lora_A, lora_B = inputs
+        rows = x.reshape(-1, x.shape[-1])
+        out = grad.reshape(-1, grad.shape[-1])
+        a = as_dtype(lora_A, x.dtype)
+        b = as_dtype(lora_B, x.dtype)
+        scaling = ctx.scaling
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         g = b.T @ out.T
-        updates = h is None
-        if updates:
+        has_multiplied_by_sum = h is None
+        if has_multiplied_by_sum:
             h = a @ rows.T
         grad_B = torch.addmm(b.T, h, out, beta=0, alpha=scaling).T if for_B else None
-        result = grad_x = grad_A = None
+        grad_input = grad_rows = grad_A = None
         if for_x:
-            matrix = _updated(weight, a, b, scaling) if updates else weight
-            result = out.view(grad.shape) @ matrix  # no view: torch may add to it in place
-            grad_x = result.view(rows.shape)
+            matrix = _updated(weight, a, b, scaling) if has_multiplied_by_sum else weight
+            grad_input = out.view(grad.shape) @ matrix  # no view: torch may add to it in place
+            grad_rows = grad_input.view(rows.shape)
         if ctx.dropout:
-            grad_A = torch.zeros_like(a)
             g.mul_(scaling)  # not g A, which could overflow in half precision
-            for block, drop in drops(rows, ctx.dropout, ctx.seed):
-                kept = drop(rows[block].clone(memory_format=torch.contiguous_format))
-                grad_A.addmm_(g[:, block], kept)
-                if grad_x is not None:
-                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)))
+            grad_A = _add_dropped_gradients(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
         else:
-            if grad_x is not None and not updates:
-                grad_x.addmm_(g.T, a, alpha=scaling)
+            if for_x and not has_multiplied_by_sum:
+                grad_rows.addmm_(g.T, a, alpha=scaling)  # type: ignore[union-attr]
             if for_A:
                 grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
-        grad_weight, grad_bias = out.T @ rows if for_weight else None, out.sum(0) if for_bias else None
-        return result, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to the dtypes of A and B
+        grad_weight = out.T @ rows if for_weight else None
+        grad_bias = out.sum(0) if for_bias else None
+        return grad_input, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -180,11 +183,35 @@ class _AdaptedLinear(torch.autograd.Function):
         if weight is None:  # no gradient depends on it
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=ctx.needs_input_grad[1])
             inputs[1] = weight
-        kept = torch.ones_like(x, memory_format=torch.contiguous_format)
-        rows = kept.view(-1, x.shape[-1])
-        for block, drop in drops(rows, ctx.dropout, ctx.seed) if ctx.dropout else ():
-            drop(rows[block])
-        y = _composed(x, x * kept, weight, bias, lora_A, lora_B, ctx.scaling)
+        mask = torch.ones_like(x, memory_format=torch.contiguous_format)
+        if ctx.dropout:
+            rows = mask.view(-1, x.shape[-1])
+            for block, drop in drops(rows, ctx.dropout, ctx.seed):
+                drop(rows[block])
+        y = _composed(x, x * mask, weight, bias, lora_A, lora_B, ctx.scaling)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
+
+
+def _dropped_product(a: Tensor, rows: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return h, a block of rows at a time."""
+    h = a.new_empty(len(a), len(rows))
+    for block, drop in drops(rows, dropout, seed):
+        dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))
+        h[:, block] = a @ dropped.T
+    return h
+
+
+def _add_dropped_gradients(
+    g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, dropout: float, seed: int
+) -> Tensor:
+    """Return the gradient of A, and add the update's to that of the rows. The seed draws the same elements again."""
+    grad_A = torch.zeros_like(a)
+    for block, drop in drops(rows, dropout, seed):
+        dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))
+        grad_A.addmm_(g[:, block], dropped)
+        if grad_rows is not None:
+            product = torch.mm(g[:, block].T, a, out=dropped)
+            grad_rows[block].add_(drop(product))
+    return grad_A

@@ -15,13 +15,19 @@ def precise(tensor: Tensor) -> Tensor:
 
 def directions(update: Factors | Tensor) -> Directions:
     r"""Return an update's singular vectors and values, (\*, out, r), (\*, r), (\*, in, r). Those of a 0 are zeros."""
-    if not isinstance(update, Tensor):
-        reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
-        u, sizes, v = directions(writing.R @ reading.R.mT)
-        return writing.Q @ u, sizes, reading.Q @ v
-    u, sizes, v = torch.linalg.svd(precise(update), full_matrices=False)
-    least = max(update.shape[-2:]) * torch.finfo(sizes.dtype).eps * sizes[..., :1]
-    exist = (sizes > least).unsqueeze(-2)
+    if isinstance(update, Tensor):
+        return _directions_of_matrix(update)
+    a, b = update
+    qr_of_a = torch.linalg.qr(precise(a.mT))
+    qr_of_b = torch.linalg.qr(precise(b))
+    u, sizes, v = _directions_of_matrix(qr_of_b.R @ qr_of_a.R.mT)
+    return qr_of_b.Q @ u, sizes, qr_of_a.Q @ v
+
+
+def _directions_of_matrix(matrix: Tensor) -> Directions:
+    u, sizes, v = torch.linalg.svd(precise(matrix), full_matrices=False)
+    rounding = max(matrix.shape[-2:]) * torch.finfo(sizes.dtype).eps
+    exist = (sizes > rounding * sizes[..., :1]).unsqueeze(-2)
     return u * exist, sizes, v.mT * exist
 
 
@@ -49,9 +55,11 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
     Source:
         Hu et al. 2021, section 7.2, equation 4, and appendix G.
     """
-    (*_, first), (*_, second) = directions(one), directions(other)
+    _, _, first = directions(one)
+    _, _, second = directions(other)
     shared = (first.mT @ second).square().cumsum(-2).cumsum(-1)
-    i, j = (torch.arange(1, size + 1, device=shared.device) for size in shared.shape[-2:])
+    i = torch.arange(1, shared.shape[-2] + 1, device=shared.device)
+    j = torch.arange(1, shared.shape[-1] + 1, device=shared.device)
     return shared / torch.minimum(i.unsqueeze(-1), j)
 
 
@@ -59,5 +67,6 @@ def norm(update: Factors | Tensor) -> Tensor:
     r"""Return the Frobenius norm, (\*), of B A or of a whole matrix. For B A, products of r x r are enough."""
     if isinstance(update, Tensor):
         return update.square().sum((-2, -1)).sqrt()
-    a, b = map(precise, update)
+    a = precise(update[0])
+    b = precise(update[1])
     return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0).sqrt()

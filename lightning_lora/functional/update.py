@@ -33,23 +33,26 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
     Shape:
         ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in), and a number.
     """
-    values, norms = torch.empty_like(weight), list[Tensor]()
+    values = torch.empty_like(weight)
+    norms: list[Tensor] = []
     for rows in row_blocks(weight):
         delta = delta_weight(lora_A, lora_B[rows], scaling)
         if delta.dtype == weight.dtype:
             torch.add(weight[rows], delta, out=values[rows])
             continue
-        size = delta.norm()
+        size_of_update = delta.norm()
         effective = delta.to(torch.promote_types(weight.dtype, delta.dtype)).add_(weight[rows])
         values[rows] = effective
-        norms.append(torch.stack([effective.sub_(values[rows]).norm(), size]))
+        rounding_error = effective.sub_(values[rows]).norm()
+        norms.append(torch.stack([rounding_error, size_of_update]))
     return values, _share(norms)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere."""
     rows, width = matrix.shape
-    step = max(1, (_ON_CPU if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, width))
+    elements = _ON_CPU if matrix.device.type == "cpu" else _ON_DEVICE
+    step = max(1, elements // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -58,14 +61,18 @@ def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
     """Return the norm of the rounding error over that of the update: 1 if nothing of the update is left."""
     if weight.dtype == effective.dtype:
         return 0.0
-    return _share([torch.stack([(merged - effective).norm(), (effective - weight).norm()])])
+    rounding_error = (merged - effective).norm()
+    size_of_update = (effective - weight).norm()
+    return _share([torch.stack([rounding_error, size_of_update])])
 
 
 def _share(norms: list[Tensor]) -> float:
     """The lost share of a weight, from the norms of its blocks: rounding error and update."""
     if not norms or norms[0].is_meta:
         return 0.0
-    lost, size = (math.hypot(*each) for each in zip(*torch.stack(norms).tolist(), strict=True))
+    rounding_errors, sizes_of_updates = torch.stack(norms).T.tolist()
+    lost = math.hypot(*rounding_errors)
+    size = math.hypot(*sizes_of_updates)
     return lost / size if size else 0.0
 
 

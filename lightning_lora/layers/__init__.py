@@ -1,12 +1,13 @@
 """The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
 
-from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attributes_of, put_on
+from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attributes_of, is_resized, put_on
 from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.init import new_adapter
 from lightning_lora.layers.inits import INITIALISATIONS
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, name_of_kind, register_adapter
+from lightning_lora.layers.layouts import why_merge_is_wrong
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import (
     AdaptedMatrix,

@@ -225,11 +225,7 @@ class LoRALayer(LayerKind):
 
     def lora_is_resized(self) -> bool:
         """Whether a weight has another shape than at the injection. Packed weights never have."""
-        for matrix in () if self.lora_is_quantised(self) else self.lora_matrices:
-            shape = self.lora_as_matrix(self._lora_weight(matrix.weight)).shape[-2:]
-            if shape != (matrix.rows or matrix.writes, matrix.reads):
-                return True
-        return False
+        return is_resized(self, self.lora_adapter())
 
     def lora_begin_anew(self) -> None:
         """Start an untrained adapter again if the weights that it starts from changed."""
@@ -323,6 +319,18 @@ def put_on(layer: nn.Module, adapter: Adapter) -> None:
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
     vars(layer).update(attributes_of(adapter))
+
+
+def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
+    """Whether a weight of a layer no longer fits an adapter. Packed weights always do."""
+    if adapter.kind.lora_is_quantised(layer):
+        return False
+    for matrix in adapter.matrices:
+        weight = cast(Tensor, reduce(getattr, matrix.weight.split("."), layer))
+        shape = adapter.kind.lora_as_matrix(weight).shape[-2:]
+        if shape != (matrix.rows or matrix.writes, matrix.reads):
+            return True
+    return False
 
 
 def attributes_of(adapter: Adapter) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.errors import TargetError
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import held_parameter, own_parameter
@@ -70,7 +71,15 @@ class LayerKind(InPlace, nn.Module):
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the matrices in ``layer`` that can be adapted."""
-        rows, columns = cls.lora_as_matrix(own_parameter(layer, "weight")).shape
+        weight = own_parameter(layer, "weight")
+        matrix = cls.lora_as_matrix(weight)
+        if matrix.dim() != 2:
+            raise TargetError(
+                f"{cls.__name__} adapts a {type(layer).__name__} whose weight has the shape {tuple(weight.shape)}, and "
+                f"its lora_as_matrix returns {tuple(matrix.shape)}. Expected a matrix (out, in). Define lora_as_matrix "
+                f"and lora_as_weight in {cls.__name__}, or lora_matrices_of for several matrices."
+            )
+        rows, columns = matrix.shape
         return (AdaptedMatrix("weight", columns, rows, rows=rows),)
 
     @staticmethod

@@ -54,8 +54,9 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
     It also applies to subclasses of the layer class. An adapter class is a subclass of
     ``lightning_lora.layers.LoRALayer``. By default it runs the layer on ``W + ΔW``, with the layer's
     ``weight`` as a matrix (out, in). Override ``lora_update`` for a cheaper way to compute the update,
-    ``lora_as_matrix`` and ``lora_as_weight`` for a weight of another shape, and ``lora_matrices_of`` for several
-    weights. ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is True.
+    ``lora_as_matrix`` and ``lora_as_weight`` (always both) for a weight of another shape, and ``lora_matrices_of``
+    for several weights. ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is
+    True.
 
     Args:
         layer_class: The class of the layers. An adapter class that was registered for it before is replaced.

@@ -29,6 +29,11 @@ class Role(Enum):
         """Whether an optimizer changes it."""
         return self not in (Role.A0, Role.B0)
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether it is a factor on the side of the input: its columns are those of the weight."""
+        return self in (Role.A, Role.A0)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,8 +60,12 @@ class Settings:
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The roles of the parameters that each matrix with A and B has."""
-        initial = (Role.A0, Role.B0) if self.is_difference else ()
-        return (Role.A, Role.B, *initial, *((Role.MAGNITUDE,) if self.use_dora else ()))
+        roles = [Role.A, Role.B]
+        if self.is_difference:
+            roles += [Role.A0, Role.B0]
+        if self.use_dora:
+            roles.append(Role.MAGNITUDE)
+        return tuple(roles)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ class AdaptedMatrix:
 
     def named(self, factors: Factors) -> dict[str, Tensor]:
         """Return A and B of its update by their names in the layer."""
-        return {self.parameter(role): factor for role, factor in zip((Role.A, Role.B), factors, strict=True)}
+        a, b = factors
+        return {self.parameter(Role.A): a, self.parameter(Role.B): b}
 
     @property
     def largest_rank(self) -> int:
@@ -117,17 +127,20 @@ class AdapterParameter(NamedTuple):
         if self.role is Role.ROWS:
             return len(matrix.tokens), matrix.writes
         rank = matrix.rank(r)
-        sides = (rank, matrix.reads) if self.role in (Role.A, Role.A0) else (matrix.writes, rank)
-        return (*matrix.stack, *sides)
+        if self.role.reads_input:
+            return (*matrix.stack, rank, matrix.reads)
+        return (*matrix.stack, matrix.writes, rank)
 
     def dtype(self, weight: torch.dtype, settings: Settings) -> torch.dtype:
         """Return its dtype beside a weight of another dtype. A magnitude in half precision would lose small steps."""
-        return wide(weight) if settings.autocast_dtype or self.role is Role.MAGNITUDE else weight
+        if settings.autocast_dtype or self.role is Role.MAGNITUDE:
+            return wide(weight)
+        return weight
 
     @property
     def split_dim(self) -> int | None:
         """Its dimension that is split as that of the weight is (tensor parallelism). None: it is not split."""
-        if self.role in (Role.A, Role.A0):
+        if self.role.reads_input:
             return -1
         return 0 if self.matrix.has_all_rows else None
 
@@ -137,24 +150,30 @@ Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
     """Return an adapter's parameters by their names in the layer."""
-    pairs = ((role, m) for m in matrices for role in ((Role.ROWS,) if m.tokens else settings.roles))
-    return {matrix.parameter(role): AdapterParameter(role, matrix) for role, matrix in pairs}
+    parameters = {}
+    for matrix in matrices:
+        roles = (Role.ROWS,) if matrix.tokens else settings.roles
+        for role in roles:
+            parameters[matrix.parameter(role)] = AdapterParameter(role, matrix)
+    return parameters
 
 
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
     """Return A and B of a matrix's update, from parameters by name. It may be the difference from initial values."""
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
-    if settings.is_difference:
-        return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))
-    return factors
+    if not settings.is_difference:
+        return factors
+    initial = tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))
+    return difference(factors, initial)
 
 
 def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
     r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
-    adapted = [matrix for matrix in matrices if matrix.weight == weight]
-    updates = [matrix_factors(matrix, settings, tensor) for matrix in adapted]
-    if len(adapted) == 1 and adapted[0].has_all_rows:
+    its_matrices = [matrix for matrix in matrices if matrix.weight == weight]
+    updates = [matrix_factors(matrix, settings, tensor) for matrix in its_matrices]
+    if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]
-    return in_rows(updates, [matrix.first for matrix in adapted], adapted[0].rows)
+    first_rows = [matrix.first for matrix in its_matrices]
+    return in_rows(updates, first_rows, its_matrices[0].rows)

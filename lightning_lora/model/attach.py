@@ -6,16 +6,12 @@ from dataclasses import asdict
 from importlib import import_module
 from inspect import signature
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import AdapterMismatchError, AdapterStateError, OptimizerError, listed
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
 from lightning_lora.layers import (
     AdaptedMatrix,
     Adapter,
@@ -29,6 +25,7 @@ from lightning_lora.layers import (
     unpack,
 )
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
+from lightning_lora.model.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.select import Choice
@@ -42,7 +39,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         put_on(view.modules[name], adapter)
     _layers_have_changed(view)
-    _watch_optimizers(view.model)
+    watch_optimizers(view.model)
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
@@ -116,7 +113,8 @@ def check_weights(view: View) -> None:
     if changed:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed, so no update can be "
-            "merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before inject_adapters."
+            "merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before the adapters come: "
+            "before inject_adapters, or in the module's __init__. Or leave the layer out: exclude_modules."
         )
 
 
@@ -180,37 +178,6 @@ def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, 
         del named["init"]  # otherwise it makes no difference later
     own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
     return {**named, "matrices": own}
-
-
-# Optimizers that were made before the adapters
-
-_ADAPTED: "WeakSet[nn.Module]" = WeakSet()
-_CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
-_HOOKS: list[RemovableHandle] = []  # one, from the first adapters on: an import changes nothing of the process
-
-
-def _watch_optimizers(model: nn.Module) -> None:
-    """Check each optimizer at its next step."""
-    _ADAPTED.add(model)
-    _CHECKED.clear()
-    if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_check_optimizer))
-
-
-def _check_optimizer(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse an optimizer of weights below adapters that holds nothing else: it trains nothing."""
-    if optimizer in _CHECKED or (dist.is_available() and dist.is_initialized()):  # there, each may hold only its share
-        return
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    is_idle = all(p.grad is None and not p.requires_grad for p in held)
-    for view in map(View, list(_ADAPTED) if is_idle else ()):
-        below = [name for name in view.adapted_weights if view.layers and view.base.get(name) in held]
-        if below and held.isdisjoint(view.adapters.values()):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter. "
-                "Make it after inject_adapters or load_adapter, of (p for p in model.parameters() if p.requires_grad)."
-            )
-    _CHECKED.add(optimizer)
 
 
 # What bypasses adapted layers: inference paths, and save_pretrained of other libraries

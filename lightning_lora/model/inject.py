@@ -1,5 +1,6 @@
 """Add adapters to a model in place, and remove them."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,14 +16,18 @@ from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, l
 from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, LoRAParameters, LoRATokens, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.find import find_networks
+from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
+from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
-from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
+from lightning_lora.tensors.names import is_in_any, join, named_modules, owner_of, starts_of
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -76,6 +81,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     names = inject(model, config, name=name)
     if still := records.record_of(model).adapter.networks.still:
         warn(left_still(still, type(model).__name__))
+    warn_of_hooks(model, View(model).layers)
     return names
 
 
@@ -92,6 +98,8 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     record = records.find_record(model) and records.record_of(model)  # raises an error if the base is shown
+    if record is None or name not in record.adapters:
+        refuse_in_block(model, "inject_adapters")
     if record and not record.is_merged:
         with activate(model, name, config) as undo:
             names = _inject(model, config, name, not networks_are_known)
@@ -122,6 +130,9 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         )
     loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
     loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
+    loose += _tied_since(view, choices)
+    if loose or not all(isinstance(choice.layer, LoRALayer) for choice in choices.values()):
+        refuse_in_block(model, "inject_adapters")
     with attach.undone_on_error(view):
         if loose:
             attach.detach_adapters(view, loose)
@@ -142,6 +153,23 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
+
+
+def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
+    """Layers that the same word chose before they were tied, as in a module's own ``setup``. None has learned."""
+    if not view.is_adapted or view.is_merged or view.adapter.config.target_modules != view.config.target_modules:
+        return []
+    if view.config.target_modules not in AUTOMATIC:
+        return []
+    holders = Counter[nn.Parameter]()
+    for module in set(view.modules.values()):
+        holders.update({p for p in module._parameters.values() if p is not None})
+    tied = list[str]()
+    for name, layer in view.layers.items():
+        is_shared = any(holders[weight] > 1 for weight in view.weights_of(name))
+        if name not in choices and is_shared and layer.lora_is_fresh():
+            tied.append(name)
+    return tied
 
 
 def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
@@ -370,6 +398,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = records.find_record(model) or records.record_of(model)
     check_known(record, name, model)
+    refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
         if name == record.adapter.name:
             with activate(model, next(iter(record.others))) as undo:

@@ -1,6 +1,6 @@
 """Handle state dicts that other code loads into adapted models."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,30 +17,23 @@ from lightning_lora.tensors.values import same_bits
 @on_load
 def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> bool:
     """Check a state dict before torch loads it: the record takes over the values of a new base, or a merged model."""
-    record, view = record_of(model), View(model)  # an error while the base is shown
-    lead = plain_name(prefix)
-    plain = {plain_name(name): value for name, value in state.items()}
-    given = {name.removeprefix(lead): value for name, value in plain.items() if name.startswith(lead)}
-    adapters = [name for name in view.adapters if name in given]
+    record = record_of(model)  # an error while the base is shown
+    view = View(model)
+    given = _values_below(prefix, state)
+    given_adapters = [name for name in view.adapters if name in given]
     if record.is_merged:
-        if adapters:
-            raise AdapterStateError(
-                f"This state holds adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
-                "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
-            )
+        _refuse_adapters(view, given_adapters)
         return False
-    frozen = [name in given for name in view.base if name not in record.adapter.originals]
-    if adapters and all(frozen):
-        view.adapter.set_base_values(_loaded(view, given, _statistics(view)))
-    if adapters or not any(frozen):
+    frozen_names = [name for name in view.base if name not in record.adapter.originals]
+    given_frozen = [name for name in frozen_names if name in given]
+    if given_adapters:
+        if len(given_frozen) == len(frozen_names):
+            _take_statistics(view, given)
+        return False
+    if not given_frozen:
         return False  # only what trains: not a base
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
-        warn(
-            f"The weights loaded into {type(model).__name__} hold merged updates. They are its base now, and its "
-            "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead."
-        )
-        for layer in view.layers.values():
-            layer.lora_initialise()
+        _begin_on_merged_weights(view)
     originals: dict[str, Tensor] = {}
     for adapter in record.adapters.values():
         originals |= adapter.originals
@@ -48,27 +41,67 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
     return False
 
 
+def _values_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for a model that stands at this prefix of a state dict, by plain names in it."""
+    plain_prefix = plain_name(prefix)
+    values = {}
+    for name, value in state.items():
+        plain = plain_name(name)
+        if plain.startswith(plain_prefix):
+            values[plain.removeprefix(plain_prefix)] = value
+    return values
+
+
+def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:
+    """Refuse adapters for a merged model."""
+    if given_adapters:
+        raise AdapterStateError(
+            f"This state holds adapters ({listed(given_adapters)}), and those of {view.title} are merged "
+            "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
+        )
+
+
+def _begin_on_merged_weights(view: View) -> None:
+    """Let the adapters begin anew: their updates are in the weights already."""
+    warn(
+        f"The weights loaded into {view.title} hold merged updates. They are its base now, and its "
+        "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead."
+    )
+    for layer in view.layers.values():
+        layer.lora_initialise()
+
+
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
     adapted = set(view.adapted_weights)
-    same = {name: isinstance(given.get(name), Tensor) and same_bits(p, given[name]) for name, p in view.frozen.items()}
-    rest = [is_same for name, is_same in same.items() if name not in adapted]
-    return bool(rest) and all(rest) and not all(same.values())
+    has_other_frozen_weights = False
+    is_whole_base = True
+    for name, weight in view.frozen.items():
+        value = given.get(name)
+        is_same = isinstance(value, Tensor) and same_bits(weight, value)
+        is_whole_base = is_whole_base and is_same
+        if name in adapted:
+            continue
+        if not is_same:
+            return False
+        has_other_frozen_weights = True
+    return has_other_frozen_weights and not is_whole_base
 
 
-def _loaded(view: View, given: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
+    """Take the statistics of frozen norms as the base's: training cannot have changed them."""
+    norms = {name for name, module in view.modules.items() if isinstance(module, FrozenNorm)}
+    statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
+    view.adapter.set_base_values(_loaded(view, given, statistics))
+
+
+def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
-    loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
-    found = {}
-    for name, tensor in own.items():
-        value = loaded.get(id(present.get(name)))
+    value_by_tensor = {id(tensor): given[name] for name, tensor in present.items() if name in given}
+    loaded = {}
+    for name, tensor in tensors.items():
+        value = value_by_tensor.get(id(present.get(name)))
         if isinstance(value, Tensor) and value.shape == tensor.shape:
-            found[name] = value.to(tensor.dtype)
-    return found
-
-
-def _statistics(view: View) -> dict[str, Tensor]:
-    """The buffers of frozen norms, which training cannot have changed."""
-    owners = {name for name, module in view.modules.items() if isinstance(module, FrozenNorm)}
-    return {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in owners}
+            loaded[name] = value.to(tensor.dtype)
+    return loaded

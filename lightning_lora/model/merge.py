@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRATokens
 from lightning_lora.model import attach
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.record import Merge, Record, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
@@ -136,6 +137,7 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return :func:`tied_weights`."""
+    refuse_in_block(view.model, "merge_adapters")
     attach.check_weights(view)
     tied = check_mergeable(view)
     warn_of_divergence(view)

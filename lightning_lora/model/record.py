@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
+from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.networks.roles import Networks
 from lightning_lora.private import LOAD_HOOKS
-from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -274,7 +275,10 @@ def on_load(hook: _LoadHook) -> _LoadHook:
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
-    for hook in _HOOKS if find_record(model) else ():
+    if find_record(model) is None:
+        return
+    refuse_in_block(model, "load_state_dict")
+    for hook in _HOOKS:
         if hook(model, state, prefix, notes):
             return
 

@@ -17,10 +17,11 @@ from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
-from lightning_lora.model.record import record_of
+from lightning_lora.model.blocks import is_in_block, open_block
+from lightning_lora.model.record import AdapterState, record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import version_of
+from lightning_lora.private import NormBase, version_of
 from lightning_lora.targets.lookup import has_forward
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
@@ -37,9 +38,9 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
     to it. Without ``with``, the names are checked, and nothing else happens.
 
-    All threads see the block: let one use the model at a time. ``disable_adapters`` shows the base in it. Do not move
-    the model inside it, nor add, load, remove or merge adapters. If activations are checkpointed, call ``backward``
-    inside it.
+    All threads see the block: let one use the model at a time. Of blocks in blocks, the inner one counts, and
+    ``disable_adapters`` shows the base. To add, load, remove, sum or merge adapters there is an error. Do not move the
+    model inside it. If activations are checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -48,7 +49,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name.
+        ConfigError: in forward, a layer reads something else than one row for each name, or a norm with running
+            statistics that an adapter trains is in train mode.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -73,109 +75,227 @@ class _Block(ExitStack):
 
     def __init__(self, model: nn.Module, names: tuple[Name, ...]) -> None:
         super().__init__()
-        self.model, self.names, self.running = model, names, list[Name]()
+        self.model = model
+        self.names = names
+        self.running: list[Name] = []
 
     def __enter__(self) -> "_Block":
-        view, forwards = view_of(self.model), list[tuple[nn.Module, str, Any]]()
+        view = view_of(self.model)
         check_switchable(view)
-        for name in view.record.others.keys() & set(self.names):
-            move_to_model(view, view.record.others[name])
-        used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
-        values, modules = _own_values(view, used), named_modules(view.model)
-        changed = set(chain.from_iterable(used.values()))
-        changed.update(name for name, module in modules.items() if module in values)
-        around = {"", *chain.from_iterable(map(starts_of, changed))}
+        used = self._used_adapters(view)
+        values = _values_besides_adapters(view, used)
+        modules = named_modules(view.model)
+        changed = {name for name, module in modules.items() if module in values or is_in_block(module)}
+        changed.update(*used.values())
+        around = _modules_around(changed)
+        replaced: list[tuple[nn.Module, str, Any]] = []
         for name, module in modules.items():
             adapters: dict[Name, Adapter] = {key: layers[name] for key, layers in used.items() if name in layers}
             _check_has_rows(name, view, around, adapters.values())
-            if name in around and (path := inference_path(module)):
-                forwards.append((module, *path))
+            path = inference_path(module) if name in around else None
+            if path is not None:
+                replaced.append((module, *path))
             if name in changed:
-                mixed = _Mixed(self, view, name, adapters, values.get(module, {}))
-                forwards.append((module, "forward", MethodType(mixed.forward, module)))  # a copy gets one of the copy
-        for module, name, forward in forwards:
-            held = vars(module)
-            self.callback(*((held.update, {name: held[name]}) if name in held else (held.pop, name)))
-            held[name] = forward
+                mixed = _MixedModule(self, view, name, adapters, values.get(module, {}))
+                replaced.append((module, "forward", MethodType(mixed.forward, module)))  # a copy gets one of the copy
+        self.enter_context(open_block([modules[name] for name in modules.keys() & changed]))
+        for module, attribute, value in replaced:
+            self._replace(module, attribute, value)
         return self
 
+    def _used_adapters(self, view: View) -> dict[str, dict[str, Adapter]]:
+        """The active adapter, and those of the rows, by name and layer. They are where the model is."""
+        resting = view.record.others
+        for name in resting.keys() & set(self.names):
+            move_to_model(view, resting[name])
+        names = dict.fromkeys((view.adapter.name, *self.names))
+        return {name: adapters_of(self.model, name) for name in names if name is not None}
 
-def _own_values(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
+    def _replace(self, module: nn.Module, attribute: str, value: object) -> None:
+        """Set an attribute of a module itself, until the end of the block."""
+        attributes = vars(module)
+        if attribute in attributes:
+            self.callback(attributes.update, {attribute: attributes[attribute]})
+        else:
+            self.callback(attributes.pop, attribute)
+        attributes[attribute] = value
+
+
+def _modules_around(changed: Iterable[str]) -> set[str]:
+    """The names of these modules, and of all that hold one."""
+    around = {""}
+    for name in changed:
+        around.update(starts_of(name))
+    return around
+
+
+# What differs besides the adapters
+
+
+def _values_besides_adapters(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
+    states = [view.record.adapters[name] for name in names]
+    tensor_names = dict.fromkeys(chain.from_iterable(state.originals for state in states))
+    present: dict[str, Tensor] = {**view.base, **view.buffers}
     found: dict[nn.Module, Values] = {}
-    present, adapters = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
-    for name in dict.fromkeys(chain.from_iterable(each.originals for each in adapters)):
-        here, original = present[name], view.adapter.originals.get(name)
-        base = here if original is None or original.is_meta or name in view.record.filled else original.to(here)
-        values: dict[Name, Tensor] = {each.name: each.own.get(name, base) for each in adapters}
-        values |= {None: base, view.adapter.name: here}
-        if not isinstance(here, nn.Parameter) and all(same_bits(value, base) for value in values.values()):
-            continue
-        owner = owner_of(name)
-        around = view.modules[owner_of(owner)]
-        if isinstance(around, nn.MultiheadAttention) or not has_forward(view.modules[owner]):
-            owner = owner_of(owner)  # the module around it reads its tensors
-        for key, value in values.items():
-            found.setdefault(view.modules[owner], {}).setdefault(key, {})[name.removeprefix(f"{owner}.")] = value
+    for name in tensor_names:
+        here = present[name]
+        values = _values_of(view, name, here, states)
+        if not isinstance(here, nn.Parameter) and _are_all_alike(values):
+            continue  # a buffer that no adapter has changed
+        reader = _reader_of(view, name)
+        in_reader = name.removeprefix(f"{reader}.")
+        values_there = found.setdefault(view.modules[reader], {})
+        for adapter_name, value in values.items():
+            values_there.setdefault(adapter_name, {})[in_reader] = value
     return found
+
+
+def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterState]) -> dict[Name, Tensor]:
+    """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
+    original = view.adapter.originals.get(name)
+    base = here
+    if original is not None and not original.is_meta and name not in view.record.filled:
+        base = original.to(here)
+    values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
+    values[None] = base
+    values[view.adapter.name] = here
+    return values
+
+
+def _are_all_alike(values: Mapping[Name, Tensor]) -> bool:
+    base = values[None]
+    return all(same_bits(value, base) for value in values.values())
+
+
+def _reader_of(view: View, tensor: str) -> str:
+    """The name of the module whose forward reads a tensor: its own, or the one around that."""
+    owner = owner_of(tensor)
+    outer = owner_of(owner)
+    is_in_attention = isinstance(view.modules[outer], nn.MultiheadAttention)
+    if is_in_attention or not has_forward(view.modules[owner]):
+        return outer
+    return owner
+
+
+# Layers whose rows are not their own
 
 
 def _check_has_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> None:
     """Refuse a layer whose batches do not begin with rows. A module in ``around`` holds one that takes part."""
-    module, about = view.modules[name], ""
-    beside = owner_of(name) if isinstance(module, nn.MultiheadAttention) else name  # layers there read the same batch
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first and beside in around:
-        about = "batch_first=False: its rows are the second dimension"
-    if any(issubclass(adapter.kind, LoRAParameters) or adapter.matrices[0].tokens for adapter in adapters):
-        about = "an adapter of experts, parameters or tokens, which all rows of a batch share"
-    if about:
-        about = f"{name!r} of {view.title} has {about}. So no row can have its own adapter."
-        raise AdapterStateError(f"{about} Run the rows of each adapter in a batch of their own, with set_adapter.")
+    about = _why_no_rows(name, view, around, adapters)
+    if about is not None:
+        raise AdapterStateError(
+            f"{name!r} of {view.title} has {about}. So no row can have its own adapter. Run the rows of each adapter "
+            "in a batch of their own, with set_adapter."
+        )
 
 
-class _Mixed:
+def _why_no_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> str | None:
+    """What a layer has that all rows of a batch share, or None."""
+    if any(map(_is_shared_by_rows, adapters)):
+        return "an adapter of experts, parameters or tokens, which all rows of a batch share"
+    module = view.modules[name]
+    part = name
+    if isinstance(module, nn.MultiheadAttention):
+        part = owner_of(name)  # layers beside it read the same batch
+    elif not isinstance(module, nn.RNNBase):
+        return None
+    if module.batch_first or part not in around:
+        return None
+    return "batch_first=False: its rows are the second dimension"
+
+
+def _is_shared_by_rows(adapter: Adapter) -> bool:
+    return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
+
+
+# A module in the block
+
+
+class _MixedModule:
     """A module that runs in another way for each name."""
 
     def __init__(self, block: _Block, view: View, name: str, adapters: Mapping[Name, Adapter], values: Values) -> None:
         module: Any = view.modules[name]
-        self.name, self.module, self.record, self.running = name, module, view.record, block.running
+        self.name = name
+        self.module = module
+        self.record = view.record
+        self.running = block.running
         self.plain: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
-        self.adapters, self.values = {key: adapters[key] for key in block.names if key in adapters}, values
-        self.is_sum, self.has_dropout = not values, False  # a sum of the base's output and an update for each row
-        for adapter in self.adapters.values():
-            cls: Any = combined(adapter.kind, self.plain)
-            self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
-            self.has_dropout |= adapter.settings.dropout > 0
-        self.stacked_from, self.stacked = list[Any](), (torch.empty(0), torch.empty(0))
-        self.names = [key if key in adapters or values or module._modules else None for key in block.names]
-        self.rows: dict[Name, Tensor] = {}
-        for key in dict.fromkeys(self.names):
-            self.rows[key] = torch.tensor([row for row, each in enumerate(self.names) if each == key])
+        self.values = values
+        self.adapters = {key: adapters[key] for key in block.names if key in adapters}
+        self.is_sum = self._is_sum()
+        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
+        self.has_trained_statistics = self._has_trained_statistics()
+        self.stacked_from: list[Any] = []
+        self.stacked = (torch.empty(0), torch.empty(0))
+        # without an adapter, values or modules inside that differ, a row runs as the base
+        may_differ = bool(values or module._modules)
+        self.names = [key if may_differ or key in adapters else None for key in block.names]
+        rows: dict[Name, list[int]] = {}
+        for row, key in enumerate(self.names):
+            rows.setdefault(key, []).append(row)
+        self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
+
+    def _is_sum(self) -> bool:
+        """Whether all rows are the base's output and an update: then one product adds the updates of all."""
+        additive = [self._adds_to_output(adapter) for adapter in self.adapters.values()]
+        return bool(additive) and all(additive) and not self.values
+
+    def _adds_to_output(self, adapter: Adapter) -> bool:
+        cls: Any = combined(adapter.kind, self.plain)
+        return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
+
+    def _has_trained_statistics(self) -> bool:
+        """Whether it is a norm with running statistics that an adapter trains in full."""
+        if not isinstance(self.module, NormBase) or not self.module.track_running_stats:
+            return False
+        return "weight" in self.values.get(None, ())
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
+        if self.has_trained_statistics and module.training:
+            raise ConfigError(
+                f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
+                "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
+            )
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
-        if len(self.rows) < 2:  # none at all, in an empty batch
-            return self._run_as(next(iter(self.rows), None), args, kwargs)
-        if self.is_sum and not (self.has_dropout and (module.training or self.step.runs)):
-            return add_to_rows(self.plain.forward(module, *args, **kwargs), x, *self._factors())
-        later = int(isinstance(module, nn.RNNBase))  # the rows of states are their second dimension
-        whole = (*args[5:6], kwargs.get("attn_mask"))[0] if isinstance(module, nn.MultiheadAttention) else None
+        if len(self.rows) < 2:
+            only_name = next(iter(self.rows), None)  # None: the batch is empty
+            return self._run_as(only_name, args, kwargs)
+        drops = self.has_dropout and (module.training or self.step.runs)
+        if drops or not self.is_sum:
+            return self._run_each(len(x), args, kwargs)
+        output = self.plain.forward(module, *args, **kwargs)
+        return add_to_rows(output, x, *self._factors())
+
+    def _run_each(self, n: int, args: Any, kwargs: Any) -> Any:
+        """Run the rows of each name by themselves, and put the outputs together."""
+        states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
+        mask = None
+        if isinstance(self.module, nn.MultiheadAttention):
+            mask = args[5] if len(args) > 5 else kwargs.get("attn_mask")  # all rows share it
         outputs = []
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
-                outputs.append(taken(self._run_as(None, args, kwargs), rows, len(x), later))
+                output = self._run_as(None, args, kwargs)
+                outputs.append(taken(output, rows, n, states_dim))
             else:
-                outputs.append(self._run_as(key, *taken((args, kwargs), rows, len(x), later, whole)))
-        return put_back(self.name, outputs, list(self.rows.values()), later)
+                some_args, some_kwargs = taken((args, kwargs), rows, n, states_dim, mask)
+                outputs.append(self._run_as(key, some_args, some_kwargs))
+        return put_back(self.name, outputs, list(self.rows.values()), states_dim)
 
     def _run_as(self, key: Name, args: Any, kwargs: Any) -> Any:
-        cls, attributes, adapter = self.plain, self.values.get(key, {}), self.adapters.get(key)
+        """Run the module with one adapter, or as the base. The modules inside it do so too."""
+        cls = self.plain
+        attributes = self.values.get(key, {})
+        adapter = self.adapters.get(key)
         if adapter is not None:
             cls = combined(adapter.kind, self.plain)
             attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
@@ -188,24 +308,44 @@ class _Mixed:
     def _input(self, args: Any, kwargs: Any) -> Tensor:
         """The first argument, a tensor with a row for each name."""
         x = next(iter((*args, *kwargs.values())), None)
-        bags = isinstance(self.module, nn.EmbeddingBag)  # of indices in one dimension
-        if not isinstance(x, Tensor) or x.dim() <= (bags or x.is_floating_point()) or len(x) != len(self.names):
-            raise ConfigError(
-                f"{self.name!r} reads a {type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}. adapter_names "
-                f"got {len(self.names)} names, and needs one for each row (or beam). Otherwise, use set_adapter."
-            )
-        return x
+        if isinstance(x, Tensor) and self._has_row_for_each_name(x):
+            return x
+        shape = tuple(getattr(x, "shape", ()))
+        raise ConfigError(
+            f"{self.name!r} reads a {type(x).__name__} of shape {shape}. adapter_names got {len(self.names)} names, "
+            "and needs one for each row (or beam). Otherwise, use set_adapter."
+        )
+
+    def _has_row_for_each_name(self, x: Tensor) -> bool:
+        is_bag = isinstance(self.module, nn.EmbeddingBag)  # of indices in one dimension
+        row_dims = int(is_bag or x.is_floating_point())  # one for features, none for an index
+        return x.dim() > row_dims and len(x) == len(self.names)
 
     def _factors(self) -> Factors:
         """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
-        tensors = [p for adapter in self.adapters.values() for p in adapter.parameters.values()]
-        again = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in tensors))
-        mode = torch.is_inference_mode_enabled
-        now = [] if again else [(mode(), p.data_ptr(), p.is_inference() or version_of(p)) for p in tensors]
-        if again or self.stacked_from != now:
-            updates: dict[Name, Factors] = {}
-            for key, adapter in self.adapters.items():
-                a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
-                updates[key] = a, b * adapter.settings.scaling
-            self.stacked_from, self.stacked = now, stacked([updates.get(key, (a[:0], b[:, :0])) for key in self.names])
+        parameters: list[nn.Parameter] = []
+        for adapter in self.adapters.values():
+            parameters += adapter.parameters.values()
+        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if needs_gradients or torch.compiler.is_compiling():
+            return self._stack_factors()
+        now = [_version_of_values(p) for p in parameters]
+        if self.stacked_from != now:
+            self.stacked = self._stack_factors()
+            self.stacked_from = now
         return self.stacked
+
+    def _stack_factors(self) -> Factors:
+        """A and B for each row; no rows and columns where there is no adapter."""
+        updates: dict[Name, Factors] = {}
+        for key, adapter in self.adapters.items():
+            a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
+            updates[key] = a, b * adapter.settings.scaling
+        nothing = a[:0], b[:, :0]
+        return stacked([updates.get(key, nothing) for key in self.names])
+
+
+def _version_of_values(parameter: nn.Parameter) -> tuple[bool, int, int]:
+    """What differs when a parameter has other values, or what was made of them cannot be used in this mode."""
+    version = 1 if parameter.is_inference() else version_of(parameter)
+    return torch.is_inference_mode_enabled(), parameter.data_ptr(), version

@@ -1,6 +1,7 @@
 """Switch between the adapters on one base, and show the base itself."""
 
 import difflib
+from collections.abc import Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter
+from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import plain_module, set_parameter
+from lightning_lora.tensors.names import join, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
@@ -136,16 +137,49 @@ def check_switchable(view: View) -> None:
 
 
 def move_to_model(view: View, state: AdapterState) -> None:
-    """Give a resting adapter the devices and dtypes of its layers."""
+    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
     attach.check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
+    _check_still_there(view, state, present.keys())
+    _follow_kinds(view, state)
+    _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.own.items():
             attach.move_to(tensor, present[name].device, present[name].dtype)
         for name, adapter in state.resting.items():
             attach.move_to_layer(view.modules[name], adapter, None, undo)
         undo.pop_all()
+
+
+def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> None:
+    """Refuse a model that has lost what a resting adapter is for."""
+    needed = list(state.own)
+    for name, adapter in state.resting.items():
+        needed += [join(name, matrix.weight) for matrix in adapter.matrices]
+    absent = [name for name in dict.fromkeys(needed) if name not in present]
+    if absent:
+        raise AdapterStateError(
+            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. Give the model its "
+            f"layers back, or call remove_adapters(model, {state.name!r})."
+        )
+
+
+def _follow_kinds(view: View, state: AdapterState) -> None:
+    """Give a resting adapter the kinds of its layers, which may have been quantised since."""
+    for name, adapter in state.resting.items():
+        if adapter.kind in ADAPTERS.values():  # the others are for any layer
+            adapter.kind = adapter_for(view.modules[name]) or adapter.kind
+
+
+def _check_not_resized(view: View, state: AdapterState) -> None:
+    """Refuse layers that were resized while an adapter of theirs was resting."""
+    resized = [name for name, adapter in state.resting.items() if is_resized(view.modules[name], adapter)]
+    if resized:
+        raise AdapterStateError(
+            f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "
+            f"their size back, or call remove_adapters(model, {state.name!r})."
+        )
 
 
 @torch.inference_mode(False)

@@ -14,11 +14,19 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of, records_in
+from lightning_lora.networks.roles import Networks
 from lightning_lora.private import EXTRA_STATE, NOT_STORED
-from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of, parameters_of, plain_module
+from lightning_lora.tensors.names import (
+    is_in_any,
+    join,
+    named_modules,
+    own_parameter,
+    owner_of,
+    parameters_of,
+    plain_module,
+)
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import replace_values, same_bits
 

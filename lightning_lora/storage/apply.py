@@ -13,6 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
@@ -22,7 +23,7 @@ from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.fingerprint import base_value, check_base
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
-from lightning_lora.storage.state import required, without_base, without_notes
+from lightning_lora.storage.state import diverged, required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
@@ -36,6 +37,7 @@ def apply(
 
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
+    refuse_in_block(model, "load_adapter")
     record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
@@ -98,6 +100,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterStateError: ``model`` has no adapters.
     """
     view = view_of(model)
+    refuse_in_block(model, "load_adapter_state_dict")
     check_as_merged(view)
     state = without_notes(state)
     _check_names(view, random_weights(view), state)
@@ -194,7 +197,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
         )
     _check_tensors(view, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
-    if broken := [name for name in required(view) if not state[name].isfinite().all()]:  # a diverged run leaves it
+    if broken := diverged(view, state):
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - state.keys()):

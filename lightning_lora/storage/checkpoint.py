@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, LoRAError, listed
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import on_load, record_of
@@ -103,6 +104,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
 
 def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base."""
+    refuse_in_block(model, "To load a checkpoint")
     leave_adapters(checkpoint)  # the strategy's own method does not
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:

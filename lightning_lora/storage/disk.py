@@ -1,14 +1,14 @@
 """Write files completely or not at all. Read them without running code."""
 
-import glob
 import itertools
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import time
-import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,7 +18,6 @@ from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
 import fsspec
 import torch
@@ -41,6 +40,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
         temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
@@ -60,8 +61,17 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", **metadata}
     contents = save_in_any_order(plain, metadata)
-    start = 8 + int.from_bytes(contents[:8], "little")
-    return header_of({**json.loads(contents[8:start]), "__metadata__": metadata}) + contents[start:]
+    return header_of({**header_in(contents), "__metadata__": metadata}) + contents[_end_of_header(contents) :]
+
+
+def header_in(contents: bytes) -> dict[str, Any]:
+    """Return what the beginning of a safetensors file says: its tensors, and its metadata."""
+    entries: dict[str, Any] = json.loads(contents[8 : _end_of_header(contents)])
+    return entries
+
+
+def _end_of_header(contents: bytes) -> int:
+    return 8 + int.from_bytes(contents[:8], "little")
 
 
 def header_of(entries: dict[str, Any]) -> bytes:
@@ -85,22 +95,63 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_ABANDONED = 3600  # seconds after which nobody goes on with a file
+# Temporary files. Their names say which process writes them: so what a killed one has left can be told from what
+# another one is writing at this moment.
+
+_THEIR_NAME = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
+_NAME_IN_0_2_0 = "[0-9a-f]{32}"
+_PART = re.compile(rf"\..*\.({_THEIR_NAME}|{_NAME_IN_0_2_0})\.part")
+_NUMBERS = itertools.count()  # for threads that write files of one name at the same time
+_BEING_WRITTEN = set[Path]()  # by this process
+_ABANDONED = 3600  # seconds after which nobody goes on with a file, if its process cannot be asked for
 
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a name beside ``target`` for what is being written. Nothing stays there but what killed processes leave."""
-    start = f".{target.name[:32]}."
-    for left in target.parent.glob(f"{glob.escape(start)}*.part"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED:
-                _delete(left)
-    temporary = target.with_name(f"{start}{uuid4().hex}.part")
+    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
+    remove_left_parts(target.parent)
+    start = f".{target.name[:32]}"  # long names are refused
+    temporary = target.with_name(f"{start}.lora-{_machine()}-{os.getpid()}-{next(_NUMBERS)}.part")
+    _BEING_WRITTEN.add(temporary)
     try:
         yield temporary
     finally:
         _delete(temporary)
+        _BEING_WRITTEN.discard(temporary)
+
+
+def remove_left_parts(folder: Path) -> None:
+    """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
+    for path in folder.resolve().glob(".*.part"):
+        name = _PART.fullmatch(path.name)
+        with suppress(OSError):  # another process was faster, or nobody may write there
+            if name is not None and _is_left(path, name):
+                _delete(path)
+
+
+def _is_left(path: Path, name: re.Match[str]) -> bool:
+    """Whether nobody is writing a temporary file any more."""
+    if name["process"] is None or name["machine"] != _machine() or os.name != "posix":
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    process = int(name["process"])
+    if process == os.getpid():  # in a container, the one that was killed often had the same number
+        return path not in _BEING_WRITTEN
+    try:
+        os.kill(process, 0)  # does nothing but ask for it
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Return eight characters for the machine, or the container, in which numbers of processes are unique."""
+    about = platform.node()
+    with suppress(OSError):  # on Linux
+        about += Path("/proc/sys/kernel/random/boot_id").read_text()
+        about += os.readlink("/proc/self/ns/pid")  # noqa: PTH115  # it points to no path
+    return f"{zlib.crc32(about.encode()):08x}"
 
 
 def _delete(path: Path) -> None:
@@ -209,30 +260,6 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
 
 
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code
-
-
-def check_whole(path: Any, source: Any = None) -> None:
-    """Refuse a damaged archive, which torch itself would read."""
-    local, source = local_path(path), path if source is None else source
-    if local is None and str(path).startswith("http"):
-        return
-    if local is not None:
-        if not local.exists():
-            return
-        if (local / "checkpoint").is_dir():  # as Lightning calls it
-            raise AdapterFileError(
-                f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
-                "of lightning.pytorch.utilities.deepspeed, and pass that."
-            )
-        if not local.is_file():
-            raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
-    with opened(path) as file:
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            broken = archive.testzip()
-    if broken:
-        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
 
 def _first_line(error: Exception) -> str:

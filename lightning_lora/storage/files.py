@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import ConfigError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.view import view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.disk import check_output, local_path, path_here
@@ -24,6 +24,7 @@ from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_readable
+from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
@@ -48,7 +49,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             incomplete.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they hold NaN or infinite values.
+        AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values, or
+            come from another model with another rank or scaling.
         AdapterFileError: ``path`` has another ending, or the file cannot be written (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
 
@@ -57,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     own.check_place(path)
     view = view_of(model)
-    held = without_extra(view, adapter_state(view))
+    held = _state_of(view)
     state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if odd := held.keys() - state.keys():
         warn(
@@ -107,9 +109,10 @@ def export_peft(
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
             outside of ``root``, or the pipeline would refuse it.
-        AdapterStateError: the model has no adapters.
+        AdapterStateError: the model has no adapters, or they have no values, or come from another model with another
+            rank or scaling.
         AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
-        ConfigError: ``format`` is another word.
+        ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
@@ -133,13 +136,24 @@ def export_peft(
         raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
-        state, model = without_extra(view, adapter_state(view)), model_or_file
-        stored = StoredAdapters.from_view(view, state, [])
+        stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
     else:
         stored, model = own.read_adapter_file(model_or_file), None
     source = source_of(stored, model, root)
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
+
+
+def _state_of(view: View) -> dict[str, Any]:
+    """All that training changed, if it has values."""
+    state = without_extra(view, adapter_state(view))
+    empty = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    if empty:
+        raise AdapterStateError(
+            f"{listed(empty)} of {view.title} are on the meta device and have no values. Load the base, which moves "
+            "them, or call model.to_empty(device=...) and initialise them first."
+        )
+    return state
 
 
 def load_adapter(
@@ -209,6 +223,8 @@ def load_adapter(
         )
     if reader is None:
         reader = partial(with_names_of, stored=own.adapters_in(contents, path))
+    else:
+        check_usual(contents, path)
     apply(model, reader, refuse_base=check_base, name=name)
 
 

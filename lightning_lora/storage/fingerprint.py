@@ -40,6 +40,12 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     return {"layout": _layout(tensors, renaming), "dtypes": dtypes_of(tensors), "digests": list(digests.values())}
 
 
+def base_digests(model: nn.Module) -> dict[str, int]:
+    """Return the digests of an adapted model's base, read again where a quick look shows a change. Collective."""
+    view = view_of(model)
+    return dict(zip(base_tensors(view), fingerprint(view, anew=False)["digests"], strict=True))
+
+
 def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
     lines = (f"{renaming.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

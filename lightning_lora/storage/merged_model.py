@@ -2,8 +2,9 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import Parameter, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,7 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
+    args, kwargs = _by_name(save, args, kwargs)
     given, adapters = kwargs.get("state_dict"), view.adapters  # those without effect too: none is written
     has_no_adapters = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
     if has_no_adapters or "state_dict" in vars(model):  # the caller's own values, or inside another save
@@ -181,6 +183,18 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         )
     with _answering(model, state):
         return save(model, *args, **kwargs | ({"state_dict": state} if given else {}))
+
+
+def _by_name(
+    save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
+    about = signature(save).parameters.values()
+    names = [each.name for each in about if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    named = dict(zip(names[2:], args[1:], strict=False))  # the first two are self and the folder
+    if len(named) < len(args) - 1 or not named.keys().isdisjoint(kwargs):  # an error of the caller's
+        return args, kwargs
+    return args[:1], {**named, **kwargs}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
+from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.record import AdapterState, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
@@ -65,6 +66,7 @@ def set_adapter(
     if isinstance(name, str) or not isinstance(name, Iterable):
         return switch.set_adapter(model, name)
     weights = name if isinstance(name, Mapping) else Counter(name)
+    refuse_in_block(model, "A sum of adapters")
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
     title = " + ".join(f"{repr(float(weight)).removesuffix('.0')} {each}" for each, weight in weights.items())
     if title in record.adapters and not record.adapters[title].sum_of:
@@ -113,6 +115,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
         ('fr', 'de', 'both')
     """
     record = find_record(model) or record_of(model)
+    refuse_in_block(model, "combine_adapters")
     AdapterState(record.adapter.config, name)  # checks the name
     if name in record.adapters:
         raise AdapterStateError(

@@ -9,7 +9,8 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import plain_name, state_dict
+from lightning_lora.private import NormBase
+from lightning_lora.tensors.names import join, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
@@ -100,12 +101,40 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
 
 def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
-    trained = required(view) if view.is_adapted else view.adapters  # a part of an adapted module is saved by itself
-    if broken := [name for name, p in trained.items() if not p.is_meta and not full_tensor(p).isfinite().all()]:
+    if broken := diverged(view, {**view.parameters, **view.buffers}):
         raise AdapterStateError(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."
         )
+
+
+def diverged(view: View, values: Mapping[str, Any]) -> list[str]:
+    """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
+    if view.is_adapted:
+        names, originals = [*required(view), *_statistics(view)], view.adapter.originals
+    else:  # a part of an adapted module is saved by itself
+        names, originals = [*view.adapters], {}
+    return [name for name in names if name in values and not _is_sound(values[name], originals.get(name))]
+
+
+def _statistics(view: View) -> list[str]:
+    """The running statistics of norms. A step that is skipped for its overflow, as in 16-mixed, spoils them alone."""
+    found = list[str]()
+    for name, module in view.modules.items():
+        if isinstance(module, NormBase):
+            found += [join(name, leaf) for leaf in ("running_mean", "running_var") if leaf in module._buffers]
+    return found
+
+
+def _is_sound(value: Tensor | None, original: Tensor | None) -> bool:
+    """Whether a value is finite, but for what the base has too: a mask may be infinite."""
+    if value is None or value.is_meta:
+        return True
+    value = full_tensor(value)
+    odd = ~value.isfinite()
+    if not odd.any():
+        return True
+    return original is not None and same_bits(value[odd].cpu(), original[odd.cpu()])
 
 
 def required(view: View) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, ConfigError, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored_layers import StoredLayer, layers_of
+from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
@@ -50,10 +51,12 @@ class StoredAdapters:
         held = [*view.parameters, *view.buffers]
         modules = [name for name in view.modules if view.config.is_saved(name)]
         outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+        layers = layers_of(view)
+        _check_as_configured(view, layers)
         return cls(
             config=view.config,
             state=state,
-            layers={layer.name: layer for layer in layers_of(view)},
+            layers={layer.name: layer for layer in layers},
             base=base,
             changed=[name for name in state if name in view.frozen],
             random=list(random_weights(view)),
@@ -90,6 +93,24 @@ class StoredAdapters:
         broken = [name for name, value in self.state.items() if is_dense(value) and not value.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
+
+
+def _check_as_configured(view: View, layers: Sequence[StoredLayer]) -> None:
+    """Refuse layers with another rank or scaling than the configuration says, by which a reader adapts its model."""
+    wrong = dict[str, None]()
+    for layer in layers:
+        for matrix in layer.matrices:
+            target, r, scaling = asked_of(view.config, layer.name, matrix, layer.kind)
+            has_rank = r == matrix.rank(layer.r)
+            has_scaling = math.isclose(scaling, matrix.scale(layer.scaling))
+            if not (has_rank and has_scaling):
+                wrong[target] = None
+    if wrong:
+        raise AdapterStateError(
+            f"{listed(wrong)} of {view.title} have another rank or scaling than its configuration says, so a file of "
+            "them would give other outputs. They come from another model. Adapt this one with their r and alpha "
+            "(rank_pattern, alpha_pattern), and copy lora_A and lora_B."
+        )
 
 
 def stored_config(description: Mapping[str, Any]) -> LoRAConfig:

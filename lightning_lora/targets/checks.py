@@ -7,12 +7,20 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
-from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
+from lightning_lora.layers import (
+    INITIALISATIONS,
+    AdaptedMatrix,
+    LoRALayer,
+    LoRAParameters,
+    Settings,
+    adapter_for,
+    why_merge_is_wrong,
+)
+from lightning_lora.patterns import matches_pattern
 from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import join, plain_module
+from lightning_lora.tensors.names import is_in_any, join, plain_module
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -142,16 +150,44 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
             )
 
 
+def check_merges(choices: Mapping[str, Choice]) -> None:
+    """Refuse one's own kinds of layers that would merge another update than the one that they compute."""
+    for name, choice in choices.items():
+        why = why_merge_is_wrong(choice.kind, choice.layer, choice.matrices)
+        if why is not None:
+            kind = choice.kind.__name__
+            raise TargetError(
+                f"{kind}, the adapter class of {name!r} ({type(choice.layer).__name__}), would merge a wrong update: "
+                f"{why}. Expected W itself: lora_as_weight must undo lora_as_matrix. Define both in {kind}; for a "
+                "weight (in, out), one returns weight.T, and the other matrix.T."
+            )
+
+
+def check_factor_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
+    for name, choice in choices.items():
+        endings = [matrix.name for matrix in choice.matrices]
+        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
+        if twice:
+            raise TargetError(
+                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name. Name "
+                "one of them in target_parameters, or rename one in the module."
+            )
+
+
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
-        what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
-    elif INITIALISATIONS[config.init].from_weight:
+        where = "linear, embedding and convolution layers without target_slices"
+        _refuse_unfit("use_dora=True", where, unfit, choices)
+    if INITIALISATIONS[config.init].from_weight:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_drops_input or c.matrices[0].tokens)]
-        what, where = f"init={config.init!r}", "layers other than embeddings, where it would change unseen tokens"
-    else:
-        return
+        where = "layers other than embeddings, where it would change unseen tokens"
+        _refuse_unfit(f"init={config.init!r}", where, unfit, choices)
+
+
+def _refuse_unfit(what: str, where: str, unfit: list[str], choices: Mapping[str, Choice]) -> None:
     if unfit:
         shown = shortened(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit)
         raise TargetError(

@@ -47,7 +47,9 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
             choices[name] = _choice(config, name, layer, kind, matrices)
     checks.check_any(names, config, choices, untouched)
     checks.check_patterns(names, config, choices)
+    checks.check_factor_names(choices)
     checks.check_methods(config, choices)
+    checks.check_merges(choices)
     return choices
 
 

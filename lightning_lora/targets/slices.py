@@ -2,12 +2,17 @@
 
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.lookup import Names
+from lightning_lora.tensors.names import starts_of
 
 Rows = dict[str, tuple[int, int]]
 Slices = tuple[str, ...] | Rows  # names of parts, or names with their ranges of rows
+Matrices = tuple[AdaptedMatrix, ...]
+Parts = dict[str, AdaptedMatrix]
 
 _ATTENTION = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 """Names of fused projections whose output is all queries, then all keys, then all values."""
@@ -16,77 +21,107 @@ _INTERLEAVED = ("CodeGenAttention",)
 """Classes of attention whose projection has one of these names, but is ordered head by head."""
 
 
-def sliced(
-    names: Names, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], slices: Slices
-) -> tuple[AdaptedMatrix, ...]:
+def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, slices: Slices) -> Matrices:
     """Return what ``target_slices`` selects of the layer ``name``, which has these matrices."""
     if len(matrices) == 1:
-        known = _rows_of(names, name, kind, matrices[0], slices)
+        parts = _ranges_of_rows(names, name, kind, matrices[0], slices)
     else:
-        known = {matrix.name: matrix for matrix in matrices}
-        if isinstance(slices, dict):
-            raise TargetError(
-                f"target_slices give rows of {name!r}, whose parts have names: {', '.join(map(repr, known))}. Give a "
-                "list of these."
-            )
-    unknown = [part for part in slices if part not in known]
+        parts = _named_matrices(name, matrices, slices)
+    unknown = [part for part in slices if part not in parts]
     if unknown:
-        raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(known, most=12)}.")
-    return tuple(matrix for matrix in known.values() if matrix.name in slices)
+        raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
+    return tuple(matrix for part, matrix in parts.items() if part in slices)
 
 
-def _rows_of(
-    names: Names, name: str, kind: type[LoRALayer], weight: AdaptedMatrix, slices: Slices
-) -> dict[str, AdaptedMatrix]:
+def _named_matrices(name: str, matrices: Matrices, slices: Slices) -> Parts:
+    """The matrices of a layer with several, by the names that the layer has for them."""
+    parts = {matrix.name: matrix for matrix in matrices}
+    if isinstance(slices, dict):
+        part_names = ", ".join(map(repr, parts))
+        raise TargetError(
+            f"target_slices give rows of {name!r}, whose parts have names: {part_names}. Give a list of these."
+        )
+    return parts
+
+
+def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], weight: AdaptedMatrix, slices: Slices) -> Parts:
     """Ranges of rows of a layer with one weight, by name."""
     if not kind.lora_writes_rows:
-        raise TargetError(f"{name!r} is a {type(names.modules[name]).__name__}, which has no parts for target_slices.")
+        title = type(names.modules[name]).__name__
+        raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
     rows = slices if isinstance(slices, dict) else _known_rows(names, name, weight)
     if rows is None:
-        example = f"target_slices={{{name!r}: {{{next(iter(slices))!r}: [first, end]}}}}"
-        raise TargetError(
-            f"The rows of {listed(slices)} in {name!r}, which has {weight.writes}, are not known. If each is one range "
-            f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
-        )
+        raise TargetError(_about_unknown_rows(name, weight, slices))
     beyond = [part for part, (_, end) in rows.items() if end > weight.writes]
     if beyond:
         raise TargetError(f"target_slices of {name!r} end beyond its {weight.writes} rows: {listed(beyond)}.")
-    matrices = {}
+    parts = {}
     for part, (first, end) in rows.items():
-        matrices[part] = AdaptedMatrix(weight.weight, weight.reads, end - first, first, weight.writes, part)
-    return matrices
+        parts[part] = AdaptedMatrix(
+            weight.weight,
+            reads=weight.reads,
+            writes=end - first,
+            first=first,
+            rows=weight.writes,
+            name=part,
+        )
+    return parts
+
+
+def _about_unknown_rows(name: str, weight: AdaptedMatrix, slices: Slices) -> str:
+    """What to do if only the user knows where the parts are."""
+    first_part = next(iter(slices))
+    example = f"target_slices={{{name!r}: {{{first_part!r}: [first, end]}}}}"
+    return (
+        f"The rows of {listed(slices)} in {name!r}, which has {weight.writes}, are not known. If each is one range "
+        f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
+    )
 
 
 def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows | None:
-    """The rows of q, k and v in a fused projection, or None. The nearest ``config`` with heads around it says them."""
-    *above, leaf = name.split(".")
-    if leaf == "gate_up_proj":
-        return _ranges(dict.fromkeys(("gate", "up"), weight.writes // 2)) if weight.writes % 2 == 0 else None
-    holders = [names.modules[".".join(above[:i])] for i in range(len(above), 0, -1)] + [names.model]
-    if leaf not in _ATTENTION or any(type(holder).__name__ in _INTERLEAVED for holder in holders):
+    """The rows of each part of a fused projection: one part after the other. None: they are not known."""
+    sizes = _known_sizes(names, name, weight)
+    if sizes is None or sum(sizes.values()) != weight.writes:
         return None
-    sizes: dict[str, int] | None = dict.fromkeys("qkv", weight.reads)
-    for holder in holders:
-        config = getattr(holder, "config", None)
-        if hasattr(config, "num_attention_heads"):
-            sizes = _by_heads(config, weight.reads)
-            break
-    return _ranges(sizes) if sizes and sum(sizes.values()) == weight.writes else None
-
-
-def _by_heads(config: Any, reads: int) -> dict[str, int] | None:
-    """Sizes of q, k and v. In grouped-query and multi-query attention, k and v are smaller than q."""
-    if getattr(config, "multi_query", None) is False:  # then the rows are ordered head by head
-        return None
-    heads = config.num_attention_heads
-    shared = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or reads // heads
-    return {"q": heads * width, "k": shared * width, "v": shared * width}
-
-
-def _ranges(sizes: dict[str, int]) -> Rows:
-    ranges, first = {}, 0
-    for name, size in sizes.items():
-        ranges[name] = (first, first + size)
+    rows, first = {}, 0
+    for part, size in sizes.items():
+        rows[part] = (first, first + size)
         first += size
-    return ranges
+    return rows
+
+
+def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, int] | None:
+    """How many rows each part of a fused projection has, by its name and the configuration around it."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "gate_up_proj":
+        return dict.fromkeys(("gate", "up"), weight.writes // 2)
+    if leaf not in _ATTENTION:
+        return None
+    modules_around = _modules_around(names, name)
+    if any(type(module).__name__ in _INTERLEAVED for module in modules_around):
+        return None
+    for module in modules_around:
+        config = getattr(module, "config", None)
+        if hasattr(config, "num_attention_heads"):  # the nearest one counts: a model may have several encoders
+            return _sizes_by_heads(config, weight.reads)
+    return dict.fromkeys("qkv", weight.reads)
+
+
+def _modules_around(names: Names, name: str) -> list[nn.Module]:
+    """The modules around a layer, the innermost first and the model last."""
+    outer_names = starts_of(name)[:-1]
+    modules = [names.modules[outer] for outer in reversed(outer_names)]
+    return [*modules, names.model]
+
+
+def _sizes_by_heads(config: Any, reads: int) -> dict[str, int] | None:
+    """Sizes of q, k and v. In grouped-query and multi-query attention, k and v are smaller than q."""
+    multi_query = getattr(config, "multi_query", None)
+    if multi_query is False:  # then the rows are ordered head by head
+        return None
+    query_heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    if multi_query:
+        key_heads = 1
+    head_size = getattr(config, "head_dim", None) or reads // query_heads
+    return {"q": query_heads * head_size, "k": key_heads * head_size, "v": key_heads * head_size}

@@ -9,8 +9,10 @@ from torch import Tensor
 from lightning_lora.private import count_modes
 from lightning_lora.tensors.shards import first_local, full_tensor, is_dtensor, is_one_run, split_dims, to_local
 
-_BITS = 18
-_CHUNK = 1 << _BITS  # elements whose products stay in a cache
+_CHUNK = 1 << 18  # integers whose products stay in a cache
+_RANGE = 1 << 63  # a digest is smaller than this
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16}  # by the bytes of an element; wider ones are read as several int32
 
 
 def digest(tensor: Tensor) -> int:
@@ -25,85 +27,151 @@ def digest(tensor: Tensor) -> int:
     """
     if is_dtensor(tensor):
         return digests([tensor])[0]
-    if hasattr(tensor, "__tensor_flatten__"):  # a tensor that consists of others, such as a quantised one
-        total = 0
-        for name in tensor.__tensor_flatten__()[0]:
-            total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
-        return total
+    if consists_of_others(tensor):
+        return _digest_of_inner(tensor)
     if tensor.layout is not torch.strided:
-        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense tensor may be too large
-        return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
+        return _digest_of_sparse(tensor)
     return _digest_of_integers(_integers(tensor))
+
+
+def consists_of_others(tensor: Tensor) -> bool:
+    """Whether a tensor holds its values in other tensors, as a quantised one does."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def inner_tensors(tensor: Any) -> list[Tensor]:
+    """Return the tensors that hold the values of a tensor which consists of others."""
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def _digest_of_inner(tensor: Tensor) -> int:
+    total = 0
+    for inner in inner_tensors(tensor):
+        total = (3 * total + digest(inner)) % _RANGE
+    return total
+
+
+def _digest_of_sparse(tensor: Tensor) -> int:
+    sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense tensor may be too large
+    indices = digest(sparse.indices())
+    values = digest(sparse.values())
+    return (3 * indices + values) % _RANGE
+
+
+def _digest_of_integers(integers: Tensor) -> int:
+    """The hash of a vector of integers. A device is waited for once."""
+    count = integers.numel()
+    if count == 0:
+        return 0
+    if count > _CHUNK:
+        return _total(_sums_of_chunks(integers), count)
+    # One chunk, as in every look at a tensor: to stack it would take longer than to hash it.
+    multipliers = _multipliers(integers.device)
+    total = _sum_of_products(integers, multipliers[:count]) * multipliers[-1]
+    return (count + int(total)) % _RANGE
+
+
+# Digests of many tensors
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
-    tensors = [full_tensor(each) if is_dtensor(each) and not is_one_run(each) else each for each in tensors]
-    found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
-    placed: dict[Any, list[int]] = {}
+    found: list[int] = []
+    spread: dict[Any, list[tuple[int, Tensor]]] = {}  # by their placement: shards, and their places in the list
     for place, tensor in enumerate(tensors):
+        if is_dtensor(tensor) and not is_one_run(tensor):
+            tensor = full_tensor(tensor)
         if is_dtensor(tensor):
-            placed.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)
-    for (mesh, dims), places in placed.items():
-        sums = torch.stack([_local_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
-        sums = sums.to(mesh.device_type)
-        for dim in dims:
-            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
-        for place, total in zip(places, sums.tolist(), strict=True):
-            itemsize = (dtype or tensors[place].dtype).itemsize
-            found[place] = (tensors[place].numel() * max(1, itemsize // 4) + total) % (1 << 63)
+            placement = (tensor.device_mesh, split_dims(tensor))
+            spread.setdefault(placement, []).append((place, tensor))
+            found.append(0)  # until the message comes
+        else:
+            found.append(digest(_converted(tensor, dtype)))
+    for (mesh, dims), shards in spread.items():
+        sums = _sums_over_processes([tensor for _, tensor in shards], dtype, mesh, dims)
+        for (place, tensor), total in zip(shards, sums, strict=True):
+            count = tensor.numel() * _integers_per_element(dtype or tensor.dtype)
+            found[place] = (count + total) % _RANGE
     return found
 
 
-def _local_sum(tensor: Tensor) -> Tensor:
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _integers_per_element(dtype: torch.dtype) -> int:
+    return max(1, dtype.itemsize // 4)
+
+
+def _sums_over_processes(
+    tensors: Sequence[Tensor], dtype: torch.dtype | None, mesh: Any, dims: Sequence[int]
+) -> list[int]:
+    """The sums of products of DTensors in ``dtype``, over all processes that hold shards of them."""
+    local_sums = [_sum_of_shard(_converted(tensor, dtype)) for tensor in tensors]
+    sums = torch.stack(local_sums).to(mesh.device_type)
+    for dim in dims:
+        torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+    totals: list[int] = sums.tolist()
+    return totals
+
+
+def _sum_of_shard(tensor: Tensor) -> Tensor:
     """The sum of the products of a DTensor's local shard, modulo 2**64."""
-    integers, multipliers = _integers(to_local(tensor)), _multipliers(to_local(tensor).device)
-    place, total = first_local(tensor) * max(1, tensor.element_size() // 4), multipliers.new_zeros(())
-    for piece in (integers[: -place % _CHUNK], *integers[-place % _CHUNK :].split(_CHUNK)):
+    shard = to_local(tensor)
+    integers = _integers(shard)
+    multipliers = _multipliers(shard.device)
+    total = multipliers.new_zeros(())
+    place = first_local(tensor) * _integers_per_element(shard.dtype)  # of the next integer, in the full tensor
+    up_to_a_chunk = -place % _CHUNK
+    first_piece = integers[:up_to_a_chunk]
+    whole_pieces = integers[up_to_a_chunk:].split(_CHUNK)
+    for piece in (first_piece, *whole_pieces):
         chunk, offset = divmod(place, _CHUNK)
-        total += _sum_of_products(piece, multipliers[offset : offset + len(piece)]) * multipliers[-1 - chunk]
+        products = _sum_of_products(piece, multipliers[offset : offset + len(piece)])
+        total += products * multipliers[-1 - chunk]
         place += len(piece)
     return total
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
-    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
+    is_plain = tensor.layout is torch.strided and not consists_of_others(tensor)
+    if not is_plain or tensor.numel() == 0:
         return [digest(tensor.to(dtype)) for dtype in dtypes]
-    sums, counts = {dtype: list[Tensor]() for dtype in dtypes}, dict.fromkeys(dtypes, 0)
+    sums: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in dtypes}
+    counts = dict.fromkeys(dtypes, 0)
     for chunk in tensor.detach().contiguous().reshape(-1).split(_CHUNK):
         for dtype in dtypes:
             integers = _integers(chunk.to(dtype))
-            sums[dtype] += _sums(integers)
+            sums[dtype] += _sums_of_chunks(integers)
             counts[dtype] += integers.numel()
     return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
 
 
+# The arithmetic
+
+
 def _integers(tensor: Tensor) -> Tensor:
     """The bits of a tensor, as a vector of integers of at most 32 bits."""
-    values = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
+    values = tensor.detach().resolve_conj().resolve_neg()
+    values = values.contiguous().reshape(-1)
+    return values.view(_INTEGERS.get(values.element_size(), torch.int32))
 
 
-def _digest_of_integers(integers: Tensor) -> int:
-    """The hash of a vector of integers. A device is waited for once."""
-    count = integers.numel()
-    if 0 < count <= _CHUNK:  # one chunk, as in every look at a tensor: to stack it would take longer than to hash it
-        multipliers = _multipliers(integers.device)
-        return (count + int(_sum_of_products(integers, multipliers[:count]) * multipliers[-1])) % (1 << 63)
-    return _total(_sums(integers), count) if count else 0
-
-
-def _sums(integers: Tensor) -> list[Tensor]:
+def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
     """The sum of products of each chunk."""
     multipliers = _multipliers(integers.device)
-    return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
+    chunks = integers.split(_CHUNK)
+    return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in chunks]
 
 
 def _total(sums: list[Tensor], count: int) -> int:
-    """The hash of ``count`` integers with these sums of their chunks."""
-    total = (torch.stack(sums) * _multipliers(sums[0].device)[-len(sums) :].flip(0)).sum()
-    return (count + int(total)) % (1 << 63)
+    """The hash of ``count`` integers with these sums of their chunks. Each chunk has a multiplier, from the last on."""
+    multipliers = _multipliers(sums[0].device)
+    of_chunks = multipliers[-len(sums) :].flip(0)
+    total = (torch.stack(sums) * of_chunks).sum()
+    return (count + int(total)) % _RANGE
 
 
 def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
@@ -121,9 +189,10 @@ def _multipliers(device: torch.device) -> Tensor:
     if device in _MULTIPLIERS:
         return _MULTIPLIERS[device]
     mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        mixed = (mixed ^ (mixed >> shift)) * factor
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
     made = (mixed ^ (mixed >> 31)) | 1
-    if not count_modes():  # whose tensors may be fake
+    tensors_may_be_fake = count_modes() > 0
+    if not tensors_may_be_fake:
         _MULTIPLIERS[device] = made
     return made

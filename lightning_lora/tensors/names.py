@@ -4,7 +4,7 @@
 ``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -18,20 +18,29 @@ _WRAPPED = (COMPILED, CHECKPOINTED)
 
 def plain_name(name: str) -> str:
     """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
-    if not any(wrapped in name for wrapped in _WRAPPED):
+    if COMPILED not in name and CHECKPOINTED not in name:  # as nearly all names
         return name
-    return ".".join(component for component in name.split(".") if component not in _WRAPPED)
+    components = [component for component in name.split(".") if component not in _WRAPPED]
+    return ".".join(components)
 
 
 def plain_module(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of torch and Fabric. Other modules are returned unchanged."""
-    children = module._modules
+    inner = _wrapped_module(module._modules)
+    return module if inner is None else plain_module(inner)
+
+
+def _wrapped_module(children: Mapping[str, nn.Module | None]) -> nn.Module | None:
+    """Return the module that a wrapper with these children is around. Other modules have none."""
     if not children:
-        return module
-    for name in (*_WRAPPED, FABRIC_OWN) if FABRIC_WRAPPED in children else _WRAPPED:
-        if name in children and (inner := children[name]) is not None:
-            return plain_module(inner)
-    return module
+        return None
+    if COMPILED in children:  # a scripted module's children have no ``get``
+        return children[COMPILED]
+    if CHECKPOINTED in children:
+        return children[CHECKPOINTED]
+    if FABRIC_WRAPPED in children and FABRIC_OWN in children:
+        return children[FABRIC_OWN]
+    return None
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
@@ -61,10 +70,13 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
 def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters of these modules by name, without those of modules inside them."""
-    named, seen = {}, set[nn.Parameter]()
+    named: dict[str, nn.Parameter] = {}
+    seen: set[nn.Parameter] = set()
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
-            if parameter is None or (remove_duplicate and parameter in seen):
+            if parameter is None:
+                continue
+            if remove_duplicate and parameter in seen:
                 continue
             seen.add(parameter)
             named[join(prefix, name)] = parameter
@@ -73,12 +85,21 @@ def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = 
 
 def join(prefix: str, name: str) -> str:
     """Join a module's name and a name in it. That of the model itself is ``""``."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
+    if not prefix:
+        return name
+    if not name:
+        return prefix
+    return f"{prefix}.{name}"
 
 
 def starts_of(name: str) -> list[str]:
     """Return the modules around ``name``, the outermost first, and itself: ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
     return list(accumulate(name.split("."), "{}.{}".format))
+
+
+def is_in_any(name: str, modules: Collection[str]) -> bool:
+    """Whether ``name`` is one of these modules, or in one of them."""
+    return any(outer in modules for outer in starts_of(name))
 
 
 def owner_of(parameter: str) -> str:
@@ -89,7 +110,9 @@ def owner_of(parameter: str) -> str:
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name in :func:`named_modules`."""
     module = plain_module(model)
-    for component in name.split(".") if name else ():
+    if not name:
+        return module
+    for component in name.split("."):
         module = plain_module(module.get_submodule(component))
     return module
 
@@ -103,7 +126,7 @@ def held_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
     parameter = held_parameter(module, name)
-    if parameter is None:
+    if parameter is None and "." in name:
         owner, _, leaf = name.rpartition(".")
         parameter = held_parameter(submodule(module, owner), leaf)
     if parameter is None:
@@ -125,11 +148,23 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
     present = model.state_dict(keep_vars=True)
-    own = {plain_name(name): name for name in present}
-    loaded = {}
+    names_in_model = {plain_name(name): name for name in present}
+    loaded: dict[str, Any] = {}
     for plain, value in state.items():
-        name = own.get(plain, plain)
-        loaded[name] = distributed_as(value, present[name]) if is_dtensor(present.get(name)) else value
-    values = {id(present[name]): value for name, value in loaded.items() if isinstance(present.get(name), Tensor)}
-    shared = {name: values[id(own)] for name, own in present.items() if id(own) in values}  # under all of its names
+        name = names_in_model.get(plain, plain)
+        target = present.get(name)
+        if target is not None and is_dtensor(target):
+            value = distributed_as(value, target)
+        loaded[name] = value
+    shared = _under_all_names(present, loaded)
     model.load_state_dict({**shared, **loaded}, strict=strict)
+
+
+def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The loaded values, under every name that their tensors have in the model: a tied one has several."""
+    value_by_tensor: dict[int, Any] = {}
+    for name, value in loaded.items():
+        tensor = present.get(name)
+        if isinstance(tensor, Tensor):
+            value_by_tensor[id(tensor)] = value
+    return {name: value_by_tensor[id(tensor)] for name, tensor in present.items() if id(tensor) in value_by_tensor}

@@ -1,6 +1,5 @@
 """Tensors distributed over processes (DTensor). Calls marked as collective: by every process, in the same order."""
 
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeGuard, TypeVar
@@ -75,14 +74,16 @@ TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for the dimension of a m
 
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
     """Return a full factor, split in ``dim`` if a tensor-parallel weight is (0: its output, -1: its input)."""
-    if not is_dtensor(weight) or TENSOR_PARALLEL not in _names(weight):
+    if not is_dtensor(weight) or TENSOR_PARALLEL not in _mesh_names(weight):
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    place = weight.placements[_names(weight).index(TENSOR_PARALLEL)]
-    follows = dim is not None and place.is_shard(dim % weight.dim())
-    placement = Shard(dim % factor.dim()) if follows else Replicate()  # type: ignore[operator]
-    return distribute_tensor(factor, weight.device_mesh[TENSOR_PARALLEL], [placement], src_data_rank=None)
+    placement_of_weight = weight.placements[_mesh_names(weight).index(TENSOR_PARALLEL)]
+    placement: Replicate | Shard = Replicate()
+    if dim is not None and placement_of_weight.is_shard(dim % weight.dim()):
+        placement = Shard(dim % factor.dim())
+    mesh = weight.device_mesh[TENSOR_PARALLEL]
+    return distribute_tensor(factor, mesh, [placement], src_data_rank=None)
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -94,43 +95,56 @@ def split_over_data(tensor: Tensor) -> bool:
     """Whether a tensor is sharded over processes with different data."""
     if not is_dtensor(tensor):
         return False
-    names = _names(tensor)
-    return any(dim >= len(names) or names[dim] != TENSOR_PARALLEL for dim in split_dims(tensor))
+    return any(_has_different_data(tensor, dim) for dim in split_dims(tensor))
 
 
 def data_processes(tensor: Any) -> int:
     """Return the number of processes with different data that a DTensor is distributed over."""
-    names = _names(tensor) or ("",) * tensor.device_mesh.ndim
-    return math.prod(tensor.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
+    mesh = tensor.device_mesh
+    processes = 1
+    for dim in range(mesh.ndim):
+        if _has_different_data(tensor, dim):
+            processes *= mesh.size(dim)
+    return processes
 
 
-def _names(tensor: Any) -> tuple[str, ...]:
-    """The names of the dimensions of a DTensor's mesh."""
+def _has_different_data(tensor: Any, dim: int) -> bool:
+    """Whether the processes along a dimension of a DTensor's mesh get different data."""
+    names = _mesh_names(tensor)
+    return dim >= len(names) or names[dim] != TENSOR_PARALLEL
+
+
+def _mesh_names(tensor: Any) -> tuple[str, ...]:
+    """The names of the dimensions of a DTensor's mesh. A mesh may have none."""
     return tensor.device_mesh.mesh_dim_names or ()
 
 
 def split_dims(tensor: Any) -> tuple[int, ...]:
     """Return the dimensions of its mesh that split a DTensor."""
-    return tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    placements = enumerate(tensor.placements)
+    return tuple(dim for dim, placement in placements if not placement.is_replicate())
 
 
 def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
-    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
-    if not meshes or not flags:
+    spread = [tensor for tensor in tensors if is_dtensor(tensor)]
+    if not spread or not flags:
         return list(flags)
-    found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
+    device: str = spread[0].device_mesh.device_type
+    found = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return list(map(bool, found.tolist()))
+    return [flag == 1 for flag in found.tolist()]
 
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    for module in model.modules() if kind else ():
-        if isinstance(module, kind):
+    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded_class is None:  # nobody has sharded anything
+        return
+    for module in model.modules():
+        if isinstance(module, sharded_class):
             module.reshard()
 
 
@@ -142,4 +156,7 @@ def is_one_run(tensor: Any) -> bool:
 def first_local(tensor: Any) -> int:
     """Return the place in the full tensor of the first element of such a shard."""
     _, offsets = local_offsets(tensor)
-    return int(offsets[0] * tensor.shape[1:].numel()) if offsets else 0
+    if not offsets:  # a tensor of one number
+        return 0
+    elements_in_a_row = tensor.shape[1:].numel()
+    return int(offsets[0] * elements_in_a_row)

@@ -1,13 +1,14 @@
 """Values of tensors: copy, replace and compare them."""
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.private import version_of
-from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.digests import consists_of_others, digest, inner_tensors
 from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
@@ -19,15 +20,21 @@ def copy_to_host(tensor: Tensor) -> Tensor:
 def replace_values(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a tensor, which stays the same object. Nothing is copied, but to a DTensor."""
     if is_dtensor(tensor):
-        if tensor.dtype == values.dtype and to_local(tensor).shape == to_local(values).shape:
-            to_local(tensor).copy_(to_local(values))  # FSDP2 sends this memory to the other processes
-        else:
-            torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
+        _replace_spread_values(tensor, values)
         return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
         with torch.inference_mode():
             values = values.clone()
     tensor.data = values
+
+
+def _replace_spread_values(tensor: Tensor, values: Tensor) -> None:
+    shard = to_local(tensor)
+    new_shard = to_local(values)
+    if tensor.dtype == values.dtype and shard.shape == new_shard.shape:
+        shard.copy_(new_shard)  # FSDP2 sends this memory to the other processes
+    else:
+        torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
 
 
 def set_aside(tensor: Tensor) -> Tensor:
@@ -59,44 +66,91 @@ def same_bits(tensor: Tensor, original: Tensor) -> bool:
 _SAMPLES = 1024
 
 
-def look(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return what can be seen of a tensor quickly: address, version, device, dtype, shape and about a thousand values.
+@dataclass(frozen=True)
+class Look:
+    """What can be seen of a tensor quickly. Two looks differ after almost every change."""
 
-    Two looks differ after almost every change. Code that writes through ``.data``, numpy or torch.distributed, and a
-    fused optimizer, change no version: such a change is missed if it also misses every sample. None: the tensor must be
-    read in full.
+    address: int
+    version: int  # how often it was written in place
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    samples: int  # the digest of about a thousand values
+
+    def is_of_a_moved_tensor(self, earlier: "Look") -> bool:
+        """Whether the tensor was moved to another device since, and not written to."""
+        return self.device != earlier.device and self == replace(earlier, address=self.address, device=self.device)
+
+
+@dataclass(frozen=True)
+class InnerLooks:
+    """The looks at the tensors that hold another one's values."""
+
+    version: int
+    inner: "tuple[Look | InnerLooks, ...]"
+
+
+def look(tensor: Tensor) -> Look | InnerLooks | None:
+    """Look at a tensor: address, version, device, dtype, shape and about a thousand values.
+
+    Code that writes through ``.data``, numpy or torch.distributed, and a fused optimizer, change no version: such a
+    change is missed if it also misses every sample. None: the tensor must be read in full.
     """
-    if hasattr(tensor, "__tensor_flatten__"):
-        inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        return None if None in inner else (None, version_of(tensor), *inner)
+    if consists_of_others(tensor):
+        return _look_inside(tensor)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
-    seen = (str(tensor.device), tensor.dtype, tuple(tensor.shape), digest(_samples(tensor)))
-    return tensor.data_ptr(), version_of(tensor), *seen
+    return Look(
+        address=tensor.data_ptr(),
+        version=version_of(tensor),
+        device=str(tensor.device),
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        samples=digest(_samples(tensor)),
+    )
+
+
+def _look_inside(tensor: Tensor) -> InnerLooks | None:
+    looks = []
+    for inner in inner_tensors(tensor):
+        seen = look(inner)
+        if seen is None:
+            return None
+        looks.append(seen)
+    return InnerLooks(version_of(tensor), tuple(looks))
 
 
 def _samples(tensor: Tensor) -> Tensor:
     """About a thousand values, at the same places however the tensor lies in memory."""
     values = tensor.detach()
-    step = values.numel() // _SAMPLES + 1
-    while values.dim() and math.gcd(step, values.shape[-1] or 1) > 1:  # or it would meet some columns only
-        step += 1
+    step = _step_between_samples(values)
     if values.is_contiguous():
         return values.reshape(-1)[::step]
     places = torch.arange(0, values.numel(), step, device=values.device)
     return values[torch.unravel_index(places, values.shape)]
 
 
+def _step_between_samples(values: Tensor) -> int:
+    """How many values lie between two samples. It shares no factor with the rows: or some columns would be missed."""
+    step = values.numel() // _SAMPLES + 1
+    if values.dim() == 0:
+        return step
+    columns = max(1, values.shape[-1])
+    while math.gcd(step, columns) > 1:
+        step += 1
+    return step
+
+
 class Seen:
     """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only the values."""
 
-    def __init__(self, tensor: Tensor, known: int | None = None) -> None:
+    def __init__(self, tensor: Tensor, known_digest: int | None = None) -> None:
+        local = to_local(tensor)
+        self.dtype = local.dtype
         self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
-        tensor = to_local(tensor)
-        self._look = look(tensor)
-        self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
-        self._digest = known
-        self.dtype = tensor.dtype
+        self._look = look(local)
+        self._samples = _samples(local).to("cpu", copy=True) if isinstance(self._look, Look) else None
+        self._digest = known_digest
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
@@ -108,19 +162,20 @@ class Seen:
             return False
         if self._is_kept(tensor):
             return True
-        known = self.digest()
-        return known is not None and known == digest(to_local(tensor))
+        digest_then = self.digest()
+        return digest_then is not None and digest_then == digest(to_local(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values. If it was moved or converted, about a thousand of them decide."""
         if tensor.is_meta or self.is_still(tensor):
             return True
-        tensor = to_local(tensor)
-        if self._some is None or hasattr(tensor, "__tensor_flatten__"):
-            return self.dtype != tensor.dtype or self._digest is None
-        if tensor.dtype == self.dtype and self._digest is not None:
+        local = to_local(tensor)
+        is_converted = local.dtype != self.dtype
+        if self._samples is None or consists_of_others(local):
+            return is_converted or self._digest is None
+        if self._digest is not None and not is_converted:
             return False
-        return digest(_samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
+        return digest(_samples(local).cpu()) == digest(self._samples.to(local.dtype))
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change, here or on another device."""
@@ -128,10 +183,10 @@ class Seen:
 
     def _has_moved(self, tensor: Tensor) -> bool:
         """Whether the tensor is on another device, not written to, with equal samples."""
-        now, then = look(to_local(tensor)), self._look
-        if now is None or then is None or then[0] is None:  # tensors inside it may have changed
-            return False
-        return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
+        now = look(to_local(tensor))
+        if isinstance(now, Look) and isinstance(self._look, Look):
+            return now.is_of_a_moved_tensor(self._look)
+        return False  # the tensors inside it may have changed
 
     def digest(self) -> int | None:
         """Return the digest of the values at that moment. None: they changed before anyone asked for it."""
@@ -140,4 +195,5 @@ class Seen:
         return self._digest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "_tensor": None, "_look": None, "_some": self._some, "_digest": self.digest()}
+        known = {"dtype": self.dtype, "_samples": self._samples, "_digest": self.digest()}
+        return {**known, "_tensor": None, "_look": None}

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,19 @@ from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
-from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import join, named_modules, named_parameters, owner_of, starts_of, submodule
-from lightning_lora.training.rates import peak_rates
+from lightning_lora.tensors.names import (
+    is_in_any,
+    join,
+    named_modules,
+    named_parameters,
+    owner_of,
+    starts_of,
+    submodule,
+)
+from lightning_lora.training.noted import warn_of_noted
+from lightning_lora.training.rates import peak_rates, rates_by_layer
 
 _warn = partial(warn, anew=True)
 
@@ -38,26 +47,14 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     if aloud:
         _tell_of_networks(view)
         _warn_of_thawed(view)
+        warn_of_noted(model, view)
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
     random_weights(view, fresh)
     if not aloud:
         return
-    if fresh.share > MOST_SHARE:
-        rank_zero_info(
-            f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
-            "learn little: load pretrained weights first, or train without LoRACallback."
-        )
-    elif fresh.random:
-        _warn_of_fresh(view, fresh)
-    aside = {*Names(view.model).find("exclude_modules", view.config.exclude_modules), *view.adapter.networks.copies}
-    unsure = [name for name in fresh.unsure if not is_in_any(name, aside) and fresh.share <= MOST_SHARE]
-    if unsure:
-        rank_zero_info(
-            f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-            f"{_to_save(view, unsure)}. If pretrained, all is well."
-        )
+    _tell_of_untrained(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_tied(view)
     _warn_of_heads(view)
@@ -67,6 +64,44 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_left_alone(view, left, share)
     if view.config.target_modules in AUTOMATIC:
         _warn_of_computed(view, "all" if share > MOST_SHARE else str(view.config.target_modules))
+
+
+def advise_again(model: LightningModule, changed: Collection[str], *, aloud: bool) -> None:
+    """Warn of layers that look untrained since :func:`advise`: the module's own hooks have changed these weights."""
+    view = view_of(model)
+    if not view.is_fresh():
+        return
+    view.adapter.random = None
+    fresh = find_fresh(view)
+    random_weights(view, fresh)
+    around = set[str]().union(*map(starts_of, changed))
+    random = tuple(name for name in fresh.random if name in around)
+    unsure = tuple(name for name in fresh.unsure if name in around)
+    if aloud and (random or unsure):
+        _tell_of_untrained(view, replace(fresh, random=random, unsure=unsure))
+
+
+def _tell_of_untrained(view: View, fresh: Fresh) -> None:
+    if fresh.share > MOST_SHARE:
+        rank_zero_info(
+            f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
+            "learn little: load pretrained weights first, or train without LoRACallback."
+        )
+        return
+    if fresh.random:
+        _warn_of_fresh(view, fresh)
+    aside = {*Names(view.model).find("exclude_modules", view.config.exclude_modules), *view.adapter.networks.copies}
+    unsure = [name for name in fresh.unsure if not is_in_any(name, aside)]
+    if unsure and fresh.share <= MOST_SHARE:  # it is NaN if no layer was large enough
+        _warn_of_unsure(view, unsure)
+
+
+def _warn_of_unsure(view: View, unsure: list[str]) -> None:
+    _warn(
+        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{_to_save(view, unsure)}. If pretrained, all is well.",
+        FreshLayerWarning,
+    )
 
 
 def _tell_of_networks(view: View) -> None:
@@ -83,18 +118,44 @@ def _tell_of_networks(view: View) -> None:
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
     """Tell of a learning rate that is low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
-    like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
-    rates, _ = peak_rates(view_of(model), like_adam)
+    view = view_of(model)
+    like_adam, others = list[Optimizer](), list[Optimizer]()
+    for each in optimizers:
+        is_like_adam = any("Adam" in name for name in class_names(each))
+        (like_adam if is_like_adam else others).append(each)
+    rates, _ = peak_rates(view, like_adam)
     if rates and 0.0101 < rates[0] < 0.5:  # a scheduler multiplies higher ones, such as 1
         rank_zero_info(
             f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the loss grows, lower it."
             + " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out." * is_scaled
         )
-    if rates and 0 < rates[-1] <= 1e-4 and not is_scaled:
+    if is_scaled:
+        return
+    if low := _low_rates(view, like_adam):
         rank_zero_info(
-            f"The adapters' learning rate is {rates[-1]:g} at most, as in full fine-tuning. LoRA usually needs about "
-            "ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
+            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, as in full fine-tuning. LoRA usually needs "
+            "about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
         )
+    if low := _low_rates(view, others):
+        kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in others))
+        rank_zero_info(
+            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, in {kinds}. Whether that is low for LoRA can "
+            "be said of Adam and AdamW alone. If the loss hardly falls: LoRACallback(lr_scale=10), or AdamW. With "
+            "lr_scale=1, this line is not shown."
+        )
+
+
+def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
+    """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
+    return {layer: rate for layer, rate in rates_by_layer(view, optimizers).items() if 0 < rate <= 1e-4}
+
+
+def _whose_rate(view: View, low: Iterable[str]) -> str:
+    """Whose rate is low: layers are named if those of others are not."""
+    trained = {name for name, layer in view.layers.items() if layer.lora_trained()}
+    return (
+        "The adapters' learning rate" if trained == set(low) else f"The learning rate of the adapters of {listed(low)}"
+    )
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
@@ -115,6 +176,8 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
         f"an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If they are random on purpose, or "
         "the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
+    if all(is_in_any(name, fresh.random) for name in view.layers):
+        found += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
     excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
     layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
     if any(excluded.isdisjoint(starts_of(name)) for name in layers):

@@ -90,6 +90,16 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
 
 
+SET_BY_LIGHTNING = ("log", "log_dict")
+"""What a run of a Trainer sets on each callback: methods of its module."""
+
+
+def forget_module(callback: Callback) -> None:
+    """Let go of the module that a Trainer has run with this callback. The next run sets its own again."""
+    for name in SET_BY_LIGHTNING:
+        vars(callback).pop(name, None)
+
+
 def monitored_checkpoint(trainer: Trainer) -> Callback | None:
     """Return the first ModelCheckpoint with a monitor. It decides which file is best."""
     return next((each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None)), None)

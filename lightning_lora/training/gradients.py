@@ -2,33 +2,30 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from functools import partial, wraps
-from inspect import signature
-from itertools import compress
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.utils.checkpoint as recompute
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
+from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import is_in_any, owner_of
 from lightning_lora.tensors.shards import agreed, to_local
+from lightning_lora.training.graphs import nodes_behind
+from lightning_lora.training.guards.asked import OwnCheckpoints
 from lightning_lora.training.rates import peak_rates
-from lightning_lora.training.reads import nodes_behind, sizes_to_find, warn_of_reads
 
 
 class Gradients:
@@ -51,7 +48,8 @@ class Gradients:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.ddp = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
-        self.frozen, self.sizes = set(view.frozen.values()), sizes_to_find(view)
+        self.frozen = set(view.frozen.values())
+        self.checkpoints = OwnCheckpoints(self.frozen)
         self.was_thawed = False
         self.random = view.adapter.random or ()
         self.has_begun = False
@@ -65,10 +63,10 @@ class Gradients:
         self.trained = {id(p): p for p in (*trained, *(joined if self.notes else ()))}
         self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.reached.add(id(p))) for p in trained]
 
-    def look_at(self, loss: Tensor) -> None:
-        """Warn of embeddings that the step reads by hand, once."""
-        warn_of_reads(self.sizes, loss)
-        self.sizes = {}
+    def begin_backward(self, loss: Tensor) -> None:
+        """Let the module's own checkpoints work, if the first step shows one."""
+        if self.checkpoints.were_found or not self.optimizers:
+            self.checkpoints.prepare(loss)
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
@@ -109,6 +107,7 @@ class Gradients:
             return
         self.optimizers.append(optimizer)
         view = view_of(self.model)
+        check_weights(view)  # hooks may compute them since training began
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
         copies = self._copies(view, set(map(id, held)))
         dead = [name for name in view.layers if name in idle and not is_in_any(name, copies)]
@@ -149,13 +148,34 @@ class Gradients:
             hook.remove()
 
 
-def check_loss(model: nn.Module, loss: object) -> None:
+def check_loss(model: LightningModule, loss: object) -> None:
     """Refuse a loss that depends on nothing that trains."""
-    if isinstance(loss, Tensor) and not loss.requires_grad:
-        view = view_of(model)
-        raise TargetError(
-            f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
-            "run without gradients (torch.no_grad, detach). Adapt others (target_modules), or set modules_to_save."
+    if not isinstance(loss, Tensor) or loss.requires_grad:
+        return
+    if not model.trainer.training:
+        raise AdapterStateError(
+            f"The loss of {type(model).__name__} has no graph to go back through: outside of training, a Trainer "
+            "computes without gradients. Set Trainer(inference_mode=False), and put the forward pass and the loss "
+            "into a block of torch.enable_grad()."
+        )
+    view = view_of(model)
+    raise TargetError(
+        f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
+        "run without gradients (torch.no_grad, detach). Adapt others (target_modules), or set modules_to_save."
+    )
+
+
+def warn_if_base_is_shown(model: nn.Module) -> None:
+    """Warn of a backward pass while the base is shown: what trains in full gets no gradient there."""
+    record = find_record(model)
+    if record is None or not record.is_disabled:
+        return
+    trained = View(model).trained
+    if trained:
+        warn(
+            f"A backward pass in a block of disable_adapters: {listed(trained)} of {type(model).__name__} hold the "
+            "base's values there, and get no gradient. Call it after the block, in which only the base's outputs are "
+            "computed."
         )
 
 
@@ -166,7 +186,7 @@ def check_learned(model: nn.Module, optimizers: Iterable[Optimizer], steps: int)
         warn(
             f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "
             "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an average "
-            "that has not begun took their place.",
+            "that has not begun took their place. Or the scaler of 16-mixed has skipped each step: train more.",
             DeadAdapterWarning,
         )
 
@@ -257,66 +277,37 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass checkpoints: reentrant ones with inputs that require none, and those that ask for all weights.
+    """In a training step, let gradients pass reentrant checkpoints with inputs that require none.
 
-    Not while the adapters of ``model`` are disabled: the backward pass would compute the layers with them.
+    torch offers no hook there: its function finds no input that requires a gradient, and keeps nothing of the call. So
+    for a step, another function takes its place, unless other code has put its own there.
     """
-    global _own_grad
-    if torch.autograd.grad is not _grad:
-        _own_grad = torch.autograd.grad
-    _PASSING.add(model)
-    recompute.CheckpointFunction, torch.autograd.grad = _RequiringGradients, _grad  # type: ignore[misc]
+    _RUNNING.append(model)
+    if recompute.CheckpointFunction is _OWN:
+        recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
     try:
         yield
     finally:
-        _PASSING.discard(model)
-        if not _PASSING:
-            recompute.CheckpointFunction, torch.autograd.grad = _OWN, _own_grad  # type: ignore[misc]
+        _RUNNING.remove(model)
+        if not _RUNNING and recompute.CheckpointFunction is _RequiringGradients:
+            recompute.CheckpointFunction = _OWN  # type: ignore[misc]
 
 
 _OWN = recompute.CheckpointFunction
-_own_grad = torch.autograd.grad
-_ASKING = signature(_own_grad)  # a patch of another library may hide it
-_PASSING: "WeakSet[nn.Module]" = WeakSet()
-"""The models of the open contexts. The functions are torch's own again when none is left."""
-
-
-@wraps(_own_grad)
-def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return no gradient of a frozen weight, as of one that is unused: the checkpoints of latent diffusion ask so."""
-    asked: Any = (inputs,)
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | dict | GradientEdge):
-        asked = inputs = tuple(inputs)
-    frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in asked]
-    how = _ASKING.bind(outputs, inputs, *args, **kwargs).arguments if any(frozen) else {}
-    if how.get("allow_unused") or how.get("materialize_grads"):
-        left = tuple(p for p, is_frozen in zip(asked, frozen, strict=True) if not is_frozen)
-        found = iter(_own_grad(outputs, left, *args, **kwargs) if left else ())
-        zeros: Any = torch.zeros_like if how.get("materialize_grads") else lambda _: None
-        return tuple(zeros(p) if is_frozen else next(found) for p, is_frozen in zip(asked, frozen, strict=True))
-    if torch.is_grad_enabled() and any(frozen):
-        _refuse_frozen(set(map(id, compress(asked, frozen))))
-    return _own_grad(outputs, inputs, *args, **kwargs)
-
-
-def _refuse_frozen(asked: Set[int]) -> None:
-    """Refuse a gradient of weights that would train without adapters."""
-    for view in map(View, _PASSING):
-        names = [name for name, p in view.frozen.items() if id(p) in asked and view.record.requires_grad.get(name)]
-        if names:
-            raise TargetError(
-                f"autograd.grad asks for gradients of {listed(names)} of {view.title}, which are frozen. Train their "
-                f"layers in full: modules_to_save={list(dict.fromkeys(owner_of(name) or name for name in names))}."
-            )
+_RUNNING: list[nn.Module] = []
+"""The models whose steps run. A step may run a fit of another model."""
 
 
 class _RequiringGradients(_OWN):
-    """The same function, but if no input requires a gradient, all floating-point inputs do."""
+    """The same function, but if no input requires a gradient, all floating-point inputs do.
+
+    Not while adapters are disabled: the backward pass would compute the layers with them.
+    """
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
         requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-        records = map(find_record, _PASSING)
+        records = map(find_record, _RUNNING)
         is_disabled = any(record is not None and record.is_disabled for record in records)
         if torch.is_grad_enabled() and not requires_grad and not is_disabled:
             inputs = tuple(

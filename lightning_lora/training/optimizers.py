@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from lightning_lora.errors import OptimizerError, StrategyError, listed
 from lightning_lora.model.inject import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.networks import is_in_any
-from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
+from lightning_lora.tensors.names import is_in_any, named_parameters, own_parameter, owner_of, starts_of
 from lightning_lora.training.gradients import Feeding
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
-_EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
+_Groups = list[list["ReferenceType[nn.Parameter]"]]  # a parameter's hooks may hold the optimizer, which would stay
+
+_EDITED: "WeakKeyDictionary[Optimizer, tuple[_Groups, _Groups]]" = WeakKeyDictionary()
 """The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
 
 
@@ -48,7 +49,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
         check_splits(optimizer, after, scales)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, split(optimizer, after, scales))
-        _EDITED[optimizer] = (before, after)
+        _EDITED[optimizer] = _weakly(before), _weakly(after)
 
 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
@@ -66,19 +67,24 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
-    were such networks.
+    were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
     if not feeding.below:
         return False
     held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
+    held_by_any = set(map(id, _held(group["params"] for each in strategy.optimizers for group in each.param_groups)))
     alone, fed = list[str](), list[str]()
     for name, own in list(feeding.below.items()):
-        if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
+        is_judged_here = copied or not held.isdisjoint(own) or held_by_any.isdisjoint(own)
+        if is_judged_here and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
             (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
             del feeding.below[name]
     if not alone and not fed:
         return False
     view, title = view_of(model), type(model).__name__
+    unplaced = [name for name, p in view.adapters.items() if is_in_any(name, fed) and id(p) not in held_by_any]
+    if unplaced and not copied:
+        raise _no_place(title, unplaced, sum(len(each.param_groups) for each in strategy.optimizers))
     if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
             f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
@@ -96,7 +102,7 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     kept = set(model.parameters()) - set(view_of(model).frozen.values())
     groups = [[p for p in group["params"] if p in kept] for group in optimizer.param_groups]
     _write(view_of(model), optimizer, groups)
-    _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
+    _EDITED[optimizer] = _EDITED[optimizer][0], _weakly(groups)
     return True
 
 
@@ -114,8 +120,23 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
 def _built_groups(optimizer: Optimizer) -> list[Params]:
     """The groups as they were built. If other code edited them since: as they are now."""
     now = [list(group["params"]) for group in optimizer.param_groups]
-    built, left = _EDITED.get(optimizer, (now, now))
+    if optimizer not in _EDITED:
+        return now
+    built, left = map(_present, _EDITED[optimizer])
     return built if list(map(set, left)) == list(map(set, now)) else now
+
+
+def _weakly(groups: Iterable[Params]) -> _Groups:
+    return [list(map(ref, group)) for group in groups]
+
+
+def _present(groups: _Groups) -> list[Params]:
+    """The parameters that are still there."""
+    present = []
+    for group in groups:
+        found = [each() for each in group]
+        present.append([p for p in found if p is not None])
+    return present
 
 
 def _held(groups: Iterable[Params]) -> set[nn.Parameter]:
@@ -149,11 +170,24 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )
-    elif rest:
-        raise OptimizerError(
-            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups holds them. Give an "
-            f"optimizer {view.title}.parameters(), or set exclude_modules={_networks(map(owner_of, rest))}."
+        return
+    below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
+    if unplaced := [name for name in rest if not is_in_any(name, below)]:
+        raise _no_place(view.title, unplaced, len(groups))
+
+
+def _no_place(title: str, names: list[str], groups: int) -> OptimizerError:
+    """The error of trained parameters that no group holds, nor their weights."""
+    if not groups:
+        return OptimizerError(
+            f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
+            "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
+            "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
         )
+    return OptimizerError(
+        f"No optimizer trains {listed(names)}: none of the {groups} parameter groups holds them. Give an optimizer "
+        f"{title}.parameters(), or set exclude_modules={_networks(map(owner_of, names))}."
+    )
 
 
 def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:

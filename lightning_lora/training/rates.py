@@ -216,9 +216,27 @@ def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float]
     adapters, found, others = set(view.adapters.values()), set[float](), set[float]()
     for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         held = set(group["params"])
-        rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
         if held & adapters:
-            found.add(rate)
+            found.add(_peak_rate(group))
         if held - adapters or not held:
-            others.add(rate)
+            others.add(_peak_rate(group))
     return sorted(found), sorted(others)
+
+
+def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
+    """Return the highest rate of each layer's adapters: in LoRA+, that of B. Those in no optimizer are left out."""
+    rates = dict[nn.Parameter, float]()
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        for p in group["params"]:
+            rates[p] = max(_peak_rate(group), rates.get(p, 0))
+    highest = dict[str, float]()
+    for name, layer in view.layers.items():
+        own = [rates[p] for p in layer.lora_trained() if p in rates]
+        if own:
+            highest[name] = max(own)
+    return highest
+
+
+def _peak_rate(group: dict[str, Any]) -> float:
+    """The highest rate of a group: a scheduler may begin with a lower one."""
+    return max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -55,13 +56,16 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert len(error.splitlines()) == 1 and error.startswith("warning: 4 tensors in")
     assert main(["merge", str(base), file, str(tmp_path / "merged.bin")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("warning: 4 tensors in") and error.splitlines()[1].startswith("error: ")
+    assert error.startswith("warning: 4 tensors in") and error.splitlines()[-1].startswith("error: ")
 
 
-def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tmp_path / "none")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "does not exist" in error and "Traceback" not in error
+def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text").write_text("no file of tensors")
+    for name, says in (("none", "does not exist."), ("text", "cannot be read")):
+        assert main(["inspect", str(tmp_path / name)]) == 1
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")
+        assert error.startswith("error: ") and says in error
     with pytest.raises(SystemExit) as done:
         main(["nothing"])
     assert done.value.code == 2
@@ -146,6 +150,37 @@ def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest
         assert main(arguments) == 1
         says = " ".join(capsys.readouterr().err.split())
         assert "holds adapters of PEFT" in says and "save_adapter(model, 'adapter.safetensors')" in says
+
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"
+
+
+def shows_as_text(command: list[str], capsys: Any) -> None:
+    """Expect a command to print these characters so that no terminal obeys them."""
+    main(command)
+    shown = "".join(capsys.readouterr())
+    assert all(each.isprintable() for each in shown.replace("\n", ""))
+    assert r"\x1b[31mred\x1b]0" in re.sub(r"[\s│┃]", "", shown)
+
+
+def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_a_layer = saved(file := tmp_path / "a.safetensors", nn.ModuleDict({ESCAPES: nn.Linear(4, 4)}), bias="all")
+    shows_as_text(["inspect", str(file)], capsys)
+    assert r"\x1b[31mred" in str(ll.summarize(of_a_layer)) and "\x1b" not in str(ll.summarize(of_a_layer))
+    of_rows = nn.ModuleDict({ESCAPES: nn.Embedding(4, 4), "a": nn.Linear(4, 4)})
+    saved(file, of_rows, target_modules=["a"], trainable_token_indices={ESCAPES: [1]})
+    shows_as_text(["inspect", str(file)], capsys)
+
+
+def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, odd, base = str(tmp_path / "a.safetensors"), str(tmp_path / ESCAPES), str(tmp_path / "base.safetensors")
+    saved(Path(file), LitTiny())
+    save_file(LitTiny().state_dict(), base)
+    for command in (["inspect", odd], ["merge", odd, file, "out.ckpt"], ["merge", base, file, f"{odd}.safetensors"]):
+        shows_as_text(command, capsys)
+    shows_as_text(["combine", file, file, "--out", f"{odd}.safetensors"], capsys)
+    shows_as_text(["inspect", f"{odd}.safetensors"], capsys)
+    shows_as_text(["export", file, odd], capsys)
 
 
 @pytest.mark.parametrize("command", ["inspect", "merge", "export", "combine"])

@@ -75,6 +75,16 @@ def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
         ll.inject_adapters(model, config(model, use_dora=True))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_a_start_from_the_weights_is_refused_for_embeddings_with_dora_too(init: str, use_dora: bool) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    before = state(model)
+    with pytest.raises(ll.TargetError, match=rf"init='{init}' is for layers other than embeddings.*'0' \(Embedding\)"):
+        ll.inject_adapters(model, config(model, init=init, use_dora=use_dora))
+    assert same(state(model), before)
+
+
 @pytest.mark.parametrize("converted_first", [True, False])
 def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(converted_first: bool) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64).bfloat16()

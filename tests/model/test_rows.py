@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,16 @@ from lightning_lora import (
     ConfigError,
     LoRAConfig,
     adapter_names,
+    adapter_state_dict,
+    adapters,
+    combine_adapters,
     disable_adapters,
     inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
     merge_adapters,
+    remove_adapters,
+    save_adapter,
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
@@ -101,6 +109,12 @@ def test_shared_layers_take_part() -> None:
     check(model, lambda: model(x), MIXED)
 
 
+def test_an_attention_whose_adapter_no_row_has_is_the_bases() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double()
+    model, x = with_adapters(layer, only("linear1"), only("self_attn")), torch.randn(3, 2, 8).double()
+    check(model, lambda: model(x), ["de", None, "de"])
+
+
 class Sums(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).sum()
@@ -163,6 +177,15 @@ def test_frozen_norms_take_part() -> None:
     check(model.train(), lambda: model(x), MIXED)
 
 
+@pytest.mark.parametrize("name", ["de", "fr"])
+def test_a_norm_that_an_adapter_trains_needs_eval_mode(name: str) -> None:
+    each = {"de": only("0"), "fr": only("0"), name: only("0", modules_to_save=["1"])}
+    model, x = linear(nn.BatchNorm1d(4), **each)
+    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"):
+        model(x)
+    check(model.eval(), lambda: model(x), MIXED)
+
+
 def test_what_is_trained_in_the_block_counts_at_once() -> None:
     model, x = linear()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -205,6 +228,18 @@ def test_only_a_with_block_acts_on_the_model_as_it_is_then() -> None:
                 assert torch.equal(model(x), outer)
         with disable_adapters(model):
             assert torch.equal(model(x), base)
+
+
+def test_of_blocks_in_blocks_the_inner_one_counts() -> None:
+    model, x = linear(nn.Linear(4, 4), de=only("0"), fr=only("1"))
+    expected = model(x)
+    with adapter_names(model, MIXED):
+        outer = model(x)
+        with pytest.raises(KeyError), adapter_names(model, ["fr"] * 3):  # noqa: PT012  # the block is what is tested
+            torch.testing.assert_close(model(x), expected)
+            raise KeyError
+        assert torch.equal(model(x), outer)
+    assert torch.equal(model(x), expected)
 
 
 def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
@@ -313,3 +348,43 @@ def test_models_that_show_no_adapters_are_refused() -> None:
     merge_adapters(model)
     with pytest.raises(AdapterStateError, match="is merged"):
         block.__enter__()
+
+
+CHANGES: dict[str, Callable[[Any, Any], object]] = {
+    "inject_adapters": lambda model, file: inject_adapters(model, only("1"), name="new"),
+    "remove_adapters": lambda model, file: remove_adapters(model, "fr"),
+    "merge_adapters": lambda model, file: merge_adapters(model),
+    "A sum of adapters": lambda model, file: set_adapter(model, {"de": 1, "fr": 1}),
+    "combine_adapters": lambda model, file: combine_adapters(model, {"de": 1, "fr": 1}, name="both"),
+    "load_adapter": lambda model, file: load_adapter(model, file, name="fr"),
+    "load_adapter_state_dict": lambda model, file: load_adapter_state_dict(model, adapter_state_dict(model)),
+    "load_state_dict": lambda model, file: model.load_state_dict(state(model)),
+}
+
+
+@pytest.mark.parametrize("call", CHANGES)
+def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(call: str, tmp_path: Path) -> None:
+    model, x = linear(nn.Linear(4, 4))
+    save_adapter(model, tmp_path / "fr.safetensors")
+    with adapter_names(model, MIXED):
+        expected = model(x)
+        with pytest.raises(AdapterStateError, match=f"{call} is not possible in a block of adapter_names"):
+            CHANGES[call](model, tmp_path / "fr.safetensors")
+        assert torch.equal(model(x), expected) and adapters(model) == ("fr", "de")
+    CHANGES[call](model, tmp_path / "fr.safetensors")
+
+
+def test_a_layer_that_is_added_in_a_block_gets_its_adapter_after_it() -> None:
+    model, _ = linear()
+    with adapter_names(model, MIXED), pytest.raises(AdapterStateError, match="inject_adapters is not possible"):
+        inject_adapters(model.append(nn.Linear(4, 4)), ALL, name="fr")
+    assert inject_adapters(model, ALL, name="fr") == ("0", "1")
+
+
+def test_in_a_block_one_may_switch_and_no_block_is_open_for_a_copy() -> None:
+    model, x = linear(nn.Linear(4, 4))
+    with adapter_names(model, MIXED):
+        expected = model(x)
+        set_adapter(model, "de")
+        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
+        merge_adapters(copy.deepcopy(model))

@@ -236,6 +236,39 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, mer
         assert torch.equal(model(X), outputs[each])
 
 
+def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
+    model, _ = several()
+    before = state(model)
+    model.append(nn.Linear(3, 3))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
+    ll.set_adapter(model, "fr")
+    model[4] = nn.Identity()
+    for call in (partial(ll.set_adapter, model, "last"), ll.adapter_names(model, ["last"]).__enter__):
+        with pytest.raises(ll.AdapterStateError, match=r"no longer has '4\.weight'.*remove_adapters\(model, 'last'\)"):
+            call()
+    assert same(state(model), before) and ll.adapters(model)[0] == "fr"
+    ll.remove_adapters(model, "last")
+
+
+def test_a_saved_module_that_is_gone_is_named_before_anything_changes() -> None:
+    model, _ = several()
+    del model[3]
+    with pytest.raises(ll.AdapterStateError, match=r"no longer has .*'3\.weight'"):
+        ll.set_adapter(model, "de")
+    assert ll.adapters(model)[0] == "fr"
+
+
+@pytest.mark.parametrize("shown", ["fr", None])
+def test_a_layer_that_was_resized_is_named_before_anything_changes(shown: str | None) -> None:
+    model, _ = several()
+    model[0].weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
+    ll.set_adapter(model, shown)
+    before, about = state(model), repr(model)
+    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)"):
+        ll.set_adapter(model, "de")
+    assert same(state(model), before) and repr(model) == about and ll.adapters(model)[0] == "fr"
+
+
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
 def test_another_base_is_the_base_of_all_adapters() -> None:
     model, _ = several()

@@ -3,11 +3,15 @@
 import errno
 import os
 import random
+import re
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import lightning as L
@@ -19,9 +23,10 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
-from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
-from tests.support.storage import restores
+from lightning_lora.storage.formats.own import read_adapter_file
+from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
+from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
+from tests.support.storage import fitted, goes_on, restores
 
 pytestmark = forks
 
@@ -160,14 +165,137 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
     assert list(contents(folder)) == [name_for(save)]
 
 
-def test_what_a_killed_writer_left_is_cleared_an_hour_later(tmp_path: Path) -> None:
+# What killed writers leave
+
+
+def killed_as_it_saves(folder: Path, save: str) -> None:
+    """Let a run die while the file of its second step is half there."""
+
+    def work() -> None:
+        part_disks(partial(limit, 2000, signal.SIG_DFL))
+        trainer(folder, [lora(save=save), of_steps(folder)], max_epochs=1).fit(LitTiny(), data())
+
+    assert fork(work) == signal.SIGXFSZ
+    assert len(parts(folder)) == 1 and "step=2" in parts(folder)[0]
+
+
+def of_steps(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+
+def parts(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob(".*")]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_what_a_killed_run_left_is_gone_when_the_next_one_saves_or_goes_on(tmp_path: Path, save: str) -> None:
+    killed_as_it_saves(tmp_path, save)
+    save_adapter(adapted(), tmp_path / "of another name.safetensors")
+    assert not parts(tmp_path)
+    fitted(file := tmp_path / "a.ckpt")
+    killed_as_it_saves(tmp_path, save)
+    goes_on(file)  # which writes no file
+    assert not parts(tmp_path)
+
+
+@contextmanager
+def another_process() -> Iterator[int]:
+    """The number of a process that does nothing."""
+    process = FORK.Process(target=time.sleep, args=[600])
+    process.start()
+    yield process.pid
+    process.kill()
+    process.join()
+
+
+def test_what_a_live_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    with writing(path) as part:
+    with writing(path) as part, another_process() as number:
         part.write_bytes(b"mine")
-        old, new = (part.with_name(part.name.replace(part.name[-15:-5], name)) for name in ("old", "new"))
-        old.write_bytes(b"half")
-        new.write_bytes(b"half")
-        os.utime(old, (0, 0))
+        other = part.with_name(part.name.replace(f"-{os.getpid()}-", f"-{number}-"))
+        other.write_bytes(b"half")
+        os.utime(other, (0, 0))  # however long it takes
         save_adapter(adapted(), path)
-        assert new.exists() and not old.exists()
+        assert other.exists()
     assert path.read_bytes() == b"mine"  # the other writer has left this file alone
+    save_adapter(adapted(), path)  # now that the process is gone
+    assert list(contents(tmp_path)) == [path.name]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_cleared(tmp_path: Path) -> None:
+    """Those of containers often have."""
+    with writing(tmp_path / "a.safetensors") as part:
+        part.write_bytes(b"whole")
+    part.write_bytes(b"half")
+    save_adapter(adapted(), tmp_path / "b.safetensors")
+    assert not parts(tmp_path)
+
+
+def of_another_machine(name: str) -> str:
+    return re.sub("lora-.{8}-", "lora-01234567-", name)
+
+
+def of_0_2_0(name: str) -> str:
+    return re.sub(r"lora-.*\.part", f"{'0123' * 8}.part", name)
+
+
+@pytest.mark.parametrize("rename", [of_another_machine, of_0_2_0])
+def test_what_another_machine_left_is_cleared_an_hour_later(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    """Its numbers of processes say nothing here."""
+    with writing(tmp_path / "a.safetensors") as part:
+        part.write_bytes(b"whole")
+    left = part.with_name(rename(part.name))
+    left.write_bytes(b"half")
+    save_adapter(adapted(), tmp_path / "b.safetensors")
+    assert left.exists()
+    os.utime(left, (0, 0))
+    save_adapter(adapted(), tmp_path / "b.safetensors")
+    assert not left.exists()
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    for name in (".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    before = contents(tmp_path)
+    save_adapter(adapted(), tmp_path / "a.safetensors")
+    assert before.items() <= contents(tmp_path).items()
+
+
+# Replaced
+
+
+@contextmanager
+def replacing(path: Path, others: list[Path]) -> Iterator[None]:
+    """Let a thread put other files in the place of one, again and again, each at once as :func:`writing` does."""
+    is_over = Event()
+
+    def work() -> None:
+        while not is_over.is_set():
+            for other in others:
+                new = shutil.copyfile(other, path.with_suffix(".new"))
+                new.replace(path)
+
+    (thread := Thread(target=work)).start()
+    yield
+    is_over.set()
+    thread.join()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    """What is read comes from one open file. Two looks at one path would see the header of another file."""
+    ranks, path = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}, tmp_path / "a.safetensors"
+    for r, file in ranks.items():
+        save_adapter(as_trained(LitTiny(), r=r), file)
+    shutil.copyfile(ranks[2], path)
+    with replacing(path, list(ranks.values())):
+        for _ in range(1000):
+            assert read_adapter_file(path).config.r in ranks
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
+        save_adapter(adapted(), path)
+    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]

@@ -49,7 +49,7 @@ edit = partial(rewrite, checked=False)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (lambda path: path.write_text("hello"), "truncated, damaged or of another kind"),
+    "text": (lambda path: path.write_text("hello"), "no archive of torch.* begins with b'hello'"),
     "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
     "no JSON": (lambda path: save_file(load_file(path), path, {"lightning_lora": "["}), "damaged or of another kind"),
     "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),

@@ -237,3 +237,15 @@ def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path:
     check(folder, lit.model)
     with refused(plain := adapted(), ll.AdapterFileError, "not an empty folder"):
         ll.save_merged(plain, folder)
+
+
+def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
+    model = adapted(LitGPT2().model)
+    ll.merge_adapters(plain := copy.deepcopy(model))
+    with says:
+        model.save_pretrained(tmp_path, True, model.state_dict())  # the directory, is_main_process, state_dict
+    held = load_file(tmp_path / "model.safetensors")
+    assert not any("lora" in name for name in held)
+    assert all(torch.equal(held[name], value) for name, value in plain.state_dict().items() if name in held)
+    with pytest.raises(TypeError, match="multiple values"):
+        model.save_pretrained(tmp_path, True, model.state_dict(), state_dict={})

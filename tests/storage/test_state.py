@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, TinyLM, X, as_trained, same, unties
-from tests.support.storage import CONFIG, refused, restores, saved, trained
+from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, same, unties
+from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
 
 
 def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) -> None:
@@ -66,3 +67,67 @@ def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_
     ll.unmerge_adapters(model)
     again = restores(tmp_path / "a.safetensors", model, base)
     assert again.lm_head.weight is again.embed.weight
+
+
+@pytest.mark.parametrize("write", [ll.save_adapter, ll.export_peft])
+def test_a_layer_with_the_scaling_of_another_model_is_not_written(tmp_path: Path, write: Any) -> None:
+    model, other = LitTiny(), LitTiny()
+    ll.inject_adapters(other, ll.LoRAConfig(r=2, alpha=32))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=4))
+    write(model, tmp_path / "own.safetensors")
+    model.q_proj = other.q_proj
+    with pytest.raises(ll.AdapterStateError, match="'q_proj' of LitTiny have another rank or scaling than its config"):
+        write(model, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
+
+
+@pytest.mark.parametrize("write", [ll.save_adapter, ll.export_peft])
+def test_adapters_without_values_are_not_written(tmp_path: Path, write: Any) -> None:
+    with torch.device("meta"):
+        model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ll.AdapterStateError, match=r"'q_proj\.lora_A', .* are on the meta device and have no values"):
+        write(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+class Normed(LitTiny):
+    """With running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+
+class Masked(Normed):
+    """And with a parameter that holds infinite values from the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+
+
+NORMED: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+
+
+def test_statistics_that_are_not_finite_are_not_written_or_loaded(tmp_path: Path) -> None:
+    class Overflows(Normed):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.norm(torch.full((3, 8), torch.nan))  # as in a step that a scaler skips
+
+    model = fitted(tmp_path / "a.ckpt", Overflows(), lora(**NORMED, merge=False))
+    with pytest.raises(ll.AdapterStateError, match=r"'norm\.running_mean', 'norm\.running_var' of Overflows hold NaN"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")
+    with refused(plain := Normed(), ll.AdapterFileError, "'norm.running_mean', 'norm.running_var' hold NaN"):
+        ll.load_adapter(plain, tmp_path / "a.ckpt")
+
+
+def test_infinite_values_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
+    model: Any = Masked()
+    ll.inject_adapters(model, ll.LoRAConfig(**NORMED))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    restores(tmp_path / "a.safetensors", model, Masked())
+    with torch.no_grad():
+        model.norm.mask[0] = torch.inf
+    with pytest.raises(ll.AdapterStateError, match=r"'norm\.mask' of Masked hold NaN or infinite"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")

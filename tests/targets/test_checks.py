@@ -172,3 +172,21 @@ def test_mistake_is_named_and_changes_nothing(build: Any, config: dict[str, Any]
     with unchanged(model := build()), pytest.raises(TargetError, match=message):
         adapted(model, **config)
     assert is_plain(model)
+
+
+class Alike(nn.Module):
+    """A matrix, and a layer whose weight it reads: written with underscores, they have one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_weight, self.read = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.read_weight @ self.read.weight
+
+
+def test_matrices_whose_factors_would_have_one_name_are_refused() -> None:
+    with unchanged(model := nn.Sequential(Alike())), pytest.raises(TargetError, match=r"'read_weight', 'read\.weight'"):
+        adapted(model, target_modules=[], target_parameters=["read_weight", "read.weight"])
+    for one in ("read_weight", "read.weight"):
+        adapted(nn.Sequential(Alike()), target_modules=[], target_parameters=[one])

@@ -18,7 +18,7 @@ from lightning_lora.training.advice import log_values
 from tests.support import fits
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
-from tests.support.models import LitTiny, aged, data, lora, state, trainer
+from tests.support.models import LitTiny, X, aged, data, lora, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -51,6 +51,12 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
     assert "modules_to_save=['embed', 'head']" in said
+
+
+def test_a_new_head_that_alone_is_adapted_is_told_to_adapt_others_too(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
+    assert "modules_to_save=['head']" in said and said.endswith('for example with target_modules="all-linear".')
+    assert fit(tmp_path, new_head(), r=2, target_modules="all-linear", modules_to_save=["head"]) == []
 
 
 class Encodes(LitTiny):
@@ -88,17 +94,52 @@ def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_a_small_new_head_is_named_as_perhaps_new(tmp_path: Path, caplog: Any) -> None:
-    def said(model: LitTiny, **options: Any) -> bool:
-        caplog.clear()
-        assert fit(tmp_path, model, **TARGETS, **options) == []
-        return "Perhaps new: 'head' of LitTiny" in caplog.text and "modules_to_save=['head']" in caplog.text
-
-    trained, frozen = new_head(48), new_head(48)  # a head of 192 values
+def test_a_small_new_head_is_named_as_perhaps_new(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, new_head(48), **TARGETS)  # a head of 192 values
+    assert said.startswith("FreshLayerWarning: Perhaps new: 'head' of LitTiny") and "modules_to_save=['head']" in said
+    trained, frozen = new_head(48), new_head(48)
     aged(trained.head)
     frozen.head.requires_grad_(False)  # so it is random on purpose
-    assert said(new_head(48)) and not any(map(said, (trained, frozen, LitTiny(width=48), LitTiny())))
-    assert not said(new_head(48), modules_to_save=["head"]) and not said(new_head(48), exclude_modules=["head"])
+    for model in (trained, frozen, LitTiny(width=48), LitTiny()):
+        assert fit(tmp_path, model, **TARGETS) == []
+    assert fit(tmp_path, new_head(48), **TARGETS, modules_to_save=["head"]) == []
+    assert fit(tmp_path, new_head(48), **TARGETS, exclude_modules=["head"]) == []
+
+
+class Resets(LitTiny):  # its head, in one of its own hooks
+    def __init__(self, hook: str, width: int = 64) -> None:
+        super().__init__(width)
+        for layer in (self.embed, self.q_proj, self.v_proj, self.head):
+            aged(layer)
+        self.hook = hook
+
+    def reset_in(self, hook: str) -> None:
+        if hook == self.hook and self.current_epoch == 0:
+            torch.seed()
+            self.head.reset_parameters()
+
+    def on_fit_start(self) -> None:
+        self.reset_in("on_fit_start")
+
+    def on_train_start(self) -> None:
+        self.reset_in("on_train_start")
+
+    def on_train_epoch_start(self) -> None:
+        self.reset_in("on_train_epoch_start")
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+@pytest.mark.parametrize(("width", "found"), [(64, "that look untrained: 'head'"), (48, "Perhaps new: 'head'")])
+def test_a_head_that_the_modules_own_hook_resets_is_named_and_in_files(
+    tmp_path: Path, hook: str, width: int, found: str
+) -> None:
+    (said,) = fit(tmp_path, model := Resets(hook, width), **TARGETS, merge=False)
+    assert found in said
+    model.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for name in ("a.ckpt", "a.safetensors"):
+        ll.load_adapter(fresh := Resets("", width), tmp_path / name)
+        assert torch.equal(fresh.head.weight, model.head.weight) and torch.equal(fresh(X), model(X))
 
 
 def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path: Path, caplog: Any) -> None:

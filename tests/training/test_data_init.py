@@ -5,6 +5,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,6 +266,15 @@ class Odd(Deep):  # whose step cannot run alone, for one of these reasons
         super().__init__()
         self.why, self.automatic_optimization = why, why != "manual"
 
+    def setup(self, stage: str) -> None:
+        if self.why == "manual from setup on":
+            self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        if self.why == "manual late":
+            self.automatic_optimization = False
+        return super().configure_optimizers()
+
     def on_train_epoch_start(self) -> None:
         self.outputs: list[Tensor] = []
 
@@ -282,6 +292,8 @@ class Odd(Deep):  # whose step cannot run alone, for one of these reasons
     ("why", "init", "says"),
     [
         ("manual", "eva", r"Odd .*automatic_optimization=False"),
+        ("manual from setup on", "eva", r"Odd .*automatic_optimization=False"),
+        ("manual late", "eva", r"Odd .*automatic_optimization=False"),
         ("momentum", "eva", "that of Odd has written to 'layers.0.weight'"),
         ("detached", "lora_ga", "that of Odd returns no loss with a gradient"),
         ("keeps outputs", "eva", "Odd ended in AttributeError: .*Hooks such as"),
@@ -474,3 +486,33 @@ def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tm
     assert all(torch.equal(value, found.state[name]) for name, value in before.items())
     assert found.rest == (False, 0.05) and found.held[3][0]["mean"] == 0 and not found.held[3][1]
     assert same(found.teacher, statistics)
+
+
+@pytest.mark.parametrize("kind", ["generator", "zip", "map", "islice"])
+def test_data_that_can_be_read_once_only_are_refused(tmp_path: Path, kind: str) -> None:
+    batches = list(numbers())
+    once: dict[str, Any] = {
+        "generator": (batch for batch in batches),
+        "zip": zip(*map(list, zip(*batches, strict=True)), strict=True),
+        "map": map(list, batches),
+        "islice": islice(numbers(), 12),
+    }
+    with pytest.raises(ll.ConfigError, match=rf"init='eva' .*the data are a {kind}, which can be read once"):
+        fit(tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=once[kind])
+    assert len(list(once[kind])) >= 9  # none was taken
+
+
+def test_an_iterator_whose_copy_begins_where_it_does_is_read(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=iter(list(numbers())), max_epochs=1)
+    assert t.global_step == len(numbers())
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter:UserWarning")
+def test_a_step_that_takes_batches_itself_is_refused(tmp_path: Path) -> None:
+    class Takes(Deep):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            batch, *_ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    with pytest.raises(ll.ConfigError, match="that of Takes takes a dataloader_iter"):
+        fit(tmp_path, ll.LoRACallback(init="eva"), model=Takes(), train=numbers())

@@ -11,9 +11,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, TargetError
+from lightning_lora import (
+    AdapterStateError,
+    DeadAdapterWarning,
+    LoRACallback,
+    LoRAWarning,
+    OptimizerError,
+    TargetError,
+    disable_adapters,
+)
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, as_trained, lora, same, state
+from tests.support.models import ADAPTERS, LitTiny, X, as_trained, data, lora, same, state, trainer
 
 train = partial(fit, limit_val_batches=0)
 
@@ -281,3 +289,100 @@ def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> No
             return super().training_step(batch, batch_idx) if batch_idx else None
 
     train(tmp_path, lora(), model=SkipsFirst())
+
+
+class Attacks(LitTiny):  # that goes back to its inputs in one of its hooks
+    def __init__(self, hook: str = "") -> None:
+        super().__init__()
+        self.hook, self.found, self.automatic_optimization = hook, torch.zeros(1), False
+
+    def attack(self, batch: Any) -> None:
+        with torch.enable_grad():
+            x = self.embed(batch[0]).detach().requires_grad_()
+            self.manual_backward(self.head(torch.tanh(self.q_proj(x))).square().sum())
+            self.zero_grad()
+        assert x.grad is not None
+        self.found = x.grad
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def attack_in(self, hook: str, batch: Any = (X,)) -> None:
+        if self.hook == hook:
+            self.attack(batch)
+
+    def on_fit_start(self) -> None:
+        self.attack_in("on_fit_start")
+
+    def on_train_end(self) -> None:
+        self.attack_in("on_train_end")
+
+    def on_fit_end(self) -> None:
+        self.attack_in("on_fit_end")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.attack_in("validation_step", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.attack(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.attack(batch)
+        return self.found
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "validation_step", "on_train_end", "on_fit_end"])
+def test_a_fit_may_go_back_through_the_module_outside_of_its_training_steps(tmp_path: Path, hook: str) -> None:
+    plain, _ = fit(tmp_path, lora(), model=Attacks())
+    model, _ = fit(tmp_path, lora(), model=Attacks(hook), inference_mode=False)
+    assert model.found.any() and same(state(model), state(plain))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_an_evaluation_may_go_back_through_the_module(tmp_path: Path, stage: str, is_adapted: bool) -> None:
+    model, plain = Attacks("validation_step"), Attacks("validation_step")
+    if is_adapted:
+        as_trained(model)
+    getattr(trainer(tmp_path, [LoRACallback()], inference_mode=False), stage)(model, data())
+    getattr(trainer(tmp_path, inference_mode=False), stage)(plain, data())
+    assert model.found.any() and torch.equal(model.found, plain.found) is not is_adapted
+
+
+def test_a_loss_of_an_evaluation_without_a_graph_says_that_gradients_are_off(tmp_path: Path) -> None:
+    class Forgets(Attacks):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+
+    with pytest.raises(AdapterStateError, match=r"inference_mode=False.* torch.enable_grad\(\)"):
+        trainer(tmp_path, [LoRACallback()]).test(Forgets(), data(), verbose=False)
+
+
+class Refers(LitTiny):
+    """It compares with the base, and calls backward in the block or after it."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.inside = False, inside
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        outputs = self(batch[0])
+        with disable_adapters(self):
+            loss = (outputs - self(batch[0]).detach()).square().mean() + outputs.mean()
+            if self.inside:
+                self.manual_backward(loss)
+        if not self.inside:
+            self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(tmp_path: Path) -> None:
+    with pytest.warns(LoRAWarning, match=r"'head\.weight', 'head\.bias' of Refers .*no gradient. Call it after"):
+        train(tmp_path, lora(), model=Refers(inside=True), max_epochs=1)
+    train(tmp_path, lora(), model=Refers(inside=False), max_epochs=1)  # a warning would be an error
+    train(tmp_path, lora(modules_to_save=None), model=Refers(inside=True), max_epochs=1)

@@ -308,7 +308,8 @@ class Sized(LitTiny):  # whose head has the size of the file's
 def test_a_head_may_get_the_size_of_the_files(tmp_path: Path, save: str) -> None:
     model = fitted(file := tmp_path / "a.ckpt", Sized(4), lora(save=save, merge=False))
     trainer(tmp_path, [ll.LoRACallback()]).test(again := Sized(), data(), ckpt_path=file, verbose=False)
-    assert torch.equal(again(X), model(X)) and torch.equal(ll.load_from_checkpoint(Sized, file)(X), model(X))
+    for each in (again, ll.load_from_checkpoint(Sized, file)):  # of a whole file, the merged model
+        torch.testing.assert_close(each(X), model(X))
     goes_on(file, Sized(), lora(save=save))
 
 

@@ -17,8 +17,6 @@ import lightning_lora as ll
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import state, trainer
 
-TORCHS_OWN = torch.autograd.grad  # before any fit
-
 
 def layers(*sizes: int) -> nn.Sequential:
     """Always the same, with weights that do not look like those of an initialisation."""
@@ -205,45 +203,6 @@ class Checkpointed(Net):
 def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(tmp_path: Path) -> None:
     through, plain = fitted(tmp_path, Checkpointed()), fitted(tmp_path, Net())
     torch.testing.assert_close(state(through), state(plain))
-    assert torch.autograd.grad is TORCHS_OWN
-
-
-class Adaptive(Net):  # of VQGAN: a weight of the loss is a gradient of the last layer
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        output, last = self.net(batch), self.net[-1].weight
-        loss, other = (output - batch.flip(1)).square().mean(), output.mean()
-        sizes = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (loss, other)]
-        return loss + other * (sizes[0] / sizes[1]).detach()
-
-
-def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(ll.TargetError, match=r"modules_to_save=\['net.1'\]"):
-        fitted(tmp_path, Adaptive())
-    fitted(tmp_path, Adaptive(), modules_to_save=["net.1"])
-
-
-class Asking(Net):  # asks for gradients in ways that torch takes, or refuses by an error of its own
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss, last = super().training_step(batch, batch_idx), self.net[-1].weight
-        ours = (p for p in self.parameters() if p.requires_grad)  # torch takes any iterable
-        assert all(gradient is not None for gradient in torch.autograd.grad(loss, ours, retain_graph=True))
-        how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        assert not torch.autograd.grad(loss, last, **how)[0].any()
-        with torch.no_grad(), pytest.raises(RuntimeError):  # of VQGAN, in a validation
-            torch.autograd.grad(self.net(batch).mean(), last)
-        return loss
-
-
-def test_torchs_own_ways_and_patches_of_its_gradients_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = list[int]()
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return TORCHS_OWN(*args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counted)  # by another library
-    fitted(tmp_path, Asking())
-    assert torch.autograd.grad is counted and calls
 
 
 # Networks beside those that train

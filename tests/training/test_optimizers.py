@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,24 @@ def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> N
 def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
         fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
-    says = "No optimizer trains 'q_proj.lora_A', .*: none of the 0 parameter groups"
-    with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match=says):
-        fit_with(tmp_path, lambda m: lambda: None)
+
+
+class StepsInBackward(LitTiny):  # as in torch's tutorial: an optimizer for each parameter, which a hook steps
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = {p: adam([p]) for p in self.parameters()}
+        for p in self.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: self.made[p].step())
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def test_optimizers_that_hooks_step_are_no_reason_to_exclude_layers(tmp_path: Path) -> None:
+    says = r"No optimizer trains 'q_proj.lora_A', .*configure_optimizers of \w+ returns none.*hooks.*keep one"
+    with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match=says) as error:
+        fit(tmp_path, lora(), model=StepsInBackward())
+    assert "exclude_modules" not in str(error.value)
 
 
 class Gan(LitTiny):  # two networks, each with an optimizer and a loss of its own
@@ -243,6 +259,50 @@ def test_networks_that_are_saved_or_that_the_user_froze_are_no_error(tmp_path: P
         fit(tmp_path, lora(**options), model=model, max_epochs=1)
         moved = [not torch.equal(p, was) for p, was in zip(model.nets.parameters(), before, strict=True)]
         assert all(moved) if saved else not any(moved)
+
+
+class Unfreezes(LitTiny):  # gradually, as fastai's recipe does: a group for one more layer in each epoch
+    adds = True
+
+    def on_train_epoch_start(self) -> None:
+        layer = (self.v_proj, self.q_proj)[self.current_epoch]
+        layer.requires_grad_(True)
+        if self.adds:
+            self.optimizers().add_param_group({"params": layer.parameters(), "lr": 0.01})  # type: ignore[union-attr]
+
+
+def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(tmp_path: Path, caplog: Any) -> None:
+    model, t = fit(tmp_path, lora(), model=Unfreezes())
+    assert [len(group["params"]) for group in t.optimizers[0].param_groups] == [len(TRAINED), 0, 0]
+    for name in ("v_proj", "q_proj"):
+        assert f"What trains in '{name}' has its group already" in caplog.text
+    plain = Unfreezes()
+    plain.adds = False
+    assert same(state(model), state(fit(tmp_path, lora(), model=plain)[0]))
+    with pytest.raises(ValueError, match="more than one parameter group"):  # the method is torch's own again
+        t.optimizers[0].add_param_group({"params": t.optimizers[0].param_groups[0]["params"]})
+
+
+OTHERS: dict[str, tuple[Any, Any, str]] = {
+    "a setting is missing": (adam, partial(torch.optim.SGD, lr=0.1), "Adam or AdamW, .* returns SGD"),
+    "a state is missing": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), adam, "SGD, .* returns AdamW"),
+    "another setting is missing": (partial(torch.optim.RMSprop, lr=0.1), adam, "RMSprop, .* returns AdamW"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(tmp_path: Path, case: str) -> None:
+    was, now, names = OTHERS[case]
+    first, second = LitTiny(), LitTiny()
+    first.configure_optimizers = lambda: was(first.parameters())  # type: ignore[method-assign]
+    fit(tmp_path, lora(), model=first)[1].save_checkpoint(file := tmp_path / "first.ckpt")
+    made = now(second.parameters())
+    second.configure_optimizers = lambda: made  # type: ignore[method-assign]
+    settings = dict(made.param_groups[0])
+    with pytest.raises(OptimizerError, match=rf"it has the state of {names}\)"):
+        fit(tmp_path, lora(), model=second, ckpt_path=file, max_epochs=3)
+    assert is_plain(second) and not made.state
+    assert {**made.param_groups[0], "params": 0} == {**settings, "params": 0}
 
 
 # Parts of parameter groups make up what an optimizer of the whole parameters has

@@ -377,7 +377,8 @@ def test_swa_moves_both(tmp_path: Path) -> None:
 SHOWN: list[tuple[Any, dict[str, Any], float, str, str]] = [
     (AdamW, {}, 1e-3, "0.001", ""),
     (AdamW, {}, 1e-4, "0.0001", "as in full fine-tuning"),
-    (SGD, {}, 1e-4, "0.0001", ""),
+    (SGD, {}, 1e-4, "0.0001", "can be said of Adam and AdamW alone"),
+    (SGD, {"lr_scale": 1}, 1e-4, "0.0001", ""),
     (SGD, {}, 0.1, "0.1", ""),
     (AdamW, {"lr_scale": 1}, 5e-5, "5e-05", ""),
     (AdamW, {"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 and 0.016 the module's: 0.0001", ""),
@@ -394,4 +395,26 @@ def test_the_rates_are_shown_and_one_that_is_low_or_high_is_named(
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
     assert " ".join(line.split()) == f"Learning rate {row}"
-    assert [each for each in ("as in full fine-tuning", "which is high") if each in caplog.text] == [said] * bool(said)
+    texts = ("as in full fine-tuning", "which is high", "can be said of Adam and AdamW alone")
+    assert [each for each in texts if each in caplog.text] == [said] * bool(said)
+
+
+def test_a_low_rate_is_named_for_the_group_that_has_it(tmp_path: Path, caplog: Any) -> None:
+    model = LitTiny()
+    backbone = [*model.embed.parameters(), *model.q_proj.parameters()]
+    groups = [
+        {"params": backbone, "lr": 1e-5},
+        {"params": model.v_proj.parameters()},
+        {"params": model.head.parameters()},
+    ]
+    model.configure_optimizers = lambda: AdamW(groups, lr=1e-3)  # type: ignore[method-assign]
+    fit(tmp_path, lora(), model=model, max_epochs=1)
+    assert "The learning rate of the adapters of 'q_proj' is 1e-05 at most" in caplog.text
+
+
+def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_path: Path, caplog: Any) -> None:
+    model = LitTiny()
+    groups = [{"params": p, "lr": 1e-3 if "head" in name else 1e-5} for name, p in model.named_parameters()]
+    model.configure_optimizers = lambda: AdamW(groups)  # type: ignore[method-assign]
+    fit(tmp_path, lora(modules_to_save=None, target_modules=["q_proj", "v_proj", "head"]), model=model, max_epochs=1)
+    assert "The learning rate of the adapters of 'q_proj', 'v_proj' is 1e-05 at most" in caplog.text

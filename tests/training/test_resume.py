@@ -8,6 +8,7 @@ import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -75,6 +76,21 @@ def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: i
     options = {"at": f"step={step}", "saving": {"every_n_train_steps": 1}, "max_epochs": 3}
     make = partial(lora, merge=False, dropout=0.3, **arguments)
     resumes_to_the_bit(tmp_path, cls, make, train=Stateful, **options)
+
+
+@exact
+def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_first(tmp_path: Path) -> None:
+    def run(folder: str, file: str | None = None) -> Any:
+        saves = ModelCheckpoint(tmp_path / folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        path = file and tmp_path / f"{file}.ckpt"
+        options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3, "limit_val_batches": 0}
+        model, _ = fit(tmp_path, lora(), saves, train=Stateful(), ckpt_path=path, **options)
+        return state(model)
+
+    through = run("through")
+    assert same(run("resumed", "through/step=1"), through)
+    assert same(run("again", "resumed/step=3"), through)
+    assert not same(run("wrong", "resumed/step=1"), through)  # written again, by Lightning, within an accumulation
 
 
 @pytest.mark.parametrize(

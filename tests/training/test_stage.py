@@ -172,6 +172,17 @@ def test_no_fit_starts_while_a_selected_layer_is_plain(
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_no_step_is_taken_with_an_adapted_weight_that_is_computed(tmp_path: Path, compute: Any, hook: str) -> None:
+    model = LitTiny()
+    setattr(model, hook, lambda: compute(model.q_proj))
+    with pytest.raises(ll.AdapterStateError, match=r"the weight of 'q_proj' of LitTiny is computed.*exclude_modules"):
+        fit(tmp_path, lora(), model=model)
+    assert model.trainer.global_step == 0 and not model.v_proj.lora_B.any()
+
+
 class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
     def forward(self, index: Tensor) -> Tensor:
         x = self.embed(index)

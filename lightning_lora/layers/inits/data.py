@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.tensors.names import own_parameter
@@ -25,8 +26,10 @@ class Inputs:
     """
 
     def __init__(self, layer: Any, undo: ExitStack) -> None:
-        self.argument, self.count = layer.lora_input, 0
-        self.most = 2 * max(matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices)  # some to spare
+        self.argument = layer.lora_input
+        self.count = 0
+        ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
+        self.most = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
         undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)
 
@@ -38,20 +41,29 @@ class Inputs:
         x = x[x.isfinite().all(1)]
         if not len(x):
             return
-        count, mean = self.count + len(x), x.mean(0)
+        count = self.count + len(x)
+        mean = x.mean(0)
         rows = x - mean
         if self.count:
             shift = (self.mean - mean) * (self.count * len(x) / count) ** 0.5
-            rows = torch.cat([self.sizes.unsqueeze(1) * self.directions, rows, shift.unsqueeze(0)])
+            earlier = self.sizes.unsqueeze(1) * self.directions
+            rows = torch.cat([earlier, rows, shift.unsqueeze(0)])
             mean = self.mean + (mean - self.mean) * (len(x) / count)
+        rank = min(self.most, *rows.shape)
         with torch.autocast(x.device.type, enabled=False):
-            _, self.sizes, right = torch.svd_lowrank(rows, min(self.most, *rows.shape), niter=4)
-        self.count, self.mean, self.directions = count, mean, right.T
+            _, self.sizes, right = torch.svd_lowrank(rows, rank, niter=4)
+        self.count = count
+        self.mean = mean
+        self.directions = right.T
 
-    def factors(self, matrix: Any, r: int) -> tuple[Tensor, Tensor] | None:
+    def factors(self, matrix: Any, r: int) -> Factors | None:
         """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
-        known = int((self.sizes > self.sizes[:1] * 1e-6).sum())  # none if there were no inputs, or NaN
-        return (self.directions[: min(r, known)], self.mean.new_zeros(matrix.writes, r)) if known else None
+        exist = self.sizes > self.sizes[:1] * 1e-6
+        directions = int(exist.sum())  # none if there were no inputs, or NaN
+        if not directions:
+            return None
+        zeros = self.mean.new_zeros(matrix.writes, r)
+        return self.directions[: min(r, directions)], zeros
 
 
 class Gradients:
@@ -66,40 +78,54 @@ class Gradients:
     """
 
     def __init__(self, layer: Any, undo: ExitStack) -> None:
-        self.layer, self.sums = layer, dict[str, Tensor]()
+        self.layer = layer
+        self.sums: dict[str, Tensor] = {}
         for name in layer.lora_weights():
             weight = own_parameter(layer, name)
             undo.callback(set_requires_grad, weight, weight.requires_grad)
             set_requires_grad(weight, True)
-            undo.callback(weight.register_post_accumulate_grad_hook(partial(self.look, name)).remove)
+            hook = weight.register_post_accumulate_grad_hook(partial(self.look, name))
+            undo.callback(hook.remove)
 
     def look(self, name: str, weight: Tensor) -> None:
         """Add the gradient of a batch to the sum, and free it."""
-        if weight.grad is not None:  # another layer may have the same weight
-            grad, weight.grad = weight.grad.to("cpu", wide(weight.dtype)), None
-            self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad
+        if weight.grad is None:  # another layer may have the same weight
+            return
+        grad = weight.grad.to("cpu", wide(weight.dtype))
+        weight.grad = None
+        if name in self.sums:
+            self.sums[name].add_(grad)
+        else:
+            self.sums[name] = grad
 
-    def factors(self, matrix: Any, r: int) -> tuple[Tensor, Tensor] | None:
+    def factors(self, matrix: Any, r: int) -> Factors | None:
         """Return A and B, if there was a gradient other than zero."""
-        grad = self.sums.get(matrix.weight, torch.zeros(()))
-        if not (grad.any() and grad.isfinite().all()):
+        total = self.sums.get(matrix.weight)
+        if total is None or not total.any() or not total.isfinite().all():
             return None
-        grad = self.layer.lora_as_matrix(grad).narrow(-2, matrix.first, matrix.writes)
+        grad = self.layer.lora_as_matrix(total).narrow(-2, matrix.first, matrix.writes)
         grad = grad.to(own_parameter(self.layer, matrix.weight).device)
-        left, _, right = torch.svd_lowrank(grad, min(4 * r, *grad.shape[-2:]), niter=4)
+        rank = min(4 * r, *grad.shape[-2:])
+        left, _, right = torch.svd_lowrank(grad, rank, niter=4)
         last = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
         scale = matrix.writes**0.25 / 16**0.5  # "stable", with the authors' gamma
-        return scale * right[..., :r].mT, scale * left[..., last - r : last]
+        a = scale * right[..., :r].mT
+        b = scale * left[..., last - r : last]
+        return a, b
 
 
 def from_inputs(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the inputs of a layer, if it multiplies their rows by the weight."""
-    return Inputs(layer, undo).factors if layer.lora_reads_rows and layer._lora_is_additive else None
+    if layer.lora_reads_rows and layer._lora_is_additive:
+        return Inputs(layer, undo).factors
+    return None
 
 
 def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
-    return Gradients(layer, undo).factors if layer.lora_drops_input and not layer.lora_matrices[0].tokens else None
+    if layer.lora_drops_input and not layer.lora_matrices[0].tokens:
+        return Gradients(layer, undo).factors
+    return None
 
 
 Initialisation("eva", observe=from_inputs)

@@ -7,11 +7,12 @@ result.
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits.table import Initialisation, kaiming
 
 
-def pissa(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def pissa(matrix: Tensor, r: int, scaling: float) -> Factors:
     """Return the factors of the best approximation of the weight with rank r.
 
     Beyond the weight's own rank, they are those of ``"kaiming"``.
@@ -21,22 +22,28 @@ def pissa(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
         section 3.
     """
     matrix = matrix.detach().to(wide(matrix.dtype))
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    roots = (values[..., :r] / scaling).sqrt()
-    a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
-    empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
+    first_sizes = sizes[..., :r]
+    roots = (first_sizes / scaling).sqrt()
+    a = roots.unsqueeze(-1) * v[..., :r, :]
+    b = u[..., :r] * roots.unsqueeze(-2)
+    least = sizes[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    is_empty = first_sizes <= least
     random, zero = torch.empty_like(a), torch.empty_like(b)
     kaiming(random, zero)  # if both factors were zero, they would get no gradient
-    return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)
+    a = torch.where(is_empty.unsqueeze(-1), random, a)
+    b = torch.where(is_empty.unsqueeze(-2), zero, b)
+    return a, b
 
 
-def olora(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001  # whatever the scaling
+def olora(matrix: Tensor, r: int, scaling: float) -> Factors:  # noqa: ARG001  # whatever the scaling
     """Return the first rows and columns of a QR decomposition.
 
     Source:
         Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
     """
-    q, upper = torch.linalg.qr(matrix.detach().to(wide(matrix.dtype)))
+    matrix = matrix.detach().to(wide(matrix.dtype))
+    q, upper = torch.linalg.qr(matrix)
     return upper[..., :r, :], q[..., :r]
 
 

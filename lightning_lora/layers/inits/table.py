@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.factors import Factors
+
 Draw = Callable[[Tensor, Tensor], None]
 """Initialises two factors in place, of shapes (*, r, in) and (*, out, r) or the other way round: the second is zero."""
 
-FromWeight = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+FromWeight = Callable[[Tensor, int, float], Factors]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
-FromData = Callable[[Any, int], tuple[Tensor, Tensor] | None]
+FromData = Callable[[Any, int], Factors | None]
 """Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
 
 
@@ -29,7 +31,8 @@ def kaiming(random: Tensor, zero: Tensor) -> None:
 @torch.no_grad()
 def gaussian(random: Tensor, zero: Tensor) -> None:
     """Draw with a standard deviation of 1 / r (the paper: Hu et al. 2021, section 4.1)."""
-    random.normal_(std=1 / min(random.shape[-2:]))
+    rank = min(random.shape[-2:])
+    random.normal_(std=1 / rank)
     zero.zero_()
 
 

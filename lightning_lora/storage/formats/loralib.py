@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View, root_of
+from lightning_lora.patterns import matches_pattern
 from lightning_lora.storage.formats.format import Asked, Format, Reader
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.stored import StoredAdapters

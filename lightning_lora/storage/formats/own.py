@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage import disk
+from lightning_lora.storage import archives, disk
 from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
@@ -21,7 +21,6 @@ from lightning_lora.tensors.names import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
 _SHOWN = "shown"  # the item that names the base's tensors which only a module's hook sees
-_ARCHIVE = b"PK\3\4"  # how an archive of torch begins
 
 
 # Write
@@ -82,11 +81,16 @@ def _read(
     """The contents of a file. An archive of torch is read by ``load``."""
     disk.check_path(path, may_be_open=True)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
-        disk.check_whole(local, path)
-        with local.open("rb") as file:
-            if file.read(len(_ARCHIVE)) != _ARCHIVE:  # torch would read anything else in its old format
-                return _read_tensors(local)
-            file.seek(0)
+        archives.check_is_file(local, path)
+        with disk.opened(local) as file:  # once: another process may replace it at any time
+            kind = archives.kind_of(file)
+            if kind is archives.Kind.SAFETENSORS:
+                return _read_tensors(file.read())
+            archives.check_new_format(kind, path)
+            if kind is archives.Kind.OTHER:
+                found = archives.what_it_is(file)
+                raise AdapterFileError(f"{path} is no archive of torch, and no file of safetensors: {found}")
+            archives.check_archive(file, path)
             contents = load(file)
             leave_adapters(contents)
             return contents
@@ -107,12 +111,10 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(local: Path) -> dict[str, Any]:
-    """The contents of a safetensors file."""
-    with safe_open(local, "pt") as file:
-        names = file.keys()
-        header = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in names}
+def _read_tensors(contents: bytes) -> dict[str, Any]:
+    """The tensors of a safetensors file, and what its header says."""
+    tensors = dict(sorted(load_tensors(contents).items()))  # the library gives them in another order each time
+    header = disk.header_in(contents).get(HEADER, {})
     description = json.loads(header.get(KEY, "null"))
     if description is None:
         return {**tensors, HEADER: header}

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
@@ -99,6 +100,40 @@ def check_shapes(
         )
 
 
+# With which values nothing can be computed
+
+
+def check_usual(contents: Mapping[Any, Any], path: object) -> None:
+    """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
+    odd = list[str]()
+    for group in (contents, *contents.values()):
+        if isinstance(group, Mapping):
+            odd += [str(name) for name in group if not _is_usual(group[name])]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(odd)}, with which nothing can be computed: they are sparse, of 8 bits, or have no "
+            "values. Write the file again with the values of .to_dense() or .float()."
+        )
+
+
+def _is_usual(value: object) -> bool:
+    """Whether a value is no tensor, or one with which torch can compute."""
+    if not isinstance(value, Tensor):
+        return True
+    return is_dense(value) and not value.is_quantized and not value.is_meta
+
+
+def _check_floating(updates: Iterable[Update]) -> None:
+    """Refuse updates of integers, to which other code has rounded them."""
+    for update in updates:
+        for factor in chain.from_iterable(update.factors):
+            if not factor.is_floating_point() and not factor.is_complex():
+                raise AdapterFileError(
+                    f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
+                    "integers. Use the file as it was written, or write it again with the values of .float()."
+                )
+
+
 # Where a file's names lie in the model
 
 
@@ -146,6 +181,7 @@ def adapters_of(
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
+    _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
     _check_copies(view, rest, adapted_weights)
     others = {name: value for name, value in rest.items() if name not in adapted_weights}

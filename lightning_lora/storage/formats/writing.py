@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, ExportError, listed, warn
+from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
@@ -19,7 +19,7 @@ from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, submodule
+from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,22 @@ def source_of(
 ) -> Source:
     """Return what to write for a reader that has the module ``root``."""
     if root is not None:
+        _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
     random = set(stored.random)
     state = {name: value for name, value in stored.state.items() if name not in random}
     return Source(replace(stored, state=state), model)
+
+
+def _check_root(root: str, stored: StoredAdapters) -> None:
+    """Refuse a name of no module around adapted layers."""
+    around = set(chain.from_iterable(map(starts_of, stored.layers)))
+    if root and root not in around:
+        raise ConfigError(
+            f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
+            f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
+        )
 
 
 def _warn_of_lost_values(stored: StoredAdapters) -> None:

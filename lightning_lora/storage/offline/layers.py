@@ -61,7 +61,8 @@ def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     parameters = dict[str, nn.Parameter]()
     for parameter, stored_name in layer.parameters(stored.config).items():
-        parameters[parameter] = nn.Parameter(stored.state[stored_name], requires_grad=False)
+        value = stored.state[stored_name].clone()  # in a file it begins anywhere, and some processors round otherwise
+        parameters[parameter] = nn.Parameter(value, requires_grad=False)
     kind, settings = cast(type[LoRALayer], layer.adapter_class), layer.settings(stored.config)
     put_on(shell, Adapter(kind, settings, layer.matrices, parameters))
     return cast(LoRALayer, shell)

@@ -43,6 +43,8 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
             raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
     job = _Merge(files, read_layers(adapter), progress)
     job.check()
+    if base.is_dir() or out.suffix == ".safetensors":
+        job.check_tensors_alone()
     if base.is_dir():
         _write_folder(job, out)
     elif out.suffix == ".safetensors":
@@ -105,6 +107,15 @@ class _Merge:
                 "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
             )
         self._check_base()
+
+    def check_tensors_alone(self) -> None:
+        """Refuse what modules keep besides tensors (``get_extra_state``): only a checkpoint has a place for it."""
+        odd = [name for name, value in self.beside.items() if not isinstance(value, Tensor)]
+        if odd:
+            raise AdapterFileError(
+                f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and safetensors holds no "
+                "others. Merge into a checkpoint (.ckpt); or in memory: load_adapter(model, path), then save_merged."
+            )
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
@@ -202,7 +213,8 @@ def _write_folder(job: _Merge, out: Path) -> None:
             size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
         if index is not None:
             places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
-            metadata = {**index.get("metadata", {}), "total_size": size}
+            known = index.get("metadata")
+            metadata = {**(known if isinstance(known, dict) else {}), "total_size": size}
             index = {**index, "weight_map": places, "metadata": metadata}
             (folder / INDEX).write_text(json.dumps(index, indent=2))
         _copy_others(base, folder, set(job.places.values()))

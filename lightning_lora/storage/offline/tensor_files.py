@@ -6,11 +6,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
 
@@ -34,6 +35,8 @@ class TensorFiles:
             self._read_folder()
         elif path.suffix == ".safetensors" and path.is_file():
             self.file_of = dict.fromkeys(self._file(path).keys(), path)
+        elif not path.is_file():
+            raise AdapterFileError(f"{path} is a pipe or a device, not a file. Write its contents into a file first.")
         else:
             self._read_checkpoint()
         if not self.file_of:
@@ -41,6 +44,9 @@ class TensorFiles:
 
     def _read_checkpoint(self) -> None:
         with reading(self.path):
+            check_file(self.path)
+            with self.path.open("rb") as file:
+                check_new_format(kind_of(file), self.path)
             loaded = load_plain(self.path, mmap=True)
         self.checkpoint = loaded if isinstance(loaded, dict) else {}
         state = self.checkpoint.get("state_dict", self.checkpoint)
@@ -101,7 +107,7 @@ def write_tensors(
     described = {name: base(name).to("meta") for name in names}
     names = sorted(described, key=lambda name: described[name].itemsize, reverse=True)  # so each is aligned in memory
     for name in names:
-        header[name] = _entry(described[name], end)
+        header[name] = _entry(name, described[name], end)
         end = header[name]["data_offsets"][1]
     with path.open("wb") as file:
         file.write(header_of(header))
@@ -111,8 +117,20 @@ def write_tensors(
     return end
 
 
-def _entry(tensor: Tensor, start: int) -> dict[str, Any]:
+def _entry(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
     """What a header says of a tensor: what safetensors says of none of them."""
-    none = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-    entry = json.loads(save({"": none})[8:])[""]
+    if tensor.layout is not torch.strided:
+        raise _not_held(name, tensor)
+    try:
+        none = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
+        entry = json.loads(save({"": none})[8:])[""]
+    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
+        raise _not_held(name, tensor) from error
     return {**entry, "shape": entry["shape"][1:], "data_offsets": [start, start + tensor.nbytes]}
+
+
+def _not_held(name: str, tensor: Tensor) -> AdapterFileError:
+    return AdapterFileError(
+        f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Name an output that ends as the base "
+        "does, such as .ckpt, or convert the base."
+    )

@@ -3,7 +3,7 @@
 import os
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,19 +20,21 @@ from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, keep_frozen, view_of
+from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints
-from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable
 from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
-from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.inplace import InPlace, class_names
+from lightning_lora.tensors.names import is_in_any
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
-from lightning_lora.training.gradients import Gradients, check_loss
+from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
+from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
+from lightning_lora.training.optimizer_states import states_fit
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
@@ -192,6 +194,9 @@ class LoRAStrategy(Strategy, InPlace):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
         stage, module = self.lora_stage, self.lora_module
+        local = disk.local_path(checkpoint_path)
+        if local is not None and stage.is_fitting and self.is_global_zero:
+            disk.remove_left_parts(local.parent)  # the new run may save elsewhere
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
@@ -245,7 +250,7 @@ class LoRAStrategy(Strategy, InPlace):
         if not may_be_told:
             trust = f"set {disk.TRUST}=1"
         with disk.reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
-            disk.check_whole(path)
+            archives.check_file(path, is_any_kind=not self._lora_reads_by_torch())
             if is_trusted:
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
@@ -254,6 +259,13 @@ class LoRAStrategy(Strategy, InPlace):
                 return super().load_checkpoint(path)
             with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
+
+    def _lora_reads_by_torch(self) -> bool:
+        """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
+        plugin = self.checkpoint_io
+        while hasattr(plugin, "checkpoint_io"):
+            plugin = plugin.checkpoint_io
+        return type(plugin).__name__ == "TorchCheckpointIO" and "load_checkpoint" not in self.lora_others
 
     def _lora_uses_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""
@@ -279,7 +291,8 @@ class LoRAStrategy(Strategy, InPlace):
         try:
             if KEY in checkpoint and len(states) != len(self.optimizers):
                 raise ValueError(f"it has {len(states)} states, and the module {len(self.optimizers)} optimizers")
-            self.lora_load_states(checkpoint)
+            with states_fit(self.optimizers, states):
+                self.lora_load_states(checkpoint)
         except Exception as error:
             if self.lora_stage.phase is Phase.LOADED:
                 self.lora_stage.phase = Phase.SET_UP  # so that the module becomes what it was before
@@ -333,7 +346,12 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
-        output = super().training_step(*args, **kwargs)
+        with gradients_pass(self.lora_module), self.lora_watching():
+            try:
+                output = super().training_step(*args, **kwargs)
+            except Exception as error:
+                asked.explain(error, self.lora_module, asked.IN_A_STEP)
+                raise
         if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()
         return output
@@ -342,10 +360,21 @@ class LoRAStrategy(Strategy, InPlace):
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         if not compatibility.has_own(self.lora_module, "backward"):  # which may have a graph of its own
             check_loss(self.lora_module, closure_loss)
-        loss = super().backward(closure_loss, *args, **kwargs)
+        warn_if_base_is_shown(self.lora_module)
+        with gradients_pass(self.lora_module), self.lora_watching():  # checkpoints run their layers again
+            try:
+                loss = super().backward(closure_loss, *args, **kwargs)
+            except Exception as error:
+                asked.explain(error, self.lora_module, asked.IN_BACKWARD)
+                raise
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
         return loss
+
+    def lora_watching(self) -> AbstractContextManager[None]:
+        """Watch what else reads adapted weights in the first batch. One process says it for all."""
+        reads = self.lora_stage.reads
+        return nullcontext() if reads.is_over or not self.is_global_zero else reads.watching(self.lora_module)
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""

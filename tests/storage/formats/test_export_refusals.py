@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GptOssConfig, GptOssModel
 
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
@@ -24,6 +25,28 @@ def check_refused(source: Any, folder: Path, match: str, error: type[Exception] 
     assert not (folder / "peft").exists()
 
 
+class Reads(nn.Module):
+    """It reads a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.own
+
+
+class Nested(Reads):
+    """So does a module inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reads()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(super().forward(x))
+
+
 OTHER: dict[str, Any] = {"target_modules": ["other"]}
 SHARED = nn.Linear(4, 4)
 CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
@@ -36,6 +59,8 @@ CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
     (nn.Sequential(nn.Linear(4, 4)), {**OTHER, "target_parameters": ["0.weight"]}, "'layer': .*a layer inside it"),
     (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
+    (Nested(), {**OTHER, "target_parameters": ["own"]}, "'layer.inner': .*no parameters inside of 'layer'"),
+    (Nested(), {**OTHER, "target_parameters": ["layer.own"], "modules_to_save": ["inner"]}, "'layer.inner', inside of"),
     (nn.Linear(4, 4), {**OTHER, "modules_to_save": ["layer.weight"]}, "no place for 'layer.weight'.*single parameters"),
 ]
 
@@ -89,7 +114,7 @@ def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
     check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
     ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
     check_refused(base, tmp_path, "not the module itself", root="q")
-    check_refused(base, tmp_path, "no attribute `1`", AttributeError, root="1")
+    check_refused(base, tmp_path, "root='1' holds no adapted layer.*layers are 'q'", ll.ConfigError, root="1")
     check_refused(base, tmp_path / "none", "does not exist", FileNotFoundError)
     check_refused(base, tmp_path, "'a' is not known. Expected 'peft' or 'diffusers'", ll.ConfigError, format="a")
     ll.save_adapter(base, tmp_path / "fresh.safetensors")  # without what is as in the base
@@ -119,3 +144,25 @@ def test_both_files_are_written_or_none(tmp_path: Path, room: int) -> None:
         with pytest.raises(ll.AdapterFileError, match=r"could not be written .*Free space"):
             ll.export_peft(new, tmp_path / folder)
     assert contents(tmp_path) == before and not (tmp_path / "fresh").exists()
+
+
+def test_one_expert_whose_weights_are_transposed(tmp_path: Path) -> None:
+    experts: Any = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 16}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = GptOssConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9, **experts, **heads)
+    model = trained(GptOssModel(config), ll.LoRAConfig(r=2, target_modules=[], target_parameters=["down_proj"]))
+    check_refused(model, tmp_path, "experts': PEFT adds the update of one transposed expert the wrong way")
+
+
+def test_a_row_of_zeros_below_dora(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[1] = 0  # as a row that was pruned
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    for source in (model, tmp_path / "adapter.safetensors"):
+        check_refused(source, tmp_path, "'0': with use_dora, PEFT scales an output whose magnitude is zero")

@@ -93,4 +93,4 @@ def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Pa
     export_peft(model, tmp_path / "here")
     there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
     assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
-    assert torch.equal(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS))
+    assert gap(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS)) < 2e-6

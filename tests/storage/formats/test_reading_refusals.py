@@ -239,3 +239,44 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     assert not model.get_parameter("norm.bias").requires_grad
     save_file({f"{PRE}head.weight": torch.ones(3, 12)}, tmp_path / WEIGHTS)
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no adapters of this package")
+
+
+def in_a_pickle(make: Callable[[Tensor], Tensor]) -> Change:
+    """Let each B be another kind of tensor, which safetensors may not have."""
+
+    def change(folder: Path) -> None:
+        held = load_file(folder / WEIGHTS)
+        odd = {name: make(value) if "lora_B" in name else value for name, value in held.items()}
+        (folder / WEIGHTS).unlink()
+        torch.save(odd, folder / "adapter_model.bin")
+
+    return change
+
+
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "float8": lambda value: value.to(torch.float8_e4m3fn),
+    "sparse": Tensor.to_sparse,
+    "sparse rows": Tensor.to_sparse_csr,
+    "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    "without values": lambda value: value.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|quantize|TypedStorage)")
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+def test_tensors_with_which_torch_cannot_compute_are_named(tmp_path: Path, make: Callable[[Tensor], Tensor]) -> None:
+    written(tmp_path)
+    in_a_pickle(make)(tmp_path)
+    check_refused(
+        tmp_path, built(Mixed), ll.AdapterFileError, r"lora_B.*with which nothing can be computed.*\.float\(\)"
+    )
+    a, b = torch.ones(2, 8), make(torch.ones(8, 2))
+    torch.save({"model_state_dict": {"linear.lora_A": a, "linear.lora_B": b}}, file := tmp_path / "loralib.pt")
+    with refused(model := built(Mixed), ll.AdapterFileError, r"'linear.lora_B'.*\.float\(\)"):
+        ll.load_adapter(model, file, alpha=2)
+
+
+def test_an_update_that_was_rounded_to_integers_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    in_a_pickle(lambda value: value.to(torch.int8))(tmp_path)
+    check_refused(tmp_path, built(Mixed), ll.AdapterFileError, r"'linear' in torch\.int8: .*\.float\(\)")

@@ -93,3 +93,11 @@ def test_an_index_that_names_no_files_is_refused(tmp_path: Path, text: str) -> N
     (tmp_path / "base" / INDEX).write_text(text)
     with pytest.raises(AdapterFileError, match="has no 'weight_map' from tensors to files"):
         merged(tmp_path)
+
+
+def test_an_index_without_metadata_is_read(tmp_path: Path) -> None:
+    divided(tmp_path, ["model-1.safetensors"] * 4 + ["model-2.safetensors"] * 4)
+    index = tmp_path / "base" / INDEX
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": None}))
+    merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"].keys() == {"total_size"}

@@ -1,5 +1,6 @@
 """A file of adapters merged into a file of the base."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,47 @@ def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: 
     nn.init.constant_(model.q_proj.lora_B, 1e9)  # type: ignore[arg-type]
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     refused(tmp_path, ll.AdapterMismatchError, "values overflow")
+
+
+def test_a_pipe_as_base_is_refused(tmp_path: Path) -> None:
+    save_files(tmp_path, LitTiny(), r=2)
+    os.mkfifo(tmp_path / "pipe.ckpt")  # to open it would wait for ever
+    with pytest.raises(ll.AdapterFileError, match=r"pipe\.ckpt is a pipe or a device, not a file"):
+        merge_files(tmp_path / "pipe.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt")
+
+
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128)])
+def test_a_tensor_that_safetensors_cannot_hold_is_named(tmp_path: Path, value: Tensor) -> None:
+    model = LitTiny()
+    torch.save({**model.state_dict(), "odd": value}, tmp_path / "base.ckpt")
+    ll.save_adapter(saved(tmp_path / "a.safetensors", model), tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterFileError, match=r"safetensors cannot hold 'odd' .*such as \.ckpt"):
+        merge_files(tmp_path / "base.ckpt", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    merge_files(tmp_path / "base.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt")
+
+
+class Counts(LitTiny):
+    """It keeps a number besides its tensors, which training changes."""
+
+    steps = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, held: dict[str, int]) -> None:
+        self.steps = held["steps"]
+
+
+def test_what_is_no_tensor_is_never_lost_in_a_merge(tmp_path: Path) -> None:
+    model = Counts()
+    torch.save(model.state_dict(), tmp_path / "base.ckpt")
+    fitted(tmp_path / "a.ckpt", model)
+    with pytest.raises(ll.AdapterFileError, match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged"):
+        merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.safetensors")
+    merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.ckpt")
+    assert torch.load(tmp_path / "out.ckpt", weights_only=True)["_extra_state"] == {"steps": model.steps}

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
+from lightning_lora.patterns import matches
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
 

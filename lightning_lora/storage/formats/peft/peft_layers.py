@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import listed
 from lightning_lora.functional.factors import Factors
@@ -36,7 +36,7 @@ class PeftLayer:
     is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
 
-def why_not(layer: StoredLayer) -> str | None:
+def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
     """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
     counterpart = _PEFT_LAYERS.get(layer.adapter_class)
     if counterpart is None or _is_registered(layer.layer_class):
@@ -44,6 +44,8 @@ def why_not(layer: StoredLayer) -> str | None:
     other_names = layer.options.get(ALSO)
     if other_names:
         return f"the layer is used as {listed(other_names)} too, and PEFT would adapt the first use alone."
+    if magnitude is not None and (magnitude == 0).any():  # the base has a row of zeros
+        return "with use_dora, PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
     return counterpart.why_not(layer)
 
 
@@ -170,6 +172,8 @@ def _parameters(layer: StoredLayer) -> str | None:
     for matrix in layer.matrices:
         if "." in matrix.weight:
             return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
+        if matrix.stack == (1,) and layer.options.get("is_transposed"):
+            return "PEFT adds the update of one transposed expert the wrong way round."
     return None
 
 

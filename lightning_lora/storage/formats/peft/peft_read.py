@@ -173,7 +173,7 @@ class _Layers:
         tensors, *more = wrapped.values()
         if "tokens" in tensors and not more:
             return self._tokens(there, tensors)
-        layer = self._described(there, kind, kind.lora_matrices_of(module))
+        layer = self._described(there, kind, kind.lora_matrices_of(module), tensors.get("magnitude"))
         if kind is LoRAAttention:
             return self._attention(there, layer, wrapped)
         if more:
@@ -282,10 +282,11 @@ class _Layers:
         there: str,
         kind: type[LoRALayer],
         matrices: tuple[AdaptedMatrix, ...],
+        magnitude: Tensor | None = None,
     ) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         layer = described(self.view, self.place.name_here(there), kind, matrices)
-        why = why_not(layer)
+        why = why_not(layer, magnitude)
         if why is not None:
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "

@@ -14,7 +14,7 @@ from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not,
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, owner_of
+from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
 
 Modules = Mapping[str, nn.Module]  # those that the reader has, by their names there; of a file, none are known
 
@@ -49,7 +49,8 @@ def refused_layers(stored: StoredAdapters, modules: Modules) -> dict[str, list[s
 
 def _why_refused(layer: StoredLayer, stored: StoredAdapters, modules: Modules) -> str | None:
     """The first reason why PEFT cannot hold a layer. The last ones ask its model, or PEFT itself."""
-    why = why_not(layer) or _why_not_there(layer, stored) or _why_not_of_type(layer, stored, modules)
+    magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+    why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, stored, modules)
     if why is None and layer.tokens and modules:
         name = _name_there(layer.name, stored)
         return why_not_rows(modules, name)
@@ -69,7 +70,15 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
         leaf = layer.name.rpartition(".")[2]
         without = f"target_slices={{{leaf!r}: ['q', 'k', 'v']}}"
         return f"PEFT 0.21 adds the update of an attention's output projection twice; {without} leaves that out."
+    around = _adapted_around(layer.name, stored)
+    if around and peft_layer(layer).is_parameter:
+        return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
     return None
+
+
+def _adapted_around(name: str, stored: StoredAdapters) -> list[str]:
+    """The adapted layers in which a module lies."""
+    return [outer for outer in starts_of(owner_of(name)) if outer in stored.layers]
 
 
 # Types of models for which PEFT has rules of its own
@@ -183,10 +192,16 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
 
 
 def _check_modules_to_save(stored: StoredAdapters, modules: Modules) -> None:
-    """Refuse names by which PEFT would save other modules too: it takes any ending of a name."""
+    """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
     names_there = {module: _name_there(module, stored) for module in stored.saved}
     others = [name for name in modules if name not in names_there.values()]
     for module, name in names_there.items():
+        around = _adapted_around(module, stored)
+        if around:
+            raise ExportError(
+                f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
+                f"would not find it. {_LEAVE_OUT}"
+            )
         alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(

@@ -1,0 +1,158 @@
+"""Find networks that copy another one: a momentum network, a target, an average."""
+
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_lora.networks.roles import Modules, Parameters
+from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
+from lightning_lora.tensors.shards import to_local
+
+_SAME = 0.9
+"""The cosine between a copy's weights and the original's. An average lags behind; other networks have about 0."""
+
+_SAMPLES = 10_000  # values of a weight that are compared
+
+
+def find_copies(
+    modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], *, may_lack: bool = False
+) -> dict[str, str]:
+    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own.
+
+    With ``may_lack``, a copy may have fewer parameters: a teacher may lack a mask.
+    """
+    if not still:
+        return {}
+    return _Search(modules, base, layers, still, may_lack).run()
+
+
+class _Search:
+    """One search for copies."""
+
+    def __init__(
+        self, modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], may_lack: bool
+    ) -> None:
+        self.modules = modules
+        self.layers = layers
+        self.may_lack = may_lack
+        self.training = _modules_around(name for name, parameter in base.items() if parameter not in still)
+        self.parameters = _parameters_by_module(base)
+        self.candidates = self._training_modules_by_class()
+        self.copies_of: Counter[str] = Counter()  # how many each network has
+        self.samples = _Samples()
+
+    def run(self) -> dict[str, str]:
+        """Return copies and their originals."""
+        found: dict[str, str] = {}
+        for name in self.parameters:
+            if not self._may_be_copy(name) or is_in_any(name, found):
+                continue
+            original = self._original_of(name)
+            if original is not None:
+                found[name] = original
+                self.copies_of[original] += 1
+        return found
+
+    def _training_modules_by_class(self) -> dict[type, list[str]]:
+        candidates: dict[type, list[str]] = {}
+        for name in self.parameters:
+            if name in self.training:
+                candidates.setdefault(_plain_class(self.modules[name]), []).append(name)
+        return candidates
+
+    def _may_be_copy(self, name: str) -> bool:
+        """Whether nothing in a module trains. Of a larger network that stands still, single layers say nothing."""
+        if name in self.training:
+            return False
+        is_beside_what_trains = owner_of(name) in {"", *self.training}
+        is_single_layer = not self.modules[name]._modules
+        return is_beside_what_trains or not is_single_layer
+
+    def _original_of(self, name: str) -> str | None:
+        """The network that trains and is like this one: of several, one with the fewest copies."""
+        adapted = [inner for inner in self.parameters[name] if self._is_adapted(name, inner)]
+        if not adapted:
+            return None
+        originals = self.candidates.get(_plain_class(self.modules[name]), [])
+        for original in sorted(originals, key=self.copies_of.__getitem__):
+            if self._are_alike(name, original) and any(self._is_adapted(original, inner) for inner in adapted):
+                return original
+        return None
+
+    def _is_adapted(self, network: str, inner: str) -> bool:
+        return is_in_any(f"{network}.{inner}", self.layers)
+
+    def _are_alike(self, copy: str, original: str) -> bool:
+        """Whether one network has names and shapes of the other, and nearly the same weights."""
+        copied = self.parameters[copy]
+        originals = self.parameters[original]
+        if not self.may_lack and copied.keys() != originals.keys():
+            return False
+        if not _have_shapes_of(copied, originals):
+            return False
+        products = squares = 0.0
+        for name, parameter in copied.items():
+            if _is_compared(parameter, originals[name]):
+                one = self.samples.of(parameter)
+                other = self.samples.of(originals[name])
+                products += float(one.values @ other.values)
+                squares += one.norm * other.norm
+        return products > _SAME * squares
+
+
+def _have_shapes_of(parameters: Parameters, others: Parameters) -> bool:
+    for name, parameter in parameters.items():
+        if name not in others or parameter.shape != others[name].shape:
+            return False
+    return True
+
+
+def _is_compared(parameter: nn.Parameter, other: nn.Parameter) -> bool:
+    """Whether it is a matrix, and both have values."""
+    is_matrix = parameter.dim() > 1 and parameter.is_floating_point()
+    return is_matrix and not parameter.is_meta and not other.is_meta
+
+
+def _modules_around(parameters: Iterable[str]) -> set[str]:
+    around: set[str] = set()
+    for name in parameters:
+        around.update(starts_of(owner_of(name)))
+    return around
+
+
+def _parameters_by_module(base: Parameters) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters in each module, by their names in it."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in base.items():
+        for outer in starts_of(owner_of(name)):
+            found.setdefault(outer, {})[name.removeprefix(f"{outer}.")] = parameter
+    return found
+
+
+def _plain_class(module: nn.Module) -> type:
+    """The class of a module without adapters."""
+    return module.overlaid[1] if isinstance(module, InPlace) else type(module)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    values: Tensor  # some of a weight's, on the CPU
+    norm: float
+
+
+class _Samples:
+    """Some values of weights. Each weight is sampled once."""
+
+    def __init__(self) -> None:
+        self._by_weight: dict[nn.Parameter, _Sample] = {}
+
+    def of(self, weight: nn.Parameter) -> _Sample:
+        if weight not in self._by_weight:
+            values = to_local(weight.detach()).reshape(-1)
+            step = 1 + len(values) // _SAMPLES
+            values = values[::step].float().cpu()
+            self._by_weight[weight] = _Sample(values, float(values.norm()))
+        return self._by_weight[weight]

@@ -1,0 +1,43 @@
+"""What the networks of a module are for."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from lightning_lora.tensors.names import is_in_any
+
+Modules = Mapping[str, nn.Module]
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks whose weights stand still, by name."""
+
+    still: tuple[str, ...] = ()  # others train beside them
+    below: tuple[str, ...] = ()  # only a head trains beside them, modules that are trained in full, or no target
+    copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
+    bare: tuple[str, ...] = ()  # layers of copies whose originals have no adapter
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Those without adapters."""
+        return (*self.still, *self.bare)
+
+    def fitting(self, layers: Set[str]) -> "Networks":
+        """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
+        adapted = {name for name in layers if not is_in_any(name, self.still)}
+        bare = []
+        for name in sorted(adapted):
+            original = self.original_of(name)
+            if original is not None and original not in adapted:
+                bare.append(name)
+        return replace(self, bare=tuple(bare))
+
+    def original_of(self, layer: str) -> str | None:
+        """Return the layer that a layer of a copy follows."""
+        for copy, original in self.copies.items():
+            if is_in_any(layer, [copy]):
+                return original + layer.removeprefix(copy)
+        return None

@@ -1,0 +1,47 @@
+"""How an argument means layers: by their names, by the last components of these, or by an expression."""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def matches(entry: str, name: str) -> bool:
+    """Whether an entry is a module's name, or its last components."""
+    return name == entry or name.endswith("." + entry)
+
+
+def matches_pattern(key: str, name: str) -> bool:
+    """Whether a pattern's key, a name or an expression, fits a layer."""
+    return matches(key, name) or ending(key).fullmatch(name) is not None
+
+
+@functools.cache  # re itself remembers few
+def ending(key: str) -> re.Pattern[str]:
+    """Return the expression for names that end as a key says."""
+    return re.compile(rf"(?:.*\.)?(?:{key})")
+
+
+def look_up(pattern: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
+    """Return the value of the first key that fits one of these names. Those that are empty are left out."""
+    if pattern is None:
+        return default
+    names = [name for name in names if name]
+    for key, value in pattern.items():
+        if any(matches_pattern(key, name) for name in names):
+            return value
+    return default
+
+
+def as_expression(pattern: str | Sequence[str] | None) -> str:
+    """Return the same pattern as an expression. That of None is empty."""
+    if pattern is None:
+        return ""
+    if isinstance(pattern, str):
+        return pattern
+    return "|".join(rf"(.*\.)?{re.escape(name)}" for name in pattern)
+
+
+def begins_or_ends(expression: str, other: str) -> bool:
+    """Whether an expression has another as its first or last alternative. One between these may be in a group."""
+    return expression == other or expression.startswith(f"{other}|") or expression.endswith(f"|{other}")

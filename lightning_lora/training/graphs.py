@@ -1,0 +1,17 @@
+"""Graphs of torch's autograd."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Go through the graph from which these were computed."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen = {None}
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            yield node

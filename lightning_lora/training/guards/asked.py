@@ -1,0 +1,111 @@
+"""Gradients of frozen weights, for which other code asks torch.
+
+torch refuses them (``torch.autograd.grad``). A checkpoint of the module's own code asks for those of all its weights,
+and can do without. Any other code gets torch's error, and what to do about it.
+"""
+
+import inspect
+from collections.abc import Collection, Iterator, Set
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from lightning_lora.errors import LoRAError, TargetError, listed
+from lightning_lora.model.record import find_record
+from lightning_lora.model.view import View
+from lightning_lora.private import ASKED, tree_leaves, tree_map
+from lightning_lora.tensors.names import owner_of
+from lightning_lora.training.graphs import nodes_behind
+
+
+class OwnCheckpoints:
+    """Checkpoints of the module's own code, such as latent diffusion's.
+
+    One is an autograd function that notes all weights of a block. Its backward pass runs the block again, and asks for
+    the gradients of these weights, of which some may be unused. So here it notes detached ones in place of those that
+    are frozen: they have the same values, require a gradient as torch wants it, and are unused.
+    """
+
+    def __init__(self, frozen: Set[nn.Parameter]) -> None:
+        plain = [p for p in frozen if type(p) is nn.Parameter]
+        self.frozen = {p for p in plain if p.is_floating_point() or p.is_complex()}
+        self.were_found = False
+
+    def prepare(self, loss: Tensor) -> None:
+        """Let those behind ``loss`` ask for gradients of frozen weights."""
+        for node in nodes_behind([loss]):
+            if isinstance(node, BackwardCFunction):
+                self._detach_weights_of(node)
+
+    def _detach_weights_of(self, node: Any) -> None:
+        """Put detached weights in place of the frozen ones that a function has noted on its context: this node."""
+        for name, noted in list(vars(node).items()):
+            if any(self._is_frozen(value) for value in tree_leaves(noted)):
+                self.were_found = True
+                setattr(node, name, tree_map(self._detached, noted))
+
+    def _detached(self, value: Any) -> Any:
+        return value.detach().requires_grad_() if self._is_frozen(value) else value
+
+    def _is_frozen(self, value: Any) -> bool:
+        return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
+
+
+IN_A_STEP = "Or ask for gradients of what trains: [p for p in self.parameters() if p.requires_grad]."
+IN_BACKWARD = (
+    "If this is a checkpoint of your own, use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) instead, or "
+    "let it ask for gradients of the weights that require one."
+)
+
+
+def explain(error: BaseException, model: nn.Module, advice: str) -> None:
+    """If torch refused gradients of frozen weights of ``model``, raise an error that names them, and gives advice."""
+    if isinstance(error, LoRAError) or find_record(model) is None:
+        return
+    asked = _asked_for(error)
+    names = _names_of(View(model), asked) if asked else []
+    if names:
+        layers = list(dict.fromkeys(owner_of(name) or name for name in names))
+        raise TargetError(
+            f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
+            f"Train their layers in full: modules_to_save={layers}. {advice}"
+        ) from error
+
+
+def _names_of(view: View, asked: Collection[object]) -> list[str]:
+    """The names of those that are frozen, and would train without adapters."""
+    ids = set(map(id, asked))
+    flags = view.record.requires_grad
+    return [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad and flags.get(name)]
+
+
+def _asked_for(error: BaseException) -> list[object]:
+    """The tensors of which torch refused the gradients. The step's own code may have met that error before."""
+    for each in _chain(error):
+        if isinstance(each, RuntimeError):
+            for values in _arguments_of_grad(each.__traceback__):
+                return values
+    return []
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Go through an error and those from which it came."""
+    seen = set[int]()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _arguments_of_grad(traceback: TracebackType | None) -> Iterator[list[object]]:
+    """Go through the calls of ``torch.autograd.grad`` in a traceback: to what each asked for."""
+    code = inspect.unwrap(torch.autograd.grad).__code__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            values = traceback.tb_frame.f_locals
+            yield tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
+        traceback = traceback.tb_next
