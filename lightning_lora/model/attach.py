@@ -1,8 +1,9 @@
 """Attach adapters to a model and freeze its base, or detach them. If a change fails, restore the model."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from inspect import signature
 from typing import Any
 from weakref import ref
@@ -182,7 +183,6 @@ def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, 
 # What bypasses adapted layers: inference paths, and save_pretrained of other libraries
 
 _SWITCHED = "_lora_switched"  # the attribute of a module that stores the original value of its switch
-WRITERS: list[Callable[..., Any]] = []  # called in place of save_pretrained, with a model that has adapted layers
 
 
 class _Saves:
@@ -193,7 +193,8 @@ class _Saves:
         self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return WRITERS[0](self.model(), *args, **kwargs)
+        files = import_module("lightning_lora.storage.merged_model")  # it lies above this room: by name, when called
+        return files.save_pretrained(self.model(), *args, **kwargs)
 
     def __reduce__(self) -> Any:
         return _Saves, (self.model(),)

@@ -22,8 +22,9 @@ from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
+from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_readable
-from lightning_lora.storage.formats.reading import Asked, check_usual
+from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra

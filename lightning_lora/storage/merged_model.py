@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.attach import WRITERS, check_weights
+from lightning_lora.model.attach import check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
@@ -165,7 +165,7 @@ def _write_folder(view: View, path: Path) -> None:
         save(part)
 
 
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save, view = type(model).save_pretrained, View(model)
@@ -195,9 +195,6 @@ def _by_name(
     if len(named) < len(args) - 1 or not named.keys().isdisjoint(kwargs):  # an error of the caller's
         return args, kwargs
     return args[:1], {**named, **kwargs}
-
-
-WRITERS.append(_save_pretrained)
 
 
 @contextmanager

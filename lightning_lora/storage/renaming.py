@@ -1,19 +1,21 @@
 """Names that differ by one prefix: those in a file, and those in a model or in another file."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers import AdaptedMatrix, LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,27 @@ class Renaming:
         """Return the file's name for a name in the model."""
         return _exchange(name, self.here, self.there)
 
+    def with_names_here(self, named: Mapping[str, Value]) -> dict[str, Value]:
+        """Return what a file holds by name, by the model's names."""
+        return {self.name_here(name): value for name, value in named.items()}
+
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""
-        there, here = (f"begin with {prefix!r}" if prefix else "have no prefix" for prefix in (self.there, self.here))
+        there, here = _begin(self.there), _begin(self.here)
         return f"The names in the file {there}; in {title} they {here}. They are taken for the same model."
 
 
-def _exchange(name: str, old: str, new: str) -> str:
-    return join(new, name[len(old) :].removeprefix(".")) if is_inside(name, old) else name
+def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
+    """The name with the new prefix, if it has the old one."""
+    if not is_inside(name, old_prefix):
+        return name
+    rest = name[len(old_prefix) :].removeprefix(".")
+    return join(new_prefix, rest)
+
+
+def _begin(prefix: str) -> str:
+    """How names with this prefix begin, in a message."""
+    return f"begin with {prefix!r}" if prefix else "have no prefix"
 
 
 def is_inside(name: str, prefix: str) -> bool:
@@ -46,31 +61,70 @@ def is_inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
+def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what is ``prefix``, or lies inside it."""
+    return {name: value for name, value in named.items() if is_inside(name, prefix)}
+
+
 SAME_NAMES = Renaming()
 
 
+# Which renaming makes a file fit
+
+
 def find_renamings(
-    names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
+    names: Sequence[str],
+    known: Collection[str],
+    *,
+    root_there: str = "",
+    root_here: str = "",
 ) -> list[Renaming]:
-    """Return the ways to exchange one prefix so that all names of a file are known."""
-    lead, first = _common_lead(names), names[0]
-    others = [Renaming(there, here) for there in lead for here in dict.fromkeys(("", root_here))]
-    for there in dict.fromkeys(("", root_there if root_there in lead else "")):
-        end = "." + first.removeprefix(f"{there}.")
-        others += [Renaming(there, name.removesuffix(end)) for name in known if name.endswith(end)]
-    for ways in ([SAME_NAMES], [Renaming(root_there, root_here)], others):
-        fitting: dict[str, Renaming] = {}
-        for way in ways:
-            if all(way.name_here(name) in known for name in names):
-                fitting.setdefault(way.name_here(first), way)
-        if fitting:
-            return list(fitting.values())
-    return []
+    """Return the ways to exchange one prefix so that all names of a file are known.
+
+    The same names come first, then those below each side's root. Only if neither fits, other prefixes are tried.
+    """
+    for renaming in (SAME_NAMES, Renaming(root_there, root_here)):
+        if _all_known(names, known, renaming):
+            return [renaming]
+    fitting: dict[str, Renaming] = {}
+    for renaming in _other_renamings(names, known, root_there, root_here):
+        if _all_known(names, known, renaming):
+            fitting.setdefault(renaming.name_here(names[0]), renaming)  # one for each place in the model
+    return list(fitting.values())
 
 
-def _common_lead(names: Sequence[str]) -> list[str]:
+def _all_known(names: Iterable[str], known: Collection[str], renaming: Renaming) -> bool:
+    return all(renaming.name_here(name) in known for name in names)
+
+
+def _other_renamings(
+    names: Sequence[str],
+    known: Collection[str],
+    root_there: str,
+    root_here: str,
+) -> Iterator[Renaming]:
+    """Other prefixes: all that could go from the file's names, and all below which they could lie in the model."""
+    shared = _shared_prefixes(names)
+    for there in shared:
+        yield Renaming(there, "")
+        yield Renaming(there, root_here)
+    yield from _below_other_modules(names[0], known)
+    if root_there in shared[1:]:  # not the empty one again
+        yield from _below_other_modules(names[0], known, root_there)
+
+
+def _below_other_modules(first: str, known: Collection[str], there: str = "") -> Iterator[Renaming]:
+    """The prefix of each known name that ends as the first name does after its own prefix ``there``."""
+    end = "." + first.removeprefix(f"{there}.")
+    for name in known:
+        if name.endswith(end):
+            yield Renaming(there, name.removesuffix(end))
+
+
+def _shared_prefixes(names: Sequence[str]) -> list[str]:
     """The prefixes that all names have, the empty one first."""
-    shared = commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071  # of components, not of letters
+    owners = [name.split(".")[:-1] for name in names]
+    shared = commonprefix(owners)  # noqa: RUF071  # of components, not of letters
     return ["", *accumulate(shared, join)]
 
 
@@ -78,44 +132,85 @@ def _common_lead(names: Sequence[str]) -> list[str]:
 
 
 def by_whole_names(
-    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
+    layers: Iterable[StoredLayer],
+    settings: LoRAConfig,
+    present: Collection[str] | None = None,
 ) -> LoRAConfig:
     """Return a configuration that names each layer in full. Each has its own rank and scaling."""
-    modules, parameters, slices, ranks = list[str](), list[str](), dict[str, Any](), dict[str, tuple[int, float]]()
-    tokens = dict[str, tuple[int, ...]]()
+    targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
-        is_module = layer.kind != LoRAParameters.__name__
-        of_parameters = [join(layer.name, matrix.weight) for matrix in layer.matrices]
-        targets = [layer.name] if is_module else of_parameters
-        for target, matrix in zip(targets, layer.matrices, strict=False):
-            r, scaling = layer.r if is_module else matrix.rank(layer.r), matrix.scale(layer.scaling)
-            growth = r**0.5 if settings.use_rslora else r
-            alpha = round(scaling * growth, 9)  # as it was given, if that is the same
-            ranks[target] = r, alpha if alpha / growth == scaling else scaling * growth
-        if layer.tokens:
-            tokens[layer.name] = layer.tokens
-        elif is_module:
-            modules.append(layer.name)
-            if all(matrix.name for matrix in layer.matrices):
-                slices[_exactly(layer.name)] = _slices(layer)
-        else:
-            parameters += targets
-    r, alpha = next(iter(ranks.values()))
+        targets.add(layer)
+    r, *_ = targets.ranks.values()
+    alpha, *_ = targets.alphas.values()
     return replace(
         settings,
         r=r,
         alpha=alpha,
-        target_modules=list_or_expression(modules, present),
-        target_parameters=parameters or None,
-        target_slices=slices or None,
-        trainable_token_indices=tokens or None,
+        target_modules=list_or_expression(targets.modules, present),
+        target_parameters=targets.parameters or None,
+        target_slices=targets.slices or None,
+        trainable_token_indices=targets.tokens or None,
         exclude_modules=None,
-        rank_pattern={_exactly(name): rank for name, (rank, _) in ranks.items() if rank != r} or None,
-        alpha_pattern={_exactly(name): own for name, (_, own) in ranks.items() if own != alpha} or None,
+        rank_pattern=_others_than(r, targets.ranks),
+        alpha_pattern=_others_than(alpha, targets.alphas),
     )
 
 
+@dataclass
+class _Targets:
+    """The arguments of a configuration that name layers, and the rank and alpha of each name."""
+
+    use_rslora: bool
+    modules: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    slices: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Sequence[int]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def add(self, layer: StoredLayer) -> None:
+        """Name one more layer."""
+        if layer.kind == LoRAParameters.__name__:
+            for matrix in layer.matrices:
+                self._add_parameter(layer, matrix)
+            return
+        scaling = layer.matrices[0].scale(layer.scaling)
+        self._set_numbers(layer.name, layer.r, scaling)
+        if layer.tokens:
+            self.tokens[layer.name] = layer.tokens
+            return
+        self.modules.append(layer.name)
+        if all(matrix.name for matrix in layer.matrices):
+            self.slices[_exactly(layer.name)] = _slices(layer)
+
+    def _add_parameter(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
+        """Name a parameter of a layer."""
+        name = join(layer.name, matrix.weight)
+        r = matrix.rank(layer.r)
+        scaling = matrix.scale(layer.scaling)
+        self._set_numbers(name, r, scaling)
+        self.parameters.append(name)
+
+    def _set_numbers(self, name: str, r: int, scaling: float) -> None:
+        """Set the rank and alpha of one name. Alpha is as it was given, if that makes the same scaling."""
+        growth = r**0.5 if self.use_rslora else r
+        alpha = scaling * growth
+        rounded = round(alpha, 9)
+        self.ranks[name] = r
+        self.alphas[name] = rounded if rounded / growth == scaling else alpha
+
+
+def _others_than(usual: float, numbers: Mapping[str, float]) -> Any:
+    """A pattern for the names with another number. None: there are none."""
+    pattern = dict[str, Any]()
+    for name, number in numbers.items():
+        if number != usual:
+            pattern[_exactly(name)] = number
+    return pattern or None
+
+
 def _exactly(name: str) -> str:
+    """An expression for one name, and for no other that ends like it."""
     return f"^{re.escape(name)}"
 
 
@@ -123,21 +218,48 @@ def _slices(layer: StoredLayer) -> Any:
     """The value of ``target_slices`` for a layer: names, or names with their rows."""
     if layer.kind in (LoRAAttention.__name__, LoRARecurrent.__name__):
         return [matrix.name for matrix in layer.matrices]
-    return {matrix.name: [matrix.first, matrix.first + matrix.writes] for matrix in layer.matrices}
+    rows = dict[str, list[int]]()
+    for matrix in layer.matrices:
+        end = matrix.first + matrix.writes
+        rows[matrix.name] = [matrix.first, end]
+    return rows
 
 
-def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
+def list_or_expression(
+    names: list[str],
+    present: Collection[str] | None,
+) -> list[str] | str:
     """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
-    others = set(present or ()) - set(names)
-    ends = {other.split(".", cut)[-1] for other in others for cut in range(other.count(".") + 1)}
-    is_clear = ends.isdisjoint(names)
-    return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))
+    if not names or (present is not None and _match_no_other(names, present)):
+        return names
+    return "|".join(map(re.escape, names))
+
+
+def _match_no_other(names: list[str], present: Collection[str]) -> bool:
+    """Whether no other module's name ends with one of these names, as an entry of a list may."""
+    others = set(present) - set(names)
+    ends = set[str]()
+    for other in others:
+        ends.update(_ends_of(other))
+    return ends.isdisjoint(names)
+
+
+def _ends_of(name: str) -> list[str]:
+    """The name without its first components: ``a.b.c``, ``b.c`` and ``c``."""
+    ends = [name]
+    while "." in name:
+        _, _, name = name.partition(".")
+        ends.append(name)
+    return ends
 
 
 def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, view: View) -> LoRAConfig:
     """Return the configuration of a file for a model with other names."""
-    modules, parameters = view.modules, view.parameters
-    inside = [name for name in (*modules, *parameters) if is_inside(name, renaming.here) and name != renaming.here]
-    saved = [name for name in inside if config.is_saved(renaming.name_there(name))]
-    moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
-    return by_whole_names(moved, replace(config, modules_to_save=saved or None), modules.keys())
+    saved = list[str]()
+    for name in (*view.modules, *view.parameters):
+        is_of_the_file = is_inside(name, renaming.here) and name != renaming.here
+        if is_of_the_file and config.is_saved(renaming.name_there(name)):
+            saved.append(name)
+    renamed = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
+    settings = replace(config, modules_to_save=saved or None)
+    return by_whole_names(renamed, settings, view.modules.keys())

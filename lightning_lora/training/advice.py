@@ -20,7 +20,7 @@ from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.storage.fingerprint import rows_of
-from lightning_lora.storage.formats.peft_layers import refused_layers
+from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,18 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.formats import peft_config as peft
-from lightning_lora.storage.formats.peft_read import read_updates
-from lightning_lora.storage.formats.peft_write import exported
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of
+from lightning_lora.storage.disk import save
+from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
+from lightning_lora.storage.formats.peft import peft_config as peft
+from lightning_lora.storage.formats.peft.peft_read import read_updates
+from lightning_lora.storage.formats.peft.peft_write import exported
+from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
-from lightning_lora.storage.renaming import is_inside
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import named_modules, starts_of, submodule
+
+# The members of a pipeline
 
 
 def _member_name(model: nn.Module | None, root: str) -> str | None:
@@ -42,67 +44,94 @@ def _member_name(model: nn.Module | None, root: str) -> str | None:
 
 def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
-    found = dict[str, str]()
+    places = dict[str, str]()
     for name, module in modules.items():
-        member = _member_name(module, name) if name else None
-        if member and set(found.values()).isdisjoint(starts_of(name)):
-            found[member] = name if name.endswith(member) else found.get(member, name)
-    return found
+        is_in_a_member = not set(places.values()).isdisjoint(starts_of(name))
+        if not name or is_in_a_member:
+            continue
+        member = _member_name(module, name)
+        if member is not None and (member not in places or name.endswith(member)):
+            places[member] = name
+    return places
+
+
+def _starts(names: Iterable[str]) -> set[str]:
+    """The first components of names."""
+    return {name.partition(".")[0] for name in names}
+
+
+# Write
 
 
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
-    tensors, about = dict[str, Tensor](), dict[str, Any]()
-    for stored in _split(source.stored, source.model):
-        own = replace(source, stored=stored)
+    tensors = dict[str, Tensor]()
+    header = dict[str, Any]()
+    for stored in _split(source):
+        member = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        updates, config = exported(own, uniform, scaling=1.0)
-        prefix = _prefix_for(own.inner, stored, updates)
-        tensors |= {prefix + name: value for name, value in updates.items()}
-        about |= {prefix + name: value for name, value in config.items()}
+        member_tensors, config = exported(member, uniform, scaling=1.0)
+        name = _checked_member(member.inner, stored, member_tensors)
+        below = Renaming(here=name)
+        tensors |= below.with_names_here(member_tensors)
+        header |= below.with_names_here(config)
     file = peft.DIFFUSERS_WEIGHTS[0]
     _warn_of_replaced(directory / file, tensors)
-    write_files(directory, file, tensors, {peft.METADATA: json.dumps(about)})
+    contents = save(tensors, {peft.METADATA: json.dumps(header)})
+    write_files(directory, {file: contents})
 
 
-def _split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
+def _split(source: Source) -> list[StoredAdapters]:
     """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
-    roots, found = [stored.root], list[StoredAdapters]()
-    if _member_name(submodule(model, stored.root) if model else None, stored.root) is None:
-        starts = dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
-        members = _members_in(named_modules(model) if model else starts).values()
-        roots = list(filter(starts.__contains__, members)) or roots
-    outside = set(stored.state)
-    for root in roots:
-        kept = dict[str, Any]()
-        for what in ("state", "layers", "saved"):
-            own = getattr(stored, what)
-            kept[what] = {name: own[name] for name in own if is_inside(name, root)}
-        outside -= kept["state"].keys()
-        found.append(replace(stored, root=root, **kept))
+    roots = _roots_of_members(source)
+    parts = [_part_below(root, source.stored) for root in roots]
+    outside = set(source.stored.state)
+    for part in parts:
+        outside -= part.state.keys()
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
             "pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-    return found
+    return parts
+
+
+def _roots_of_members(source: Source) -> list[str]:
+    """The names of the adapted members. If none is known, the root, which is refused later."""
+    root = source.stored.root
+    if _member_name(source.inner, root) is not None:
+        return [root]
+    with_adapters = dict[str, None]()  # in the order of the layers
+    for name in source.stored.layers:
+        with_adapters.update(dict.fromkeys(starts_of(name)))
+    modules = with_adapters if source.model is None else named_modules(source.model)
+    roots = [name for name in _members_in(modules).values() if name in with_adapters]
+    return roots or [root]
+
+
+def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:
+    """The adapters of one member."""
+    return replace(
+        stored,
+        root=root,
+        state=entries_inside(root, stored.state),
+        layers=entries_inside(root, stored.layers),
+        saved=entries_inside(root, stored.saved),
+    )
 
 
 def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
     """Warn if a file that is to be written anew holds other members."""
-    held = set[str]()
+    members = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        held = _starts(file.keys())
-    if held := held - _starts(tensors):
-        warn(f"{path} held {listed(sorted(held))} too, which is replaced. The module around all parts writes all.")
+        members = _starts(file.keys())
+    replaced = members - _starts(tensors)
+    if replaced:
+        warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
 
 
-def _starts(names: Iterable[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
-
-
-def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
-    """Return what a pipeline expects before each name of these tensors. Refuse what it would not read."""
+def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
+    """Return what a pipeline calls a model with these tensors. Refuse what it would not read."""
     member = _member_name(model, stored.root)
     if member is None:
         raise ExportError(
@@ -110,78 +139,141 @@ def _prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterab
             "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
             "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
-    if left := [name for name in tensors if not peft.peft_key(name)]:
+    not_of_adapters = [name for name in tensors if peft.peft_key(name) is None]
+    if not_of_adapters:
         raise ExportError(
-            f"A pipeline of diffusers reads updates alone, and would refuse {listed(left)}. Train without bias and "
-            "modules_to_save, or leave format='diffusers' out, which writes a folder for PEFT."
+            f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
+            "bias and modules_to_save, or leave format='diffusers' out, which writes a folder for PEFT."
         )
-    return f"{member}."
+    return member
+
+
+# Read
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
     if not peft.is_diffusers(contents, path):
         return None
-    header, about = contents.get(peft.HEADER, {}).get(peft.METADATA, "{}"), f"{peft.METADATA!r} of {path}"
+    text = contents.get(HEADER, {}).get(peft.METADATA, "{}")
     tensors = peft.tensors_in(contents, path)
-    return lambda view: _read(view, tensors, peft.json_object(header, about), path)
+
+    def reader(view: View) -> StoredAdapters:
+        header = peft.json_object(text, f"{peft.METADATA!r} of {path}")
+        return _read(view, tensors, header, path)
+
+    return reader
 
 
-def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
+def _read(
+    view: View,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, Any],
+    path: Any,
+) -> StoredAdapters:
     """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
-    starts = _starts(tensors)
-    members = {key.rpartition(".")[0] for key in header} or set(filter(peft.PARTS.fullmatch, starts)) or {""}
-    if not members & {"", peft.PREFIX.rstrip(".")}:
-        members |= starts
-    root = root_of(view.model)
-    own = _member_name(submodule(view.model, root), root)
-    places = {own: root} if own else _members_in(view.modules)
-    if len(members) == 1 and not members & places.keys():
-        places = dict.fromkeys(members, root)
-    if not members & places.keys():
-        raise AdapterMismatchError(
-            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
-            "models, or a module with attributes of these names."
-        )
-    if left := members - places.keys():
-        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
-    updates, rest, saved, configs = list[Update](), dict[str, Tensor](), list[str](), list[LoRAConfig]()
+    members = _members_of(tensors, header)
+    places = _places_of(members, view)
+    _check_places(members, places, path)
+    updates = list[Update]()
+    rest = dict[str, Tensor]()
+    saved = list[str]()
+    configs = list[LoRAConfig]()
     for member in sorted(members & places.keys()):
-        found, about = _member(member, tensors, header, path)
-        own_updates, others = read_updates(view, found, about, path, places[member])
-        updates += own_updates
+        member_tensors, config = _member(member, tensors, header, path)
+        member_updates, others = read_updates(view, member_tensors, config, path, places[member])
+        updates += member_updates
         rest |= others
-        configs.append(about.config)
-        saved += about.config.modules_to_save or ()
-    if len(set(map(attrgetter("use_dora", "init"), configs))) > 1:
+        saved += config.config.modules_to_save or ()
+        configs.append(config.config)
+    if len({(config.use_dora, config.init) for config in configs}) > 1:
         raise AdapterFileError(f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model.")
     return adapters_of(view, updates, rest, configs[0], saved)
 
 
+def _members_of(tensors: Iterable[str], header: Iterable[str]) -> set[str]:
+    """The members of a file, by what is before their names. One model may have PEFT's prefix there, or nothing."""
+    starts = _starts(tensors)
+    members = {key.rpartition(".")[0] for key in header}
+    if not members:
+        members = {start for start in starts if peft.PARTS.fullmatch(start)}
+    if not members:
+        return {""}
+    is_one_model = not members.isdisjoint(("", peft.PREFIX))
+    return members if is_one_model else members | starts
+
+
+def _places_of(members: set[str], view: View) -> dict[str, str]:
+    """The names of the pipeline's members in the model."""
+    root = root_of(view.model)
+    itself = _member_name(submodule(view.model, root), root)
+    places = _members_in(view.modules) if itself is None else {itself: root}
+    if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
+        return dict.fromkeys(members, root)
+    return places
+
+
+def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> None:
+    """Refuse a file of which the model has no member. Warn of those that it does not have."""
+    if members.isdisjoint(places):
+        raise AdapterMismatchError(
+            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
+            "models, or a module with attributes of these names."
+        )
+    left = members - places.keys()
+    if left:
+        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
+
+
 def _member(
-    member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any
+    member: str,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, Any],
+    path: Any,
 ) -> tuple[dict[str, Tensor], peft.PeftConfig]:
     """The tensors of one member of a pipeline, and their configuration."""
-    start = f"{member}." if member else ""
-    found = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-    config = {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
+    below = Renaming(there=member)
+    member_tensors = below.with_names_here(entries_inside(member, tensors))
+    config = below.with_names_here(entries_inside(member, header))
     if not config:
-        config = _without_scaling(found)
+        config = _without_scaling(member_tensors)
         warn(
             f"{path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be the rank. "
             "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
-    return found, peft.config_of({"peft_type": "LORA", **config}, path)
+    return member_tensors, peft.config_of({"peft_type": "LORA", **config}, path)
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration with which the scaling of each layer is one."""
-    ranks, use_dora = dict[str, int](), False
+    ranks = dict[str, int]()
+    use_dora = False
     for name, value in tensors.items():
-        layer, what = peft.peft_key(name) or (name, "")
-        use_dora |= what == "magnitude"
-        if what == "A" and value.dim():
-            ranks[layer] = len(value)
-    r, others = peft.most_common(ranks)
-    same = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others}
-    return {**same, "use_dora": use_dora, "target_modules": list(ranks)}
+        key = peft.peft_key(name)
+        if key is None:
+            continue
+        if key.what == "magnitude":
+            use_dora = True
+        elif key.what == "A" and value.dim():
+            ranks[key.wrapped] = len(value)
+    if not ranks:  # a damaged file, which is refused with the name of a layer
+        return {}
+    r, other_ranks = peft.most_common(ranks)
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "use_dora": use_dora,
+        "target_modules": list(ranks),
+    }
+
+
+DIFFUSERS = Format(
+    name="diffusers",
+    tool="diffusers",
+    read=read,
+    write=write,
+    files=peft.DIFFUSERS_WEIGHTS,
+    expected_files=peft.DIFFUSERS_WEIGHTS[0],
+)

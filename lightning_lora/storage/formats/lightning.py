@@ -1,7 +1,7 @@
 """What a Lightning checkpoint holds besides the model's state: the run's, which users may edit, and their own."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.stored import KEY, check_checksum
@@ -9,16 +9,16 @@ from lightning_lora.storage.stored import KEY, check_checksum
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
 AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
-_CALLBACKS, _OURS = (
-    "callbacks",
-    "lightning_lora.LoRACallback",
-)  # the states of callbacks, and the name of ours among them
+_CALLBACKS = "callbacks"  # the states of callbacks
+_OURS = "lightning_lora.LoRACallback"  # the name of ours among them
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
+_OF_THE_RUN = (*_RESUMED, "callbacks", "epoch", "global_step", MOVED, "averaging_state")
 
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     """Refuse a checkpoint from which a fit cannot go on."""
-    if missing := [name for name in _RESUMED if name not in checkpoint]:
+    missing = [name for name in _RESUMED if name not in checkpoint]
+    if missing:
         raise AdapterFileError(
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
             "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."
@@ -39,16 +39,14 @@ def leave_callback(checkpoint: dict[str, Any]) -> None:
     if not isinstance(states, dict) or _OURS not in states:
         return
     del states[_OURS]
-    if (
-        not states and "optimizer_states" not in checkpoint
-    ):  # with save_weights_only=True, Lightning stores no callbacks
+    has_weights_only = "optimizer_states" not in checkpoint  # then Lightning stores no callbacks
+    if has_weights_only and not states:
         del checkpoint[_CALLBACKS]
 
 
 def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a Lightning checkpoint, or not as it was written."""
-    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
-    if VERSION not in checkpoint or not isinstance(checkpoint.get("state_dict"), Mapping):
+    if not _is_lightning(checkpoint):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote. "
             "With a file of adapters, build the model and call load_adapter(model, path)."
@@ -57,8 +55,15 @@ def check_readable(checkpoint: object, path: object) -> None:
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
 
 
+def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether it has what every Lightning checkpoint has."""
+    if not isinstance(checkpoint, Mapping) or VERSION not in checkpoint:
+        return False
+    return isinstance(checkpoint.get("state_dict"), Mapping)
+
+
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a full checkpoint as the base of a fine-tune: without the state of the run that wrote it."""
-    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
+    base = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
     anew = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
-    return {key: value for key, value in checkpoint.items() if key not in run} | anew
+    return {**base, **anew}

@@ -1,7 +1,8 @@
 """Read loralib's files, for a model of plain layers. Alpha, and the slices of a ``MergedLinear``, are in no file."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -9,85 +10,149 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError, listed
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers import LoRALayer, adapter_for
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View, root_of
 from lightning_lora.patterns import matches_pattern
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, check_shapes, pair_of, place_of
+from lightning_lora.storage.formats.format import Asked, Format, Reader
+from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 
-_ENDS = (".lora_A", ".lora_B")  # of the names of an adapter's tensors
 _KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
+
+
+@dataclass
+class _Tensors:
+    """What a file of loralib holds, by its own names."""
+
+    pairs: dict[str, dict[str, Tensor]]  # "A" and "B" of each layer
+    rest: dict[str, Tensor]
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add one tensor of the file."""
+        layer, mark, factor = name.rpartition(".lora_")
+        if mark and factor in ("A", "B"):
+            self.pairs.setdefault(layer, {})[factor] = value
+        else:
+            self.rest[name] = value
 
 
 def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(contents.get(key), Mapping):
-            contents = contents[key]
-    tensors = {name: value for name, value in contents.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if not any(name.endswith(_ENDS) for name in tensors):
+    tensors = _Tensors(pairs={}, rest={})
+    for name, value in _state_in(contents).items():
+        tensors.add(name, value)
+    if not tensors.pairs:
         return None
     return lambda view: _read(view, tensors, path, asked)
 
 
-def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked) -> StoredAdapters:
+def _state_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state, which may lie inside a checkpoint, or be that of a DistributedDataParallel."""
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(contents.get(key), Mapping):
+            contents = contents[key]
+    state = dict[str, Tensor]()
+    for name, value in contents.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            state[name] = value
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAdapters:
+    """The adapters for a model, whose names may differ by one prefix."""
     if asked.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, whose alpha is in no file: load_adapter(model, path, alpha=...). Or "
             "a state of a model adapted here: inject_adapters(model, config), then model.load_state_dict(state)."
         )
     settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.endswith(_ENDS):
-            pairs.setdefault(name[:-7], {})[name[-1]] = value
-    rest = {name: value for name, value in tensors.items() if not name.endswith(_ENDS)}
-    place = place_of(view, list(pairs), list(rest), root_of(view.model))
-    factors = {place.name_here(name): pair_of(name, pair) for name, pair in pairs.items()}
-    unused = [key for key in settings.target_slices or {} if not any(matches_pattern(key, name) for name in factors)]
-    if unused:
-        raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(factors)}.")
-    updates = [_update(view, name, pair, settings) for name, pair in factors.items()]
-    rest = {place.name_here(name): value for name, value in rest.items()}
+    root = root_of(view.model)
+    place = place_of(view, tensors.pairs.keys(), tensors.rest.keys(), root)
+    factors = {name: pair_of(name, pair) for name, pair in tensors.pairs.items()}
+    factors = place.with_names_here(factors)
+    _check_slices(settings, factors)
+    layers = _Layers(view, settings, float(asked.alpha))
+    updates = [layers.update(name, pair) for name, pair in factors.items()]
+    rest = place.with_names_here(tensors.rest)
     return adapters_of(view, updates, rest, LoRAConfig())
 
 
-def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Update:
-    layer, (a, b) = view.modules[name], factors
-    kind = adapter_for(layer)
-    if kind is None or kind not in _KINDS or not a.dim() == b.dim() == 2:
-        raise AdapterMismatchError(
-            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, a {type(layer).__name__} in "
-            "this model. Of loralib's, Linear, MergedLinear and Embedding can be read. Pass the model of the training."
-        )
-    assert settings.alpha is not None
-    about, r = described(view, name, kind, kind.lora_matrices_of(layer)), b.shape[1]
-    pairs: tuple[Factors, ...] = (factors,)
-    if slices := settings.slices(name):
-        matrices = sliced(Names(view.model), name, kind, about.matrices, slices)
-        about = replace(about, matrices=tuple(sorted(matrices, key=lambda matrix: matrix.first)))
-        pairs = _merged_linear(about, factors)
-    else:
-        of_slices = f"target_slices={{{name!r}: ['q', 'v']}}"
-        remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {of_slices}."
-        check_shapes(about, about.matrices[0], factors, r, remedy)
-    return Update(replace(about, scaling=settings.alpha / r), pairs)
+def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
+    """Refuse slices of layers that the file does not have."""
+    unused = list[str]()
+    for pattern in settings.target_slices or {}:
+        if not any(matches_pattern(pattern, name) for name in layers):
+            unused.append(pattern)
+    if unused:
+        raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(layers)}.")
 
 
-def _merged_linear(about: StoredLayer, factors: Factors) -> tuple[Factors, ...]:
-    """A of all slices stacked, their rows of B stacked."""
-    (a, b), n = factors, len(about.matrices)
-    r, sizes = b.shape[1], {matrix.writes for matrix in about.matrices}
-    if a.shape != (n * r, about.matrices[0].reads) or sizes != {len(b) // n} or len(b) % n:
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of a model, and what the user says of the file."""
+
+    view: View
+    settings: LoRAConfig
+    alpha: float
+
+    def update(self, name: str, factors: Factors) -> Update:
+        """Return the update of one layer."""
+        layer, kind = self._described(name, factors)
+        slices = self.settings.slices(name)
+        if slices:
+            matrices = sliced(Names(self.view.model), name, kind, layer.matrices, slices)
+            return _merged_linear(layer, matrices, factors)
+        example = f"target_slices={{{name!r}: ['q', 'v']}}"
+        remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
+        check_shapes(layer, layer.matrices[0], factors, _rank(factors), remedy)
+        return Update(layer, (factors,))
+
+    def _described(self, name: str, factors: Factors) -> tuple[StoredLayer, type[LoRALayer]]:
+        """The layer with its scaling, if loralib adapts such a layer with such factors. And our adapter of it."""
+        module = self.view.modules[name]
+        kind = adapter_for(module)
+        a, b = factors
+        are_matrices = a.dim() == b.dim() == 2
+        if kind is None or kind not in _KINDS or not are_matrices:
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise AdapterMismatchError(
+                f"The file has factors {shapes} for {name!r}, a {type(module).__name__} in this model. Of loralib's, "
+                "Linear, MergedLinear and Embedding can be read. Pass the model of the training."
+            )
+        layer = described(self.view, name, kind, kind.lora_matrices_of(module))
+        return replace(layer, scaling=self.alpha / _rank(factors)), kind
+
+
+def _rank(factors: Factors) -> int:
+    """The rank of one update, or of each slice."""
+    _, b = factors
+    return b.shape[1]
+
+
+def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors) -> Update:
+    """The update of a ``MergedLinear``: A and B have its slices stacked, in the order of the weight."""
+    matrices = tuple(sorted(slices, key=attrgetter("first")))
+    a, b = factors
+    r = _rank(factors)
+    count = len(matrices)
+    shape_of_a = (count * r, matrices[0].reads)
+    rows = {matrix.writes for matrix in matrices}
+    if a.shape != shape_of_a or rows != {len(b) / count}:
+        names = listed(matrix.name for matrix in matrices)
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        in_file = a.shape[0] / r
         raise AdapterMismatchError(
-            f"The factors of {about.name!r} are {tuple(a.shape)} and {tuple(b.shape)}: rank {r}, {a.shape[0] / r:g} "
-            f"slices. target_slices name {n}, {listed(matrix.name for matrix in about.matrices)}, of {sorted(sizes)} "
-            "rows. Name the slices that enable_lora had."
+            f"The factors of {layer.name!r} are {shapes}: rank {r}, {in_file:g} slices. "
+            f"target_slices name {count}, {names}, of {sorted(rows)} rows. Name the slices that enable_lora had."
         )
-    return tuple(zip(a.chunk(n), b.chunk(n), strict=True))
+    of_slices = zip(a.chunk(count), b.chunk(count), strict=True)
+    return Update(replace(layer, matrices=matrices), tuple(of_slices))
+
+
+LORALIB = Format(name="loralib", tool="loralib", read=read)

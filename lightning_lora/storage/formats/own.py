@@ -12,21 +12,25 @@ from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage import archives, disk
+from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
-from lightning_lora.storage.formats.peft_config import HEADER
-from lightning_lora.storage.formats.reading import Asked
-from lightning_lora.storage.formats.registry import Format, file_in, find_format, tool_of
+from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.names import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
+_SHOWN = "shown"  # the item that names the base's tensors which only a module's hook sees
+
+
+# Write
 
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
     with disk.writing(path) as place:
-        contents = disk.save(stored.state, {KEY: json.dumps(stored.description())})
+        description = json.dumps(stored.description())
+        contents = disk.save(stored.state, {KEY: description})
         with disk.opened(place, "wb") as file:
             file.write(contents)
 
@@ -41,11 +45,16 @@ def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
         )
 
 
+# Read
+
+
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
     local = disk.local_path(path)
-    if local is not None and (found := file_in(local)):
-        raise AdapterFileError(f"{path} holds {_only_their_model(found[0])}")
+    found = None if local is None else file_in(local)
+    if found is not None:
+        format, _ = found
+        raise AdapterFileError(f"{path} holds {_needs_its_model(format)}")
     return adapters_in(read_contents(path), path)
 
 
@@ -60,10 +69,15 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
         "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
         "load_adapter(model, path): it reads only the adapters."
     )
-    return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy=remedy)
+    load = partial(torch.load, map_location="cpu", weights_only=weights_only)
+    return _read(path, load, remedy=remedy)
 
 
-def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+def _read(
+    path: str | Path | IO[bytes],
+    load: Callable[[Any], Any],
+    remedy: str = "",
+) -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     disk.check_path(path, may_be_open=True)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
@@ -85,7 +99,11 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
 def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = disk.load_plain(file)
-    if isinstance(contents, dict) and (unread := disk.unread_in(list(map(contents.get, ("state_dict", KEY, "model"))))):
+    if not isinstance(contents, dict):
+        return contents
+    of_adapters = [contents.get(key) for key in ("state_dict", KEY, "model")]
+    unread = disk.unread_in(of_adapters)
+    if unread:
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
             "save_adapter or a Trainer with LoRACallback wrote."
@@ -96,29 +114,35 @@ def _load_adapters(path: object, file: Any) -> Any:
 def _read_tensors(contents: bytes) -> dict[str, Any]:
     """The tensors of a safetensors file, and what its header says."""
     tensors = dict(sorted(load_tensors(contents).items()))  # the library gives them in another order each time
-    about = disk.header_in(contents).get(HEADER, {})
-    description = json.loads(about.get(KEY, "null"))
+    header = disk.header_in(contents).get(HEADER, {})
+    description = json.loads(header.get(KEY, "null"))
     if description is None:
-        return {**tensors, HEADER: about}
+        return {**tensors, HEADER: header}
     return {"state_dict": tensors, KEY: description}
 
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
     """Return the adapters in the contents of a file. They must be as they were written."""
-    held = contents if isinstance(contents, dict) else {}
-    state, description = held.get("state_dict"), held.get(KEY)
+    if not isinstance(contents, dict):
+        contents = {}
+    state = contents.get("state_dict")
+    description = contents.get(KEY)
     if not isinstance(state, dict) or description is None:
-        raise AdapterFileError(f"{path} holds {_instead(held, path)}")
+        raise AdapterFileError(f"{path} holds {_instead(contents, path)}")
     check_checksum(state, description, path)
     return StoredAdapters.from_file(state, description, path)
 
 
+# What a file holds that is none of this package
+
+
 def _instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
-    if found := find_format(contents, path, Asked()):
-        return _only_their_model(found[0])
-    held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
-    names = [str(name) for name in next(held, contents) if name != HEADER]
+    found = find_format(contents, path, Asked())
+    if found is not None:
+        format, _ = found
+        return _needs_its_model(format)
+    names = [str(name) for name in _state_in(contents) if name != HEADER]
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -126,42 +150,84 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
-    if tool := tool_of(names):
-        return f"adapters of {tool}. Or train anew here."
-    reader = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
-    if VERSION in contents:
-        reader = "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
+    unread = find_unread_format(names)
+    if unread is not None:
+        return f"adapters of {unread.tool}. {unread.remedy}. Or train anew here."
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model. Load "
-        f"it with {reader}."
+        f"it with {_reader_of_whole_models(contents)}."
     )
 
 
-def _only_their_model(format: Format) -> str:
+def _state_in(contents: dict[Any, Any]) -> dict[Any, Any]:
+    """The state that a file holds among other things, or all that it holds."""
+    for key in ("state_dict", "model"):
+        state = contents.get(key)
+        if isinstance(state, dict):
+            return state
+    return contents
+
+
+def _reader_of_whole_models(contents: dict[Any, Any]) -> str:
+    """The call that loads a whole model from such a file."""
+    if VERSION in contents:
+        return "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
+    return "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
+
+
+def _needs_its_model(format: Format) -> str:
+    """What a file of another library holds, where there is no model."""
     return (
         f"adapters of {format.tool}, and only their model tells what their layers are. Load them onto it, and write a "
         "file of this package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
     )
 
 
+# What a checkpoint holds for others
+
+
 def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Show the base's own tensors too, as a module's hook expects, until :func:`leave_adapters`."""
-    held = checkpoint["state_dict"]
-    checkpoint["state_dict"] = shown = {**state_dict(model), **held}
-    checkpoint[KEY] = {**checkpoint[KEY], "shown": shown.keys() - held}
+    adapters = checkpoint["state_dict"]
+    state = {**state_dict(model), **adapters}
+    checkpoint["state_dict"] = state
+    checkpoint[KEY] = {**checkpoint[KEY], _SHOWN: state.keys() - adapters}
 
 
 def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed. Return what is written for readers without this package: the merged model."""
     if not isinstance(checkpoint, dict):
         return {}
-    about, merged = checkpoint.get(KEY), None
-    if isinstance(about, dict) and ADAPTERS in about:
-        merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
+    merged = dict[str, Any]()
+    description = checkpoint.get(KEY)
+    if isinstance(description, dict):
+        merged = _take_merged_model(checkpoint, description)
+        _take_shown_base(checkpoint, description)
     state = checkpoint.get("state_dict")
-    if isinstance(state, dict) and isinstance(about, dict) and isinstance(shown := about.pop("shown", None), set):
-        state = checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in shown}
     if isinstance(state, dict):
-        for name in list(filter(is_note, state)):
-            del state[name]
+        for note in list(filter(is_note, state)):
+            del state[note]
+    return merged
+
+
+def _take_merged_model(
+    checkpoint: dict[str, Any],
+    description: dict[str, Any],
+) -> dict[str, Any]:
+    """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
+    if ADAPTERS not in description:
+        return {}
+    merged = checkpoint.get("state_dict")
+    checkpoint["state_dict"] = description.pop(ADAPTERS)
     return merged if isinstance(merged, dict) else {}
+
+
+def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
+    """Take out what :func:`show_base` has put in."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict):
+        return
+    shown = description.pop(_SHOWN, None)
+    if isinstance(shown, set):
+        left = {name: value for name, value in state.items() if name not in shown}
+        checkpoint["state_dict"] = left

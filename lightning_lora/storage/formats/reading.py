@@ -1,13 +1,14 @@
 """What the readers of other libraries' files share: from updates of layers to adapters of this package."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig, Slices
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
@@ -21,14 +22,8 @@ from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
 
-Reader = Callable[[View], StoredAdapters]  # reads the tensors of a file for a model
 
-
-class Asked(NamedTuple):
-    """The arguments of ``load_adapter`` that some formats need."""
-
-    alpha: float | None = None
-    target_slices: Slices | None = None
+# The update of one layer
 
 
 @dataclass(frozen=True)
@@ -36,35 +31,84 @@ class Update:
     """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
 
     layer: StoredLayer
-    factors: tuple[Factors, ...]
+    factors: tuple[Factors, ...]  # of each matrix
     magnitude: Tensor | None = None
     rows: Tensor | None = None  # in place of the factors
 
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        ranks = (matrix.rank(a.shape[-2]) for matrix, (a, _) in zip(self.layer.matrices, self.factors, strict=False))
+        ranks = list[int]()
+        for matrix, factors in self._by_matrix():
+            a, _ = factors
+            ranks.append(matrix.rank(a.shape[-2]))
         return max(ranks, default=self.layer.r)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
-        found: dict[str, Tensor] = {}
-        if self.rows is not None:
-            found[self.layer.matrices[0].parameter(Role.ROWS)] = self.rows
-        for matrix, factors in zip(self.layer.matrices, self.factors, strict=False):
-            found |= matrix.named(with_rank(factors, matrix.rank(self.r)))
+        in_layer = self._rows_or_factors()
         if self.magnitude is not None:
-            found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
-        return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
+            name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
+            in_layer[name] = self.magnitude.flatten()
+        in_model = dict[str, Tensor]()
+        for name, value in in_layer.items():
+            full_name = join(self.layer.name, name)
+            in_model[full_name] = value.contiguous()
+        return in_model
+
+    def _rows_or_factors(self) -> dict[str, Tensor]:
+        """What adds to the weights, by name in the layer."""
+        if self.rows is not None:
+            name = self.layer.matrices[0].parameter(Role.ROWS)
+            return {name: self.rows}
+        named = dict[str, Tensor]()
+        for matrix, factors in self._by_matrix():
+            r = matrix.rank(self.r)
+            named |= matrix.named(with_rank(factors, r))
+        return named
+
+    def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
+        """Each matrix with its factors. That of single rows has none."""
+        return zip(self.layer.matrices, self.factors, strict=False)
+
+
+def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Return A and B of what has this name in the file."""
+    a = tensors.get("A")
+    b = tensors.get("B")
+    if a is None or b is None:
+        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
+    return a, b
+
+
+def check_shapes(
+    layer: StoredLayer,
+    matrix: AdaptedMatrix,
+    factors: Factors,
+    r: int,
+    remedy: str = "",
+) -> None:
+    """Refuse A and B that are not those of this matrix."""
+    a, b = factors
+    shape_of_a = (*matrix.stack, r, matrix.reads)
+    shape_of_b = (*matrix.stack, matrix.writes, r)
+    if (a.shape, b.shape) != (shape_of_a, shape_of_b):
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise AdapterMismatchError(
+            f"The file has factors {shapes} for {layer.name!r}. It reads {matrix.reads} "
+            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
+        )
+
+
+# With which values nothing can be computed
 
 
 def check_usual(contents: Mapping[Any, Any], path: object) -> None:
     """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
-    groups = [contents, *contents.values()]
     odd = list[str]()
-    for group in groups:
+    for group in (contents, *contents.values()):
         if isinstance(group, Mapping):
-            odd += [str(name) for name, value in group.items() if isinstance(value, Tensor) and not _is_usual(value)]
+            odd += [str(name) for name in group if not _is_usual(group[name])]
     if odd:
         raise AdapterFileError(
             f"{path} holds {listed(odd)}, with which nothing can be computed: they are sparse, of 8 bits, or have no "
@@ -72,14 +116,17 @@ def check_usual(contents: Mapping[Any, Any], path: object) -> None:
         )
 
 
-def _is_usual(value: Tensor) -> bool:
+def _is_usual(value: object) -> bool:
+    """Whether a value is no tensor, or one with which torch can compute."""
+    if not isinstance(value, Tensor):
+        return True
     return is_dense(value) and not value.is_quantized and not value.is_meta
 
 
 def _check_floating(updates: Iterable[Update]) -> None:
     """Refuse updates of integers, to which other code has rounded them."""
     for update in updates:
-        for factor in (factor for pair in update.factors for factor in pair):
+        for factor in chain.from_iterable(update.factors):
             if not factor.is_floating_point() and not factor.is_complex():
                 raise AdapterFileError(
                     f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
@@ -87,36 +134,28 @@ def _check_floating(updates: Iterable[Update]) -> None:
                 )
 
 
-def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """Return A and B of what has this name in the file."""
-    a, b = tensors.get("A"), tensors.get("B")
-    if a is None or b is None:
-        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
-    return a, b
+# Where a file's names lie in the model
 
 
-def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
-    """Refuse A and B that are not those of this matrix."""
-    (a, b), (*stack,) = factors, matrix.stack
-    if [*a.shape] != [*stack, r, matrix.reads] or [*b.shape] != [*stack, matrix.writes, r]:
-        raise AdapterMismatchError(
-            f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {layer.name!r}. It reads {matrix.reads} "
-            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
-        )
-
-
-def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
+def place_of(
+    view: View,
+    layers: Collection[str],
+    entries: Collection[str],
+    root: str,
+) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
+    names = [*layers, *entries]
     known = {**view.modules, **view.base, **view.buffers}
     title = view.title
-    found = find_renamings([*layers, *entries], known, root_here=root)
+    found = find_renamings(names, known, root_here=root)
     if len(found) > 1:
+        places = [place.here for place in found]
         raise AdapterMismatchError(
-            f"The names in the file fit in {title} below {listed(place.here for place in found)}. Pass one of these "
+            f"The names in the file fit in {title} below {listed(places)}. Pass one of these "
             "modules instead of the whole model."
         )
     if not found:
-        missing = [name for name in (*layers, *entries) if name not in known]
+        missing = [name for name in names if name not in known]
         raise AdapterMismatchError(
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
@@ -124,6 +163,9 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
     if place.there or place.here not in ("", root):
         warn(place.told(title))
     return place
+
+
+# All that a file holds
 
 
 def adapters_of(
@@ -140,70 +182,154 @@ def adapters_of(
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     _check_floating(updates)
-    frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
-    for name in frozen & rest.keys():
-        if not is_the_base(view, name, rest[name]):
-            raise BaseMismatchError(
-                f"The file's copy of the base's {name!r} {tuple(rest[name].shape)} differs from that of "
-                f"{view.title} {tuple(view.base[name].shape)}. Load the same weights, with embeddings of the same size."
-            )
-    rest = {name: value for name, value in rest.items() if name not in frozen}
-    modules, single, biases = _trained(view, rest, saved)
-    kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
-    rest = {name: value for name, value in rest.items() if name in kept}
-    _check_ties(view, rest)
-    bias: Any = "none"
-    if biases:
-        bias = "lora_only" if {*map(owner_of, biases)} <= {*map(owner_of, frozen)} else "all"
-    use_dora = any(update.magnitude is not None for update in updates)
-    settings = replace(settings, modules_to_save=[*modules, *single] or None, bias=bias, use_dora=use_dora)
-    layers, state = list[StoredLayer](), dict(rest)
+    adapted_weights = _adapted_weights(updates)
+    _check_copies(view, rest, adapted_weights)
+    others = {name: value for name, value in rest.items() if name not in adapted_weights}
+    trained = _find_trained(view, others, saved)
+    changing = trained.names.union(view.buffers)
+    state = {name: value for name, value in others.items() if name in changing}
+    _check_ties(view, state)
+    layers = list[StoredLayer]()
     for update in updates:
         layers.append(replace(update.layer, r=update.r))
         state |= update.tensors()
-    rows = {layer.name: layer for layer in layers if layer.tokens}  # which, no tensor says
-    return StoredAdapters(by_whole_names(layers, settings, view.modules.keys()), state, rows)
+    settings = replace(
+        settings,
+        modules_to_save=[*trained.modules, *trained.parameters] or None,
+        bias=_bias_argument(trained.biases, adapted_weights),
+        use_dora=any(update.magnitude is not None for update in updates),
+    )
+    config = by_whole_names(layers, settings, view.modules.keys())
+    with_rows = {layer.name: layer for layer in layers if layer.tokens}  # which rows, no tensor says
+    return StoredAdapters(config, state, with_rows)
 
 
-def _trained(
-    view: View, rest: Mapping[str, Tensor], saved: Collection[str] | None
-) -> tuple[list[str], list[str], list[str]]:
-    """The modules, the single parameters and the biases that train. The names of the file's tensors say so."""
-    total = Counter(above for name in (*view.base, *view.buffers) for above in starts_of(name)[:-1])
-    held = Counter(above for name in rest for above in starts_of(name)[:-1])
-    moved = [name for name, value in rest.items() if not is_the_base(view, name, value)]
-    modules = list[str]()
-    for module in held:  # outer ones come first
-        is_named = saved is None or module.endswith(tuple(saved))
-        is_whole = held[module] == total[module] and not isinstance(view.modules.get(module), _CONTAINERS)
-        if is_named and is_whole and set(modules).isdisjoint(starts_of(module)):
-            modules.append(module)
-    if saved is None:
-        modules = [module for module in modules if _below(moved, [module])]
-    inside = _below(rest, modules)
-    left = [name for name in rest if name in view.base and name not in inside]
-    biases = [name for name in left if "bias" in name.rpartition(".")[2]]
-    return modules, [name for name in left if name not in biases and name in moved], biases
+def _adapted_weights(updates: Iterable[Update]) -> set[str]:
+    """The names of the weights that have an update."""
+    names = set[str]()
+    for update in updates:
+        for weight in update.layer.shapes:
+            names.add(join(update.layer.name, weight))
+    return names
 
 
-def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
-    around = set(modules)
-    return {name for name in names if not around.isdisjoint(starts_of(name)[:-1])}
+def _check_copies(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
+    """Refuse a file whose copies of adapted weights are not those of the model."""
+    for name, value in rest.items():
+        if name in adapted_weights and not is_the_base(view, name, value):
+            shape = tuple(view.base[name].shape)
+            raise BaseMismatchError(
+                f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "
+                f"{view.title} {shape}. Load the same weights, with embeddings of the same size."
+            )
 
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's, in the narrower of the two dtypes."""
-    own = base_value(view, name).cpu()
-    return own.is_meta or (own.shape == value.shape and (same_bits(own, value) or same_bits(value, own)))
+    base = base_value(view, name).cpu()
+    if base.is_meta:  # it has no values to compare
+        return True
+    if base.shape != value.shape:
+        return False
+    return same_bits(base, value) or same_bits(value, base)
 
 
-def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
+def _bias_argument(biases: Collection[str], adapted_weights: Collection[str]) -> Any:
+    """The configuration's word for these biases: only those of adapted layers, or others too."""
+    if not biases:
+        return "none"
+    adapted_layers = set(map(owner_of, adapted_weights))
+    return "lora_only" if adapted_layers.issuperset(map(owner_of, biases)) else "all"
+
+
+# What a file trains in full
+
+
+@dataclass(frozen=True)
+class _TrainedInFull:
+    """What trains beside updates."""
+
+    modules: list[str]
+    parameters: list[str]  # single ones, in no such module
+    biases: set[str]  # likewise
+    names: set[str]  # of all these tensors
+
+
+def _find_trained(
+    view: View,
+    entries: Mapping[str, Tensor],
+    saved: Collection[str] | None,
+) -> _TrainedInFull:
+    """Return what trains in full. The names of the file's tensors say so."""
+    changed = [name for name in entries if not is_the_base(view, name, entries[name])]
+    modules = _whole_modules(view, entries, saved)
+    if saved is None:
+        modules = [module for module in modules if _below(changed, [module])]
+    inside = _below(entries, modules)
+    others = {name for name in entries if name in view.base and name not in inside}
+    biases = {name for name in others if "bias" in name.rpartition(".")[2]}
+    parameters = [name for name in changed if name in others and name not in biases]
+    names = inside.union(parameters, biases)
+    return _TrainedInFull(modules, parameters, biases, names)
+
+
+def _whole_modules(
+    view: View,
+    entries: Iterable[str],
+    saved: Collection[str] | None,
+) -> list[str]:
+    """The outermost modules of which the file holds each tensor. ``saved``: only those whose names end so."""
+    tensors_in_model = _count_below((*view.base, *view.buffers))
+    tensors_in_file = _count_below(entries)
+    modules = list[str]()
+    for module, count in tensors_in_file.items():  # outer ones come first
+        is_whole = count == tensors_in_model[module]
+        is_named = saved is None or module.endswith(tuple(saved))
+        if not is_whole or not is_named or isinstance(view.modules.get(module), _CONTAINERS):
+            continue
+        if set(modules).isdisjoint(starts_of(module)):
+            modules.append(module)
+    return modules
+
+
+def _count_below(names: Iterable[str]) -> Counter[str]:
+    """The number of these tensors in each module, the modules inside it included."""
+    count = Counter[str]()
+    for name in names:
+        count.update(_modules_around(name))
+    return count
+
+
+def _below(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+    """Those of the names that lie in one of the modules."""
+    wanted = set(modules)
+    return {name for name in names if wanted.intersection(_modules_around(name))}
+
+
+def _modules_around(name: str) -> list[str]:
+    """The modules in which a tensor lies, the outermost first."""
+    return starts_of(name)[:-1]
+
+
+def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change its other uses too."""
-    for name, value in rest.items():
-        others = [other for other, p in view.base.items() if p is view.base.get(name)]
-        alike = all(other in rest and same_bits(value, rest[other]) for other in others)
-        if not alike and not is_the_base(view, name, value):
-            raise AdapterMismatchError(
-                f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
-                f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
-            )
+    for name, value in state.items():
+        uses = _uses(view, name)
+        if _has_each(state, uses, value) or is_the_base(view, name, value):
+            continue
+        other_uses = set(uses) - {name}
+        raise AdapterMismatchError(
+            f"The file holds new values for {name!r}, which is tied to {listed(other_uses)} in "
+            f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
+        )
+
+
+def _uses(view: View, name: str) -> list[str]:
+    """All names of a parameter of the base. A buffer has none."""
+    parameter = view.base.get(name)
+    return [other for other, p in view.base.items() if p is parameter]
+
+
+def _has_each(state: Mapping[str, Tensor], names: Iterable[str], value: Tensor) -> bool:
+    """Whether a state has this value under each of the names."""
+    return all(name in state and same_bits(value, state[name]) for name in names)

@@ -1,9 +1,9 @@
 """What the writers of other libraries' files share: the adapters to write, the update of each weight, the files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,10 +13,9 @@ from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, li
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
-from lightning_lora.layers.matrices import Role, Settings, weight_factors
+from lightning_lora.layers.matrices import Role, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import save, write_errors, writing
-from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
+from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -40,43 +39,68 @@ class Source:
         return None if self.model is None else submodule(self.model, self.stored.root)
 
     @cached_property
-    def modules(self) -> dict[str, nn.Module] | None:
-        """The modules inside it, by their names there."""
-        return None if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules inside it, by their names there. Those of a file are not known: there are none."""
+        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:
         """All entries of modules that are trained whole, unchanged ones too."""
-        present = dict(self.stored.state)
-        if self.model is not None:
-            view = view_of(self.model)
-            present = {**view.parameters, **view.buffers, **present}
+        present = self._present()
         names = list(chain.from_iterable(self.stored.saved.values()))
-        if missing := [name for name in names if name not in present]:
+        missing = [name for name in names if name not in present]
+        if missing:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
                 "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
             )
         return {name: present[name] for name in names}
 
+    def _present(self) -> dict[str, Tensor]:
+        """What training changed, and of a model all the rest."""
+        if self.model is None:
+            return self.stored.state
+        view = view_of(self.model)
+        return {**view.parameters, **view.buffers, **self.stored.state}
 
-def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
+
+def source_of(
+    stored: StoredAdapters,
+    model: nn.Module | None,
+    root: str | None,
+) -> Source:
     """Return what to write for a reader that has the module ``root``."""
     if root is not None:
-        around = set(chain.from_iterable(map(starts_of, stored.layers)))
-        if root and root not in around:
-            raise ConfigError(
-                f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
-                f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
-            )
+        _check_root(root, stored)
         stored = replace(stored, root=root)
-    if left := [name for name in stored.random if name not in stored.filled or is_inside(name, stored.root)]:
+    _warn_of_lost_values(stored)
+    random = set(stored.random)
+    state = {name: value for name, value in stored.state.items() if name not in random}
+    return Source(replace(stored, state=state), model)
+
+
+def _check_root(root: str, stored: StoredAdapters) -> None:
+    """Refuse a name of no module around adapted layers."""
+    around = set(chain.from_iterable(map(starts_of, stored.layers)))
+    if root and root not in around:
+        raise ConfigError(
+            f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
+            f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
+        )
+
+
+def _warn_of_lost_values(stored: StoredAdapters) -> None:
+    """Warn of values that are not the base's, and not of training: the reader gets none of them."""
+    outside = {name for name in stored.filled if not is_inside(name, stored.root)}  # the reader has not these buffers
+    lost = [name for name in stored.random if name not in outside]
+    if lost:
         warn(
-            f"{listed(left)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "
+            f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "
             "reader's base has not these values: train them in full (modules_to_save), or use save_merged(model, path)."
         )
-    state = {name: value for name, value in stored.state.items() if name not in stored.random}
-    return Source(replace(stored, state=state), model)
+
+
+# The update of each weight
 
 
 @dataclass(frozen=True)
@@ -94,54 +118,76 @@ class WeightUpdate:
     @property
     def rank(self) -> int:
         """The rank of this weight's update."""
-        return int(self.factors[0].shape[-2])
+        a, _ = self.factors
+        return int(a.shape[-2])
 
 
 def weight_updates(source: Source) -> list[WeightUpdate]:
     """Return the updates of all weights, but not single rows that train."""
-    found, config = list[WeightUpdate](), source.stored.config
+    updates = list[WeightUpdate]()
     for layer in source.stored.layers.values():
         if layer.tokens:
             continue
-        settings = layer.settings(config)
-
-        def tensor(name: str, layer: StoredLayer = layer, settings: Settings = settings) -> Tensor:
-            value: Tensor = source.stored.state[join(layer.name, name)].detach().cpu()
-            return value.to(wide(value.dtype)) if settings.is_difference else value
-
         for weight in layer.shapes:
-            factors = weight_factors(weight, layer.matrices, settings, tensor)
-            parameter = join(layer.name, weight) if layer.adapter_class is LoRAParameters else ""
-            alpha = config.alpha_of(layer.name, parameter, r=factors[0].shape[-2])
-            scaling = next(matrix for matrix in layer.matrices if matrix.weight == weight).scale(layer.scaling)
-            magnitude = tensor(layer.matrices[0].parameter(Role.MAGNITUDE)) if settings.use_dora else None
-            found.append(WeightUpdate(layer, source.name_there(layer.name), weight, factors, alpha, scaling, magnitude))
-    return found
+            update = _update_of(source, layer, weight)
+            updates.append(update)
+    return updates
 
 
-def with_scaling(updates: list[WeightUpdate], scaling: float, rank: int = 0) -> list[WeightUpdate]:
+def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
+    """The update of one weight, with the sum of all its parts."""
+    config = source.stored.config
+    settings = layer.settings(config)
+    tensor = partial(_tensor, source.stored, layer)
+    factors = weight_factors(weight, layer.matrices, settings, tensor)
+    a, _ = factors
+    is_parameter = layer.adapter_class is LoRAParameters
+    parameter = join(layer.name, weight) if is_parameter else ""
+    first, *_ = [matrix for matrix in layer.matrices if matrix.weight == weight]
+    return WeightUpdate(
+        layer=layer,
+        name=source.name_there(layer.name),
+        weight=weight,
+        factors=factors,
+        alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
+        scaling=first.scale(layer.scaling),
+        magnitude=tensor(first.parameter(Role.MAGNITUDE)) if settings.use_dora else None,
+    )
+
+
+def _tensor(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
+    """The value of one of an adapter's parameters."""
+    value: Tensor = stored.state[join(layer.name, parameter)]
+    value = value.detach().cpu()
+    if layer.settings(stored.config).is_difference:  # half precision would round the difference away
+        return value.to(wide(value.dtype))
+    return value
+
+
+def with_scaling(updates: Iterable[WeightUpdate], scaling: float, rank: int = 0) -> list[WeightUpdate]:
     """Give all the same scaling: B takes over what differs. And at least this rank, with zeros."""
-    found = list[WeightUpdate]()
+    changed = list[WeightUpdate]()
     for update in updates:
         a, b = with_rank(update.factors, max(rank, update.rank))
         factors = a, b * (update.scaling / scaling)
-        found.append(replace(update, factors=factors, alpha=scaling * a.shape[-2], scaling=scaling))
-    return found
+        alpha = scaling * a.shape[-2]
+        changed.append(replace(update, factors=factors, alpha=alpha, scaling=scaling))
+    return changed
 
 
-def write_files(
-    directory: Path, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str], config: bytes = b""
-) -> None:
-    """Write one file of tensors, and with ``config`` PEFT's configuration beside it, or nothing."""
-    contents = save(tensors, header)
+# Files
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write all of these files into a directory, or nothing."""
     with write_errors(directory):
         is_new = not directory.exists()
         directory.mkdir(exist_ok=True)
     try:
-        with ExitStack() as files:  # both are whole before one takes its place
-            for file, held in ((PEFT_CONFIG, config), (name, contents)):
-                if held:
-                    files.enter_context(writing(directory / file)).write_bytes(held)
+        with ExitStack() as stack:  # all are whole before one takes its place
+            for name, contents in files.items():
+                part = stack.enter_context(writing(directory / name))
+                part.write_bytes(contents)
     except AdapterFileError:
         if is_new:
             with suppress(OSError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
-from lightning_lora.storage.formats.peft_config import json_object
+from lightning_lora.storage.formats.peft.peft_config import json_object
 
 _ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, warn
 from lightning_lora.model.view import View
-from lightning_lora.targets.networks import find_copies, is_in_any
-from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, samples
 

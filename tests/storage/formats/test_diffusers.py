@@ -256,6 +256,13 @@ def test_a_header_that_says_something_else(tmp_path: Path) -> None:
             ll.load_adapter(text_encoder(), tmp_path)
 
 
+def test_a_file_without_a_header_and_without_any_a(tmp_path: Path) -> None:
+    save_file({"text_encoder.q_proj.lora.up.weight": torch.ones(4, 2)}, tmp_path / WEIGHTS)
+    says = pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha")
+    with says, pytest.raises(ll.AdapterFileError, match="only one of A and B of 'q_proj'"):
+        ll.load_adapter(nn.ModuleDict({"text_encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}), tmp_path)
+
+
 def test_a_pipeline_of_adapted_models_is_written_merged(tmp_path: Path) -> None:
     parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()})
     parts = trained(parts, ll.LoRAConfig(r=2, target_modules=["to_q", "conv1", "q_proj"]))

@@ -1,0 +1,47 @@
+"""What a format of another library is: how its files are told from others, how they are read, how they are written."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_lora.config import Slices
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.stored import StoredAdapters
+
+HEADER = "__metadata__"  # safetensors' name for what a file's header says, beside the names of its tensors
+
+Reader = Callable[[View], StoredAdapters]  # reads the tensors of a file for a model
+
+
+class Asked(NamedTuple):
+    """The arguments of ``load_adapter`` that some formats need."""
+
+    alpha: float | None = None
+    target_slices: Slices | None = None
+
+
+def _not_read(*_: Any) -> Reader | None:
+    """Read no file: of a tool whose files are only called by name."""
+    return None
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of another library. It is described in its own file, and is one line of the registry."""
+
+    name: str  # the ``format`` of ``export_peft``
+    tool: str  # whose it is, in messages
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None] = _not_read  # None for a file of another format
+    write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
+    files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
+    expected_files: str = ""  # those of a whole folder, in messages
+    unread_names: str = r"(?!)"  # if its files are not read, an expression for names of their tensors; no name fits it
+    remedy: str = ""  # and how to go on
+
+    def is_told_by(self, names: Iterable[str]) -> bool:
+        """Whether names of tensors tell that a file is of this tool, and is not read."""
+        expression = re.compile(self.unread_names)
+        return any(map(expression.fullmatch, names))

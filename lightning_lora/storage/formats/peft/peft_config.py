@@ -1,0 +1,293 @@
+"""What PEFT and diffusers name: files, tensors, fields of the configuration."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
+from lightning_lora.patterns import matches
+from lightning_lora.storage.disk import local_path
+from lightning_lora.storage.formats.format import HEADER
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
+PREFIX = "base_model.model"  # before every name of the base
+
+DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
+
+PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
+
+TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
+
+_KEYS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    TOKENS: "tokens",
+    "lora.down.weight": "A",  # diffusers' older names
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+}
+"""The ends of the names of an adapter's tensors, and what they are."""
+
+
+class AdapterKey(NamedTuple):
+    """What the name of an adapter's tensor says."""
+
+    wrapped: str  # the name of what PEFT wraps
+    what: str  # "A", "B", "magnitude" or "tokens"
+
+
+def peft_key(name: str) -> AdapterKey | None:
+    """Return the layer of a PEFT tensor and what it is. None: it does not belong to an adapter."""
+    for suffix, what in _KEYS.items():
+        end = f".{suffix}"
+        if name.endswith(end):
+            return AdapterKey(name.removesuffix(end), what)
+    return None
+
+
+def base_name(name: str) -> str:
+    """Return a name of the base, without PEFT's wrappers inside."""
+    wrappers = ("base_layer", "token_adapter", "modules_to_save")
+    return ".".join(component for component in name.split(".") if component not in wrappers)
+
+
+def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value, and the other ones by expressions for exactly these names."""
+    ((most, _),) = Counter(values.values()).most_common(1)
+    others = dict[str, Any]()
+    for name, value in values.items():
+        if value != most:
+            others[f"^{re.escape(name)}"] = value
+    return most, others
+
+
+# Whose a file is
+
+
+def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether PEFT wrote a file with these contents, or other code that has its names."""
+    return _has_updates(contents) and not is_diffusers(contents, path)
+
+
+def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
+    if not _has_updates(contents):
+        return False
+    names = [str(name) for name in contents if name != HEADER]
+    has_header = METADATA in contents.get(HEADER, {})
+    if _config_beside(path) is not None:
+        has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
+        return has_header and not has_prefix
+    return has_header or all(map(_OLDER_NAME.match, names))
+
+
+def _has_updates(names: Iterable[object]) -> bool:
+    """Whether these are names of PEFT's. ComfyUI has the same ends."""
+    for name in names:
+        if not isinstance(name, str) or name.startswith("diffusion_model."):
+            continue
+        if peft_key(name) is not None:
+            return True
+    return False
+
+
+def _config_beside(path: Any) -> Path | None:
+    """PEFT's configuration in the folder of a file on this machine, if it is there."""
+    local = local_path(path)
+    if local is None:
+        return None
+    config = local.parent / PEFT_CONFIG
+    return config if config.is_file() else None
+
+
+def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
+    """Return all but the header of a file. Refuse what is no tensor."""
+    tensors = dict(contents)
+    tensors.pop(HEADER, None)
+    odd = [str(name) for name in tensors if not isinstance(tensors[name], Tensor)]
+    if odd:
+        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
+    return tensors
+
+
+# What the configuration says
+
+
+class PeftConfig(NamedTuple):
+    """What PEFT's configuration says."""
+
+    config: LoRAConfig
+    tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
+    layers: list[int] | None  # the only numbers in the names of adapted layers
+
+    def adapts(self, name: str) -> bool:
+        """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
+        if self.config.is_excluded(name):
+            return False
+        return self._is_target(name) and self._is_of_layers(name)
+
+    def _is_target(self, name: str) -> bool:
+        """Whether ``target_modules`` names a module."""
+        targets = self.config.target_modules
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(matches(entry, name) for entry in targets)
+
+    def _is_of_layers(self, name: str) -> bool:
+        """Whether a module lies in one of the layers, if these are given by number."""
+        if self.layers is None:
+            return True
+        inner = name.split(".")[2:-1]
+        numbers = {int(component) for component in inner if component.isdecimal()}
+        return bool(numbers) and numbers.issubset(self.layers)
+
+    def names_parameter(self, name: str) -> bool:
+        """Return whether ``target_parameters`` names a parameter."""
+        return any(matches(entry, name) for entry in self.config.target_parameters or ())
+
+    def token_rows(self, name: str) -> list[int]:
+        """Return the rows that train in an embedding."""
+        for end, rows in self.tokens.items():
+            if name.endswith(end):
+                return rows
+        return []
+
+
+def read_config(weights: Any) -> PeftConfig:
+    """Read the configuration beside a file."""
+    path = _config_beside(weights)
+    if path is None:
+        raise AdapterFileError(
+            f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
+            "it beside the tensors, in a folder on this machine."
+        )
+    return config_of(json_object(path.read_bytes(), path), path)
+
+
+def json_object(text: str | bytes, source: object) -> dict[str, Any]:
+    """Return the fields of a configuration."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
+
+
+def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
+    """Return what these fields say. Those that are not known are ignored, with a warning."""
+    _check_fields(fields, source)
+    _warn_of_unknown(fields, source)
+    init = _init_of(fields, source)
+    given = dict[str, Any]()
+    for theirs, ours in _OURS.items():
+        value = fields.get(theirs)
+        if value not in (None, [], ""):
+            given[ours] = value
+    try:
+        config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
+    except ConfigError as error:
+        raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
+    return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
+
+
+def _check_fields(fields: Mapping[str, Any], source: object) -> None:
+    """Refuse what makes another update than LoRA's."""
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise AdapterFileError(f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}")
+    refused = [name for name in _REFUSED if fields.get(name)]
+    if refused:
+        raise AdapterFileError(
+            f"{source} sets {listed(refused)}, which this package does not have: its update is another. {MERGE_THERE}"
+        )
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
+    """Warn of fields that are set, and that are of no version that is known."""
+    known = {*_OURS, *_OTHERS}
+    unknown = [name for name in fields if fields[name] and name not in known]
+    if unknown:
+        warn(
+            f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "
+            "wrote it, and it changes what is computed, merge the adapters there, and use the merged model."
+        )
+
+
+def _init_of(fields: Mapping[str, Any], source: object) -> str:
+    """Our word for how training began."""
+    init = str(fields.get("init_lora_weights")).lower()
+    if init not in _INITIALISATIONS:
+        raise AdapterFileError(
+            f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
+            "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    return _INITIALISATIONS[init]
+
+
+def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The rows that train, by the end of an embedding's name. A list is meant for each embedding."""
+    rows = fields.get("trainable_token_indices") or {}
+    return rows if isinstance(rows, dict) else {"": rows}
+
+
+def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
+    """The numbers of the only layers that PEFT adapts. None: all."""
+    numbers: Any = fields.get("layers_to_transform")
+    layers: list[int] = [numbers] if type(numbers) is int else numbers
+    if not layers:
+        return None
+    if fields.get("layers_pattern"):
+        return []  # which layers it means is not known here
+    return layers
+
+
+MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
+
+_SAME = (
+    "r", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
+)  # fmt: skip
+_OURS = {"lora_alpha": "alpha", "lora_dropout": "dropout", **{name: name for name in _SAME}}
+"""PEFT's fields that decide what is computed, and ours."""
+
+_REFUSED = (
+    "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+"""Those that make another update."""
+
+_INITIALISATIONS = {
+    # a part of the update
+    "pissa": "pissa",
+    "olora": "olora",
+    # forgotten once it is trained
+    "gaussian": "gaussian",
+    **dict.fromkeys(("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"),
+}
+"""PEFT's words for how training began, if the base is known after it, and ours."""
+
+_OTHERS = {
+    # read above, or from the tensors
+    "init_lora_weights", "trainable_token_indices", "peft_type", "bias", "fan_in_fan_out", "layers_to_transform",
+    "layers_pattern", "ensure_weight_tying",
+    # about the base, the task, the training and the package
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
+"""The other fields that are known. They do not decide what is computed, or the tensors say it too."""

@@ -1,0 +1,218 @@
+"""What PEFT has: one table of our adapters and of PEFT's counterparts.
+
+An adapter that is not in the table is refused, so a new one has to be put into it before it is written or read.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import listed
+from lightning_lora.functional.factors import Factors
+from lightning_lora.layers import kinds
+from lightning_lora.storage.stored_layers import ALSO, StoredLayer
+from lightning_lora.tensors.names import held_parameter
+
+Shape = tuple[int, ...]
+Options = Mapping[str, Any]
+
+
+def _same(factors: Factors, _: Shape, __: Options) -> Factors:
+    """The factors as they are."""
+    return factors
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """PEFT's counterpart of one of our adapters."""
+
+    why_not: Callable[[StoredLayer], str | None]  # why PEFT computes something else for one such layer
+    there: Callable[[Factors, Shape, Options], Factors] = _same  # our factors of a weight as PEFT has them
+    here: Callable[[Factors, Shape, Options], Factors] = _same  # PEFT's factors as ours
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the ends of the names of A and B
+    is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
+
+
+def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
+    """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
+    counterpart = _PEFT_LAYERS.get(layer.adapter_class)
+    if counterpart is None or _is_registered(layer.layer_class):
+        return f"PEFT has no counterpart for our adapter of {_title(layer)}."
+    other_names = layer.options.get(ALSO)
+    if other_names:
+        return f"the layer is used as {listed(other_names)} too, and PEFT would adapt the first use alone."
+    if magnitude is not None and (magnitude == 0).any():  # the base has a row of zeros
+        return "with use_dora, PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
+    return counterpart.why_not(layer)
+
+
+def has_layer(kind: type[kinds.LoRALayer] | None) -> bool:
+    """Return whether PEFT wraps layers that have this adapter here."""
+    return kind in _PEFT_LAYERS and not _PEFT_LAYERS[kind].is_parameter
+
+
+def peft_layer(layer: StoredLayer) -> PeftLayer:
+    """Return PEFT's counterpart of a layer's adapter, after :func:`why_not`."""
+    return _PEFT_LAYERS[layer.adapter_class]
+
+
+def _title(layer: StoredLayer) -> str:
+    """The name of the layer's class, for messages."""
+    return layer.layer_class.rpartition(".")[2]
+
+
+def _is_registered(layer_class: str) -> bool:
+    """Whether a user has registered this class of layers."""
+    if layer_class.startswith(("torch.", "transformers.", "bitsandbytes.")):
+        return False
+    classes = [cls for cls in kinds.ADAPTERS if isinstance(cls, type)]
+    return layer_class in [f"{cls.__module__}.{cls.__qualname__}" for cls in classes]
+
+
+# Layers that add the update to their output
+
+
+_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
+
+
+def _added(layer: StoredLayer) -> str | None:
+    """Why PEFT would compute something else around this layer's own forward."""
+    if layer.is_additive or layer.layer_class == _COMPUTES_THE_SAME:
+        return None
+    return f"{_title(layer)} has a forward of its own, and PEFT adds the update outside of it, with other results."
+
+
+def _embedding(layer: StoredLayer) -> str | None:
+    """As of other layers, but PEFT scales the update of a scaled embedding too."""
+    is_scaled = layer.layer_class.startswith("transformers.") and layer.layer_class.endswith("ScaledWordEmbedding")
+    return None if is_scaled else _added(layer)
+
+
+def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Return why PEFT computes something else with rows of this layer, or None."""
+    uses = _uses_of_weight(modules, name)
+    biased = list[str]()
+    for use in uses:
+        if getattr(modules[use], "bias", None) is not None:
+            biased.append(use)
+    if biased:
+        return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
+    if len(uses) > 1 and not _says_tied(modules):
+        return f"{listed(uses)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+    return None
+
+
+def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+    """The layers that have the weight of this one, each by its last name."""
+    weight = held_parameter(modules[name], "weight")
+    names = dict[nn.Module, str]()
+    for other, module in modules.items():
+        if held_parameter(module, "weight") is weight:
+            names[module] = other
+    return list(names.values())
+
+
+def _says_tied(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a configuration inside says that the embeddings are tied."""
+    configs = [getattr(module, "config", None) for module in modules.values()]
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
+# Convolutions
+
+
+def _convolution(layer: StoredLayer) -> str | None:
+    """Why PEFT fails with a convolution, or computes another one."""
+    options = layer.options
+    dilation = options.get("dilation", 1)
+    dilations = dilation if isinstance(dilation, list | tuple) else [dilation]
+    if set(dilations) != {1}:
+        return f"it has dilation={dilation}, with which PEFT fails."
+    padding_mode = options.get("padding_mode", "zeros")
+    if padding_mode != "zeros":
+        return f"it has padding_mode={padding_mode!r}, which PEFT ignores."
+    groups = options.get("groups", 1)
+    if groups > 1:
+        return f"it has groups={groups}. PEFT's A reads the channels of all groups; here, those of one."
+    return _added(layer)
+
+
+def _with_kernel(factors: Factors, shape: Shape, _: Options) -> Factors:
+    """A with the kernel's sides, B with sides of one."""
+    a, b = factors
+    ones = (1,) * (len(shape) - 2)
+    a = a.view(-1, *shape[1:])
+    b = b.view(*b.shape, *ones)
+    return a, b
+
+
+def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
+    """Both as matrices."""
+    a, b = factors
+    return a.flatten(1), b.flatten(1)
+
+
+# Attention
+
+
+def _attention(layer: StoredLayer) -> str | None:
+    """Why PEFT does not support an attention."""
+    is_plain = layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}
+    return None if is_plain else "PEFT does not support an attention with kdim or vdim."
+
+
+# Parameters
+
+
+def _parameters(layer: StoredLayer) -> str | None:
+    """Why PEFT would not update each of these parameters wherever it is read."""
+    for matrix in layer.matrices:
+        if "." in matrix.weight:
+            return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
+        if matrix.stack == (1,) and layer.options.get("is_transposed"):
+            return "PEFT adds the update of one transposed expert the wrong way round."
+    return None
+
+
+def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:
+    """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
+    if len(shape) == 2:
+        return factors
+    a, b = _transposed(factors) if options.get("is_transposed") else factors
+    b = b.permute(1, 2, 0)
+    return a.flatten(0, 1), b.flatten(1)
+
+
+def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
+    """The stacks again."""
+    if len(shape) == 2:
+        return factors
+    a, b = factors
+    experts = math.prod(shape[:-2])
+    a = a.reshape(experts, -1, a.shape[-1])
+    b = b.reshape(len(b), -1, experts)
+    b = b.permute(2, 0, 1)
+    return _transposed((a, b)) if options.get("is_transposed") else (a, b)
+
+
+def _transposed(factors: Factors) -> Factors:
+    """The factors of the transposed matrices."""
+    a, b = factors
+    return b.mT, a.mT
+
+
+_PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user's own adapter
+    kinds.LoRALinear: PeftLayer(_added),
+    kinds.LoRALinear4bit: PeftLayer(_added),
+    kinds.LoRALinear8bit: PeftLayer(_added),
+    kinds.LoRAConv1D: PeftLayer(_added),
+    kinds.LoRAEmbedding: PeftLayer(_embedding, keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRATokens: PeftLayer(_embedding),
+    kinds.LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
+    kinds.LoRAAttention: PeftLayer(_attention),
+    kinds.LoRARecurrent: PeftLayer(_parameters, is_parameter=True),
+    kinds.LoRAParameters: PeftLayer(_parameters, _stack_there, _stack_here, is_parameter=True),
+}
