@@ -1,11 +1,9 @@
 """Add adapters to a model in place, and remove them."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,21 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
-from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, LoRAParameters, LoRATokens, new_adapter
+from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.fresh import find_fresh
+from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
+from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
-from lightning_lora.networks.copies import find_copies
-from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.hooked import warn_of_hooks
-from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import Choice, select
-from lightning_lora.tensors.names import is_in_any, join, named_modules, owner_of, starts_of
+from lightning_lora.tensors.names import is_in_any, named_modules
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -85,57 +82,40 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     return names
 
 
-def left_still(still: Collection[str], title: str) -> str:
-    """Return what is said of networks that get no adapters."""
-    return (
-        f"No adapter for {listed(still)} of {title}: it is frozen, or in no optimizer, and other networks train beside "
-        "it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
-    )
-
-
 def inject(
     model: nn.Module, config: LoRAConfig, *, name: str = "default", networks_are_known: bool = False
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
-    record = records.find_record(model) and records.record_of(model)  # raises an error if the base is shown
+    record = records.find_record(model)
+    if record is not None:
+        records.record_of(model)  # raises an error if the base is shown
     if record is None or name not in record.adapters:
         refuse_in_block(model, "inject_adapters")
-    if record and not record.is_merged:
+    if record is not None and not record.is_merged:
         with activate(model, name, config) as undo:
-            names = _inject(model, config, name, not networks_are_known)
+            names = _inject(model, config, name, finds=not networks_are_known)
             undo.pop_all()
             return names
-    if record and record.others:
+    if record is not None and record.others:
         check_switchable(View(model))
-    return _inject(model, config, name, not networks_are_known)
+    return _inject(model, config, name, finds=not networks_are_known)
 
 
-def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tuple[str, ...]:
-    if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
-        config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
+def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> tuple[str, ...]:
+    """Choose layers, then change the model. ``finds``: networks that stand still are looked for."""
+    if not finds:
+        config = _without_lost_exclusions(model, config)
     view = View(model, config)
-    if others := [inner for inner, each in view.modules.items() if type(each).__module__.startswith("peft.")]:
-        raise AdapterStateError(
-            f"{view.title} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
-        )
-    _note_flags(view)
-    choices = select(model, config)
-    kinds = {layer: choice.kind for layer, choice in choices.items()}
-    found = _networks(view, kinds, {view.base[frozen] for frozen in view.frozen_by_user}, finds=finds)
-    choices = {layer: choice for layer, choice in choices.items() if not is_in_any(layer, found.left)}
-    if not choices:
-        raise TargetError(
-            f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "
-            f"{config.target_modules!r}: what trains has no layers of that kind."
-        )
-    loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
-    loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
-    loose += _tied_since(view, choices)
-    if loose or not all(isinstance(choice.layer, LoRALayer) for choice in choices.values()):
+    _refuse_pefts(view)
+    note_what_the_user_set(view)
+    choices, networks = _choose(view, config, finds=finds)
+    unwanted = _unwanted_adapters(view, choices, networks)
+    adds_adapters = not all(isinstance(choice.layer, LoRALayer) for choice in choices.values())
+    if unwanted or adds_adapters:
         refuse_in_block(model, "inject_adapters")
     with attach.undone_on_error(view):
-        if loose:
-            attach.detach_adapters(view, loose)
+        if unwanted:
+            attach.detach_adapters(view, unwanted)
             view.look_again(config)
         attach.check_same(view, choices)
         if finds:
@@ -144,7 +124,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         if adapters:
             _check_not_parallel(model)
         record = records.begin_record(model, config, name)
-        record.adapter.networks = found
+        record.adapter.networks = networks
         attach.attach_adapters(view, adapters)
         view.begin_anew()
         follow_originals(view)
@@ -155,16 +135,58 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     return tuple(choices)
 
 
+def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """A file's configuration without exclusions that match nothing: what stood still in training may not be here."""
+    if config.exclude_modules and not any(config.is_excluded(name) for name in named_modules(model)):
+        return replace(config, exclude_modules=None)
+    return config
+
+
+def _refuse_pefts(view: View) -> None:
+    """Refuse a model with PEFT's adapters."""
+    pefts = [name for name, module in view.modules.items() if type(module).__module__.startswith("peft.")]
+    if pefts:
+        raise AdapterStateError(
+            f"{view.title} has PEFT's adapters: {listed(pefts)}. Call PEFT's merge_and_unload() first."
+        )
+
+
+def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, Choice], Networks]:
+    """The layers that get adapters, and the networks that get none."""
+    targeted = select(view.model, config)
+    kinds = {name: choice.kind for name, choice in targeted.items()}
+    frozen = {view.base[name] for name in view.frozen_by_user}
+    networks = networks_of(view, kinds, frozen, finds=finds)
+    choices = {name: choice for name, choice in targeted.items() if not is_in_any(name, networks.left)}
+    if not choices:
+        raise TargetError(
+            f"{left_still(networks.still, view.title)} Nothing else is targeted by "
+            f"{config.target_modules!r}: what trains has no layers of that kind."
+        )
+    return choices, networks
+
+
+def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: Networks) -> list[str]:
+    """Adapted layers whose adapters are taken off: those that no longer fit, or that nobody has asked for."""
+    resized = [name for name, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
+    not_chosen = []
+    for name in view.layers:
+        is_copied_or_left = name not in view.recorded or is_in_any(name, networks.left)
+        if name not in choices and is_copied_or_left:
+            not_chosen.append(name)
+    return [*resized, *not_chosen, *_tied_since(view, choices)]
+
+
 def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
     """Layers that the same word chose before they were tied, as in a module's own ``setup``. None has learned."""
     if not view.is_adapted or view.is_merged or view.adapter.config.target_modules != view.config.target_modules:
         return []
     if view.config.target_modules not in AUTOMATIC:
         return []
-    holders = Counter[nn.Parameter]()
+    holders: Counter[nn.Parameter] = Counter()
     for module in set(view.modules.values()):
         holders.update({p for p in module._parameters.values() if p is not None})
-    tied = list[str]()
+    tied = []
     for name, layer in view.layers.items():
         is_shared = any(holders[weight] > 1 for weight in view.weights_of(name))
         if name not in choices and is_shared and layer.lora_is_fresh():
@@ -174,171 +196,16 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
 
 def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
     """Name layers that were replaced, and so have lost adapters that had learned."""
-    known = view.adapter.layers if view.is_adapted and not view.is_merged and view.adapter.is_trained else ()
-    if lost := [name for name in known if name in choices and not isinstance(choices[name].layer, LoRALayer)]:
+    if not view.is_adapted or view.is_merged or not view.adapter.is_trained:
+        return
+    lost = []
+    for name in view.adapter.layers:
+        if name in choices and not isinstance(choices[name].layer, LoRALayer):
+            lost.append(name)
+    if lost:
         warn(
             f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
         )
-
-
-def _note_flags(view: View) -> None:
-    """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
-    for prefix, record in records.records_in(view.modules).items():
-        inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
-        if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
-            raise AdapterStateError(
-                f"{prefix!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
-                f"merge_adapters(model.get_submodule({prefix!r}))."
-            )
-    if not view.is_adapted or view.is_merged:
-        return
-    view = View(view.model)  # of the adapters at hand, whatever the new configuration
-    known = view.record.requires_grad
-    thawed = {n: True for n, p in view.frozen.items() if p.requires_grad and n in known}
-    view.record.were_set(thawed)
-    known |= thawed
-    copied = [n for n, layer in view.layers.items() if n not in view.recorded and any(_flags(layer))]
-    known |= {n: True for n in view.base if is_in_any(n, copied)}  # the base was frozen by us
-    for name, layer in view.layers.items() if view.adapter.is_trained else ():
-        trained = layer.lora_trained() if name in view.recorded else []
-        if trained and not any(p.requires_grad for p in trained):
-            view.record.were_set({n: False for n in _weights(name, layer) if known.get(n)})
-    note_frozen(view)
-
-
-def note_frozen(view: View) -> None:
-    """Note layers whose new adapters the user has frozen: their weights are meant."""
-    for name, layer in view.layers.items() if not view.adapter.is_trained else ():
-        own = layer.lora_trained() if name in view.recorded else []
-        if own and not any(p.requires_grad for p in own):
-            view.record.requires_grad |= {each: False for each in view.base if owner_of(each) == name}
-
-
-def _flags(layer: LoRALayer) -> list[bool]:
-    return [p.requires_grad for p in layer.lora_parameters().values()]
-
-
-def _weights(name: str, layer: LoRALayer) -> list[str]:
-    return [join(name, weight) for weight in layer.lora_weights()]
-
-
-def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
-    """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
-    finds = finds and view.config.target_modules in AUTOMATIC
-    copies = find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds)
-    known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
-    copies = {n: o for n, o in known.copies.items() if {n, o} <= view.modules.keys()} | copies  # if none trains them
-    thawed = [name for name in view.base if known.still and view.record.requires_grad.get(name, True)]
-    stays = tuple(network for network in known.still if not any(is_in_any(name, [network]) for name in thawed))
-    if not still or not finds:
-        return Networks(still=stays, copies=copies).fitting(kinds.keys())
-    layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
-    for name, layer in view.layers.items():
-        if not layer.lora_is_fresh():
-            still = still - view.weights_of(name)
-    layers -= {name for name in layers if is_in_any(name, stays)}
-    names = Names(view.model)
-    beside = names.find("exclude_modules", view.config.exclude_modules)
-    beside += names.find("modules_to_save", view.config.modules_to_save)
-    found = find_networks(
-        view.modules, view.base, layers, still, beside=beside, copies=copies, untrained=lambda: find_fresh(view).new
-    )
-    return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
-
-
-def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
-    """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
-
-    Return layers whose adapters have learned: these stay, and do not train.
-    """
-    view = view_of(model)
-    still = unheld | {view.base[name] for name in view.frozen_by_user}
-    kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
-    found, known = _networks(view, kinds, still), view.adapter.networks
-    trained = [n for n, p in view.base.items() if p not in still and view.record.requires_grad.get(n)]
-    copies = {n: o for n, o in found.copies.items() if not any(is_in_any(each, [n]) for each in trained)}
-    rests = list[str]()
-    for name, layer in view.layers.items():
-        is_held = is_in_any(name, (*known.below, *copies)) or not view.weights_of(name) <= unheld
-        if not (is_held or layer.lora_is_fresh()):
-            rests.append(name)
-            layer.lora_follow(layer)  # itself: it keeps what it has learned
-        elif layer.lora_settings.follows and not is_in_any(name, copies):
-            layer.lora_follow(None)
-    _warn_of_frozen_since(view, rests)
-    below = tuple(dict.fromkeys((*known.below, *found.below)))
-    view.adapter.networks = replace(known, below=below, copies=copies)
-    leave_alone(model, found.still)
-    attach.freeze(view_of(model))  # what trains in full does not in a copy
-    follow_originals(view_of(model))
-    return rests
-
-
-def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
-    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
-    since, learned = view.record.frozen_since, [n for n, layer in view.layers.items() if not layer.lora_is_fresh()]
-    frozen = [n for n in learned if n not in rests and since.issuperset(_weights(n, view.layers[n]))]
-    since.clear()
-    if 0 < len(frozen) < len(view.layers):
-        warn(
-            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
-            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
-        )
-
-
-def leave_alone(model: nn.Module, still: Collection[str]) -> None:
-    """Remove the adapters of networks. Files say that they are left out."""
-    view = view_of(model)
-    adapter, known = view.adapter, view.adapter.networks
-    below = tuple(name for name in known.below if name not in still)
-    now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
-    off = [name for name in view.layers if is_in_any(name, now.left)]
-    if not off:
-        return
-    if len(off) == len(view.layers):
-        raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
-    attach.detach_adapters(view, off)
-    adapter.layers = tuple(view.layers)
-    adapter.networks = now
-    attach.freeze(view)
-
-
-def follow_copied(view: View, idle: Set[str]) -> None:
-    """Let those of these layers that copy a network with others follow it."""
-    known = view.adapter.networks
-    view.adapter.networks = replace(known, copies={**known.copies, **copies_among(view, idle)})
-    follow_originals(view)
-
-
-def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
-    """Return networks of these layers that copy others. If their updates are zero, they begin with the same adapters.
-
-    A momentum copy that nobody froze then follows, if other code moves it. One that trains later, as an expert, does.
-    """
-    copies = copies_among(view, idle)
-    for name in filter(idle.__contains__, view.layers):
-        original = Networks(copies=copies).original_of(name)
-        if original in view.layers:
-            view.layers[name].lora_begin_as(view.layers[original])
-    return copies
-
-
-def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
-    """Return networks of these layers that copy one with other layers."""
-    if not idle:
-        return {}
-    busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))
-    still = {p for name, p in view.base.items() if owner_of(name) not in busy}
-    return find_copies(view.modules, view.base, view.layers.keys(), still)
-
-
-def follow_originals(view: View) -> None:
-    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
-    for name, layer in view.layers.items():
-        original = view.layers.get(view.adapter.networks.original_of(name) or "")
-        began = view.adapter.is_trained or not layer.lora_is_fresh()  # a layer that has learned may rest
-        if original is not None or (layer.lora_settings.follows and not began):
-            layer.lora_follow(original)
 
 
 def _check_not_parallel(model: nn.Module) -> None:
@@ -400,21 +267,31 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     check_known(record, name, model)
     refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
-        if name == record.adapter.name:
-            with activate(model, next(iter(record.others))) as undo:
-                set_adapter(model, None)
-                undo.pop_all()
-        del record.others[name]
+        _remove_one(model, record, name)
         return
     set_adapter(model, record.adapter.name)
     record = view_of(model).record
     records.absorb_inner_records(model, record)
     if not record.is_merged:
-        view = View(model)
-        attach.check_weights(view)
-        with attach.undone_on_error(view), ExitStack() as undo:
-            restore_originals(view, view.kept, undo)
-            attach.unfreeze(view)
-            undo.pop_all()
-        attach.detach_adapters(view)
+        _restore_base(model)
     records.forget_record(model)
+
+
+def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
+    """Remove one of several adapters. Without the active one, the model shows its base."""
+    if name == record.adapter.name:
+        with activate(model, next(iter(record.others))) as undo:
+            set_adapter(model, None)
+            undo.pop_all()
+    del record.others[name]
+
+
+def _restore_base(model: nn.Module) -> None:
+    """Take the adapters off, and give the base its values and what trained before."""
+    view = View(model)
+    attach.check_weights(view)
+    with attach.undone_on_error(view), ExitStack() as undo:
+        restore_originals(view, view.kept, undo)
+        attach.unfreeze(view)
+        undo.pop_all()
+    attach.detach_adapters(view)

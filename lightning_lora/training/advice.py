@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import FreshLayerWarning, listed, shortened, warn
 from lightning_lora.layers import LoRATokens, adapter_for
 from lightning_lora.model.fresh import MOST_SHARE, Fresh, find_fresh, random_weights
-from lightning_lora.model.inject import left_still
+from lightning_lora.model.settle import left_still
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.storage.fingerprint import rows_of

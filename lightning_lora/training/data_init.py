@@ -18,7 +18,7 @@ from lightning_lora.layers import INITIALISATIONS, LoRALayer
 from lightning_lora.layers.init import keep_start
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.layers.matrices import Role
-from lightning_lora.model.inject import follow_originals
+from lightning_lora.model.settle import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import LOADER_STATE, before_transfer, loader_of, version_of
 from lightning_lora.tensors.names import named_parameters

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.attach import check_weights
-from lightning_lora.model.inject import begin_alike, copies_among
 from lightning_lora.model.record import find_record
+from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.names import is_in_any, owner_of

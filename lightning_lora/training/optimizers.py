@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, StrategyError, listed
-from lightning_lora.model.inject import leave_alone, left_still, settle
+from lightning_lora.model.settle import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import is_in_any, named_parameters, own_parameter, owner_of, starts_of
 from lightning_lora.training.gradients import Feeding

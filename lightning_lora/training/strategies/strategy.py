@@ -21,10 +21,10 @@ from lightning_lora.errors import (
     OptimizerError,
 )
 from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
-from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
+from lightning_lora.model.user_flags import note_frozen
 from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints

@@ -1,0 +1,233 @@
+"""Which networks of a model get adapters: those that train, and copies of these, which follow them."""
+
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import TargetError, listed, warn
+from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
+from lightning_lora.model import attach
+from lightning_lora.model.fresh import find_fresh
+from lightning_lora.model.view import View, view_of
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.find import find_networks
+from lightning_lora.networks.roles import Networks
+from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
+
+
+def left_still(still: Collection[str], title: str) -> str:
+    """Return what is said of networks that get no adapters."""
+    return (
+        f"No adapter for {listed(still)} of {title}: it is frozen, or in no optimizer, and other networks train beside "
+        "it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
+    )
+
+
+def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
+    """Return what layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays.
+
+    Args:
+        view: The model, adapted or not.
+        kinds: The adapter class of each layer that is targeted.
+        still: Parameters of the base that stand still: frozen, or in no optimizer.
+        finds: Whether networks that stand still are looked for. Otherwise, the configuration names them.
+    """
+    finds = finds and view.config.target_modules in AUTOMATIC
+    known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
+    copies = {
+        **_copies_that_are_left(view, known),  # if none of them trains now
+        **find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds),
+    }
+    stays = _still_as_before(view, known)
+    if not still or not finds:
+        return Networks(still=stays, copies=copies).fitting(kinds.keys())
+    layers = {name for name in _whole_layers(kinds) if not is_in_any(name, stays)}
+    found = find_networks(
+        view.modules,
+        view.base,
+        layers,
+        still - _weights_that_have_learned(view),
+        beside=_named_beside(view),
+        copies=copies,
+        untrained=lambda: find_fresh(view).new,
+    )
+    return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
+
+
+def _copies_that_are_left(view: View, known: Networks) -> dict[str, str]:
+    left = {}
+    for copy, original in known.copies.items():
+        if copy in view.modules and original in view.modules:
+            left[copy] = original
+    return left
+
+
+def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
+    """Networks that stood still, and in which the user has thawed nothing since."""
+    if not known.still:
+        return ()
+    flags = view.record.requires_grad
+    thawed = [name for name in view.base if flags.get(name, True)]
+    return tuple(network for network in known.still if not _is_any_in(thawed, network))
+
+
+def _is_any_in(names: Iterable[str], network: str) -> bool:
+    return any(is_in_any(name, [network]) for name in names)
+
+
+def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
+    """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
+    return [name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)]
+
+
+def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
+    """The weights below adapters that have learned."""
+    weights: set[nn.Parameter] = set()
+    for name, layer in view.layers.items():
+        if not layer.lora_is_fresh():
+            weights |= view.weights_of(name)
+    return weights
+
+
+def _named_beside(view: View) -> list[str]:
+    """What the user has left out, or trains in full."""
+    names = Names(view.model)
+    left_out = names.find("exclude_modules", view.config.exclude_modules)
+    saved = names.find("modules_to_save", view.config.modules_to_save)
+    return [*left_out, *saved]
+
+
+# When the optimizers are known
+
+
+def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
+    """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
+
+    Return layers whose adapters have learned: these stay, and do not train.
+    """
+    view = view_of(model)
+    still = unheld | {view.base[name] for name in view.frozen_by_user}
+    kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
+    found = networks_of(view, kinds, still)
+    known = view.adapter.networks
+    copies = _copies_that_stand_still(view, found, still)
+    rests = _let_rest(view, unheld, known.below, copies)
+    _warn_of_frozen_since(view, rests)
+    below = tuple(dict.fromkeys((*known.below, *found.below)))
+    view.adapter.networks = replace(known, below=below, copies=copies)
+    leave_alone(model, found.still)
+    attach.freeze(view_of(model))  # what trains in full does not in a copy
+    follow_originals(view_of(model))
+    return rests
+
+
+def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
+    """The copies in which nothing trains by itself."""
+    flags = view.record.requires_grad
+    training = [name for name, parameter in view.base.items() if parameter not in still and flags.get(name)]
+    return {copy: original for copy, original in found.copies.items() if not _is_any_in(training, copy)}
+
+
+def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], copies: Mapping[str, str]) -> list[str]:
+    """Let adapters that have learned rest if no optimizer holds them or their weights. Return their layers."""
+    rests = []
+    for name, layer in view.layers.items():
+        is_held = not view.weights_of(name) <= unheld
+        has_a_place = is_held or is_in_any(name, below) or is_in_any(name, copies)
+        if not has_a_place and not layer.lora_is_fresh():
+            rests.append(name)
+            layer.lora_follow(layer)  # itself: it keeps what it has learned
+        elif layer.lora_settings.follows and not is_in_any(name, copies):
+            layer.lora_follow(None)
+    return rests
+
+
+def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
+    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
+    frozen_since = view.record.frozen_since
+    frozen = []
+    for name, layer in view.layers.items():
+        if layer.lora_is_fresh() or name in rests:
+            continue
+        weights = [join(name, weight) for weight in layer.lora_weights()]
+        if frozen_since.issuperset(weights):
+            frozen.append(name)
+    frozen_since.clear()
+    if frozen and len(frozen) < len(view.layers):
+        warn(
+            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
+            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
+        )
+
+
+def leave_alone(model: nn.Module, still: Collection[str]) -> None:
+    """Remove the adapters of networks. Files say that they are left out."""
+    view = view_of(model)
+    known = view.adapter.networks
+    below = tuple(name for name in known.below if name not in still)
+    now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
+    left = [name for name in view.layers if is_in_any(name, now.left)]
+    if not left:
+        return
+    if len(left) == len(view.layers):
+        raise TargetError(f"{left_still(still, view.title)} No other layer has an adapter.")
+    attach.detach_adapters(view, left)
+    view.adapter.layers = tuple(view.layers)
+    view.adapter.networks = now
+    attach.freeze(view)
+
+
+# Copies, which other code moves after their originals
+
+
+def follow_copied(view: View, idle: Set[str]) -> None:
+    """Let those of these layers that copy a network with others follow it."""
+    known = view.adapter.networks
+    view.adapter.networks = replace(known, copies={**known.copies, **copies_among(view, idle)})
+    follow_originals(view)
+
+
+def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
+    """Return networks of these layers that copy others. If their updates are zero, they begin with the same adapters.
+
+    A momentum copy that nobody froze then follows, if other code moves it. One that trains later, as an expert, does.
+    """
+    copies = copies_among(view, idle)
+    networks = Networks(copies=copies)
+    for name, layer in view.layers.items():
+        if name not in idle:
+            continue
+        original = _original_layer(view, networks, name)
+        if original is not None:
+            layer.lora_begin_as(original)
+    return copies
+
+
+def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
+    """Return networks of these layers that copy one with other layers."""
+    if not idle:
+        return {}
+    busy: set[str] = set()
+    for name in view.layers:
+        if name not in idle:
+            busy.update(starts_of(name))
+    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in busy}
+    return find_copies(view.modules, view.base, view.layers.keys(), still)
+
+
+def follow_originals(view: View) -> None:
+    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
+    for name, layer in view.layers.items():
+        original = _original_layer(view, view.adapter.networks, name)
+        may_learn_itself = not view.adapter.is_trained and layer.lora_is_fresh()  # one that has learned may rest
+        if original is not None or (layer.lora_settings.follows and may_learn_itself):
+            layer.lora_follow(original)
+
+
+def _original_layer(view: View, networks: Networks, layer: str) -> LoRALayer | None:
+    """The adapted layer that a layer of a copy follows."""
+    original = networks.original_of(layer)
+    return None if original is None else view.layers.get(original)
