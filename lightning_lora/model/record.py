@@ -197,9 +197,11 @@ class Record:
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
+        changed = {}
+        for name, (_, digest_before) in self.changed.items():
+            changed[name] = (digest(base[name]), digest_before)
+        self.changed = changed
         self.adapter.is_trained = True
-        for name, (_, was) in self.changed.items():
-            self.changed[name] = (digest(base[name]), was)
 
     def buffers_were_filled(self, names: Iterable[str]) -> None:
         """The module's own hooks have filled these buffers before training."""

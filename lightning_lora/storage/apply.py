@@ -130,8 +130,8 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
             replace_values(buffer, value.to(buffer.device, dtype, copy=True))
         restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
+        view.record.values_were_loaded(view.base_values)
         undo.pop_all()
-    view.record.values_were_loaded(view.base_values)
 
 
 # Other names
