@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,10 +17,11 @@ from lightning_lora.tensors.names import is_in_any, named_parameters, own_parame
 from lightning_lora.training.gradients import Feeding
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
-_Groups = list[list["ReferenceType[nn.Parameter]"]]  # a parameter's hooks may hold the optimizer, which would stay
+_EDITED = "_lora_edited"
+"""An optimizer's attribute: its groups as built, and after editing. LightningCLI returns the same one in every fit.
 
-_EDITED: "WeakKeyDictionary[Optimizer, tuple[_Groups, _Groups]]" = WeakKeyDictionary()
-"""The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
+So it lives as long as the optimizer, even if parameters refer to that. torch copies and pickles optimizers without it.
+"""
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
@@ -49,7 +49,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
         check_splits(optimizer, after, scales)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, split(optimizer, after, scales))
-        _EDITED[optimizer] = _weakly(before), _weakly(after)
+        vars(optimizer)[_EDITED] = before, after
 
 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
@@ -102,7 +102,8 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     kept = set(model.parameters()) - set(view_of(model).frozen.values())
     groups = [[p for p in group["params"] if p in kept] for group in optimizer.param_groups]
     _write(view_of(model), optimizer, groups)
-    _EDITED[optimizer] = _EDITED[optimizer][0], _weakly(groups)
+    built, _ = vars(optimizer)[_EDITED]
+    vars(optimizer)[_EDITED] = built, groups
     return True
 
 
@@ -120,23 +121,8 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
 def _built_groups(optimizer: Optimizer) -> list[Params]:
     """The groups as they were built. If other code edited them since: as they are now."""
     now = [list(group["params"]) for group in optimizer.param_groups]
-    if optimizer not in _EDITED:
-        return now
-    built, left = map(_present, _EDITED[optimizer])
+    built, left = vars(optimizer).get(_EDITED, (now, now))
     return built if list(map(set, left)) == list(map(set, now)) else now
-
-
-def _weakly(groups: Iterable[Params]) -> _Groups:
-    return [list(map(ref, group)) for group in groups]
-
-
-def _present(groups: _Groups) -> list[Params]:
-    """The parameters that are still there."""
-    present = []
-    for group in groups:
-        found = [each() for each in group]
-        present.append([p for p in found if p is not None])
-    return present
 
 
 def _held(groups: Iterable[Params]) -> set[nn.Parameter]:
