@@ -29,6 +29,7 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
+from lightning_lora.training.float32_steps import Float32Steps
 from lightning_lora.training.gradients import Feeding, check_learned, gradients_pass, tell_of_unmoved
 from lightning_lora.training.merging import check_merge_arguments, check_merge_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
@@ -254,6 +255,8 @@ class LoRACallback(Callback):
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
+        if self._gradients.copied is None:  # otherwise the optimizer has copies in float32
+            self._stage.float32 = self._training.enter_context(closing(Float32Steps(pl_module)))
         self._training.enter_context(gradients_pass(pl_module))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
@@ -278,10 +281,14 @@ class LoRACallback(Callback):
         check_frozen(pl_module, optimizer, self._gradients.frozen)
         follow(optimizer)
         self._gradients.check(optimizer)
+        if self._stage.float32 is not None:
+            self._stage.float32.begin_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End dropout until the next training step."""
+        """End dropout until the next training step, and a step in float32 that was left out."""
         self._stage.dropout.end_step()
+        if self._stage.float32 is not None:
+            self._stage.float32.pause_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
@@ -290,7 +297,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._feeding = None
+        self._gradients = self._feeding = self._stage.float32 = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
