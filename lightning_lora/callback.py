@@ -30,6 +30,7 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
+from lightning_lora.training.float32_steps import Float32Steps
 from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
 from lightning_lora.training.merging import (
     check_layers_stayed,
@@ -279,6 +280,8 @@ class LoRACallback(Callback):
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._gradients.begins = begins
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
+        if self._gradients.copied is None:  # otherwise the optimizer has copies in float32
+            self._stage.float32 = self._training.enter_context(closing(Float32Steps(pl_module)))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
@@ -321,11 +324,15 @@ class LoRACallback(Callback):
         check_frozen(pl_module, optimizer, self._gradients.frozen)
         follow(optimizer)
         self._gradients.check(optimizer)
+        if self._stage.float32 is not None:
+            self._stage.float32.begin_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End dropout until the next training step. After the first, name weights that other code reads."""
         self._check_set_up()
         self._stage.dropout.end_step()
+        if self._stage.float32 is not None:
+            self._stage.float32.pause_step()  # one that was left out
         self._stage.guards.end_batch(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -336,7 +343,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._feeding = self._base_seen = None
+        self._gradients = self._feeding = self._base_seen = self._stage.float32 = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

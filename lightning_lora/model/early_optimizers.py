@@ -1,9 +1,11 @@
-"""Optimizers that were made before the adapters, in a loop of one's own: they would train none of them."""
+"""Optimizers in a loop of one's own that train nothing, or NaN: made before the adapters, or of float16 weights."""
 
 import gc
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from weakref import WeakSet
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +18,7 @@ from lightning_lora.tensors.names import join
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
 _CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
+_IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()  # models whose Trainer lets float16 weights take their steps in float32
 _HOOKS: list[RemovableHandle] = []  # one, from the first adapters on: an import changes nothing of the process
 
 
@@ -29,13 +32,48 @@ def watch_optimizers(model: nn.Module) -> None:
 
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
     """Refuse an optimizer of frozen weights below adapters, if it holds none of these adapters."""
-    if optimizer in _CHECKED or (dist.is_available() and dist.is_initialized()):  # there, each may hold only its share
+    if optimizer in _CHECKED:
         return
     held = _held_by(optimizer)
+    for model in list(_ADAPTED) if _gives_nan_in_float16(optimizer) else ():
+        _check_dtypes(View(model), optimizer, held)
+    if dist.is_available() and dist.is_initialized():  # there, each process may hold only its share
+        return
     frozen = {p for p in held if p.grad is None and not p.requires_grad}
     for model in list(_ADAPTED) if frozen else ():
         _check_for(View(model), optimizer, held, frozen)
     _CHECKED.add(optimizer)
+
+
+@contextmanager
+def steps_are_in_float32(model: nn.Module) -> Iterator[None]:
+    """Let float16 weights of ``model`` train: inside the ``with`` block, an optimizer sees them in float32."""
+    _IN_FLOAT32.add(model)
+    try:
+        yield
+    finally:
+        _IN_FLOAT32.discard(model)
+
+
+def _gives_nan_in_float16(optimizer: Optimizer) -> bool:
+    """Whether it divides by roots of its state plus an epsilon, which is zero in float16, as that of Adam is."""
+    epsilons = [group["eps"] for group in optimizer.param_groups if isinstance(group.get("eps"), float)]
+    return any(float(torch.tensor(epsilon, dtype=torch.float16)) == 0 for epsilon in epsilons)
+
+
+def _check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
+    """Refuse float16 weights that train in full, if adapters are kept in float32."""
+    if not view.is_adapted or view.is_merged or not view.config.autocast_adapter_dtype:
+        return
+    if any(view.model is inner for outer in _IN_FLOAT32 for inner in outer.modules()):
+        return
+    halves = [name for name, p in view.trained.items() if p in held and p.dtype == torch.float16 and p.requires_grad]
+    if halves:
+        raise OptimizerError(
+            f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "
+            "NaN. Keep the weights in float32 (with autocast) or bfloat16, or use a Trainer with LoRACallback, which "
+            "takes these steps in float32."
+        )
 
 
 def _check_for(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:

@@ -102,9 +102,12 @@ def warn_of_divergence(view: View) -> None:
     """Warn of adapters that hold NaN or infinite values."""
     broken = [name for name, p in view.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
     if broken:
+        remedy = "train with a lower learning rate"
+        if any(view.adapters[name].dtype == torch.float16 for name in broken):
+            remedy = "train without autocast_adapter_dtype=False: these are in float16, in which Adam ends in NaN"
         warn(
             f"{listed(broken)} of {view.title} hold NaN or infinite values, and the merged weights too: the training "
-            "has diverged. Call unmerge_adapters(model) for the base, and train with a lower learning rate."
+            f"has diverged. Call unmerge_adapters(model) for the base, and {remedy}."
         )
 
 

@@ -86,6 +86,7 @@ def _tell_of_untrained(view: View, fresh: Fresh) -> None:
         rank_zero_info(
             f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
             "learn little: load pretrained weights first, or train without LoRACallback."
+            + _of_convolutions(view, fresh.random)
         )
         return
     if fresh.random:
@@ -170,11 +171,20 @@ def _few(rates: list[float]) -> str:
     return " and ".join(f"{rate:g}" for rate in rates) if len(rates) < 3 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
+def _of_convolutions(view: View, names: Iterable[str]) -> str:
+    """What is said if convolutions are among these modules: small ones look untrained for long."""
+    inside = (module for name in names for module in view.modules[name].modules())
+    if not any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in inside):
+        return ""
+    return " They may be trained all the same: small convolutions keep the looks of their initialisation."
+
+
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     found = (
         f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
         f"an initialisation. Train them in full: {_to_save(view, fresh.random)}. (If they are random on purpose, or "
         "the loss does not depend on them, ignore this: the files hold them as they are.)"
+        + _of_convolutions(view, fresh.random)
     )
     if all(is_in_any(name, fresh.random) for name in view.layers):
         found += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'

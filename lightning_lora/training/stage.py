@@ -23,6 +23,7 @@ from lightning_lora.tensors.names import join, owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
+from lightning_lora.training.float32_steps import Float32Steps
 from lightning_lora.training.gradients import Dropout
 from lightning_lora.training.guards.moments import Guards
 from lightning_lora.training.randomness import Resumed, reseeded
@@ -64,6 +65,7 @@ class Stage:
     modules_before: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     guards: Guards = field(default_factory=Guards)
+    float32: Float32Steps | None = None
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
     file: object = None

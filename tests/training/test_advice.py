@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.training.advice import log_values
+from tests.benchmarks.untrained import residual
 from tests.support import fits
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
@@ -147,6 +148,23 @@ def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path
     assert "100% of the weights of LitTiny look untrained" in caplog.text
     caplog.clear()
     assert fit(tmp_path, LitTiny(), **TARGETS) == [] and "untrained" not in caplog.text  # too small to judge
+
+
+def test_small_convolutions_that_look_untrained_are_said_to_be_perhaps_trained(tmp_path: Path, caplog: Any) -> None:
+    class Convolves(LitTiny):  # as initialised by torchvision, and then trained for 100 steps, which does not show
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = residual()
+            x, digits = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
+            optimizer = torch.optim.Adam(self.layers.parameters(), lr=1e-3)
+            for _ in range(100):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(self.layers(x), digits).backward()
+                optimizer.step()
+
+    fit(tmp_path, model := Convolves(), target_modules="all", modules_to_save=["head"])
+    assert f"of the weights of {type(model).__name__} look untrained" in caplog.text
+    assert "They may be trained all the same: small convolutions" in caplog.text
 
 
 def test_what_the_user_left_trainable_is_named_once(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
+from lightning_lora.training.float32_steps import states_in_float32
 from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
 from lightning_lora.training.guards import asked
 from lightning_lora.training.merging import warn_of_rounding
@@ -317,7 +318,7 @@ class LoRAStrategy(Strategy, InPlace):
         try:
             if KEY in checkpoint and len(states) != len(self.optimizers):
                 raise ValueError(f"it has {len(states)} states, and the module {len(self.optimizers)} optimizers")
-            with states_fit(self.optimizers, states):
+            with states_fit(self.optimizers, states), states_in_float32(self.lora_module, self.optimizers):
                 self.lora_load_states(checkpoint)
         except Exception as error:
             if self.lora_stage.phase is Phase.LOADED:
@@ -376,6 +377,8 @@ class LoRAStrategy(Strategy, InPlace):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
+        if self.lora_stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
+            self.lora_stage.float32.pause_step()
         if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
             self.lora_stage.guards.begin_step(self.lora_module)
         with gradients_pass(self.lora_module), self.lora_watching():

@@ -1,0 +1,116 @@
+"""Steps in float32 for float16 weights that train in full: modules that are saved, biases, norms.
+
+Between two steps they are float16, as their module is made for. In a step, the optimizer sees float32 values, which it
+keeps from step to step, and so does its state. In float16, Adam's epsilon is zero and its second step gives NaN, and
+steps that are small beside a weight are rounded away.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.model.early_optimizers import steps_are_in_float32
+from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.shards import is_dtensor
+
+KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and so in files, with its values in float32
+
+
+def float16_weights(view: View) -> dict[str, nn.Parameter]:
+    """Return the weights that train in full in float16, if adapters are kept in float32."""
+    if not view.config.autocast_adapter_dtype:
+        return {}
+    return {name: p for name, p in view.trained.items() if p.dtype == torch.float16 and p.requires_grad}
+
+
+class Float32Steps:
+    """Lets each optimizer of a fit see float32 values in its steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        view = view_of(model)
+        found = float16_weights(view)
+        if spread := [name for name, p in found.items() if is_dtensor(p)]:
+            raise OptimizerError(
+                f"{listed(spread)} of {view.title} would train in full in float16, in which Adam ends in NaN, and are "
+                'spread over processes. Use precision="bf16-true", or leave them out of modules_to_save and bias.'
+            )
+        self._weights = set(found.values())
+        self._between = dict[nn.Parameter, Tensor]()  # float32 values, while a step computes its loss again
+        self._shown = dict[nn.Parameter, Optimizer]()
+        self._hooks = dict[Optimizer, RemovableHandle]()
+        self._while_open = ExitStack()
+        self._while_open.enter_context(steps_are_in_float32(view.model))
+
+    def begin_step(self, optimizer: Optimizer) -> None:
+        """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
+        for p in self._weights.intersection(_held_by(optimizer)) - self._shown.keys():
+            kept = self._between.pop(p, None)
+            if kept is None:
+                kept = optimizer.state.get(p, {}).pop(KEY, None)  # a state of its own begins empty
+            _convert(p, _as_float32(p, kept))
+            self._shown[p] = optimizer
+        if self._shown and optimizer not in self._hooks:
+            self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
+
+    def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for p in [p for p, each in self._shown.items() if each is optimizer]:
+            optimizer.state[p][KEY] = self._hide(p)
+
+    def pause_step(self) -> None:
+        """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it, others may be left out."""
+        for p in list(self._shown):
+            self._between[p] = self._hide(p)
+
+    def _hide(self, p: nn.Parameter) -> Tensor:
+        values = p.data
+        _convert(p, values.half())
+        del self._shown[p]
+        return values
+
+    def close(self) -> None:
+        """End a step that failed, and remove the hooks."""
+        self.pause_step()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._while_open.close()
+
+
+@contextmanager
+def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
+    """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
+    held = {p for each in optimizers if isinstance(each, Optimizer) for p in _held_by(each)}
+    weights = [p for p in float16_weights(view_of(model)).values() if p in held and not is_dtensor(p)]
+    for p in weights:
+        _convert(p, p.data.float())
+    try:
+        yield
+    finally:
+        for p in weights:
+            _convert(p, p.data.half())
+
+
+def _as_float32(p: nn.Parameter, kept: Tensor | None) -> Tensor:
+    """A weight's values in float32. Where other code has written it since the last step, its new values count."""
+    if kept is None:
+        return p.data.float()
+    kept = kept.to(p.device)
+    return torch.where(kept.half() == p.data, kept, p.data.float())
+
+
+def _convert(p: nn.Parameter, values: Tensor) -> None:
+    """Replace a weight's values by those of another dtype. Its gradient follows."""
+    gradient, p.grad = p.grad, None
+    p.data = values
+    p.grad = None if gradient is None else gradient.to(values.dtype)
+
+
+def _held_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
