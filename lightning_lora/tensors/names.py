@@ -122,6 +122,14 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
+_KEEP_THEIR_PARTS = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+
+
+def loads_in_own_way(module: nn.Module) -> bool:
+    """Whether code of a user loads this module's state. It may read entries by name, and build parts of the module."""
+    return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
+
+
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
     present = model.state_dict(keep_vars=True)
@@ -130,6 +138,11 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     for plain, value in state.items():
         name = own.get(plain, plain)
         loaded[name] = distributed_as(value, present[name]) if is_dtensor(present.get(name)) else value
+    for prefix, module in named_modules(model).items():
+        if loads_in_own_way(module):  # which may read any of its own entries
+            for plain in (join(prefix, name) for name in (*module._parameters, *module._buffers)):
+                if own.get(plain, "") in present:
+                    loaded.setdefault(own[plain], present[own[plain]])
     values = {id(present[name]): value for name, value in loaded.items() if isinstance(present.get(name), Tensor)}
     shared = {name: values[id(own)] for name, own in present.items() if id(own) in values}  # under all of its names
     model.load_state_dict({**shared, **loaded}, strict=strict)
