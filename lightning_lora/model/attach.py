@@ -1,5 +1,6 @@
 """Attach adapters to a model and freeze its base, or detach them. If a change fails, restore the model."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from lightning_lora.layers import (
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
+from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import Choice
 from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.names import held_parameter, own_parameter, submodule
@@ -179,6 +181,23 @@ def _about(settings: Settings, adapted: tuple[AdaptedMatrix, ...]) -> dict[str, 
         del named["init"]  # otherwise it makes no difference later
     own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in adapted]
     return {**named, "matrices": own}
+
+
+def tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
+    """Return layers that the same word chose before they were tied, as in a module's ``setup``. None has learned."""
+    if not view.is_adapted or view.is_merged or view.adapter.config.target_modules != view.config.target_modules:
+        return []
+    if view.config.target_modules not in AUTOMATIC:
+        return []
+    holders = Counter[nn.Parameter]()
+    for module in set(view.modules.values()):
+        holders.update({p for p in module._parameters.values() if p is not None})
+    tied = list[str]()
+    for name, layer in view.layers.items():
+        is_shared = any(holders[weight] > 1 for weight in view.weights_of(name))
+        if name not in choices and is_shared and layer.lora_is_fresh():
+            tied.append(name)
+    return tied
 
 
 # Optimizers that were made before the adapters

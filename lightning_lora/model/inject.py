@@ -1,6 +1,5 @@
 """Add adapters to a model in place, and remove them."""
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import replace
@@ -123,7 +122,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         )
     loose = [n for n, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
     loose += [n for n in view.layers if n not in choices and (n not in view.recorded or is_in_any(n, found.left))]
-    loose += _tied_since(view, choices)
+    loose += attach.tied_since(view, choices)
     with attach.undone_on_error(view):
         if loose:
             attach.detach_adapters(view, loose)
@@ -144,23 +143,6 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
-
-
-def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
-    """Layers that the same word chose before they were tied, as in a module's own ``setup``. None has learned."""
-    if not view.is_adapted or view.is_merged or view.adapter.config.target_modules != view.config.target_modules:
-        return []
-    if view.config.target_modules not in AUTOMATIC:
-        return []
-    holders = Counter[nn.Parameter]()
-    for module in set(view.modules.values()):
-        holders.update({p for p in module._parameters.values() if p is not None})
-    tied = list[str]()
-    for name, layer in view.layers.items():
-        is_shared = any(holders[weight] > 1 for weight in view.weights_of(name))
-        if name not in choices and is_shared and layer.lora_is_fresh():
-            tied.append(name)
-    return tied
 
 
 def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
