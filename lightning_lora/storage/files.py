@@ -27,6 +27,7 @@ from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
+from lightning_lora.storage.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.shards import is_dtensor
@@ -264,6 +265,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
+    rebuild_modules(model, state, stored.layers)
     apply(model, partial(with_names_of, stored=replace(stored, state=state)), refuse_base=check_base)
     if merge:
         merge_adapters(model)

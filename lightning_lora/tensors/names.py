@@ -145,6 +145,14 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
+_KEEP_THEIR_PARTS = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+
+
+def loads_in_own_way(module: nn.Module) -> bool:
+    """Whether code of a user loads this module's state. It may read entries by name, and build parts of the module."""
+    return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
+
+
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
     present = model.state_dict(keep_vars=True)
@@ -156,8 +164,21 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
         if target is not None and is_dtensor(target):
             value = distributed_as(value, target)
         loaded[name] = value
+    for plain in _read_in_own_way(model):
+        name = names_in_model.get(plain, plain)
+        if name in present:
+            loaded.setdefault(name, present[name])
     shared = _under_all_names(present, loaded)
     model.load_state_dict({**shared, **loaded}, strict=strict)
+
+
+def _read_in_own_way(model: nn.Module) -> list[str]:
+    """The entries of modules that load in their own way: each may read any of its own."""
+    names = []
+    for prefix, module in named_modules(model).items():
+        if loads_in_own_way(module):
+            names += [join(prefix, name) for name in (*module._parameters, *module._buffers)]
+    return names
 
 
 def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from lightning_lora.storage.formats.lightning import (
     with_callback_named,
 )
 from lightning_lora.storage.formats.own import leave_adapters, show_base
+from lightning_lora.storage.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace, class_names
@@ -290,6 +291,8 @@ class LoRAStrategy(Strategy, InPlace):
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         module, stage = self.lora_module, self.lora_stage
         leave_adapters(checkpoint)
+        if KEY in checkpoint and find_record(module) is not None:
+            rebuild_modules(module, checkpoint["state_dict"], [layer["name"] for layer in checkpoint[KEY]["layers"]])
         if stage.phase is not Phase.OVER and not self.restore_checkpoint_after_setup:  # a hook may have replaced layers
             self.lora_adapt(stored=stored_config(checkpoint[KEY]) if KEY in checkpoint else None)
         if find_record(module) is None and KEY not in checkpoint:  # as in load_checkpoint
