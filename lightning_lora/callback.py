@@ -24,14 +24,12 @@ from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.targets.hooked import warn_of_hooks
-from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
-from lightning_lora.training.advice import advise, advise_again, advise_rates, log_arguments, log_values, shown_rates
+from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.gradients import Feeding, check_learned, tell_of_unmoved
+from lightning_lora.training.gradients import check_learned, tell_of_unmoved
 from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,
@@ -39,10 +37,10 @@ from lightning_lora.training.merging import (
     extend_launchers,
     merge_trained,
 )
-from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
-from lightning_lora.training.stage import Phase, Stage, is_merged
+from lightning_lora.training.running import Running
+from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy
 from lightning_lora.training.strategies.strategy import LoRAStrategy
 
@@ -111,9 +109,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
-    _gradients: Any = None  # in training
-    _feeding: Any = None
-    _base_seen: dict[str, int] | None = None  # until the first step
+    _running: Any = None  # a training
 
     def __init__(
         self,
@@ -154,10 +150,11 @@ class LoRACallback(Callback):
 
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
-        defaults = inspect.signature(LoRACallback).parameters
         values = {**vars(self), **self.config.to_dict()}
-        shown = [(name, values[name], p.default) for name, p in defaults.items() if name in values]
-        changed = [f"{name}={value!r}" for name, value, default in shown if value != default]
+        changed = []
+        for name, parameter in inspect.signature(LoRACallback).parameters.items():
+            if name in values and values[name] != parameter.default:
+                changed.append(f"{name}={values[name]!r}")
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
@@ -168,7 +165,7 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        of_a_stage = ("_stage", "_is_set_up", "_gradients", "_feeding", "_base_seen", "_training", "_filled")
+        of_a_stage = ("_stage", "_is_set_up", "_running", "_training", "_filled")
         left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
@@ -188,23 +185,17 @@ class LoRACallback(Callback):
         that the module's own hooks create later.
         """
         self._is_set_up = True
-        callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
-        name = self.name if self.name != "default" or "name" in self.given else None
-        filled, scale = self._filled.setdefault(pl_module, set()), self.lr_scale
-        self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=scale, filled=filled)
+        self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
-        compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
+        compatibility.check_callbacks(self._stage.callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
             self._stage.came = "adapted"
-        if is_fit:
-            was_adapted, switches = self._stage.came == "adapted", self._stage.wants_another(pl_module)
-            check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
-            check_data_init(trainer, pl_module, self.config)
+        if self._stage.is_fit:
+            self._check_fit(trainer, pl_module)
         else:
-            compatibility.drop_averages(callbacks)
-            is_still = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
-            if is_still and not self._stage.wants_another(pl_module):
-                return  # it runs as it is
+            compatibility.drop_averages(self._stage.callbacks)
+            if self._stage.runs_merged(pl_module):
+                return
         self._stage.begin(pl_module)
         record = find_record(pl_module)
         if record is not None:
@@ -213,6 +204,26 @@ class LoRACallback(Callback):
             return  # configure_model would shard them; a plain module gets none for an evaluation
         with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
             self._stage.inject(pl_module)
+
+    def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
+        is_named = self.name != "default" or "name" in self.given
+        return Stage(
+            self.config,
+            name=self.name if is_named else None,
+            given=self.given,
+            save=self.save,
+            is_fit=is_fit,
+            callbacks=compatibility.callbacks_of(trainer),
+            lr_scale=self.lr_scale,
+            filled=self._filled.setdefault(pl_module, set()),
+        )
+
+    def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse arguments that this fit cannot serve."""
+        was_adapted = self._stage.came == "adapted"
+        switches = self._stage.wants_another(pl_module)
+        check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
+        check_data_init(trainer, pl_module, self.config)
 
     # Fit
 
@@ -223,8 +234,7 @@ class LoRACallback(Callback):
         check_merge_weights(trainer, pl_module, self.merge, self.save)
         self._training.enter_context(added_groups_fit(pl_module))
         follow(*trainer.optimizers)  # a tuner may have written to them
-        kinds = set[str]().union(*map(class_names, compatibility.callbacks_of(trainer)))
-        if trainer.is_global_zero and any("ModelSummary" in kind for kind in kinds):
+        if trainer.is_global_zero and compatibility.shows_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
             fitting_console().print(table)
@@ -234,10 +244,7 @@ class LoRACallback(Callback):
     def _check_set_up(self) -> None:
         """Refuse a fit that had begun when this callback came."""
         if not self._is_set_up:
-            raise ConfigError(
-                "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
-                "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
-            )
+            raise compatibility.came_too_late()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
@@ -264,7 +271,7 @@ class LoRACallback(Callback):
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
         advise(pl_module, aloud=trainer.is_global_zero)  # the module's own on_fit_start may load or reset weights
-        self._base_seen = base_digests(pl_module)
+        base = base_digests(pl_module)
         begins = self._stage.phase is Phase.SET_UP
         if begins:
             start_from_data(trainer, pl_module)
@@ -277,63 +284,45 @@ class LoRACallback(Callback):
         if trainer.is_global_zero:
             warn_of_hooks(pl_module, view.layers)
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
-        self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
-        self._gradients.begins = begins
-        self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
-        if self._gradients.copied is None:  # otherwise the optimizer has copies in float32
-            self._stage.float32 = self._training.enter_context(closing(Float32Steps(pl_module)))
+        self._running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
+        self._running.begin(trainer.strategy, is_new=begins, base=base)
         if self._stage.resumed:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what the module's own hooks have made new since the training began."""
-        if self._base_seen is None:
-            return
-        seen, now = self._base_seen, base_digests(pl_module)
-        self._base_seen = None
-        changed = {name for name, digest in now.items() if seen.get(name) != digest}
-        if changed:
-            advise_again(pl_module, changed, aloud=trainer.is_global_zero)
+        if self._running is not None:
+            self._running.begin_batch()
 
     def _is_in_training(self, trainer: Trainer) -> bool:
         """Whether a training step runs: evaluations and hooks around the training may call ``manual_backward`` too."""
-        return self._gradients is not None and trainer.training
+        return self._running is not None and trainer.training
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
         if self._is_in_training(trainer):
-            self._gradients.begin_backward(loss)
+            self._running.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
         if self._is_in_training(trainer):
-            self._gradients.end_backward()
+            self._running.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
         if not self._is_in_training(trainer):
             follow(optimizer)
-            return
-        copied = self._gradients.copied is not None
-        if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
+        elif self._running.begin_optimizer_step(optimizer) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
             log_values(trainer, {"lora/trained_share": share})
-        check_frozen(pl_module, optimizer, self._gradients.frozen)
-        follow(optimizer)
-        self._gradients.check(optimizer)
-        if self._stage.float32 is not None:
-            self._stage.float32.begin_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End dropout until the next training step. After the first, name weights that other code reads."""
         self._check_set_up()
-        self._stage.dropout.end_step()
-        if self._stage.float32 is not None:
-            self._stage.float32.pause_step()  # one that was left out
-        self._stage.guards.end_batch(pl_module)
+        self._running.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
@@ -343,7 +332,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._feeding = self._base_seen = self._stage.float32 = None
+        self._running = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -387,11 +376,7 @@ class LoRACallback(Callback):
         is_kept = self._stage.give_back_after_error(pl_module, is_alone=is_alone)
         self._let_go()
         if is_kept and isinstance(exception, KeyboardInterrupt):
-            compatibility.end_bar(trainer, pl_module)
-            rank_zero_info(
-                f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
-                "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."
-            )
+            compatibility.tell_of_interrupt(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
@@ -53,6 +54,23 @@ def end_bar(trainer: Trainer, pl_module: LightningModule) -> None:
             kind.teardown(bar, trainer, pl_module, "fit")  # type: ignore[attr-defined]
 
 
+def tell_of_interrupt(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Say what an interrupted fit has left, below its progress bar."""
+    end_bar(trainer, pl_module)
+    rank_zero_info(
+        f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
+        "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."
+    )
+
+
+def came_too_late() -> ConfigError:
+    """Return the error of a callback that was added to a Trainer after its set-up."""
+    return ConfigError(
+        "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
+        "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
+    )
+
+
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
     ours = sum(map(_is_ours, callbacks))
@@ -83,6 +101,14 @@ def join_other_package(kind: type[Callback]) -> None:
     other = sys.modules.get("pytorch_lightning")
     if other is not None and not issubclass(kind, other.Callback):
         kind.__bases__ = (*kind.__bases__, other.Callback)
+
+
+def shows_summary(trainer: Trainer) -> bool:
+    """Whether a Trainer shows a summary of its module."""
+    kinds: set[str] = set()
+    for callback in callbacks_of(trainer):
+        kinds |= class_names(callback)
+    return any("ModelSummary" in kind for kind in kinds)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

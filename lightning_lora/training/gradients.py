@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
@@ -20,10 +18,8 @@ from lightning_lora.model.attach import check_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import NODE_FUNCTION, tree_leaves
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.names import is_in_any
 from lightning_lora.tensors.shards import agreed, to_local
-from lightning_lora.training.graphs import nodes_behind
 from lightning_lora.training.guards.asked import OwnCheckpoints
 from lightning_lora.training.rates import peak_rates
 
@@ -206,64 +202,6 @@ def tell_of_unmoved(model: nn.Module) -> None:
         )
 
 
-class Feeding:
-    """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
-
-    A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
-    """
-
-    def __init__(self, model: LightningModule) -> None:
-        view, self.trainer = view_of(model), model.trainer
-        self.below = {name: set[int]() for name in view.adapter.networks.below}
-        self.found, self.have_run = set[int](), set[str]()  # there, "" stands for what trains
-        trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
-        self.hooks = list[RemovableHandle]()
-        for name, layer in view.layers.items():
-            network = next((each for each in self.below if is_in_any(name, [each])), "")
-            if network:
-                self.below[network].update(map(id, layer.lora_trained()))
-                self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
-            elif layer.lora_trained():
-                trains.add(layer)
-        owners = set(map(owner_of, view.base.keys() - view.frozen_by_user)) - view.layers.keys()
-        trains = trains or set(map(view.modules.__getitem__, owners))  # or what would train without adapters
-        for module in trains if self.below else ():
-            self.hooks.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
-
-    def _note(self, network: str, *_: Any) -> None:
-        if self.trainer.training:  # in a validation of the fit, all may run
-            self.have_run.add(network)
-
-    def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            self.have_run.add("")
-            if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
-                self.found |= _leaves_behind(tree_leaves((args, kwargs)))
-
-    def feeds_nothing(self, network: str) -> bool:
-        """Whether nothing that trains was computed from the network."""
-        return self.found.isdisjoint({*self.below[network], _UNKNOWN})
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self.hooks:
-            hook.remove()
-
-
-_UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
-
-
-def _leaves_behind(values: Iterable[object]) -> set[int]:
-    """The ids of the parameters from which these were computed."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    found = set(map(id, tensors))
-    for node in nodes_behind(tensors):
-        found.add(id(getattr(node, "variable", None)))
-        if issubclass(getattr(type(node), NODE_FUNCTION, object), _OWN):
-            found.add(_UNKNOWN)
-    return found
-
-
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
     """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
     frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
@@ -283,22 +221,24 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
     for a step, another function takes its place, unless other code has put its own there.
     """
     _RUNNING.append(model)
-    if recompute.CheckpointFunction is _OWN:
+    if recompute.CheckpointFunction is CHECKPOINT_FUNCTION:
         recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
     try:
         yield
     finally:
         _RUNNING.remove(model)
         if not _RUNNING and recompute.CheckpointFunction is _RequiringGradients:
-            recompute.CheckpointFunction = _OWN  # type: ignore[misc]
+            recompute.CheckpointFunction = CHECKPOINT_FUNCTION  # type: ignore[misc]
 
 
-_OWN = recompute.CheckpointFunction
+CHECKPOINT_FUNCTION = recompute.CheckpointFunction
+"""torch's own."""
+
 _RUNNING: list[nn.Module] = []
 """The models whose steps run. A step may run a fit of another model."""
 
 
-class _RequiringGradients(_OWN):
+class _RequiringGradients(CHECKPOINT_FUNCTION):
     """The same function, but if no input requires a gradient, all floating-point inputs do.
 
     Not while adapters are disabled: the backward pass would compute the layers with them.

@@ -5,16 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import OptimizerError, StrategyError, listed
-from lightning_lora.model.settle import leave_alone, left_still, settle
+from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import is_in_any, named_parameters, own_parameter, owner_of, starts_of
-from lightning_lora.training.gradients import Feeding
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
 _EDITED = "_lora_edited"
@@ -63,48 +61,20 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     return set() if held.isdisjoint(adapted) else set(view.base.values()) - held
 
 
-def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
-    """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
-
-    All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
-    were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
-    """
-    if not feeding.below:
-        return False
-    held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
-    held_by_any = set(map(id, _held(group["params"] for each in strategy.optimizers for group in each.param_groups)))
-    alone, fed = list[str](), list[str]()
-    for name, own in list(feeding.below.items()):
-        is_judged_here = copied or not held.isdisjoint(own) or held_by_any.isdisjoint(own)
-        if is_judged_here and strategy.reduce_boolean_decision({"", name} <= feeding.have_run):
-            (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
-            del feeding.below[name]
-    if not alone and not fed:
-        return False
-    view, title = view_of(model), type(model).__name__
-    unplaced = [name for name, p in view.adapters.items() if is_in_any(name, fed) and id(p) not in held_by_any]
-    if unplaced and not copied:
-        raise _no_place(title, unplaced, sum(len(each.param_groups) for each in strategy.optimizers))
-    if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
-        rank_zero_info(
-            f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
-            f"To leave that as it is: exclude_modules={fed}."
-        )
-    if not alone:
-        return False
-    if copied:
-        raise StrategyError(
-            f"{left_still(alone, title)} DeepSpeed cannot take parameters out of a fit that has begun. "
-            f"Name it yourself: exclude_modules={alone}."
-        )
-    leave_alone(model, alone)
-    rank_zero_info(left_still(alone, title))
-    kept = set(model.parameters()) - set(view_of(model).frozen.values())
-    groups = [[p for p in group["params"] if p in kept] for group in optimizer.param_groups]
-    _write(view_of(model), optimizer, groups)
+def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
+    """Write other parameters into the groups of an optimizer that :func:`train_adapters` has edited before."""
+    _write(view, optimizer, groups)
     built, _ = vars(optimizer)[_EDITED]
     vars(optimizer)[_EDITED] = built, groups
-    return True
+
+
+def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """Return the parameters that some optimizers hold."""
+    held: set[nn.Parameter] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            held.update(group["params"])
+    return held
 
 
 def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
@@ -159,10 +129,10 @@ def _place_rest(view: View, edited: list[list[Params]], rests: list[str]) -> Non
         return
     below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
     if unplaced := [name for name in rest if not is_in_any(name, below)]:
-        raise _no_place(view.title, unplaced, len(groups))
+        raise no_place(view.title, unplaced, len(groups))
 
 
-def _no_place(title: str, names: list[str], groups: int) -> OptimizerError:
+def no_place(title: str, names: list[str], groups: int) -> OptimizerError:
     """The error of trained parameters that no group holds, nor their weights."""
     if not groups:
         return OptimizerError(

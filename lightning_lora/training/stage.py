@@ -111,6 +111,12 @@ class Stage:
             return False
         return record.is_disabled or self.name not in (None, record.adapter.name)
 
+    def runs_merged(self, pl_module: LightningModule) -> bool:
+        """Whether this evaluation runs a merged module as it is."""
+        if not is_merged(pl_module) or loads_in_hooks(pl_module):
+            return False
+        return not self.wants_another(pl_module)
+
     def _switch(self, pl_module: LightningModule) -> None:
         """Make this stage's adapter the active one: a fit may begin a new one."""
         names = adapters(pl_module)

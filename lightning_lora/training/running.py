@@ -1,0 +1,82 @@
+"""What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
+
+from contextlib import ExitStack, closing
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lora.storage.fingerprint import base_digests
+from lightning_lora.training.advice import advise_again
+from lightning_lora.training.feeding import Feeding, leave_unfed
+from lightning_lora.training.float32_steps import Float32Steps
+from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.optimizers import check_frozen
+from lightning_lora.training.rates import follow
+from lightning_lora.training.stage import Stage
+
+
+class Running:
+    """One training that runs. The callback's hooks ask it only in training steps, not in evaluations between them."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        self.trainer = trainer
+        self.module = pl_module
+        self.stage = stage
+        self._at_the_end = ExitStack()
+        self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
+
+    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
+        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
+        self._base_at_the_start = base
+        self.gradients: Gradients = self._at_the_end.enter_context(closing(strategy.lora_gradients()))
+        self.gradients.begins = is_new
+        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
+        if not self.has_copies:
+            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps(self.module)))
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether the optimizers train copies of the parameters, which are in float32."""
+        return self.gradients.copied is not None
+
+    def begin_batch(self) -> None:
+        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        if self._base_at_the_start is None:
+            return
+        before = self._base_at_the_start
+        self._base_at_the_start = None
+        changed = {name for name, digest in base_digests(self.module).items() if before.get(name) != digest}
+        if changed:
+            advise_again(self.module, changed, aloud=self.trainer.is_global_zero)
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Let the module's own checkpoints ask for gradients of frozen weights."""
+        self.gradients.begin_backward(loss)
+
+    def end_backward(self) -> None:
+        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        self.gradients.end_backward()
+
+    def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
+        """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
+        train_fewer = leave_unfed(self.module, optimizer, self.trainer.strategy, self.feeding, copied=self.has_copies)
+        check_frozen(self.module, optimizer, self.gradients.frozen)
+        follow(optimizer)
+        self.gradients.check(optimizer)
+        if self.stage.float32 is not None:
+            self.stage.float32.begin_step(optimizer)
+        return train_fewer
+
+    def end_batch(self) -> None:
+        """End dropout until the next step. After the first, name weights that other code reads."""
+        self.stage.dropout.end_step()
+        if self.stage.float32 is not None:
+            self.stage.float32.pause_step()  # one that was left out
+        self.stage.guards.end_batch(self.module)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._at_the_end.close()
+        self.stage.float32 = None
