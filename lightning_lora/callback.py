@@ -354,8 +354,6 @@ class LoRACallback(Callback):
             return
         merge_trained(trainer, pl_module, self.merge)
 
-    # Afterwards
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
