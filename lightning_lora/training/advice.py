@@ -134,15 +134,16 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_
         return
     if low := _low_rates(view, like_adam):
         rank_zero_info(
-            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, as in full fine-tuning. LoRA usually needs "
-            "about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
+            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}, as in full fine-tuning. "
+            "LoRA usually needs about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not "
+            "shown."
         )
     if low := _low_rates(view, others):
         kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in others))
         rank_zero_info(
-            f"{_whose_rate(view, low)} is {max(low.values()):g} at most, in {kinds}. Whether that is low for LoRA can "
-            "be said of Adam and AdamW alone. If the loss hardly falls: LoRACallback(lr_scale=10), or AdamW. With "
-            "lr_scale=1, this line is not shown."
+            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}. Whether that is low for "
+            f"LoRA can be said of Adam and AdamW alone, and not of {kinds}. If the loss hardly falls: "
+            "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
         )
 
 
@@ -151,12 +152,10 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     return {layer: rate for layer, rate in rates_by_layer(view, optimizers).items() if 0 < rate <= 1e-4}
 
 
-def _whose_rate(view: View, low: Iterable[str]) -> str:
-    """Whose rate is low: layers are named if those of others are not."""
+def _where(view: View, low: Iterable[str]) -> str:
+    """Where the rate is low: layers are named if it is not low in others."""
     trained = {name for name, layer in view.layers.items() if layer.lora_trained()}
-    return (
-        "The adapters' learning rate" if trained == set(low) else f"The learning rate of the adapters of {listed(low)}"
-    )
+    return "" if trained == set(low) else f" in {listed(low)}"
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:

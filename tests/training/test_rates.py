@@ -409,7 +409,7 @@ def test_a_low_rate_is_named_for_the_group_that_has_it(tmp_path: Path, caplog: A
     ]
     model.configure_optimizers = lambda: AdamW(groups, lr=1e-3)  # type: ignore[method-assign]
     fit(tmp_path, lora(), model=model, max_epochs=1)
-    assert "The learning rate of the adapters of 'q_proj' is 1e-05 at most" in caplog.text
+    assert "The adapters' learning rate is 1e-05 at most in 'q_proj'" in caplog.text
 
 
 def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_path: Path, caplog: Any) -> None:
@@ -417,4 +417,4 @@ def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_pat
     groups = [{"params": p, "lr": 1e-3 if "head" in name else 1e-5} for name, p in model.named_parameters()]
     model.configure_optimizers = lambda: AdamW(groups)  # type: ignore[method-assign]
     fit(tmp_path, lora(modules_to_save=None, target_modules=["q_proj", "v_proj", "head"]), model=model, max_epochs=1)
-    assert "The learning rate of the adapters of 'q_proj', 'v_proj' is 1e-05 at most" in caplog.text
+    assert "The adapters' learning rate is 1e-05 at most in 'q_proj', 'v_proj'" in caplog.text
