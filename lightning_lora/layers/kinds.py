@@ -15,7 +15,7 @@ from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.layers.tokens import LoRATokens  # noqa: F401  # likewise
 
-_ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
+ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
     LoRALinear,
     LoRALinear4bit,
     LoRALinear8bit,
@@ -32,7 +32,7 @@ _ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {}
 """Maps a layer type to the adapter class for it and its subclasses. Types of optional packages are given by name."""
 
-for _adapter_class in _ADAPTER_CLASSES:
+for _adapter_class in ADAPTER_CLASSES:
     ADAPTERS.update(dict.fromkeys(_adapter_class.lora_layer_types, _adapter_class))
 
 
