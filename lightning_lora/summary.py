@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -93,18 +94,19 @@ class LoRASummary:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
         for group in self.groups:
             if group in shown:
-                name = LayerName(_shown_name(group))
-                table.add_row(name, group.kind, group.r, f"{group.trained:,}", f"{group.frozen:,}")
+                numbers = _numbers(group.trained, group.frozen)
+                table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
         if others:
-            trained, frozen = _sums(others)
-            table.add_row(LayerName(_name_of_others(others)), "", "–", f"{trained:,}", f"{frozen:,}")
+            numbers = _numbers(*_sums(others))
+            table.add_row(LayerName(_name_of_others(others)), "", "–", *numbers)
         table.add_section()
-        table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
+        numbers = _numbers(self.trained, self.frozen)
+        table.add_row("Total", "", "", *numbers, style="bold")
         return table
 
     def _groups_that_train_most(self) -> list[LayerGroup]:
-        most = sorted(self.groups, key=lambda group: group.trained, reverse=True)[:15]
-        return [group for group in most if group.trained > 0]
+        most_first = sorted(self.groups, key=attrgetter("trained"), reverse=True)
+        return [group for group in most_first[:15] if group.trained > 0]
 
     def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
         costs = Table.grid(padding=(0, 2))
@@ -174,6 +176,10 @@ def _name_of_others(groups: Sequence[LayerGroup]) -> str:
     return name
 
 
+def _numbers(trained: int, frozen: int) -> tuple[str, str]:
+    return f"{trained:,}", f"{frozen:,}"
+
+
 def _names_of(optimizers: Sequence[Optimizer]) -> str:
     """The classes of a fit's optimizers. Without a fit, it is Adam."""
     if not optimizers:
@@ -216,7 +222,8 @@ def _counted_layers(view: View) -> dict[str, _CountedLayer]:
         counted.update(parameters)
         if parameters:
             trained = _values_in(_trained(parameters))
-            layers[name] = _CountedLayer(_describe(module), trained, _values_in(parameters) - trained)
+            frozen = _values_in(parameters) - trained
+            layers[name] = _CountedLayer(_describe(module), trained, frozen)
     return layers
 
 
@@ -233,7 +240,8 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _describe(module: nn.Module) -> _Described:
-    kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
+    layer_class = module.overlaid[1] if isinstance(module, InPlace) else type(module)
+    kind = layer_class.__name__
     if not isinstance(module, LoRALayer):
         return _Described(kind)
     tokens = module.lora_matrices[0].tokens

@@ -62,7 +62,9 @@ class LoRALayer(AdapterOnLayer):
         unbiased = output
         if bias is not None:
             unbiased = output - bias.view(features).to(output.dtype)
-        return output + (scale - 1).to(output.dtype) * unbiased + scale.to(output.dtype) * update
+        change = (scale - 1).to(output.dtype) * unbiased
+        scaled_update = scale.to(output.dtype) * update
+        return output + change + scaled_update
 
     def _lora_magnitude_scale(self) -> Tensor:
         """DoRA's scale of each output feature, from the weight with its update."""
@@ -98,9 +100,11 @@ class LoRALayer(AdapterOnLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
-        before = {name: _Before(p.data, p.grad) for name, p in self.lora_parameters().items()}
+        was_on_meta = self._lora_is_on_meta()
+        parameters = self.lora_parameters()
+        before = {name: _Before(p.data, p.grad) for name, p in parameters.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        if any(each.data.is_meta for each in before.values()) and not self._lora_is_on_meta():
+        if was_on_meta and not self._lora_is_on_meta():
             self.lora_initialise()  # to_empty leaves arbitrary values
         self._lora_undo_rounding(before)
         self.lora_begin_anew()  # the base may have been converted

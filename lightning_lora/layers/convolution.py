@@ -50,7 +50,8 @@ class LoRAConvNd(LoRALayer):
         if _is_pointwise(layer, size):
             hidden = _pointwise(input, a, dims)
         else:
-            hidden = convolve(layer, input, a.view(-1, *shape[1:]))
+            kernel = a.view(-1, *shape[1:])
+            hidden = convolve(layer, input, kernel)
         return _pointwise(hidden, b, dims)
 
 
@@ -88,7 +89,9 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
 
 def _is_pointwise(layer: Any, size: torch.Size) -> bool:
     """Whether a convolution with a kernel of this size multiplies each place by itself."""
-    return size.numel() == 1 and set(_each(layer.stride)) == {1} and not _pads(layer)
+    reads_one_place = size.numel() == 1
+    reads_each_place = set(_each(layer.stride)) == {1}
+    return reads_one_place and reads_each_place and not _pads(layer)
 
 
 def _pads(layer: Any) -> bool:
@@ -108,6 +111,13 @@ def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
     if last.is_contiguous():
         return F.linear(last, matrix).movedim(-1, channels)
     columns = x.flatten(-dims)
-    has_batch = channels == 1
-    product = torch.bmm(matrix.expand(len(x), *matrix.shape), columns) if has_batch else matrix @ columns
+    product = _product(matrix, columns)
     return product.view(*product.shape[:-1], *x.shape[-dims:])
+
+
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Multiply columns (in, places) or (N, in, places) by a matrix (out, in)."""
+    if columns.dim() == 2:
+        return matrix @ columns
+    stacked = matrix.expand(len(columns), *matrix.shape)
+    return torch.bmm(stacked, columns)

@@ -62,5 +62,6 @@ class LoRAEmbeddingBag(LoRAEmbedding):
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Take bags of columns of A, then multiply by B."""
-        bags: Tensor = self.lora_run_on({"weight": lora_A.T.to(self.weight.dtype)}, *args, **kwargs)
+        columns = lora_A.T.to(self.weight.dtype)
+        bags: Tensor = self.lora_run_on({"weight": columns}, *args, **kwargs)
         return F.linear(bags * self.lora_settings.scaling, lora_B.to(bags.dtype))

@@ -58,7 +58,9 @@ def _full_values(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors to initialise: each process draws full factors, and keeps its shard."""
     values: dict[str, Tensor] = {}
     for name, p in adapter.parameters.items():
-        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
+        values[name] = p
+        if is_dtensor(p):
+            values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device)
     return values
 
 
@@ -97,8 +99,11 @@ class _Start:
         b = self.values[matrix.parameter(Role.B)]
         if a.is_meta:
             return
-        random, zero = (a, b) if self.adapter.kind.lora_zero is Role.B else (b, a)
-        self.adapter.settings.initialisation.draw(random, zero)
+        draw = self.adapter.settings.initialisation.draw
+        if self.adapter.kind.lora_zero is Role.B:
+            draw(a, b)
+        else:
+            draw(b, a)
 
     @torch.no_grad()
     def take_from_weight(self, matrix: AdaptedMatrix, base: Tensor, from_weight: FromWeight) -> None:
@@ -133,5 +138,7 @@ class _Start:
 @torch.no_grad()
 def keep_start(matrix: AdaptedMatrix, values: Mapping[str, Tensor]) -> None:
     """Keep A and B of a matrix as A0 and B0. The update is the difference from them."""
-    for role, start in ((Role.A, Role.A0), (Role.B, Role.B0)):
-        values[matrix.parameter(start)].copy_(values[matrix.parameter(role)])
+    a = values[matrix.parameter(Role.A)]
+    b = values[matrix.parameter(Role.B)]
+    values[matrix.parameter(Role.A0)].copy_(a)
+    values[matrix.parameter(Role.B0)].copy_(b)

@@ -10,6 +10,9 @@ from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import own_parameter
 
+AsMatrix = Callable[[Tensor], Tensor]
+AsWeight = Callable[[Tensor, Tensor], Tensor]
+
 
 def why_merge_is_wrong(kind: type[LayerKind], layer: nn.Module, matrices: Iterable[AdaptedMatrix]) -> str | None:
     """Return why an update would be merged wrongly, or None.
@@ -36,9 +39,7 @@ def _is_ours(method: Callable[..., Tensor]) -> bool:
 
 
 @functools.cache  # once for each kind and shape
-def _why_not_the_same(
-    as_matrix: Callable[[Tensor], Tensor], as_weight: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
-) -> str | None:
+def _why_not_the_same(as_matrix: AsMatrix, as_weight: AsWeight, shape: tuple[int, ...]) -> str | None:
     """Say what a weight becomes as a matrix and back, if it is not the same weight."""
     weight = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     tried = "lora_as_weight(lora_as_matrix(W), W)"

@@ -1,6 +1,7 @@
 """Embeddings in which single rows train, such as those of new tokens. Layers may be tied to them."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,21 +32,32 @@ class LoRATokens(LoRAEmbedding):
             return self.lora_forward_on_sum(*args, **kwargs)
         return _forward_with_rows(self, self, *args, **kwargs)
 
-    def lora_rows_for(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the rows, and the rows in the dtype of the weight."""
+    def lora_rows_for(self, device: torch.device) -> "Rows":
+        """Return the rows, in the dtype of the weight."""
         (matrix,) = self.lora_matrices
-        rows = self._lora_reader("weight")(matrix.parameter(Role.ROWS))
-        return torch.tensor(matrix.tokens, device=device), rows.to(device, self.weight.dtype)
+        read = self._lora_reader("weight")
+        rows = read(matrix.parameter(Role.ROWS))
+        places = torch.tensor(matrix.tokens, device=device)
+        return Rows(matrix.tokens, places, rows.to(device, self.weight.dtype))
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
         """Return the weight, or given values of it, with the trained rows."""
         if weight is None:
             weight = self._lora_weight(name)
-        places, rows = self.lora_rows_for(weight.device)
-        return weight.index_copy(0, places, rows.to(weight.dtype))
+        rows = self.lora_rows_for(weight.device)
+        return weight.index_copy(0, rows.places, rows.values.to(weight.dtype))
 
     def _lora_about(self) -> str:
         return f"tokens={list(self.lora_matrices[0].tokens)}"
+
+
+@dataclass
+class Rows:
+    """The rows that train, one for each token."""
+
+    tokens: tuple[int, ...]
+    places: Tensor  # the tokens again
+    values: Tensor
 
 
 class TiedLayer(InPlace, nn.Module):
@@ -94,27 +106,28 @@ def _forward_with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any
     """Compute a layer of torch that has the weight of ``tokens``, with its rows. The others are not copied for that."""
     output: Tensor = layer.overlaid[1].forward(layer, *args, **kwargs)
     (x,) = *args, *kwargs.values()
-    places, rows = tokens.lora_rows_for(x.device)
+    rows = tokens.lora_rows_for(x.device)
     if isinstance(layer, nn.Linear):
-        return _with_features(layer, output, x, places, rows)
-    return _with_embeddings(layer, output, x, tokens.lora_matrices[0].tokens, places, rows)
+        return _with_features(layer, output, x, rows)
+    return _with_embeddings(layer, output, x, rows)
 
 
-def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Change the output features of a head whose rows train."""
-    change = F.linear(x, rows - layer.weight[places])  # zero at first, so that not a bit of the output changes
-    return output.index_add(-1, places, change.to(output.dtype))
+    difference = rows.values - layer.weight[rows.places]  # zero at first, so that not a bit of the output changes
+    change = F.linear(x, difference)
+    return output.index_add(-1, rows.places, change.to(output.dtype))
 
 
-def _with_embeddings(
-    layer: nn.Embedding, output: Tensor, x: Tensor, tokens: tuple[int, ...], places: Tensor, rows: Tensor
-) -> Tensor:
+def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input."""
-    nearest = torch.searchsorted(places, x.long()).clamp_max(len(rows) - 1)
-    is_trained = places[nearest] == x
-    row_of_zeros = len(rows)  # all other tokens find it; it gets no gradient
-    found = nearest.where(is_trained, row_of_zeros)
-    padding_row = tokens.index(layer.padding_idx) if layer.padding_idx in tokens else row_of_zeros
-    rows_and_zeros = F.pad(rows, (0, 0, 0, 1))
-    trained = F.embedding(found, rows_and_zeros, padding_row, scale_grad_by_freq=layer.scale_grad_by_freq)
+    count = len(rows.tokens)
+    nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)
+    is_trained = rows.places[nearest] == x
+    found = nearest.where(is_trained, count)  # all other tokens find a row of zeros behind these
+    padding = count  # it gets no gradient
+    if layer.padding_idx in rows.tokens:
+        padding = rows.tokens.index(layer.padding_idx)
+    values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
+    trained = F.embedding(found, values_and_zeros, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
     return trained.where(is_trained.unsqueeze(-1), output)
