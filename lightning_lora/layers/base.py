@@ -21,7 +21,11 @@ HAS_UPDATE = "has_lora_update"
 
 
 class LoRALayer(AdapterOnLayer):
-    """Base class of all adapted layers. Their kinds are in ``LayerKind``."""
+    """Base class of all adapted layers: how they run, and how they move and load as modules do.
+
+    What they compute with is in ``UpdatedWeights``, their adapter in ``AdapterOnLayer``, and what differs from kind to
+    kind in ``LayerKind``.
+    """
 
     # Forward
 
@@ -39,11 +43,8 @@ class LoRALayer(AdapterOnLayer):
         """Compute the layer's output, and add the update."""
         output = super().forward(*args, **kwargs)
         dropout = self.lora_dropout()
-        if dropout and args:
-            first, *others = args
-            args = (F.dropout(first, dropout), *others)
-        elif dropout:
-            kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], dropout)
+        if dropout:
+            args, kwargs = self._lora_drop_input(dropout, args, kwargs)
         lora_A, lora_B = self.lora_factors("weight")
         update = self.lora_update(lora_A, lora_B, *args, **kwargs).to(output.dtype)
         if self.lora_settings.use_dora:
@@ -52,16 +53,26 @@ class LoRALayer(AdapterOnLayer):
             return output.add_(update)
         return output + update
 
+    def _lora_drop_input(
+        self, dropout: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of forward, with elements of the first one dropped."""
+        if args:
+            first, *others = args
+            return (F.dropout(first, dropout), *others), kwargs
+        first = kwargs[self.lora_input]
+        return args, {**kwargs, self.lora_input: F.dropout(first, dropout)}
+
     def _lora_with_magnitude(self, output: Tensor, update: Tensor) -> Tensor:
         """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""
         dims_after_features = self.weight.dim() - 2  # type: ignore[operator]
-        features = (-1, *[1] * dims_after_features)
+        one_per_feature = (-1, *[1] * dims_after_features)
         with torch.autocast(output.device.type, enabled=False):
-            scale = self._lora_magnitude_scale().view(features)
+            scale = self._lora_magnitude_scale().view(one_per_feature)
         bias = getattr(self, "bias", None)
         unbiased = output
         if bias is not None:
-            unbiased = output - bias.view(features).to(output.dtype)
+            unbiased = output - bias.view(one_per_feature).to(output.dtype)
         change = (scale - 1).to(output.dtype) * unbiased
         scaled_update = scale.to(output.dtype) * update
         return output + change + scaled_update
