@@ -20,6 +20,14 @@ HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
 
 
+@dataclass
+class _Before:
+    """A parameter's values and gradient before it was moved or converted."""
+
+    data: Tensor
+    grad: Tensor | None
+
+
 class LoRALayer(AdapterOnLayer):
     """Base class of all adapted layers: how they run, and how they move and load as modules do.
 
@@ -121,7 +129,7 @@ class LoRALayer(AdapterOnLayer):
         self.lora_begin_anew()  # the base may have been converted
         return self
 
-    def _lora_undo_rounding(self, before: Mapping[str, "_Before"]) -> None:
+    def _lora_undo_rounding(self, before: Mapping[str, _Before]) -> None:
         """Give parameters that were converted the dtype that they should have, with the values from before."""
         for name, about in self.lora_roles().items():
             p = own_parameter(self, name)
@@ -216,11 +224,3 @@ class LoRALayer(AdapterOnLayer):
         if text.startswith(class_name):
             return text
         return class_name + text[text.index("(") :]
-
-
-@dataclass
-class _Before:
-    """A parameter's values and gradient before it was moved or converted."""
-
-    data: Tensor
-    grad: Tensor | None

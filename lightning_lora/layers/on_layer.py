@@ -77,10 +77,12 @@ class AdapterOnLayer(UpdatedWeights):
         """Whether the update is still zero."""
         values = {name: to_local(p) for name, p in self.lora_parameters().items()}
         for matrix in self.lora_matrices:
-            if not (matrix.tokens or _is_zero(matrix, self.lora_settings, values)):
+            has_factors = not matrix.tokens
+            if has_factors and not _is_zero(matrix, self.lora_settings, values):
                 return False
-        for name, initial_digest in self.lora_init_digests.items():  # of magnitudes and rows, and of weights
-            if name in values and digest(values[name].float()) != initial_digest:
+        for name, initial_digest in self.lora_init_digests.items():
+            is_of_adapter = name in values  # magnitudes and rows; the others are weights of the base
+            if is_of_adapter and digest(values[name].float()) != initial_digest:
                 return False
         return True
 
