@@ -1,4 +1,8 @@
-"""The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
+"""The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations.
+
+What all of them have is in ``base`` (how they run, move and load), above ``on_layer`` (the adapter on its layer) and
+``weights`` (the weights with their updates).
+"""
 
 from lightning_lora.layers.base import HAS_UPDATE, LoRALayer
 from lightning_lora.layers.contract import Adapter, Step
