@@ -1,11 +1,11 @@
 """Summary of a model: what trains, and what it costs beside full fine-tuning."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
-from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -70,45 +70,51 @@ class LoRASummary:
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
-        headline = f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
+        headline = Text(self._headline(), style="bold")
+        layers = self._layers(trained_only)
         if self.plain:
-            merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it{self.active}"
-            headline = f"{self.title} is a plain model{merged if self.adapters else ''}"
-        shown: list[RenderableType] = [Text(headline, style="bold"), self._layers(trained_only)]
+            return Writable(headline, layers)
+        costs = self._costs(optimizers)
+        if any(rates):
+            costs.add_row("Learning rate", *rates)
+        return Writable(headline, layers, costs)
+
+    def _headline(self) -> str:
         if not self.plain:
-            shown.append(costs := self._costs(optimizers))
-            if any(rates):
-                costs.add_row("Learning rate", *rates)
-        return Writable(*shown)
+            return f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
+        headline = f"{self.title} is a plain model"
+        if self.adapters:
+            adapters = "1 adapter" if self.adapters == 1 else f"{self.adapters} adapters"
+            headline += f", with {adapters} merged into it{self.active}"
+        return headline
 
     def _layers(self, trained_only: bool) -> Table:
+        shown = set(self._groups_that_train_most() if trained_only else self.groups)
+        others = [group for group in self.groups if group not in shown]
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
-        most = sorted(self.groups, key=lambda group: group.trained, reverse=True)[:15]
-        others = trained = frozen = 0
         for group in self.groups:
-            if trained_only and not (group.trained and group in most):
-                others, trained, frozen = others + group.layers, trained + group.trained, frozen + group.frozen
-                continue
-            parts = f" [{','.join(group.parts)}]" if group.parts else ""
-            times = f" (×{group.layers})" if group.layers > 1 else ""
-            name, numbers = LayerName(group.name + parts + times), (f"{group.trained:,}", f"{group.frozen:,}")
-            table.add_row(name, group.kind, group.r, *numbers)
+            if group in shown:
+                numbers = _numbers(group.trained, group.frozen)
+                table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
         if others:
-            see = ": lightning_lora.summarize(model)" if trained else ""
-            rest = LayerName(f"{others} other layer{'s' if others > 1 else ''}{see}")
-            table.add_row(rest, "", "–", f"{trained:,}", f"{frozen:,}")
+            numbers = _numbers(*_sums(others))
+            table.add_row(LayerName(_name_of_others(others)), "", "–", *numbers)
         table.add_section()
-        table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
+        numbers = _numbers(self.trained, self.frozen)
+        table.add_row("Total", "", "", *numbers, style="bold")
         return table
+
+    def _groups_that_train_most(self) -> list[LayerGroup]:
+        most_first = sorted(self.groups, key=attrgetter("trained"), reverse=True)
+        return [group for group in most_first[:15] if group.trained > 0]
 
     def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
         costs = Table.grid(padding=(0, 2))
-        kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
-        if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers):
-            what, full = f"State of {kinds or 'Adam'}", decimal(self.full_optimizer_bytes)
-            costs.add_row(what, decimal(self.optimizer_bytes), f"full fine-tuning: {full}")
-        full = decimal(self.full_checkpoint_bytes)
-        costs.add_row("Weights in a checkpoint", decimal(self.checkpoint_bytes), f"full fine-tuning: {full}")
+        are_like_adam = all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers)
+        if are_like_adam:
+            state = f"State of {_names_of(optimizers)}"
+            _add_cost(costs, state, self.optimizer_bytes, self.full_optimizer_bytes)
+        _add_cost(costs, "Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes)
         return costs
 
     __rich__ = table  # for rich's print
@@ -138,55 +144,168 @@ def summarize(model: nn.Module) -> LoRASummary:
         >>> summary.trained, summary.frozen, [group.name for group in summary.groups]
         (128, 544, ['0', '2'])
     """
-    view, seen = View(model), set[nn.Parameter]()
-    counts, kinds = dict[str, tuple[int, int]](), dict[str, tuple[Any, ...]]()
-    for name, module in view.modules.items():
-        parameters = [p for p in _parameters(module) if p not in seen]
-        seen.update(parameters)
-        if parameters:
-            trained = sum(count(p) for p in parameters if p.requires_grad)
-            counts[name] = trained, sum(map(count, parameters)) - trained
-            kinds[name] = _about(module)
-    groups = list[LayerGroup]()
-    for group, names in grouped(kinds):
-        kind, r, parts = kinds[names[0]]
-        trained, frozen = (sum(each) for each in zip(*(counts[name] for name in names), strict=True))
-        groups.append(LayerGroup(group, len(names), kind, r, trained, frozen, parts))
+    view = View(model)
+    layers = _counted_layers(view)
+    described = {name: layer.described for name, layer in layers.items()}
+    groups = []
+    for pattern, names in grouped(described):
+        members = [layers[name] for name in names]
+        groups.append(_group(pattern, members))
     return _with_costs(view, tuple(groups))
 
 
-def _about(module: nn.Module) -> tuple[str, str, tuple[str, ...]]:
-    """A layer's own class, and the ranks and the names of its adapted matrices."""
-    kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
-    if not isinstance(module, LoRALayer):
-        return kind, "–", ()
-    if tokens := module.lora_matrices[0].tokens:
-        return kind, "–", (f"{len(tokens)} rows",)
-    ranks = sorted(matrix.rank(module.lora_settings.r) for matrix in module.lora_matrices)
-    r = "–".join(dict.fromkeys(map(str, (ranks[0], ranks[-1]))))
-    names = [matrix.name for matrix in module.lora_matrices if matrix.name]
-    return kind, r, tuple(names if len("".join(names)) < 24 else [f"{len(names)} matrices"])
+# The texts of the table
+
+
+def _shown_name(group: LayerGroup) -> str:
+    """The layers' name, the names of the adapted matrices, and how many layers there are."""
+    name = group.name
+    if group.parts:
+        name += f" [{','.join(group.parts)}]"
+    if group.layers > 1:
+        name += f" (×{group.layers})"
+    return name
+
+
+def _name_of_others(groups: Sequence[LayerGroup]) -> str:
+    """What stands for groups that a table leaves out. If some of them train, it says how to see them."""
+    layers = sum(group.layers for group in groups)
+    name = "1 other layer" if layers == 1 else f"{layers} other layers"
+    if any(group.trained for group in groups):
+        name += ": lightning_lora.summarize(model)"
+    return name
+
+
+def _numbers(trained: int, frozen: int) -> tuple[str, str]:
+    return f"{trained:,}", f"{frozen:,}"
+
+
+def _names_of(optimizers: Sequence[Optimizer]) -> str:
+    """The classes of a fit's optimizers. Without a fit, it is Adam."""
+    if not optimizers:
+        return "Adam"
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _add_cost(costs: Table, what: str, size: int, full_size: int) -> None:
+    costs.add_row(what, decimal(size), f"full fine-tuning: {decimal(full_size)}")
+
+
+# The layers
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the table says of a layer, besides its name and numbers: its own class, and its adapted matrices."""
+
+    kind: str
+    r: str = "–"
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _CountedLayer:
+    """A layer, and how many values of it train."""
+
+    described: _Described
+    trained: int
+    frozen: int
+
+
+def _counted_layers(view: View) -> dict[str, _CountedLayer]:
+    """The layers with parameters, by name. A shared parameter counts in the first of its layers."""
+    layers: dict[str, _CountedLayer] = {}
+    counted: set[nn.Parameter] = set()
+    for name, module in view.modules.items():
+        parameters = [p for p in _parameters(module) if p not in counted]
+        counted.update(parameters)
+        if parameters:
+            trained = _values_in(_trained(parameters))
+            frozen = _values_in(parameters) - trained
+            layers[name] = _CountedLayer(_describe(module), trained, frozen)
+    return layers
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
-    weights = module.lora_weights() if isinstance(module, LoRALayer) else ()
-    holders = dict.fromkeys([module, *(submodule(module, owner_of(weight)) for weight in weights)])
-    return [p for holder in holders for p in holder.parameters(recurse=False)]
+    holders = {module: None}  # in this order, each once
+    if isinstance(module, LoRALayer):
+        for weight in module.lora_weights():
+            holders[submodule(module, owner_of(weight))] = None
+    parameters: list[nn.Parameter] = []
+    for holder in holders:
+        parameters += holder.parameters(recurse=False)
+    return parameters
+
+
+def _describe(module: nn.Module) -> _Described:
+    layer_class = module.overlaid[1] if isinstance(module, InPlace) else type(module)
+    kind = layer_class.__name__
+    if not isinstance(module, LoRALayer):
+        return _Described(kind)
+    tokens = module.lora_matrices[0].tokens
+    if tokens:
+        return _Described(kind, parts=(f"{len(tokens)} rows",))
+    return _Described(kind, _ranks(module), _parts(module))
+
+
+def _ranks(layer: LoRALayer) -> str:
+    """The rank of a layer's updates, or the least and the largest one."""
+    ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
+    least = min(ranks)
+    largest = max(ranks)
+    return str(least) if least == largest else f"{least}–{largest}"
+
+
+def _parts(layer: LoRALayer) -> tuple[str, ...]:
+    """The names of a layer's matrices, or their number if the names are long."""
+    names = [matrix.name for matrix in layer.lora_matrices if matrix.name]
+    are_short = len("".join(names)) < 24
+    return tuple(names) if are_short else (f"{len(names)} matrices",)
+
+
+def _group(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
+    """A row of the table: layers that are described in the same way."""
+    described = layers[0].described
+    trained, frozen = _sums(layers)
+    return LayerGroup(
+        name=pattern,
+        layers=len(layers),
+        kind=described.kind,
+        r=described.r,
+        trained=trained,
+        frozen=frozen,
+        parts=described.parts,
+    )
+
+
+def _sums(counted: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
+    """How many values train in all of these, and how many do not."""
+    trained = frozen = 0
+    for each in counted:
+        trained += each.trained
+        frozen += each.frozen
+    return trained, frozen
+
+
+# The costs
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
-    parameters, added = list(view.model.parameters()), set(view.adapters.values())
-    trained, base = [p for p in parameters if p.requires_grad], [p for p in parameters if p not in added]
-    state = without_base(view, state_dict(view.model), _random(view)) if view.is_adapted else view.model.state_dict()
+    parameters = list(view.model.parameters())
+    adapters = set(view.adapters.values())
+    trained = _trained(parameters)
+    base = [p for p in parameters if p not in adapters]
+    values_trained = _values_in(trained)
     return LoRASummary(
         title=view.title,
         groups=groups,
-        trained=sum(map(count, trained)),
-        frozen=sum(map(count, parameters)) - sum(map(count, trained)),
+        trained=values_trained,
+        frozen=_values_in(parameters) - values_trained,
         optimizer_bytes=2 * _bytes(trained),
         full_optimizer_bytes=2 * _full_bytes(base),
-        checkpoint_bytes=_bytes(state.values()),
+        checkpoint_bytes=_bytes(_stored(view).values()),
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
         plain=not view.layers,
@@ -194,36 +313,68 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     )
 
 
+def _stored(view: View) -> Mapping[str, Any]:
+    """What a checkpoint holds of a model."""
+    if not view.is_adapted:
+        return view.model.state_dict()
+    return without_base(view, state_dict(view.model), _random(view))
+
+
 def _random(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
     known = view.adapter.random
-    if any(map(is_dtensor, view.base.values())):
-        return known or ()
-    found, view.adapter.random = random_weights(view), known  # the base may change until a fit begins
+    is_sharded = any(is_dtensor(p) for p in view.base.values())
+    if is_sharded:
+        return () if known is None else known
+    found = random_weights(view)
+    view.adapter.random = known  # it is not settled: the base may change until a fit begins
     return found
 
 
 def _active(view: View) -> str:
     """The active adapter's name, and about the others. Empty for "default" alone."""
     record = find_record(view.model)
-    if record is None or (record.shown == "default" and not record.others):
+    if record is None:
+        return ""
+    if record.shown == "default" and not record.others:
         return ""
     is_new = view.layers and not record.adapter.is_trained and view.is_fresh()
-    rest = f"; {listed(record.others)} rest{'s' * (len(record.others) == 1)}" if record.others else ""
-    base = "; the base is shown" if record.is_disabled else ""
-    return f" {record.adapter.name!r} ({'new' if is_new else 'trained before'}{rest}{base})"
+    states = ["new" if is_new else "trained before"]
+    if record.others:
+        rest = "rests" if len(record.others) == 1 else "rest"
+        states.append(f"{listed(record.others)} {rest}")
+    if record.is_disabled:
+        states.append("the base is shown")
+    return f" {record.adapter.name!r} ({'; '.join(states)})"
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _values_in(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(count(p) for p in parameters)
 
 
 def _bytes(values: Iterable[Any]) -> int:
     """The size of tensors in a file or in memory. Tensors that share their memory count once."""
-    sizes = {}
+    sizes: dict[tuple[int, int], int] = {}
     for value in values:
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            place = value.data_ptr() if type(value) in _USUAL else 0  # other classes have no pointer, and meta has 0
-            sizes[place or id(value), value.nbytes] = value.nbytes
+            sizes[_place(value), value.nbytes] = value.nbytes
     return sum(sizes.values())
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the values of a tensor are, or which object it is: on meta it has no address, nor have other classes."""
+    address = tensor.data_ptr() if type(tensor) in _USUAL else 0
+    return id(tensor) if address == 0 else address
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
-    return sum(p.nbytes if type(p) in _USUAL and p.is_floating_point() else 4 * count(p) for p in parameters)
+    total = 0
+    for p in parameters:
+        trains_as_it_is = type(p) in _USUAL and p.is_floating_point()
+        total += p.nbytes if trains_as_it_is else 4 * count(p)
+    return total

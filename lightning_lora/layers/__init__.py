@@ -1,6 +1,10 @@
-"""The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
+"""The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations.
 
-from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attributes_of, is_resized, put_on
+What all of them have is in ``base`` (how they run, move and load), above ``on_layer`` (the adapter on its layer) and
+``weights`` (the weights with their updates).
+"""
+
+from lightning_lora.layers.base import HAS_UPDATE, LoRALayer
 from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAParameters
@@ -17,6 +21,7 @@ from lightning_lora.layers.matrices import (
     matrix_factors,
     weight_factors,
 )
+from lightning_lora.layers.on_layer import attributes_of, is_resized, put_on
 from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
 from lightning_lora.layers.tokens import LoRATokens, tie_layers
 

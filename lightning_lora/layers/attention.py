@@ -27,11 +27,27 @@ class LoRAAttention(LoRALayer):
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the four projections: q, k, v, out."""
         width = layer.embed_dim
-        if layer.kdim == layer.vdim == width:
-            rows = len(own_parameter(layer, "in_proj_weight"))
-            qkv = [AdaptedMatrix("in_proj_weight", width, width, i * width, rows, name) for i, name in enumerate("qkv")]
-        else:
-            weights = {name: f"{name}_proj_weight" for name in "qkv"}
-            qkv = [AdaptedMatrix(w, own_parameter(layer, w).shape[1], width, name=name) for name, w in weights.items()]
+        has_one_weight = layer.kdim == layer.vdim == width
+        qkv = _parts_of_one_weight(layer, width) if has_one_weight else _three_weights(layer, width)
         rows = len(own_parameter(layer, "out_proj.weight"))
         return (*qkv, AdaptedMatrix("out_proj.weight", width, rows, name="out"))
+
+
+def _parts_of_one_weight(layer: nn.Module, width: int) -> list[AdaptedMatrix]:
+    """The projections q, k and v, whose rows are one weight."""
+    weight = "in_proj_weight"
+    rows = len(own_parameter(layer, weight))
+    parts = []
+    for index, name in enumerate("qkv"):
+        parts.append(AdaptedMatrix(weight, width, width, first=index * width, rows=rows, name=name))
+    return parts
+
+
+def _three_weights(layer: nn.Module, width: int) -> list[AdaptedMatrix]:
+    """The projections q, k and v, each a weight with its own number of input features."""
+    matrices = []
+    for name in "qkv":
+        weight = f"{name}_proj_weight"
+        features = own_parameter(layer, weight).shape[1]
+        matrices.append(AdaptedMatrix(weight, features, width, name=name))
+    return matrices

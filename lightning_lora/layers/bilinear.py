@@ -27,6 +27,7 @@ class LoRABilinear(LoRALayer):
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute r bilinear products, then multiply by B."""
-        forms: Any = lora_A.to(input1.dtype).view(-1, *self.weight.shape[1:])
+        size_of_a_form = self.weight.shape[1:]
+        forms: Any = lora_A.to(input1.dtype).view(-1, *size_of_a_form)
         hidden = F.bilinear(input1, input2, forms)
         return F.linear(hidden * self.lora_settings.scaling, lora_B.to(hidden.dtype))

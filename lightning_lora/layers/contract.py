@@ -16,6 +16,16 @@ LayerTypes = tuple[type[nn.Module] | str, ...]
 """Layer classes. A class that this package does not import is given by its full name."""
 
 
+def full_name(cls: type) -> str:
+    """Return the name of a class with that of its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def dequantises(weight: Tensor) -> bool:
+    """Whether a tensor is of a class that holds quantised values, such as torchao's."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
 class LayerKind(InPlace, nn.Module):
     """What an adapter class declares about its layers.
 
@@ -53,20 +63,36 @@ class LayerKind(InPlace, nn.Module):
     _lora_is_additive: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Decide whether the update can be added to the output: not if the layer overrides its forward."""
+        """Note how the layers of a combined class compute: it has an adapter class and the class of the layers."""
         super().__init_subclass__(**kwargs)
-        if "overlaid" in cls.__dict__:
-            plain: Any = cls.overlaid[1]
-            cls.lora_input = [*signature(plain.forward).parameters, "input"][1]  # after self
-            known = next((ancestor for ancestor in plain.__mro__ if cls.lora_adapts(ancestor)), plain)
-            computes_itself = any(getattr(plain, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
-            cls._lora_is_additive = cls.lora_update is not LayerKind.lora_update and not computes_itself
+        is_combined = "overlaid" in cls.__dict__
+        if is_combined:
+            layer_class: Any = cls.overlaid[1]
+            has_update = cls.lora_update is not LayerKind.lora_update
+            cls.lora_input = _first_argument(layer_class)
+            cls._lora_is_additive = has_update and not cls._lora_is_overridden_in(layer_class)
+
+    @classmethod
+    def _lora_is_overridden_in(cls, layer_class: type) -> bool:
+        """Whether a class of layers computes otherwise than the class that this adapter is for."""
+        known_class = cls._lora_known_class(layer_class)
+        for method in cls.lora_methods:
+            if getattr(layer_class, method, None) is not getattr(known_class, method, None):
+                return True
+        return False
+
+    @classmethod
+    def _lora_known_class(cls, layer_class: type) -> type:
+        """The nearest ancestor that this adapter is for."""
+        for ancestor in layer_class.__mro__:
+            if cls.lora_adapts(ancestor):
+                return ancestor
+        return layer_class
 
     @classmethod
     def lora_adapts(cls, layer_class: type) -> bool:
         """Whether ``layer_class`` is in :attr:`lora_layer_types`."""
-        kinds = cls.lora_layer_types
-        return layer_class in kinds or f"{layer_class.__module__}.{layer_class.__qualname__}" in kinds
+        return layer_class in cls.lora_layer_types or full_name(layer_class) in cls.lora_layer_types
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
@@ -91,7 +117,7 @@ class LayerKind(InPlace, nn.Module):
     def lora_is_quantised(layer: Any) -> bool:
         """Whether the weight is quantised. No update can be merged into it then."""
         weight = held_parameter(layer, "weight")
-        return weight is not None and type(weight).dequantize is not Tensor.dequantize
+        return weight is not None and dequantises(weight)
 
     @staticmethod
     def lora_dtype(layer: Any, weight: Tensor) -> torch.dtype:  # noqa: ARG004
@@ -101,7 +127,7 @@ class LayerKind(InPlace, nn.Module):
     @staticmethod
     def lora_values(layer: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
         """Return the values of a weight, dequantised if necessary."""
-        return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
+        return weight.dequantize() if dequantises(weight) else weight
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
@@ -122,6 +148,12 @@ class LayerKind(InPlace, nn.Module):
 
     def lora_weights_changed(self) -> None:
         """Called after the weights got other values."""
+
+
+def _first_argument(layer_class: Any) -> str:
+    """The name of the first argument of a class's forward, after self."""
+    names = [*signature(layer_class.forward).parameters, "input"]
+    return names[1]
 
 
 class TransposedKind(LayerKind):

@@ -39,16 +39,20 @@ class LoRAConvNd(LoRALayer):
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Convolve with A, then with B, or with their product."""
-        own: Any = self
-        a, b = lora_A.to(input.dtype), lora_B.to(input.dtype) * self.lora_settings.scaling
-        kernel = own.weight.shape[1:]
-        dims = len(kernel) - 1
+        layer: Any = self
+        a = lora_A.to(input.dtype)
+        b = lora_B.to(input.dtype) * self.lora_settings.scaling
+        shape = layer.weight.shape
         if self.groups > 1:
-            return convolve(own, input, (b @ a).view(own.weight.shape))
-        pads = not isinstance(own.padding, str) and any(_each(own.padding))
-        if kernel.numel() == kernel[0] and set(_each(own.stride)) == {1} and not pads:
-            return _pointwise(_pointwise(input, a, dims), b, dims)
-        return _pointwise(convolve(own, input, a.view(-1, *kernel)), b, dims)
+            return convolve(layer, input, (b @ a).view(shape))
+        size = shape[2:]
+        dims = len(size)
+        if _is_pointwise(layer, size):
+            hidden = _pointwise(input, a, dims)
+        else:
+            kernel = a.view(-1, *shape[1:])
+            hidden = convolve(layer, input, kernel)
+        return _pointwise(hidden, b, dims)
 
 
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):
@@ -70,14 +74,29 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Convolve with A, then with B, or with their product."""
-        a, b = lora_A.to(input.dtype), lora_B.to(input.dtype) * self.lora_settings.scaling
+        a = lora_A.to(input.dtype)
+        b = lora_B.to(input.dtype) * self.lora_settings.scaling
         if self.groups > 1:
-            hidden, kernel = input, (b @ a).T
+            hidden = input
+            matrix = b @ a
         else:
-            hidden, kernel = _pointwise(input, a, self.weight.dim() - 2), b.T
-        kernel = kernel.reshape(-1, *self.weight.shape[1:])
+            hidden = _pointwise(input, a, self.weight.dim() - 2)
+            matrix = b
+        kernel = matrix.T.reshape(-1, *self.weight.shape[1:])
         output: Tensor = self.lora_run_on({"weight": kernel, "bias": None}, hidden, *args, **kwargs)
         return output
+
+
+def _is_pointwise(layer: Any, size: torch.Size) -> bool:
+    """Whether a convolution with a kernel of this size multiplies each place by itself."""
+    reads_one_place = size.numel() == 1
+    reads_each_place = set(_each(layer.stride)) == {1}
+    return reads_one_place and reads_each_place and not _pads(layer)
+
+
+def _pads(layer: Any) -> bool:
+    """Whether a convolution of size 1 has more places than its input. ``"same"`` and ``"valid"`` add none."""
+    return not isinstance(layer.padding, str) and any(_each(layer.padding))
 
 
 def _each(value: int | Sequence[int]) -> Sequence[int]:
@@ -92,5 +111,13 @@ def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
     if last.is_contiguous():
         return F.linear(last, matrix).movedim(-1, channels)
     columns = x.flatten(-dims)
-    product = torch.bmm(matrix.expand(len(x), *matrix.shape), columns) if channels else matrix @ columns
+    product = _product(matrix, columns)
     return product.view(*product.shape[:-1], *x.shape[-dims:])
+
+
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Multiply columns (in, places) or (N, in, places) by a matrix (out, in)."""
+    if columns.dim() == 2:
+        return matrix @ columns
+    stacked = matrix.expand(len(columns), *matrix.shape)
+    return torch.bmm(stacked, columns)

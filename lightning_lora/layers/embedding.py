@@ -32,7 +32,9 @@ class LoRAEmbedding(TransposedKind, LoRALayer):
         """Return why not: max_norm would rescale rows of W without their update; A has no sparse gradients."""
         if layer.max_norm is not None:
             return f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
-        return "its gradients are sparse" if layer.sparse else None
+        if layer.sparse:
+            return "its gradients are sparse"
+        return None
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Look up columns of A, then multiply by B."""
@@ -54,10 +56,12 @@ class LoRAEmbeddingBag(LoRAEmbedding):
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the bags with their update. A maximum is not linear in the weight: it runs on ``W + ΔW``."""
-        forward = self.lora_forward_on_sum if self.mode == "max" else super().lora_forward
-        return forward(*args, **kwargs)
+        if self.mode == "max":
+            return self.lora_forward_on_sum(*args, **kwargs)
+        return super().lora_forward(*args, **kwargs)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Take bags of columns of A, then multiply by B."""
-        bags: Tensor = self.lora_run_on({"weight": lora_A.T.to(self.weight.dtype)}, *args, **kwargs)
+        columns = lora_A.T.to(self.weight.dtype)
+        bags: Tensor = self.lora_run_on({"weight": columns}, *args, **kwargs)
         return F.linear(bags * self.lora_settings.scaling, lora_B.to(bags.dtype))

@@ -24,4 +24,5 @@ class LoRAParameters(LoRALayer):
     def lora_matrix_of(layer: nn.Module, name: str) -> AdaptedMatrix:
         """Return what a parameter is: a matrix, or a stack of matrices. A layer inside may hold it."""
         *stack, writes, reads = own_parameter(layer, name).shape
-        return AdaptedMatrix(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))
+        end_of_names = name.replace(".", "_")  # of the factors' names
+        return AdaptedMatrix(name, reads, writes, rows=writes, name=end_of_names, stack=tuple(stack))

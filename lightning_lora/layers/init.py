@@ -1,12 +1,14 @@
 """Initialise adapters, so that their update starts at zero."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms
 from lightning_lora.layers.contract import Adapter, LayerKind
+from lightning_lora.layers.inits.table import FromWeight
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
@@ -25,61 +27,118 @@ def new_adapter(
         values = torch.empty(about.shape(settings.r), dtype=dtype, device=weight.device)
         adapter.parameters[name] = nn.Parameter(values, requires_grad=about.role.trains)
     initialise(layer, adapter)
-    for name, about in adapter.roles.items():  # as tensor parallelism has split the weight
-        p = adapter.parameters[name]
-        values = split_as(p.detach(), own_parameter(layer, about.matrix.weight), about.split_dim)
-        adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
+    _split_as_weights(layer, adapter)
     return adapter
+
+
+def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
+    """Split the parameters as tensor parallelism has split the weights."""
+    for name, about in adapter.roles.items():
+        p = adapter.parameters[name]
+        weight = own_parameter(layer, about.matrix.weight)
+        values = split_as(p.detach(), weight, about.split_dim)
+        adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
 
 
 def initialise(layer: nn.Module, adapter: Adapter) -> None:
     """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
-    values: dict[str, Tensor] = {}
-    for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
-        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
-    has_rows = any(matrix.tokens for matrix in adapter.matrices)
-    how = adapter.settings.initialisation
-    if not (how.from_weight or has_rows):
-        for matrix in adapter.matrices:
-            a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
-            if not a.is_meta:
-                how.draw(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)))
     adapter.init_digests = {}
-    if how.from_weight or adapter.settings.use_dora or has_rows:
-        _initialise_from_base(layer, adapter, values)
-    for matrix in adapter.matrices if how.is_difference and not has_rows else ():
-        keep_start(matrix, values)
+    start = _Start(layer, adapter, _full_values(adapter))
+    for matrix in adapter.matrices:
+        if matrix.tokens:
+            start.copy_rows(matrix)
+        else:
+            start.begin(matrix)
     for name, p in adapter.parameters.items():
         if is_dtensor(p):
-            replace_values(p, distributed_as(values[name], p))
+            replace_values(p, distributed_as(start.values[name], p))
 
 
-@torch.no_grad()
-def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, Tensor]) -> None:
-    """Initialise the parameters that depend on the weights: factors, magnitudes and rows."""
-    kind, settings = adapter.kind, adapter.settings
-    from_weight = settings.initialisation.from_weight
-    for matrix in adapter.matrices:
-        weight = own_parameter(layer, matrix.weight)
-        full = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
-        if from_weight and not matrix.tokens:
-            rows = full.narrow(-2, matrix.first, matrix.writes)
-            if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
-                rows = torch.zeros_like(rows)
-            factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
-            for name, factor in matrix.named(factors).items():
-                values[name].copy_(factor)
+def _full_values(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors to initialise: each process draws full factors, and keeps its shard."""
+    values: dict[str, Tensor] = {}
+    for name, p in adapter.parameters.items():
+        values[name] = p
+        if is_dtensor(p):
+            values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    return values
+
+
+@dataclass
+class _Start:
+    """The first values of an adapter's parameters, by name in the layer."""
+
+    layer: nn.Module
+    adapter: Adapter
+    values: dict[str, Tensor]
+
+    def begin(self, matrix: AdaptedMatrix) -> None:
+        """Initialise the factors of a matrix, and DoRA's magnitudes."""
+        settings = self.adapter.settings
+        how = settings.initialisation
+        if how.from_weight is None:
+            self.draw(matrix)
+        if how.from_weight is not None or settings.use_dora:
+            base = self.read_base(matrix)
+            if how.from_weight is not None:
+                self.take_from_weight(matrix, base, how.from_weight)
+            if settings.use_dora:
+                self.note(matrix, Role.MAGNITUDE, row_norms(base))
+        if how.is_difference:
+            keep_start(matrix, self.values)
+
+    @torch.no_grad()
+    def copy_rows(self, matrix: AdaptedMatrix) -> None:
+        """Let the rows of an embedding start as those of the weight."""
+        embeddings = self.read_base(matrix).T
+        self.note(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
+
+    def draw(self, matrix: AdaptedMatrix) -> None:
+        """Draw one factor. The other is zero."""
+        a = self.values[matrix.parameter(Role.A)]
+        b = self.values[matrix.parameter(Role.B)]
+        if a.is_meta:
+            return
+        draw = self.adapter.settings.initialisation.draw
+        if self.adapter.kind.lora_zero is Role.B:
+            draw(a, b)
+        else:
+            draw(b, a)
+
+    @torch.no_grad()
+    def take_from_weight(self, matrix: AdaptedMatrix, base: Tensor, from_weight: FromWeight) -> None:
+        """Compute both factors from the rows of the weight that they update."""
+        settings = self.adapter.settings
+        rows = base.narrow(-2, matrix.first, matrix.writes)
+        if rows.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
+            rows = torch.zeros_like(rows)
+        factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
+        for name, factor in matrix.named(factors).items():
+            self.values[name].copy_(factor)
+
+    @torch.no_grad()
+    def read_base(self, matrix: AdaptedMatrix) -> Tensor:
+        """Return a weight as a matrix (out, in), and note its digest. Collective if it is distributed."""
+        kind = self.adapter.kind
+        weight = own_parameter(self.layer, matrix.weight)
+        values = kind.lora_values(self.layer, full_tensor(weight))
         if not weight.is_meta:
-            adapter.init_digests[matrix.weight] = digest(weight)
-        if settings.use_dora or matrix.tokens:
-            name = matrix.parameter(Role.ROWS if matrix.tokens else Role.MAGNITUDE)
-            values[name].copy_(full.T[list(matrix.tokens)] if matrix.tokens else row_norms(full))
-            if not weight.is_meta:
-                adapter.init_digests[name] = digest(values[name].float())
+            self.adapter.init_digests[matrix.weight] = digest(weight)
+        return kind.lora_as_matrix(values.detach())
+
+    @torch.no_grad()
+    def note(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
+        """Set a parameter that starts as a value of the weight, and note its digest, which tells if it trains."""
+        name = matrix.parameter(role)
+        self.values[name].copy_(value)
+        if not value.is_meta:
+            self.adapter.init_digests[name] = digest(self.values[name].float())
 
 
 @torch.no_grad()
 def keep_start(matrix: AdaptedMatrix, values: Mapping[str, Tensor]) -> None:
     """Keep A and B of a matrix as A0 and B0. The update is the difference from them."""
-    for role, start in ((Role.A, Role.A0), (Role.B, Role.B0)):
-        values[matrix.parameter(start)].copy_(values[matrix.parameter(role)])
+    a = values[matrix.parameter(Role.A)]
+    b = values[matrix.parameter(Role.B)]
+    values[matrix.parameter(Role.A0)].copy_(a)
+    values[matrix.parameter(Role.B0)].copy_(b)

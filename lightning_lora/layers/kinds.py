@@ -6,6 +6,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bilinear import LoRABilinear
+from lightning_lora.layers.contract import full_name
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.experts import LoRAParameters  # noqa: F401  # a kind too, but of no layer type
@@ -14,38 +15,39 @@ from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.layers.tokens import LoRATokens  # noqa: F401  # likewise
 
-ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
-    layer_type: adapter
-    for adapter in (
-        LoRALinear,
-        LoRALinear4bit,
-        LoRALinear8bit,
-        LoRAConv1D,
-        LoRAEmbedding,
-        LoRAEmbeddingBag,
-        LoRAConvNd,
-        LoRAConvTransposeNd,
-        LoRAAttention,
-        LoRARecurrent,
-        LoRABilinear,
-    )
-    for layer_type in adapter.lora_layer_types
-}
+ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
+    LoRALinear,
+    LoRALinear4bit,
+    LoRALinear8bit,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAEmbeddingBag,
+    LoRAConvNd,
+    LoRAConvTransposeNd,
+    LoRAAttention,
+    LoRARecurrent,
+    LoRABilinear,
+)
+
+ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {}
 """Maps a layer type to the adapter class for it and its subclasses. Types of optional packages are given by name."""
+
+for _adapter_class in ADAPTER_CLASSES:
+    ADAPTERS.update(dict.fromkeys(_adapter_class.lora_layer_types, _adapter_class))
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
     """Return the adapter class for a layer's type, or nearest base class, or None."""
     for ancestor in type(layer).__mro__:
-        adapter = ADAPTERS.get(ancestor) or ADAPTERS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        if adapter is not None:
-            return adapter
+        adapter_class = ADAPTERS.get(ancestor) or ADAPTERS.get(full_name(ancestor))
+        if adapter_class is not None:
+            return adapter_class
     return None
 
 
 def name_of_kind(kind: type) -> str:
     """Return a class's full name, also right in a spawned process."""
-    return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
+    return full_name(kind).replace("__mp_main__", "__main__")
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:
@@ -80,11 +82,16 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
         >>> inject_adapters(nn.Sequential(Doubling()), LoRAConfig(r=2))
         ('0',)
     """
-    if not (isinstance(layer_class, type) and isinstance(adapter_class, type) and issubclass(adapter_class, LoRALayer)):
+    if not (isinstance(layer_class, type) and _is_adapter_class(adapter_class)):
         raise ConfigError(
             f"register_adapter got ({layer_class!r}, {adapter_class!r}). Expected a class of layers, and a subclass of "
             "lightning_lora.layers.LoRALayer."
         )
-    known = vars(adapter_class).get("lora_layer_types", ())
-    adapter_class.lora_layer_types = tuple(dict.fromkeys((*known, layer_class)))
+    types_of_its_own = vars(adapter_class).get("lora_layer_types", ())  # not those of the class that it extends
+    if layer_class not in types_of_its_own:
+        adapter_class.lora_layer_types = (*types_of_its_own, layer_class)
     ADAPTERS[layer_class] = adapter_class
+
+
+def _is_adapter_class(given: object) -> bool:
+    return isinstance(given, type) and issubclass(given, LoRALayer)

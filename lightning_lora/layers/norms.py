@@ -25,15 +25,22 @@ class FrozenNorm(InPlace, nn.Module):
 
 def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
     """Freeze the running statistics of norms, but not inside modules that are trained in full."""
-    moving = {id(inner) for module in trained for inner in module.modules()}
+    trained_modules: set[nn.Module] = set()
+    for module in trained:
+        trained_modules.update(module.modules())
     for module in modules:
-        if isinstance(module, NormBase) and module.track_running_stats and id(module) not in moving:
+        if _has_running_statistics(module) and module not in trained_modules:
             set_frozen(module, True)
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    return isinstance(module, NormBase) and module.track_running_stats
 
 
 def set_frozen(norm: nn.Module, frozen: bool) -> None:
     """Freeze a norm, or unfreeze it."""
-    if frozen and not isinstance(norm, FrozenNorm):
+    if isinstance(norm, FrozenNorm):
+        if not frozen:
+            uncover(norm)
+    elif frozen:
         overlay(norm, FrozenNorm)
-    if not frozen and isinstance(norm, FrozenNorm):
-        uncover(norm)

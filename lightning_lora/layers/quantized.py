@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes
+from lightning_lora.layers.contract import LayerTypes, dequantises
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import held_parameter
@@ -38,8 +38,11 @@ class LoRALinear4bit(LoRALinear):
     @staticmethod
     def lora_dtype(layer: Any, weight: Any) -> torch.dtype:
         """Return the dtype that the layer computes in."""
-        stored = weight.dtype if weight.quant_state is None else weight.quant_state.dtype
-        return layer.compute_dtype or stored  # type: ignore[no-any-return]
+        if layer.compute_dtype is not None:
+            return layer.compute_dtype  # type: ignore[no-any-return]
+        if weight.quant_state is None:  # not quantised before it is moved
+            return weight.dtype  # type: ignore[no-any-return]
+        return weight.quant_state.dtype  # type: ignore[no-any-return]
 
     @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:  # noqa: ARG004
@@ -74,9 +77,10 @@ class LoRALinear8bit(LoRALinear4bit):
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
     weight: Any = held_parameter(module, "weight")
-    if _is_a(module, LoRALinear4bit) and weight.quant_state is not None:
-        return {f"weight.{name}": value for name, value in weight.quant_state.as_dict(packed=True).items()}
-    if _is_a(module, LoRALinear8bit) and not weight.is_floating_point():
+    if _is_adapted_by(module, LoRALinear4bit) and weight.quant_state is not None:
+        packed_state = weight.quant_state.as_dict(packed=True)
+        return {f"weight.{name}": value for name, value in packed_state.items()}
+    if _is_adapted_by(module, LoRALinear8bit) and not weight.is_floating_point():
         return {"SCB": _scales(module), "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return {}
 
@@ -84,33 +88,47 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 def is_quantised(module: nn.Module, name: str) -> bool:
     """Whether a parameter that ``module`` itself holds is quantised."""
     parameter = held_parameter(module, name)
-    if name == "weight" and _is_a(module, LoRALinear4bit, LoRALinear8bit):
-        return parameter is not None and not parameter.is_floating_point()
-    return parameter is not None and type(parameter).dequantize is not Tensor.dequantize  # as torchao's
+    if parameter is None:
+        return False
+    if name == "weight" and _is_of_bitsandbytes(module):
+        return not parameter.is_floating_point()
+    return dequantises(parameter)
 
 
 def count(parameter: Any) -> int:
     """Return the number of values that a parameter represents."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()  # type: ignore[no-any-return]
+    quant_state = getattr(parameter, "quant_state", None)
+    if quant_state is None:
+        return parameter.numel()  # type: ignore[no-any-return]
+    return quant_state.shape.numel()  # type: ignore[no-any-return]
 
 
 def repacks(module: nn.Module) -> bool:
     """Whether a 4-bit layer may repack its weight in eval mode, as on some CPUs: then it passes no gradient."""
-    return "support_avx512bf16_for_cpu" in vars(module) and _is_a(module, LoRALinear4bit)
+    return "support_avx512bf16_for_cpu" in vars(module) and _is_adapted_by(module, LoRALinear4bit)
 
 
 def unpack(module: Any) -> None:
     """Undo the repacking for inference, as bitsandbytes itself does when a state dict is made."""
-    if repacks(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-        module.state_dict()
-        state = module.weight.quant_state
-        if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
-            state.absmax = state.absmax.T.reshape(-1).float()
+    if not (repacks(module) and _is_repacked(module)):
+        return
+    module.state_dict()
+    state = module.weight.quant_state
+    if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
-def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:
-    return any(kind.lora_adapts(ancestor) for kind in kinds for ancestor in type(module).__mro__)
+def _is_repacked(module: Any) -> bool:
+    is_packed: bool = getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+    return is_packed
+
+
+def _is_of_bitsandbytes(module: nn.Module) -> bool:
+    return _is_adapted_by(module, LoRALinear4bit) or _is_adapted_by(module, LoRALinear8bit)
+
+
+def _is_adapted_by(module: nn.Module, kind: type[LoRALinear]) -> bool:
+    return any(kind.lora_adapts(ancestor) for ancestor in type(module).__mro__)
 
 
 def _scales(layer: Any) -> Tensor:

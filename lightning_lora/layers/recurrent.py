@@ -29,17 +29,18 @@ class LoRARecurrent(LoRALayer):
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return all weight matrices. They have the names of the parameters, without ``weight_``."""
-        names = getattr(layer, RECURRENT_NAMES, ("weight_ih", "weight_hh"))
-        weights = {name: own_parameter(layer, name) for name in names if name.startswith("weight_")}
-        return tuple(
-            AdaptedMatrix(name, reads=p.shape[1], writes=p.shape[0], name=name.removeprefix("weight_"))
-            for name, p in weights.items()
-        )
+        names = getattr(layer, RECURRENT_NAMES, ("weight_ih", "weight_hh"))  # a cell has no list of them
+        matrices = []
+        for name in names:
+            if name.startswith("weight_"):
+                writes, reads = own_parameter(layer, name).shape
+                matrices.append(AdaptedMatrix(name, reads, writes, name=name.removeprefix("weight_")))
+        return tuple(matrices)
 
     lora_from_weights = RECURRENT_LISTS  # forward sets them again if weights have changed
 
     def lora_weights_changed(self) -> None:
         """Put the weights into cuDNN's memory layout."""
-        own: Any = self
-        if isinstance(own, nn.RNNBase):
-            own.flatten_parameters()
+        layer: Any = self
+        if isinstance(layer, nn.RNNBase):
+            layer.flatten_parameters()

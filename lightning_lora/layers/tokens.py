@@ -1,6 +1,7 @@
 """Embeddings in which single rows train, such as those of new tokens. Layers may be tied to them."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
-from lightning_lora.tensors.names import held_parameter
+from lightning_lora.tensors.names import held_parameter, own_parameter
 
 
 class LoRATokens(LoRAEmbedding):
@@ -25,24 +26,38 @@ class LoRATokens(LoRAEmbedding):
     lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)
     weight: nn.Parameter
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer with these rows."""
-        return _with_rows(self, self, *args, **kwargs)
+    def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer, and replace what it computes with the rows."""
+        if not _computes_as_torch(self.overlaid[1]):
+            return self.lora_forward_on_sum(*args, **kwargs)
+        return _forward_with_rows(self, self, *args, **kwargs)
 
-    def lora_rows_for(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the rows, and the rows in the dtype of the weight."""
+    def lora_rows_for(self, device: torch.device) -> "Rows":
+        """Return the rows, in the dtype of the weight."""
         (matrix,) = self.lora_matrices
-        rows = self._lora_reader("weight")(matrix.parameter(Role.ROWS))
-        return torch.tensor(matrix.tokens, device=device), rows.to(device, self.weight.dtype)
+        read = self._lora_reader("weight")
+        rows = read(matrix.parameter(Role.ROWS))
+        places = torch.tensor(matrix.tokens, device=device)
+        return Rows(matrix.tokens, places, rows.to(device, self.weight.dtype))
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
         """Return the weight, or given values of it, with the trained rows."""
-        weight = self._lora_weight(name) if weight is None else weight
-        places, rows = self.lora_rows_for(weight.device)
-        return weight.index_copy(0, places, rows.to(weight.dtype))
+        if weight is None:
+            weight = self._lora_weight(name)
+        rows = self.lora_rows_for(weight.device)
+        return weight.index_copy(0, rows.places, rows.values.to(weight.dtype))
 
     def _lora_about(self) -> str:
         return f"tokens={list(self.lora_matrices[0].tokens)}"
+
+
+@dataclass
+class Rows:
+    """The rows that train, one for each token."""
+
+    tokens: tuple[int, ...]
+    places: Tensor  # the tokens again
+    values: Tensor
 
 
 class TiedLayer(InPlace, nn.Module):
@@ -53,43 +68,66 @@ class TiedLayer(InPlace, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the rows of the embedding."""
-        return _with_rows(self, *vars(self).get("lora_tied_to", [self]), *args, **kwargs)
+        if not isinstance(self, TiedLayer):  # other code has wrapped this method, and the rows are gone since
+            return type(self).forward(self, *args, **kwargs)
+        (tokens,) = self.lora_tied_to
+        has_rows = getattr(tokens, "lora_enabled", False)  # a merged one has no such attribute
+        if not has_rows:
+            return super().forward(*args, **kwargs)
+        layer_class = self.overlaid[1]
+        if _computes_as_torch(layer_class):
+            return _forward_with_rows(self, tokens, *args, **kwargs)
+        weights = {"weight": tokens.lora_effective_weight("weight")}
+        return functional_call(self, layer_class, weights, (), *args, **kwargs)
 
 
 def tie_layers(modules: Collection[nn.Module]) -> None:
     """Tie layers to the embeddings with rows whose weight they share. No others stay tied."""
-    owners = {id(module._parameters["weight"]): module for module in modules if isinstance(module, LoRATokens)}
+    owners: dict[nn.Parameter | None, LoRATokens] = {}
+    for module in modules:
+        if isinstance(module, LoRATokens):
+            owners[own_parameter(module, "weight")] = module
     for module in modules:
         if isinstance(module, TiedLayer):
             del module.lora_tied_to
             uncover(module)
-        owner = owners.get(id(held_parameter(module, "weight")))
+        owner = owners.get(held_parameter(module, "weight"))
         if owner is not None and owner is not module:
             overlay(module, TiedLayer)
             vars(module)["lora_tied_to"] = (owner,)
 
 
-def _with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Any:
-    """Compute a layer that has the weight of ``tokens`` with its rows. Layers of torch copy no other rows for that."""
-    kind: Any = type(layer)
-    if not issubclass(kind, LoRATokens | TiedLayer):  # other code has wrapped its forward, and the rows are gone since
-        return kind.forward(layer, *args, **kwargs)
-    own = layer.overlaid[1]
-    if not getattr(tokens, "lora_enabled", False):  # it may have been merged
-        return own.forward(layer, *args, **kwargs)
-    if own.forward not in (nn.Embedding.forward, nn.Linear.forward):
-        weights = {"weight": tokens.lora_effective_weight("weight")}
-        return functional_call(layer, own, weights, (), *args, **kwargs)
-    output = own.forward(layer, *args, **kwargs)
+def _computes_as_torch(layer_class: type[nn.Module]) -> bool:
+    """Whether a class has the forward of nn.Embedding or nn.Linear."""
+    return layer_class.forward in (nn.Embedding.forward, nn.Linear.forward)
+
+
+def _forward_with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute a layer of torch that has the weight of ``tokens``, with its rows. The others are not copied for that."""
+    output: Tensor = layer.overlaid[1].forward(layer, *args, **kwargs)
     (x,) = *args, *kwargs.values()
-    places, rows = tokens.lora_rows_for(x.device)
+    rows = tokens.lora_rows_for(x.device)
     if isinstance(layer, nn.Linear):
-        change = F.linear(x, rows - layer.weight[places])  # zero at first, so that not a bit of the output changes
-        return output.index_add(-1, places, change.to(output.dtype))
-    found = torch.searchsorted(places, x.long()).clamp_max(len(rows) - 1)
-    is_token = places[found] == x
-    found = found.where(is_token, len(rows))  # all others find a row of zeros, without a gradient
-    numbers = tokens.lora_matrices[0].tokens
-    padding = numbers.index(layer.padding_idx) if layer.padding_idx in numbers else len(rows)
-    new = F.embedding(found, F.pad(rows, (0, 0, 0, 1)), padding, scale_grad_by_freq=layer.scale_grad_by_freq)
-    return new.where(is_token.unsqueeze(-1), output)
+        return _with_features(layer, output, x, rows)
+    return _with_embeddings(layer, output, x, rows)
+
+
+def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    """Change the output features of a head whose rows train."""
+    difference = rows.values - layer.weight[rows.places]  # zero at first, so that not a bit of the output changes
+    change = F.linear(x, difference)
+    return output.index_add(-1, rows.places, change.to(output.dtype))
+
+
+def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input."""
+    count = len(rows.tokens)
+    nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)
+    is_trained = rows.places[nearest] == x
+    found = nearest.where(is_trained, count)  # all other tokens find a row of zeros behind these
+    padding = count  # it gets no gradient
+    if layer.padding_idx in rows.tokens:
+        padding = rows.tokens.index(layer.padding_idx)
+    values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
+    trained = F.embedding(found, values_and_zeros, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return trained.where(is_trained.unsqueeze(-1), output)

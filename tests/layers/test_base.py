@@ -18,6 +18,7 @@ from lightning_lora import (
     merge_adapters,
     remove_adapters,
 )
+from lightning_lora.layers import HAS_UPDATE
 from tests.support.cases import Three, three
 from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
 from tests.support.models import WIDTH, X, randomise, same
@@ -51,6 +52,18 @@ def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
         expected = model(x)
         with ThreadPoolExecutor(4) as pool:
             assert all(torch.equal(y, expected) for y in pool.map(model, [x] * 400))
+
+
+@pytest.mark.parametrize("how", [{}, {"init": "pissa"}, {"use_dora": True}], ids=str)
+def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(how: dict[str, Any]) -> None:
+    plain, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    state: Any = plain.state_dict()
+    state._metadata["0"][HAS_UPDATE] = True
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all", **how))
+    model.load_state_dict(state, assign=True)
+    torch.testing.assert_close(model(x), plain(x))
 
 
 @pytest.mark.parametrize("name", ["linear", "lstm", "transposed convolution", "experts"])

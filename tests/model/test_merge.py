@@ -127,7 +127,7 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_sa
             raise KeyboardInterrupt
         return own(*args)
 
-    monkeypatch.setattr("lightning_lora.layers.base.merged", fails)
+    monkeypatch.setattr("lightning_lora.layers.weights.merged", fails)
     with pytest.raises(KeyboardInterrupt):
         ll.merge_adapters(model, keep_base=False)
     torch.testing.assert_close(model(x), output)

@@ -1,0 +1,171 @@
+"""An adapter on its layer: its parameters, how it begins, whether it has learned, and how it comes off."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.contract import Adapter
+from lightning_lora.layers.init import initialise
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
+from lightning_lora.layers.weights import UpdatedWeights
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.inplace import overlay, uncover
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.shards import to_local
+from lightning_lora.tensors.values import replace_values, set_requires_grad
+
+
+class AdapterOnLayer(UpdatedWeights):
+    """A layer with the parameters of an adapter."""
+
+    lora_init_digests: dict[str, int]
+    lora_enabled: bool
+
+    # The parameters
+
+    def lora_roles(self) -> Roles:
+        """Return what each of the adapter's parameters is, by name in the layer."""
+        return adapter_parameters(self.lora_matrices, self.lora_settings)
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's parameters, by name in the layer."""
+        return {name: own_parameter(self, name) for name in self.lora_roles()}
+
+    def lora_trained(self) -> list[nn.Parameter]:
+        """Return the adapter's trainable parameters."""
+        if self.lora_settings.follows:
+            return []
+        return [own_parameter(self, name) for name, about in self.lora_roles().items() if about.role.trains]
+
+    # Another layer's adapter
+
+    def lora_follow(self, original: "AdapterOnLayer | None") -> None:
+        """Follow another layer, which this one copies. None: train again."""
+        follows = original is not None
+        self.lora_settings = replace(self.lora_settings, follows=follows)
+        for name, about in self.lora_roles().items():
+            p = own_parameter(self, name)
+            set_requires_grad(p, about.role.trains and not follows)
+            p.grad = None
+        if original is not None:
+            self.lora_begin_as(original)
+
+    def lora_begin_as(self, original: "AdapterOnLayer") -> None:
+        """Take the values of another layer's adapter, if both updates are zero."""
+        if not (self.lora_is_fresh() and original.lora_is_fresh()):
+            return
+        for name, about in self.lora_roles().items():
+            if about.role in (Role.MAGNITUDE, Role.ROWS):  # these are values of its own weights
+                continue
+            p = own_parameter(self, name)
+            values = own_parameter(original, name).data
+            replace_values(p, values.to(p, copy=True))
+
+    # Beginning
+
+    def lora_initialise(self) -> None:
+        """Initialise the adapter again, with an update of zero."""
+        adapter = self.lora_adapter()
+        initialise(self, adapter)
+        self.lora_init_digests = adapter.init_digests
+
+    def lora_is_fresh(self) -> bool:
+        """Whether the update is still zero."""
+        values = {name: to_local(p) for name, p in self.lora_parameters().items()}
+        for matrix in self.lora_matrices:
+            has_factors = not matrix.tokens
+            if has_factors and not _is_zero(matrix, self.lora_settings, values):
+                return False
+        for name, initial_digest in self.lora_init_digests.items():
+            is_of_adapter = name in values  # magnitudes and rows; the others are weights of the base
+            if is_of_adapter and digest(values[name].float()) != initial_digest:
+                return False
+        return True
+
+    def lora_begin_anew(self) -> None:
+        """Start an untrained adapter again if the weights that it starts from changed."""
+        has_no_values = self._lora_weight(self.lora_matrices[0].weight).is_meta
+        if has_no_values or not self.lora_init_digests:
+            return
+        if self.lora_is_fresh() and self._lora_base_has_changed():
+            self.lora_initialise()
+
+    def _lora_base_has_changed(self) -> bool:
+        """Whether a weight that the adapter starts from has other values since. Collective if it is distributed."""
+        for name in self.lora_weights():
+            initial_digest = self.lora_init_digests.get(name)
+            if initial_digest is not None and digest(own_parameter(self, name)) != initial_digest:
+                return True
+        return False
+
+    # Coming off
+
+    def lora_detach(self) -> Adapter:
+        """Remove the adapter. The layer gets its earlier class and state dict keys back."""
+        adapter = self.lora_adapter()
+        for name in (*adapter.parameters, *attributes_of(adapter)):
+            delattr(self, name)
+        uncover(self)
+        return adapter
+
+    def lora_adapter(self) -> Adapter:
+        """Return the adapter, which stays on the layer."""
+        return Adapter(
+            kind=self.overlaid[0],
+            settings=self.lora_settings,
+            matrices=self.lora_matrices,
+            parameters=self.lora_parameters(),
+            init_digests=self.lora_init_digests,
+            step=self.lora_step,
+        )
+
+    def lora_is_resized(self) -> bool:
+        """Whether a weight has another shape than at the injection. Packed weights never have."""
+        return is_resized(self, self.lora_adapter())
+
+
+def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]) -> bool:
+    """Whether the update of a matrix is zero. On the meta device, it counts as zero."""
+    a = values[matrix.parameter(Role.A)]
+    b = values[matrix.parameter(Role.B)]
+    if a.is_meta:
+        return True
+    if not settings.is_difference:
+        return not (a.any() and b.any())
+    a0 = values[matrix.parameter(Role.A0)]
+    b0 = values[matrix.parameter(Role.B0)]
+    return torch.equal(a, a0) and torch.equal(b, b0)
+
+
+def put_on(layer: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter on a layer, which stays the same object."""
+    overlay(layer, adapter.kind)
+    layer._parameters.update(adapter.parameters)
+    vars(layer).update(attributes_of(adapter))
+
+
+def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
+    """Whether a weight of a layer no longer fits an adapter. Packed weights always do."""
+    if adapter.kind.lora_is_quantised(layer):
+        return False
+    for matrix in adapter.matrices:
+        weight: Tensor = attrgetter(matrix.weight)(layer)
+        shape = adapter.kind.lora_as_matrix(weight).shape[-2:]
+        if shape != (matrix.rows or matrix.writes, matrix.reads):
+            return True
+    return False
+
+
+def attributes_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the attributes of a layer that this adapter is on, besides its parameters."""
+    return {
+        "lora_settings": adapter.settings,
+        "lora_matrices": adapter.matrices,
+        "lora_enabled": True,
+        "lora_init_digests": adapter.init_digests,
+        "lora_step": adapter.step,
+    }

@@ -1,0 +1,117 @@
+"""A layer's weights and their updates: the factors, the sum of both, and its merge."""
+
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.functional.factors import Factors
+from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
+from lightning_lora.layers.contract import LayerKind, Step
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, weight_factors
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
+
+
+class UpdatedWeights(LayerKind):
+    """A layer whose weights have updates."""
+
+    lora_matrices: tuple[AdaptedMatrix, ...]
+    lora_settings: Settings
+    lora_step: Step
+
+    def lora_weights(self) -> tuple[str, ...]:
+        """Return the names of the weights that have updates."""
+        names = [matrix.weight for matrix in self.lora_matrices]
+        return tuple(dict.fromkeys(names))  # several matrices may be rows of one weight
+
+    def lora_dropout(self) -> float:
+        """Return the probability of dropping an input of A now: zero in evaluation."""
+        settings = self.lora_settings
+        if not (settings.dropout and self.lora_drops_input):
+            return 0.0
+        is_in_step = self.lora_step.runs and not settings.follows
+        return settings.dropout if self.training or is_in_step else 0.0
+
+    def lora_factors(self, name: str) -> Factors:
+        """Return A and B of a weight's update, as :func:`.weight_factors` does."""
+        return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_reader(name))
+
+    def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
+        """Return a weight with its update, in float32 or wider."""
+        if weight is None:
+            weight = self._lora_weight(name)
+        weight = self.lora_values(self, weight)
+        dropout = self.lora_dropout() if dropping else 0.0
+        with torch.autocast(weight.device.type, enabled=False):
+            effective = added(weight, self._lora_delta(name, weight, dropout))
+            if self.lora_settings.use_dora:
+                effective = self._lora_scaled_to_magnitude(effective, weight)
+        return effective
+
+    def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
+        """Return a merged weight, and the share of its update lost to rounding."""
+        weight = own_parameter(self, name)
+        full = full_tensor(weight)
+        if self._lora_merges_by_rows(full):
+            values, share = self._lora_merged_by_rows(name, full)
+        else:
+            effective = self.lora_effective_weight(name, full)
+            values = effective.to(full.dtype)
+            share = lost_share(full, effective, values)
+        return distributed_as(values, weight), share
+
+    def _lora_merges_by_rows(self, weight: Tensor) -> bool:
+        """Whether the sum can be computed a few rows at a time, which takes less memory."""
+        is_matrix_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix and weight.dim() == 2
+        is_plain = type(weight.data) is Tensor
+        return is_matrix_as_it_is and is_plain and not self.lora_settings.use_dora
+
+    def _lora_merged_by_rows(self, name: str, weight: Tensor) -> tuple[Tensor, float]:
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = self.lora_factors(name)
+            return merged(weight, full_tensor(a), full_tensor(b), self._lora_scaling(name))
+
+    def _lora_delta(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+        """The update of a weight, in its shape, in float32 or wider."""
+        a, b = self.lora_factors(name)
+        a = _beside(weight, a)
+        b = _beside(weight, b)
+        if dropout:
+            ones = torch.ones_like(a[..., :1, :])
+            a = a * F.dropout(ones, dropout)  # the same features in all rows of A
+        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), weight)
+
+    def _lora_scaled_to_magnitude(self, effective: Tensor, weight: Tensor) -> Tensor:
+        """DoRA: scale each row of a weight with its update to its magnitude."""
+        matrix = self.lora_as_matrix(effective)
+        magnitude = _beside(weight, self._lora_magnitude())
+        scale = magnitude_scale(magnitude, matrix)
+        return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
+
+    def _lora_magnitude(self) -> Tensor:
+        read = self._lora_reader("weight")
+        return read(self.lora_matrices[0].parameter(Role.MAGNITUDE))
+
+    def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
+        """How to read the adapter's parameters to compute with: beside a plain weight, without their DTensors."""
+        if is_dtensor(self._lora_weight(weight)):
+            return partial(getattr, self)
+        return lambda name: without_dtensor(getattr(self, name))
+
+    def _lora_scaling(self, name: str) -> float:
+        matrices = [matrix for matrix in self.lora_matrices if matrix.weight == name]
+        return matrices[0].scale(self.lora_settings.scaling)
+
+    def _lora_weight(self, name: str) -> Tensor:
+        """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
+        weight: Tensor = attrgetter(name)(self)
+        return weight
+
+
+def _beside(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the adapter to compute with beside a weight: if that is full, the full tensor."""
+    return tensor if is_dtensor(weight) else full_tensor(tensor)
