@@ -46,7 +46,7 @@ def wildcards(argument: str, given: str | Sequence[str], missing: Iterable[str],
     if argument in _KEYS:
         keys = ", ".join(f'r"{expression}"' for expression in found.values())
         return f"{said}Write a regular expression as the key: {keys}."
-    meant = [name for expression in found.values() for name in _matching(expression, known)]
+    meant = list(dict.fromkeys(name for expression in found.values() for name in _matching(expression, known)))
     return f"{said}Write the names: {argument}={meant}." if len(meant) <= 20 else f"{said}Write names, or their ends."
 
 
