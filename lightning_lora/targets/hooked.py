@@ -21,25 +21,30 @@ _TOLD: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 def warn_of_hooks(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Name adapted layers of a model whose weights have gradient hooks, once."""
-    told = _TOLD.setdefault(plain_module(model), set())
-    names = [name for name in _hooked(layers) if name not in told]
+    model = plain_module(model)
+    already_named = _TOLD.setdefault(model, set())
+    names = [name for name in _hooked(layers) if name not in already_named]
     if names:
-        told.update(names)
-        asked = str(names) if len(names) <= _MOST_NAMES else "[...]"
-        title = type(plain_module(model)).__name__
-        warn(
-            f"The weights of {listed(names, _MOST_NAMES)} of {title} have gradient hooks, which never run now: "
-            "the weights are frozen, and what the hooks mask or scale is no part of the updates. Train these layers in "
-            f"full: modules_to_save={asked}. Or leave them out: exclude_modules={asked}. If the hooks only watch, "
-            "nothing else is missing."
-        )
+        already_named.update(names)
+        warn(_about_hooks(type(model).__name__, names))
+
+
+def _about_hooks(title: str, names: list[str]) -> str:
+    """What gradient hooks on these layers' weights no longer do, and what to do."""
+    entries = str(names) if len(names) <= _MOST_NAMES else "[...]"
+    return (
+        f"The weights of {listed(names, _MOST_NAMES)} of {title} have gradient hooks, which never run now: "
+        "the weights are frozen, and what the hooks mask or scale is no part of the updates. Train these layers in "
+        f"full: modules_to_save={entries}. Or leave them out: exclude_modules={entries}. If the hooks only watch, "
+        "nothing else is missing."
+    )
 
 
 def _hooked(layers: Mapping[str, LoRALayer]) -> list[str]:
     """The layers with a hook on a weight that has an update."""
-    found = []
-    for name, layer in layers.items():
-        weights = [own_parameter(layer, weight) for weight in layer.lora_weights()]
-        if any(has_gradient_hooks(weight) for weight in weights):
-            found.append(name)
-    return found
+    return [name for name, layer in layers.items() if _has_hooked_weight(layer)]
+
+
+def _has_hooked_weight(layer: LoRALayer) -> bool:
+    weights = [own_parameter(layer, name) for name in layer.lora_weights()]
+    return any(has_gradient_hooks(weight) for weight in weights)

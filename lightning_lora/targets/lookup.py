@@ -99,7 +99,7 @@ class Names:
         if argument == "target_parameters":
             held = [name for name in self.parameters if _ends_with(owner_of(name), entries)]
             hint = f"Name parameters, such as {held[0]!r}." if held else hint
-        known = [name for names in missing.values() for name in names]
+        known = list(dict.fromkeys(name for names in missing.values() for name in names))
         meant = several_names(argument, entries, known) or wildcards(argument, given, entries, known)
         if isinstance(given, str):
             found = f"{argument}={given!r} is an expression, and matches no whole name of a {what} of {self.title}."
@@ -125,7 +125,7 @@ def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
     near, shown = list[str](), set[str]()
     for entry, known in missing.items():
         names: dict[str, list[str]] = {}
-        for name in known:
+        for name in dict.fromkeys(known):
             for end in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
                 names.setdefault(end, []).append(name)
         for end in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):

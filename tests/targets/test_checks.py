@@ -122,7 +122,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (LitTiny, {"target_modules": ["xyz"]}, r"that can be adapted end in 'embed', 'q_proj', 'v_proj', 'head'"),
     (LitTiny, {"target_modules": "q_pr"}, r"Nearest names: 'q_proj'"),
     (Sensor, {"modules_to_save": ["scael"]}, r"modules_to_save \['scael'\] .*'scale'"),
-    (LitTiny, {"rank_pattern": {"k_proj": 2}}, r"rank_pattern \['k_proj'\] .*_proj"),
+    (LitTiny, {"rank_pattern": {"k_proj": 2}}, r"rank_pattern \['k_proj'\] .*names: 'v_proj', 'q_proj'\. Correct"),
     (LitTiny, {"target_modules": ["embed"], "exclude_modules": ["embed"]}, "both mean .* of LitTiny"),
     (lambda: nn.Sequential(nn.ReLU()), {}, r"Linear, Linear4bit, .*Conv1D, Embedding.*Correct target_modules"),
     # each near name once, and only if it can be adapted

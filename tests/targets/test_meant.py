@@ -87,6 +87,10 @@ def test_names_and_keys_are_answered_in_their_own_form() -> None:
     assert r'"*" is no wildcard in it. Perhaps write r".*\.linear1"' in said(rank_pattern={"*.linear1": 4})
 
 
+def test_a_name_that_several_entries_may_mean_is_said_once() -> None:
+    assert "Write the names: modules_to_save=['head']." in said(modules_to_save=["he*", "h*", "xyz"])
+
+
 @pytest.mark.parametrize("argument", ["modules_to_save", "exclude_modules"])
 def test_a_layer_in_two_arguments_and_nothing_else_is_named_with_both(argument: str) -> None:
     found = said(**{"target_modules": ["head"], argument: ["head"]})

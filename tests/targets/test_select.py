@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lightning_lora as ll
-from lightning_lora.targets import lookup, networks
+from lightning_lora.networks import copies
+from lightning_lora.targets import lookup
 from tests.support.models import LitTiny, TinyLM, same, state
 from tests.targets.test_checks import LETTERS, Table, adapted, letters, net
 
@@ -109,7 +110,7 @@ def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pyt
 def test_each_weight_is_sampled_once_where_a_frozen_network_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(**{half: nn.ModuleList(net(q=linear(), k=linear()) for _ in range(5)) for half in ("frozen", "free")})
     model["frozen"].requires_grad_(False)
-    monkeypatch.setattr(networks, "_sample", samples := Mock(wraps=networks._sample))
+    monkeypatch.setattr(copies, "_Sample", samples := Mock(wraps=copies._Sample))
     with pytest.warns(ll.LoRAWarning, match="No adapter for 'frozen'"):
         adapted(model)
     assert 0 < samples.call_count <= 20
