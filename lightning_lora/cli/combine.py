@@ -25,7 +25,8 @@ def add_arguments(parser: Any) -> None:
 def run(arguments: Any) -> str:
     """Combine the files, and say what was written."""
     files = arguments.files
-    weights = tuple(arguments.weights or [1 / len(files)] * len(files))
+    equal_shares = [1 / len(files)] * len(files)
+    weights = arguments.weights or equal_shares  # argparse gives at least one, or None
     count = combine_files(files, arguments.out, weights, arguments.rank)
     layers = "1 layer" if count == 1 else f"{count} layers"
     return f"Combined {len(files)} files, {layers}, into {arguments.out}."

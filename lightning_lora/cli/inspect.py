@@ -15,7 +15,9 @@ from os import SEEK_END
 from typing import Any
 
 import torch
+from rich.console import RenderableType
 from rich.filesize import decimal
+from rich.table import Table
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.functional.subspace import directions, effective_rank
@@ -44,29 +46,40 @@ def run(arguments: Any) -> None:
 def inspect(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds, in plain types."""
     base = stored.base[0]
-    with opened(stored.source) as file:
-        size = file.seek(0, SEEK_END)
+    layers = list[dict[str, Any]]()
+    rows = dict[str, list[int]]()
+    for name, layer in stored.layers.items():
+        if layer.tokens:
+            rows[name] = list(layer.tokens)
+        else:
+            layers.append(_describe_layer(stored, name))
     return {
         "file": stored.source,
-        "bytes": size,
+        "bytes": _size_of(stored.source),
         "format": FORMAT,
         "root": stored.root,
         "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},
         "config": stored.config.to_dict(),
-        "layers": [_layer(stored, name) for name, layer in stored.layers.items() if not layer.tokens],
-        "tokens": {name: list(layer.tokens) for name, layer in stored.layers.items() if layer.tokens},
-        "beside": {
-            name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            for name, value in besides(stored).items()
-            if isinstance(value, torch.Tensor)
-        },
+        "layers": layers,
+        "tokens": rows,
+        "beside": _describe_besides(stored),
     }
 
 
-def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
+def _size_of(source: str) -> int:
+    """The bytes of a file, or of what a URL names."""
+    with opened(source) as file:
+        size: int = file.seek(0, SEEK_END)
+    return size
+
+
+def _describe_layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
-    values = [directions(update)[1] for update in matrix_updates(stored, name).values()]
+    updates = matrix_updates(stored, name)
+    values = [directions(update)[1] for update in updates.values()]
+    squares = sum(each.square().sum().item() for each in values)
+    ranks = sum(effective_rank(each).mean().item() for each in values)
     return {
         "name": name,
         "class": layer.layer_class,
@@ -74,33 +87,98 @@ def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
         "r": layer.r,
         "scaling": layer.scaling,
         "shapes": {weight: list(shape) for weight, shape in layer.shapes.items()},
-        "norm": sum(each.square().sum().item() for each in values) ** 0.5,
-        "effective_rank": sum(effective_rank(each).mean().item() for each in values) / len(values),
+        "norm": squares**0.5,
+        "effective_rank": ranks / len(values),
     }
 
 
+def _describe_besides(stored: StoredAdapters) -> dict[str, Any]:
+    """The shape and dtype of each tensor that is no adapter's."""
+    described = dict[str, Any]()
+    for name, value in besides(stored).items():
+        if isinstance(value, torch.Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            described[name] = {"shape": list(value.shape), "dtype": dtype}
+    return described
+
+
+# For a terminal
+
+
 def _show(found: dict[str, Any]) -> None:
-    console, layers = fitting_console(), {layer["name"]: layer for layer in found["layers"]}
-    adapted = "1 adapted layer" if len(layers) == 1 else f"{len(layers)} adapted layers"
-    title = f"{found['file']}: {decimal(found['bytes'])}, {adapted}"
-    table = layer_table("Layers", "Type", "r", "scaling", "norm\nof ΔW", "effective\nrank", title=title)
-    settings = ("class", "r", "scaling", "shapes")
-    for group, names in grouped({name: str([layer[key] for key in settings]) for name, layer in layers.items()}):
-        first, times = layers[names[0]], f" (×{len(names)})" if len(names) > 1 else ""
-        numbers = list[str]()
-        for key in ("norm", "effective_rank"):
-            values = sorted(layers[name][key] for name in names)
-            numbers.append("–".join(dict.fromkeys(map("{:.3g}".format, (values[0], values[-1])))))
-        kind = LayerName(first["class"].rpartition(".")[2])
-        table.add_row(LayerName(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
-    console.print(table)
+    """Print what a file holds: a table of its layers, then a line for all else."""
+    console = fitting_console()
+    console.print(_table(found))
     if found["beside"]:
-        beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
-        console.print(printable(f"Besides adapters: {beside}"), soft_wrap=True, markup=False)
-    rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
-    base = found["base"]
-    about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}.{rows}"
-    console.print(printable(about), markup=False)
-    usual = {**LoRAConfig().to_dict(), "r": None, "alpha": "", "target_modules": None}  # these are always shown
-    given = [f"{key}={value!r}" for key, value in found["config"].items() if value != usual[key]]
-    console.print(f"Arguments: {', '.join(given)}", soft_wrap=True, markup=False)
+        line = _line_of_besides(found["beside"])
+        console.print(printable(line), soft_wrap=True, markup=False)
+    console.print(printable(_line_of_base(found)), markup=False)
+    console.print(_line_of_arguments(found["config"]), soft_wrap=True, markup=False)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    """A table with a row for each group of like layers."""
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    kinds = {name: _kind_of(layer) for name, layer in layers.items()}
+    count = len(layers)
+    adapted = "1 adapted layer" if count == 1 else f"{count} adapted layers"
+    size = decimal(found["bytes"])
+    title = f"{found['file']}: {size}, {adapted}"
+    table = layer_table("Layers", "Type", "r", "scaling", "norm\nof ΔW", "effective\nrank", title=title)
+    for title_of_group, names in grouped(kinds):
+        group = [layers[name] for name in names]
+        table.add_row(*_cells(title_of_group, group))
+    return table
+
+
+def _kind_of(layer: dict[str, Any]) -> str:
+    """What layers of one group have in common."""
+    common = [layer[key] for key in ("class", "r", "scaling", "shapes")]
+    return str(common)
+
+
+def _cells(title: str, group: list[dict[str, Any]]) -> tuple[RenderableType, ...]:
+    """The row of a group."""
+    first = group[0]
+    if len(group) > 1:
+        title = f"{title} (×{len(group)})"
+    _, _, class_name = first["class"].rpartition(".")
+    r = str(first["r"])
+    scaling = f"{first['scaling']:g}"
+    norm = _range_of("norm", group)
+    rank = _range_of("effective_rank", group)
+    return LayerName(title), LayerName(class_name), r, scaling, norm, rank
+
+
+def _range_of(key: str, group: list[dict[str, Any]]) -> str:
+    """The least and the greatest number in a group, or one if both look alike."""
+    values = [layer[key] for layer in group]
+    least = f"{min(values):.3g}"
+    greatest = f"{max(values):.3g}"
+    return least if least == greatest else f"{least}–{greatest}"
+
+
+def _line_of_besides(described: dict[str, Any]) -> str:
+    texts = [f"{name} {value['shape']}" for name, value in described.items()]
+    return f"Besides adapters: {', '.join(texts)}"
+
+
+def _line_of_base(found: dict[str, Any]) -> str:
+    """What the adapters were trained on, and which single rows of it."""
+    count = found["base"]["tensors"]
+    dtypes = ", ".join(found["base"]["dtypes"])
+    line = f"Base: {count} frozen tensors, {dtypes}."
+    for name, rows in found["tokens"].items():
+        line += f" Rows of {name} train: {len(rows)}."
+    return line
+
+
+def _line_of_arguments(config: dict[str, Any]) -> str:
+    """The arguments that differ from the defaults, and those that are always shown."""
+    always_shown = ("r", "alpha", "target_modules")
+    usual = LoRAConfig().to_dict()
+    given = list[str]()
+    for key, value in config.items():
+        if key in always_shown or value != usual[key]:
+            given.append(f"{key}={value!r}")
+    return f"Arguments: {', '.join(given)}"

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.markup import escape
 
@@ -17,53 +18,87 @@ _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its he
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return 0, or 1 after an error."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if not arguments:
+        arguments = ["--help"]
+    return _run(_parser().parse_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     about = "Work with files of LoRA adapters, without the model."
+    version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['lightning_lora'].__version__}")
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="command")
     for module in _COMMANDS:
+        _, _, name = module.__name__.rpartition(".")
         text = module.__doc__ or ""
+        first_line, _, _ = text.partition("\n")
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2],
-            help=text.partition("\n")[0],
+            name,
+            help=first_line,
             description=text.replace("::\n", ":\n").strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, usage=command.format_usage().strip().removeprefix("usage: "))
-    return _run(parser.parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"]))
+        usage = command.format_usage().strip().removeprefix("usage: ")
+        command.set_defaults(run=module.run, usage=usage)
+    return parser
 
 
-def _run(parsed: argparse.Namespace) -> int:
-    usage = message = ""
+def _run(command: argparse.Namespace) -> int:
+    """Run a command, and print what it says, its warnings and its error."""
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
-            if said := parsed.run(parsed):
-                fitting_console().print(printable(said), markup=False, highlight=False, soft_wrap=True)
-        sys.stdout.flush()
+            failure = _attempt(command)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FileNotFoundError as error:
-        usage = parsed.usage if error.filename else ""
-        message = f"{error.filename} does not exist." if error.filename else str(error)
-    except (LoRAError, OSError) as error:
-        usage, message = parsed.usage, str(error)
-    except KeyboardInterrupt:
-        message = "Stopped. Nothing was written."
     for each in noticed:
         if issubclass(each.category, LoRAWarning):
             _say("[bold yellow]warning:[/]", str(each.message))
-    if usage:
-        _say("[dim]usage:[/]", usage)
-    if message:  # last, where it is read
-        _say("[bold red]error:[/]", message)
-    return 1 if message else 0
+    if failure is None:
+        return 0
+    if failure.usage:
+        _say("[dim]usage:[/]", failure.usage)
+    _say("[bold red]error:[/]", failure.message)  # last, where it is read
+    return 1
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a command has failed."""
+
+    message: str
+    usage: str = ""  # how the command is called, if that may help
+
+
+def _attempt(command: argparse.Namespace) -> _Failure | None:
+    """Run a command and print its result. Return what went wrong."""
+    try:
+        result = command.run(command)
+        if result:
+            fitting_console().print(printable(result), markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except FileNotFoundError as error:
+        if not error.filename:  # a message of ours, which says what to do
+            return _Failure(str(error))
+        return _Failure(f"{error.filename} does not exist.", command.usage)
+    except (LoRAError, OSError) as error:
+        return _Failure(str(error), command.usage)
+    except KeyboardInterrupt:
+        return _Failure("Stopped. Nothing was written.")
+    return None
 
 
 def _say(what: str, message: str) -> None:
     """Print a message on the standard error."""
     console = fitting_console(stderr=True)
-    message = "\n".join(map(printable, message.splitlines()))
-    console.print(what, escape(message), highlight=False, soft_wrap=not console.is_terminal)
+    lines = [printable(line) for line in message.splitlines()]
+    text = escape("\n".join(lines))
+    console.print(what, text, highlight=False, soft_wrap=not console.is_terminal)

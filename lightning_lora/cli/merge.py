@@ -27,10 +27,13 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
-    console, out = Console(stderr=True), arguments.out
+    console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Merging", total=None)
-        merged = merge_files(
-            arguments.base, arguments.adapter, out, lambda total: bar.update(task, total=total, advance=1)
-        )
-    return f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}."
+
+        def step(total: int) -> None:
+            bar.update(task, total=total, advance=1)
+
+        count = merge_files(arguments.base, arguments.adapter, arguments.out, step)
+    weights = "1 weight" if count == 1 else f"{count} weights"
+    return f"Merged {weights} into {arguments.out}."

@@ -3,10 +3,11 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
@@ -23,9 +24,9 @@ from lightning_lora.tensors.names import join, owner_of
 def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequence[float], r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
-    if not 2 <= len(paths) == len(weights):
+    if len(paths) < 2 or len(weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
-    files = list(map(read_layers, paths))
+    files = [read_layers(path) for path in paths]
     stored = combined(files, weights, r)
     _check_bases(files)
     write_adapter_file(out, stored)
@@ -34,65 +35,157 @@ def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequenc
 
 @torch.no_grad()
 def combined(
-    files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None, known: Iterable[str] = ()
+    files: Sequence[StoredAdapters],
+    weights: Sequence[float],
+    r: int | None,
+    module_names: Iterable[str] = (),
 ) -> StoredAdapters:
-    """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r."""
-    if not all(map(math.isfinite, weights)) or (r is not None and not (isinstance(r, int) and r > 0)):
-        raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
+    """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r.
+
+    Args:
+        files: The adapters.
+        weights: One for each of them.
+        r: The rank of each sum. None: as high as its updates' ranks together.
+        module_names: All modules of the model, as far as they are known: the configuration means none of the others.
+    """
+    _check_numbers(weights, r)
     first = files[0]
-    layers, state = dict[str, StoredLayer](), {name: first.state[name] for name in first.filled}
-    for name, layer in _check_alike(files).items():
-        held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
-        for file, weight in zip(files, weights, strict=True):
-            for matrix, update in matrix_updates(file, name).items() if name in file.layers else ():  # or it is zero
-                held[matrix].append((update, weight))
-        found = {matrix: _combined(matrix, each, r) for matrix, each in held.items()}
-        most = max(a.shape[-2] for a, _ in found.values())
-        layers[name] = replace(layer, r=most)
-        for matrix, update in found.items():
-            factors = matrix.named(with_rank(update, matrix.rank(most)))
-            state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
-    present = {*layers, *known, *(owner_of(name) for each in first.base for name in each.get("rounded", ()))}
+    layers = dict[str, StoredLayer]()
+    state = {name: first.state[name] for name in first.filled}
+    for name, layer in _layers_of_all(files).items():
+        updates = _summed_updates(files, weights, name, r)
+        highest_rank = max(map(_rank_of, updates.values()))
+        layers[name] = replace(layer, r=highest_rank)
+        state.update(_named_factors(name, updates, highest_rank))
+    present = {*layers, *module_names, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
     return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
+
+
+# Sums of updates
+
+
+@dataclass
+class _WeightedSum:
+    """The updates of one matrix, and their weights."""
+
+    updates: list[Factors] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, update: Factors, weight: float) -> None:
+        """Add the update in one more file."""
+        self.updates.append(update)
+        self.weights.append(weight)
+
+    def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
+        """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
+        update = concatenated(self.updates, self.weights)
+        highest_rank = matrix.largest_rank if r is None else matrix.rank(r)
+        if _rank_of(update) <= highest_rank:
+            return update
+        return truncated(update, highest_rank)
+
+
+def _summed_updates(
+    files: Sequence[StoredAdapters],
+    weights: Sequence[float],
+    name: str,
+    r: int | None,
+) -> dict[AdaptedMatrix, Factors]:
+    """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
+    sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)
+    for file, weight in zip(files, weights, strict=True):
+        if name not in file.layers:
+            continue
+        for matrix, update in matrix_updates(file, name).items():
+            sums[matrix].add(update, weight)
+    return {matrix: weighted_sum.factors(matrix, r) for matrix, weighted_sum in sums.items()}
+
+
+def _named_factors(name: str, updates: dict[AdaptedMatrix, Factors], r: int) -> dict[str, Tensor]:
+    """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
+    state = dict[str, Tensor]()
+    for matrix, update in updates.items():
+        factors = with_rank(update, matrix.rank(r))
+        for parameter, factor in matrix.named(factors).items():
+            state[join(name, parameter)] = factor.contiguous()
+    return state
+
+
+def _rank_of(update: Factors) -> int:
+    a, _ = update
+    return a.shape[-2]
+
+
+def _owners_in_base(stored: StoredAdapters) -> set[str]:
+    """The modules that hold the tensors of a base."""
+    owners = set[str]()
+    for fingerprint in stored.base:
+        for tensor in fingerprint.get("rounded", ()):
+            owners.add(owner_of(tensor))
+    return owners
+
+
+# Checks
+
+
+def _check_numbers(weights: Sequence[float], r: int | None) -> None:
+    """Refuse weights and a rank with which no sum can be computed."""
+    are_finite = all(map(math.isfinite, weights))
+    is_rank = r is None or (isinstance(r, int) and r > 0)
+    if not are_finite or not is_rank:
+        raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
 
 
 def _check_bases(files: Sequence[StoredAdapters]) -> None:
     """Refuse files of several bases."""
     first = files[0]
     for file in files:
-        is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
-        if not any(each in file.base for each in first.base) or file.root != first.root or not is_same:
+        if not _have_one_base(first, file):
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
 
 
-def _check_alike(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
-    """Refuse adapters whose updates cannot be added. Return the layers of all, each with a scaling of one."""
-    layers, holder = dict[str, StoredLayer](), dict[str, StoredAdapters]()
+def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
+    """Whether two files are of the same model, and of the same base in one dtype at least."""
+    have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
+    if not have_one_fingerprint or one.root != other.root or one.filled != other.filled:
+        return False
+    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
+
+
+def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
+    """The layers of all files, each with a scaling of one. Updates that cannot be added are refused."""
+    layers = dict[str, StoredLayer]()
+    first_source = dict[str, str]()  # the first file that adapts a layer
     for file in files:
-        if file.config.use_dora:
-            raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
-        if beside := besides(file):
-            raise AdapterMismatchError(
-                f"{file.source} also holds {listed(beside)}, which cannot be combined: they were trained in full, or "
-                "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
-            )
+        _check_can_be_added(file)
         for name, layer in file.layers.items():
             if layer.tokens:
                 raise AdapterMismatchError(f"{file.source} trains single rows of {name!r}, which cannot be added up.")
             matrices = tuple(map(bare, layer.matrices))
-            found = layers.setdefault(name, replace(layer, scaling=1.0, matrices=matrices))
-            other = holder.setdefault(name, file)
-            if (found.kind, found.shapes, found.matrices) != (layer.kind, layer.shapes, matrices):
+            comparable = replace(layer, scaling=1.0, matrices=matrices)
+            known = layers.setdefault(name, comparable)
+            source = first_source.setdefault(name, file.source)
+            if not _have_same_parts(known, comparable):
                 raise AdapterMismatchError(
-                    f"{name!r} is adapted in other parts in {other.source} than in {file.source}. Use one base, "
+                    f"{name!r} is adapted in other parts in {source} than in {file.source}. Use one base, "
                     "and the same target_slices and target_parameters."
                 )
     return layers
 
 
-def _combined(matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], r: int | None) -> Factors:
-    """The weighted sum of updates of one matrix."""
-    update = concatenated(*map(list, zip(*weighted, strict=True)))
-    most = matrix.largest_rank if r is None else matrix.rank(r)
-    return update if update[0].shape[-2] <= most else truncated(update, most)
+def _check_can_be_added(file: StoredAdapters) -> None:
+    """Refuse a file that holds more than updates of weights."""
+    if file.config.use_dora:
+        raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
+    others = besides(file)
+    if others:
+        raise AdapterMismatchError(
+            f"{file.source} also holds {listed(others)}, which cannot be combined: they were trained in full, or "
+            "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
+        )
+
+
+def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:
+    """Whether the same parts of the same weights are adapted, in the same way."""
+    return one.kind == other.kind and one.shapes == other.shapes and one.matrices == other.matrices

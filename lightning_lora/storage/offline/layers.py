@@ -12,7 +12,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, matrix_factors, put_on
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_layers import bare
+from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.names import join
 
 
@@ -37,32 +37,50 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
 
 def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
-    layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
+    layer = stored.layers[name]
+    settings = layer.settings(stored.config)
+    updates = dict[AdaptedMatrix, Factors]()
+
+    def parameter_of_layer(parameter: str) -> Tensor:
+        value: Tensor = stored.state[join(name, parameter)]
+        return value
+
     for matrix in layer.matrices:
         if matrix.tokens:  # these rows are no update: the base's are not in the file
             continue
-        settings = layer.settings(stored.config)
-        a, b = matrix_factors(matrix, settings, lambda parameter: stored.state[join(name, parameter)])
-        found[bare(matrix)] = a, b * matrix.scale(layer.scaling)
-    return found
+        a, b = matrix_factors(matrix, settings, parameter_of_layer)
+        scale = matrix.scale(layer.scaling)
+        updates[bare(matrix)] = a, b * scale
+    return updates
 
 
 def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
     """Return an adapted layer with these weights of the base. It can compute its merged weights."""
-    layer, shell = stored.layers[name], nn.Module()
+    layer = stored.layers[name]
+    kind = cast(type[LoRALayer], layer.adapter_class)
+    shell = nn.Module()
     for matrix in layer.matrices:
-        *owners, leaf = matrix.weight.split(".")
-        owner = shell
-        for child in owners:
-            if child not in owner._modules:
-                owner.add_module(child, nn.Module())
-            owner = owner.get_submodule(child)
         value = weights.get(matrix.weight, torch.empty(0))
-        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        _register_weight(shell, matrix.weight, value)
+    parameters = _adapter_parameters(stored, layer)
+    put_on(shell, Adapter(kind, layer.settings(stored.config), layer.matrices, parameters))
+    return cast(LoRALayer, shell)
+
+
+def _register_weight(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let a module have a frozen weight under a dotted name, with plain modules in between."""
+    *owners, leaf = name.split(".")
+    for child in owners:
+        if child not in module._modules:
+            module.add_module(child, nn.Module())
+        module = module.get_submodule(child)
+    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _adapter_parameters(stored: StoredAdapters, layer: StoredLayer) -> dict[str, nn.Parameter]:
+    """The parameters of a layer's adapter, by their names in the layer."""
     parameters = dict[str, nn.Parameter]()
     for parameter, stored_name in layer.parameters(stored.config).items():
         value = stored.state[stored_name].clone()  # in a file it begins anywhere, and some processors round otherwise
         parameters[parameter] = nn.Parameter(value, requires_grad=False)
-    kind, settings = cast(type[LoRALayer], layer.adapter_class), layer.settings(stored.config)
-    put_on(shell, Adapter(kind, settings, layer.matrices, parameters))
-    return cast(LoRALayer, shell)
+    return parameters

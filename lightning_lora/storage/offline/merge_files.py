@@ -2,292 +2,181 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    MergePrecisionWarning,
-    listed,
-    warn,
-)
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, MergePrecisionWarning, listed, warn
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.record import HALVES
 from lightning_lora.storage.disk import check_output, path_here, unread_in, writing, writing_folder
-from lightning_lora.storage.fingerprint import BaseTensor, Comparison, compare
 from lightning_lora.storage.formats.lightning import as_base
-from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
+from lightning_lora.storage.offline.layers import layer_on, read_layers
+from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
+from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
-from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside
-from lightning_lora.storage.stored import StoredAdapters, is_dense
-from lightning_lora.tensors.digests import digest, digests_as
-from lightning_lora.tensors.names import join
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
     """Merge adapters into a base. Return how many weights. Only a checkpoint is in memory as a whole."""
-    base, out = path_here(base), path_here(out)
+    base = path_here(base)
+    out = path_here(out)
     files = TensorFiles(base)
-    check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
-    if out.is_file():
-        with suppress(AdapterFileError):
-            read_layers(out)
-            raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
-    job = _Merge(files, read_layers(adapter), progress)
-    job.check()
-    if base.is_dir() or out.suffix == ".safetensors":
-        job.check_tensors_alone()
+    check_output(out, [base, adapter, *files.files])
+    _check_no_adapters(out)
+    merge = _Merge(files, adapter, progress)
+    check_plan(merge.plan)
     if base.is_dir():
-        _write_folder(job, out)
+        _write_folder(merge, out)
     elif out.suffix == ".safetensors":
-        with writing(out) as place:
-            job.write(place, job.places, files.metadata(base))
-    elif out.suffix in (".ckpt", base.suffix) and files.checkpoint is not None:
-        _write_checkpoint(job, files.checkpoint, out)
+        _write_safetensors(merge, out)
+    elif files.checkpoint is not None and out.suffix in (".ckpt", base.suffix):
+        _write_checkpoint(merge, files.checkpoint, out)
     else:
         kinds = ".safetensors" if files.checkpoint is None else f".safetensors or {base.suffix}"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
-    if loss := lost_to_rounding(job.lost, str(base)):
-        warn(
-            f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
-            MergePrecisionWarning,
-        )
-    return len(job.weights)
+    merge.warn_of_rounding()
+    return len(merge.plan.adapted)
+
+
+def _check_no_adapters(out: Path) -> None:
+    """Refuse to write over a file of adapters, which are hardly meant to be lost."""
+    if not out.is_file():
+        return
+    try:
+        read_layers(out)
+    except AdapterFileError:  # it is something else
+        return
+    raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
 
 
 class _Merge:
-    """The adapters of one file, and the weights that they change. All have their names in the base."""
+    """Computes the tensors of a merged model, one by one."""
 
-    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[int], object]) -> None:
-        self.files, self.stored, self.progress = files, stored, progress
-        self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
-        self.name_in_base = _renaming(stored, files)
-        self.weights: dict[str, tuple[str, str]] = {}  # the layer, and the name of the weight in it
-        for name, layer in stored.layers.items():
-            for weight in layer.shapes:
-                self.weights[self.name_in_base(join(name, weight))] = name, weight
-            for place in map(self.name_in_base, layer.tied.get("weight", ()) if layer.tokens else ()):
-                if place in files.file_of:
-                    self.weights[place] = name, "weight"
-        self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
-        for name in stored.filled:
-            if (place := self.name_in_base(name)) in files.file_of:
-                self.beside[place] = stored.state[name]
-        self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
-        for name in self.beside:
-            self.places.setdefault(name, last)
-
-    def check(self) -> None:
-        """Refuse what does not fit, before anything is written."""
-        wrong, tied = [], []
-        for name, (owner, weight) in self.weights.items():
-            layer = self.stored.layers[owner]
-            shape, value = layer.shapes[weight], self.files.get(name) if name in self.files.file_of else None
-            if not is_dense(value) or not value.is_floating_point() or value.shape != shape:
-                found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
-                wrong.append(f"{name} {list(shape)}, {found}")
-            if weight in layer.tied and not layer.tokens:
-                tied.append(name)
-        if wrong:
-            raise AdapterMismatchError(
-                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or "
-                f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
-            )
-        if tied:
-            raise AdapterMismatchError(
-                f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
-                "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
-            )
-        self._check_complete()
-        self._check_base()
-
-    def check_tensors_alone(self) -> None:
-        """Refuse what modules keep besides tensors (``get_extra_state``): only a checkpoint has a place for it."""
-        odd = [name for name, value in self.beside.items() if not isinstance(value, Tensor)]
-        if odd:
-            raise AdapterFileError(
-                f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and safetensors holds no "
-                "others. Merge into a checkpoint (.ckpt); or in memory: load_adapter(model, path), then save_merged."
-            )
-
-    def _check_complete(self) -> None:
-        """Refuse a base that lacks a tensor of the training's."""
-        for form in self.stored.base:
-            lost = self._lost(form) if "rounded" in form else []
-            if lost:
-                raise BaseMismatchError(
-                    f"{self.files.path} lacks {listed(lost)}, which the base of the adapters in {self.stored.source} "
-                    "had: the file is damaged, or holds a part of that base. Pass the whole base. Or merge in memory: "
-                    "load_adapter(model, path), then save_merged."
-                )
-
-    def _lost(self, form: Mapping[str, Any]) -> list[str]:
-        """The tensors of a fingerprint that the base does not have.
-
-        A tied tensor is there under one of its names. And a library may know another name for one, as transformers
-        reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
-        """
-        names = {name: self.name_in_base(name) for name in form["rounded"]}
-        digests = dict(zip(names, form["digests"], strict=True))
-        present = {digests[name] for name, place in names.items() if place in self.files.file_of}
-        absent = [name for name in self._expected(form["rounded"]) if digests[name] not in present]
-        if not absent:
-            return []
-        others = self.files.file_of.keys() - {*names.values(), *self.weights, *self.beside}
-        values = self._digests(others)
-        lost = list[str]()
-        for name in absent:
-            has_values = not values.isdisjoint({digests[name], *form["rounded"][name]})
-            is_misspelt = any(_differ_in_one_character(names[name], other) for other in others)
-            if is_misspelt or not has_values:
-                lost.append(name)
-        return lost
-
-    def _expected(self, halves: Mapping[str, Any]) -> list[str]:
-        """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-        left_out = {*self.stored.changed, *self.stored.random}
-        expected = list[str]()
-        for name, known in halves.items():
-            is_weight = bool(known)  # None: it was quantised. Empty: integers, which other versions may not store
-            if is_weight and name not in left_out and not self.name_in_base(name).startswith(_OUTSIDE):
-                expected.append(name)
-        return expected
-
-    def _digests(self, places: Iterable[str]) -> set[int]:
-        """The digests of some tensors of the base: as they are, and in half precision."""
-        found = set[int]()
-        for place in places:
-            value = self.files.get(place)
-            if is_dense(value):
-                found.add(digest(value))
-                found.update(digests_as(value, HALVES) if value.is_floating_point() else ())
-        return found
-
-    def _check_base(self) -> None:
-        """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
-        compared = [compare(each, self._compared(each["rounded"])) for each in self.stored.base if "rounded" in each]
-        found = min(compared, key=lambda each: len(each.differ), default=Comparison())
-        if not found.is_same:
-            raise BaseMismatchError(
-                f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} "
-                f"frozen tensors in {self.files.path} differ, such as {listed(found.differ)}. Pass the same weights."
-            )
-        if found.converted:
-            warn(
-                f"{len(found.converted)} tensors in {self.files.path} have another precision than those that the "
-                f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
-            )
-
-    def _compared(self, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
-        """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
-        left_out = {*self.stored.changed, *self.stored.random}
-        for name, known in halves.items():
-            place = self.name_in_base(name)
-            if known is None or name in left_out or place not in self.files.file_of:  # None: it was quantised
-                continue
-            value = self.files.get(place)
-            if place in self.weights and (tokens := self.stored.layers[self.weights[place][0]].tokens):
-                value = value.index_fill(0, torch.tensor(tokens), 0)
-            yield BaseTensor(name, place, value, digest(value), partial(digests_as, value, HALVES))
-
-    def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
-        """Write these tensors of the merged model into a file. Return their size."""
-        return write_tensors(path, names, self._value, self.merged, metadata)
-
-    def _value(self, name: str) -> Tensor:
-        """A tensor without updates: that of the training, or of the base."""
-        value: Tensor = self.beside[name] if name in self.beside else self.files.get(name)
-        return value
+    def __init__(self, files: TensorFiles, adapter: str | Path, progress: Callable[[int], object]) -> None:
+        self.plan = MergePlan(files, read_layers(adapter))
+        self.progress = progress
+        self.lost_share: dict[str, float] = {}  # of each layer's update, to rounding; of the layers computed so far
 
     def merged(self, name: str) -> Tensor:
         """Return a tensor of the merged model."""
-        self.progress(len(self.places))
-        base = self._value(name)
-        if name not in self.weights:
-            return base
-        layer, weight = self.weights[name]
+        self.progress(len(self.plan.file_of))
+        value = self.without_update(name)
+        if name not in self.plan.adapted:
+            return value
+        return self._with_update(name, value, self.plan.adapted[name])
+
+    def without_update(self, name: str) -> Tensor:
+        """Return a tensor as it is before an update: that of the training, or of the base."""
+        if name in self.plan.replaced:
+            value: Tensor = self.plan.replaced[name]
+        else:
+            value = self.plan.files.get(name)
+        return value
+
+    def _with_update(self, name: str, base: Tensor, adapted: AdaptedWeight) -> Tensor:
+        """The sum of a weight and its update. It must fit into the dtype of the base."""
+        layer = adapted.layer.name
         with torch.no_grad():
-            merged, lost = layer_on(self.stored, layer, {weight: base}).lora_merged_weight(weight)
+            shell = layer_on(self.plan.stored, layer, {adapted.weight: base})
+            merged, lost_share = shell.lora_merged_weight(adapted.weight)
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
                 f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
             )
-        self.lost[layer] = max(lost, self.lost.get(layer, 0.0))
+        self.lost_share[layer] = max(lost_share, self.lost_share.get(layer, 0.0))
         return merged
 
+    def warn_of_rounding(self) -> None:
+        """Warn if rounding took much of the updates."""
+        loss = lost_to_rounding(self.lost_share, str(self.plan.base))
+        if loss:
+            warn(
+                f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
+                MergePrecisionWarning,
+            )
 
-def _renaming(stored: StoredAdapters, files: TensorFiles) -> Callable[[str], str]:
-    """Return how names in the adapters' file become names in the base: one prefix may come off, or be added."""
-    weights = [join(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
-    found = find_renamings(weights, files.file_of, root_there=stored.root)
-    if len(found) > 1:
-        raise AdapterMismatchError(
-            f"The weights that {stored.source} adapts are in {files.path} in several places: "
-            f"{listed(sorted(way.name_here(weights[0]) for way in found))}. Pass a base that holds the model once."
-        )
-    renaming = found[0] if found else Renaming()
-    if outside := [name for name in besides(stored) if not is_inside(name, renaming.there)]:
-        raise AdapterMismatchError(
-            f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
-            f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
-        )
-    return lambda name: renaming.name_here(name) if is_inside(name, renaming.there) else f"{_OUTSIDE}{name}"
+    def write(self, path: Path, names: Collection[str], source: Path) -> int:
+        """Write these tensors into a safetensors file, with the metadata of the base's file. Return their size."""
+        metadata = self.plan.files.metadata(source)
+        return write_tensors(path, names, self.without_update, self.merged, metadata)
 
 
-_OUTSIDE = " outside: "  # before names for which the base has no place
+# A file
 
 
-def _differ_in_one_character(one: str, other: str) -> bool:
-    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
+def _write_safetensors(merge: _Merge, out: Path) -> None:
+    """Write the merged model as one safetensors file."""
+    check_tensors_alone(merge.plan)
+    with writing(out) as part:
+        merge.write(part, merge.plan.file_of, merge.plan.base)
 
 
-def _write_checkpoint(job: _Merge, checkpoint: dict[str, Any], out: Path) -> None:
+def _write_checkpoint(merge: _Merge, checkpoint: dict[str, Any], out: Path) -> None:
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
-    if unread := unread_in(checkpoint):
+    unread = unread_in(checkpoint)
+    if unread:
+        kinds = dict.fromkeys(unread)
         raise AdapterFileError(
-            f"{job.files.path} holds objects of {listed(dict.fromkeys(unread))}, which would be lost in {out}. Name a "
+            f"{merge.plan.base} holds objects of {listed(kinds)}, which would be lost in {out}. Name a "
             "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
         )
-    state = dict(job.files.entries)
-    for name in job.places:
-        state[name] = job.merged(name)
-    is_alone = state.keys() >= checkpoint.keys()
-    with writing(out) as place:
-        torch.save(state if is_alone else {**as_base(checkpoint), "state_dict": state}, place)
+    state = dict(merge.plan.files.entries)
+    for name in merge.plan.file_of:
+        state[name] = merge.merged(name)
+    is_state_alone = checkpoint.keys() <= state.keys()
+    contents = state if is_state_alone else {**as_base(checkpoint), "state_dict": state}
+    with writing(out) as part:
+        torch.save(contents, part)
 
 
-def _write_folder(job: _Merge, out: Path) -> None:
+# A folder
+
+
+def _write_folder(merge: _Merge, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
-    base, index, size = job.files.path, job.files.index, 0
+    check_tensors_alone(merge.plan)
+    base = merge.plan.base
+    sources = list(dict.fromkeys(merge.plan.file_of.values()))
     with writing_folder(out) as folder:
         folder.mkdir()
-        for file in dict.fromkeys(job.places.values()):
-            names = [name for name, place in job.places.items() if place == file]
-            size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
-        if index is not None:
-            places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
-            known = index.get("metadata")
-            metadata = {**(known if isinstance(known, dict) else {}), "total_size": size}
-            index = {**index, "weight_map": places, "metadata": metadata}
+        size = 0
+        for source in sources:
+            names = merge.plan.names_in(source)
+            place = _make_folder_of(folder / source.relative_to(base))
+            size += merge.write(place, names, source)
+        if merge.plan.files.index is not None:
+            index = _new_index(merge.plan, merge.plan.files.index, size)
             (folder / INDEX).write_text(json.dumps(index, indent=2))
-        _copy_others(base, folder, set(job.places.values()))
+        _copy_others(base, folder, sources)
 
 
-def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> None:
-    """Copy all files of the base but ``known`` ones, weights without the update, and hidden folders."""
+def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The index of the merged folder: that of the base, with the new tensors and their size."""
+    weight_map = dict[str, str]()
+    for name, file in plan.file_of.items():
+        weight_map[name] = file.relative_to(plan.base).as_posix()
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    return {**index, "weight_map": weight_map, "metadata": {**metadata, "total_size": size}}
+
+
+def _copy_others(base: Path, folder: Path, written: Collection[Path]) -> None:
+    """Copy all files of the base but those ``written`` anew, weights without the update, and hidden folders."""
     for path in base.rglob("*"):
         place = path.relative_to(base)
-        is_hidden = any(each.startswith(".") for each in place.parts[:-1])
-        if path.is_file() and path not in known and not is_hidden and not path.name.lower().endswith(_WEIGHTS):
-            shutil.copy2(path, _place(folder / place))
+        if path.is_file() and path not in written and not _is_left_behind(place):
+            shutil.copy2(path, _make_folder_of(folder / place))
+
+
+def _is_left_behind(place: Path) -> bool:
+    """Whether a file of the base holds weights, in any format, or lies in a hidden folder."""
+    *folders, _ = place.parts
+    is_hidden = any(folder.startswith(".") for folder in folders)
+    return is_hidden or place.name.lower().endswith(_WEIGHTS)
 
 
 _WEIGHTS = (  # the endings of files that hold weights, in any format
@@ -296,6 +185,7 @@ _WEIGHTS = (  # the endings of files that hold weights, in any format
 )  # fmt: skip
 
 
-def _place(path: Path) -> Path:
+def _make_folder_of(path: Path) -> Path:
+    """Make the folder of a file to be written. Return the file's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

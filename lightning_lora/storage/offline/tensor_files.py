@@ -1,9 +1,9 @@
 """Read and write files one tensor at a time."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,11 @@ from lightning_lora.storage.archives import check_file, check_new_format, kind_o
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
 
-_ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
+_UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
+
+
+# Reading
 
 
 class TensorFiles:
@@ -28,114 +31,187 @@ class TensorFiles:
         self.index: dict[str, Any] | None = None  # of a folder that is divided
         self.file_of: dict[str, Path] = {}
         self.entries: dict[str, Any] = {}  # a checkpoint's own state
-        self._files: dict[Path, Any] = {}  # those that are open
+        self._open_files: dict[Path, Any] = {}
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
-        if path.is_dir():
-            self._read_folder()
-        elif path.suffix == ".safetensors" and path.is_file():
-            self.file_of = dict.fromkeys(self._file(path).keys(), path)
-        elif not path.is_file():
-            raise AdapterFileError(f"{path} is a pipe or a device, not a file. Write its contents into a file first.")
-        else:
-            self._read_checkpoint()
+        self._find_tensors()
         if not self.file_of:
             raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold tensors."""
+        return list(dict.fromkeys(self.file_of.values()))
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor."""
+        if name in self.entries:
+            value: Tensor = self.entries[name]
+        else:
+            value = self._open(self.file_of[name]).get_tensor(name)
+        return value
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        """Return what a ``.safetensors`` file says of itself."""
+        if self.checkpoint is not None:
+            return {}
+        return self._open(file).metadata() or {}
+
+    def _open(self, file: Path) -> Any:
+        """An open file. It stays open: its header may be long."""
+        if file not in self._open_files:
+            with reading(file):
+                self._open_files[file] = safe_open(file, "pt")
+        return self._open_files[file]
+
+    def _find_tensors(self) -> None:
+        """Find out which file holds which tensor."""
+        if self.path.is_dir():
+            self._find_in_folder()
+        elif not self.path.is_file():
+            raise AdapterFileError(
+                f"{self.path} is a pipe or a device, not a file. Write its contents into a file first."
+            )
+        elif self.path.suffix == ".safetensors":
+            self._add_file(self.path)
+        else:
+            self._read_checkpoint()
+
     def _read_checkpoint(self) -> None:
+        """Read a file of torch: a state, or a checkpoint with one inside."""
         with reading(self.path):
             check_file(self.path)
             with self.path.open("rb") as file:
                 check_new_format(kind_of(file), self.path)
             loaded = load_plain(self.path, mmap=True)
-        self.checkpoint = loaded if isinstance(loaded, dict) else {}
-        state = self.checkpoint.get("state_dict", self.checkpoint)
-        self.entries = state if isinstance(state, dict) else {}
-        self.file_of = {name: self.path for name, value in self.entries.items() if isinstance(value, Tensor)}
+        self.checkpoint = _dict_or_empty(loaded)
+        self.entries = _dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))
+        for name, value in self.entries.items():
+            if isinstance(value, Tensor):
+                self.file_of[name] = self.path
 
-    def _read_folder(self) -> None:
-        index, one = self.path / INDEX, self.path / _ONE
+    def _find_in_folder(self) -> None:
+        """Find the file of each tensor: an index names most of them."""
+        index = self.path / INDEX
+        undivided = self.path / _UNDIVIDED
         if index.is_file():
             self.index = _read_index(index)
-            self.file_of = {name: self.path / file for name, file in self.index["weight_map"].items()}
-        elif not one.is_file():
+            for name, file in self.index["weight_map"].items():
+                self.file_of[name] = self.path / file
+            for file in self.files:
+                self._add_file(file)
+        elif undivided.is_file():
+            self._add_file(undivided)
+        else:
             raise AdapterFileError(
-                f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
+                f"{self.path} has neither {_UNDIVIDED} nor {INDEX}. Save the base with save_pretrained, or pass its "
+                "file."
             )
-        for file in dict.fromkeys(self.file_of.values()) if self.index else [one]:
-            names = dict.fromkeys(self._file(file).keys())
-            absent = [name for name, place in self.file_of.items() if place == file and name not in names]
-            if absent:
-                raise AdapterFileError(
-                    f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
-                    "all files of the base, of one version."
-                )
-            for name in names:
-                self.file_of.setdefault(name, file)  # an index may leave tensors out
 
-    def get(self, name: str) -> Tensor:
-        """Return one tensor."""
-        if name in self.entries:
-            return self.entries[name]  # type: ignore[no-any-return]
-        return self._file(self.file_of[name]).get_tensor(name)  # type: ignore[no-any-return]
+    def _add_file(self, file: Path) -> None:
+        """Add the tensors of one file. It must hold those that the index names in it."""
+        names = dict.fromkeys(self._open(file).keys())
+        expected = [name for name, place in self.file_of.items() if place == file]
+        absent = [name for name in expected if name not in names]
+        if absent:
+            raise AdapterFileError(
+                f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
+                "all files of the base, of one version."
+            )
+        for name in names:
+            self.file_of.setdefault(name, file)  # an index may leave tensors out
 
-    def metadata(self, file: Path) -> dict[str, str]:
-        """Return what a ``.safetensors`` file says of itself."""
-        return {} if self.checkpoint is not None else self._file(file).metadata() or {}
 
-    def _file(self, file: Path) -> Any:
-        """An open file. It stays open: its header may be long."""
-        if file not in self._files:
-            with reading(file):
-                self._files[file] = safe_open(file, "pt")
-        return self._files[file]
+def _dict_or_empty(value: Any) -> dict[str, Any]:
+    """A value that should be a dict. What else a file holds has no tensors with names."""
+    return value if isinstance(value, dict) else {}
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     """The index of a folder. It comes with a base from somewhere, and may name files of this folder alone."""
     index = json_object(path.read_bytes(), path)
-    files = index["weight_map"].values() if isinstance(index.get("weight_map"), dict) else [None]
-    for file in files:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _no_weight_map(path)
+    for file in weight_map.values():
         if not isinstance(file, str):
-            raise AdapterFileError(f"{path} has no 'weight_map' from tensors to files. Use it as it was written.")
-        if PurePath(file).anchor or ".." in PurePath(file).parts or not (path.parent / file).is_file():
+            raise _no_weight_map(path)
+        if not _is_inside_folder(path.parent, file):
             raise AdapterFileError(
                 f"The 'weight_map' in {path} names {file!r}, which is no file in its folder. Get all files of the base."
             )
     return index
 
 
+def _no_weight_map(path: Path) -> AdapterFileError:
+    """The error for an index that is not as anybody writes one."""
+    return AdapterFileError(f"{path} has no 'weight_map' from tensors to files. Use it as it was written.")
+
+
+def _is_inside_folder(folder: Path, name: str) -> bool:
+    """Whether ``name`` is a file in ``folder``, or in a folder inside it."""
+    file = PurePath(name)
+    if file.anchor or ".." in file.parts:
+        return False
+    return (folder / file).is_file()
+
+
+# Writing
+
+
 def write_tensors(
-    path: Path, names: Collection[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
+    path: Path,
+    names: Collection[str],
+    described: Callable[[str], Tensor],
+    value_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> int:
-    """Write what ``values`` gives, one at a time. ``base`` gives the shapes and dtypes. Return their size."""
-    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
-    described = {name: base(name).to("meta") for name in names}
-    names = sorted(described, key=lambda name: described[name].itemsize, reverse=True)  # so each is aligned in memory
+    """Write a safetensors file, one tensor at a time. Return the size of all tensors.
+
+    Args:
+        path: The file.
+        names: Its tensors.
+        described: Gives a tensor of the shape and dtype that the one of this name will have.
+        value_of: Gives the tensor of this name. It is called once for each.
+        metadata: What the file says of itself.
+    """
+    shells = {name: described(name).to("meta") for name in names}
+    names = sorted(names, key=lambda name: shells[name].itemsize, reverse=True)  # so each is aligned in memory
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
     for name in names:
-        header[name] = _entry(name, described[name], end)
-        end = header[name]["data_offsets"][1]
+        entry = _header_entry(name, shells[name])
+        start = end
+        end = start + shells[name].nbytes
+        header[name] = {**entry, "data_offsets": [start, end]}
     with path.open("wb") as file:
         file.write(header_of(header))
         for name in names:
-            value = values(name).detach().cpu().contiguous().reshape(-1)
-            file.write(value.view(torch.uint8).numpy().data if value.numel() else b"")
+            _write_tensor(file, value_of(name))
     return end
 
 
-def _entry(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
-    """What a header says of a tensor: what safetensors says of none of them."""
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the bytes of a tensor."""
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    file.write(values.view(torch.uint8).numpy().data)
+
+
+def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
+    """The dtype and shape of a tensor, in safetensors' words: as it writes them for a tensor with no rows."""
     if tensor.layout is not torch.strided:
         raise _not_held(name, tensor)
     try:
-        none = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-        entry = json.loads(save({"": none})[8:])[""]
+        no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
+        header = save({"": no_rows})[8:]
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
         raise _not_held(name, tensor) from error
-    return {**entry, "shape": entry["shape"][1:], "data_offsets": [start, start + tensor.nbytes]}
+    entry: dict[str, Any] = json.loads(header)[""]
+    return {**entry, "shape": entry["shape"][1:]}
 
 
 def _not_held(name: str, tensor: Tensor) -> AdapterFileError:
+    """The error for what safetensors has no words for."""
     return AdapterFileError(
         f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Name an output that ends as the base "
         "does, such as .ckpt, or convert the base."

@@ -1,0 +1,193 @@
+"""Whether adapters fit into files of a base: before anything is written."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
+from lightning_lora.model.record import HALVES
+from lightning_lora.storage.fingerprint import BaseTensor, Comparison, compare
+from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
+from lightning_lora.storage.stored import is_dense
+from lightning_lora.tensors.digests import digest, digests_as
+
+
+def check_plan(plan: MergePlan) -> None:
+    """Refuse what does not fit."""
+    _check_adapted_weights(plan)
+    _check_complete(plan)
+    _check_base(plan)
+
+
+def check_tensors_alone(plan: MergePlan) -> None:
+    """Refuse what modules keep besides tensors (``get_extra_state``): only a checkpoint has a place for it."""
+    odd = [name for name, value in plan.replaced.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterFileError(
+            f"{listed(odd)} in {plan.source} are not tensors (get_extra_state), and safetensors holds no "
+            "others. Merge into a checkpoint (.ckpt); or in memory: load_adapter(model, path), then save_merged."
+        )
+
+
+# The weights with updates
+
+
+def _check_adapted_weights(plan: MergePlan) -> None:
+    """Refuse a base without the adapted weights, and updates that would reach other layers."""
+    wrong = list[str]()
+    for place, adapted in plan.adapted.items():
+        expected = f"{place} {list(adapted.shape)}"
+        if not plan.is_in_base(place):
+            wrong.append(f"{expected}, absent")
+            continue
+        value = plan.files.get(place)
+        if not _takes_update(value, adapted):
+            wrong.append(f"{expected}, {value.dtype} {list(value.shape)}")
+    if wrong:
+        raise AdapterMismatchError(
+            f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
+            f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
+        )
+    tied = [place for place, adapted in plan.adapted.items() if adapted.is_tied]
+    if tied:
+        raise AdapterMismatchError(
+            f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
+            "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
+        )
+
+
+def _takes_update(value: Tensor, adapted: AdaptedWeight) -> bool:
+    """Whether an update can be added to this tensor of the base."""
+    return is_dense(value) and value.is_floating_point() and value.shape == adapted.shape
+
+
+# The tensors that the base of the training had
+
+
+def _check_complete(plan: MergePlan) -> None:
+    """Refuse a base that lacks a tensor of the training's."""
+    for fingerprint in plan.fingerprints:
+        lost = _lost_tensors(plan, fingerprint)
+        if lost:
+            raise BaseMismatchError(
+                f"{plan.base} lacks {listed(lost)}, which the base of the adapters in {plan.source} "
+                "had: the file is damaged, or holds a part of that base. Pass the whole base. Or merge in memory: "
+                "load_adapter(model, path), then save_merged."
+            )
+
+
+def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
+    """The tensors of a fingerprint that the base does not have.
+
+    A tied tensor is there under one of its names. And a library may know another name for one, as transformers
+    reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
+    """
+    halves = fingerprint["rounded"]
+    places = {name: plan.name_in_base(name) for name in halves}
+    digests = dict(zip(places, fingerprint["digests"], strict=True))
+    present = [name for name, place in places.items() if plan.is_in_base(place)]
+    present_digests = {digests[name] for name in present}
+    absent = [name for name in _expected_tensors(plan, halves) if digests[name] not in present_digests]
+    if not absent:
+        return []
+    explained = {*places.values(), *plan.adapted, *plan.replaced}
+    other_places = plan.files.file_of.keys() - explained
+    other_digests = _digests_of(plan, other_places)
+    lost = list[str]()
+    for name in absent:
+        has_other_name = not other_digests.isdisjoint({digests[name], *halves[name]})
+        if not has_other_name or _is_misspelt(places[name], other_places):
+            lost.append(name)
+    return lost
+
+
+def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> list[str]:
+    """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
+    left_out = plan.not_of_the_base
+    expected = list[str]()
+    for name, half_digests in halves.items():
+        is_weight = bool(half_digests)  # None: quantised. Empty: integers, which other versions may not store
+        if is_weight and name not in left_out and plan.has_place(name):
+            expected.append(name)
+    return expected
+
+
+def _digests_of(plan: MergePlan, places: Iterable[str]) -> set[int]:
+    """The digests of some tensors of the base: as they are, and in half precision."""
+    digests = set[int]()
+    for place in places:
+        value = plan.files.get(place)
+        if not is_dense(value):
+            continue
+        digests.add(digest(value))
+        if value.is_floating_point():
+            digests.update(digests_as(value, HALVES))
+    return digests
+
+
+def _is_misspelt(name: str, others: Iterable[str]) -> bool:
+    """Whether one of the others differs from a name in one character."""
+    return any(_differ_in_one_character(name, other) for other in others)
+
+
+def _differ_in_one_character(one: str, other: str) -> bool:
+    if len(one) != len(other):
+        return False
+    differing = [a for a, b in zip(one, other, strict=True) if a != b]
+    return len(differing) == 1
+
+
+# The values that the base of the training had
+
+
+def _check_base(plan: MergePlan) -> None:
+    """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
+    found = _nearest_comparison(plan)
+    if not found.is_same:
+        raise BaseMismatchError(
+            f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
+            f"frozen tensors in {plan.base} differ, such as {listed(found.differ)}. Pass the same weights."
+        )
+    if found.converted:
+        warn(
+            f"{len(found.converted)} tensors in {plan.base} have another precision than those that the "
+            f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
+        )
+
+
+def _nearest_comparison(plan: MergePlan) -> Comparison:
+    """Compare with each fingerprint. Return where the least differs; or nothing is the same, if there is none."""
+    comparisons = list[Comparison]()
+    for fingerprint in plan.fingerprints:
+        tensors = _compared_tensors(plan, fingerprint["rounded"])
+        comparisons.append(compare(fingerprint, tensors))
+    return min(comparisons, key=_count_of_differences, default=Comparison())
+
+
+def _count_of_differences(found: Comparison) -> int:
+    return len(found.differ)
+
+
+def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
+    """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
+    left_out = plan.not_of_the_base
+    for name, half_digests in halves.items():
+        place = plan.name_in_base(name)
+        is_quantised = half_digests is None
+        if is_quantised or name in left_out or not plan.is_in_base(place):
+            continue
+        value = _without_trained_rows(plan, place)
+        digests_in_halves = partial(digests_as, value, HALVES)
+        yield BaseTensor(name, place, value, digest(value), digests_in_halves)
+
+
+def _without_trained_rows(plan: MergePlan, place: str) -> Tensor:
+    """A tensor of the base, as fingerprints know it: rows that train by themselves are zero."""
+    value = plan.files.get(place)
+    adapted = plan.adapted.get(place)
+    if adapted is None or not adapted.layer.tokens:
+        return value
+    return value.index_fill(0, torch.tensor(adapted.layer.tokens), 0)

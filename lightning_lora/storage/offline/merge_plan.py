@@ -1,0 +1,137 @@
+"""Which tensors of a base a file of adapters changes, and how: what a merge of files begins with."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.storage.offline.layers import besides
+from lightning_lora.storage.offline.tensor_files import TensorFiles
+from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.names import join
+
+_OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A weight of the base that gets an update."""
+
+    layer: StoredLayer
+    weight: str  # its name in the layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the training."""
+        return self.layer.shapes[self.weight]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether other layers have it too, which then would get the update."""
+        return self.weight in self.layer.tied and not self.layer.tokens  # rows of tokens belong to all of them
+
+
+class MergePlan:
+    """The base and the adapters of a merge. Tensors have their names in the base."""
+
+    def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
+        self.files = files
+        self.stored = stored
+        self.base = files.path
+        self.source = stored.source
+        self.renaming = _find_renaming(files, stored)
+        self.adapted = self._find_adapted()  # the weights that get an update
+        self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
+        self.file_of = self._find_files()  # of the base, in whose place each merged tensor is written
+
+    def name_in_base(self, name: str) -> str:
+        """Return the name in the base for one in the adapters' file."""
+        if self.has_place(name):
+            return self.renaming.name_here(name)
+        return f"{_OUTSIDE}{name}"
+
+    def has_place(self, name: str) -> bool:
+        """Whether a name in the adapters' file lies inside of what the base is."""
+        return is_inside(name, self.renaming.there)
+
+    def is_in_base(self, place: str) -> bool:
+        """Whether the base has a tensor of this name."""
+        return place in self.files.file_of
+
+    def names_in(self, file: Path) -> list[str]:
+        """Return the merged tensors that are written in the place of one file of the base."""
+        return [name for name, place in self.file_of.items() if place == file]
+
+    @property
+    def fingerprints(self) -> list[Mapping[str, Any]]:
+        """The fingerprints of the training's base that say which names it had."""
+        return [fingerprint for fingerprint in self.stored.base if "rounded" in fingerprint]
+
+    @property
+    def not_of_the_base(self) -> set[str]:
+        """The names of tensors that the adapters' file holds, or that look untrained: each run has others."""
+        return {*self.stored.changed, *self.stored.random}
+
+    def _find_adapted(self) -> dict[str, AdaptedWeight]:
+        """The weights that get an update."""
+        adapted = dict[str, AdaptedWeight]()
+        for layer in self.stored.layers.values():
+            for weight in layer.shapes:
+                place = self.name_in_base(join(layer.name, weight))
+                adapted[place] = AdaptedWeight(layer, weight)
+            for place in self._other_places_of_rows(layer):
+                adapted[place] = AdaptedWeight(layer, "weight")
+        return adapted
+
+    def _other_places_of_rows(self, layer: StoredLayer) -> Iterator[str]:
+        """Where the base holds an embedding of trained rows again, such as that of a tied head."""
+        if not layer.tokens:
+            return
+        for name in layer.tied.get("weight", ()):
+            place = self.name_in_base(name)
+            if self.is_in_base(place):
+                yield place
+
+    def _find_replaced(self) -> dict[str, Any]:
+        """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
+        replaced = dict[str, Any]()
+        for name, value in besides(self.stored).items():
+            replaced[self.name_in_base(name)] = value
+        for name in self.stored.filled:
+            place = self.name_in_base(name)
+            if self.is_in_base(place):
+                replaced[place] = self.stored.state[name]
+        return replaced
+
+    def _find_files(self) -> dict[str, Path]:
+        """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
+        file_of = dict(self.files.file_of)
+        *_, last = file_of.values()
+        for place in self.replaced:
+            file_of.setdefault(place, last)
+        return file_of
+
+
+def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
+    """How names in the adapters' file become names in the base: one prefix may come off, or be added."""
+    weights = list[str]()
+    for layer in stored.layers.values():
+        weights += [join(layer.name, weight) for weight in layer.shapes]
+    fitting = find_renamings(weights, files.file_of, root_there=stored.root)
+    if len(fitting) > 1:
+        places = sorted(renaming.name_here(weights[0]) for renaming in fitting)
+        raise AdapterMismatchError(
+            f"The weights that {stored.source} adapts are in {files.path} in several places: "
+            f"{listed(places)}. Pass a base that holds the model once."
+        )
+    renaming = fitting[0] if fitting else Renaming()  # what is absent then is named later
+    outside = [name for name in besides(stored) if not is_inside(name, renaming.there)]
+    if outside:
+        raise AdapterMismatchError(
+            f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
+            f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
+        )
+    return renaming
