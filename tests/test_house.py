@@ -37,7 +37,7 @@ def test_each_file_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("floor", ["storage", "storage/formats", "storage/offline", "model", "training"])
-def test_a_folder_has_at_most_twelve_rooms_and_each_is_one_story(floor: str) -> None:
+def test_a_folder_has_at_most_sixteen_rooms_and_each_is_one_story(floor: str) -> None:
     rooms = [path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"]
-    assert 0 < len(rooms) <= 12
+    assert 0 < len(rooms) <= 16
     assert [path.name for path in rooms if lines_of(path) >= 400] == []

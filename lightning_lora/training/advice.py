@@ -35,7 +35,7 @@ from lightning_lora.tensors.names import (
     starts_of,
     submodule,
 )
-from lightning_lora.training.noted import warn_of_noted
+from lightning_lora.training.guards.noted import warn_of_noted
 from lightning_lora.training.rates import peak_rates, rates_by_layer
 
 _warn = partial(warn, anew=True)
