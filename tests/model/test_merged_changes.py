@@ -36,6 +36,7 @@ class Clips(LitTiny):
                 p.clamp_(-0.3, 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("merge", ["last", False])
 def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_path: Path, merge: Any) -> None:
     (model, t), index = fit(tmp_path, lora(merge=merge), model=Clips()), torch.arange(8)
