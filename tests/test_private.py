@@ -59,7 +59,7 @@ OTHERS = {  # of other packages, each in the one place that deals with it
         "_check_lora_target_modules_mamba", "_MODEL_TO_CONVERSION_PATTERN", "_MOE_TARGET_MODULE_MAPPING"
     },
 }  # fmt: skip
-OURS = {"_lora", "_lora_switched", "_whole"}  # entries that this package writes
+OURS = {"_lora", "_lora_edited", "_lora_switched", "_whole"}  # entries that this package writes
 
 
 def is_private(name: str) -> bool:

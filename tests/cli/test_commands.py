@@ -61,7 +61,7 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
 
 def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "text").write_text("no file of tensors")
-    for name, says in (("none", "does not exist."), ("text", "cannot be read")):
+    for name, says in (("none", "does not exist."), ("text", "is no archive of torch")):
         assert main(["inspect", str(tmp_path / name)]) == 1
         usage, error = capsys.readouterr().err.splitlines()
         assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")

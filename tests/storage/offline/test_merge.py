@@ -102,6 +102,7 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     assert same(merged(tmp_path), dict(sorted(state(model).items())))
 
 
+@pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_path: Path) -> None:
     base = LitTiny().state_dict()
     save_file({**base, "q_proj.weight": base["q_proj.weight"] + 1}, tmp_path / "base.safetensors")
