@@ -12,7 +12,13 @@ _PLAIN = str.maketrans({"×": "x", "–": "-", "…": "...", "Δ": "d"})
 
 def printable(text: str) -> str:
     """Return a text with escapes for what a terminal would obey or not show: names in files come from anybody."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    signs = [_shown(sign) for sign in text]
+    return "".join(signs)
+
+
+def _shown(sign: str) -> str:
+    """A sign, or its escape as Python writes it."""
+    return sign if sign.isprintable() else repr(sign)[1:-1]
 
 
 def as_writable(text: str, encoding: str) -> str:
@@ -21,9 +27,15 @@ def as_writable(text: str, encoding: str) -> str:
         text.encode(encoding)
         return text
     except UnicodeEncodeError:
-        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+        return _replaced(text, encoding)
     except LookupError:  # a stream may name an encoding that Python does not know
-        return text.translate(_PLAIN).encode("ascii", "backslashreplace").decode("ascii")
+        return _replaced(text, "ascii")
+
+
+def _replaced(text: str, encoding: str) -> str:
+    """A text with other signs for those that an encoding lacks."""
+    plain = text.translate(_PLAIN)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Writable(Group):
@@ -39,6 +51,8 @@ class Writable(Group):
 
 
 class _MakesWritable(RenderHook):
+    """What a console calls before it renders."""
+
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [Writable(renderable) for renderable in renderables]
 
@@ -80,4 +94,6 @@ def fitting_console(**options: Any) -> FittingConsole:
     """Return a console of the terminal's width. A log file has none, and gets 120."""
     console = FittingConsole(**options)
     has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
-    return console if has_width else FittingConsole(width=120, **options)
+    if has_width:
+        return console
+    return FittingConsole(width=120, **options)

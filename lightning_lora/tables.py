@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,19 +21,32 @@ class LayerName(Text):
 
     def wrap(self, console: Console, width: int, **options: Any) -> Lines:
         """Return its lines."""
-        lines = [""]
-        for part in self.plain.replace(".", ".\n").split("\n"):
-            lines += [""] * (len(lines[-1] + part) > width and lines[-1] != "")
-            lines[-1] += part
-        return Text("\n".join(lines)).wrap(console, width, **options)
+        text = "\n".join(_lines_of(self.plain, width))
+        return Text(text).wrap(console, width, **options)
+
+
+def _lines_of(name: str, width: int) -> list[str]:
+    """A name in lines that are as long as fits. A single component may be longer."""
+    lines = list[str]()
+    line = ""
+    for part in name.replace(".", ".\n").split("\n"):
+        if line and len(line) + len(part) > width:
+            lines.append(line)
+            line = ""
+        line += part
+    return [*lines, line]
 
 
 def layer_table(*headings: str, title: str = "") -> Table:
     """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
-    table = Table(title=Text(printable(title)) if title else None)
+    table = Table()
+    if title:
+        table.title = Text(printable(title))
     for heading in headings:
-        is_text = heading in ("Layers", "Type")
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        if heading in ("Layers", "Type"):
+            table.add_column(heading, justify="left", no_wrap=False, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True, overflow="fold")
     return table
 
 
@@ -44,21 +57,38 @@ def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
     """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and theirs."""
     groups: dict[tuple[str, Hashable], list[str]] = {}
     for name, kind in kinds.items():
-        groups.setdefault((_BLOCK.sub("*", name), kind), []).append(name)
-    alike = Counter(pattern for pattern, _ in groups)
+        pattern = _BLOCK.sub("*", name)
+        groups.setdefault((pattern, kind), []).append(name)
+    groups_of_pattern = Counter(pattern for pattern, _ in groups)
     for (pattern, _), names in groups.items():
-        columns = zip(*(map(int, _BLOCK.findall(name)) for name in names), strict=True)
-        numbers = [_ranges(column) if alike[pattern] > 1 or len({*column}) == 1 else "*" for column in columns]
-        texts = zip(_BLOCK.split(names[0]), [*numbers, ""], strict=True)
-        yield "".join(text + number for text, number in texts) or "(root)", names
+        yield _title(names, is_only_group=groups_of_pattern[pattern] == 1), names
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers as text, such as "0,2-5"."""
+def _title(names: list[str], *, is_only_group: bool) -> str:
+    """The name of a group. A star stands for all blocks, so another group of the same names must not have it too."""
+    blocks_of_names = [_BLOCK.findall(name) for name in names]
+    columns = zip(*blocks_of_names, strict=True)
+    title, *texts = _BLOCK.split(names[0])
+    for blocks, text in zip(columns, texts, strict=True):
+        numbers = sorted({int(block) for block in blocks})
+        stands_for_all = is_only_group and len(numbers) > 1
+        title += "*" if stands_for_all else _ranges(numbers)
+        title += text
+    return title or "(root)"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, such as "0,2-5"."""
     runs = list[list[int]]()
-    for number in sorted(set(numbers)):
+    for number in numbers:
         if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
+            runs[-1].append(number)
         else:
             runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    return ",".join(map(_run, runs))
+
+
+def _run(numbers: list[int]) -> str:
+    """Numbers that follow each other, as text: the first and the last."""
+    first, last = numbers[0], numbers[-1]
+    return f"{first}" if first == last else f"{first}-{last}"

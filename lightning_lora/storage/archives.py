@@ -45,11 +45,10 @@ def check_file(path: Any, *, is_any_kind: bool = False) -> None:
         path: The file. One that does not exist is left to whoever reads it.
         is_any_kind: Whether something else than torch reads it, so that only archives of torch are looked at.
     """
+    place = source = path
     if str(path).startswith("http"):
         place = _downloaded(path)
         source = f"{path} (kept in {place})"
-    else:
-        place, source = path, path
     local = local_path(place)
     if local is not None and not local.exists():
         return
@@ -58,7 +57,8 @@ def check_file(path: Any, *, is_any_kind: bool = False) -> None:
         kind = kind_of(file)
         if kind is Kind.ARCHIVE:
             check_archive(file, source)
-        elif kind is not Kind.OLD and not is_any_kind:
+        is_read_by_torch = kind in (Kind.ARCHIVE, Kind.OLD)
+        if not is_read_by_torch and not is_any_kind:
             raise AdapterFileError(f"{source} is no archive of torch: {what_it_is(file)}")
 
 
@@ -90,10 +90,14 @@ def check_archive(file: Any, source: Any) -> None:
     file.seek(0)
 
 
+_MARK_OF_FOLDERS = 0x10  # an attribute of records in a zip, as of files in MS-DOS
+
+
 def _folder_in(archive: zipfile.ZipFile) -> str | None:
     """A record that claims to be a folder: torch reads nothing of it, and gives memory as it happens to be."""
     for record in archive.infolist():
-        if record.is_dir() or record.external_attr & 0x10:
+        has_mark = record.external_attr & _MARK_OF_FOLDERS
+        if record.is_dir() or has_mark:
             return record.filename
     return None
 
@@ -120,6 +124,7 @@ def what_it_is(file: Any) -> str:
 
 
 def _head(file: Any) -> bytes:
+    """The first bytes of an open file. It stands at its beginning again."""
     file.seek(0)
     head: bytes = file.read(_HEAD)
     file.seek(0)

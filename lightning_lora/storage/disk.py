@@ -40,7 +40,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         return
     with write_errors(path):  # such as too long a name
         target = local.resolve()  # the target of a link, so that the link stays
-        if target.exists() and not (target.is_file() or target.is_dir()):
+        is_device = target.exists() and not target.is_file() and not target.is_dir()
+        if is_device:
             raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
     with _temporary(target) as temporary, write_errors(path):
         yield temporary
@@ -50,7 +51,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """Yield a name for a temporary folder, then move it to its place. That must be free."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty:
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
     with writing(path) as temporary:
         yield temporary
@@ -58,19 +60,22 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file: the same bytes each time, where the library writes its metadata in any order."""
-    plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", **metadata}
-    contents = save_in_any_order(plain, metadata)
-    return header_of({**header_in(contents), "__metadata__": metadata}) + contents[_end_of_header(contents) :]
+    contents = save_in_any_order(copies, metadata)
+    header = header_of({**header_in(contents), "__metadata__": metadata})
+    return header + contents[_end_of_header(contents) :]
 
 
 def header_in(contents: bytes) -> dict[str, Any]:
     """Return what the beginning of a safetensors file says: its tensors, and its metadata."""
-    entries: dict[str, Any] = json.loads(contents[8 : _end_of_header(contents)])
+    header = contents[8 : _end_of_header(contents)]
+    entries: dict[str, Any] = json.loads(header)
     return entries
 
 
 def _end_of_header(contents: bytes) -> int:
+    """Where the tensors begin: the first eight bytes are the length of the header."""
     return 8 + int.from_bytes(contents[:8], "little")
 
 
@@ -111,7 +116,8 @@ def _temporary(target: Path) -> Iterator[Path]:
     """Yield a name beside ``target`` for what is being written. Nothing stays there."""
     remove_left_parts(target.parent)
     start = f".{target.name[:32]}"  # long names are refused
-    temporary = target.with_name(f"{start}.lora-{_machine()}-{os.getpid()}-{next(_NUMBERS)}.part")
+    process = f"lora-{_machine()}-{os.getpid()}-{next(_NUMBERS)}"
+    temporary = target.with_name(f"{start}.{process}.part")
     _BEING_WRITTEN.add(temporary)
     try:
         yield temporary
@@ -124,25 +130,30 @@ def remove_left_parts(folder: Path) -> None:
     """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
     for path in folder.resolve().glob(".*.part"):
         name = _PART.fullmatch(path.name)
-        with suppress(OSError):  # another process was faster, or nobody may write there
+        with suppress(OSError):  # another process was faster, nobody may write there, or another user's is writing
             if name is not None and _is_left(path, name):
                 _delete(path)
 
 
 def _is_left(path: Path, name: re.Match[str]) -> bool:
     """Whether nobody is writing a temporary file any more."""
-    if name["process"] is None or name["machine"] != _machine() or os.name != "posix":
+    is_named = name["process"] is not None
+    can_be_asked_for = is_named and name["machine"] == _machine() and os.name == "posix"
+    if not can_be_asked_for:
         return time.time() - path.stat().st_mtime > _ABANDONED
     process = int(name["process"])
     if process == os.getpid():  # in a container, the one that was killed often had the same number
         return path not in _BEING_WRITTEN
+    return not _is_running(process)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine has not ended. PermissionError: it runs, and is another user's."""
     try:
         os.kill(process, 0)  # does nothing but ask for it
     except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
         return False
-    return False
+    return True
 
 
 def _machine() -> str:
@@ -155,6 +166,7 @@ def _machine() -> str:
 
 
 def _delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there and may be deleted."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
@@ -166,7 +178,8 @@ def _delete(path: Path) -> None:
 
 def check_path(path: Any, *, may_be_open: bool = False) -> None:
     """Refuse what is not a path, a URL or, if it ``may_be_open``, an open file: such as a model."""
-    if not isinstance(path, str | os.PathLike) and not (may_be_open and hasattr(path, "read")):
+    is_open_file = may_be_open and hasattr(path, "read")
+    if not is_open_file and not isinstance(path, str | os.PathLike):
         raise AdapterFileError(
             f"Expected a path, but a {type(path).__name__} was given. Pass the model or its class first, then the path."
         )
@@ -180,12 +193,24 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    for source, file in itertools.product(filter(None, map(local_path, inputs)), files):
-        place = (local / file).resolve()
-        if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
+    places = [(local / file).resolve() for file in files]
+    for each in inputs:
+        source = local_path(each)
+        if source is not None and _is_any_inside(places, source):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."
             )
+
+
+def _is_any_inside(places: Iterable[Path], source: Path) -> bool:
+    """Whether one of these places is a file or folder that exists, or is inside of it."""
+    if not source.exists():
+        return False
+    for place in places:
+        for path in (place, *place.parents):
+            if path.exists() and path.samefile(source):
+                return True
+    return False
 
 
 def local_path(path: Any) -> Path | None:
@@ -195,7 +220,9 @@ def local_path(path: Any) -> Path | None:
     place = os.fspath(path)
     if place.startswith(("file://", "local://")):
         place = url_to_fs(place)[1]
-    return None if "://" in place else Path(os.path.expanduser(place))  # noqa: PTH111  # as Lightning does
+    if "://" in place:
+        return None
+    return Path(os.path.expanduser(place))  # noqa: PTH111  # as Lightning does
 
 
 def path_here(path: Any) -> Path:
@@ -213,7 +240,8 @@ def opened(source: Any, mode: str = "rb") -> Iterator[Any]:
         yield source
         return
     local = local_path(source)
-    with local.open(mode) if local is not None else fsspec.open(os.fspath(source), mode) as file:
+    to_open = fsspec.open(os.fspath(source), mode) if local is None else local.open(mode)
+    with to_open as file:
         yield file
 
 
@@ -263,7 +291,9 @@ TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no details")
+    """What an error says, without the details of some libraries."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else "no details"
 
 
 # Pickles: a checkpoint may hold objects of classes, for example as hyperparameters. torch.load refuses it, or imports
@@ -301,24 +331,35 @@ def load_plain(source: Any, **options: Any) -> Any:
 
 def unread_in(value: Any) -> list[str]:
     """Return the names of all :class:`Unread` inside a value."""
-    found, inside, seen = [], [value], set[int]()
-    while inside:
-        if id(each := inside.pop()) in seen:
+    names = list[str]()
+    remaining = [value]
+    seen = set[int]()
+    while remaining:
+        each = remaining.pop()
+        if id(each) in seen:
             continue
         seen.add(id(each))
         kind = each if isinstance(each, type) else type(each)
         if issubclass(kind, Unread):
-            found.append(kind.name[:80])
-        elif isinstance(each, dict):
-            inside += each.values()
-        elif isinstance(each, list | tuple | set):
-            inside += each
-    return found
+            names.append(kind.name[:80])
+        else:
+            remaining += _contained_in(each)
+    return names
+
+
+def _contained_in(value: Any) -> Iterable[Any]:
+    """The elements of a container. Anything else has none."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    return ()
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """A tensor as torch builds it, but never beyond its storage."""
-    return torch.empty(0, dtype=storage.dtype).set_(getattr(storage, STORAGE_BYTES)).as_strided(size, stride, offset)
+    whole = torch.empty(0, dtype=storage.dtype).set_(getattr(storage, STORAGE_BYTES))
+    return whole.as_strided(size, stride, offset)
 
 
 def _class(name: str) -> type[Unread]:
@@ -326,12 +367,22 @@ def _class(name: str) -> type[Unread]:
     return type("Unread", (Unread,), {"name": name})
 
 
-_KNOWN: dict[str, Callable[..., Any]] = {
+def _class_inside(owner: Any, name: str) -> type[Unread]:
+    """What stands for a class inside a class."""
+    return _class(f"{getattr(owner, 'name', '')}.{name}")
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    """A parameter: its tensor."""
+    return data
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {  # what a pickle may call, by its name there
     "collections.OrderedDict": OrderedDict,
-    "__builtin__.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),  # a class inside a class
+    "__builtin__.getattr": _class_inside,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
 }
 
 
@@ -341,7 +392,9 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a class or function."""
         called = f"{module}.{name}"
-        return partial(_KNOWN[called]) if called in _KNOWN else _class(called)
+        if called not in _PLAIN:
+            return _class(called)
+        return partial(_PLAIN[called])  # an object, which a pickle cannot change for others
 
 
 _PICKLE = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``

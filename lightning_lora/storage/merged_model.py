@@ -69,13 +69,17 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
     """
     check_output(path)
     path = path_here(path)
-    write = {".ckpt": _write_checkpoint, ".safetensors": _write_safetensors}.get(path.suffix)
-    if write is None and path.suffix[1:].isalpha():
+    if path.suffix == ".ckpt":
+        _write_checkpoint(view_of(model), path)
+    elif path.suffix == ".safetensors":
+        _write_safetensors(view_of(model), path)
+    elif path.suffix[1:].isalpha():  # a folder may have dots in its name, as in "llama-3.1"
         raise AdapterFileError(
             f"{path} has an unknown ending. Use .ckpt for a Lightning checkpoint, .safetensors for all tensors, or a "
             "name without ending for a folder by save_pretrained."
         )
-    (write or _write_folder)(view_of(model), path)
+    else:
+        _write_folder(view_of(model), path)
 
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
@@ -106,8 +110,8 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
 
 def _write_checkpoint(view: View, path: Path) -> None:
     model: Any = plain_module(view.model)
-    package = next((b.__module__.partition(".")[0] for b in type(model).__mro__ if b.__name__ == "LightningModule"), "")
-    if not package:
+    package = _package_of_lightning(model)
+    if package is None:
         raise AdapterFileError(
             f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
             "in .safetensors, or, if it has save_pretrained, one without ending."
@@ -127,9 +131,19 @@ def _write_checkpoint(view: View, path: Path) -> None:
         torch.save(checkpoint, part)
 
 
+def _package_of_lightning(model: nn.Module) -> str | None:
+    """The package that a LightningModule comes from: ``lightning`` or ``pytorch_lightning``. None: it is none."""
+    for kind in type(model).__mro__:
+        if kind.__name__ == "LightningModule":
+            package, _, _ = kind.__module__.partition(".")
+            return package
+    return None
+
+
 def _write_safetensors(view: View, path: Path) -> None:
     state = _merged(view)
-    if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
         raise AdapterFileError(
             f"{listed(odd)} are not tensors, which is all that safetensors holds. Use a name that ends in .ckpt, or "
             "one without ending."
@@ -137,8 +151,8 @@ def _write_safetensors(view: View, path: Path) -> None:
     with writing(path) as part:
         part.touch()
         mode = part.stat().st_mode
-        held: Any = SimpleNamespace(state_dict=lambda: dict(state))  # all that it asks of a model
-        save_model(held, str(part), metadata={"format": "pt"})
+        model: Any = SimpleNamespace(state_dict=lambda: dict(state))  # all that it asks of a model
+        save_model(model, str(part), metadata={"format": "pt"})
         part.chmod(mode)  # as any file: safetensors lets nobody else read its own
 
 
@@ -147,7 +161,8 @@ def _write_safetensors(view: View, path: Path) -> None:
 
 def _write_folder(view: View, path: Path) -> None:
     root = root_of(view.model)
-    inner, title = submodule(view.model, root), view.title
+    inner = submodule(view.model, root)
+    title = view.title
     save = getattr(inner, "save_pretrained", None)
     if save is None:
         raise AdapterFileError(
@@ -155,7 +170,8 @@ def _write_folder(view: View, path: Path) -> None:
             "LightningModule, or in .safetensors."
         )
     prefix = f"{root}." if root else ""
-    if outside := [name for name in (*view.adapters, *view.trained) if not name.startswith(prefix)]:
+    outside = [name for name in (*view.adapters, *view.trained) if not name.startswith(prefix)]
+    if outside:
         raise AdapterFileError(
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
@@ -168,9 +184,11 @@ def _write_folder(view: View, path: Path) -> None:
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
-    save, view = type(model).save_pretrained, View(model)
+    save = type(model).save_pretrained
+    view = View(model)
     args, kwargs = _by_name(save, args, kwargs)
-    given, adapters = kwargs.get("state_dict"), view.adapters  # those without effect too: none is written
+    given = kwargs.get("state_dict")
+    adapters = view.adapters  # those without effect too: none is written
     has_no_adapters = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
     if has_no_adapters or "state_dict" in vars(model):  # the caller's own values, or inside another save
         return save(model, *args, **kwargs)
@@ -181,8 +199,10 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
             f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
             "the adapters alone, call save_adapter(model, path), or export_peft(model, folder)."
         )
+    if given:
+        kwargs = {**kwargs, "state_dict": state}
     with _answering(model, state):
-        return save(model, *args, **kwargs | ({"state_dict": state} if given else {}))
+        return save(model, *args, **kwargs)
 
 
 def _by_name(
@@ -232,20 +252,21 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     check_mergeable(view)
     with _showing(view, changed):
         merged, lost = _merged_weights(view)
-    values = {name: value for name, value in {**changed, **merged}.items() if name not in view.adapters}
-    added = set(map(id, view.adapters.values()))
+    new_values = {name: value for name, value in {**changed, **merged}.items() if name not in view.adapters}
+    adapters = {id(parameter) for parameter in view.adapters.values()}  # a hook may have given them other names
     state: Any = model.state_dict(keep_vars=True)
-    for name, own in list(state.items()):
-        value = values.pop(plain_name(name), own)
-        state[name] = value.detach() if isinstance(value, Tensor) else value
-        if id(own) in added:
+    for name, value in list(state.items()):
+        new_value = new_values.pop(plain_name(name), value)
+        state[name] = new_value.detach() if isinstance(new_value, Tensor) else new_value
+        if id(value) in adapters:
             del state[name]
-    if absent := merged.keys() & values.keys():
+    absent = merged.keys() & new_values.keys()
+    if absent:
         raise AdapterStateError(
             f"The state dict of {type(model).__name__} does not hold {listed(sorted(absent))} under their own names, "
             "so that no update can be put there. Call merge_adapters(model) and save its state dict."
         )
-    state.update(values)
+    state.update(new_values)
     return _noted(view, state), lost
 
 
@@ -267,12 +288,12 @@ def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
         for name, layer in view.layers.items():
             first = join(name, layer.lora_weights()[0])
             device = changed.get(first, view.parameters[first]).device
-            for held in (*layer.lora_weights(), *layer.lora_roles()):
-                p = own_parameter(layer, held)
-                value = changed.get(join(name, held), p).to(device, p.dtype)
-                if value is not p:
-                    undo.callback(set_parameter, layer, held, p)
-                    set_parameter(layer, held, nn.Parameter(value, requires_grad=False))
+            for leaf in (*layer.lora_weights(), *layer.lora_roles()):
+                parameter = own_parameter(layer, leaf)
+                value = changed.get(join(name, leaf), parameter).to(device, parameter.dtype)
+                if value is not parameter:
+                    undo.callback(set_parameter, layer, leaf, parameter)
+                    set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
         yield
 
 
@@ -299,18 +320,43 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
 def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
     """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
     merged = {plain_name(name): value for name, value in merged.items()}
-    fits = changed.keys() >= view.adapters.keys() and all(changed[n].shape == p.shape for n, p in view.adapters.items())
-    is_exact = not any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_exact &= not any(is_dtensor(p) or (p.is_floating_point() and p.element_size() < 4) for p in view.base.values())
-    if not fits or not is_exact or not view.is_fresh():
+    if not _fit(view, changed) or not _can_be_taken_out(view) or not view.is_fresh():
         return False
-    if not all(name in merged and torch.equal(p.cpu(), merged[name].cpu()) for name, p in view.base.items()):
+    if not _has_weights(view, merged):
         return False
     with _showing(view, {name: changed[name] for name in view.adapters}), torch.no_grad():
         for layer in view.layers.values():
             for name in layer.lora_weights():
-                own = own_parameter(layer, name)
-                update = layer.lora_effective_weight(name).sub_(own)
-                replace_values(own, (own.to(wide(own.dtype)) - update).to(own.dtype))
+                weight = own_parameter(layer, name)
+                update = layer.lora_effective_weight(name).sub_(weight)
+                base = weight.to(wide(weight.dtype)) - update
+                replace_values(weight, base.to(weight.dtype))
             layer.lora_weights_changed()
+    return True
+
+
+def _fit(view: View, changed: Mapping[str, Any]) -> bool:
+    """Whether a file has all adapters, in the shapes of the model's."""
+    if not changed.keys() >= view.adapters.keys():
+        return False
+    return all(changed[name].shape == parameter.shape for name, parameter in view.adapters.items())
+
+
+def _can_be_taken_out(view: View) -> bool:
+    """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
+    if any(layer.lora_settings.use_dora for layer in view.layers.values()):
+        return False
+    return not any(is_dtensor(parameter) or _is_narrow(parameter) for parameter in view.base.values())
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is less precise than float32."""
+    return parameter.is_floating_point() and parameter.element_size() < 4
+
+
+def _has_weights(view: View, merged: Mapping[str, Any]) -> bool:
+    """Whether all weights of the model are those of a file."""
+    for name, parameter in view.base.items():
+        if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):
+            return False
     return True

@@ -195,3 +195,11 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as done:
         main(["--version"])
     assert (done.value.code, capsys.readouterr().out) == (0, f"lightning-lora {ll.__version__}\n")
+
+
+def test_an_error_without_words_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr("lightning_lora.cli.inspect.read_layers", fails)
+    assert main(["inspect", "adapter.safetensors"]) == 1
