@@ -28,7 +28,7 @@ from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
-from lightning_lora.targets.select import Choice
+from lightning_lora.targets.choice import Choice
 from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.names import held_parameter, own_parameter, submodule
 from lightning_lora.tensors.values import replace_values, set_requires_grad

@@ -21,9 +21,10 @@ from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
+from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC
-from lightning_lora.targets.select import Choice, select
+from lightning_lora.targets.select import select
 from lightning_lora.tensors.names import is_in_any, named_modules
 
 

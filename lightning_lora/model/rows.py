@@ -22,7 +22,7 @@ from lightning_lora.model.record import AdapterState, record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase, version_of
-from lightning_lora.targets.lookup import has_forward
+from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits

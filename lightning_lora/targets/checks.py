@@ -1,7 +1,6 @@
 """Checks of a selection of layers, with errors that explain."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -9,41 +8,23 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
-from lightning_lora.layers import (
-    INITIALISATIONS,
-    AdaptedMatrix,
-    LoRALayer,
-    LoRAParameters,
-    Settings,
-    adapter_for,
-    why_merge_is_wrong,
-)
+from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
 from lightning_lora.patterns import matches_pattern
-from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names, own_matrices, supported_types, why_not
-from lightning_lora.tensors.names import is_in_any, join, plain_module, starts_of
+from lightning_lora.targets.adaptable import own_matrices, supported_types, why_not
+from lightning_lora.targets.choice import Choice
+from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
+from lightning_lora.tensors.names import is_in_any, join, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A layer to adapt, and how: the class of its adapter, the matrices, and the settings."""
-
-    layer: nn.Module
-    kind: type[LoRALayer]
-    matrices: tuple[AdaptedMatrix, ...]
-    settings: Settings
-
-
-def meant_as(name: str, kind: type[LoRALayer], matrix: AdaptedMatrix) -> str:
-    """Return the name by which patterns mean a matrix of the layer ``name``: a parameter has its own."""
-    return join(name, matrix.weight) if kind is LoRAParameters else name
+# Lazy layers
 
 
 def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
-    for prefix, module in {"": plain_module(names.model), **names.modules}.items():
+    for prefix, module in names.with_model().items():
         for name, buffer in module._buffers.items():
             if buffer is not None and is_lazy(buffer):
                 lazy.append(join(prefix, name))
@@ -56,122 +37,227 @@ def check_not_lazy(names: Names) -> None:
         )
 
 
-def check_any(
-    names: Names,
-    config: LoRAConfig,
-    layers: Collection[str],
-    untouched: Collection[nn.Module],
-    *,
-    taken: Collection[str],
-) -> None:
-    """Refuse a selection of no layer. ``taken`` are those that other arguments take out of it."""
-    if layers:
-        return
-    _check_not_only_taken(names, config, taken)
-    fit, held = dict[str, list[str]](), list[str]()
-    for name, layer in names.first_names(set(names.modules.values()) - {*untouched}).items():
-        held += own_matrices(name, layer)
-        if not why_not(names, name, layer):
-            fit.setdefault(type(layer).__name__, []).append(name)
-    if config.target_modules == "all-linear" and fit:
-        number = sum(map(len, fit.values()))
-        kinds = [f"{len(found)} {kind} ({listed(found, most=1)})" for kind, found in fit.items()]
-        hint = (
-            f'"all" would adapt {number} layer{"s" if number > 1 else ""}: {", ".join(kinds[:_SHOWN])}. Set '
-            'target_modules="all", or name some of them.'
-        )
-    else:
-        hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
-        hint += f" Or adapt matrices of other kinds of layers: target_parameters={names.endings(held)}." if held else ""
-    meant = config.to_dict()["target_modules"]
-    raise TargetError(
-        f"target_modules {meant!r} select no layer of {names.title} beyond those in exclude_modules and "
-        f"modules_to_save. {hint} ({SEE_ALL}.)"
-    )
-
-
-def _check_not_only_taken(names: Names, config: LoRAConfig, taken: Collection[str]) -> None:
-    """Refuse a selection of layers of which each is in another argument too."""
-    if not taken or config.target_modules in AUTOMATIC:
-        return
-    saved = [name for name in taken if any(map(config.is_saved, starts_of(name)))]
-    if saved:
-        argument, why = "modules_to_save", "trains in full, and so without an adapter"
-    else:
-        argument, why = "exclude_modules", "gets none"
-    raise TargetError(
-        f"target_modules and {argument} both mean {listed(saved or taken)} of {names.title}, and nothing else is "
-        f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
-        f"or leave these out of {argument}."
-    )
+# Layers that cannot be adapted
 
 
 def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     """Refuse targets that cannot be adapted."""
-    whys = {name: why_not(names, name, layer) for name, layer in layers.items() if layer in targets}
-    refused = {name: why for name, why in whys.items() if why}
-    if not refused:
-        return
-    reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
-    more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-    unknown = any(adapter_for(layers[name]) is None for name in refused)
+    refused: dict[str, str] = {}
+    for name, layer in layers.items():
+        why = why_not(names.modules, name, layer) if layer in targets else None
+        if why is not None:
+            refused[name] = why
+    if refused:
+        raise TargetError(_about_refused_layers(names, config, layers, refused))
+
+
+def _about_refused_layers(
+    names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], refused: Mapping[str, str]
+) -> str:
+    """Why some of the targeted layers cannot be adapted, and what to name instead."""
+    reasons = [f"{name!r}: {why}" for name, why in refused.items()]
+    said_reasons = "; ".join(reasons[:_SHOWN])
+    if len(reasons) > _SHOWN:
+        said_reasons += f"; and {len(reasons) - _SHOWN} more"
     inside = [name for name in names.adaptable() if is_in_any(name, refused)]
-    supported = f"Supported are {supported_types()} and their subclasses. " if unknown and not inside else ""
-    such = f", such as {listed(inside, most=3)}" if inside else ""
-    remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}" if len(refused) < len(layers) else ""
-    meant = config.to_dict()["target_modules"]
-    raise TargetError(
-        f"target_modules {meant!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
+    supported = such = remedy = ""
+    if inside:
+        such = f", such as {listed(inside, most=3)}"
+    elif any(adapter_for(layers[name]) is None for name in refused):
+        supported = f"Supported are {supported_types()} and their subclasses. "
+    if len(refused) < len(layers):
+        remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}"
+    return (
+        f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons}). "
         f"{supported}Name other layers{such}{remedy}."
     )
 
 
+def _as_given(config: LoRAConfig) -> object:
+    """What ``target_modules`` was given as, in plain types."""
+    return config.to_dict()["target_modules"]
+
+
+# No layer at all
+
+
+def no_layer_selected(
+    names: Names, config: LoRAConfig, untouched: Collection[nn.Module], taken: Collection[str]
+) -> TargetError:
+    """Return the error for a selection of no layer.
+
+    Other arguments take the ``taken`` ones out of it, and leave the ``untouched`` ones and all in them alone.
+    """
+    if taken and config.target_modules not in AUTOMATIC:
+        return TargetError(_about_taken_layers(names, config, taken))
+    others = names.first_names(set(names.modules.values()).difference(untouched))
+    by_class = _adaptable_by_class(names, others)
+    if by_class and config.target_modules == "all-linear":
+        hint = _hint_of_all(by_class)
+    else:
+        hint = _hint_of_what_there_is(names, others)
+    return TargetError(
+        f"target_modules {_as_given(config)!r} select no layer of {names.title} beyond those in exclude_modules and "
+        f"modules_to_save. {hint} ({SEE_ALL}.)"
+    )
+
+
+def _about_taken_layers(names: Names, config: LoRAConfig, taken: Collection[str]) -> str:
+    """What a selection is of which each layer is in another argument too."""
+    saved = [name for name in taken if _is_in_saved_module(config, name)]
+    if saved:
+        layers, argument, why = saved, "modules_to_save", "trains in full, and so without an adapter"
+    else:
+        layers, argument, why = list(taken), "exclude_modules", "gets none"
+    return (
+        f"target_modules and {argument} both mean {listed(layers)} of {names.title}, and nothing else is "
+        f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
+        f"or leave these out of {argument}."
+    )
+
+
+def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
+    return any(config.is_saved(outer) for outer in starts_of(name))
+
+
+def _adaptable_by_class(names: Names, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The layers that can be adapted, by the names of their classes."""
+    by_class: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if why_not(names.modules, name, layer) is None:
+            by_class.setdefault(type(layer).__name__, []).append(name)
+    return by_class
+
+
+def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
+    """What ``"all"`` would adapt."""
+    number = sum(len(layers) for layers in by_class.values())
+    plural = "s" if number > 1 else ""
+    kinds = [f"{len(layers)} {kind} ({listed(layers, most=1)})" for kind, layers in by_class.items()]
+    return (
+        f'"all" would adapt {number} layer{plural}: {", ".join(kinds[:_SHOWN])}. Set '
+        'target_modules="all", or name some of them.'
+    )
+
+
+def _hint_of_what_there_is(names: Names, layers: Mapping[str, nn.Module]) -> str:
+    """Which kinds of layers can be adapted, and which parameters of these."""
+    hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
+    matrices: list[str] = []
+    for name, layer in layers.items():
+        matrices += own_matrices(name, layer)
+    if matrices:
+        hint += f" Or adapt matrices of other kinds of layers: target_parameters={names.endings(matrices)}."
+    return hint
+
+
+# Keys of patterns
+
+
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers, parameters = dict[str, str](), dict[str, str]()  # each with the other name that a pattern may mean it by
+    layers = {}  # what patterns mean, with the name of the module that has it
+    parameters = {}
     for name, choice in choices.items():
-        for matrix in choice.matrices:
-            (parameters if choice.kind is LoRAParameters else layers)[meant_as(name, choice.kind, matrix)] = name
-    for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
-        meant = layers if argument == "target_slices" else layers | parameters  # parameters have no slices
-        matched: dict[str, list[str]] = {}
-        for key in getattr(config, argument) or {}:
-            matched[key] = []
-            for name, module in meant.items():
-                if any(matches_pattern(key, each) for each in {name, module}):
-                    matched[key].append(name)
-        _check_matched(names, argument, matched, [*meant, *meant.values()])
-        _check_order(names, argument, matched)
+        if choice.kind is LoRAParameters:
+            parameters.update({join(name, matrix.weight): name for matrix in choice.matrices})
+        else:
+            layers[name] = name
+    _check_keys(names, "rank_pattern", config.rank_pattern, {**layers, **parameters})
+    _check_keys(names, "alpha_pattern", config.alpha_pattern, {**layers, **parameters})
+    _check_keys(names, "target_slices", config.target_slices, layers)  # parameters have no slices
 
 
-def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]], layers: list[str]) -> None:
-    missing = [key for key, found in matched.items() if not found]
-    for known, what, where in (
-        (names.modules, "layers", "target_modules"),
-        (names.parameters, "parameters", "target_parameters"),
-    ):
-        idle = [key for key in missing if any(matches_pattern(key, name) for name in known)]
-        if idle:
-            raise TargetError(
-                f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
-                f"or remove them from {argument}."
-            )
-    names.require(argument, dict.fromkeys(missing, layers))
+def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted: Mapping[str, str]) -> None:
+    """Refuse keys of a pattern without effect on what is ``adapted``: layers and parameters, with their modules."""
+    if keys is None:
+        return
+    matched = {key: _matched_by(key, adapted) for key in keys}
+    unmatched = [key for key, its_names in matched.items() if not its_names]
+    if unmatched:
+        _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
+        _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
+        raise names.unmatched(argument, unmatched, [*adapted, *adapted.values()])
+    _check_order(names, argument, matched)
 
 
-def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) -> None:
+def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
+    """The layers and parameters that a key means, by their own names or by those of their modules."""
+    return {name for name, module in adapted.items() if matches_pattern(key, name) or matches_pattern(key, module)}
+
+
+def _check_not_of_others(
+    names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, where: str
+) -> None:
+    """Refuse keys that match what is not adapted."""
+    idle = [key for key in keys if any(matches_pattern(key, name) for name in others)]
+    if idle:
+        raise TargetError(
+            f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
+            f"or remove them from {argument}."
+        )
+
+
+def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:
     """Refuse a key whose layers all match earlier keys: the first match decides."""
-    keys = list(matched)
-    for place, key in enumerate(keys):
-        before = [other for other in keys[:place] if set(matched[key]) & set(matched[other])]
-        decided = {name for other in before for name in matched[other]}
-        if decided.issuperset(matched[key]):
+    earlier: dict[str, set[str]] = {}
+    for key, layers in matched.items():
+        deciding = [other for other, its_layers in earlier.items() if not layers.isdisjoint(its_layers)]
+        decided = set().union(*(earlier[other] for other in deciding))
+        if decided.issuperset(layers):
             raise TargetError(
-                f"{argument} {key!r} has no effect on {names.title}: {listed(before)} before it match all its layers, "
-                "and the first key that matches decides. Put it first."
+                f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "
+                "layers, and the first key that matches decides. Put it first."
             )
+        earlier[key] = layers
+
+
+# What adapters can do
+
+
+def check_factor_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
+    for name, choice in choices.items():
+        endings = [matrix.name for matrix in choice.matrices]
+        alike = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
+        if alike:
+            raise TargetError(
+                f"{listed(alike)} of {name!r} cannot be adapted together: their factors would have the same name. Name "
+                "one of them in target_parameters, or rename one in the module."
+            )
+
+
+def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse layers that do not support DoRA, or a start from their weights."""
+    if config.use_dora:
+        unfit = [name for name, choice in choices.items() if not _fits_dora(choice)]
+        where = "linear, embedding and convolution layers without target_slices"
+        _refuse_unfit("use_dora=True", where, unfit, choices)
+    if INITIALISATIONS[config.init].from_weight:
+        unfit = [name for name, choice in choices.items() if not _can_start_from_weight(choice)]
+        where = "layers other than embeddings, where it would change unseen tokens"
+        _refuse_unfit(f"init={config.init!r}", where, unfit, choices)
+
+
+def _fits_dora(choice: Choice) -> bool:
+    return choice.kind.lora_fits_dora and choice.matrices[0].has_all_rows
+
+
+def _can_start_from_weight(choice: Choice) -> bool:
+    """Whether it is no embedding. Rows that train by themselves start as they are, whatever ``init`` says."""
+    trains_rows = bool(choice.matrices[0].tokens)
+    return trains_rows or choice.kind.lora_drops_input
+
+
+def _refuse_unfit(what: str, where: str, unfit: list[str], choices: Mapping[str, Choice]) -> None:
+    if unfit:
+        layers = [f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit]
+        raise TargetError(
+            f"{what} is for {where}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
+            f"exclude_modules={unfit[:_SHOWN]}."
+        )
 
 
 def check_merges(choices: Mapping[str, Choice]) -> None:
@@ -185,36 +271,3 @@ def check_merges(choices: Mapping[str, Choice]) -> None:
                 f"{why}. Expected W itself: lora_as_weight must undo lora_as_matrix. Define both in {kind}; for a "
                 "weight (in, out), one returns weight.T, and the other matrix.T."
             )
-
-
-def check_factor_names(choices: Mapping[str, Choice]) -> None:
-    """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
-    for name, choice in choices.items():
-        endings = [matrix.name for matrix in choice.matrices]
-        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
-        if twice:
-            raise TargetError(
-                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name. Name "
-                "one of them in target_parameters, or rename one in the module."
-            )
-
-
-def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse layers that do not support DoRA, or a start from their weights."""
-    if config.use_dora:
-        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
-        where = "linear, embedding and convolution layers without target_slices"
-        _refuse_unfit("use_dora=True", where, unfit, choices)
-    if INITIALISATIONS[config.init].from_weight:
-        unfit = [n for n, c in choices.items() if not (c.kind.lora_drops_input or c.matrices[0].tokens)]
-        where = "layers other than embeddings, where it would change unseen tokens"
-        _refuse_unfit(f"init={config.init!r}", where, unfit, choices)
-
-
-def _refuse_unfit(what: str, where: str, unfit: list[str], choices: Mapping[str, Choice]) -> None:
-    if unfit:
-        shown = shortened(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit)
-        raise TargetError(
-            f"{what} is for {where}; targeted too: {shown}. Leave {what} out, or exclude these: "
-            f"exclude_modules={unfit[:_SHOWN]}."
-        )

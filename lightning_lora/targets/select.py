@@ -1,52 +1,34 @@
 """Select the layers of a model to adapt."""
 
-from collections.abc import Set
-from dataclasses import replace
+from collections.abc import Collection
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, Settings, adapter_for
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, adapter_for
 from lightning_lora.targets import checks
-from lightning_lora.targets.checks import Choice, meant_as
-from lightning_lora.targets.lookup import AUTOMATIC, OUTPUT_HEAD, Names, has_forward, has_matrices
+from lightning_lora.targets.adaptable import has_forward, has_matrices
+from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.choice import Choice, choose
+from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
-from lightning_lora.tensors.names import held_parameter, is_in_any, owner_of, starts_of, submodule
+from lightning_lora.tensors.names import owner_of, starts_of, submodule
+
+Matrices = tuple[AdaptedMatrix, ...]
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
     names = Names(model)
     checks.check_not_lazy(names)
-    saved = set(names.find("modules_to_save", config.modules_to_save))
-    left_out = {*saved, *names.find("exclude_modules", config.exclude_modules)}
-    untouched = _modules_below(names, left_out)
-    holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
-    read = {submodule(owner, owner_of(leaf)) for owner, leaves in holders.items() for leaf in leaves}
-    named = set(_targets(names, config).values())
-    targets = named - untouched - read
-    meant = set[nn.Module]() if config.target_modules in AUTOMATIC else targets
-    rows, tied = token_rows(names, config, meant | read | _modules_below(names, saved))
-    layers = names.first_names((targets - tied) | holders.keys() | rows.keys())
-    checks.check_supported(names, config, layers, targets)
-    choices = {}
-    for name, layer in layers.items():
-        kind = adapter_for(layer) or LoRALayer
-        matrices: tuple[AdaptedMatrix, ...]
-        if layer in rows:
-            kind, matrices = LoRATokens, (rows[layer],)
-        elif layer in holders:
-            kind = LoRAParameters
-            matrices = tuple(kind.lora_matrix_of(layer, leaf) for leaf in holders[layer])
-        elif slices := config.slices(name):
-            matrices = sliced(names, name, kind, kind.lora_matrices_of(layer), slices)
-        else:
-            matrices = kind.lora_matrices_of(layer)
-        if matrices := _without(name, matrices, left_out):
-            choices[name] = _choice(config, name, layer, kind, matrices)
-    checks.check_any(names, config, choices, untouched, taken=names.first_names(named & untouched))
+    selection = _Selection(names, config)
+    checks.check_supported(names, config, selection.layers, selection.targets)
+    choices = selection.choices()
+    if not choices:
+        taken = names.first_names(selection.named & selection.untouched)
+        raise checks.no_layer_selected(names, config, selection.untouched, taken)
     checks.check_patterns(names, config, choices)
     checks.check_factor_names(choices)
     checks.check_methods(config, choices)
@@ -54,9 +36,80 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     return choices
 
 
-def _modules_below(names: Names, left_out: Set[str]) -> set[nn.Module]:
+class _Selection:
+    """What the arguments mean in one model."""
+
+    def __init__(self, names: Names, config: LoRAConfig) -> None:
+        self.names = names
+        self.config = config
+        saved = names.find("modules_to_save", config.modules_to_save)
+        excluded = names.find("exclude_modules", config.exclude_modules)
+        self.left_out = {*saved, *excluded}  # names of modules and parameters
+        self.untouched = _modules_below(names, self.left_out)
+        self.read_by = self._parameters_by_reader()
+        read_layers = self._layers_of_read_parameters()
+        self.named = _targets(names, config)
+        self.targets = self.named - self.untouched - read_layers
+        named_elsewhere = read_layers | _modules_below(names, saved)
+        if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
+            named_elsewhere |= self.targets
+        self.token_rows = token_rows(names, config, named_elsewhere)
+        layers = self.targets - self.token_rows.layers
+        self.layers = names.first_names(layers | self.read_by.keys() | self.token_rows.matrices.keys())
+
+    def _parameters_by_reader(self) -> dict[nn.Module, list[str]]:
+        """What ``target_parameters`` names, by the module that reads it, unless other arguments leave that out."""
+        parameters_by_reader = _parameters_by_reader(self.names, self.config)
+        return {reader: leaves for reader, leaves in parameters_by_reader.items() if reader not in self.untouched}
+
+    def _layers_of_read_parameters(self) -> set[nn.Module]:
+        """The modules whose parameters ``target_parameters`` names: they get no other adapter."""
+        layers: set[nn.Module] = set()
+        for reader, leaves in self.read_by.items():
+            layers.update(submodule(reader, owner_of(leaf)) for leaf in leaves)
+        return layers
+
+    def choices(self) -> dict[str, Choice]:
+        """Return how each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
+        choices = {}
+        for name, layer in self.layers.items():
+            kind = self._kind(layer)
+            matrices = self._matrices(name, layer, kind)
+            adapted = tuple(matrix for matrix in matrices if self._is_adapted(name, matrix))
+            if adapted:
+                choices[name] = choose(self.config, name, layer, kind, adapted)
+        return choices
+
+    def _kind(self, layer: nn.Module) -> type[LoRALayer]:
+        """The class of a layer's adapter."""
+        if layer in self.token_rows.matrices:
+            return LoRATokens
+        if layer in self.read_by:
+            return LoRAParameters
+        return adapter_for(layer) or LoRALayer
+
+    def _matrices(self, name: str, layer: nn.Module, kind: type[LoRALayer]) -> Matrices:
+        """The matrices of a layer that arguments name, or all."""
+        if layer in self.token_rows.matrices:
+            return (self.token_rows.matrices[layer],)
+        if layer in self.read_by:
+            return tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in self.read_by[layer])
+        matrices = kind.lora_matrices_of(layer)
+        slices = self.config.slices(name)
+        if slices:
+            return sliced(self.names, name, kind, matrices, slices)
+        return matrices
+
+    def _is_adapted(self, name: str, matrix: AdaptedMatrix) -> bool:
+        """Whether a matrix of a layer has numbers, and neither it nor a module around it in the layer is left out."""
+        around = starts_of(f"{name}.{matrix.weight}")
+        inside_layer = around[len(starts_of(name)) :]
+        return matrix.largest_rank > 0 and self.left_out.isdisjoint(inside_layer)
+
+
+def _modules_below(names: Names, left_out: Collection[str]) -> set[nn.Module]:
     """The named modules, or the layers of named weights, and all modules inside them."""
-    below = set[nn.Module]()
+    below: set[nn.Module] = set()
     for name in left_out:
         module = names.modules.get(name.removesuffix(".weight"))
         if module is not None:
@@ -64,111 +117,66 @@ def _modules_below(names: Names, left_out: Set[str]) -> set[nn.Module]:
     return below
 
 
-def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
+# target_modules
+
+
+def _targets(names: Names, config: LoRAConfig) -> set[nn.Module]:
     """The modules that ``target_modules`` names, supported or not."""
     targets = config.target_modules
     if targets in AUTOMATIC:
-        found = automatic_targets(names, str(targets))
+        found = set(automatic_targets(names, str(targets)).values())
+        fitting = {layer for layer in found if has_matrices(layer)}
     else:
-        found = {name: names.modules[name] for name in names.find("target_modules", targets)}
-    if not isinstance(targets, str):
-        return found
+        found = {names.modules[name] for name in names.find("target_modules", targets)}
+        fitting = {layer for layer in found if adapter_for(layer)}
     # a word leaves out computed and empty weights, an expression containers and norms: unless there is nothing else
-    has_update = has_matrices if targets in AUTOMATIC else adapter_for
-    return {name: layer for name, layer in found.items() if has_update(layer)} or found
+    if fitting and isinstance(targets, str):
+        return fitting
+    return found
 
 
-def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
-    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
-    aside = _output_heads(names) if word == "all-linear" else set[object]()
-    for module in names.modules.values():
-        if isinstance(module, nn.MultiheadAttention):  # it reads weights of layers inside it without calling them
-            aside |= {*module.modules()} - {module}
-    kinds = {kind for kind in ADAPTERS.values() if word == "all" or kind.lora_is_linear}
-    return {name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and layer not in aside}
+# target_parameters
 
 
-def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
-    """The modules that read ``target_parameters``, with their names there: for a layer's weight, the one around it."""
-    holders: dict[nn.Module, list[str]] = {}
+def _parameters_by_reader(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
+    """The ``target_parameters`` by the module that reads them, with their names in it."""
+    parameters_by_reader: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
-        owner, _, leaf = name.rpartition(".")
-        is_attention = isinstance(names.modules.get(owner), nn.MultiheadAttention)
-        if owner and adapter_for(names.modules[owner]) and not is_attention:
-            owner, _, layer = owner.rpartition(".")
-            leaf = f"{layer}.{leaf}"
-        why = _why_not_there(names, name, owner)
-        if why:
+        reader = _reader_of(names, name)
+        why = _why_not_there(names, name, reader)
+        if why is not None:
             raise TargetError(f"target_parameters {list(config.target_parameters or ())} match {name!r}, but {why}.")
-        holders.setdefault(names.modules[owner], []).append(leaf)
-    return holders
+        leaf = name.removeprefix(f"{reader}.")
+        parameters_by_reader.setdefault(names.modules[reader], []).append(leaf)
+    return parameters_by_reader
 
 
-def _why_not_there(names: Names, name: str, owner: str) -> str | None:
+def _reader_of(names: Names, parameter: str) -> str:
+    """The module that reads a parameter: the one that holds it, or the one around a layer. The model has no name."""
+    owner = owner_of(parameter)
     if not owner:
+        return owner
+    module = names.modules[owner]
+    reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
+    return owner if reads_its_own else owner_of(owner)
+
+
+def _why_not_there(names: Names, name: str, reader: str) -> str | None:
+    """Why a parameter that a module reads cannot be adapted, or None."""
+    if not reader:
         return (
             f"{names.title} itself may read it: move it into a module, or name its layer in target_modules, with "
             "target_slices for one of several weights"
         )
-    holder, shape = names.modules[owner], tuple(names.parameters[name].shape)
-    if adapter_for(holder):
-        return f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
-    if len(shape) not in (2, 3) or not names.parameters[name].is_floating_point():
-        return f"it is {shape}, {names.parameters[name].dtype}, neither a matrix nor a stack of matrices"
-    if not has_forward(holder):
-        return f"its {type(holder).__name__} has no forward of its own, so other code reads it"
-    if "forward" in vars(holder) and not isinstance(holder, LoRALayer):
+    module = names.modules[reader]
+    class_name = type(module).__name__
+    parameter = names.parameters[name]
+    if adapter_for(module):
+        return f"its {class_name} is adapted as a layer: name {reader!r} in target_modules"
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+        return f"it is {tuple(parameter.shape)}, {parameter.dtype}, neither a matrix nor a stack of matrices"
+    if not has_forward(module):
+        return f"its {class_name} has no forward of its own, so other code reads it"
+    if "forward" in vars(module) and not isinstance(module, LoRALayer):
         return "its forward is replaced on the instance, which would bypass the adapter"
     return None
-
-
-def _choice(
-    config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
-) -> Choice:
-    """The adapter for these matrices. Patterns may give each parameter its own rank and scaling."""
-    asked = []
-    for matrix in matrices:
-        target = meant_as(name, kind, matrix)
-        asked.append((matrix.rank(config.rank(name, target)), config.scaling(name, target)))
-    r, scaling = max(asked)[0], asked[0][1]
-    ranked = []
-    for matrix, (rank, factor) in zip(matrices, asked, strict=True):
-        is_usual = (rank, factor) == (matrix.rank(r), scaling)
-        ranked.append(matrix if is_usual else replace(matrix, r=rank, scaling=factor))
-    settings = Settings(r, scaling, config.dropout, config.init, config.use_dora, config.autocast_adapter_dtype)
-    return Choice(layer, kind, tuple(ranked), settings)
-
-
-def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer that have weights. ``left_out`` names other matrices, or modules inside the layer."""
-    own = len(starts_of(name))
-    return tuple(m for m in matrices if m.largest_rank and left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[own:]))
-
-
-def _output_heads(names: Names) -> set[object]:
-    """The output heads of language models: transformers names them, others are tied to an embedding, or look so."""
-    # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
-    weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
-    embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
-    heads: set[object] = {module for module, weight in weights.items() if weight in embeddings}
-    for module in (names.model, *names.modules.values()):
-        head = getattr(module, "get_output_embeddings", None)
-        if callable(head):
-            heads.add(head())
-    heads.update(_named_heads(names))
-    return heads
-
-
-def _named_heads(names: Names) -> list[nn.Module]:
-    """Output heads that only their names and sizes tell, as in litgpt: beside an embedding of as many words."""
-    heads = list[nn.Module]()
-    for name, module in names.modules.items():
-        owner, _, own_name = name.rpartition(".")
-        if own_name != OUTPUT_HEAD or not isinstance(module, nn.Linear):
-            continue
-        for other, embedding in names.modules.items():
-            is_beside = is_in_any(other, [owner]) if owner else True
-            if is_beside and isinstance(embedding, nn.Embedding) and embedding.num_embeddings == module.out_features:
-                heads.append(module)
-                break
-    return heads

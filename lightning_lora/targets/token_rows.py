@@ -1,16 +1,18 @@
 """The rows of embeddings that ``trainable_token_indices`` names."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
-from lightning_lora.targets.lookup import Names, why_not
+from lightning_lora.patterns import matches
+from lightning_lora.targets.adaptable import why_not
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -18,60 +20,107 @@ _ARGUMENT = "trainable_token_indices"
 _USUAL = "embed_tokens"  # the name that most language models have for their input embedding
 
 
-def token_rows(
-    names: Names, config: LoRAConfig, busy: Container[object]
-) -> tuple[dict[nn.Module, AdaptedMatrix], set[nn.Module]]:
-    """Return the embeddings whose rows train, and all layers with their weights. Other arguments name ``busy`` ones."""
-    given = config.trainable_token_indices or {}
+def token_rows(names: Names, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
+    """Return the embeddings whose rows train. Other arguments mean the modules that are ``named_elsewhere``."""
+    found = TokenRows(names, named_elsewhere)
+    given = config.trainable_token_indices
+    if given is None:
+        return found
     if not isinstance(given, Mapping):
         given = dict.fromkeys(_input_embeddings(names, given), given)
-    found, rows_of = dict[nn.Module, AdaptedMatrix](), dict[nn.Module, object]()
     for key, rows in given.items():
-        for name in [key] if key in names.modules else names.find(_ARGUMENT, (key,)):
-            layer = names.modules[name]
-            weight = held_parameter(layer, "weight")
-            owners = [owner_of(other) for other, p in names.parameters.items() if p is weight]
-            for owner in (name, *owners):
-                why = "target_modules, target_parameters or modules_to_save name it too"
-                if names.modules.get(owner) in busy or (why := _why_not(names, owner, rows)):
-                    raise TargetError(f"{_ARGUMENT} means {name!r} of {names.title}. {owner!r} does not fit: {why}.")
-            if rows_of.get(layer, rows) != rows:
-                raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
-            if layer not in rows_of:
-                found[layer] = replace(LoRATokens.lora_matrices_of(layer)[0], tokens=tuple(rows))
-                rows_of |= dict.fromkeys(map(names.modules.__getitem__, owners), rows)
-    return found, set(rows_of)
+        is_whole_name = key in names.modules  # which means no end of another
+        for name in [key] if is_whole_name else names.find(_ARGUMENT, (key,)):
+            found.add(name, rows)
+    return found
+
+
+class TokenRows:
+    """The embeddings whose rows train, and the layers that are tied to them."""
+
+    def __init__(self, names: Names, named_elsewhere: Container[object]) -> None:
+        self._names = names
+        self._named_elsewhere = named_elsewhere
+        self._rows: dict[nn.Module, Sequence[int]] = {}
+        self.matrices: dict[nn.Module, AdaptedMatrix] = {}  # of one layer for each weight
+
+    @property
+    def layers(self) -> Set[nn.Module]:
+        """All layers that have a weight of which rows train."""
+        return self._rows.keys()
+
+    def add(self, name: str, rows: Sequence[int]) -> None:
+        """Let rows of an embedding train, if it and all that share its weight can."""
+        layer = self._names.modules[name]
+        owners = self._owners_of_weight(layer)
+        for owner in (name, *owners):
+            why = self._why_not(owner, rows)
+            if why is not None:
+                raise TargetError(f"{_ARGUMENT} means {name!r} of {self._names.title}. {owner!r} does not fit: {why}.")
+        if layer not in self._rows:
+            self.matrices[layer] = _matrix_of_rows(layer, rows)
+            for owner in owners:
+                self._rows[self._names.modules[owner]] = rows
+        elif self._rows[layer] != rows:
+            raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
+
+    def _owners_of_weight(self, layer: nn.Module) -> list[str]:
+        """The modules that hold a layer's weight."""
+        weight = held_parameter(layer, "weight")
+        return [owner_of(name) for name, parameter in self._names.parameters.items() if parameter is weight]
+
+    def _why_not(self, name: str, rows: Iterable[int]) -> str | None:
+        """Why rows of a module's weight cannot train, or None."""
+        layer: Any = self._names.modules.get(name, self._names.model)
+        if layer in self._named_elsewhere:
+            return "target_modules, target_parameters or modules_to_save name it too"
+        if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
+            return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
+        why = why_not(self._names.modules, name, layer)
+        if why is not None:
+            return why
+        if is_dtensor(layer.weight):
+            return "its weight is sharded (FSDP2 or tensor parallelism), where single rows cannot train"
+        beyond = [row for row in rows if row >= len(layer.weight)]
+        if beyond:
+            return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first"
+        return None
+
+
+def _matrix_of_rows(layer: nn.Module, rows: Iterable[int]) -> AdaptedMatrix:
+    (matrix,) = LoRATokens.lora_matrices_of(layer)
+    return replace(matrix, tokens=tuple(rows))
 
 
 def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
     """What a list means: the input embedding of each outermost model that has one, or else ``embed_tokens``."""
-    found: dict[str, str] = {}  # by the model that has it
-    for name, module in {"": plain_module(names.model), **names.modules}.items():
-        ask = getattr(module, "get_input_embeddings", None)
-        if callable(ask) and found.keys().isdisjoint(["", *starts_of(name)]):
-            with suppress(NotImplementedError):
-                (found[name],) = names.first_names({plain_module(ask())})
+    found = _embeddings_that_models_name(names)
     if found:
-        return list(found.values())
+        return found
     if any(matches(_USUAL, name) for name in names.modules):
         return [_USUAL]
-    embeddings = [name for name, module in names.modules.items() if isinstance(module, nn.Embedding)]
+    raise TargetError(_about_unknown_embedding(names, rows))
+
+
+def _embeddings_that_models_name(names: Names) -> list[str]:
+    """The input embedding of each outermost model that says which it is, as those of transformers do."""
+    found: dict[str, str] = {}  # by the name of the model
+    for name, model in names.with_model().items():
+        ask = getattr(model, "get_input_embeddings", None)
+        is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
+        if callable(ask) and is_outermost:
+            with suppress(NotImplementedError):
+                (found[name],) = names.first_names({plain_module(ask())})
+    return list(found.values())
+
+
+def _about_unknown_embedding(names: Names, rows: Sequence[int]) -> str:
+    """What to do if nothing says which embedding a list of rows means."""
+    embeddings = names.embeddings()
     if not embeddings:
-        raise TargetError(f"{_ARGUMENT} is for embeddings, and {names.title} has no nn.Embedding. Leave it out.")
-    raise TargetError(
+        return f"{_ARGUMENT} is for embeddings, and {names.title} has no nn.Embedding. Leave it out."
+    return (
         f"{_ARGUMENT}={list(rows)} names no embedding, and {names.title} does not say which one is meant (by "
         f"get_input_embeddings, or the name {_USUAL!r}). It has {listed(embeddings)}. Name it: "
         f"{_ARGUMENT}={{{embeddings[0]!r}: {list(rows)}}}."
     )
-
-
-def _why_not(names: Names, name: str, rows: Iterable[int]) -> str:
-    layer: Any = names.modules.get(name, names.model)
-    if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
-        return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
-    if why := why_not(names, name, layer):
-        return why
-    if is_dtensor(layer.weight):
-        return "its weight is sharded (FSDP2 or tensor parallelism), where single rows cannot train"
-    beyond = [row for row in rows if row >= len(layer.weight)]
-    return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first" if beyond else ""

@@ -23,8 +23,9 @@ from lightning_lora.storage.fingerprint import rows_of
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
-from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
-from lightning_lora.targets.select import automatic_targets
+from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
+from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import (
     is_in_any,

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import lightning_lora as ll
 from lightning_lora.networks import copies
-from lightning_lora.targets import lookup
+from lightning_lora.targets import adaptable
 from tests.support.models import LitTiny, TinyLM, same, state
 from tests.targets.test_checks import LETTERS, Table, adapted, letters, net
 
@@ -99,10 +99,10 @@ def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any]
 
 
 def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, looks = net(last=linear()), Mock(wraps=lookup.adapter_for)
+    model, looks = net(last=linear()), Mock(wraps=adaptable.adapter_for)
     for _ in range(12):
         model = net(inner=model)
-    monkeypatch.setattr(lookup, "adapter_for", looks)
+    monkeypatch.setattr(adaptable, "adapter_for", looks)
     adapted(model, target_modules=["last"])
     assert looks.call_count < 12 * 12 * 3
 

@@ -1,0 +1,134 @@
+"""Which layers and parameters can be adapted, and why others cannot."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_lora.errors import listed
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
+from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of
+
+COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
+
+
+# Layers
+
+
+def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str | None:
+    """Return why ``layer`` cannot be adapted, or None. The ``modules`` are those of its model, by name."""
+    if isinstance(layer, LoRALayer):
+        return None
+    kind = adapter_for(layer)
+    if kind is None:
+        return _about_unsupported(modules, name, layer)
+    return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
+
+
+def _about_unsupported(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str:
+    """What of a layer of no supported kind can be adapted."""
+    inside = []
+    for path, module in named_modules(layer).items():
+        inner = join(name, path)
+        if inner != name and adapter_for(module) and not why_not(modules, inner, module):
+            inside.append(inner)
+    said = f"a {class_of(layer)} is not supported"
+    if inside:
+        said += f" (layers inside it are: {listed(inside)})"
+    parameters = own_matrices(name, layer)
+    if parameters:
+        said += f", but target_parameters can adapt its {listed(parameters)}"
+    return said
+
+
+def _why_not_called(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+    """Why the adapter's methods would not be called, or not be the adapter's."""
+    outer = owner_of(name)
+    if isinstance(modules.get(outer), nn.MultiheadAttention):
+        return (
+            f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
+            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
+        )
+    replaced = [method for method in kind.lora_methods if method in vars(layer)]
+    if replaced:
+        return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"
+    if hasattr(layer, "lora_A"):
+        return "it has a lora_A of another library"
+    return None
+
+
+def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+    """Why no update of the layer's weights can be computed, or merged."""
+    if is_computed(layer):
+        return f"its weight is {COMPUTED}, so no update can be merged"
+    if not has_matrices(layer):
+        return "it has no weights"
+    for matrix in kind.lora_matrices_of(layer):
+        dtype = kind.lora_dtype(layer, own_parameter(layer, matrix.weight))
+        if not dtype.is_floating_point:
+            return f"its {matrix.weight} is {dtype}, not floating point"
+        if dtype.itemsize == 1:
+            return f"its {matrix.weight} is {dtype}, with which torch does not compute"
+    return None
+
+
+def is_computed(layer: nn.Module) -> bool:
+    """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
+    kind = adapter_for(layer)
+    if kind is None:
+        return isinstance(layer, ParametrizationList)
+    try:
+        return not kind.lora_matrices_of(layer)
+    except AttributeError:  # a weight is not a parameter
+        return True
+
+
+def has_matrices(layer: nn.Module) -> bool:
+    """Whether a layer has matrices to update, which are neither computed nor empty."""
+    kind = adapter_for(layer)
+    if kind is None or is_computed(layer):
+        return False
+    return any(matrix.largest_rank for matrix in kind.lora_matrices_of(layer))
+
+
+# Parameters that a module reads by itself
+
+
+def own_matrices(name: str, layer: nn.Module) -> list[str]:
+    """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
+    is_model = not name
+    if is_model or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
+        return []
+    matrices = []
+    for leaf, parameter in layer._parameters.items():
+        if parameter is not None and _is_matrix_or_stack(parameter):
+            matrices.append(join(name, leaf))
+    return matrices
+
+
+def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
+    if not parameter.is_floating_point():
+        return False
+    is_stack = parameter.dim() == 3 and len(parameter) > 1
+    return is_stack or parameter.dim() == 2
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module's own Python code reads its parameters: not a container's, nor a scripted module's."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
+
+
+# Names of kinds
+
+
+def class_of(layer: nn.Module) -> str:
+    """Return the name of a layer's class, with its package if it is not torch's: others have a ``Linear`` too."""
+    return re.sub(r"^torch\.nn\.(\w+\.)*", "", name_of_kind(type(layer)))
+
+
+def supported_types() -> str:
+    """Return the names of all types that can be adapted."""
+    kinds = [getattr(kind, "__name__", str(kind)) for kind in ADAPTERS]
+    return ", ".join(kind.rpartition(".")[2] for kind in kinds)

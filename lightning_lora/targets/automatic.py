@@ -1,0 +1,78 @@
+"""The layers that the words ``"all-linear"`` and ``"all"`` mean."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers import ADAPTERS, adapter_for
+from lightning_lora.patterns import matches
+from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
+from lightning_lora.tensors.names import held_parameter, is_in_any, owner_of
+
+
+def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
+    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
+    kinds = set(ADAPTERS.values())
+    left_out = _inside_attentions(names)
+    if word == "all-linear":
+        kinds = {kind for kind in kinds if kind.lora_is_linear}
+        left_out |= _output_heads(names)
+    targets = {}
+    for name, layer in names.modules.items():
+        if adapter_for(layer) in kinds and layer not in left_out:
+            targets[name] = layer
+    return targets
+
+
+def _inside_attentions(names: Names) -> set[Any]:
+    """The modules inside torch's attentions, which read their weights without calling them."""
+    inside: set[Any] = set()
+    for module in names.modules.values():
+        if isinstance(module, nn.MultiheadAttention):
+            inside.update(module.modules())
+            inside.remove(module)
+    return inside
+
+
+def _output_heads(names: Names) -> set[Any]:
+    """The output heads of language models: transformers names them, others are tied to an embedding, or look so."""
+    return {*_with_weight_of_embedding(names), *_heads_that_models_name(names), *_heads_by_name_and_size(names)}
+
+
+def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
+    """The embeddings, and layers that are tied to one."""
+    # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
+    weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
+    of_embeddings = {weights[names.modules[name]] for name in names.embeddings()}
+    return [module for module, weight in weights.items() if weight is not None and weight in of_embeddings]
+
+
+def _heads_that_models_name(names: Names) -> list[object]:
+    """What models say that their output heads are, as those of transformers do. It may be None."""
+    heads = []
+    for model in (names.model, *names.modules.values()):
+        ask = getattr(model, "get_output_embeddings", None)
+        if callable(ask):
+            heads.append(ask())
+    return heads
+
+
+def _heads_by_name_and_size(names: Names) -> list[nn.Module]:
+    """Output heads that only their names and sizes tell, as in litgpt: beside an embedding of as many words."""
+    heads: list[nn.Module] = []
+    for name, module in names.modules.items():
+        if not matches(OUTPUT_HEAD, name) or not isinstance(module, nn.Linear):
+            continue
+        if module.out_features in _numbers_of_words(names, owner_of(name)):
+            heads.append(module)
+    return heads
+
+
+def _numbers_of_words(names: Names, model: str) -> set[int]:
+    """How many words the embeddings in a module have. The model itself has no name."""
+    numbers = set()
+    for name in names.embeddings():
+        if not model or is_in_any(name, [model]):
+            embedding: Any = names.modules[name]
+            numbers.add(embedding.num_embeddings)
+    return numbers
