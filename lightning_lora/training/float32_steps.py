@@ -49,6 +49,8 @@ class Float32Steps:
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
+        if not self._weights:
+            return
         for p in self._weights.intersection(_held_by(optimizer)) - self._shown.keys():
             kept = self._between.pop(p, None)
             if kept is None:

@@ -96,6 +96,31 @@ def test_copies_that_are_moved_later_or_after_the_base_are_named_at_the_end(
     assert "'target' of 'net'" in message and "exclude_modules" in message
 
 
+class FollowsByLerp(Follows):
+    """Its target is moved by ``lerp_`` towards weights that are frozen now: no value changes."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            for p, target in by_name(self):
+                target.lerp_(p, 0.1)
+
+
+def test_a_copy_that_is_moved_to_where_it_is_is_named_at_the_end(tmp_path: Path) -> None:
+    (message,) = fitted(tmp_path, FollowsByLerp())
+    assert "'target' of 'net'" in message and "exclude_modules" in message
+
+
+class LoadsAgain(Follows):
+    """It loads its own weights, as searches for a batch size do: in place, in the reference too."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.load_state_dict({name: value.clone() for name, value in self.state_dict().items()})
+
+
+def test_a_reference_into_which_the_weights_of_the_whole_model_are_loaded_is_left_alone(tmp_path: Path) -> None:
+    assert not fitted(tmp_path, LoadsAgain())
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_code_that_adds_the_updates_itself_is_not_refused(tmp_path: Path, momentum: float) -> None:
     model = Follows(with_updates, momentum=momentum)

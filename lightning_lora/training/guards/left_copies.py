@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterStateError, warn
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
+from lightning_lora.private import version_of
 from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, samples
@@ -22,11 +23,14 @@ class LeftCopies:
     def __init__(self) -> None:
         self.copies: dict[str, str] = {}
         self.weights: dict[str, tuple[Seen, Tensor]] = {}  # those of the copies, and some of their values
+        self.versions: dict[str, int | None] = {}  # how often each weight was written in place
         self.told = False
 
     def begin(self, view: View) -> None:
         """Note the copies as they are when the first step begins."""
         self.copies = _copies_without_adapters(view)
+        if self.copies:
+            self.versions = {name: _version(weight) for name, weight in view.base.items()}
         for name, weight in view.base.items():
             if is_in_any(name, self.copies) and weight.is_floating_point() and not weight.is_meta:
                 self.weights[name] = Seen(weight), samples(weight).clone()
@@ -46,7 +50,7 @@ class LeftCopies:
 
     def tell(self, view: View) -> None:
         """Name a copy that was moved, once."""
-        moved = [copied for copied in self.copies if self._moved(view, copied)]
+        moved = [copied for copied in self.copies if self._moved(view, copied) or self._is_written(view, copied)]
         if moved and not self.told:
             self.told = True
             pairs = ", ".join(f"{copied!r} of {self.copies[copied]!r}" for copied in moved)
@@ -61,6 +65,15 @@ class LeftCopies:
         names = [name for name in self.weights if is_in_any(name, [copied]) and name in view.base]
         return [name for name in names if not self.weights[name][0].is_alike(view.base[name])]
 
+    def _is_written(self, view: View, copied: str) -> bool:
+        """Whether code has written into a copy, perhaps its own values again: those of its original are frozen.
+
+        What loads the weights of the whole model writes into the original too.
+        """
+        written = {name for name, version in self.versions.items() if version != _version(view.base.get(name))}
+        names = [name for name in written if is_in_any(name, [copied])]
+        return any(self.copies[copied] + name.removeprefix(copied) not in written for name in names)
+
     def _is_towards_original(self, view: View, name: str) -> bool:
         """Whether a weight lies between its earlier values and those of its original, with or without the update."""
         before, now = self.weights[name][1], samples(view.base[name])
@@ -72,6 +85,10 @@ class LeftCopies:
         rounding = 8 * torch.finfo(now.dtype).eps * ends.abs().amax(0)
         is_inside = (ends.amin(0) - rounding <= now) & (now <= ends.amax(0) + rounding)
         return bool(is_inside.all())
+
+
+def _version(weight: Tensor | None) -> int | None:
+    return None if weight is None or weight.is_inference() else version_of(weight)
 
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:

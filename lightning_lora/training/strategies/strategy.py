@@ -379,41 +379,42 @@ class LoRAStrategy(Strategy, InPlace):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
-        self.lora_stage.dropout.begin_step(self.lora_module)
-        if self.lora_stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
-            self.lora_stage.float32.pause_step()
+        stage, module = self.lora_stage, self.lora_module
+        stage.dropout.begin_step(module)
+        if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
+            stage.float32.pause_step()
         if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
-            self.lora_stage.guards.begin_step(self.lora_module)
-        with gradients_pass(self.lora_module), self.lora_watching():
+            stage.guards.begin_step(module)
+        with gradients_pass(module), self.lora_watching(module):
             try:
                 output = super().training_step(*args, **kwargs)
             except Exception as error:
-                asked.explain(error, self.lora_module, asked.IN_A_STEP)
+                asked.explain(error, module, asked.IN_A_STEP)
                 raise
-        if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
-            self.lora_stage.dropout.end_step()
+        if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
+            stage.dropout.end_step()
         return output
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        if not compatibility.has_own(self.lora_module, "backward"):  # which may have a graph of its own
-            check_loss(self.lora_module, closure_loss)
-        warn_if_base_is_shown(self.lora_module)
-        with gradients_pass(self.lora_module), self.lora_watching():  # checkpoints run their layers again
+        module = self.lora_module
+        if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
+            check_loss(module, closure_loss)
+        warn_if_base_is_shown(module)
+        with gradients_pass(module), self.lora_watching(module):  # checkpoints run their layers again
             try:
                 loss = super().backward(closure_loss, *args, **kwargs)
             except Exception as error:
-                asked.explain(error, self.lora_module, asked.IN_BACKWARD)
+                asked.explain(error, module, asked.IN_BACKWARD)
                 raise
-        if self.lora_module.automatic_optimization:
+        if module.automatic_optimization:
             self.lora_stage.dropout.end_step()
         return loss
 
-    def lora_watching(self) -> AbstractContextManager[None]:
+    def lora_watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Watch what else reads adapted weights in the first batch."""
-        return self.lora_stage.guards.watching(
-            self.lora_module, is_aloud=self.is_global_zero and not self.lora_adapts_late
-        )
+        is_aloud = self.is_global_zero and not self.lora_adapts_late
+        return self.lora_stage.guards.watching(module, is_aloud=is_aloud)
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
