@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import unmerge_adapters
 from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
-from lightning_lora.training import float32_steps, gradients, optimizers
+from lightning_lora.training import feeding, float32_steps, gradients, optimizers
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, best, is_plain, lora, same, state, trainer
@@ -115,10 +115,12 @@ class Judged(LitTiny):  # with frozen networks: one feeds the head, and one runs
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of what runs in validation
 @pytest.mark.parametrize("build", [LitTiny, Judged])
-def test_a_step_does_not_look_at_the_whole_module_or_its_graph_or_at_all_parameters(tmp_path: Path, build: Any, monkeypatch: Any) -> None:
+def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
+    tmp_path: Path, build: Any, monkeypatch: Any
+) -> None:
     looks = list[int]()
-    views, graphs = [(optimizers, "view_of"), (gradients, "view_of")], [(gradients, "_leaves_behind")]
-    for room, name in (*views, *graphs, (float32_steps, "_held_by")):
+    views = [(optimizers, "view_of"), (gradients, "view_of"), (feeding, "view_of")]
+    for room, name in (*views, (feeding, "_leaves_behind"), (float32_steps, "_held_by")):
         own = getattr(room, name)
         monkeypatch.setattr(room, name, lambda value, own=own: looks.append(steps.step) or own(value))
     steps = L.Callback()
