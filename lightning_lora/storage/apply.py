@@ -220,11 +220,13 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
+                start_there = "" if is_same_start else f", init={config.init!r}"
+                start_here = "" if is_same_start else f", init={settings.init!r}"
                 raise AdapterMismatchError(
-                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; here it has "
-                    f"r={here}, a scaling of {scaled:g} and init={settings.init!r}. "
-                    f"{_as_trained(view, config)} Or LoRACallback() alone, or remove_adapters(model) "
-                    "before load_adapter."
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g}{start_there} in "
+                    f"{target!r}; here it has r={here} and a scaling of {scaled:g}{start_here}. "
+                    f"{_as_trained(view, config)} Or give the Trainer LoRACallback() alone, or call "
+                    "remove_adapters(model) before load_adapter."
                 )
 
 

@@ -1,14 +1,15 @@
 """Trainer checkpoints: adapter-only when written, completed when read."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import BaseMismatchError, LoRAError, listed
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, LoRAError, listed
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
@@ -100,6 +101,18 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
         if own != base:
             view.record.rounded_base[name] = own, base
     return True
+
+
+@contextmanager
+def naming_the_file(path: object) -> Iterator[None]:
+    """Say which file does not fit: with ``ckpt_path="last"`` or ``"best"``, Lightning has found it."""
+    try:
+        yield
+    except (AdapterMismatchError, BaseMismatchError) as error:
+        raise type(error)(
+            f"{path}: {error} Or did another run write this file? Then pass the path of this run's "
+            "own file (ckpt_path), or none to begin anew."
+        ) from error
 
 
 def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:

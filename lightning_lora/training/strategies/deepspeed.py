@@ -13,6 +13,7 @@ from lightning_lora.errors import StrategyError
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import own_place
+from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
@@ -137,8 +138,8 @@ class LoRADeepSpeedStrategy(LateStrategy, kind="DeepSpeedStrategy"):
 
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
-        with self.lora_building_optimizers():
-            optimizer, scheduler = self.lora_build(super()._init_optimizers)  # type: ignore[misc]
+        with showing_trainable_base(self.lora_module):
+            optimizer, scheduler = build_optimizers(self, super()._init_optimizers)  # type: ignore[misc]
         train_adapters(self.lora_module, [optimizer], self.lora_stage.lr_scale)
         hide_groups([scheduler and scheduler.scheduler], self.lora_module)
         for number, group in enumerate(optimizer.param_groups):

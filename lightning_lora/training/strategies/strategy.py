@@ -2,8 +2,7 @@
 
 import os
 from abc import ABC
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,16 +14,12 @@ from torch import nn
 
 from lightning_lora.errors import (
     AdapterFileError,
-    AdapterMismatchError,
     AdapterStateError,
-    BaseMismatchError,
     OptimizerError,
 )
-from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.user_flags import note_frozen
 from lightning_lora.model.view import View, keep_frozen, view_of
 from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints
@@ -42,8 +37,8 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import is_in_any
-from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training import compatibility
+from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.float32_steps import states_in_float32
 from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
 from lightning_lora.training.guards import asked
@@ -163,45 +158,10 @@ class LoRAStrategy(Strategy, InPlace):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters."""
         self.lora_joined = [p for p in self.lora_module.parameters() if p.requires_grad]
-        with self.lora_building_optimizers():
-            self.lora_build(partial(super().setup_optimizers, trainer))
+        with showing_trainable_base(self.lora_module):
+            build_optimizers(self, partial(super().setup_optimizers, trainer))
         train_adapters(self.lora_module, self.optimizers, self.lora_stage.lr_scale)
         hide_groups([config.scheduler for config in self.lr_scheduler_configs], self.lora_module)
-
-    @contextmanager
-    def lora_building_optimizers(self) -> Iterator[None]:
-        """Show the user's code a trainable base, as it expects."""
-        view = view_of(self.lora_module)
-        unfreeze(view)
-        for name in view.layers:
-            for weight in view.weights_of(name):  # a user's filter must keep it: its adapter takes its place
-                set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
-        try:
-            yield
-        finally:
-            note_frozen(view_of(self.lora_module))
-            freeze(view_of(self.lora_module))  # also the norms that sync_batchnorm has made
-
-    def lora_build(self, build: Callable[[], Any]) -> Any:
-        """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
-        view = view_of(self.lora_module)
-        try:
-            return build()
-        except Exception as error:
-            if not any(name in str(error) for name in view.adapters):
-                raise
-            own_error: Exception | None = error
-        adapters = detach_adapters(view)
-        try:
-            with suppress(Exception):
-                built = build()
-                if all(group["params"] for optimizer in self.optimizers for group in optimizer.param_groups):
-                    own_error = None  # otherwise, one of its groups is for adapters
-        finally:
-            attach_adapters(View(self.lora_module), adapters)
-        if own_error is not None:
-            raise own_error
-        return built
 
     # Load
 
@@ -299,21 +259,10 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        with self._lora_naming_the_file():
+        with checkpoints.naming_the_file(stage.file):
             checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
-
-    @contextmanager
-    def _lora_naming_the_file(self) -> Iterator[None]:
-        """Say which file does not fit: with ``ckpt_path="last"`` or ``"best"``, Lightning has found it."""
-        try:
-            yield
-        except (AdapterMismatchError, BaseMismatchError) as error:
-            raise type(error)(
-                f"{self.lora_stage.file}: {error} Or did another run write this file? Then pass the path of this run's "
-                "own file (ckpt_path), or none to begin anew."
-            ) from error
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
