@@ -130,5 +130,8 @@ def class_of(layer: nn.Module) -> str:
 
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
-    kinds = [getattr(kind, "__name__", str(kind)) for kind in ADAPTERS]
-    return ", ".join(kind.rpartition(".")[2] for kind in kinds)
+    class_names = []
+    for kind in ADAPTERS:
+        full_name = kind if isinstance(kind, str) else kind.__name__
+        class_names.append(full_name.rpartition(".")[2])
+    return ", ".join(class_names)
