@@ -46,17 +46,18 @@ class _Selection:
         excluded = names.find("exclude_modules", config.exclude_modules)
         self.left_out = {*saved, *excluded}  # names of modules and parameters
         self.untouched = _modules_below(names, self.left_out)
-        self.parameters = _parameters_by_reader(names, config, self.untouched)
-        read_layers = _layers_of(self.parameters)
-        self.named = _targets(names, config)
-        self.targets = self.named - self.untouched - read_layers
-        named_elsewhere = read_layers | _modules_below(names, saved)
+        self.parameters = _parameters_by_reader(names, config, self.untouched)  # those in ``target_parameters``
+        layers_of_parameters = _layers_of(self.parameters)
+        self.named = _targets(names, config)  # all that ``target_modules`` names
+        self.targets = self.named - self.untouched - layers_of_parameters  # what other arguments leave of them
+        named_elsewhere = layers_of_parameters | _modules_below(names, saved)
         if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
             named_elsewhere |= self.targets
         self.token_rows = token_rows(names, config, named_elsewhere)
-        layers = self.targets - self.token_rows.layers
-        with_parameters = layers | self.parameters.keys()
-        self.layers = names.first_names(with_parameters | self.token_rows.matrices.keys())
+        adapted_layers = self.targets - self.token_rows.layers
+        adapted_layers |= self.parameters.keys()
+        adapted_layers |= self.token_rows.matrices.keys()
+        self.layers = names.first_names(adapted_layers)
 
     def choices(self) -> dict[str, Choice]:
         """Return how each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
