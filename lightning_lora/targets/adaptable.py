@@ -19,9 +19,12 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
 def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str | None:
     """Return why ``layer`` cannot be adapted, or None. The ``modules`` are those of its model, by name."""
-    if isinstance(layer, LoRALayer):
-        return None
     kind = adapter_for(layer)
+    is_adapted = isinstance(layer, LoRALayer)
+    if is_adapted and kind is None:
+        return "only its parameters can be adapted, and some are"
+    if is_adapted:
+        return None
     if kind is None:
         return _about_unsupported(modules, name, layer)
     return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
@@ -130,5 +133,8 @@ def class_of(layer: nn.Module) -> str:
 
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
-    kinds = [getattr(kind, "__name__", str(kind)) for kind in ADAPTERS]
-    return ", ".join(kind.rpartition(".")[2] for kind in kinds)
+    class_names = []
+    for kind in ADAPTERS:
+        full_name = kind if isinstance(kind, str) else kind.__name__
+        class_names.append(full_name.rpartition(".")[2])
+    return ", ".join(class_names)

@@ -43,8 +43,8 @@ def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
     """The embeddings, and layers that are tied to one."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
-    of_embeddings = {weights[names.modules[name]] for name in names.embeddings()}
-    return [module for module, weight in weights.items() if weight is not None and weight in of_embeddings]
+    of_embeddings = {weights[names.modules[name]] for name in names.embeddings()} - {None}
+    return [module for module, weight in weights.items() if weight in of_embeddings]
 
 
 def _heads_that_models_name(names: Names) -> list[object]:

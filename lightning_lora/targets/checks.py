@@ -133,9 +133,12 @@ def _adaptable_by_class(names: Names, layers: Mapping[str, nn.Module]) -> dict[s
 
 def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     """What ``"all"`` would adapt."""
-    number = sum(len(layers) for layers in by_class.values())
+    number = 0
+    kinds = []
+    for kind, layers in by_class.items():
+        number += len(layers)
+        kinds.append(f"{len(layers)} {kind} ({listed(layers, most=1)})")
     plural = "s" if number > 1 else ""
-    kinds = [f"{len(layers)} {kind} ({listed(layers, most=1)})" for kind, layers in by_class.items()]
     return (
         f'"all" would adapt {number} layer{plural}: {", ".join(kinds[:_SHOWN])}. Set '
         'target_modules="all", or name some of them.'
@@ -162,7 +165,8 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
     parameters = {}
     for name, choice in choices.items():
         if choice.kind is LoRAParameters:
-            parameters.update({join(name, matrix.weight): name for matrix in choice.matrices})
+            for matrix in choice.matrices:
+                parameters[join(name, matrix.weight)] = name
         else:
             layers[name] = name
     _check_keys(names, "rank_pattern", config.rank_pattern, {**layers, **parameters})
@@ -174,8 +178,12 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     """Refuse keys of a pattern without effect on what is ``adapted``: layers and parameters, with their modules."""
     if keys is None:
         return
-    matched = {key: _matched_by(key, adapted) for key in keys}
-    unmatched = [key for key, its_names in matched.items() if not its_names]
+    matched = {}
+    unmatched = []
+    for key in keys:
+        matched[key] = _matched_by(key, adapted)
+        if not matched[key]:
+            unmatched.append(key)
     if unmatched:
         _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
         _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
@@ -185,14 +193,18 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
 
 def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
     """The layers and parameters that a key means, by their own names or by those of their modules."""
-    return {name for name, module in adapted.items() if matches_pattern(key, name) or matches_pattern(key, module)}
+    matched = set()
+    for name, module in adapted.items():
+        if matches_pattern(key, name) or matches_pattern(key, module):
+            matched.add(name)
+    return matched
 
 
 def _check_not_of_others(
     names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, where: str
 ) -> None:
     """Refuse keys that match what is not adapted."""
-    idle = [key for key in keys if any(matches_pattern(key, name) for name in others)]
+    idle = [key for key in keys if _matches_any(key, others)]
     if idle:
         raise TargetError(
             f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
@@ -200,12 +212,20 @@ def _check_not_of_others(
         )
 
 
+def _matches_any(key: str, names: Iterable[str]) -> bool:
+    return any(matches_pattern(key, name) for name in names)
+
+
 def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:
     """Refuse a key whose layers all match earlier keys: the first match decides."""
     earlier: dict[str, set[str]] = {}
     for key, layers in matched.items():
-        deciding = [other for other, its_layers in earlier.items() if not layers.isdisjoint(its_layers)]
-        decided = set().union(*(earlier[other] for other in deciding))
+        deciding: list[str] = []
+        decided: set[str] = set()
+        for other, its_layers in earlier.items():
+            if not layers.isdisjoint(its_layers):
+                deciding.append(other)
+                decided |= its_layers
         if decided.issuperset(layers):
             raise TargetError(
                 f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "

@@ -23,7 +23,10 @@ def warn_of_hooks(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Name adapted layers of a model whose weights have gradient hooks, once."""
     model = plain_module(model)
     already_named = _TOLD.setdefault(model, set())
-    names = [name for name in _hooked(layers) if name not in already_named]
+    names = []
+    for name, layer in layers.items():
+        if name not in already_named and _has_hooked_weight(layer):
+            names.append(name)
     if names:
         already_named.update(names)
         warn(_about_hooks(type(model).__name__, names))
@@ -40,11 +43,7 @@ def _about_hooks(title: str, names: list[str]) -> str:
     )
 
 
-def _hooked(layers: Mapping[str, LoRALayer]) -> list[str]:
-    """The layers with a hook on a weight that has an update."""
-    return [name for name, layer in layers.items() if _has_hooked_weight(layer)]
-
-
 def _has_hooked_weight(layer: LoRALayer) -> bool:
+    """Whether a weight that has an update has a gradient hook."""
     weights = [own_parameter(layer, name) for name in layer.lora_weights()]
     return any(has_gradient_hooks(weight) for weight in weights)

@@ -1,6 +1,6 @@
 """Select the layers of a model to adapt."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Set
 
 from torch import nn
 
@@ -46,59 +46,43 @@ class _Selection:
         excluded = names.find("exclude_modules", config.exclude_modules)
         self.left_out = {*saved, *excluded}  # names of modules and parameters
         self.untouched = _modules_below(names, self.left_out)
-        self.read_by = self._parameters_by_reader()
-        read_layers = self._layers_of_read_parameters()
-        self.named = _targets(names, config)
-        self.targets = self.named - self.untouched - read_layers
-        named_elsewhere = read_layers | _modules_below(names, saved)
+        self.parameters = _parameters_by_reader(names, config, self.untouched)  # those in ``target_parameters``
+        layers_of_parameters = _layers_of(self.parameters)
+        self.named = _targets(names, config)  # all that ``target_modules`` names
+        self.targets = self.named - self.untouched - layers_of_parameters  # what other arguments leave of them
+        named_elsewhere = layers_of_parameters | _modules_below(names, saved)
         if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
             named_elsewhere |= self.targets
         self.token_rows = token_rows(names, config, named_elsewhere)
-        layers = self.targets - self.token_rows.layers
-        self.layers = names.first_names(layers | self.read_by.keys() | self.token_rows.matrices.keys())
-
-    def _parameters_by_reader(self) -> dict[nn.Module, list[str]]:
-        """What ``target_parameters`` names, by the module that reads it, unless other arguments leave that out."""
-        parameters_by_reader = _parameters_by_reader(self.names, self.config)
-        return {reader: leaves for reader, leaves in parameters_by_reader.items() if reader not in self.untouched}
-
-    def _layers_of_read_parameters(self) -> set[nn.Module]:
-        """The modules whose parameters ``target_parameters`` names: they get no other adapter."""
-        layers: set[nn.Module] = set()
-        for reader, leaves in self.read_by.items():
-            layers.update(submodule(reader, owner_of(leaf)) for leaf in leaves)
-        return layers
+        adapted_layers = self.targets - self.token_rows.layers
+        adapted_layers |= self.parameters.keys()
+        adapted_layers |= self.token_rows.matrices.keys()
+        self.layers = names.first_names(adapted_layers)
 
     def choices(self) -> dict[str, Choice]:
         """Return how each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
         choices = {}
         for name, layer in self.layers.items():
-            kind = self._kind(layer)
-            matrices = self._matrices(name, layer, kind)
-            adapted = tuple(matrix for matrix in matrices if self._is_adapted(name, matrix))
+            kind, matrices = self._adapter(name, layer)
+            adapted = [matrix for matrix in matrices if self._is_adapted(name, matrix)]
             if adapted:
-                choices[name] = choose(self.config, name, layer, kind, adapted)
+                choices[name] = choose(self.config, name, layer, kind, tuple(adapted))
         return choices
 
-    def _kind(self, layer: nn.Module) -> type[LoRALayer]:
-        """The class of a layer's adapter."""
+    def _adapter(self, name: str, layer: nn.Module) -> tuple[type[LoRALayer], Matrices]:
+        """The class of a layer's adapter, and the matrices that arguments name, or all."""
         if layer in self.token_rows.matrices:
-            return LoRATokens
-        if layer in self.read_by:
-            return LoRAParameters
-        return adapter_for(layer) or LoRALayer
-
-    def _matrices(self, name: str, layer: nn.Module, kind: type[LoRALayer]) -> Matrices:
-        """The matrices of a layer that arguments name, or all."""
-        if layer in self.token_rows.matrices:
-            return (self.token_rows.matrices[layer],)
-        if layer in self.read_by:
-            return tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in self.read_by[layer])
+            return LoRATokens, (self.token_rows.matrices[layer],)
+        if layer in self.parameters:
+            read_matrices = [LoRAParameters.lora_matrix_of(layer, inner) for inner in self.parameters[layer]]
+            return LoRAParameters, tuple(read_matrices)
+        kind = adapter_for(layer)
+        assert kind is not None  # others have been refused
         matrices = kind.lora_matrices_of(layer)
         slices = self.config.slices(name)
         if slices:
-            return sliced(self.names, name, kind, matrices, slices)
-        return matrices
+            matrices = sliced(self.names, name, kind, matrices, slices)
+        return kind, matrices
 
     def _is_adapted(self, name: str, matrix: AdaptedMatrix) -> bool:
         """Whether a matrix of a layer has numbers, and neither it nor a module around it in the layer is left out."""
@@ -138,17 +122,27 @@ def _targets(names: Names, config: LoRAConfig) -> set[nn.Module]:
 # target_parameters
 
 
-def _parameters_by_reader(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
+def _parameters_by_reader(names: Names, config: LoRAConfig, untouched: Set[nn.Module]) -> dict[nn.Module, list[str]]:
     """The ``target_parameters`` by the module that reads them, with their names in it."""
-    parameters_by_reader: dict[nn.Module, list[str]] = {}
+    by_reader: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         reader = _reader_of(names, name)
         why = _why_not_there(names, name, reader)
         if why is not None:
             raise TargetError(f"target_parameters {list(config.target_parameters or ())} match {name!r}, but {why}.")
-        leaf = name.removeprefix(f"{reader}.")
-        parameters_by_reader.setdefault(names.modules[reader], []).append(leaf)
-    return parameters_by_reader
+        module = names.modules[reader]
+        if module not in untouched:
+            by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))
+    return by_reader
+
+
+def _layers_of(parameters: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
+    """The modules that hold these parameters: they get no other adapter."""
+    layers: set[nn.Module] = set()
+    for reader, inner_names in parameters.items():
+        for name in inner_names:
+            layers.add(submodule(reader, owner_of(name)))
+    return layers
 
 
 def _reader_of(names: Names, parameter: str) -> str:

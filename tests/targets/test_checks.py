@@ -174,6 +174,12 @@ def test_mistake_is_named_and_changes_nothing(build: Any, config: dict[str, Any]
     assert is_plain(model)
 
 
+def test_a_module_whose_parameter_is_adapted_is_no_layer_to_adapt() -> None:
+    adapted(model := net(a=Table()), target_modules=[], target_parameters=["table"])
+    with pytest.raises(TargetError, match=r"\('a': only its parameters can be adapted, .* such as 'a\.proj'"):
+        adapted(model, target_modules=["a"])
+
+
 class Alike(nn.Module):
     """A matrix, and a layer whose weight it reads: written with underscores, they have one name."""
 
