@@ -115,7 +115,9 @@ class Judged(LitTiny):  # with frozen networks: one feeds the head, and one runs
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of what runs in validation
 @pytest.mark.parametrize("build", [LitTiny, Judged])
-def test_a_step_does_not_look_at_the_whole_module_or_its_graph_or_at_all_parameters(tmp_path: Path, build: Any, monkeypatch: Any) -> None:
+def test_a_step_does_not_look_at_the_whole_module_or_its_graph_or_at_all_parameters(
+    tmp_path: Path, build: Any, monkeypatch: Any
+) -> None:
     looks = list[int]()
     views, graphs = [(optimizers, "view_of"), (gradients, "view_of")], [(gradients, "_leaves_behind")]
     for room, name in (*views, *graphs, (float32_steps, "_held_by")):
