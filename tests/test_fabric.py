@@ -152,6 +152,25 @@ def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps(
         optimizer.step()
 
 
+@pytest.mark.parametrize("has_stepped", [False, True])
+@pytest.mark.parametrize("saved", [None, ["head"]])
+def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(saved: Any, has_stepped: bool) -> None:
+    model, config = LitTiny(), ll.LoRAConfig(r=2, modules_to_save=saved)
+    ll.inject_adapters(model, config, name="first")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    if has_stepped:
+        model.loss(next(iter(data()))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ll.inject_adapters(model, config, name="second")
+    model.loss(next(iter(data()))).backward()
+    with pytest.raises(ll.OptimizerError, match=r"Adam holds adapters of LitTiny that rest.*'second'"):
+        optimizer.step()
+    own = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for each in (optimizer, own):  # a loop over both is no mistake
+        each.step()
+
+
 def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:
     ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"]))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,35 @@ def test_a_folder_has_at_most_sixteen_rooms_and_each_is_one_story(floor: str) ->
     rooms = [path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"]
     assert 0 < len(rooms) <= 16
     assert [path.name for path in rooms if lines_of(path) >= 400] == []
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How densely code may be written. A change may lower these numbers, and does not raise them."""
+
+    branches_in_100_lines: float
+    comprehensions_in_1000_lines: float
+    share_of_dense_lines: float
+    names_a_line: float
+    long_functions: int
+
+
+LIMITS = {
+    HOUSE: Limits(31, 58, 0.055, 2.8, 34),
+    TESTS: Limits(19, 55, 0.131, 2.9, 10),
+    EXAMPLES: Limits(20, 35, 0.05, 2.9, 0),
+}
+
+
+@pytest.mark.parametrize("root", LIMITS, ids=lambda root: root.name)
+def test_code_asks_no_more_of_its_reader(root: Path) -> None:
+    density, limits = density_of(root.rglob("*.py")), LIMITS[root]
+    assert density.branches_in_100_lines <= limits.branches_in_100_lines
+    assert density.comprehensions_in_1000_lines <= limits.comprehensions_in_1000_lines
+    assert density.share_of_dense_lines <= limits.share_of_dense_lines
+    assert density.names_a_line <= limits.names_a_line
+    assert len(density.long_functions) <= limits.long_functions, density.long_functions
+
+
+def test_each_file_of_the_package_tells_one_story_in_at_most_400_lines() -> None:
+    assert [path.name for path in HOUSE.rglob("*.py") if lines_of(path) > 400] == []

@@ -1,4 +1,7 @@
-"""Optimizers in a loop of one's own that train nothing, or NaN: made before the adapters, or of float16 weights."""
+"""Optimizers in a loop of one's own that train nothing, or NaN.
+
+They were made before the adapters, or of other adapters that rest now, or of float16 weights.
+"""
 
 import gc
 from collections.abc import Collection, Iterator
@@ -31,7 +34,7 @@ def watch_optimizers(model: nn.Module) -> None:
 
 
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
-    """Refuse an optimizer of frozen weights below adapters, if it holds none of these adapters."""
+    """Refuse an optimizer of frozen weights below adapters, or of resting ones, if it holds none that act."""
     if optimizer in _CHECKED:
         return
     held = _held_by(optimizer)
@@ -42,6 +45,9 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
     frozen = {p for p in held if p.grad is None and not p.requires_grad}
     for model in list(_ADAPTED) if frozen else ():
         _check_for(View(model), optimizer, held, frozen)
+    has_gradients = any(p.grad is not None for p in held)
+    for model in list(_ADAPTED) if held and not has_gradients else ():
+        _check_active(View(model), optimizer, held)
     _CHECKED.add(optimizer)
 
 
@@ -89,6 +95,29 @@ def _check_for(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen
         f"{type(optimizer).__name__} holds {listed(below)} of {view.title}, which are frozen, and no adapter. "
         "Make it after inject_adapters or load_adapter, of (p for p in model.parameters() if p.requires_grad)."
     )
+
+
+def _check_active(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
+    """Refuse an optimizer that holds resting adapters alone, after a backward pass through others in no optimizer."""
+    if not view.is_adapted or not held <= _resting_parameters(view):
+        return
+    active = {p for p in view.model.parameters() if p.grad is not None}
+    if active and not _are_held_by_another(active, optimizer):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds adapters of {view.title} that rest, and no optimizer holds "
+            f"{view.adapter.name!r}, which has gradients. Make it anew after set_adapter or inject_adapters, of (p for "
+            "p in model.parameters() if p.requires_grad)."
+        )
+
+
+def _resting_parameters(view: View) -> set[nn.Parameter]:
+    """All parameters of the adapters that rest, and what trains in full with them."""
+    found = set[nn.Parameter]()
+    for state in view.record.others.values():
+        found.update(tensor for tensor in state.own.values() if isinstance(tensor, nn.Parameter))
+        for adapter in state.resting.values():
+            found.update(adapter.parameters.values())
+    return found
 
 
 def _weights_below_adapters(view: View, frozen: set[nn.Parameter]) -> dict[str, str]:
