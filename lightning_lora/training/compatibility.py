@@ -127,7 +127,7 @@ def needs_an_object(hook: _Hook) -> _Hook:
     def checked(callback: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(callback, Callback):  # it is the Trainer, which Lightning passes first
             raise ConfigError(
-                f"The Trainer has the class {name} among its callbacks. Expected an object of it. Write {name}(), with "
+                f"The Trainer has the class {name} among its callbacks. Expected an instance. Write {name}(), with "
                 f"parentheses: Trainer(callbacks=[{name}()])."
             )
         return hook(callback, *args, **kwargs)

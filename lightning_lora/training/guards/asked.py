@@ -17,8 +17,8 @@ from lightning_lora.errors import LoRAError, TargetError, listed
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
+from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.training.graphs import nodes_behind
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 
