@@ -27,9 +27,10 @@ from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates
+from lightning_lora.training.advice import advise
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import check_learned, tell_of_unmoved
+from lightning_lora.training.guards.reports import advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,

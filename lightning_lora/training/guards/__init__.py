@@ -1,1 +1,1 @@
-"""Other code that reads, writes or asks for adapted weights in a fit: one file a hazard, with its rule and message."""
+"""What a fit watches for, and says: one file a hazard, with its rule and message, and one for reports."""
