@@ -240,7 +240,8 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> se
     trained = {id(parameter) for parameter in view.trained.values()}
     norms = set[str]()
     for name, held in parameters.items():
-        if all(_is_blank(p) and id(p) not in trained for p in held):
+        is_model_itself = not name  # which modules_to_save cannot name
+        if not is_model_itself and all(_is_blank(p) and id(p) not in trained for p in held):
             norms.add(name)
     return norms
 
