@@ -4,8 +4,8 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import compress
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
@@ -38,71 +38,151 @@ class Fresh:
 
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
-    sizes, fresh, small = {True: 0, False: 0}, {}, []
+    looked = _LayersSeen()
     for name, weights in _layers(view):
-        is_fresh, layer = _looks_fresh(view, name, weights), view.modules[name]
-        on_purpose = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
-        if min(map(count, weights.values())) < FEWEST:
-            small += [name] if is_fresh and not on_purpose and isinstance(layer, nn.Linear) else []
-            continue
-        sizes[is_fresh] += sum(map(torch.numel, weights.values()))
-        if is_fresh and not on_purpose and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # they change slowly
-            fresh[name] = weights
-    random = tuple(_as_modules(view, fresh))
-    unsure = tuple(name for name in small if set(random).isdisjoint(starts_of(name)))
-    return Fresh(random, sizes[True] / total if (total := sum(sizes.values())) else math.nan, unsure)
+        looked.add(view, name, weights)
+    random = tuple(_as_modules(view, looked.fresh))
+    unsure = tuple(name for name in looked.unsure if not is_in_any(name, random))
+    return Fresh(random, looked.share, unsure)
+
+
+@dataclass
+class _LayersSeen:
+    """What was found in the layers that were looked at."""
+
+    values: int = 0  # the number of values in all layers that can be judged
+    fresh_values: int = 0  # in those that look untrained
+    fresh: dict[str, Weights] = field(default_factory=dict)  # those to be named
+    unsure: list[str] = field(default_factory=list)  # linear layers with too few values to tell
+
+    @property
+    def share(self) -> float:
+        """The share of what looks untrained; NaN if nothing can be judged."""
+        return self.fresh_values / self.values if self.values else math.nan
+
+    def add(self, view: View, name: str, weights: Weights) -> None:
+        """Look at one more layer."""
+        layer = view.modules[name]
+        is_fresh = _looks_fresh(view, name, weights)
+        is_meant = is_fresh and not _is_frozen_by_user(view, name, weights)
+        if _has_few_values(weights):
+            if is_meant and isinstance(layer, nn.Linear):
+                self.unsure.append(name)
+            return
+        sizes = [weight.numel() for weight in weights.values()]
+        size = sum(sizes)
+        self.values += size
+        if is_fresh:
+            self.fresh_values += size
+        if is_meant and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
+            self.fresh[name] = weights
+
+
+def _is_frozen_by_user(view: View, name: str, weights: Weights) -> bool:
+    """Whether the user froze a weight of a layer: it is random on purpose."""
+    return any(join(name, leaf) in view.frozen_by_user for leaf in weights)
+
+
+def _has_few_values(weights: Weights) -> bool:
+    """Whether one of the weights has too few values to be judged."""
+    return any(count(weight) < FEWEST for weight in weights.values())
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
     """Return frozen weights that may be new, unless most look untrained, and filled buffers. Collective."""
     if view.adapter.random is None:
-        found = found or find_fresh(view)
-        small = _small(view) if found.share <= MOST_SHARE else ()
-        modules = {*found.new, *(name for name in small if isinstance(view.modules[name], nn.Linear))}
-        inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
-        inside = agreed(inside, list(view.frozen.values()))
-        view.adapter.random = tuple(compress(view.frozen, inside))
-    return tuple(dict.fromkeys((*(view.adapter.random or ()), *view.record.filled)))
+        if found is None:
+            found = find_fresh(view)
+        view.adapter.random = _random_in_any_process(view, found)
+    names = (*view.adapter.random, *view.record.filled)
+    return tuple(dict.fromkeys(names))
+
+
+def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
+    """The frozen weights that may be new. Processes that hold other shards may find others: all count. Collective."""
+    modules = set(found.new)
+    if found.share <= MOST_SHARE:
+        modules.update(_small_linear_layers(view))
+    are_inside = [is_in_any(name, modules) for name in view.frozen]
+    are_inside = agreed(are_inside, list(view.frozen.values()))
+    return tuple(compress(view.frozen, are_inside))
+
+
+def _small_linear_layers(view: View) -> list[str]:
+    """The linear layers that are too small to judge."""
+    return [name for name in _small(view) if isinstance(view.modules[name], nn.Linear)]
 
 
 def _layers(view: View) -> Iterator[tuple[str, Weights]]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    seen = set(map(id, [*view.adapters.values(), *view.trained.values()]))
+    not_of_the_base = (*view.adapters.values(), *view.trained.values())
+    seen = {id(parameter) for parameter in not_of_the_base}
     for name, module in view.modules.items():
         if not name or adapter_for(module) is None:
             continue
-        named = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.dim() > 1}
-        weights = {leaf: p for leaf, p in named.items() if id(p) not in seen}
+        weights = _weights_besides(module, seen)
         seen.update(map(id, weights.values()))
-        plain = [p for p in weights.values() if (type(p) is nn.Parameter or is_dtensor(p)) and not p.is_meta]
-        floats = [p for p in plain if p.is_floating_point() and p.element_size() > 1]
-        here = [p for p in floats if to_local(p).numel() >= min(FEWEST, p.numel()) > 0]
-        if weights and len(here) == len(weights):
+        if weights and all(_can_be_judged(weight) for weight in weights.values()):
             yield name, weights
+
+
+def _weights_besides(module: nn.Module, seen: set[int]) -> Weights:
+    """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
+    weights: Weights = {}
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
+            weights[leaf] = parameter
+    return weights
+
+
+def _can_be_judged(weight: nn.Parameter) -> bool:
+    """Whether a weight has floating-point values, and enough of them in this process."""
+    is_plain = type(weight) is nn.Parameter or is_dtensor(weight)
+    if not is_plain or weight.is_meta:
+        return False
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return False
+    needed = min(FEWEST, weight.numel())
+    return needed > 0 and to_local(weight).numel() >= needed
 
 
 def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
+    has_bias = _has_bias(view.modules[name])
+    return all(_looks_initialised(view, name, weight, has_bias=has_bias) for weight in weights.values())
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    """Whether a layer has a bias other than zero."""
+    for leaf, parameter in layer._parameters.items():
+        if parameter is not None and "bias" in leaf and to_local(parameter).any():
+            return True
+    return False
+
+
+def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias: bool) -> bool:
+    """Whether one weight of a layer looks untrained. Only uniform initialisations leave a bias other than zero."""
     layer = view.modules[name]
-    biases = [p for leaf, p in layer._parameters.items() if p is not None and "bias" in leaf]
-    has_bias = any(to_local(bias).any() for bias in biases)
-    for weight in weights.values():
-        block = block_of(to_local(weight))
-        if block.numel() < min(FEWEST, count(weight)):  # the others are zero
-            looks_fresh = isinstance(layer, nn.Linear) and not has_bias and not to_local(weight).any()
-        else:
-            looks_fresh = any(is_uniform(block, bound) for bound in _bounds(layer, weight))
-            if not looks_fresh and not has_bias:
-                looks_fresh = any(is_normal(block, each) for each in _deviations(view, name, weight))
-        if not looks_fresh:
-            return False
-    return True
+    values = to_local(weight)
+    block = block_of(values)
+    if block.numel() < min(FEWEST, count(weight)):  # the others are zero
+        return isinstance(layer, nn.Linear) and not has_bias and not values.any()
+    if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
+        return True
+    if has_bias:
+        return False
+    return any(is_normal(block, deviation) for deviation in _deviations(view, name, weight))
 
 
 def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
     """The bounds of uniform initialisations: torch's own, Xavier's, Kaiming's for ReLU, and torchvision's."""
     fan_in, fan_out = _fans(weight)
-    bounds = {fan_in**-0.5, (6 / (fan_in + fan_out)) ** 0.5, (6 / fan_in) ** 0.5, weight.shape[0] ** -0.5}
+    bounds = {
+        fan_in**-0.5,
+        (6 / (fan_in + fan_out)) ** 0.5,
+        (6 / fan_in) ** 0.5,
+        weight.shape[0] ** -0.5,
+    }
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
         bounds.add(float(layer.hidden_size) ** -0.5)
     return bounds
@@ -110,44 +190,86 @@ def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
 
 def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
     """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
-    for outer in reversed(["", *starts_of(name)[:-1]]):
-        deviation = getattr(vars(view.modules[outer]).get("config"), "initializer_range", None)
+    modules_around = ["", *starts_of(name)[:-1]]
+    for outer in reversed(modules_around):
+        config = vars(view.modules[outer]).get("config")
+        deviation = getattr(config, "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
             return (deviation,)
     if isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
         return 1.0, 0.02
-    kaiming = (math.sqrt(2 / fan) for fan in _fans(weight))  # of torchvision's convolutions
+    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]  # of torchvision's convolutions
     return 0.02, 0.01, *kaiming
 
 
 def _fans(weight: nn.Parameter) -> tuple[int, int]:
     """How many inputs an output depends on, and the other way round."""
-    return weight.shape[1:].numel(), weight.shape[0] * weight.shape[2:].numel()
+    inputs = weight.shape[1:].numel()
+    outputs = weight.shape[0] * weight.shape[2:].numel()
+    return inputs, outputs
+
+
+# The modules to be named
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     """The largest modules of these, small layers and blank norms. A small layer may look trained by chance."""
     if not fresh:
         return []
-    held: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in view.base.items():
-        held.setdefault(owner_of(name), []).append(parameter)
-    trained = set(map(id, view.trained.values()))
-    norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
-    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms - _small(view)))
-    found = []
+    parameters = _parameters_by_owner(view)
+    norms = _blank_norms(view, parameters)
+    around_others = _modules_around(parameters.keys() - fresh.keys() - norms - _small(view))
+    modules = dict[str, None]()  # in order, each once
     for name in fresh:
-        beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))
-        found += [next((outer for outer in starts_of(each) if outer not in known), each) for each in (name, *beside)]
-    return list(dict.fromkeys(found))
+        beside = [norm for norm in norms if owner_of(norm) == owner_of(name)]
+        for each in (name, *sorted(beside)):
+            modules[_outermost_besides(each, around_others)] = None
+    return list(modules)
+
+
+def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
+    """The base's parameters by the module that holds them."""
+    parameters = dict[str, list[nn.Parameter]]()
+    for name, parameter in view.base.items():
+        parameters.setdefault(owner_of(name), []).append(parameter)
+    return parameters
+
+
+def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> set[str]:
+    """The modules whose parameters are all blank, and do not train."""
+    trained = {id(parameter) for parameter in view.trained.values()}
+    norms = set[str]()
+    for name, held in parameters.items():
+        is_model_itself = not name  # which modules_to_save cannot name
+        if not is_model_itself and all(_is_blank(p) and id(p) not in trained for p in held):
+            norms.add(name)
+    return norms
+
+
+def _modules_around(names: Iterable[str]) -> set[str]:
+    """These modules, and all around them."""
+    modules = set[str]()
+    for name in names:
+        modules.update(starts_of(name))
+    return modules
+
+
+def _outermost_besides(name: str, left_out: set[str]) -> str:
+    """The largest module around a layer that is not left out, or the layer itself."""
+    for outer in starts_of(name):
+        if outer not in left_out:
+            return outer
+    return name
 
 
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
-    sizes: dict[str, int] = {}
-    for name, parameter in view.base.items():
-        sizes[owner_of(name)] = max(sizes.get(owner_of(name), 0), count(parameter))
-    return {name for name, size in sizes.items() if size < FEWEST and adapter_for(view.modules[name])}
+    small = set[str]()
+    for name, parameters in _parameters_by_owner(view).items():
+        largest = max(map(count, parameters))
+        if largest < FEWEST and adapter_for(view.modules[name]):
+            small.add(name)
+    return small
 
 
 def _is_blank(parameter: nn.Parameter) -> bool:
@@ -180,6 +302,7 @@ def block_of(weight: Tensor) -> Tensor:
 
 
 def _spaced(length: int, count: int, device: torch.device) -> Tensor:
+    """Evenly spaced places in a dimension."""
     return torch.arange(count, device=device) * length // count
 
 
@@ -196,8 +319,12 @@ def is_normal(block: Tensor, deviation: float) -> bool:
 
 
 def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) -> bool:
-    for power, moment, variance in moments:
-        if not abs(scaled.pow(power).mean().item() - moment) <= _SPREAD * math.sqrt(variance / scaled.numel()):
+    """Whether the means of the values' powers are as near to the expected ones as chance allows."""
+    for power, expected, variance in moments:
+        mean = scaled.pow(power).mean().item()
+        standard_error = math.sqrt(variance / scaled.numel())
+        is_near = abs(mean - expected) <= _SPREAD * standard_error  # never for NaN
+        if not is_near:
             return False
     return True
 
@@ -205,10 +332,15 @@ def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) 
 def _is_even(block: Tensor) -> bool:
     """Whether no row and no column is larger or smaller than chance makes it."""
     squares = block.square()
-    for sums, length in ((squares.sum(1), squares.shape[1]), (squares.sum(0), squares.shape[0])):
-        if len(sums) > 1:
-            ratio = (sums.var() / (length * squares.var())).item()  # NaN if all are equal
-            variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
-            if ratio > (1 - variance + _SPREAD * math.sqrt(variance)) ** 3:
-                return False
-    return True
+    return _are_even(squares, dim=1) and _are_even(squares, dim=0)
+
+
+def _are_even(squares: Tensor, dim: int) -> bool:
+    """Whether the sums over one dimension differ no more than by chance."""
+    sums = squares.sum(dim)
+    if len(sums) <= 1:
+        return True
+    ratio = (sums.var() / (squares.shape[dim] * squares.var())).item()  # NaN if all are equal
+    variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
+    largest = (1 - variance + _SPREAD * math.sqrt(variance)) ** 3
+    return not ratio > largest  # NaN is even

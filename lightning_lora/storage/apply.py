@@ -21,7 +21,8 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
-from lightning_lora.storage.fingerprint import base_value, check_base
+from lightning_lora.storage.base_check import check_base
+from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import diverged, required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters

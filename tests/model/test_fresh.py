@@ -96,6 +96,14 @@ def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
     assert set(fresh(model).random) == {"backbone.fc", "head"}
 
 
+def test_a_model_that_holds_a_blank_parameter_itself_is_no_new_norm() -> None:
+    body = nn.Linear(64, 64)
+    nn.init.eye_(body.weight)
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(64, 10)})
+    model.gamma = nn.Parameter(torch.ones(64))
+    assert fresh(model, target_modules=["body"]).random == ("head",)
+
+
 def test_equal_sizes_of_all_values_are_no_error() -> None:
     assert is_normal(0.02 * (-1.0) ** torch.arange(256).view(16, 16), 0.02) in (True, False)
 
