@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.attach import check_as_adapted
+from lightning_lora.model.attach import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
@@ -49,6 +49,7 @@ class StoredAdapters:
     @classmethod
     def from_view(cls, view: View, state: dict[str, Any], base: list[dict[str, Any]]) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
+        check_weights(view)
         check_as_adapted(view)
         held = [*view.parameters, *view.buffers]
         modules = [name for name in view.modules if view.config.is_saved(name)]

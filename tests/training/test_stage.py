@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
@@ -181,6 +182,24 @@ def test_no_step_is_taken_with_an_adapted_weight_that_is_computed(tmp_path: Path
     with pytest.raises(ll.AdapterStateError, match=r"the weight of 'q_proj' of LitTiny is computed.*exclude_modules"):
         fit(tmp_path, lora(), model=model)
     assert model.trainer.global_step == 0 and not model.v_proj.lora_B.any()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.spectral_norm, lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5)],
+)
+def test_no_file_is_written_with_an_adapted_weight_that_is_computed(tmp_path: Path, compute: Any) -> None:
+    """Code computes it in the middle of a fit, or in a loop of one's own."""
+    model = LitTiny()
+    model.on_train_epoch_end = lambda: compute(model.q_proj)  # type: ignore[method-assign]
+    computed = pytest.raises(ll.AdapterStateError, match=r"the weight of 'q_proj' of LitTiny is computed")
+    with computed:
+        fit(tmp_path, lora(), best(tmp_path), model=model)
+    ll.inject_adapters(by_own_loop := LitTiny(), ll.LoRAConfig(r=2))
+    compute(by_own_loop.q_proj)
+    with computed:
+        ll.save_adapter(by_own_loop, tmp_path / "a.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
