@@ -218,7 +218,8 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
         return []
     parameters = _parameters_by_owner(view)
     norms = _blank_norms(view, parameters)
-    around_others = _modules_around(parameters.keys() - fresh.keys() - norms - _small(view))
+    others = parameters.keys() - fresh.keys() - norms - _small(view)  # these look trained
+    around_others = _modules_around(others)
     modules = dict[str, None]()  # in order, each once
     for name in fresh:
         beside = [norm for norm in norms if owner_of(norm) == owner_of(name)]
@@ -277,7 +278,10 @@ def _is_blank(parameter: nn.Parameter) -> bool:
     values = to_local(parameter)
     if values.dim() != 1 or values.is_meta or not len(values):
         return False
-    return values[0].item() in (0, 1) and bool((values == values[0]).all())
+    first = values[0]
+    if first.item() not in (0, 1):
+        return False
+    return bool((values == first).all())
 
 
 # Initial values
@@ -309,7 +313,8 @@ def _spaced(length: int, count: int, device: torch.device) -> Tensor:
 def is_uniform(block: Tensor, bound: float) -> bool:
     """Whether the values look drawn uniformly from [-bound, bound]."""
     largest = block.abs().max().item() / bound
-    reaches_bound = 1 - 10 / block.numel() - _ROUNDING <= largest <= 1 + _ROUNDING
+    expected = 1 - 10 / block.numel()  # or more: the largest of so many values is hardly ever below
+    reaches_bound = expected - _ROUNDING <= largest <= 1 + _ROUNDING
     return reaches_bound and _has_moments(block / bound, _UNIFORM)
 
 
@@ -340,7 +345,8 @@ def _are_even(squares: Tensor, dim: int) -> bool:
     sums = squares.sum(dim)
     if len(sums) <= 1:
         return True
-    ratio = (sums.var() / (squares.shape[dim] * squares.var())).item()  # NaN if all are equal
+    expected = squares.shape[dim] * squares.var()
+    ratio = (sums.var() / expected).item()  # NaN if all are equal
     variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
     largest = (1 - variance + _SPREAD * math.sqrt(variance)) ** 3
     return not ratio > largest  # NaN is even

@@ -11,15 +11,17 @@ from torch import Tensor
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, quantised_names
+from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.digests import digests_as
+
+Shapes = Mapping[str, Sequence[int]]  # of the trained tensors in a file, by name
 
 
 def check_base(
     view: View,
-    stored: Sequence[Mapping[str, Any]],
-    shapes: Mapping[str, Sequence[int]],
+    stored: Sequence[Fingerprint],
+    shapes: Shapes,
     random: Collection[str],
     *,
     anew: bool,
@@ -51,9 +53,7 @@ def check_base(
     return bool(here["dtypes"] != stored[nearest]["dtypes"])
 
 
-def _is_stored(
-    here: Mapping[str, Any], fingerprints_of_run: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]
-) -> bool:
+def _is_stored(here: Fingerprint, fingerprints_of_run: Sequence[Fingerprint], stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
     without_halves = [{key: each[key] for key in here} for each in stored]
     if here in without_halves:
@@ -63,7 +63,7 @@ def _is_stored(
     return any(each in without_halves for each in fingerprints_of_run)
 
 
-def _place_of_nearest(stored: Sequence[Mapping[str, Any]], here: Mapping[str, Any]) -> int:
+def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
     """The place of the first fingerprint with the same dtypes, or of the first of all."""
     for place, there in enumerate(stored):
         if there["dtypes"] == here["dtypes"]:
@@ -107,7 +107,7 @@ class Comparison:
         return not self.converted and not self.quantised
 
 
-def compare(stored: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
+def compare(stored: Fingerprint, tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
     """Compare a base with one fingerprint, tensor by tensor."""
     there = _BaseThere(stored)
     found = Comparison(is_same_form=is_same_form)
@@ -128,7 +128,7 @@ def compare(stored: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same
 class _BaseThere:
     """The base that a fingerprint was taken of, by the names of its tensors."""
 
-    def __init__(self, stored: Mapping[str, Any]) -> None:
+    def __init__(self, stored: Fingerprint) -> None:
         """Read a fingerprint that says which names it has."""
         self.halves: Mapping[str, Sequence[int] | None] = stored["rounded"]
         self.digests: dict[str, int] = dict(zip(self.halves, stored["digests"], strict=True))
@@ -145,8 +145,10 @@ class _BaseThere:
     def has_converted(self, here: BaseTensor) -> bool:
         """Whether one of two tensors is the other, converted to another floating-point dtype."""
         tensor = here.tensor
+        if here.name not in self.digests:
+            return False
         dtypes = [dtype for dtype in self.floating_dtypes if dtype != tensor.dtype]
-        if not tensor.is_floating_point() or tensor.is_meta or not dtypes or here.name not in self.digests:
+        if not dtypes or not tensor.is_floating_point() or tensor.is_meta:
             return False
         if self._becomes(here):
             return True
@@ -172,7 +174,7 @@ def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
 
 
 def _compare_with_model(
-    view: View, stored: Mapping[str, Any], here: Mapping[str, Any], random: Collection[str], renaming: Renaming
+    view: View, stored: Fingerprint, here: Fingerprint, random: Collection[str], renaming: Renaming
 ) -> Comparison | None:
     """Compare a model with a fingerprint. None: the file does not say which names it has."""
     if "rounded" not in stored and stored["layout"] != here["layout"]:
@@ -187,7 +189,8 @@ def _compare_with_model(
     for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
         if name not in random:
             halves_here = partial(_halves_of, view, name, tensor, exact)
-            compared.append(BaseTensor(names_there[name], name, tensor, exact, halves_here, name in quantised))
+            is_quantised = name in quantised
+            compared.append(BaseTensor(names_there[name], name, tensor, exact, halves_here, is_quantised))
     found = compare({**stored, "rounded": halves}, compared, is_same_form=is_same_form)
     found.differ = _names_only_there(halves, names_there.values()) + found.differ
     found.quantised = [name for name in found.quantised if name in view.parameters]
@@ -220,7 +223,7 @@ def _halves_of(view: View, name: str, tensor: Tensor, exact: int) -> list[int]:
 # What is said
 
 
-def _converted_message(view: View, stored: Mapping[str, Any], here: Mapping[str, Any], found: Comparison) -> str:
+def _converted_message(view: View, stored: Fingerprint, here: Fingerprint, found: Comparison) -> str:
     """The same base in another precision."""
     result = "It is the same base, converted."
     if found.quantised:
@@ -228,7 +231,7 @@ def _converted_message(view: View, stored: Mapping[str, Any], here: Mapping[str,
     return f"These adapters were trained on a base in {_dtypes(stored)}; {view.title} is in {_dtypes(here)}. {result}"
 
 
-def _dtypes(stored: Mapping[str, Any]) -> str:
+def _dtypes(stored: Fingerprint) -> str:
     """The dtypes of a fingerprint, in a message."""
     return " and ".join(stored["dtypes"])
 
@@ -244,10 +247,10 @@ def _left_out(found: Comparison) -> str:
 
 def _difference(
     view: View,
-    stored: Mapping[str, Any],
-    here: Mapping[str, Any],
+    stored: Fingerprint,
+    here: Fingerprint,
     found: Comparison | None,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Shapes,
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
     if found is None or _is_other_architecture(view, stored, here):
@@ -276,7 +279,7 @@ def _difference(
     )
 
 
-def _is_other_architecture(view: View, stored: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def _is_other_architecture(view: View, stored: Fingerprint, here: Fingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
     if stored["layout"] == here["layout"]:
         return False
@@ -284,9 +287,7 @@ def _is_other_architecture(view: View, stored: Mapping[str, Any], here: Mapping[
     return not is_quantised_there and not quantised_names(view)
 
 
-def _other_architecture(
-    view: View, stored: Mapping[str, Any], here: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-) -> str:
+def _other_architecture(view: View, stored: Fingerprint, here: Fingerprint, shapes: Shapes) -> str:
     """Names or shapes differ."""
     count_there = len(stored["digests"])
     count_here = len(here["digests"])
@@ -297,7 +298,7 @@ def _other_architecture(
     )
 
 
-def _example(view: View, shapes: Mapping[str, Sequence[int]]) -> str:
+def _example(view: View, shapes: Shapes) -> str:
     """A sentence about one trained tensor that has another shape here."""
     for name, shape_there in shapes.items():
         parameter = view.parameters.get(name)

@@ -17,6 +17,10 @@ from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
 
+Fingerprint = Mapping[str, Any]  # its layout, dtypes and digests; in files also "rounded", by the names of tensors
+Halves = dict[str, list[int] | None]  # the digests of tensors in half precision, by name
+Tensors = Mapping[str, Tensor]  # by name
+
 
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base, in plain types. Collective for one spread over processes.
@@ -27,7 +31,11 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     tensors = base_tensors(view)
     digests = _digests_of_present_values(view, tensors, anew=anew)
     _undo_changes(digests, view.record)
-    return {"layout": _layout(tensors, renaming), "dtypes": dtypes_of(tensors), "digests": list(digests.values())}
+    return {
+        "layout": _layout(tensors, renaming),
+        "dtypes": dtypes_of(tensors),
+        "digests": list(digests.values()),
+    }
 
 
 def base_digests(model: nn.Module) -> dict[str, int]:
@@ -38,7 +46,7 @@ def base_digests(model: nn.Module) -> dict[str, int]:
     return dict(zip(names, digests, strict=True))
 
 
-def _digests_of_present_values(view: View, tensors: Mapping[str, Tensor], *, anew: bool) -> dict[str, int]:
+def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
     """The digests of these tensors as they are. Tied weights are hashed once."""
     rows = rows_of(view)
     first_names = dict[int, str]()
@@ -55,7 +63,11 @@ def _digests_of_present_values(view: View, tensors: Mapping[str, Tensor], *, ane
     digests = view.record.digests(weights, anew=anew)
     for name, tensor in copies.items():
         digests[name] = digest(tensor)
-    return {name: digests.get(first_names[id(tensor)], 0) for name, tensor in tensors.items()}
+    digests_by_name = dict[str, int]()
+    for name, tensor in tensors.items():
+        first_name = first_names[id(tensor)]
+        digests_by_name[name] = digests.get(first_name, 0)  # none on the meta device
+    return digests_by_name
 
 
 def _undo_changes(digests: dict[str, int], record: Record) -> None:
@@ -66,7 +78,7 @@ def _undo_changes(digests: dict[str, int], record: Record) -> None:
                 digests[name] = before
 
 
-def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
+def _layout(tensors: Tensors, renaming: Renaming) -> str:
     """The hash of names and shapes."""
     lines = list[str]()
     for name, tensor in tensors.items():
@@ -76,7 +88,7 @@ def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+def dtypes_of(tensors: Tensors) -> list[str]:
     """Return the names of the dtypes of some tensors."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -121,7 +133,7 @@ def _names_of_entries(modules: Mapping[str, nn.Module]) -> set[str]:
     return names
 
 
-def _with_zero_rows(tensors: Mapping[str, Tensor], rows: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Copies of the embeddings whose rows train by themselves. Tied ones have one copy."""
     copies = dict[int, Tensor]()
     copies_by_name = dict[str, Tensor]()
@@ -181,13 +193,14 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     before = _find_one_form(fingerprints, now)
     if before is None:
         return [now]
-    for name, digest_before, digest_now in zip(base_tensors(view), before["digests"], now["digests"], strict=True):
+    names = base_tensors(view)
+    for name, digest_before, digest_now in zip(names, before["digests"], now["digests"], strict=True):
         if digest_before != digest_now:
             record.changed[name] = digest_now, digest_before
     return fingerprints
 
 
-def _find_one_form(fingerprints: Iterable[dict[str, Any]], other: Mapping[str, Any]) -> dict[str, Any] | None:
+def _find_one_form(fingerprints: Iterable[dict[str, Any]], other: Fingerprint) -> dict[str, Any] | None:
     """The first fingerprint that has the same form as another one."""
     for each in fingerprints:
         if have_one_form(each, other):
@@ -195,9 +208,11 @@ def _find_one_form(fingerprints: Iterable[dict[str, Any]], other: Mapping[str, A
     return None
 
 
-def have_one_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def have_one_form(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints are of the same names, shapes and dtypes."""
-    return bool(one["layout"] == other["layout"] and one["dtypes"] == other["dtypes"])
+    have_one_layout = one["layout"] == other["layout"]
+    have_same_dtypes = one["dtypes"] == other["dtypes"]
+    return bool(have_one_layout and have_same_dtypes)
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
@@ -212,7 +227,7 @@ def forms_of_base(view: View) -> list[dict[str, Any]]:
 # Their digests in half precision
 
 
-def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[str, Any]]:
     """Add the base's digests in half precision to its fingerprints. So a converted base is recognised.
 
     ``rounded`` has those in bfloat16 and float16 of each tensor: none of integers and of values from before a change
@@ -233,7 +248,7 @@ def with_halves(view: View, fingerprints: Iterable[Mapping[str, Any]]) -> list[d
     return described
 
 
-def _convertible_tensors(tensors: Mapping[str, Tensor], left_out: set[str]) -> dict[str, Tensor]:
+def _convertible_tensors(tensors: Tensors, left_out: set[str]) -> dict[str, Tensor]:
     """The tensors that have values in half precision, but for those that are left out."""
     convertible = dict[str, Tensor]()
     for name, tensor in tensors.items():
@@ -242,9 +257,9 @@ def _convertible_tensors(tensors: Mapping[str, Tensor], left_out: set[str]) -> d
     return convertible
 
 
-def _remembered_halves(record: Record, digests: Mapping[str, int], quantised: set[str]) -> dict[str, list[int] | None]:
+def _remembered_halves(record: Record, digests: Mapping[str, int], quantised: set[str]) -> Halves:
     """The digests in half precision that are known without a look at the tensors."""
-    halves = dict[str, list[int] | None]()
+    halves = Halves()
     for name, number in digests.items():
         if name in quantised:
             halves[name] = None
@@ -253,9 +268,7 @@ def _remembered_halves(record: Record, digests: Mapping[str, int], quantised: se
     return halves
 
 
-def _computed_halves(
-    record: Record, digests: Mapping[str, int], tensors: Mapping[str, Tensor]
-) -> dict[str, list[int] | None]:
+def _computed_halves(record: Record, digests: Mapping[str, int], tensors: Tensors) -> Halves:
     """The digests of tensors in half precision. Each is computed once in a run."""
     record.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
     return {name: record.halves(digests[name], tensor) for name, tensor in tensors.items()}
