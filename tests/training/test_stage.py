@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
