@@ -114,7 +114,8 @@ def check_weights(view: View) -> None:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(changed)} of {view.title} is computed, so no update can be "
             "stored, merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before the "
-            "adapters come: before inject_adapters, or in the module's __init__. Or leave the layer out: exclude_modules."
+            "adapters come: before inject_adapters, or in the module's __init__. Or leave the layer out: "
+            "exclude_modules."
         )
 
 
