@@ -39,8 +39,11 @@ class Fresh:
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
     looked = _LayersSeen()
-    for name, weights in _layers(view):
+    for name, weights in _layers(view, besides=view.trained.values()):
         looked.add(view, name, weights)
+    frozen = (parameter for name, parameter in view.base.items() if name not in view.trained)
+    for name, weights in _layers(view, besides=frozen):
+        looked.add_trained(view, name, weights)
     random = tuple(_as_modules(view, looked.fresh))
     unsure = tuple(name for name in looked.unsure if not is_in_any(name, random))
     return Fresh(random, looked.share, unsure)
@@ -76,6 +79,11 @@ class _LayersSeen:
             self.fresh_values += size
         if is_meant and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
             self.fresh[name] = weights
+
+    def add_trained(self, view: View, name: str, weights: Weights) -> None:
+        """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""
+        if not _has_few_values(weights) and not _looks_fresh(view, name, weights):
+            self.values += sum(weight.numel() for weight in weights.values())
 
 
 def _is_frozen_by_user(view: View, name: str, weights: Weights) -> bool:
@@ -113,10 +121,9 @@ def _small_linear_layers(view: View) -> list[str]:
     return [name for name in _small(view) if isinstance(view.modules[name], nn.Linear)]
 
 
-def _layers(view: View) -> Iterator[tuple[str, Weights]]:
+def _layers(view: View, besides: Iterable[nn.Parameter]) -> Iterator[tuple[str, Weights]]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    not_of_the_base = (*view.adapters.values(), *view.trained.values())
-    seen = {id(parameter) for parameter in not_of_the_base}
+    seen = {id(parameter) for parameter in (*view.adapters.values(), *besides)}
     for name, module in view.modules.items():
         if not name or adapter_for(module) is None:
             continue

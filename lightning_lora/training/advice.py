@@ -114,11 +114,12 @@ def _tell_of_untrained(view: View, fresh: Fresh) -> None:
     if fresh.share > MOST_SHARE:
         _tell_of_untrained_model(view, fresh)
         return
-    if fresh.random:
-        _warn_of_fresh(view, fresh)
     is_judged = not math.isnan(fresh.share)  # some layer was large enough
-    if is_judged:
-        _warn_of_unsure(view, fresh)
+    unsure = _unsure(view, fresh) if is_judged else []
+    if fresh.random:
+        _warn_of_fresh(view, fresh, unsure)
+    elif unsure:
+        _warn_of_unsure(view, unsure)
 
 
 def _tell_of_untrained_model(view: View, fresh: Fresh) -> None:
@@ -130,9 +131,9 @@ def _tell_of_untrained_model(view: View, fresh: Fresh) -> None:
     )
 
 
-def _warn_of_fresh(view: View, fresh: Fresh) -> None:
+def _warn_of_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
     """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
-    message = _about_fresh(view, fresh)
+    message = _about_fresh(view, fresh) + _about_small_ones_too(view, fresh, unsure)
     if _are_excluded(view, random_weights(view)):
         rank_zero_info(message)
     else:
@@ -152,6 +153,16 @@ def _about_fresh(view: View, fresh: Fresh) -> str:
     return message
 
 
+def _about_small_ones_too(view: View, fresh: Fresh, unsure: list[str]) -> str:
+    """What is said of layers beside these that may be new: one list names all."""
+    if not unsure:
+        return ""
+    return (
+        f" Perhaps new too: {listed(unsure)} (too few weights to tell). If so, name all: "
+        f"{to_save(view, [*fresh.random, *unsure])}."
+    )
+
+
 def _of_convolutions(view: View, names: Iterable[str]) -> str:
     """What is said if convolutions are among these modules: small ones look untrained for long."""
     for name in names:
@@ -168,16 +179,19 @@ def _are_excluded(view: View, weights: Iterable[str]) -> bool:
     return all(is_in_any(name, excluded) for name in layers if adapter_for(view.modules[name]))
 
 
-def _warn_of_unsure(view: View, fresh: Fresh) -> None:
-    """Name layers that may be new, but for those that the user left out."""
+def _unsure(view: View, fresh: Fresh) -> list[str]:
+    """The layers that may be new, but for those that the user left out."""
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
-    unsure = [name for name in fresh.unsure if not is_in_any(name, left_out)]
-    if unsure:
-        _warn(
-            f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-            f"{to_save(view, unsure)}. If pretrained, all is well.",
-            FreshLayerWarning,
-        )
+    return [name for name in fresh.unsure if not is_in_any(name, left_out)]
+
+
+def _warn_of_unsure(view: View, unsure: list[str]) -> None:
+    """Name layers that may be new."""
+    _warn(
+        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{to_save(view, unsure)}. If pretrained, all is well.",
+        FreshLayerWarning,
+    )
 
 
 # Layers that share a weight

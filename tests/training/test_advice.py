@@ -107,6 +107,20 @@ def test_a_small_new_head_is_named_as_perhaps_new(tmp_path: Path) -> None:
     assert fit(tmp_path, new_head(48), **TARGETS, exclude_modules=["head"]) == []
 
 
+def test_a_model_whose_pretrained_part_trains_in_full_is_not_called_untrained(tmp_path: Path) -> None:
+    """The wrong names are in ``modules_to_save``: the head is forgotten."""
+    saved = ["embed", "q_proj", "v_proj"]
+    (said,) = fit(tmp_path, new_head(), target_modules=["head"], modules_to_save=saved)
+    assert said.startswith("FreshLayerWarning") and "'head'" in said
+
+
+def test_a_large_and_a_small_new_layer_are_in_one_list(tmp_path: Path) -> None:
+    model = new_head()
+    model.small = nn.Linear(8, 2)
+    (said,) = fit(tmp_path, model, **TARGETS)
+    assert "Perhaps new too: 'small'" in said and "modules_to_save=['head', 'small']" in said
+
+
 class Resets(LitTiny):  # its head, in one of its own hooks
     def __init__(self, hook: str, width: int = 64) -> None:
         super().__init__(width)
