@@ -21,6 +21,7 @@ __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatte
 COMPILED = "_orig_mod"  # the module inside torch.compile's wrapper: its files would have other names
 COMPILED_CALL = "_compiled_call_impl"  # of a module that was compiled in place: the first batch would compile it again
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # the function inside a compiled one, likewise
+COMPILED_RESULT = "__compiled_fn"  # how names begin that torch.compile leaves in a file: its models would seem compiled
 CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's, likewise
 FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
 EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them

@@ -253,6 +253,18 @@ def test_nothing_of_a_look_is_left_by_a_step_that_fails(tmp_path: Path, fails: s
     assert model.seen[fails] and not left(model)
 
 
+def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(tmp_path: Path) -> None:
+    """torch leaves what it compiles among the names of that file."""
+    torch.compile(Passes(), backend="eager")(torch.ones(2))
+    assert any(name.startswith("__compiled_fn") for name in globals())
+    assert said(tmp_path, "transposed")
+
+
+class Passes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_what_a_step_compiles_sees_nothing_of_a_look(tmp_path: Path, fullgraph: bool) -> None:
     graphs, types = list[Any](), set[type]()

@@ -271,7 +271,11 @@ def is_compiled(model: nn.Module) -> bool:
             return True
     classes = {cls for module in modules for cls in type(module).__mro__ if not _is_torchs(cls)}
     files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
-    return any(_is_compiled_function(value) for each in (*classes, *files) for value in list(vars(each).values()))
+    for each in (*classes, *files):
+        for name, value in list(vars(each).items()):
+            if _is_compiled_function(value) and not name.startswith(private.COMPILED_RESULT):
+                return True
+    return False
 
 
 def _is_torchs(cls: type) -> bool:
