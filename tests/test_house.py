@@ -58,7 +58,7 @@ class Limits:
 
 
 LIMITS = {
-    HOUSE: Limits(31.5, 60.5, 0.061, 2.82, 30),
+    HOUSE: Limits(30.8, 56.5, 0.054, 2.78, 25),
     TESTS: Limits(19, 53.5, 0.13, 2.83, 10),
     EXAMPLES: Limits(18.7, 34, 0.046, 2.79, 0),
 }
