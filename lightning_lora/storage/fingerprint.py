@@ -173,7 +173,7 @@ def quantised_names(view: View) -> set[str]:
     """Return the names of quantised weights and their entries."""
     names = _names_of_entries(view.modules)
     for prefix, module in view.modules.items():
-        for name in module._parameters:
+        for name, _ in module._parameters.items():  # a scripted module's cannot be iterated over
             if is_quantised(module, name):
                 names.add(join(prefix, name))
     return names

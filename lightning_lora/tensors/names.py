@@ -177,7 +177,7 @@ def _read_in_own_way(model: nn.Module) -> list[str]:
     names = []
     for prefix, module in named_modules(model).items():
         if loads_in_own_way(module):
-            names += [join(prefix, name) for name in (*module._parameters, *module._buffers)]
+            names += [join(prefix, name) for name in (*module._parameters.keys(), *module._buffers.keys())]
     return names
 
 
