@@ -173,7 +173,7 @@ def quantised_names(view: View) -> set[str]:
     """Return the names of quantised weights and their entries."""
     names = _names_of_entries(view.modules)
     for prefix, module in view.modules.items():
-        for name, _ in module._parameters.items():  # a scripted module's cannot be iterated over
+        for name in module._parameters.keys():  # noqa: SIM118  # a scripted module's is no iterable
             if is_quantised(module, name):
                 names.add(join(prefix, name))
     return names
