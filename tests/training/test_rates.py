@@ -377,7 +377,7 @@ def test_swa_moves_both(tmp_path: Path) -> None:
 SHOWN: list[tuple[Any, dict[str, Any], float, str, str]] = [
     (AdamW, {}, 1e-3, "0.001", ""),
     (AdamW, {}, 1e-4, "0.0001", "as in full fine-tuning"),
-    (SGD, {}, 1e-4, "0.0001", "can be said of Adam and AdamW alone"),
+    (SGD, {}, 1e-4, "0.0001", "is known of Adam and AdamW"),
     (SGD, {"lr_scale": 1}, 1e-4, "0.0001", ""),
     (SGD, {}, 0.1, "0.1", ""),
     (AdamW, {"lr_scale": 1}, 5e-5, "5e-05", ""),
@@ -395,7 +395,7 @@ def test_the_rates_are_shown_and_one_that_is_low_or_high_is_named(
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
     assert " ".join(line.split()) == f"Learning rate {row}"
-    texts = ("as in full fine-tuning", "which is high", "can be said of Adam and AdamW alone")
+    texts = ("as in full fine-tuning", "which is high", "is known of Adam and AdamW")
     assert [each for each in texts if each in caplog.text] == [said] * bool(said)
 
 

@@ -73,7 +73,7 @@ def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
         kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         rank_zero_info(
             f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}. Whether that is low for "
-            f"LoRA can be said of Adam and AdamW alone, and not of {' and '.join(kinds)}. If the loss hardly falls: "
+            f"LoRA is known of Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly falls: "
             "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
         )
 
