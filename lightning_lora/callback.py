@@ -292,7 +292,7 @@ class LoRACallback(Callback):
             self._stage.resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        """Before the first step, warn of what hooks made new."""
         if self._running is not None:
             self._running.begin_batch()
 
@@ -321,7 +321,7 @@ class LoRACallback(Callback):
             log_values(trainer, {"lora/trained_share": share})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """End dropout until the next training step. After the first, name weights that other code reads."""
+        """End a step. After the first, name weights that are read by hand."""
         self._check_set_up()
         self._running.end_batch()
 
