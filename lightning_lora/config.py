@@ -185,7 +185,10 @@ class LoRAConfig:
         return re.fullmatch(as_expression(self.exclude_modules), name) is not None
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
-        """Take from ``stored`` what was not given: what is at its default, and not in ``given``."""
+        """Take from ``stored`` what was not given.
+
+        That is what is at its default, and not in ``given``.
+        """
         default = LoRAConfig()
         taken = {}
         for field in dataclasses.fields(self):

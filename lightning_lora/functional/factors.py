@@ -10,7 +10,11 @@ Factors = tuple[Tensor, Tensor]  # A and B of one update
 
 
 def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
-    r"""Return the exact weighted sum of updates A: (\*, r, in), B: (\*, out, r). Its r is the sum of all r."""
+    r"""Return the exact weighted sum of updates.
+
+    Shape:
+        Each A: (\*, r, in) and B: (\*, out, r). Returns the same, where r is the sum of all r.
+    """
     factors_a, factors_b = [], []
     for (a, b), weight in zip(updates, weights, strict=True):
         factors_a.append(a)
@@ -19,14 +23,21 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
 
 
 def difference(update: Factors, other: Factors) -> Factors:
-    """Return B A - B0 A0 as (B - B0) A + B0 (A - A0): a small difference of large products would be rounded away."""
+    """Return the difference of two updates, B A - B0 A0.
+
+    It is (B - B0) A + B0 (A - A0): a small difference of large products would be rounded away.
+    """
     a, b = update
     a0, b0 = other
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
 
 
 def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
-    """Return an update of ``rows`` rows from updates A: (r, in), B: (some rows, r) of the rows from ``first`` on."""
+    """Return one update of all ``rows`` from updates of some.
+
+    Shape:
+        Each A: (r, in) and B: (some rows, r), for the rows from ``first`` on.
+    """
     factors_a, factors_b = [], []
     for (a, b), rows_above in zip(updates, first, strict=True):
         rows_below = rows - rows_above - b.shape[-2]
@@ -36,7 +47,11 @@ def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
 
 
 def with_rank(update: Factors, r: int) -> Factors:
-    r"""Return an update A: (\*, R, in), B: (\*, out, R) with rank r (R or more, or in or out), in float32 or wider."""
+    r"""Return an update with rank r, in float32 or wider.
+
+    Shape:
+        A: (\*, R, in) and B: (\*, out, R), where r is R or more, or in, or out.
+    """
     a = update[0].to(wide(update[0].dtype))
     b = update[1].to(wide(update[1].dtype))
     missing = r - a.shape[-2]

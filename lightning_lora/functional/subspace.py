@@ -9,7 +9,10 @@ Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, 
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """Return the values in float64, without a gradient. MPS has no float64: they are on the CPU then."""
+    """Return the values in float64, without a gradient.
+
+    MPS has no float64: they are on the CPU then.
+    """
     return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
