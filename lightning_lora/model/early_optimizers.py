@@ -114,7 +114,7 @@ def _resting_parameters(view: View) -> set[nn.Parameter]:
     """All parameters of the adapters that rest, and what trains in full with them."""
     found = set[nn.Parameter]()
     for state in view.record.others.values():
-        found.update(tensor for tensor in state.own.values() if isinstance(tensor, nn.Parameter))
+        found.update(tensor for tensor in state.resting_tensors.values() if isinstance(tensor, nn.Parameter))
         for adapter in state.resting.values():
             found.update(adapter.parameters.values())
     return found

@@ -14,11 +14,12 @@ from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, l
 from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.user_flags import note_what_the_user_set
-from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
@@ -292,7 +293,7 @@ def _restore_base(model: nn.Module) -> None:
     view = View(model)
     attach.check_weights(view)
     with attach.undone_on_error(view), ExitStack() as undo:
-        restore_originals(view, view.kept, undo)
+        restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)
         undo.pop_all()
     attach.detach_adapters(view)

@@ -69,8 +69,7 @@ def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    flags = view.record.requires_grad
-    thawed = [name for name in view.base if flags.get(name, True)]
+    thawed = [name for name in view.base if view.record.base.required_grad(name) is not False]
     return tuple(network for network in known.still if not _is_any_in(thawed, network))
 
 
@@ -126,7 +125,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    flags = view.record.requires_grad
+    flags = view.record.base.flags_before()
     training = [name for name, parameter in view.base.items() if parameter not in still and flags.get(name)]
     return {copy: original for copy, original in found.copies.items() if not _is_any_in(training, copy)}
 
@@ -147,15 +146,15 @@ def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], cop
 
 def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
     """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
-    frozen_since = view.record.frozen_since
+    base = view.record.base
     frozen = []
     for name, layer in view.layers.items():
         if layer.lora_is_fresh() or name in rests:
             continue
         weights = [join(name, weight) for weight in layer.lora_weights()]
-        if frozen_since.issuperset(weights):
+        if all(base.row(weight).is_frozen_since for weight in weights):
             frozen.append(name)
-    frozen_since.clear()
+    base.forget_frozen_since()
     if frozen and len(frozen) < len(view.layers):
         warn(
             f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "

@@ -42,13 +42,12 @@ def has_trainable_parameters(layer: LoRALayer) -> bool:
 
 def _note_thawed(view: View) -> None:
     """A weight of the base that requires a gradient was thawed."""
-    flags = view.record.requires_grad
-    thawed = {}
+    base = view.record.base
     for name, parameter in view.frozen.items():
-        if parameter.requires_grad and name in flags:
-            thawed[name] = True
-    view.record.were_set(thawed)
-    flags |= thawed
+        if parameter.requires_grad and base.required_grad(name) is not None:
+            row = base.row(name)
+            row.was_set(required_grad=True)
+            row.required_grad = True
 
 
 def _note_copied(view: View) -> None:
@@ -59,16 +58,18 @@ def _note_copied(view: View) -> None:
             copied.append(name)
     for name in view.base:
         if is_in_any(name, copied):
-            view.record.requires_grad[name] = True
+            view.record.base.row(name).required_grad = True
 
 
 def _note_frozen_since(view: View) -> None:
     """An adapter that has learned, and trains no more, was frozen."""
-    flags = view.record.requires_grad
     for name, layer in view.layers.items():
-        if _is_frozen(view, name, layer):
-            weights = [join(name, weight) for weight in layer.lora_weights()]
-            view.record.were_set({weight: False for weight in weights if flags.get(weight)})
+        if not _is_frozen(view, name, layer):
+            continue
+        for weight in layer.lora_weights():
+            row = view.record.base.row(join(name, weight))
+            if row.required_grad:
+                row.was_set(required_grad=False)
 
 
 def note_frozen(view: View) -> None:
@@ -77,8 +78,9 @@ def note_frozen(view: View) -> None:
         return
     for name, layer in view.layers.items():
         if _is_frozen(view, name, layer):
-            weights = [weight for weight in view.base if owner_of(weight) == name]
-            view.record.requires_grad |= dict.fromkeys(weights, False)
+            for weight in view.base:
+                if owner_of(weight) == name:
+                    view.record.base.row(weight).required_grad = False
 
 
 def _is_frozen(view: View, name: str, layer: LoRALayer) -> bool:

@@ -13,6 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.base_values import base_value, base_values, keep_frozen, kept_tensors, restore_originals
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
@@ -20,9 +21,9 @@ from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import activate, set_adapter
-from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
+from lightning_lora.model.view import View, view_of
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.base_check import check_base
-from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import diverged, required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
@@ -124,14 +125,14 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
             before[name] = value.clone()
     with ExitStack() as undo:
         undo.callback(load_state_dict, model, before)
-        for name in state.keys() & view.record.filled:  # they may have another shape here, and a dtype that would round
+        for name in state.keys() & view.record.base.filled:  # of another shape here, and a dtype that would round
             buffer, value = view.buffers[name], state[name]
             dtype = torch.promote_types(buffer.dtype, value.dtype) if buffer.dtype.itemsize > 2 else buffer.dtype
             undo.callback(replace_values, buffer, buffer.data)
             replace_values(buffer, value.to(buffer.device, dtype, copy=True))
         restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
-        view.record.values_were_loaded(view.base_values)
+        view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 
 
@@ -201,14 +202,14 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
     if broken := diverged(view, state):
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
     _check_layers(view, stored)
-    if lost := sorted(view.record.changed.keys() - state.keys()):
+    if lost := sorted(set(view.record.base.changed) - state.keys()):
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
         view.adapter.random = tuple(stored.random)
-        view.record.buffers_were_filled(stored.filled)
+        view.record.base.buffers_were_filled(stored.filled)
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
@@ -248,7 +249,7 @@ def _check_names(
     """Refuse a state with missing or unexpected names: all that trains must be there. Changed tensors may be."""
     changed = stored.changed if stored else ()
     needed = dict.fromkeys([*required(view), *filter(view.base.__contains__, changed)])
-    known = {*needed, *without_base(view, state_dict(view.model), random), *view.buffers, *view.kept}
+    known = {*needed, *without_base(view, state_dict(view.model), random), *view.buffers, *kept_tensors(view)}
     wrong = {
         "missing": [name for name in needed if name not in state],
         "unexpected": [name for name in state if name not in known],

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, LoRAError, listed
+from lightning_lora.model.base_values import base_values
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
@@ -85,7 +87,7 @@ def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for own in checkpoint.get("callbacks", {}).values():
         if _has_average(own):
-            own[AVERAGE] = _completed(model, own[AVERAGE], view_of(model).base_values)
+            own[AVERAGE] = _completed(model, own[AVERAGE], base_values(view_of(model)))
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
@@ -99,7 +101,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     now = fingerprint(view, anew=False)
     for name, own, base in zip(base_tensors(view), now["digests"], fitting[0]["digests"], strict=True):
         if own != base:
-            view.record.rounded_base[name] = own, base
+            view.record.base.row(name).rounding = Change(own, base)
     return True
 
 
@@ -127,7 +129,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
     check_fits(view, stored, anew=False)  # the stage or the end of fit has just read the base
     if whole:
-        base = {name: value.detach().clone() for name, value in view.base_values.items()}
+        base = {name: value.detach().clone() for name, value in base_values(view).items()}
         for key in ("state_dict", MOVED):
             if key in checkpoint:
                 checkpoint[key] = _completed(model, checkpoint[key], base)
@@ -173,7 +175,8 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
         load_state_dict(model, state)
         View(model).begin_anew()
     record = record_of(model)
-    record.adapter.fingerprints, record.adapter.is_trained, record.changed = [], False, {}
+    record.adapter.fingerprints, record.adapter.is_trained = [], False
+    record.base.forget_changes()
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.attach import check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
-from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.model.view import View, view_of
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.private import HPARAMS_NAME, STATE_NOTES
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.record import AdapterState, find_record, record_of
+from lightning_lora.model.record import find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
 from lightning_lora.storage.offline.combine_files import combined

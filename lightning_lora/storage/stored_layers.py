@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
@@ -99,11 +99,10 @@ def layers_of(view: View) -> list[StoredLayer]:
     """Describe the adapted layers of a model, merged or not."""
     adapters: dict[str, Adapter | LoRALayer] = {**view.layers}
     parameters = dict[str, Tensor](view.parameters)
-    for name, merged in view.record.merged.items():
-        adapters[name] = merged
-        for weight, base in merged.bases.items():
-            if isinstance(base, nn.Parameter):  # it was tied
-                parameters[join(name, weight)] = base
+    adapters.update(view.record.merged)
+    for merged in view.merged:
+        if merged.was_tied:
+            parameters[merged.name] = merged.base
     uses: dict[int, list[str]] = {}
     for name, p in parameters.items():
         uses.setdefault(id(p), []).append(name)

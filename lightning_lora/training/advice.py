@@ -13,7 +13,8 @@ from lightning_lora.errors import FreshLayerWarning, listed, warn
 from lightning_lora.layers import LoRATokens, adapter_for
 from lightning_lora.model.fresh import MOST_SHARE, Fresh, find_fresh, random_weights
 from lightning_lora.model.settle import left_still
-from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.model.view import View, view_of
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.fingerprint import rows_of
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
@@ -92,7 +93,7 @@ def _tell_of_networks(view: View) -> None:
 def _warn_of_thawed(view: View) -> None:
     """Name frozen weights that ``modules_to_save`` trains."""
     config = view.config
-    flags_of_user = view.record.requires_grad
+    flags_of_user = view.record.base.flags_before()
     for name, module in view.modules.items():
         if not config.is_saved(name):
             continue

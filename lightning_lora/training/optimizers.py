@@ -148,7 +148,8 @@ def no_place(title: str, names: list[str], groups: int) -> OptimizerError:
 
 def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter]) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
-    lost = [name for name, p in view.base.items() if p in held and view.record.requires_grad.get(name)]
+    flags_before = view.record.base.flags_before()
+    lost = [name for name, p in view.base.items() if p in held and flags_before.get(name)]
     if not lost:
         return
     networks = _networks(owner_of(name) or name for name in lost)

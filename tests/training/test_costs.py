@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from lightning_lora import unmerge_adapters
-from lightning_lora.model import record
+from lightning_lora.base import base_tensors
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.training import feeding, float32_steps, gradients, optimizers
 from tests.support.cases import StopError
@@ -37,13 +37,13 @@ class Reads:  # counts the integers of large tensors that digests read
             return own(integers)
 
         monkeypatch.setattr(hashing, "_digest_of_integers", counting)
-        own_halves = record.digests_as
+        own_halves = base_tensors.digests_as
 
         def counting_halves(tensor: Tensor, dtypes: Any) -> list[int]:
             self.count += tensor.numel() if tensor.numel() >= WIDTH * WIDTH else 0
             return own_halves(tensor, dtypes)
 
-        monkeypatch.setattr(record, "digests_as", counting_halves)
+        monkeypatch.setattr(base_tensors, "digests_as", counting_halves)
 
     def passes(self) -> float:
         """The passes over the adapted weights since the last call."""

@@ -84,7 +84,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
     ids = set(map(id, asked))
-    flags = view.record.requires_grad
+    flags = view.record.base.flags_before()
     return [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad and flags.get(name)]
 
 

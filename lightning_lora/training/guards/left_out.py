@@ -63,7 +63,7 @@ def left_trainable(view: View) -> list[str]:
     around_trained = _around([*view.adapted_weights, *view.trained])
     around_frozen = _around(frozen_by_user)
     found = []
-    for name, was_trainable in view.record.requires_grad.items():
+    for name, was_trainable in view.record.base.flags_before().items():
         if was_trainable and name in view.frozen:
             outermost = _outermost(name, around_frozen)
             module = owner_of(name) if outermost == name else outermost

@@ -28,7 +28,7 @@ class Writes:
                     self._note(view, weight)
 
     def _note(self, view: View, name: str) -> None:
-        weight, reading = view.base[name], view.record.read.get(name)
+        weight, reading = view.base[name], view.record.base.row(name).reading
         self.seen[name] = Seen(weight)
         if reading is not None and reading.seen.is_unchanged(weight):
             self.digests[name] = reading.number
@@ -55,8 +55,8 @@ class Writes:
         if weight not in self.seen:
             return False
         before = self.digests.get(weight)
-        now, _ = view.record.changed.get(weight, (before, None))
-        if before is not None and now != before:
+        change = view.record.base.row(weight).change
+        if before is not None and change is not None and change.now != before:
             return True
         return not self.seen[weight].is_alike(view.base[weight])
 
