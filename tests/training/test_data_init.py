@@ -200,7 +200,13 @@ def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
         prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )
-    ours = begun(tmp_path, Deep(), numbers(batch_size=60), init="eva", init_batches=2)
+    ours = begun(
+        tmp_path,
+        Deep(),
+        numbers(batch_size=60),
+        init="eva",
+        init_batches=2,
+    )
     assert len(found) == 3
     for name, a in found.items():
         assert_same_subspace(ours.state[f"{name}.lora_A"], a)  # they keep less between batches
@@ -251,7 +257,11 @@ class Busy(Deep):
         self.layers[3].eval()
 
 
-def fit_of(folder: Path, init: Any, train: Callable[[], Any] = numbers) -> tuple[Busy, Begun, Notes]:
+def fit_of(
+    folder: Path,
+    init: Any,
+    train: Callable[[], Any] = numbers,
+) -> tuple[Busy, Begun, Notes]:
     """The module after a fit with all generators seeded, what it had when it began to train, and what it logged."""
     torch.manual_seed(1)
     random.seed(1)
@@ -351,7 +361,11 @@ def names_logged(notes: Notes) -> list[list[str]]:
     ],
 )
 def test_the_batches_that_are_looked_at_leave_no_trace(tmp_path: Path, init: str, loader: Any) -> None:
-    model, found, notes = fit_of(tmp_path, init, loader)
+    model, found, notes = fit_of(
+        tmp_path,
+        init,
+        loader,
+    )
     plain, of_plain, notes_of_plain = fit_of(tmp_path, "kaiming", loader)
     assert_module_is_as_it_came(found, of_plain)
     assert_run_is_as_it_came(found, of_plain)
@@ -482,7 +496,12 @@ class KeepsOutputs(Deep):
         (KeepsOutputs, "eva", "KeepsOutputs ended in AttributeError: .*Hooks such as"),
     ],
 )
-def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, kind: Any, init: Any, says: str) -> None:
+def test_a_step_that_cannot_run_alone_is_refused(
+    tmp_path: Path,
+    kind: Any,
+    init: Any,
+    says: str,
+) -> None:
     model = kind()
     with pytest.raises(ll.ConfigError, match=rf"init='{init}' .*{says}"):
         fit(tmp_path, ll.LoRACallback(init=init), model=model, train=numbers())
@@ -601,7 +620,14 @@ def gradients(train: DataLoader[Any], most: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int) -> None:
-    found = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=most, alpha=12)
+    found = begun(
+        tmp_path,
+        Deep(),
+        numbers(),
+        init="lora_ga",
+        init_batches=most,
+        alpha=12,
+    )
     grads = gradients(numbers(), most)
     assert len(grads) == 3
     for name, grad in grads.items():
@@ -798,4 +824,9 @@ def test_a_step_that_takes_batches_itself_is_refused(tmp_path: Path) -> None:
             return super().training_step(batch, 0)
 
     with pytest.raises(ll.ConfigError, match="that of Takes takes a dataloader_iter"):
-        fit(tmp_path, ll.LoRACallback(init="eva"), model=Takes(), train=numbers())
+        fit(
+            tmp_path,
+            ll.LoRACallback(init="eva"),
+            model=Takes(),
+            train=numbers(),
+        )

@@ -162,7 +162,11 @@ class Momentum(Module):
         self.copy = copy.deepcopy(self.net).requires_grad_(False)
 
     def move_copy(self) -> None:
-        for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
+        for p, q in zip(
+            self.net.parameters(),
+            self.copy.parameters(),
+            strict=True,
+        ):
             q.data = q.data.lerp(p.data, 0.01)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -180,7 +184,11 @@ class Average(Momentum):
 
     @torch.no_grad()
     def move_copy(self) -> None:
-        for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
+        for p, q in zip(
+            self.net.parameters(),
+            self.copy.parameters(),
+            strict=True,
+        ):
             q.lerp_(p, 0.01)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -244,7 +252,11 @@ def assert_same_values(module: nn.Module, other: nn.Module) -> None:
     ],
 )
 def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
-    tmp_path: Path, kind: Any, optimized: str, target_modules: str, caplog: Any
+    tmp_path: Path,
+    kind: Any,
+    optimized: str,
+    target_modules: str,
+    caplog: Any,
 ) -> None:
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, kind(optimized), target_modules=target_modules, bias="all")
@@ -264,7 +276,10 @@ def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
     ],
 )
 def test_a_frozen_backbone_is_adapted_under_a_head_alone(
-    tmp_path: Path, kind: Any, optimized: str, caplog: Any
+    tmp_path: Path,
+    kind: Any,
+    optimized: str,
+    caplog: Any,
 ) -> None:
     backbone = ["net.backbone.0", "net.backbone.2", "net.backbone.4"]
     with caplog.at_level(logging.INFO):
@@ -282,7 +297,17 @@ def test_a_frozen_backbone_is_adapted_under_a_large_head_that_looks_untrained() 
     for layer in linear_layers(backbone).values():
         layer.weight.data += 0.1 * torch.outer(torch.randn(64), torch.randn(64))
     backbone.requires_grad_(False)
-    model = nn.ModuleDict({"backbone": backbone, "head": mlp(64, 64, 64, 64)})
+    model = nn.ModuleDict(
+        {
+            "backbone": backbone,
+            "head": mlp(
+                64,
+                64,
+                64,
+                64,
+            ),
+        }
+    )
     names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert lines_with("backbone", names)
 
@@ -366,7 +391,12 @@ def assert_follows(module: Any, base: Any) -> None:
         (MadeInSetup, "all"),
     ],
 )
-def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, caplog: Any) -> None:
+def test_a_copy_follows_its_original(
+    tmp_path: Path,
+    kind: Any,
+    optimized: str,
+    caplog: Any,
+) -> None:
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, kind(optimized), epochs=8)
     assert f"Copies in {kind.__name__}: 'copy" in caplog.text
@@ -409,8 +439,18 @@ class Baseline(MadeInSetup):
         (Baseline, "all", "adapters"),
     ],
 )
-def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optimized: str, save: str) -> None:
-    through = fit(tmp_path, kind(optimized), keeps_each_epoch(tmp_path), save=save)
+def test_a_run_resumes_merges_and_loads_exactly(
+    tmp_path: Path,
+    kind: Any,
+    optimized: str,
+    save: str,
+) -> None:
+    through = fit(
+        tmp_path,
+        kind(optimized),
+        keeps_each_epoch(tmp_path),
+        save=save,
+    )
     resumed = fit(tmp_path, kind(optimized), ckpt_path=tmp_path / "epoch=1.ckpt")
     loaded = kind(optimized)
     loaded.setup("fit")
@@ -437,10 +477,23 @@ def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optim
 def test_it_is_so_in_several_processes(tmp_path: Path, kind: Any, names: list[str]) -> None:
     run = {"strategy": "ddp_fork", "devices": 2}
     keeps = KeepsStates(tmp_path)
-    through = fit(tmp_path, kind("net"), keeps_each_epoch(tmp_path), keeps, merge="last", run=run)
+    through = fit(
+        tmp_path,
+        kind("net"),
+        keeps_each_epoch(tmp_path),
+        keeps,
+        merge="last",
+        run=run,
+    )
     factors = lines_with("lora_A", keeps.same())
     assert factors == [f"{name}.lora_A" for name in names]
-    resumed = fit(tmp_path, kind("net"), ckpt_path=tmp_path / "epoch=1.ckpt", merge="last", run=run)
+    resumed = fit(
+        tmp_path,
+        kind("net"),
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        merge="last",
+        run=run,
+    )
     assert_same_values(through, resumed)
 
 
@@ -452,7 +505,17 @@ def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(tmp_
 def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> None:
     attention = nn.MultiheadAttention(8, 2)
     attention.in_proj_weight.requires_grad_(False)
-    model = nn.ModuleDict({"attention": attention, "others": mlp(8, 15, 15, 15)})
+    model = nn.ModuleDict(
+        {
+            "attention": attention,
+            "others": mlp(
+                8,
+                15,
+                15,
+                15,
+            ),
+        }
+    )
     with pytest.warns(ll.LoRAWarning, match="No adapter for 'attention'"):
         names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert names == ("others.0", "others.2", "others.4")
@@ -564,7 +627,11 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     torch.testing.assert_close(module.copy(X), before)
 
 
-def names_outside(build: str, trains: tuple[str, ...], head_and_last: tuple[str, ...]) -> list[str]:
+def names_outside(
+    build: str,
+    trains: tuple[str, ...],
+    head_and_last: tuple[str, ...],
+) -> list[str]:
     """The adapted layers of a torchvision model that are neither in its head nor in its last block."""
     with torch.device("meta"):
         model = getattr(torchvision.models, build)()

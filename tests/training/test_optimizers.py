@@ -50,7 +50,10 @@ def names_in_group(model: nn.Module, optimizer: Any) -> list[str]:
     return names
 
 
-def parameters_named(model: nn.Module, choose: Callable[[str], bool]) -> list[nn.Parameter]:
+def parameters_named(
+    model: nn.Module,
+    choose: Callable[[str], bool],
+) -> list[nn.Parameter]:
     """The parameters whose names are chosen."""
     return [p for name, p in model.named_parameters() if choose(name)]
 
@@ -175,7 +178,12 @@ def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> Non
 def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
     configure, names_of_each = HABITS[habit]
     grouped = Grouped(habit)
-    model, t = fit(tmp_path, lora(merge=False), model=grouped, max_epochs=3)
+    model, t = fit(
+        tmp_path,
+        lora(merge=False),
+        model=grouped,
+        max_epochs=3,
+    )
     assert names_in_groups(model, t.optimizers[0]) == names_of_each
     expected = adapted()
     optimizer = configure(expected)
@@ -256,10 +264,19 @@ class Chosen(LitTiny):
     ],
 )
 def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
-    tmp_path: Path, first: Any, second: Any, of_first: list[str], of_second: list[str]
+    tmp_path: Path,
+    first: Any,
+    second: Any,
+    of_first: list[str],
+    of_second: list[str],
 ) -> None:
     chosen = Chosen(first, second)
-    model, t = fit(tmp_path, lora(merge=False), model=chosen, max_epochs=1)
+    model, t = fit(
+        tmp_path,
+        lora(merge=False),
+        model=chosen,
+        max_epochs=1,
+    )
     assert names_in_group(model, t.optimizers[0]) == of_first
     assert names_in_group(model, t.optimizers[1]) == of_second
     assert_all_have_moved(model, B)
@@ -278,7 +295,12 @@ def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path) -> Non
         if r == 3:
             remove_adapters(model)
         before = model(X)
-        _, t = fit(tmp_path, lora(r=r), model=model, max_epochs=1)
+        _, t = fit(
+            tmp_path,
+            lora(r=r),
+            model=model,
+            max_epochs=1,
+        )
         assert not torch.equal(model(X), before)
         unmerge_adapters(model)
         groups = names_in_groups(model, t.optimizers[0])
@@ -470,7 +492,10 @@ rmsprop = partial(torch.optim.RMSprop, lr=0.1)
     ],
 )
 def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
-    tmp_path: Path, was: Any, now: Any, names: str
+    tmp_path: Path,
+    was: Any,
+    now: Any,
+    names: str,
 ) -> None:
     first = LitTiny()
     first.configure_optimizers = lambda: was(first.parameters())  # type: ignore[method-assign]

@@ -88,7 +88,12 @@ class Moves(L.Callback):
             torch.testing.assert_close(p.detach(), expected)
 
 
-def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[Rated]:
+def rates_in(
+    folder: Path,
+    model: Any,
+    *callbacks: L.Callback,
+    **options: Any,
+) -> list[Rated]:
     """The rates after each step of a fit, which has one epoch if nothing else is said."""
     rates = Rates()
     options.setdefault("max_epochs", 1)
@@ -183,8 +188,18 @@ class Scheduled(LitTiny):
 )
 def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, name: str, early: bool) -> None:
     unscaled = lora(merge=False, lr_scale=1)
-    plain = rates_in(tmp_path, Scheduled(name, early=early), unscaled, max_epochs=3)
-    found = rates_in(tmp_path, Scheduled(name, early=early), scaled(), max_epochs=3)
+    plain = rates_in(
+        tmp_path,
+        Scheduled(name, early=early),
+        unscaled,
+        max_epochs=3,
+    )
+    found = rates_in(
+        tmp_path,
+        Scheduled(name, early=early),
+        scaled(),
+        max_epochs=3,
+    )
     assert len(found) == 12
     for rates in plain:
         for name in ADAPTERS:
@@ -216,8 +231,24 @@ BIAS = {"q_proj.bias": 0.1}
     [
         ({"lr_scale": 10}, rate_of(1.0, 1.0, 0.1)),
         ({"lr_scale": {"A": 2, "B": 8}}, rate_of(0.2, 0.8, 0.1)),
-        ({"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"}, rate_of(0.2, 0.2, 0.1) | BIAS),
-        ({"lr_scale": {"A": 2}, "use_dora": True}, rate_of(0.2, 0.1, 0.1) | MAGNITUDES),
+        (
+            {"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"},
+            rate_of(
+                0.2,
+                0.2,
+                0.1,
+            )
+            | BIAS,
+        ),
+        (
+            {"lr_scale": {"A": 2}, "use_dora": True},
+            rate_of(
+                0.2,
+                0.1,
+                0.1,
+            )
+            | MAGNITUDES,
+        ),
     ],
     ids=str,
 )
@@ -422,7 +453,12 @@ def test_rates_that_are_tensors_stay_the_same_ones(tmp_path: Path) -> None:
     def look(*_: Any) -> None:
         first.extend(group["lr"] for group in optimizer.param_groups)
 
-    seen = rates_in(tmp_path, model, scaled(), At(0, look))
+    seen = rates_in(
+        tmp_path,
+        model,
+        scaled(),
+        At(0, look),
+    )
     expected = [
         rate_of(0.25, 0.25, 0.025),
         rate_of(0.125, 0.125, 0.0125),
@@ -494,7 +530,11 @@ class Prepares(SGD):
     ],
 )
 def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
-    tmp_path: Path, kind: Any, warms: bool, steps: int, says: str
+    tmp_path: Path,
+    kind: Any,
+    warms: bool,
+    steps: int,
+    says: str,
 ) -> None:
     model = tiny_with(kind, warms)
     with pytest.raises(OptimizerError, match=says):
@@ -538,7 +578,12 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None
         ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2}),
     ],
 )
-def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, scale: Any, options: Any) -> None:
+def test_a_run_resumes_to_the_bit(
+    tmp_path: Path,
+    name: str,
+    scale: Any,
+    options: Any,
+) -> None:
     resumes_to_the_bit(
         tmp_path,
         partial(Scheduled, name),
@@ -621,7 +666,11 @@ def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
     t.fit(model, data())
     rate = model.hparams["lr"]
     assert rate == found.suggestion()
-    assert rates.seen[-1] == rate_of(10 * rate, 10 * rate, rate)
+    assert rates.seen[-1] == rate_of(
+        10 * rate,
+        10 * rate,
+        rate,
+    )
 
 
 def test_swa_moves_both(tmp_path: Path) -> None:
