@@ -40,7 +40,8 @@ def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
             made["forward"] = torch.autograd.forward_ad.unpack_dual(layer(x, dual)).tangent
         return made
 
-    ours, theirs = compute(adapted_linear), compute(composed)
+    ours = compute(adapted_linear)
+    theirs = compute(composed)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
@@ -50,7 +51,8 @@ def test_autocast_computes_in_its_dtype_by_hand() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = adapted_linear(*tensors, 1.0)
         exact = composed(*(t.detach().double() for t in tensors), 1.0)  # which autocast leaves alone
-    assert output.dtype is torch.bfloat16 and goes_by_hand(output)
+    assert output.dtype is torch.bfloat16
+    assert goes_by_hand(output)
     assert (output - exact).norm() < 0.02 * exact.norm()
     output.sum().backward()
     assert all(t.grad.dtype is torch.float32 for t in tensors)
@@ -64,7 +66,12 @@ def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiate
     model = nn.Sequential(nn.Linear(8, 5, dtype=torch.float64))
     inject_adapters(model, LoRAConfig(r=2))
     randomise(model)
-    _, _, a, b = tensors = [model[0].weight, model[0].bias, model[0].lora_A, model[0].lora_B]
+    _, _, a, b = tensors = [
+        model[0].weight,
+        model[0].bias,
+        model[0].lora_A,
+        model[0].lora_B,
+    ]
     with torch.set_grad_enabled(differentiates):
         traced = torch.jit.trace(model, torch.randn(tokens, 8).double())  # and compared with a trace without gradients
     for rows in (1, 3, 400):
@@ -95,7 +102,12 @@ def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
     create_contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
     save = partial(create_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
     outputs = [
-        checkpoint(lambda x, f=f: f(x, weight, bias, a, b, 1.0), x, use_reentrant=False, context_fn=save)
+        checkpoint(
+            lambda x, f=f: f(x, weight, bias, a, b, 1.0),
+            x,
+            use_reentrant=False,
+            context_fn=save,
+        )
         for f in (adapted_linear, composed)
     ]
     for one, other in zip(*(torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs), strict=True):
@@ -103,7 +115,8 @@ def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
 
 
 def test_backward_may_run_under_an_autocast_that_forward_did_not() -> None:
-    tensors, grad = inputs(4, 6, dtype=torch.float32), torch.randn(4, 5)
+    tensors = inputs(4, 6, dtype=torch.float32)
+    grad = torch.randn(4, 5)
     output = adapted_linear(*tensors, 1.0, 0.2)
     expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

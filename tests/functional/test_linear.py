@@ -85,7 +85,13 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 )
 @settings(max_examples=60)
 def test_gradients_are_those_of_the_composition(
-    shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
+    shape: tuple[int, ...],
+    out: int,
+    r: int,
+    scaling: float,
+    layout: str,
+    trained: set[str],
+    with_bias: bool,
 ) -> None:
     x, weight, bias, a, b = (t.detach() for t in inputs(*shape, out=out, r=r))
     x = layouts(x)[layout]
@@ -95,7 +101,8 @@ def test_gradients_are_those_of_the_composition(
     for name in trained & tensors.keys():
         tensors[name].requires_grad_()
     call = {"bias": None, **tensors}
-    ours, theirs = adapted_linear(**call, scaling=scaling), composed(*(call[name] for name in NAMES), scaling)
+    ours = adapted_linear(**call, scaling=scaling)
+    theirs = composed(*(call[name] for name in NAMES), scaling)
     torch.testing.assert_close(ours, theirs)
     wanted = [t for t in tensors.values() if t.requires_grad]
     if not wanted:
@@ -122,7 +129,12 @@ def test_gradients_are_those_of_the_composition(
     ],
 )
 def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
-    tokens: int, dtype: Any, precision: str, dropout: float, is_updated: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    dtype: Any,
+    precision: str,
+    dropout: float,
+    is_updated: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
     monkeypatch.setattr(linear, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
@@ -139,14 +151,22 @@ def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> No
     torch.manual_seed(0)
     for tokens, reads, writes in itertools.product((3, 400), (4, 19, 34), (4, 18, 39)):
         x, weight, bias, a, b = inputs(tokens, reads, out=writes)
-        bias, every_second = bias.detach(), torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
+        bias = bias.detach()
+        every_second = torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
         for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
-            assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
+            assert torch.equal(
+                adapted_linear(x, laid_out, bias, a, b * 0, 1.0),
+                F.linear(x, laid_out, bias),
+            )
 
 
 @pytest.mark.parametrize(
     ("dtype", "adapters", "dropout"),
-    [(torch.bfloat16, torch.float32, 0.0), (torch.bfloat16, None, 0.3), (torch.float16, torch.float32, 0.3)],
+    [
+        (torch.bfloat16, torch.float32, 0.0),
+        (torch.bfloat16, None, 0.3),
+        (torch.float16, torch.float32, 0.3),
+    ],
 )
 def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
     torch.manual_seed(0)
@@ -161,18 +181,25 @@ def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters
         outputs.append(output)
     assert outputs[1].dtype is dtype
     eps = torch.finfo(dtype).eps
-    for exact, rounded in [(outputs[0], outputs[1]), *((w.grad, n.grad) for w, n in zip(wide, narrow, strict=True))]:
+    for exact, rounded in [
+        (outputs[0], outputs[1]),
+        *((w.grad, n.grad) for w, n in zip(wide, narrow, strict=True)),
+    ]:
         assert (exact - rounded).norm() < 4 * eps * exact.norm()
     assert [n.grad.dtype for n in narrow] == [n.dtype for n in narrow]
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "dropout"),
+    [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)],
+)
 def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
     torch.manual_seed(0)
     x, weight, _, a, b = (t.detach() for t in inputs(256, 64))
     rounded = [t.to(dtype).requires_grad_() for t in (x, weight * 0, a * 20, b * 200)]
     exact = [t.detach().double().requires_grad_() for t in rounded]
-    grad, scaling = 32 * torch.randn(256, 5), 1.004e-3  # float16 cannot hold g A, and can s g A; bfloat16 not s
+    grad = 32 * torch.randn(256, 5)
+    scaling = 1.004e-3  # float16 cannot hold g A, and can s g A; bfloat16 not s
     for x, weight, a, b in (exact, rounded):
         torch.manual_seed(5)
         adapted_linear(x, weight, None, a, b, scaling, dropout).backward(grad.to(x.dtype))
@@ -186,9 +213,11 @@ def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch
 
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)])
 def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, dtype: torch.dtype) -> None:
-    model, x = nn.Sequential(nn.Linear(768, 768)).to(dtype), torch.randn(256, 768, dtype=dtype, requires_grad=True)
+    model = nn.Sequential(nn.Linear(768, 768)).to(dtype)
+    x = torch.randn(256, 768, dtype=dtype, requires_grad=True)
     as_trained(model, r=8, dropout=dropout)
-    assert goes_by_hand(model(x)) and saved_bytes(model, x) <= 0.02 * x.nbytes
+    assert goes_by_hand(model(x))
+    assert saved_bytes(model, x) <= 0.02 * x.nbytes
 
 
 # What leaves arguments and inputs as they are

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
+from lightning_lora import (
+    LoRAConfig,
+    MergePrecisionWarning,
+    inject_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.functional import update
 from lightning_lora.functional.factors import with_rank
-from tests.support.models import randomise, same, state
+from tests.support.compared import assert_state
+from tests.support.models import randomise, state
 
 
 def test_merging_asks_no_device_for_float64() -> None:
@@ -28,11 +35,13 @@ def test_merging_asks_no_device_for_float64() -> None:
     with Apple():
         for dtype in (torch.float32, torch.float16):
             values, lost = update.merged(weight.to(dtype), a, b, 1.0)
-            assert values.dtype is dtype and lost == 0
+            assert values.dtype is dtype
+            assert lost == 0
 
 
 def test_a_higher_rank_than_the_layer_has_is_made_on_its_device() -> None:
-    a, b = torch.empty(8, 4, device="meta"), torch.empty(4, 8, device="meta")
+    a = torch.empty(8, 4, device="meta")
+    b = torch.empty(4, 8, device="meta")
     assert {factor.device.type for factor in with_rank((a, b), 4)} == {"meta"}
 
 
@@ -47,7 +56,10 @@ def test_merge_says_what_share_of_the_update_rounding_took() -> None:
     weight = model[1].weight.double()
     lost = ((weight + delta).to(dtype).double() - weight - delta).norm() / delta.norm()
     assert lost > 0.9
-    with pytest.warns(MergePrecisionWarning, match=rf"{lost:.0%} of the update of '1'.* in 1 of 2 layers.*float32"):
+    with pytest.warns(
+        MergePrecisionWarning,
+        match=rf"{lost:.0%} of the update of '1'.* in 1 of 2 layers.*float32",
+    ):
         merge_adapters(model)
     unmerge_adapters(model)
     merge_adapters(model.float())  # in silence
@@ -67,4 +79,4 @@ def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dty
     unrounded = 4 * wide_eps * (exact.abs() + wide["0.lora_B"].abs() @ wide["0.lora_A"].abs())
     assert ((model[0].weight.double() - exact).abs() <= ulp / 2 + unrounded + torch.finfo(dtype).tiny).all()
     unmerge_adapters(model)
-    assert same(state(model), before)
+    assert_state(model, before)

@@ -20,8 +20,20 @@ from lightning_lora import (
 )
 from lightning_lora.layers import HAS_UPDATE
 from tests.support.cases import Three, three
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
-from tests.support.models import WIDTH, X, randomise, same
+from tests.support.compared import assert_same_tensors
+from tests.support.layers import (
+    BAGS,
+    FLOATS,
+    INDEX,
+    LAYERS,
+    PLANE,
+    Model,
+    Scaled,
+    adapted,
+    config,
+    is_float,
+)
+from tests.support.models import WIDTH, X, randomise
 
 
 @pytest.mark.parametrize(
@@ -36,7 +48,13 @@ from tests.support.models import WIDTH, X, randomise, same
 )
 def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, rows: int, dropout: float) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
-    x = torch.randn(rows, 64, *(() if isinstance(layer, nn.Linear) else (5, 5)), dtype=dtype, requires_grad=True)
+    x = torch.randn(
+        rows,
+        64,
+        *(() if isinstance(layer, nn.Linear) else (5, 5)),
+        dtype=dtype,
+        requires_grad=True,
+    )
     results = []
     for _ in range(2):
         output = model.train()(x)
@@ -47,7 +65,8 @@ def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any
 
 
 def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
-    model, x = nn.Sequential(adapted(Scaled(8, 8))), torch.randn(4, 8).double()
+    model = nn.Sequential(adapted(Scaled(8, 8)))
+    x = torch.randn(4, 8).double()
     with torch.no_grad():
         expected = model(x)
         with ThreadPoolExecutor(4) as pool:
@@ -56,7 +75,8 @@ def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"init": "pissa"}, {"use_dora": True}], ids=str)
 def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(how: dict[str, Any]) -> None:
-    plain, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    plain = nn.Sequential(nn.Linear(8, 8))
+    x = torch.randn(4, 8)
     state: Any = plain.state_dict()
     state._metadata["0"][HAS_UPDATE] = True
     with torch.device("meta"):
@@ -73,7 +93,8 @@ def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     base = model(x)
     inject_adapters(model, config(model))
     randomise(model)
-    expected, forward = model(x), model[0].forward
+    expected = model(x)
+    forward = model[0].forward
     model[0].forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
     assert torch.equal(model(x), expected)
     remove_adapters(model)
@@ -102,7 +123,11 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
         (Conv1D(4, 5), {"x": FLOATS}, True),
         (nn.Embedding(5, 4), {"input": INDEX}, True),
         (nn.EmbeddingBag(5, 4), {"input": BAGS[0], "offsets": BAGS[1]}, False),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2), {"input": PLANE, "output_size": [12, 11]}, False),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2),
+            {"input": PLANE, "output_size": [12, 11]},
+            False,
+        ),
         (nn.Bilinear(5, 5, 6), {"input1": FLOATS, "input2": FLOATS}, False),
         (nn.GRUCell(5, 4), {"input": FLOATS[0]}, False),
     ],
@@ -117,34 +142,49 @@ def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments
     for by_name in (True, False):
         torch.manual_seed(1)
         outputs.append(model[0](**arguments) if by_name else model[0](*arguments.values()))
-    assert outputs[0].shape == base.shape and not torch.equal(outputs[0], base)
+    assert outputs[0].shape == base.shape
+    assert not torch.equal(outputs[0], base)
     assert torch.equal(*outputs)
 
 
 # Adapters are float32 over a base in half precision
 
 
-KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
+KINDS = [
+    "linear",
+    "scaled",
+    "padded embedding",
+    "bag",
+    "convolution",
+    "transposed convolution",
+    "bilinear",
+    "experts",
+]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_float32(name: str) -> None:
     build, x = LAYERS[name]
-    model, x = Model(build()).bfloat16(), tree_map(lambda t: t.bfloat16() if is_float(t) else t, x)
+    model = Model(build()).bfloat16()
+    x = tree_map(lambda t: t.bfloat16() if is_float(t) else t, x)
     inject_adapters(model, config(model))
     randomise(model, scale=0.5)
     exact = copy.deepcopy(model).float()
-    output, expected = model(x), exact(tree_map(lambda t: t.float() if is_float(t) else t, x))
+    output = model(x)
+    expected = exact(tree_map(lambda t: t.float() if is_float(t) else t, x))
     assert output.dtype is torch.bfloat16
     assert (output.float() - expected).norm() < 0.02 * expected.norm()
     output.float().square().sum().backward()
     expected.square().sum().backward()
     gradients = dict(exact.named_parameters())
     for factor in adapter_state_dict(model):
-        p, q = model.get_parameter(factor), gradients[factor]
+        p = model.get_parameter(factor)
+        q = gradients[factor]
         assert p.dtype is torch.float32
-        assert p.grad is not None and q.grad is not None
-        assert p.grad.dtype is torch.float32 and (p.grad - q.grad).norm() < 0.05 * q.grad.norm() + 1e-3
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.dtype is torch.float32
+        assert (p.grad - q.grad).norm() < 0.05 * q.grad.norm() + 1e-3
 
 
 def test_adapters_are_kept_in_float32_over_a_half_precision_base_or_as_the_base_if_asked() -> None:
@@ -152,9 +192,11 @@ def test_adapters_are_kept_in_float32_over_a_half_precision_base_or_as_the_base_
     before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
     model.linear(torch.ones(WIDTH)).sum().backward()
     model.bfloat16()
-    assert same(adapter_state_dict(model), before) and model.linear.lora_A.grad.dtype == torch.float32
+    assert_same_tensors(adapter_state_dict(model), before)
+    assert model.linear.lora_A.grad.dtype == torch.float32
     assert model.linear.weight.dtype == model(X).dtype == torch.bfloat16
-    assert model.double().linear.lora_A.dtype == torch.float64 and model.half().linear.lora_A.dtype == torch.float32
+    assert model.double().linear.lora_A.dtype == torch.float64
+    assert model.half().linear.lora_A.dtype == torch.float32
     made = Three().bfloat16()
     inject_adapters(made, LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False))
     for each in (made, model := three(autocast_adapter_dtype=False).bfloat16()):
@@ -165,12 +207,14 @@ def test_adapters_are_kept_in_float32_over_a_half_precision_base_or_as_the_base_
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_autocast_computes_what_the_base_computes_it_in(merged: bool) -> None:
-    model, exact = three(), three().double()
+    model = three()
+    exact = three().double()
     exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     base = Three()
     if merged:
         merge_adapters(model)
     with torch.autocast("cpu", torch.bfloat16):
-        output, dtype = model(X), base(X).dtype
+        output = model(X)
+        dtype = base(X).dtype
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), exact(X), rtol=0.1, atol=0.1)

@@ -19,16 +19,22 @@ INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
 
 @pytest.mark.parametrize(
     ("layer", "x"),
-    [(nn.Conv2d(4, 6, 3), PLANE), (nn.Conv2d(4, 6, 3, groups=2), PLANE), (nn.Embedding(6, 6), INDEX)],
+    [
+        (nn.Conv2d(4, 6, 3), PLANE),
+        (nn.Conv2d(4, 6, 3, groups=2), PLANE),
+        (nn.Embedding(6, 6), INDEX),
+    ],
     ids=["convolution", "grouped convolution", "embedding"],
 )
 def test_slices_are_channels_or_features_that_a_layer_writes(layer: nn.Module, x: Tensor) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
-    plain, slices = copy.deepcopy(model), {"0": {"few": [1, 3], "last": [5, 6]}}
+    plain = copy.deepcopy(model)
+    slices = {"0": {"few": [1, 3], "last": [5, 6]}}
     ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_modules=["0"], target_slices=slices))
     assert torch.equal(model(x), plain(x))
     randomise(model)
-    factors, weight = ll.adapter_state_dict(model), plain[0].weight.detach()
+    factors = ll.adapter_state_dict(model)
+    weight = plain[0].weight.detach()
     written = weight.T if isinstance(layer, nn.Embedding) else weight
     for part, rows in (("few", slice(1, 3)), ("last", slice(5, 6))):
         update = factors[f"0.lora_B_{part}"] @ factors[f"0.lora_A_{part}"]
@@ -38,7 +44,8 @@ def test_slices_are_channels_or_features_that_a_layer_writes(layer: nn.Module, x
 
 @pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}])
 def test_a_geometry_that_is_set_later_may_be_one_number(change: dict[str, Any]) -> None:
-    layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 7, 6).double()
+    layer = nn.Conv2d(4, 6, 1)
+    x = torch.randn(2, 4, 7, 6).double()
     vars(layer).update(change)
     model = nn.Sequential(layer).double()
     ll.inject_adapters(model, EVERY)
@@ -49,7 +56,8 @@ def test_a_geometry_that_is_set_later_may_be_one_number(change: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("kernel", "channels_last", "size"), [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))]
+    ("kernel", "channels_last", "size"),
+    [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))],
 )
 def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last: bool, size: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
@@ -57,7 +65,8 @@ def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last:
     expected = model(x)
     ll.inject_adapters(model, EVERY)
     found = model(x)
-    assert torch.equal(found, expected) and found.stride() == expected.stride()
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
 
 
 # Embeddings and bags of them
@@ -94,13 +103,17 @@ def test_projections_that_are_excluded_or_train_whole_leave_the_others() -> None
     assert parts(modules_to_save=["self_attn.in_proj_weight"]) == {"out"}
     with pytest.raises(ll.TargetError, match="select no layer of TransformerEncoderLayer"):
         parts(modules_to_save=["self_attn.in_proj_weight", "self_attn.out_proj"])
-    with pytest.raises(ll.TargetError, match=r"'self_attn', whose parts have names: 'q', 'k', 'v', 'out'\. Give"):
+    with pytest.raises(
+        ll.TargetError,
+        match=r"'self_attn', whose parts have names: 'q', 'k', 'v', 'out'\. Give",
+    ):
         parts(target_slices={"self_attn": {"q": [0, 8]}})
 
 
 def test_each_adapter_is_in_the_group_of_its_own_weight() -> None:
     layer: Any = nn.MultiheadAttention(4, 1)
-    ll.inject_adapters(model := nn.Sequential(layer), EVERY)
+    model = nn.Sequential(layer)
+    ll.inject_adapters(model, EVERY)
     weights = (layer.in_proj_weight, layer.out_proj.weight)
     optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
     train_adapters(model, [optimizer])
@@ -135,7 +148,8 @@ def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
 
 
 def test_weights_are_laid_out_for_cudnn_again_whenever_others_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, laid_out = nn.Sequential(nn.LSTM(5, 4)), list[nn.Module]()
+    model = nn.Sequential(nn.LSTM(5, 4))
+    laid_out = list[nn.Module]()
     ll.inject_adapters(model, EVERY)
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: laid_out.append(layer))
     for change in (ll.merge_adapters, ll.unmerge_adapters):

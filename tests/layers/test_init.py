@@ -22,11 +22,19 @@ def test_each_word_is_one_object_in_the_table() -> None:
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_random_starts_are_these_very_draws(init: Any) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(4, 6), Experts()).bfloat16()
-    how: dict[str, Any] = {"target_modules": "all", "target_parameters": ["stack"], "autocast_adapter_dtype": False}
+    how: dict[str, Any] = {
+        "target_modules": "all",
+        "target_parameters": ["stack"],
+        "autocast_adapter_dtype": False,
+    }
     torch.manual_seed(3)
     inject_adapters(model, LoRAConfig(r=3, init=init, **how))
     torch.manual_seed(3)
-    for found, size in ((model[0].lora_A, (3, 7)), (model[1].lora_B, (6, 3)), (model[2].lora_A_stack, (3, 3, 5))):
+    for found, size in (
+        (model[0].lora_A, (3, 7)),
+        (model[1].lora_B, (6, 3)),
+        (model[2].lora_A_stack, (3, 3, 5)),
+    ):
         drawn = torch.empty(size, dtype=torch.bfloat16)
         bound = size[-1] ** -0.5
         expected = drawn.normal_(std=1 / 3) if init == "gaussian" else drawn.uniform_(-bound, bound)
@@ -48,14 +56,22 @@ def test_a_direction_that_is_weak_and_not_zero_is_one_to_start_from() -> None:
     model = linear(((u * values) @ v.T).float())
     inject_adapters(model, LoRAConfig(r=3, alpha=3, init="pissa"))
     for factor, dim in (("lora_A", 1), ("lora_B", 0)):
-        torch.testing.assert_close(getattr(model[0], factor).norm(dim=dim), values.sqrt().float(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            getattr(model[0], factor).norm(dim=dim),
+            values.sqrt().float(),
+            rtol=1e-3,
+            atol=0,
+        )
 
 
 def test_each_matrix_of_a_layer_starts_from_its_own_strongest_part_however_small() -> None:
     model = nn.Sequential(Experts(), nn.MultiheadAttention(8, 2))
     matrices = [*model[0].stack.data.mul_(torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1))]
     matrices += model[1].in_proj_weight.detach().chunk(3)
-    inject_adapters(model, LoRAConfig(r=2, alpha=2, init="pissa", target_modules=["1"], target_parameters=["stack"]))
+    inject_adapters(
+        model,
+        LoRAConfig(r=2, alpha=2, init="pissa", target_modules=["1"], target_parameters=["stack"]),
+    )
     factors = adapter_state_dict(model)
     starts = [*(factors["0.lora_B_stack"] @ factors["0.lora_A_stack"])]
     starts += [factors[f"1.lora_B_{part}"] @ factors[f"1.lora_A_{part}"] for part in "qkv"]
@@ -71,7 +87,10 @@ def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(in
     found = []
     for model in (linear(weight), linear(weight.float())):
         inject_adapters(model, LoRAConfig(r=2, init=init, autocast_adapter_dtype=keep))
-        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+            "0.lora_A",
+            "0.lora_B",
+        ]
         factors = adapter_state_dict(model)
         found.append(factors["0.lora_B"].float() @ factors["0.lora_A"].float())
     torch.testing.assert_close(found[0], found[1], **({} if keep else {"atol": 0.05, "rtol": 0.02}))
@@ -79,7 +98,11 @@ def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(in
 
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
-    [({"use_dora": True}, torch.bfloat16), ({"init": "pissa"}, torch.float64), ({"init": "olora"}, torch.bfloat16)],
+    [
+        ({"use_dora": True}, torch.bfloat16),
+        ({"init": "pissa"}, torch.float64),
+        ({"init": "olora"}, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(arguments: Any, dtype: Any) -> None:
@@ -121,7 +144,8 @@ STARTS: list[tuple[dict[str, Any], str, torch.dtype]] = [
 @pytest.mark.usefixtures("memory_of_nan")
 @pytest.mark.parametrize(("arguments", "way", "dtype"), STARTS)
 def test_adapters_start_anew_whatever_memory_held(arguments: dict[str, Any], way: str, dtype: torch.dtype) -> None:
-    base, keeps = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype), "autocast_adapter_dtype" not in arguments
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+    keeps = "autocast_adapter_dtype" not in arguments
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
     inject_adapters(model, LoRAConfig(**({"r": 2} | arguments)))
@@ -129,12 +153,14 @@ def test_adapters_start_anew_whatever_memory_held(arguments: dict[str, Any], way
         model.to_empty(device="cpu")
         assert model[0].weight.isnan().all()
         for layer in model:
-            assert layer.lora_A.isfinite().all() and layer.lora_B.isfinite().all()
+            assert layer.lora_A.isfinite().all()
+            assert layer.lora_B.isfinite().all()
     model.load_state_dict(base.state_dict(), assign=way == "assign")
     for layer in model:
         trained = [p for p in layer.parameters() if p.requires_grad]
         assert {p.dtype for p in trained} == {torch.float32 if keeps else dtype}
-        assert len(trained) >= 2 and all(p.isfinite().all() for p in trained)
+        assert len(trained) >= 2
+        assert all(p.isfinite().all() for p in trained)
         assert layer.lora_A.any(dim=1).all()
     x = torch.randn(3, 8, dtype=dtype)
     assert torch.equal(model(x), base(x))
@@ -149,7 +175,8 @@ def test_a_layer_whose_parameters_are_reset_starts_its_adapter_anew() -> None:
     before = model[0].weight.clone()
     model[0].reset_parameters()
     assert not torch.equal(model[0].weight, before)
-    assert model[0].lora_A.any() and not model[0].lora_B.any()
+    assert model[0].lora_A.any()
+    assert not model[0].lora_B.any()
 
 
 def test_pissa_starts_from_the_best_approximation_and_olora_from_an_orthonormal_one() -> None:
@@ -158,7 +185,8 @@ def test_pissa_starts_from_the_best_approximation_and_olora_from_an_orthonormal_
     for init in ("pissa", "olora"):
         model = linear(weight)
         inject_adapters(model, LoRAConfig(r=3, alpha=6, init=init))
-        a, b = model[0].lora_A, model[0].lora_B
+        a = model[0].lora_A
+        b = model[0].lora_B
         if init == "pissa":
             tail = torch.linalg.svdvals(weight)[3:]
             torch.testing.assert_close((weight - 2 * b @ a).norm(), tail.norm())

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.models import Around, is_plain, randomise, same, trainer
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -44,7 +45,11 @@ def by_torchao(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"nf4": four_bits, "int8": eight_bits, "torchao int8": by_torchao}
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": four_bits,
+    "int8": eight_bits,
+    "torchao int8": by_torchao,
+}
 PLAIN = "plain"
 
 
@@ -70,7 +75,9 @@ def bits(model: nn.Module) -> dict[str, Any]:
 @each_kind
 def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
     model = build(kind)
-    before, classes, frozen = model(BATCH), [type(layer) for layer in model], bits(model)
+    before = model(BATCH)
+    classes = [type(layer) for layer in model]
+    frozen = bits(model)
     ll.inject_adapters(model, CONFIG)
     assert torch.equal(model(BATCH), before)
     randomise(model)
@@ -84,11 +91,19 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
             else:
                 hidden = layer(hidden)
         torch.testing.assert_close(model(BATCH), hidden)
-    assert list(ll.adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
+    assert list(ll.adapter_state_dict(model)) == [
+        "0.lora_A",
+        "0.lora_B",
+        "2.lora_A",
+        "2.lora_B",
+        "3.weight",
+        "3.bias",
+    ]
     assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
     assert str(model).count("r=4, scaling=2") == 2
     ll.remove_adapters(model)
-    assert [type(layer) for layer in model] == classes and same(bits(model), frozen)
+    assert [type(layer) for layer in model] == classes
+    assert_same_tensors(bits(model), frozen)
 
 
 @each_kind
@@ -108,7 +123,9 @@ def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
         model.eval()
         with torch.no_grad():
             model(BATCH)
-    assert grads[0] is not None and grads[0].any() and torch.equal(grads[0], grads[1])
+    assert grads[0] is not None
+    assert grads[0].any()
+    assert torch.equal(grads[0], grads[1])
 
 
 class Lit(Around):
@@ -129,15 +146,18 @@ def lora(merge: Any = False) -> ll.LoRACallback:
 @each_kind
 def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> None:
     models = Lit(kind), Lit(kind)
-    frozen, file = bits(models[0]), tmp_path / "through" / "epoch=1.ckpt"
+    frozen = bits(models[0])
+    file = tmp_path / "through" / "epoch=1.ckpt"
     for model, name, path in zip(models, ("through", "again"), (None, file), strict=True):
         saves = ModelCheckpoint(tmp_path / name, "{epoch}", save_top_k=-1)
         trainer(tmp_path, [lora(), saves], max_epochs=4).fit(model, ckpt_path=path)
-        assert same(bits(model), frozen) and model.get_parameter("model.0.lora_B").any()
+        assert_same_tensors(bits(model), frozen)
+        assert model.get_parameter("model.0.lora_B").any()
     assert same(*map(ll.adapter_state_dict, models))
     last = tmp_path / "through" / "epoch=3.ckpt"
     assert all("lora_" in name or name.startswith("model.3.") for name in tensors(last))
-    ll.load_adapter(other := Lit(kind), last)
+    other = Lit(kind)
+    ll.load_adapter(other, last)
     assert torch.equal(other(BATCH), models[0](BATCH))
 
 
@@ -152,7 +172,8 @@ def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: s
     with torch.no_grad():
         other[3].bias.add_(1)  # which trains whole, and is in the file
     ll.load_adapter(other, tmp_path / "a.safetensors")
-    weights, scales = build(kind, seed=1), build(kind, scale=2.0)
+    weights = build(kind, seed=1)
+    scales = build(kind, scale=2.0)
     for mine, theirs in zip(weights, other, strict=True):
         if hasattr(mine, "bias"):
             mine.bias.data = theirs.bias.data
@@ -172,7 +193,10 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_plain(tmp_path: Path,
             ll.load_adapter(here, tmp_path / "a.safetensors")
         with torch.no_grad():
             other[2].bias[0] += 1
-        with pytest.raises(ll.BaseMismatchError, match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights"):
+        with pytest.raises(
+            ll.BaseMismatchError,
+            match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights",
+        ):
             ll.load_adapter(other, tmp_path / "a.safetensors")
         with pytest.warns(ll.LoRAWarning, match="1 of 2 frozen tensors"):
             ll.load_adapter(other, tmp_path / "a.safetensors", check_base=False)
@@ -180,7 +204,8 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_plain(tmp_path: Path,
 
 def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: Path) -> None:
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    ll.inject_adapters(there := nn.Sequential(four_bits(linear)), ll.LoRAConfig(r=2))
+    there = nn.Sequential(four_bits(linear))
+    ll.inject_adapters(there, ll.LoRAConfig(r=2))
     ll.save_adapter(there, tmp_path / "a.safetensors")
     with pytest.raises(ll.BaseMismatchError, match="nothing to compare"):
         ll.load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
@@ -204,7 +229,8 @@ def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind:
 @pytest.mark.parametrize("double", [False, True])
 def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bool) -> None:
     layer = bnb.nn.Linear4bit(128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double)
-    model, x = nn.Sequential(layer).to("cpu"), torch.randn(4, 128)
+    model = nn.Sequential(layer).to("cpu")
+    x = torch.randn(4, 128)
     with torch.no_grad():
         before = model.train()(x)
         model.eval()(x)  # on some processors, this packs it
@@ -214,7 +240,8 @@ def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bo
 
 @pytest.mark.parametrize(("kind", "trial"), [("nf4", False), ("int8", True), ("torchao int8", False)])
 def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str, trial: bool) -> None:
-    model, lit = build(kind), Lit(kind)
+    model = build(kind)
+    lit = Lit(kind)
     ll.inject_adapters(model, CONFIG)
     with pytest.raises(ll.AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
         ll.merge_adapters(model)
@@ -227,7 +254,11 @@ def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [("nf4", {"init": "pissa"}), ("int8", {"use_dora": True}), ("torchao int8", {"use_dora": True, "dropout": 0.5})],
+    [
+        ("nf4", {"init": "pissa"}),
+        ("int8", {"use_dora": True}),
+        ("torchao int8", {"use_dora": True, "dropout": 0.5}),
+    ],
 )
 def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str, Any]) -> None:
     model = build(kind).eval()
@@ -237,7 +268,8 @@ def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str,
     torch.testing.assert_close(model(BATCH), before)
     model.train()(BATCH).sum().backward()
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert all(model.get_parameter(name).grad is not None for name in trains) and "0.lora_A" in trains
+    assert all(model.get_parameter(name).grad is not None for name in trains)
+    assert "0.lora_A" in trains
 
 
 class Lightnings(Precision):
@@ -258,14 +290,19 @@ def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path)
 
     trainer(tmp_path, [lora(), Look()], max_epochs=2, plugins=[Lightnings()]).fit(model)
     layer = model.get_submodule("model.0")
-    assert isinstance(layer, LoRALayer) and isinstance(layer, bnb.nn.Linear4bit)
-    assert layer.weight.dtype == torch.uint8 and layer.get_parameter("lora_B").any()
+    assert isinstance(layer, LoRALayer)
+    assert isinstance(layer, bnb.nn.Linear4bit)
+    assert layer.weight.dtype == torch.uint8
+    assert layer.get_parameter("lora_B").any()
 
 
 @pytest.mark.parametrize(
     ("layer", "dtype"),
     [
-        (lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=None).to(torch.bfloat16), torch.bfloat16),
+        (
+            lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=None).to(torch.bfloat16),
+            torch.bfloat16,
+        ),
         (lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float16), torch.float16),
         (lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False), torch.float16),
     ],

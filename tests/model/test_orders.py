@@ -13,17 +13,31 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from hypothesis.stateful import run_state_machine_as_test as run
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
+from tests.support.compared import assert_state
 from tests.support.models import is_plain, same, state
 
-WORDS, WIDTH = 5, 3
+WORDS = 5
+WIDTH = 3
 INDEX = torch.arange(WORDS)
-CLASSES = {"embed": nn.Embedding, "body.conv": Conv1D, "body.q": nn.Linear, "body.v": nn.Linear, "head": nn.Linear}
+CLASSES = {
+    "embed": nn.Embedding,
+    "body.conv": Conv1D,
+    "body.q": nn.Linear,
+    "body.v": nn.Linear,
+    "head": nn.Linear,
+}
 LAYERS = tuple(CLASSES)
 TIED = {"embed.weight", "head.weight"}
 
@@ -37,7 +51,8 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(WORDS, WIDTH)
         conv: nn.Module = Conv1D(WIDTH, WIDTH)  # type: ignore[no-untyped-call]
-        q, v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        q = nn.Linear(WIDTH, WIDTH)
+        v = nn.Linear(WIDTH, WIDTH, bias=False)
         self.body = nn.ModuleDict({"conv": conv, "q": q, "v": v})
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.head = nn.Linear(WIDTH, WORDS)
@@ -62,13 +77,17 @@ TARGETS: dict[Any, tuple[str, ...]] = {
 SAVED: dict[Any, tuple[str, ...]] = {
     None: (), ("head",): ("head",), ("embed",): ("embed",), ("v",): ("body.v",), ("body",): LAYERS[1:4],
 }  # fmt: skip
-SEEDS, BOOLS = st.integers(0, 99), st.booleans()
+SEEDS = st.integers(0, 99)
+BOOLS = st.booleans()
 Adapters = dict[str, tuple[int, float]]  # layers to rank and scaling
 
 
 def meaning(config: ll.LoRAConfig, tied: bool) -> Adapters | type[ll.LoRAError]:
     """What ``config`` adapts, or the error that it is."""
-    left_out = {*SAVED[config.modules_to_save], *(["head"] if tied and config.target_modules == "all-linear" else [])}
+    left_out = {
+        *SAVED[config.modules_to_save],
+        *(["head"] if tied and config.target_modules == "all-linear" else []),
+    }
     layers = [layer for layer in TARGETS[config.target_modules] if layer not in left_out]
     scaling = (config.alpha or config.r) / (config.r**0.5 if config.use_rslora else config.r)
     return dict.fromkeys(layers, (min(config.r, WIDTH), scaling)) if layers else ll.TargetError
@@ -136,7 +155,15 @@ class Oracle:
         config, layers, factors, own = self.others[name]
         others = {each: rests for each, rests in self.others.items() if each != name}
         now = {**self.base, **own}
-        return replace(self, name=name, config=config, layers=layers, factors=factors, now=now, others=others)
+        return replace(
+            self,
+            name=name,
+            config=config,
+            layers=layers,
+            factors=factors,
+            now=now,
+            others=others,
+        )
 
     def load(self, stored: dict[str, Tensor]) -> None:
         now = {**self.now, "mean": self.base["mean"], **stored}
@@ -163,8 +190,10 @@ class Oracle:
 
     def check(self, model: nn.Module) -> None:
         """Compare a model with what it is to be."""
-        found, expected = state(model), self.now if self.merged else {**self.now, **self.factors}
-        assert found.keys() == expected.keys() and {value.dtype for value in found.values()} == {self.dtype}
+        found = state(model)
+        expected = self.now if self.merged else {**self.now, **self.factors}
+        assert found.keys() == expected.keys()
+        assert {value.dtype for value in found.values()} == {self.dtype}
         for name, value in expected.items():
             layer = name.removesuffix(".weight")
             if layer in self.merged:
@@ -177,7 +206,8 @@ class Oracle:
         adapted = set() if self.merged else set(self.layers)
         for name, cls in CLASSES.items():
             layer_now = model.get_submodule(name)
-            assert isinstance(layer_now, cls) and is_plain(layer_now) is (name not in adapted)
+            assert isinstance(layer_now, cls)
+            assert is_plain(layer_now) is (name not in adapted)
             assert name in adapted or type(layer_now) is cls
         trains = {*self.factors, *self.trained()} if adapted else {name for name in self.flags if self.flags[name]}
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -185,7 +215,8 @@ class Oracle:
         assert len({id(parameters[name]) for name in TIED}) == 2 - (self.tied and not self.merged & {"embed", "head"})
         assert {module.training for module in model.modules()} == {self.training}
         names = ll.adapters(model)
-        assert names[:1] == (() if not self.config else (self.name,)) and {*names[1:]} == self.others.keys()
+        assert names[:1] == (() if not self.config else (self.name,))
+        assert {*names[1:]} == self.others.keys()
         if not self.config:
             assert not [name for module in model.modules() for name in vars(module) if "lora" in name]
             assert not model._load_state_dict_pre_hooks
@@ -216,7 +247,13 @@ class Orders(RuleBasedStateMachine):
     model: nn.Module
     it: Oracle
 
-    @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.sets(st.sampled_from(LAYERS)), config=VALID)
+    @initialize(
+        seed=SEEDS,
+        double=BOOLS,
+        tied=BOOLS,
+        frozen=st.sets(st.sampled_from(LAYERS)),
+        config=VALID,
+    )
     def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: ll.LoRAConfig) -> None:
         self.folder = TemporaryDirectory()
         self.files: list[tuple[Path, Oracle]] = []
@@ -254,7 +291,7 @@ class Orders(RuleBasedStateMachine):
         before = state(self.model)
         with pytest.raises(errors):
             call()
-        assert same(state(self.model), before)
+        assert_state(self.model, before)
 
     def settled(self) -> Oracle:
         """What becomes of a merged model for good; its weights have been compared."""
@@ -276,7 +313,8 @@ class Orders(RuleBasedStateMachine):
         assert inject() == tuple(layers)
         found = wide(self.model.state_dict())
         for layer in layers.keys() - it.layers.keys():
-            a, b = found[f"{layer}.lora_A"], found[f"{layer}.lora_B"]
+            a = found[f"{layer}.lora_A"]
+            b = found[f"{layer}.lora_B"]
             assert len(a) == b.shape[1] == layers[layer][0]
             assert (bool(a.any()), bool(b.any())) == (layer != "embed", layer == "embed")
         names = [f"{layer}.{factor}" for layer in layers for factor in ("lora_A", "lora_B")]
@@ -383,7 +421,10 @@ class Orders(RuleBasedStateMachine):
         stored = self.states[which % len(self.states)]
         shapes, needed = ({n: x.shape for n, x in s.items() if n != "mean"} for s in (stored, self.it.stored()))
         if shapes != needed:
-            return self.refused(lambda: ll.load_adapter_state_dict(self.model, stored), ll.AdapterMismatchError)
+            return self.refused(
+                lambda: ll.load_adapter_state_dict(self.model, stored),
+                ll.AdapterMismatchError,
+            )
         ll.load_adapter_state_dict(self.model, stored)
         return self.it.load(wide(stored))
 
@@ -404,7 +445,10 @@ class Orders(RuleBasedStateMachine):
             layers = meaning(file.config, it.tied)
             assert isinstance(layers, dict)
             it = replace(it, config=file.config, layers=layers)
-        same_dtype = it.dtype == file.dtype or (it.dtype, file.dtype) == (torch.float64, torch.float32)  # converted
+        same_dtype = it.dtype == file.dtype or (it.dtype, file.dtype) == (
+            torch.float64,
+            torch.float32,
+        )  # converted
         as_file = same_dtype and (it.layers, it.trained()) == (file.layers, file.trained())
         if not as_file or not same(it.frozen(), file.frozen()):
             return self.refused(lambda: ll.load_adapter(self.model, path, name=it.name), *OTHERS)
@@ -438,4 +482,7 @@ class Orders(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 def test_any_order_of_calls_is_what_plain_matrices_say() -> None:
-    run(Orders, settings=settings(max_examples=150, stateful_step_count=25, derandomize=True))
+    run(
+        Orders,
+        settings=settings(max_examples=150, stateful_step_count=25, derandomize=True),
+    )

@@ -29,8 +29,9 @@ from lightning_lora import (
     set_adapter,
 )
 from lightning_lora.functional.batch_rows import taken
+from tests.support.compared import assert_state
 from tests.support.layers import LAYERS, Experts, config
-from tests.support.models import TinyLM, same, state
+from tests.support.models import TinyLM, state
 
 Names = list[str | None]
 MIXED: Names = ["de", None, "fr"]
@@ -86,32 +87,54 @@ def check(model: nn.Module, run: Callable[[], Any], names: Names, later: int = 0
     return output
 
 
-KINDS = ["linear", "conv1d", "scaled", "recursive", "padded embedding", "bag of sums", "convolution", "bilinear"]
+KINDS = [
+    "linear",
+    "conv1d",
+    "scaled",
+    "recursive",
+    "padded embedding",
+    "bag of sums",
+    "convolution",
+    "bilinear",
+]
 KINDS += ["transposed to a size", "lstm with projections", "gru cell", "attention"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "dora"), [*((kind, False) for kind in KINDS), ("linear", True), ("convolution", True)]
+    ("kind", "dora"),
+    [*((kind, False) for kind in KINDS), ("linear", True), ("convolution", True)],
 )
 def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
     build, x = LAYERS[kind]
     model: Any = nn.Sequential(build()).double().eval()
-    later, n = int(isinstance(model[0], nn.RNNBase)), len(tensors(x)[0])
+    later = int(isinstance(model[0], nn.RNNBase))
+    n = len(tensors(x)[0])
     with_adapters(model, *(config(model, r=r, use_dora=dora) for r in (2, 3)))
-    for names in ([MIXED[i % 3] for i in range(n)], [MIXED[(i + 1) % 3] for i in range(n)], ["de"] * n):
+    for names in (
+        [MIXED[i % 3] for i in range(n)],
+        [MIXED[(i + 1) % 3] for i in range(n)],
+        ["de"] * n,
+    ):
         with torch.no_grad():
-            check(model, lambda: model[0](*x) if type(x) is tuple else model[0](x), names, later)
+            check(
+                model,
+                lambda: model[0](*x) if type(x) is tuple else model[0](x),
+                names,
+                later,
+            )
 
 
 def test_shared_layers_take_part() -> None:
-    layer, x = nn.Linear(5, 5), torch.randn(3, 5).double()
+    layer = nn.Linear(5, 5)
+    x = torch.randn(3, 5).double()
     model = with_adapters(nn.Sequential(layer, nn.Tanh(), layer).double())
     check(model, lambda: model(x), MIXED)
 
 
 def test_an_attention_whose_adapter_no_row_has_is_the_bases() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double()
-    model, x = with_adapters(layer, only("linear1"), only("self_attn")), torch.randn(3, 2, 8).double()
+    model = with_adapters(layer, only("linear1"), only("self_attn"))
+    x = torch.randn(3, 2, 8).double()
     check(model, lambda: model(x), ["de", None, "de"])
 
 
@@ -122,7 +145,10 @@ class Sums(nn.Linear):
 
 def test_a_layer_that_returns_no_rows_is_refused() -> None:
     model = with_adapters(nn.Sequential(Sums(5, 4)))
-    with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
+    with (
+        adapter_names(model, MIXED),
+        pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"),
+    ):
         model(torch.randn(3, 5))
 
 
@@ -132,7 +158,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.randn(6))
-        self.first, self.second, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
         self.shifts = nn.ParameterList([torch.randn(6)])
         self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
 
@@ -157,11 +185,12 @@ def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, ac
     set_adapter(net, active)
     before = state(net)
     check(net, lambda: net(x), names)
-    assert same(state(net), before)
+    assert_state(net, before)
 
 
 def test_gradients_are_those_of_the_rows_alone(net: Any) -> None:
-    x, names = torch.randn(3, 6).double(), list[str | None](["fr", "de", "fr"])
+    x = torch.randn(3, 6).double()
+    names = list[str | None](["fr", "de", "fr"])
     set_adapter(net, "fr")
     torch.cat([row for (row,) in rows_alone(lambda: net(x), net, names)]).square().sum().backward()
     expected = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -181,7 +210,10 @@ def test_frozen_norms_take_part() -> None:
 def test_a_norm_that_an_adapter_trains_needs_eval_mode(name: str) -> None:
     each = {"de": only("0"), "fr": only("0"), name: only("0", modules_to_save=["1"])}
     model, x = linear(nn.BatchNorm1d(4), **each)
-    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"):
+    with (
+        adapter_names(model.train(), MIXED),
+        pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"),
+    ):
         model(x)
     check(model.eval(), lambda: model(x), MIXED)
 
@@ -206,7 +238,8 @@ def test_what_is_trained_in_the_block_counts_at_once() -> None:
 
 
 def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
-    model, x = with_adapters(nn.Sequential(nn.Linear(50, 4)), only("0", dropout=0.5)).train(), torch.randn(3, 50)
+    model = with_adapters(nn.Sequential(nn.Linear(50, 4)), only("0", dropout=0.5)).train()
+    x = torch.randn(3, 50)
     with adapter_names(model, MIXED):
         assert (model(x) == model(x)).all(dim=1).tolist() == [False, True, True]
         assert torch.equal(model.eval()(x), model(x))
@@ -243,12 +276,15 @@ def test_of_blocks_in_blocks_the_inner_one_counts() -> None:
 
 
 def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
-    model, x, seen = with_adapters(nn.Sequential(nn.LSTM(5, 4, batch_first=True))), torch.randn(2, 3, 5), []
+    model = with_adapters(nn.Sequential(nn.LSTM(5, 4, batch_first=True)))
+    x = torch.randn(2, 3, 5)
+    seen = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
     with adapter_names(model, ["de", "fr"]):
         model(x)
         alike = copy.deepcopy(model)
-    assert seen == [(2, 3, 4)] and torch.equal(alike(x)[0], model(x)[0])
+    assert seen == [(2, 3, 4)]
+    assert torch.equal(alike(x)[0], model(x)[0])
 
 
 @pytest.mark.parametrize("targets", ["linear1", "self_attn"])
@@ -257,7 +293,8 @@ def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> N
     model: Any = nn.TransformerEncoder(layer, 2).eval()
     inject_adapters(model, only("layers.0.linear2"), name="other")
     set_adapter(with_adapters(model, only("linear2"), only(targets)), "other")
-    x, pad = torch.randn(3, 4, 8), torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
+    x = torch.randn(3, 4, 8)
+    pad = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
     switches = [each.activation_relu_or_gelu for each in model.layers]
     with torch.no_grad():  # the base alone takes the path
         run = lambda: model(x, src_key_padding_mask=pad).masked_fill(pad.unsqueeze(-1), 0)  # noqa: E731
@@ -266,13 +303,17 @@ def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> N
 
 
 def test_a_mask_of_positions_is_for_all_rows() -> None:
-    model, x = with_adapters(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))), torch.randn(3, 3, 8)
+    model = with_adapters(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)))
+    x = torch.randn(3, 3, 8)
     mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
     check(model, lambda: model[0](x, x, x, attn_mask=mask)[0], MIXED)
     check(model, lambda: model[0](x, x, x, None, True, mask)[0], MIXED)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers take no method for a module's forward")
+@pytest.mark.skipif(
+    torch.__version__ < "2.6",
+    reason="older compilers take no method for a module's forward",
+)
 def test_compiled_layers_take_part() -> None:
     model, x = linear(nn.Tanh(), nn.Linear(4, 3))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -291,10 +332,16 @@ def test_resting_adapters_follow_a_converted_model_in_half_precision_and_under_a
 
 
 def test_a_language_model_writes_with_an_adapter_for_each_prompt() -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape, pad_token_id=0, eos_token_id=None, bos_token_id=1))
     with_adapters(model.double().eval(), fr=only("q_proj", r=3, use_dora=True))
-    prompts, names = torch.randint(1, 50, (4, 5)), list[str | None](["fr", "de", None, "de"])
+    prompts = torch.randint(1, 50, (4, 5))
+    names = list[str | None](["fr", "de", None, "de"])
     check(model, lambda: model.generate(prompts, max_new_tokens=8, do_sample=False), names)
     with adapter_names(model, [name for name in names for _ in range(2)]):  # each beam
         model.generate(prompts, max_new_tokens=8, do_sample=False, num_beams=2)
@@ -307,7 +354,11 @@ EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
 TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
 WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
     (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
-    (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
+    (
+        nn.TransformerEncoderLayer(8, 2, 16),
+        only("linear1"),
+        "'self_attn' of .* has batch_first=False",
+    ),
     (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
     (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
 ]
@@ -324,8 +375,14 @@ READ: list[tuple[nn.Module, tuple[Any, ...]]] = [
     (nn.Linear(5, 4), (torch.ones(4, 5),)),
     (nn.Linear(5, 4), (torch.ones(6, 5),)),
     (nn.Linear(3, 4), (torch.ones(3),)),  # features
-    (nn.EmbeddingBag(3, 4), (torch.tensor([0, 1, 2]), torch.tensor([0, 2, 3]))),  # the third bag is empty
-    (nn.LSTM(5, 4, batch_first=True), (nn.utils.rnn.pack_sequence([torch.ones(2, 5)] * 3),)),
+    (
+        nn.EmbeddingBag(3, 4),
+        (torch.tensor([0, 1, 2]), torch.tensor([0, 2, 3])),
+    ),  # the third bag is empty
+    (
+        nn.LSTM(5, 4, batch_first=True),
+        (nn.utils.rnn.pack_sequence([torch.ones(2, 5)] * 3),),
+    ),
 ]
 
 
@@ -333,7 +390,10 @@ READ: list[tuple[nn.Module, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("layer", "x"), READ)
 def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, names: Names) -> None:
     model = with_adapters(nn.Sequential(copy.deepcopy(layer)))
-    with adapter_names(model, names), pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"):
+    with (
+        adapter_names(model, names),
+        pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"),
+    ):
         model[0](*x)
     model[0](*x)
 
@@ -370,13 +430,17 @@ def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(call: st
         expected = model(x)
         with pytest.raises(AdapterStateError, match=f"{call} is not possible in a block of adapter_names"):
             CHANGES[call](model, tmp_path / "fr.safetensors")
-        assert torch.equal(model(x), expected) and adapters(model) == ("fr", "de")
+        assert torch.equal(model(x), expected)
+        assert adapters(model) == ("fr", "de")
     CHANGES[call](model, tmp_path / "fr.safetensors")
 
 
 def test_a_layer_that_is_added_in_a_block_gets_its_adapter_after_it() -> None:
     model, _ = linear()
-    with adapter_names(model, MIXED), pytest.raises(AdapterStateError, match="inject_adapters is not possible"):
+    with (
+        adapter_names(model, MIXED),
+        pytest.raises(AdapterStateError, match="inject_adapters is not possible"),
+    ):
         inject_adapters(model.append(nn.Linear(4, 4)), ALL, name="fr")
     assert inject_adapters(model, ALL, name="fr") == ("0", "1")
 
@@ -386,5 +450,6 @@ def test_in_a_block_one_may_switch_and_no_block_is_open_for_a_copy() -> None:
     with adapter_names(model, MIXED):
         expected = model(x)
         set_adapter(model, "de")
-        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
+        assert torch.equal(model(x), expected)
+        assert adapters(model) == ("de", "fr")
         merge_adapters(copy.deepcopy(model))

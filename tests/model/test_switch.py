@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_state
 from tests.support.faults import FailsAt, unchanged
-from tests.support.models import same, state
+from tests.support.models import state
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 HEAD = ll.LoRAConfig(r=2, target_modules=["0", "2"], modules_to_save=["3"])
@@ -47,7 +48,11 @@ def several() -> tuple[nn.Sequential, dict[str | None, Tensor]]:
 
 def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     model, outputs = several()
-    for name, options in {"dora": {"use_dora": True}, "wide": {"r": 3}, "olora": {"init": "olora"}}.items():
+    for name, options in {
+        "dora": {"use_dora": True},
+        "wide": {"r": 3},
+        "olora": {"init": "olora"},
+    }.items():
         ll.inject_adapters(model, replace(HEAD, **options), name=name)
         outputs[name] = fill(model)
     for name in [*outputs, *reversed(outputs), *outputs]:
@@ -65,20 +70,24 @@ def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     ],
 )
 def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(call: Any, name: str, shown: str | None) -> None:
-    whole, outputs = several()[0], dict[str | None, Tensor]()
+    whole = several()[0]
+    outputs = dict[str | None, Tensor]()
     switched(whole, "default", "fr", "de", shown)
     whole.double()  # what was there before has another form
     for each in (*ll.adapters(whole), shown):
-        ll.set_adapter(alike := copy.deepcopy(whole), each)
+        alike = copy.deepcopy(whole)
+        ll.set_adapter(alike, each)
         outputs[each] = alike(X.double())
     for place in itertools.count(1):
         model = copy.deepcopy(whole)
-        before, names = state(model), ll.adapters(model)
+        before = state(model)
+        names = ll.adapters(model)
         try:
             with FailsAt(place) as mode:
                 call(model, name)
         except (MemoryError, KeyboardInterrupt):
-            assert same(state(model), before) and sorted(ll.adapters(model)) == sorted(names)
+            assert_state(model, before)
+            assert sorted(ll.adapters(model)) == sorted(names)
             assert torch.equal(model(X.double()), outputs[shown])
             for each in (*names, shown):
                 ll.set_adapter(model, each)
@@ -91,7 +100,8 @@ def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(call: Any, name
 def test_a_switch_that_is_refused_still_shows_the_base() -> None:
     model, outputs = several()
     switched(model, "de", None)
-    lost, model[2] = model[2], nn.Linear(4, 4)
+    lost = model[2]
+    model[2] = nn.Linear(4, 4)
     with pytest.raises(ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"):
         ll.set_adapter(model, "fr")
     model[2] = lost
@@ -103,8 +113,10 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     model, outputs = several()
     if merged:
         ll.merge_adapters(model)
-    before, shown = model(X), ll.disable_adapters(model)
-    assert torch.equal(model(X), outputs[None]) and repr(shown) == "<Sequential shows its base>"
+    before = model(X)
+    shown = ll.disable_adapters(model)
+    assert torch.equal(model(X), outputs[None])
+    assert repr(shown) == "<Sequential shows its base>"
     for _ in range(2):
         with suppress(KeyError), shown:
             assert torch.equal(model(X), outputs[None])
@@ -122,13 +134,18 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     with ll.set_adapter(model, "de"):
         assert torch.equal(model(X), outputs["de"])
         ll.remove_adapters(model, "fr")  # what it showed before
-    assert ll.adapters(model)[0] == "de" and torch.equal(model(X), outputs[None])
+    assert ll.adapters(model)[0] == "de"
+    assert torch.equal(model(X), outputs[None])
 
 
 @pytest.mark.parametrize("name", ["", 3])
 def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None:
     ll.save_adapter(several()[0], file := tmp_path / "a.safetensors")
-    for call in (ll.LoRACallback, partial(ll.inject_adapters, build(), ONE), partial(ll.load_adapter, build(), file)):
+    for call in (
+        ll.LoRACallback,
+        partial(ll.inject_adapters, build(), ONE),
+        partial(ll.load_adapter, build(), file),
+    ):
         with pytest.raises(ll.ConfigError, match=f"name={name!r} is not valid"):
             call(name=name)
 
@@ -143,7 +160,11 @@ def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None
 )
 def test_a_name_that_no_adapter_has_is_an_error(name: Any, message: str) -> None:
     model, outputs = several()
-    for call in (ll.set_adapter, ll.remove_adapters, lambda model, name: ll.adapter_names(model, [name])):
+    for call in (
+        ll.set_adapter,
+        ll.remove_adapters,
+        lambda model, name: ll.adapter_names(model, [name]),
+    ):
         with pytest.raises(ll.AdapterStateError, match=message):
             call(model, name)
     assert torch.equal(model(X), outputs["fr"])
@@ -174,7 +195,11 @@ def test_an_optimizer_keeps_the_parameters_of_its_own_adapter() -> None:
 
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
+    ll.inject_adapters(
+        model,
+        ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]),
+        name="it",
+    )
     ll.inject_adapters(model, ONE, name="fr")
     for name, moves in (("it", True), ("fr", False), ("it", True), ("fr", False)):
         ll.set_adapter(model, name)
@@ -184,7 +209,8 @@ def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
 
 
 def test_recurrent_weights_are_exchanged_whole() -> None:
-    model, outputs = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), dict[str | None, Tensor]()
+    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4))
+    outputs = dict[str | None, Tensor]()
     for name in ("a", "b"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["1"]), name=name)
         with torch.no_grad():
@@ -207,7 +233,11 @@ def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
 
     torch._dynamo.reset()
     run = torch.compile(model, backend=backend)
-    for names, count in ((("default", "de"), 1), (("fr", None), 3), (("de", "fr", None, "default", "fr", "de"), 3)):
+    for names, count in (
+        (("default", "de"), 1),
+        (("fr", None), 3),
+        (("de", "fr", None, "default", "fr", "de"), 3),
+    ):
         for name in names:
             ll.set_adapter(model, name)
             torch.testing.assert_close(run(X), outputs[name])
@@ -243,10 +273,17 @@ def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
     ll.set_adapter(model, "fr")
     model[4] = nn.Identity()
-    for call in (partial(ll.set_adapter, model, "last"), ll.adapter_names(model, ["last"]).__enter__):
-        with pytest.raises(ll.AdapterStateError, match=r"no longer has '4\.weight'.*remove_adapters\(model, 'last'\)"):
+    for call in (
+        partial(ll.set_adapter, model, "last"),
+        ll.adapter_names(model, ["last"]).__enter__,
+    ):
+        with pytest.raises(
+            ll.AdapterStateError,
+            match=r"no longer has '4\.weight'.*remove_adapters\(model, 'last'\)",
+        ):
             call()
-    assert same(state(model), before) and ll.adapters(model)[0] == "fr"
+    assert_state(model, before)
+    assert ll.adapters(model)[0] == "fr"
     ll.remove_adapters(model, "last")
 
 
@@ -263,10 +300,16 @@ def test_a_layer_that_was_resized_is_named_before_anything_changes(shown: str | 
     model, _ = several()
     model[0].weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
     ll.set_adapter(model, shown)
-    before, about = state(model), repr(model)
-    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)"):
+    before = state(model)
+    about = repr(model)
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)",
+    ):
         ll.set_adapter(model, "de")
-    assert same(state(model), before) and repr(model) == about and ll.adapters(model)[0] == "fr"
+    assert_state(model, before)
+    assert repr(model) == about
+    assert ll.adapters(model)[0] == "fr"
 
 
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")

@@ -38,7 +38,8 @@ SQUARE = [(0, 1), (1, 0), (2, 1), (0, 0), (WHOLE, 1), (0, WHOLE)]
 def spread(shape: tuple[int, ...], splits: list[tuple[int | None, ...]]) -> list[tuple[str, int, int]]:
     """The digests of all tensors, each split in these dimensions over a mesh of this shape, and of the whole ones."""
     join_group()
-    mesh, found = init_device_mesh("cpu", shape), []
+    mesh = init_device_mesh("cpu", shape)
+    found = []
     for tensor, dims in itertools.product(tensors(), splits):
         if any(dim is not WHOLE and dim >= tensor.dim() for dim in dims):
             continue

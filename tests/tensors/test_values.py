@@ -26,7 +26,8 @@ def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large ten
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype) -> None:
     tensor = torch.arange(1, 9).to(dtype)
-    seen, content = {digest(tensor)}, tensor.view(torch.uint8)
+    seen = {digest(tensor)}
+    content = tensor.view(torch.uint8)
     for place in range(len(content)):
         for bit in range(8):
             content[place] ^= 1 << bit
@@ -34,14 +35,17 @@ def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype)
             content[place] ^= 1 << bit
     assert len(seen) == 1 + 8 * len(content)
     assert digest(-tensor) not in seen
-    a, b = torch.tensor([1, 2]).to(dtype), torch.tensor([3, 4]).to(dtype)
+    a = torch.tensor([1, 2]).to(dtype)
+    b = torch.tensor([3, 4]).to(dtype)
     assert digest(torch.stack([a, b, b, a])) != digest(torch.stack([b, a, a, b]))
-    a, b = a.repeat(1 << 17), b.repeat(1 << 17)
+    a = a.repeat(1 << 17)
+    b = b.repeat(1 << 17)
     assert digest(torch.stack([a, b, b, a])) != digest(torch.stack([b, a, a, b]))
 
 
 def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, look = nn.Parameter(torch.randn(100, 100)), values.look
+    weight = nn.Parameter(torch.randn(100, 100))
+    look = values.look
     seen = Seen(weight)
 
     def elsewhere(tensor: Tensor) -> Any:
@@ -51,7 +55,9 @@ def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monke
     weight.data = weight.data.clone()
     other, copied = copy.deepcopy((weight, seen))
     with torch.no_grad():
-        assert seen.is_still(weight) and copied.is_still(other)
+        assert seen.is_still(weight)
+        assert copied.is_still(other)
         weight[0, 1] += 1
         other[0, 1] += 1
-    assert not seen.is_still(weight) and not copied.is_still(other)
+    assert not seen.is_still(weight)
+    assert not copied.is_still(other)
