@@ -57,3 +57,23 @@ def add_to(parameter: Any, amount: float) -> None:
     """Add a number to each value of a parameter, as if it had trained."""
     with torch.no_grad():
         parameter.add_(amount)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are no adapter's, by name."""
+    return {name: p for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def base_keys(model: nn.Module) -> list[str]:
+    """The names in a model's state dict that are no adapter's."""
+    return [name for name in model.state_dict() if "lora_" not in name]
+
+
+def attributes_of_adapters(model: nn.Module) -> list[str]:
+    """The names of what an adapter sets on its layer or its model, wherever they are."""
+    return [name for module in model.modules() for name in vars(module) if "lora" in name]
+
+
+def classes(model: nn.Module) -> list[type]:
+    """The class of each module, in the model's order."""
+    return [type(module) for module in model.modules()]

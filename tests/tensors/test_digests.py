@@ -40,7 +40,7 @@ SQUARE = [(0, 1), (1, 0), (2, 1), (0, 0), (WHOLE, 1), (0, WHOLE)]
 
 def has_dimensions(tensor: Tensor, dims: Splits) -> bool:
     """Whether the tensor has all these dimensions."""
-    return max(dim or 0 for dim in dims) < tensor.dim()
+    return all(dim < tensor.dim() for dim in dims if dim is not WHOLE)
 
 
 def placement(dim: int | None) -> dtensor.Placement:

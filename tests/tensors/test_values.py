@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import operator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large ten
     multipliers = digests._multipliers(integers.device).tolist()
     total = len(integers)
     for place, chunk in enumerate(integers.split(digests._CHUNK)):
-        products = map(operator.mul, chunk.tolist(), multipliers)
+        products = [x * factor for x, factor in zip(chunk.tolist(), multipliers, strict=False)]
         total += sum(products) * multipliers[-1 - place]
     assert digest(integers) == total % (1 << 63)
 
