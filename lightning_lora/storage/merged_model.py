@@ -18,8 +18,9 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.attach import check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
-from lightning_lora.model.merged import check_as_merged, warn_of_merge
+from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME, STATE_NOTES
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged
@@ -101,7 +102,7 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
                 f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
                 "model.to(torch.float32)."
             )
-    warn_of_merge(view.model, lost, untied)
+    Guards().merged(view.title, lost, untied)
     return state
 
 
