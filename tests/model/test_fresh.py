@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
+from lightning_lora.guards.left_out import left_alone
+from lightning_lora.guards.left_trainable import left_trainable
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
-from lightning_lora.training.guards.left_out import left_alone, left_trainable
 from tests.support.layers import Linear
 from tests.support.models import TinyLM, aged
 

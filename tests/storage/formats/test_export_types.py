@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 
 import lightning_lora as ll
+from lightning_lora.moments import Guards
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import run
 from tests.support.models import Around
@@ -68,7 +69,7 @@ def test_what_peft_does_not_hold_is_named_and_the_advice_is_right(
         caplog.clear()
         module = Around(deepcopy(base))
         ll.inject_adapters(module, ll.LoRAConfig(r=2, **config))
-        advise(module)
+        advise(module, Guards())
         assert ("export_peft refuses 'model." in caplog.text) == (not config)
         model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
         if not config:
