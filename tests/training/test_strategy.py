@@ -16,8 +16,8 @@ from torch import nn
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
-from lightning_lora.training.strategies.overlay import overlay_strategy
+from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
+from lightning_lora.training.strategies.for_strategy import overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
@@ -224,8 +224,8 @@ class Renamed(DeepSpeedStrategy):
 
 def test_zero_1_and_2_are_accepted() -> None:
     for stage in (1, 2):
-        strategy = overlay_strategy(Renamed({"zero_optimization": {"stage": stage}}), Stage(LoRAConfig()))
-        assert isinstance(strategy, LoRADeepSpeedStrategy)
+        methods = overlay_strategy(Renamed({"zero_optimization": {"stage": stage}}), Stage(LoRAConfig()))
+        assert isinstance(methods, DeepSpeedMethods)
 
 
 class RestoresLate(SingleDeviceStrategy):
