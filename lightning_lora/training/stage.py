@@ -16,14 +16,15 @@ from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.guards.moments import Guards
 from lightning_lora.training.randomness import Resumed, reseeded
+from lightning_lora.training.steps.first_steps import FirstSteps
+from lightning_lora.training.steps.step_dropout import Dropout
 
 
 class Phase(Enum):
@@ -69,10 +70,14 @@ class Stage:
     filled: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     guards: Guards = field(default_factory=Guards)
+    first_steps: FirstSteps = field(init=False)
     float32: Float32Steps | None = None
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
     file: object = None
+
+    def __post_init__(self) -> None:
+        self.first_steps = FirstSteps(self.guards)
 
     @property
     def is_fitting(self) -> bool:
@@ -208,6 +213,19 @@ class Stage:
         with reseeded(pl_module):
             inject(pl_module, config, name=name, networks_are_known=stored is not None)
 
+    # What guards look at
+
+    def check_backward(self, pl_module: LightningModule) -> None:
+        """Let guards look at a backward pass that begins while adapters are disabled."""
+        record = find_record(pl_module)
+        if record is not None and record.is_disabled:
+            self.guards.backward_begins_without_adapters(View(pl_module))
+
+    def say_what_was_written(self, pl_module: LightningModule, *, is_aloud: bool) -> None:
+        """Let guards look at the base, which the record has just compared. ``is_aloud``: one process warns for all."""
+        if is_aloud:
+            self.guards.base_compared(View(pl_module))
+
     # From one phase to the next
 
     def was_loaded(self) -> None:
@@ -271,7 +289,7 @@ class Stage:
         """End the stage. Return how far it had come."""
         reached = self.phase
         self.phase = Phase.OVER
-        self.guards.close()
+        self.first_steps.close()
         return reached
 
 

@@ -25,7 +25,7 @@ from lightning_lora.storage.formats.lightning import (
     with_callback_named,
 )
 from lightning_lora.storage.formats.own import leave_adapters, show_base
-from lightning_lora.storage.rebuilding import rebuild_modules
+from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
@@ -33,13 +33,13 @@ from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
 from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
-from lightning_lora.training.guards import asked
-from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizer_states import states_fit
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
+from lightning_lora.training.steps import asked
+from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.reentrant import gradients_pass
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 from lightning_lora.training.strategies.plain_types import read_checkpoint, uses_torch
 
@@ -297,12 +297,12 @@ class StrategyMethods(OverlaidMethods):
         module, stage, is_first = self.module, self.stage, self.strategy.is_global_zero
         checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
         if stage.phase is Phase.TRAINING:
-            stage.guards.base_was_compared(module, is_aloud=is_first)
+            stage.say_what_was_written(module, is_aloud=is_first)
         if stage.save == "adapters":
             return with_callback_named(checkpoint, view_of(module).adapter.name)
         if is_first:
             checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
-            warn_of_rounding(lost, module)
+            stage.guards.merged_in_checkpoint(type(module).__name__, lost)
         return checkpoint
 
     # Training
@@ -320,7 +320,7 @@ class StrategyMethods(OverlaidMethods):
         if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
             stage.float32.pause_step()
         if not self.adapts_late:  # sharded weights are other tensors from one moment to the next
-            stage.guards.begin_step(module)
+            stage.first_steps.begin_step(module)
         with gradients_pass(module), self._watching(module):
             try:
                 output = self.original.training_step(*args, **kwargs)
@@ -336,7 +336,7 @@ class StrategyMethods(OverlaidMethods):
         module = self.module
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
-        warn_if_base_is_shown(module)
+        self.stage.check_backward(module)
         with gradients_pass(module), self._watching(module):  # checkpoints run their layers again
             try:
                 loss = self.original.backward(closure_loss, *args, **kwargs)
@@ -350,7 +350,7 @@ class StrategyMethods(OverlaidMethods):
     def _watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Watch what else reads adapted weights in the first batch."""
         is_aloud = self.strategy.is_global_zero and not self.adapts_late
-        return self.stage.guards.watching(module, is_aloud=is_aloud)
+        return self.stage.first_steps.watching(module, is_aloud=is_aloud)
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
