@@ -16,8 +16,8 @@ from torch import nn
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies.deepspeed import LoRADeepSpeedStrategy
-from lightning_lora.training.strategies.overlay import overlay_strategy
+from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
+from lightning_lora.training.strategies.for_strategy import overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.checks import assert_holds_tensors, assert_same_tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
@@ -379,8 +379,8 @@ def of_stage(stage: int) -> Any:
 
 def test_zero_1_and_2_are_accepted() -> None:
     for stage in (1, 2):
-        strategy = overlay_strategy(of_stage(stage), Stage(LoRAConfig()))
-        assert isinstance(strategy, LoRADeepSpeedStrategy)
+        methods = overlay_strategy(of_stage(stage), Stage(LoRAConfig()))
+        assert isinstance(methods, DeepSpeedMethods)
 
 
 def of_stage_3() -> Any:
