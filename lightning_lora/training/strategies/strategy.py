@@ -32,7 +32,7 @@ from lightning_lora.storage.formats.lightning import (
     with_callback_named,
 )
 from lightning_lora.storage.formats.own import leave_adapters, show_base
-from lightning_lora.storage.rebuilding import rebuild_modules
+from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace, class_names
