@@ -1,5 +1,6 @@
 """LoRA for any LightningModule, in one line: ``Trainer(callbacks=[LoRACallback(r=8)])``."""
 
+from lightning_lora import guards  # noqa: F401  # who look at each moment of a fine-tune
 from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import (

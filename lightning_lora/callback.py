@@ -23,14 +23,11 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
-from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import check_learned, tell_of_unmoved
-from lightning_lora.training.guards.reports import advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,
@@ -40,6 +37,7 @@ from lightning_lora.training.merging import (
 )
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
+from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.running import Running
 from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy
@@ -253,7 +251,7 @@ class LoRACallback(Callback):
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        advise_rates(pl_module, trainer.optimizers, is_scaled=is_scaled)
+        self._stage.guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -271,7 +269,8 @@ class LoRACallback(Callback):
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(pl_module):  # hooks may have loaded it late
             cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
-        advise(pl_module, aloud=trainer.is_global_zero)  # the module's own on_fit_start may load or reset weights
+        # Not before: the module's own on_fit_start may load or reset weights
+        advise(pl_module, self._stage.guards, aloud=trainer.is_global_zero)
         base = base_digests(pl_module)
         begins = self._stage.phase is Phase.SET_UP
         if begins:
@@ -283,7 +282,7 @@ class LoRACallback(Callback):
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
         if trainer.is_global_zero:
-            warn_of_hooks(pl_module, view.layers)
+            self._stage.guards.adapters_ready(view)
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
         self._running.begin(trainer.strategy, is_new=begins, base=base)
@@ -328,7 +327,7 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        tell_of_unmoved(pl_module)
+        self._stage.guards.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -348,9 +347,9 @@ class LoRACallback(Callback):
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
         check_layers_stayed(pl_module)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        check_learned(pl_module, trainer.optimizers, trainer.global_step)
+        self._stage.guards.fit_ended(View(pl_module), trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
-        self._stage.guards.base_was_compared(pl_module, is_aloud=trainer.is_global_zero)
+        self._stage.say_what_was_written(pl_module, is_aloud=trainer.is_global_zero)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
         merge_trained(trainer, pl_module, self.merge)

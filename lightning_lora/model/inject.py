@@ -19,10 +19,10 @@ from lightning_lora.model.settle import follow_originals, left_still, networks_o
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.names import is_in_any, named_modules
@@ -77,9 +77,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
             f"{config.init!r}). Without a Trainer, take another init."
         )
     names = inject(model, config, name=name)
-    if still := records.record_of(model).adapter.networks.still:
-        warn(left_still(still, type(model).__name__))
-    warn_of_hooks(model, View(model).layers)
+    Guards().injected(View(model))
     return names
 
 

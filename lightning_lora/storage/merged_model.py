@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.model.merge import tied_weights
-from lightning_lora.model.merged import warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
@@ -89,7 +89,7 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
     state, lost = merged_state(view, given)
     check_not_diverged(view)
     _refuse_overflow(view, state)
-    warn_of_merge(view.model, lost, untied)
+    Guards().merged(view.title, lost, untied)
     return state
 
 

@@ -7,14 +7,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.feeding import Feeding, leave_unfed
 from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.rates import follow
 from lightning_lora.training.stage import Stage
+from lightning_lora.training.steps.feeding import Feeding, leave_unfed
+from lightning_lora.training.steps.gradients import Gradients
 
 
 class Running:
@@ -49,7 +50,7 @@ class Running:
         self._base_at_the_start = None
         changed = {name for name, digest in base_digests(self.module).items() if before.get(name) != digest}
         if changed:
-            advise_again(self.module, changed, aloud=self.trainer.is_global_zero)
+            advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
@@ -64,7 +65,9 @@ class Running:
         train_fewer = leave_unfed(self.module, optimizer, self.trainer.strategy, self.feeding, copied=self.has_copies)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         follow(optimizer)
-        self.gradients.check(optimizer)
+        unreached = self.gradients.check(optimizer)
+        if unreached:
+            self.stage.guards.optimizer_begins(View(self.module), unreached)
         if self.stage.float32 is not None:
             self.stage.float32.begin_step(optimizer)
         return train_fewer
@@ -74,7 +77,7 @@ class Running:
         self.stage.dropout.end_step()
         if self.stage.float32 is not None:
             self.stage.float32.pause_step()  # one that was left out
-        self.stage.guards.end_batch(self.module)
+        self.stage.first_steps.end_batch(self.module)
 
     def close(self) -> None:
         """Stop watching."""

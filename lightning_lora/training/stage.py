@@ -16,6 +16,7 @@ from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, records_in
 from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.private import NormBase
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.digests import digest
@@ -24,9 +25,9 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.guards.moments import Guards
 from lightning_lora.training.randomness import Resumed, reseeded
+from lightning_lora.training.steps.first_steps import FirstSteps
+from lightning_lora.training.steps.step_dropout import Dropout
 
 
 class Phase(Enum):
@@ -65,10 +66,14 @@ class Stage:
     modules_before: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     guards: Guards = field(default_factory=Guards)
+    first_steps: FirstSteps = field(init=False)
     float32: Float32Steps | None = None
     resumed: Resumed | None = None
     lr_scale: float | dict[str, float] = 1
     file: object = None
+
+    def __post_init__(self) -> None:
+        self.first_steps = FirstSteps(self.guards)
 
     @property
     def is_fitting(self) -> bool:
@@ -187,10 +192,21 @@ class Stage:
         with reseeded(pl_module):
             inject(pl_module, config, name=name or "default", networks_are_known=stored is not None)
 
+    def check_backward(self, pl_module: LightningModule) -> None:
+        """Let guards look at a backward pass that begins while adapters are disabled."""
+        record = find_record(pl_module)
+        if record is not None and record.is_disabled:
+            self.guards.backward_begins_without_adapters(View(pl_module))
+
+    def say_what_was_written(self, pl_module: LightningModule, *, is_aloud: bool) -> None:
+        """Let guards look at the base, which the record has just compared. ``is_aloud``: one process warns for all."""
+        if is_aloud:
+            self.guards.base_compared(View(pl_module))
+
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
-        self.guards.close()
+        self.first_steps.close()
         if self.is_fit and was is Phase.SET_UP:
             self.undo.close()
         elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
@@ -203,7 +219,7 @@ class Stage:
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
         """Give the module back as it came, or keep adapters that may be trained. Return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
-        self.guards.close()
+        self.first_steps.close()
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
             return False

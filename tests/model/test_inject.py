@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import FailsAt, kinds, unchanged
-from tests.support.models import LitTiny, randomise, same, state
+from tests.support.models import LitTiny, randomise, state
 from tests.support.storage import trained
 
 
 def test_another_start_on_an_adapted_model_is_refused() -> None:
-    ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2))
+    model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
     with unchanged(model), pytest.raises(ll.AdapterMismatchError, match="adapted already"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
 
@@ -27,7 +29,10 @@ def test_another_start_on_an_adapted_model_is_refused() -> None:
 def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
     theirs = peft.get_peft_model(LitTiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
     model = theirs if is_wrapped else theirs.get_base_model()
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"),
+    ):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
     ll.inject_adapters(theirs.merge_and_unload(), ll.LoRAConfig(r=2))
 
@@ -57,14 +62,16 @@ def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: nn.Module, name: str
     model = nn.Sequential(nn.Linear(4, 4), lazy)
     with pytest.raises(ll.ConfigError, match=rf"'1.{name}'.*lazy.*Run one batch"):
         ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0"]))
-    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
 
 
 def test_integer_parameters_of_a_module_that_trains_whole_stay() -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
     model["head"].codes = nn.Parameter(torch.arange(4), requires_grad=False)
     ll.inject_adapters(model, ll.LoRAConfig(r=1, modules_to_save=["head"]))
-    assert model["head"].weight.requires_grad and not model["head"].codes.requires_grad
+    assert model["head"].weight.requires_grad
+    assert not model["head"].codes.requires_grad
 
 
 def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
@@ -113,8 +120,11 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.rnn, self.norm = nn.Embedding(7, 6), nn.LSTM(6, 6, batch_first=True), nn.BatchNorm1d(6)
-        self.head, self.extra = nn.Linear(6, 7, bias=False), nn.Linear(7, 3)
+        self.embed = nn.Embedding(7, 6)
+        self.rnn = nn.LSTM(6, 6, batch_first=True)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.extra = nn.Linear(7, 3)
         self.head.weight = self.embed.weight
         self.norm.weight.requires_grad_(False)
         self.register_buffer("bank", torch.zeros(0, 2))
@@ -171,19 +181,29 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
     whole = build(merged=merged)
     if name == "unmerge converted":
         whole = build(merged=True, config=replace(MORE, autocast_adapter_dtype=False)).bfloat16()
-    ll.unmerge_adapters(exact := copy.deepcopy(whole))
-    before, output, about, stored = state(whole), whole(INDEX), kinds(whole), ll.adapter_state_dict(whole)
+    exact = copy.deepcopy(whole)
+    ll.unmerge_adapters(exact)
+    before = state(whole)
+    output = whole(INDEX)
+    about = kinds(whole)
+    stored = ll.adapter_state_dict(whole)
     for place in (*range(1, 40), *range(40, 5000, 9)):
         model = copy.deepcopy(whole)
         try:
             with FailsAt(place) as mode:
                 call(model, file)
-        except (MemoryError, KeyboardInterrupt, RuntimeError, ll.LoRAError):  # torch and we may wrap it
-            assert same(state(model), before) and kinds(model) == about
+        except (
+            MemoryError,
+            KeyboardInterrupt,
+            RuntimeError,
+            ll.LoRAError,
+        ):  # torch and we may wrap it
+            assert_state(model, before)
+            assert kinds(model) == about
             assert torch.equal(model(INDEX), output)
-            assert same(ll.adapter_state_dict(model), stored)
+            assert_same_tensors(ll.adapter_state_dict(model), stored)
             ll.unmerge_adapters(model)  # neither base nor adapters were rounded on the way
-            assert same(state(model), state(exact))
+            assert_same_state(model, exact)
             continue
         assert mode.left > 0  # it had fewer calls than that
         break

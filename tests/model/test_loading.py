@@ -10,9 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import unchanged
 from tests.support.layers import config
-from tests.support.models import LitTiny, as_merged, as_trained, best, data, lora, randomise, same, state, trainer
+from tests.support.models import (
+    LitTiny,
+    as_merged,
+    as_trained,
+    best,
+    data,
+    lora,
+    randomise,
+    same,
+    state,
+    trainer,
+)
 
 
 def build(seed: int = 0) -> nn.Sequential:
@@ -24,7 +36,8 @@ CONFIG = ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"])
 
 
 def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) -> None:
-    model, base = build(), build()
+    model = build()
+    base = build()
     wide = {name: value.double() + 1 / 3 for name, value in state(model).items()}
     ll.inject_adapters(model, CONFIG)
     for each in (model, base):
@@ -32,7 +45,7 @@ def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) 
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
     ll.remove_adapters(model.double())
-    assert same(state(model), state(base.double()))
+    assert_same_state(model, base.double())
 
 
 def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
@@ -43,7 +56,8 @@ def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
     for each in (model, copied):
         each.load_state_dict({"2.weight": torch.ones(2, 4), "2.bias": torch.ones(2)}, strict=False)
         ll.remove_adapters(each)
-        assert same(state(each), before) and not each._load_state_dict_pre_hooks
+        assert_state(each, before)
+        assert not each._load_state_dict_pre_hooks
 
 
 REPLACED: dict[str, Callable[[LitTiny], Any]] = {
@@ -56,7 +70,8 @@ REPLACED: dict[str, Callable[[LitTiny], Any]] = {
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
 def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path: Path, replace: Any) -> None:
-    model, file = as_merged(LitTiny()), tmp_path / "a.safetensors"
+    model = as_merged(LitTiny())
+    file = tmp_path / "a.safetensors"
     stored = copy.deepcopy(ll.adapter_state_dict(model))
     replace(model)
     calls: list[Callable[[Any], Any]] = [
@@ -64,7 +79,10 @@ def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path
         lambda m: ll.disable_adapters(m), lambda m: ll.save_adapter(m, file),
     ]  # fmt: skip
     for call in calls:
-        with unchanged(model), pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
+        with (
+            unchanged(model),
+            pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"),
+        ):
             call(model)
     with unchanged(model):
         ll.remove_adapters(model)
@@ -78,7 +96,7 @@ def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module() -> None
         model.load_state_dict(stored, strict=False)
     ll.unmerge_adapters(model)
     model.load_state_dict(stored, strict=False)
-    assert same(ll.adapter_state_dict(model), stored)
+    assert_same_tensors(ll.adapter_state_dict(model), stored)
 
 
 def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path) -> None:
@@ -89,19 +107,23 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
     model, checkpoint = fit(LitTiny())
     stored = checkpoint["state_dict"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    ll.load_adapter(expected := LitTiny(), tmp_path / "a.ckpt")
+    expected = LitTiny()
+    ll.load_adapter(expected, tmp_path / "a.ckpt")
     ll.merge_adapters(expected)
     (wrong := copy.copy(stored))["head.weight"] = torch.ones(3)
-    with unchanged(model), pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"),
+    ):
         model.load_state_dict(wrong)
     model.load_state_dict(stored)
-    assert same(state(model), state(expected))
+    assert_same_state(model, expected)
     for each in (model, expected):
         ll.unmerge_adapters(each)
-    assert same(state(model), state(expected))
+    assert_same_state(model, expected)
     randomise(model)
     model.load_state_dict(stored)  # on its layers, too
-    assert same(state(model), state(expected))
+    assert_same_state(model, expected)
     other = LitTiny()
     nn.init.ones_(other.embed.weight)
     with pytest.raises(ll.BaseMismatchError, match="another base"):
@@ -125,7 +147,8 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
 def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_first: bool, padded: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True, norm_first=norm_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).double()
-    x, padding = torch.randn(3, 5, 8).double(), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
+    x = torch.randn(3, 5, 8).double()
+    padding = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
 
     def run() -> Tensor:
         return model(x, src_key_padding_mask=padding)[~padding] if padded else model(x)
@@ -173,17 +196,21 @@ def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(und
 )
 def test_frozen_norm_does_not_drift_and_trains_as_it_evaluates(norm: nn.Module, shape: tuple[int, ...]) -> None:
     model = nn.ModuleDict({"norm": norm, "linear": nn.Linear(4, 4)})
-    kind, before, x = type(norm), state(norm), torch.randn(shape)
+    kind = type(norm)
+    before = state(norm)
+    x = torch.randn(shape)
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     model.train()
     trained = norm(x)
-    assert norm.training and same(state(norm), before)
+    assert norm.training
+    assert_state(norm, before)
     assert torch.equal(trained, norm.eval()(x))
     with pytest.raises(ValueError, match="expected"):
         norm.train()(torch.ones(1))
     assert norm.training  # after a forward that fails, too
     again = copy.deepcopy(model)
-    assert torch.equal(again["norm"].train()(x), trained) and same(state(again["norm"]), before)
+    assert torch.equal(again["norm"].train()(x), trained)
+    assert_state(again["norm"], before)
     ll.remove_adapters(model)
     assert type(norm) is kind
     norm.train()(x)
@@ -191,7 +218,8 @@ def test_frozen_norm_does_not_drift_and_trains_as_it_evaluates(norm: nn.Module, 
 
 
 def test_norms_of_a_base_loaded_with_its_adapters_are_the_bases() -> None:
-    model, again = build(), build()
+    model = build()
+    again = build()
     for buffer in model[1].buffers():
         buffer.add_(2)
     for each in (model, again):
@@ -200,4 +228,4 @@ def test_norms_of_a_base_loaded_with_its_adapters_are_the_bases() -> None:
     again.load_state_dict(model.state_dict())
     ll.remove_adapters(again)
     ll.remove_adapters(model)
-    assert same(state(again), state(model))
+    assert_same_state(again, model)

@@ -16,14 +16,19 @@ import lightning_lora as ll
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
+from tests.support.compared import assert_same_state, assert_state
 from tests.support.faults import unchanged
-from tests.support.models import TinyLM, as_trained, is_plain, randomise, same, state, unties
+from tests.support.models import TinyLM, as_trained, is_plain, randomise, state, unties
 
 
 @unties
 @pytest.mark.parametrize(
     ("dtype", "method"),
-    [(torch.float64, {}), (torch.bfloat16, {"use_dora": True}), (torch.bfloat16, {"init": "pissa"})],
+    [
+        (torch.float64, {}),
+        (torch.bfloat16, {"use_dora": True}),
+        (torch.bfloat16, {"init": "pissa"}),
+    ],
 )
 def test_converted_merged_model_comes_back_on_its_converted_base(
     tmp_path: Path, dtype: torch.dtype, method: dict[str, Any]
@@ -40,8 +45,9 @@ def test_converted_merged_model_comes_back_on_its_converted_base(
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.load_adapter(base.to(dtype), tmp_path / "a.safetensors")
     ll.unmerge_adapters(model)
-    assert same(state(model), state(converted)) and model.lm_head.weight is model.embed.weight
-    assert same(state(base), state(converted))
+    assert_same_state(model, converted)
+    assert model.lm_head.weight is model.embed.weight
+    assert_same_state(base, converted)
 
 
 def test_merge_that_unties_or_overflows_says_so() -> None:
@@ -52,14 +58,18 @@ def test_merge_that_unties_or_overflows_says_so() -> None:
     half = nn.Sequential(nn.Linear(4, 4)).half()
     ll.inject_adapters(half, ll.LoRAConfig(r=1))
     randomise(half, scale=1e3)
-    with pytest.warns(ll.MergePrecisionWarning, match="'0' in Sequential cannot hold: the weights are infinite"):
+    with pytest.warns(
+        ll.MergePrecisionWarning,
+        match="'0' in Sequential cannot hold: the weights are infinite",
+    ):
         ll.merge_adapters(half)
     ll.unmerge_adapters(half)
 
 
 def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    moved, cpu = list[Tensor](), Tensor.cpu
+    moved = list[Tensor]()
+    cpu = Tensor.cpu
 
     def host(tensor: Tensor) -> Tensor:
         moved.append(cpu(tensor).clone())
@@ -67,16 +77,18 @@ def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest
 
     monkeypatch.setattr(Tensor, "cpu", host)
     ll.merge_adapters(model)
-    assert {id(weight.base) for weight in View(model).merged} == set(map(id, moved)) and len(moved) == 2
+    assert {id(weight.base) for weight in View(model).merged} == set(map(id, moved))
+    assert len(moved) == 2
 
 
 def test_merge_inside_autocast_is_the_merge() -> None:
     model = as_trained(nn.Sequential(nn.Linear(6, 6)))
-    ll.merge_adapters(alike := copy.deepcopy(model))
+    alike = copy.deepcopy(model)
+    ll.merge_adapters(alike)
     with torch.autocast("cpu", torch.bfloat16):
         ll.merge_adapters(model)
         ll.disable_adapters(model).__exit__(None, None, None)
-    assert same(state(model), state(alike))
+    assert_same_state(model, alike)
 
 
 def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
@@ -100,7 +112,9 @@ def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool
         ll.merge_adapters(model)
     weight = model.q_proj.weight
     ll.merge_adapters(model, keep_base=False)
-    assert same(state(model), state(expected)) and is_plain(model) and model.q_proj.weight is weight
+    assert_same_state(model, expected)
+    assert is_plain(model)
+    assert model.q_proj.weight is weight
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
     assert not model._load_state_dict_pre_hooks
     with pytest.raises(ll.AdapterStateError, match="has no adapters"):
@@ -118,9 +132,12 @@ def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
 
 
 def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_same(monkeypatch: Any) -> None:
-    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    x = torch.randn(2, 8)
     as_trained(model)
-    output, calls, own = model(x), iter(range(100)), update.merged
+    output = model(x)
+    calls = iter(range(100))
+    own = update.merged
 
     def fails(*args: Any) -> Any:
         if next(calls) == 2:
@@ -134,7 +151,8 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_sa
     assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
     ll.merge_adapters(model, keep_base=False)  # again, which ends it
     torch.testing.assert_close(model(x), output)
-    assert is_plain(model) and all(p.requires_grad for p in model.parameters())
+    assert is_plain(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
@@ -163,9 +181,12 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(60, 50), nn.Linear(50, 60, bias=False)
+        self.embed = nn.Embedding(60, 50)
+        self.head = nn.Linear(50, 60, bias=False)
         self.head.weight = self.embed.weight
-        self.q, self.rnn, self.other = nn.Linear(50, 50), nn.LSTM(50, 50), nn.Linear(50, 60)
+        self.q = nn.Linear(50, 50)
+        self.rnn = nn.LSTM(50, 50)
+        self.other = nn.Linear(50, 60)
         self.again = self.q
 
 
@@ -188,7 +209,14 @@ def replace(model: nn.Module, name: str) -> None:
     write(model, name)
 
 
-NAMES = ("q.weight", "head.weight", "embed.weight", "rnn.weight_hh_l0", "q.bias", "other.weight")
+NAMES = (
+    "q.weight",
+    "head.weight",
+    "embed.weight",
+    "rnn.weight_hh_l0",
+    "q.bias",
+    "other.weight",
+)
 
 
 @unties
@@ -203,7 +231,10 @@ def test_a_change_before_or_after_a_copy_is_refused(name: str, change: Callable[
         model = COPIES[kind](model)
         if not before_it:
             change(model, name)
-        with unchanged(model), pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
+        with (
+            unchanged(model),
+            pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"),
+        ):
             ll.unmerge_adapters(model)
 
 
@@ -223,4 +254,6 @@ def test_copies_of_copies_are_unmerged_exactly_with_the_same_values_in_other_mem
         for step in steps:
             model = step(model)
         ll.unmerge_adapters(model)
-        assert same(state(model), before) and model.head.weight is model.embed.weight and model.again is model.q
+        assert_state(model, before)
+        assert model.head.weight is model.embed.weight
+        assert model.again is model.q

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_state
 from tests.support.faults import unchanged
 from tests.support.fits import fit
 from tests.support.models import (
@@ -19,7 +20,6 @@ from tests.support.models import (
     as_trained,
     data,
     lora,
-    same,
     state,
     unties,
 )
@@ -90,10 +90,14 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
         lambda m: ll.disable_adapters(m),
     )
     for call in calls:
-        with pytest.raises(ll.AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
+        with pytest.raises(
+            ll.AdapterStateError,
+            match=r"'0\.0' of Sequential no longer have their adapters",
+        ):
             call(whole)
     ll.unmerge_adapters(part)
-    assert same(state(whole), before) and len(ll.adapter_state_dict(whole)) == 4
+    assert_state(whole, before)
+    assert len(ll.adapter_state_dict(whole)) == 4
 
 
 @pytest.mark.parametrize(("adapted", "fused"), [(True, False), (False, True)])  # torch does not count a fused step
@@ -113,7 +117,10 @@ def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: st
     model.bfloat16()
     with torch.no_grad():
         model.get_parameter(name)[0, 0] += 1
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match="its base can be restored"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match="its base can be restored"),
+    ):
         ll.unmerge_adapters(model)
 
 
@@ -147,9 +154,14 @@ def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
 @pytest.mark.parametrize("base_first", [True, False])
 def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None:
     """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
-    model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), target_modules=["0"], modules_to_save=["1"])
+    model = as_trained(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        target_modules=["0"],
+        modules_to_save=["1"],
+    )
     nn.init.constant_(model[1].weight, 5)
-    plain, x = copy.deepcopy(model), torch.randn(2, 4)
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 4)
     ll.remove_adapters(plain)
 
     def base() -> Tensor:

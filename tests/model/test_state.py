@@ -12,6 +12,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.tensors import names
+from tests.support.compared import assert_same_tensors, assert_state
 from tests.support.models import (
     Around,
     LitTiny,
@@ -23,7 +24,6 @@ from tests.support.models import (
     flags,
     lora,
     randomise,
-    same,
     state,
     trainer,
 )
@@ -44,8 +44,11 @@ def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Pa
 
 
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
-    one, two = LitTiny(), LitTiny()
-    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
+    one = LitTiny()
+    two = LitTiny()
+    two.embed = one.embed
+    two.q_proj = one.q_proj
+    two.v_proj = one.v_proj
     t = trainer(tmp_path, [lora(), best(tmp_path)], max_epochs=1)
     t.fit(one, data(), data())
     as_trained(two)
@@ -55,9 +58,12 @@ def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path
         lambda: t.validate(one, data(), verbose=False),
         lambda: ll.unmerge_adapters(one),
     ):
-        with pytest.raises(ll.AdapterStateError, match="'q_proj', 'v_proj' of LitTiny have the adapters of another"):
+        with pytest.raises(
+            ll.AdapterStateError,
+            match="'q_proj', 'v_proj' of LitTiny have the adapters of another",
+        ):
             call()
-    assert same(state(two), before)
+    assert_state(two, before)
     ll.remove_adapters(two)
     t.test(one, data(), ckpt_path="best", verbose=False)
 
@@ -69,12 +75,13 @@ def test_a_merged_module_inside_another_is_a_base_as_it_is() -> None:
     with ll.disable_adapters(outer):
         assert all(torch.equal(value, before[name]) for name, value in state(outer).items() if name in before)
     ll.remove_adapters(outer)
-    assert same(state(outer), before)
+    assert_state(outer, before)
 
 
 def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, ll.LoRAConfig]:
     """A part that was adapted by itself and trained, its biases from zero to one; and the model that holds it."""
-    part, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ll.LoRAConfig(r=2, bias="all")
+    part = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = ll.LoRAConfig(r=2, bias="all")
     part[1].bias.requires_grad_(False)
     nn.init.zeros_(part[0].bias)
     ll.inject_adapters(part, config)
@@ -103,8 +110,13 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
         def on_train_batch_end(self, *_: Any) -> None:
             nn.init.ones_(self.embed.weight)
 
-    part, model = Drifting(), nn.Sequential()
-    trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)], max_epochs=1).fit(part, data())
+    part = Drifting()
+    model = nn.Sequential()
+    trainer(
+        tmp_path,
+        [ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)],
+        max_epochs=1,
+    ).fit(part, data())
     assert "embed.weight" in ll.adapter_state_dict(part)
     model.append(part)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
@@ -113,11 +125,13 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
 
 def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     part, model, config = part_and_whole()
-    values, before = ll.adapter_state_dict(part), flags(model)
+    values = ll.adapter_state_dict(part)
+    before = flags(model)
     monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
     with pytest.raises(TypeError):
         ll.inject_adapters(model, config)
-    assert same(ll.adapter_state_dict(part), values) and flags(model) == before
+    assert_same_tensors(ll.adapter_state_dict(part), values)
+    assert flags(model) == before
     with pytest.raises(ll.AdapterStateError):
         ll.adapter_state_dict(model)
     ll.remove_adapters(part)
@@ -131,7 +145,8 @@ def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     """The walks of each call over all modules of a model: ours, torch's, and state dicts."""
     pairs = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "qk"}) for _ in range(number)]
     model = nn.Sequential(*pairs, nn.BatchNorm1d(4), nn.ModuleDict({"head": nn.Linear(4, 2)}))
-    config, count = ll.LoRAConfig(r=2, modules_to_save=["head"]), Counter[str]()
+    config = ll.LoRAConfig(r=2, modules_to_save=["head"])
+    count = Counter[str]()
     calls: dict[str, Callable[[], Any]] = {
         "inject": lambda: ll.inject_adapters(model, config),
         "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(model, ll.adapter_state_dict(model)),
@@ -152,7 +167,11 @@ def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
         return counting
 
     with monkeypatch.context() as patch:
-        for holder, name in ((names, "_walk"), (nn.Module, "named_modules"), (nn.Module, "state_dict")):
+        for holder, name in (
+            (names, "_walk"),
+            (nn.Module, "named_modules"),
+            (nn.Module, "state_dict"),
+        ):
             patch.setattr(holder, name, counted(getattr(holder, name)))
         for name, call in calls.items():
             count["now"] = 0
@@ -164,4 +183,7 @@ def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (walks(number, tmp_path / f"{number}.safetensors", monkeypatch) for number in (2, 24))
     assert few == many
-    assert max(few.values()) <= 16 and few["inject"] <= 5 and few["save_adapter"] <= 4 and few["merge"] <= 4
+    assert max(few.values()) <= 16
+    assert few["inject"] <= 5
+    assert few["save_adapter"] <= 4
+    assert few["merge"] <= 4

@@ -19,7 +19,8 @@ from lightning_lora.cli.main import main
 from lightning_lora.storage.stored import FORMAT, checksum
 from tests.support import faults
 from tests.support.cases import held
-from tests.support.models import LitTiny, same, state
+from tests.support.compared import assert_state
+from tests.support.models import LitTiny, state
 from tests.support.storage import restores, rewrite, saved
 
 pytestmark = faults.forks
@@ -33,9 +34,15 @@ KINDS = pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
 
 @KINDS
 def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path, kind: str) -> None:
-    content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"cut.{kind}"
+    content = (good / f"good.{kind}").read_bytes()
+    path = tmp_path / f"cut.{kind}"
     size = len(content)
-    for cut in {*range(12), *range(0, size, size // 20), *range(size - 70, size, 14), size - 1}:
+    for cut in {
+        *range(12),
+        *range(0, size, size // 20),
+        *range(size - 70, size, 14),
+        size - 1,
+    }:
         path.write_bytes(content[:cut])
         faults.refused(path, "load_adapter")
     for cut in (0, 3, size // 3, size - 22, size - 1):
@@ -45,7 +52,9 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path
 
 @KINDS
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
-    content, path, random = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}", Random(3)
+    content = (good / f"good.{kind}").read_bytes()
+    path = tmp_path / f"flipped.{kind}"
+    random = Random(3)
     written = torch.load(good / "good.pt", weights_only=True)
     for _ in range(150):
         changed = bytearray(content)
@@ -55,26 +64,31 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
         before, kinds_before = state(model := LitTiny()), faults.kinds(model)
         try:
             ll.load_adapter(model, path)
-            assert same(state(model), written)
+            assert_state(model, written)
         except (ll.AdapterFileError, ll.AdapterMismatchError, ll.BaseMismatchError):
-            assert same(state(model), before) and faults.kinds(model) == kinds_before
+            assert_state(model, before)
+            assert faults.kinds(model) == kinds_before
 
 
 def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: Path, capsys: Any) -> None:
     """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
-    content, path, random = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt", Random(5)
+    content = (good / "good.ckpt").read_bytes()
+    path = tmp_path / "a.ckpt"
+    random = Random(5)
     with zipfile.ZipFile(good / "good.ckpt") as archive:
         records = {each.header_offset: archive.read(each) for each in archive.infolist()}
     assert len(records) > 20
     for offset, record in records.items():
-        changed, start = bytearray(content), content.index(record, content.index(b"FB", offset) + 4)  # after padding
+        changed = bytearray(content)
+        start = content.index(record, content.index(b"FB", offset) + 4)  # after padding
         if record:
             changed[start + random.randrange(len(record))] ^= 1 << random.randrange(8)
             path.write_bytes(changed)
             for way in ("fit", "load_adapter"):
                 with pytest.raises(ll.AdapterFileError, match="is damaged"):
                     faults.WAYS[way](LitTiny(), path)
-            assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
+            assert main(["inspect", str(path)]) == 1
+            assert "is damaged" in capsys.readouterr().err
 
 
 # Changed files
@@ -121,14 +135,20 @@ FIRST = {
 
 def test_files_leave_out_defaults_which_no_version_of_the_format_may_change() -> None:
     known = ll.LoRAConfig().to_dict()
-    assert FORMAT == 3 and {name: known[name] for name in FIRST} == FIRST
-    assert ll.LoRAConfig().to_stored() == {} and ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
+    assert FORMAT == 3
+    assert {name: known[name] for name in FIRST} == FIRST
+    assert ll.LoRAConfig().to_stored() == {}
+    assert ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
 
 
 def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
-    model = saved(path := tmp_path / "a.safetensors", LitTiny(), r=2, alpha=4)
+    path = tmp_path / "a.safetensors"
+    model = saved(path, LitTiny(), r=2, alpha=4)
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["lightning_lora"])["config"] == {"r": 2, "alpha": 4}
+        assert json.loads(file.metadata()["lightning_lora"])["config"] == {
+            "r": 2,
+            "alpha": 4,
+        }
     restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
     with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
@@ -141,7 +161,8 @@ def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: li
         reduce(getitem, part, about["layers"][0])["new"] = value
         about["base"][0]["dtypes"] = ["float32", "new_float"]
 
-    model = saved(path := tmp_path / "a.safetensors", LitTiny())
+    path = tmp_path / "a.safetensors"
+    model = saved(path, LitTiny())
     restores(rewrite(path, add), model)
     with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as later versions do"):
         ll.load_adapter(LitTiny(), rewrite(path, partial(add, value=1)))

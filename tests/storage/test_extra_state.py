@@ -18,7 +18,8 @@ from tests.support.models import ADAPTERS, LitTiny, X, lora
 class Keeps(nn.Module):  # a metric, perhaps: it counts, and keeps anything
     def __init__(self, kept: Any) -> None:
         super().__init__()
-        self.kept, self.count = kept, 0
+        self.kept = kept
+        self.count = 0
 
     def get_extra_state(self) -> Any:
         return self.kept(self.count)
@@ -37,7 +38,8 @@ KINDS: dict[str, Any] = {
 class Counts(LitTiny):
     def __init__(self, kind: str, by: int) -> None:
         super().__init__()
-        self.metric, self.by = Keeps(KINDS[kind]), by
+        self.metric = Keeps(KINDS[kind])
+        self.by = by
 
     def training_step(self, *args: Any) -> Tensor:
         self.metric.count += self.by
@@ -51,7 +53,8 @@ def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: 
     assert "metric._extra_state" not in load_file(tmp_path / "a.safetensors")
     ll.export_peft(model, tmp_path / "peft")
     for path in (tmp_path / "a.safetensors", tmp_path / "peft"):
-        ll.load_adapter(again := Counts(kind, 0), path)
+        again = Counts(kind, 0)
+        ll.load_adapter(again, path)
         torch.testing.assert_close(again(X), model(X))
 
 
@@ -75,7 +78,8 @@ def test_what_training_changed_is_in_a_trainers_file_and_named_where_it_has_no_p
         torch.testing.assert_close(again(X), model(X))
         has_state = is_tensor or path.suffix == ".ckpt"
         assert repr(getattr(again.metric, "state", None)) == repr(KINDS[kind](8) if has_state else None)
-    ll.inject_adapters(again := Counts(kind, 1), lora().config)
+    again = Counts(kind, 1)
+    ll.inject_adapters(again, lora().config)
     ll.load_adapter_state_dict(again, ll.adapter_state_dict(model))
     assert repr(again.metric.state) == repr(KINDS[kind](8))
     torch.testing.assert_close(again(X), model(X))
@@ -84,14 +88,22 @@ def test_what_training_changed_is_in_a_trainers_file_and_named_where_it_has_no_p
 def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
     _, t = fit(tmp_path, lora(), model=Counts("tensor", 1))
     t.save_checkpoint(tmp_path / "a.ckpt")
-    model, _ = fit(tmp_path, lora(), model=Counts("tensor", 1), ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
+    model, _ = fit(
+        tmp_path,
+        lora(),
+        model=Counts("tensor", 1),
+        ckpt_path=tmp_path / "a.ckpt",
+        max_epochs=3,
+    )
     assert len(model.metric.state) == 9
 
 
 def test_modules_that_keep_nothing_yet_share_nothing() -> None:
-    model, again = LitTiny(), LitTiny()
+    model = LitTiny()
+    again = LitTiny()
     for each in (model, again):
-        each.one, each.other = Keeps(lambda count: count or None), Keeps(lambda count: count or None)
+        each.one = Keeps(lambda count: count or None)
+        each.other = Keeps(lambda count: count or None)
         ll.inject_adapters(each, lora().config)
     model.one.count = 1
     ll.load_adapter_state_dict(again, ll.adapter_state_dict(model))

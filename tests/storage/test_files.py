@@ -24,7 +24,8 @@ def test_file_is_adapter_sized_and_plain(file: Path) -> None:
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["lightning_lora"])
     assert file.stat().st_size < values + 4096
-    assert about["format"] == 3 and ll.LoRAConfig.from_dict(about["config"]) == CONFIG
+    assert about["format"] == 3
+    assert ll.LoRAConfig.from_dict(about["config"]) == CONFIG
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     (file.parent / "other").touch()
     assert file.stat().st_mode == (file.parent / "other").stat().st_mode  # as any file: others may read it
@@ -49,13 +50,31 @@ edit = partial(rewrite, checked=False)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (lambda path: path.write_text("hello"), "no archive of torch.* begins with b'hello'"),
-    "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
-    "no JSON": (lambda path: save_file(load_file(path), path, {"lightning_lora": "["}), "damaged or of another kind"),
+    "text": (
+        lambda path: path.write_text("hello"),
+        "no archive of torch.* begins with b'hello'",
+    ),
+    "foreign safetensors": (
+        lambda path: save_file({"a": torch.zeros(1)}, path),
+        "no adapters of this package",
+    ),
+    "no JSON": (
+        lambda path: save_file(load_file(path), path, {"lightning_lora": "["}),
+        "damaged or of another kind",
+    ),
     "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),
-    "newer format": (lambda path: edit(path, lambda about, _: about.update(format=9)), "has format 9; expected 3"),
-    "another alpha": (lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)), "not as they were"),
-    "fewer tensors": (lambda path: edit(path, lambda _, tensors: tensors.popitem()), "6 entries, and 7 were written"),
+    "newer format": (
+        lambda path: edit(path, lambda about, _: about.update(format=9)),
+        "has format 9; expected 3",
+    ),
+    "another alpha": (
+        lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)),
+        "not as they were",
+    ),
+    "fewer tensors": (
+        lambda path: edit(path, lambda _, tensors: tensors.popitem()),
+        "6 entries, and 7 were written",
+    ),
 }
 
 
@@ -70,7 +89,11 @@ def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper:
 def test_adapters_of_other_rows_of_a_weight_are_refused(tmp_path: Path) -> None:
     there, here = ({"target_modules": ["head"], "target_slices": {"head": {"a": rows}}} for rows in ((0, 2), (2, 4)))
     saved(tmp_path / "a.safetensors", LitTiny(), **there)
-    with refused(model := as_trained(LitTiny(), **here), ll.AdapterMismatchError, "adapts other rows of the weight"):
+    with refused(
+        model := as_trained(LitTiny(), **here),
+        ll.AdapterMismatchError,
+        "adapts other rows of the weight",
+    ):
         ll.load_adapter(model, tmp_path / "a.safetensors")
 
 
@@ -102,22 +125,30 @@ def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path:
 
 
 def test_a_name_may_look_like_several(file: Path) -> None:  # as fsspec chains them
-    ll.load_adapter(model := LitTiny(), file)
+    model = LitTiny()
+    ll.load_adapter(model, file)
     ll.save_adapter(model, other := file.with_name("a::b.safetensors"))
-    assert other.read_bytes() == file.read_bytes() and len(list(file.parent.iterdir())) == 2
+    assert other.read_bytes() == file.read_bytes()
+    assert len(list(file.parent.iterdir())) == 2
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
     ll.save_adapter(trained(), tmp_path / "link.safetensors")
-    assert (tmp_path / "link.safetensors").is_symlink() and (tmp_path / "a.safetensors").is_file()
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "a.safetensors").is_file()
 
 
 def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HOME", str(home := tmp_path / "home"))
     home.mkdir()
     model, t = fit(tmp_path, lora(merge=False), max_epochs=1, enable_checkpointing=False)
-    names = {"a.ckpt", "v" * 250 + ".ckpt", "a.safetensors", "\U0001f40d" * 60 + ".safetensors"}
+    names = {
+        "a.ckpt",
+        "v" * 250 + ".ckpt",
+        "a.safetensors",
+        "\U0001f40d" * 60 + ".safetensors",
+    }
     for name in names:
         ll.save_adapter(model, f"~/{name}") if name.endswith(".safetensors") else t.save_checkpoint(f"~/{name}")
         restores(f"~/{name}", model)
@@ -132,7 +163,8 @@ class Shared(LitTiny):  # a module that uses one layer under two names, each in 
 
 def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
     model = fitted(tmp_path / "a.ckpt", Shared())
-    assert model.again["q_proj"].lora_A is model.q_proj.lora_A and "again.q_proj.lora_A" in model.state_dict()
+    assert model.again["q_proj"].lora_A is model.q_proj.lora_A
+    assert "again.q_proj.lora_A" in model.state_dict()
     ll.save_adapter(model, tmp_path / "a.safetensors")
     assert set(ll.adapter_state_dict(model)) == set(TRAINED) == set(load_file(tmp_path / "a.safetensors"))
     assert set(held(torch.load(tmp_path / "a.ckpt", weights_only=True))) == set(TRAINED)
@@ -151,11 +183,14 @@ def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
 def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     model = fitted(tmp_path / "lora.ckpt", LitTiny(lr=0.01))
     adapted = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
-    assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
+    assert torch.equal(adapted(X), model(X))
+    assert adapted.hparams["lr"] == 0.01
     placed = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", map_location="meta")
     assert {p.device.type for p in placed.parameters()} == {"meta"}  # a device that every machine has
     merged = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
-    assert is_plain(merged) and all(p.requires_grad for p in merged.parameters()) and merged.hparams["lr"] == 0.2
+    assert is_plain(merged)
+    assert all(p.requires_grad for p in merged.parameters())
+    assert merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
     for verb in (ll.unmerge_adapters, ll.remove_adapters):  # it remembers nothing
         with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):

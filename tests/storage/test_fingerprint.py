@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import callbacks as bundled
 
 import lightning_lora as ll
+from tests.support.compared import assert_same_state
 from tests.support.fits import fit
-from tests.support.models import LitTiny, best, lora, needs_averaging, same, state
+from tests.support.models import LitTiny, best, lora, needs_averaging
 from tests.support.storage import fitted, refused, restores, saved
 
 
@@ -51,7 +52,7 @@ def test_files_of_a_run_that_changed_its_base_load_in_any_order_and_onto_the_bas
     ll.load_adapter(model, second)
     restores(second, model, Drifts())
     ll.remove_adapters(model)
-    assert same(state(model), state(Drifts()))
+    assert_same_state(model, Drifts())
 
 
 def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(tmp_path: Path) -> None:
@@ -59,7 +60,11 @@ def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the
     wrong = Drifts()
     with torch.no_grad():
         wrong.embed.weight.mul_(0.9)
-    with refused(wrong.bfloat16(), ll.BaseMismatchError, "1 of 5 frozen tensors of Drifts differ, such as 'embed.weig"):
+    with refused(
+        wrong.bfloat16(),
+        ll.BaseMismatchError,
+        "1 of 5 frozen tensors of Drifts differ, such as 'embed.weig",
+    ):
         ll.load_adapter(wrong, first)
     ll.load_adapter(Drifts(), first)
 
@@ -90,11 +95,18 @@ def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path:
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Path, beside: bool) -> None:
     """Lightning puts the average where a checkpoint has its state, and the model beside it."""
-    average, saves = partial(bundled.EMAWeightAveraging, decay=0.5), bundled.ModelCheckpoint(tmp_path, "full")
+    average = partial(bundled.EMAWeightAveraging, decay=0.5)
+    saves = bundled.ModelCheckpoint(tmp_path, "full")
     fit(tmp_path, average(), saves)
     state = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
     companions = [average()] if beside else []
-    model, t = fit(tmp_path, lora(merge=False), *companions, max_epochs=1, ckpt_path=tmp_path / "full.ckpt")
+    model, t = fit(
+        tmp_path,
+        lora(merge=False),
+        *companions,
+        max_epochs=1,
+        ckpt_path=tmp_path / "full.ckpt",
+    )
     assert t.global_step == 4  # a run of its own, from the start
     with ll.disable_adapters(model):
         assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
@@ -106,13 +118,18 @@ def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Pa
 
 def masked(columns: list[int]) -> LitTiny:
     """A module with a sparse mask."""
-    model, places = LitTiny(), torch.tensor([[0, 1], columns])
-    model.register_buffer("mask", torch.sparse_coo_tensor(places, [1.0, 2.0], (4, 4), check_invariants=True).coalesce())
+    model = LitTiny()
+    places = torch.tensor([[0, 1], columns])
+    model.register_buffer(
+        "mask",
+        torch.sparse_coo_tensor(places, [1.0, 2.0], (4, 4), check_invariants=True).coalesce(),
+    )
     return model
 
 
 def test_sparse_values_at_other_places_are_another_base(tmp_path: Path) -> None:
-    saved(file := tmp_path / "a.safetensors", masked([0, 1]))
+    file = tmp_path / "a.safetensors"
+    saved(file, masked([0, 1]))
     ll.load_adapter(masked([0, 1]), file)
     with pytest.raises(ll.BaseMismatchError, match=r"differ, such as 'mask'"):
         ll.load_adapter(masked([1, 0]), file)

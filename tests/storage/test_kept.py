@@ -38,7 +38,11 @@ def test_a_file_gives_the_outputs_that_it_gave(release: Path, name: str) -> None
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_checkpoint_gives_the_outputs_that_it_gave(release: Path, merge: bool) -> None:
-    check(outputs(load_from_checkpoint(Kept, release / "run.ckpt", merge=merge)), release, "run.ckpt")
+    check(
+        outputs(load_from_checkpoint(Kept, release / "run.ckpt", merge=merge)),
+        release,
+        "run.ckpt",
+    )
 
 
 def test_a_run_goes_on_as_it_went_on(release: Path) -> None:
@@ -49,5 +53,6 @@ def test_a_run_goes_on_as_it_went_on(release: Path) -> None:
 
 def test_files_are_small_and_name_no_place(release: Path) -> None:
     files = [path for path in release.rglob("*") if path.is_file()]
-    assert len(files) >= 6 and sum(path.stat().st_size for path in files) < 60_000
+    assert len(files) >= 6
+    assert sum(path.stat().st_size for path in files) < 60_000
     assert not any(place in path.read_bytes() for path in files for place in (b"/tmp", b"/home", b"/root", b"/work"))

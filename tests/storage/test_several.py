@@ -18,7 +18,9 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 class Layers(nn.Module):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.words = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(8, 8)
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.words = nn.Embedding(8, 8)
         self.lstm = nn.LSTM(8, 8, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +61,8 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def test_several_names_show_the_sum_of_their_updates() -> None:
-    model, names = several(*CONFIGS), {"style": 0.7, "subject": -1.2, "pissa": 1.0}
+    model = several(*CONFIGS)
+    names = {"style": 0.7, "subject": -1.2, "pissa": 1.0}
     expected = base_of(model)
     for name, weight in names.items():
         with ll.set_adapter(model, name):
@@ -77,14 +80,16 @@ def test_several_names_show_the_sum_of_their_updates() -> None:
         assert torch.allclose(model(X), shown, atol=1e-5)
         ll.unmerge_adapters(model)
         assert not any(p.requires_grad for p in model.parameters())
-    assert ll.adapters(model)[0] == "pissa" and any(p.requires_grad for p in model.parameters())
+    assert ll.adapters(model)[0] == "pissa"
+    assert any(p.requires_grad for p in model.parameters())
 
 
 def test_many_sums_leave_few_behind_and_none_is_stale() -> None:
     model = several("style", "subject")
     for number in (*range(20), 3):
         ll.set_adapter(model, {"style": number / 10, "subject": 1})
-    assert ll.adapters(model)[0] == "0.3 style + 1 subject" and len(ll.adapters(model)) < 13
+    assert ll.adapters(model)[0] == "0.3 style + 1 subject"
+    assert len(ll.adapters(model)) < 13
     again = model(X)
     ll.set_adapter(model, "style")
     for p in model.parameters():
@@ -96,7 +101,10 @@ def test_many_sums_leave_few_behind_and_none_is_stale() -> None:
     ll.set_adapter(model, None)
     with ll.set_adapter(model, ["style", "subject"]):
         first = model(X)
-        with ll.set_adapter(model, {"style": 0.5}), ll.set_adapter(model, {"style": 0.7000001, "subject": 1}):
+        with (
+            ll.set_adapter(model, {"style": 0.5}),
+            ll.set_adapter(model, {"style": 0.7000001, "subject": 1}),
+        ):
             assert not torch.equal(model(X), first)
         assert torch.equal(model(X), first)
     assert not torch.equal(model(X), first)
@@ -115,12 +123,19 @@ def test_a_sum_may_be_kept_as_an_adapter(tmp_path: Path, r: int | None) -> None:
         ll.save_adapter(model, tmp_path / "both.safetensors")
         ours = model(X)
     assert {len(p) for name, p in adapters_of(model, "both").items() if "lora_A" in name} <= {r or 5, 2, 3}
-    ll.load_adapter(other := several(), tmp_path / "both.safetensors")
+    other = several()
+    ll.load_adapter(other, tmp_path / "both.safetensors")
     assert torch.equal(other(X), ours)
 
 
 def test_sums_are_exported(tmp_path: Path) -> None:
-    model = several("one", "two", build=two_linear, one=ll.LoRAConfig(r=2, alpha=6), two=ll.LoRAConfig(r=3))
+    model = several(
+        "one",
+        "two",
+        build=two_linear,
+        one=ll.LoRAConfig(r=2, alpha=6),
+        two=ll.LoRAConfig(r=3),
+    )
     (base := two_linear().double()).load_state_dict(base_of(model))
     with ll.set_adapter(model, {"one": 0.7, "two": 0.3}):
         ll.export_peft(model, tmp_path)
@@ -133,7 +148,10 @@ def test_a_sum_is_not_trained(tmp_path: Path) -> None:
     model: Any = several("one", "two", build=LitTiny, one=ll.LoRAConfig(r=2), two=ll.LoRAConfig(r=3))
     ll.set_adapter(model, ["one", "two"])
     before = state(model)
-    with pytest.raises(ll.AdapterStateError, match=r"a sum of adapters, '1 one \+ 1 two', which is not trained"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"a sum of adapters, '1 one \+ 1 two', which is not trained",
+    ):
         trainer(tmp_path, [ll.LoRACallback()], max_epochs=1).fit(model, data())
     assert all(torch.equal(before[key], value) for key, value in state(model).items())
     trainer(tmp_path, [ll.LoRACallback(name="one")], max_epochs=1).fit(model, data())
@@ -145,24 +163,50 @@ def test_a_sum_is_not_trained(tmp_path: Path) -> None:
     [
         ([], {}, ll.ConfigError, "Expected numbers by the names of adapters"),
         ({"style": float("nan")}, {}, ll.ConfigError, "finite"),
-        ({"style": 1, "stile": 1}, {}, ll.AdapterStateError, "no adapter 'stile'.* Did you mean 'style'"),
-        (["style", "odd"], {"use_dora": True}, ll.AdapterMismatchError, "'odd' of Layers uses DoRA"),
-        (["style", "odd"], {"modules_to_save": ["words"]}, ll.AdapterMismatchError, "of Layers also holds 'words"),
-        (["style", "odd"], {"target_slices": {"b": {"x": [0, 4]}}}, ll.AdapterMismatchError, "'b' is adapted in other"),
+        (
+            {"style": 1, "stile": 1},
+            {},
+            ll.AdapterStateError,
+            "no adapter 'stile'.* Did you mean 'style'",
+        ),
+        (
+            ["style", "odd"],
+            {"use_dora": True},
+            ll.AdapterMismatchError,
+            "'odd' of Layers uses DoRA",
+        ),
+        (
+            ["style", "odd"],
+            {"modules_to_save": ["words"]},
+            ll.AdapterMismatchError,
+            "of Layers also holds 'words",
+        ),
+        (
+            ["style", "odd"],
+            {"target_slices": {"b": {"x": [0, 4]}}},
+            ll.AdapterMismatchError,
+            "'b' is adapted in other",
+        ),
     ],
 )
 def test_what_cannot_be_added_is_named_and_nothing_changes(names: Any, odd: Any, error: Any, message: str) -> None:
     model = several("style", "odd", odd=ll.LoRAConfig(r=2, **odd))
-    before, shown = ll.adapters(model), model(X)
+    before = ll.adapters(model)
+    shown = model(X)
     with pytest.raises(error, match=message):
         ll.set_adapter(model, names)
-    assert ll.adapters(model) == before and torch.equal(model(X), shown)
+    assert ll.adapters(model) == before
+    assert torch.equal(model(X), shown)
 
 
 def test_sums_leave_layers_alone_whose_names_end_alike() -> None:
     config = ll.LoRAConfig(r=2, target_modules="a")
     model = several(
-        "one", "two", build=lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "block": Layers()}), one=config, two=config
+        "one",
+        "two",
+        build=lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "block": Layers()}),
+        one=config,
+        two=config,
     )
     with ll.set_adapter(model, ["one", "two"]):
         assert set(ll.adapter_state_dict(model)) == {"a.lora_A", "a.lora_B"}
@@ -177,12 +221,19 @@ def test_a_sum_has_the_names_as_they_are_and_replaces_no_adapter() -> None:
         ll.set_adapter(model, active)
         with pytest.raises(ll.AdapterStateError, match="has the name of this sum"):
             ll.set_adapter(model, {"v1.0 beta": 0.5})
-        assert ll.adapters(model)[0] == active and len(ll.adapters(model)) == 3
+        assert ll.adapters(model)[0] == active
+        assert len(ll.adapters(model)) == 3
 
 
 def test_a_sum_of_half_precision_adapters_is_rounded_once() -> None:
     config = ll.LoRAConfig(r=2, autocast_adapter_dtype=False)
-    model = several("one", "two", build=lambda: nn.Sequential(nn.Linear(8, 8).bfloat16()), one=config, two=config)
+    model = several(
+        "one",
+        "two",
+        build=lambda: nn.Sequential(nn.Linear(8, 8).bfloat16()),
+        one=config,
+        two=config,
+    )
     ll.combine_adapters(model, {"one": 0.7, "two": 0.3}, name="both")
     held = {name: adapters_of(model, name) for name in ("one", "two", "both")}
     one, two, both = (each["0.lora_B"] @ each["0.lora_A"] for each in held.values())
@@ -194,7 +245,10 @@ def test_a_new_name_is_needed_and_a_merged_model_is_refused() -> None:
     model = several("style", "subject")
     with pytest.raises(ll.AdapterStateError, match="has an adapter 'style' already"):
         ll.combine_adapters(model, {"style": 1, "subject": 1}, name="style")
-    for weights, r, says in ((["style"], None, "Expected numbers by the names"), ({"style": 1}, 2.5, r"rank=2.5")):
+    for weights, r, says in (
+        (["style"], None, "Expected numbers by the names"),
+        ({"style": 1}, 2.5, r"rank=2.5"),
+    ):
         with pytest.raises(ll.ConfigError, match=says):
             ll.combine_adapters(model, weights, name="new", r=r)  # type: ignore[arg-type]
     ll.set_adapter(model, None)

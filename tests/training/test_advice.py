@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.training.guards.reports import log_values
+from lightning_lora.training.reports import log_values
 from tests.benchmarks.untrained import residual
 from tests.support import fits
 from tests.support.fits import Notes, adapted

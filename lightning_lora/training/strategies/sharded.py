@@ -18,8 +18,8 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.values import replace_values
-from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.stage import Phase
+from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import LateStrategy
 
 

@@ -40,13 +40,13 @@ from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
 from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
-from lightning_lora.training.guards import asked
-from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizer_states import states_fit
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
+from lightning_lora.training.steps import asked
+from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.reentrant import gradients_pass
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -300,10 +300,10 @@ class LoRAStrategy(Strategy, InPlace):
         if "state_dict" in checkpoint and self._lora_saves():  # a module's hook may write files of its own instead
             checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
             if stage.phase is Phase.TRAINING:
-                stage.guards.base_was_compared(module, is_aloud=self.is_global_zero)
+                stage.say_what_was_written(module, is_aloud=self.is_global_zero)
             if stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
-                warn_of_rounding(lost, module)
+                stage.guards.merged_in_checkpoint(type(module).__name__, lost)
             if stage.save == "adapters":
                 checkpoint = with_callback_named(checkpoint, view_of(module).adapter.name)
         beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
@@ -333,7 +333,7 @@ class LoRAStrategy(Strategy, InPlace):
         if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
             stage.float32.pause_step()
         if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
-            stage.guards.begin_step(module)
+            stage.first_steps.begin_step(module)
         with gradients_pass(module), self.lora_watching(module):
             try:
                 output = super().training_step(*args, **kwargs)
@@ -349,7 +349,7 @@ class LoRAStrategy(Strategy, InPlace):
         module = self.lora_module
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
-        warn_if_base_is_shown(module)
+        self.lora_stage.check_backward(module)
         with gradients_pass(module), self.lora_watching(module):  # checkpoints run their layers again
             try:
                 loss = super().backward(closure_loss, *args, **kwargs)
@@ -363,7 +363,7 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Watch what else reads adapted weights in the first batch."""
         is_aloud = self.is_global_zero and not self.lora_adapts_late
-        return self.lora_stage.guards.watching(module, is_aloud=is_aloud)
+        return self.lora_stage.first_steps.watching(module, is_aloud=is_aloud)
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""

@@ -17,8 +17,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.names import is_in_any, owner_of
-from lightning_lora.training.gradients import CHECKPOINT_FUNCTION
 from lightning_lora.training.optimizers import groups_were_edited, held_by, no_place
+from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
 _WHAT_TRAINS = ""  # stands among the networks that have run for what trains
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
