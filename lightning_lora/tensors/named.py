@@ -69,11 +69,11 @@ def outermost_outside(modules: Collection[str], name: str) -> str:
 # By something else than the name
 
 
-def grouped(names: Iterable[str], group_of: Callable[[str], Key]) -> dict[Key, list[str]]:
-    """Return the names in groups, in their order."""
-    groups: dict[Key, list[str]] = {}
-    for name in names:
-        groups.setdefault(group_of(name), []).append(name)
+def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[Key, list[Thing]]:
+    """Return things, such as names, in groups, in their order."""
+    groups: dict[Key, list[Thing]] = {}
+    for thing in things:
+        groups.setdefault(group_of(thing), []).append(thing)
     return groups
 
 
