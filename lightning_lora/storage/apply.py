@@ -23,11 +23,11 @@ from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base_check import check_base
 from lightning_lora.storage.fingerprint import base_value
-from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
+from lightning_lora.storage.renaming import find_renamings, renamed_config
 from lightning_lora.storage.state import diverged, required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare
-from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
+from lightning_lora.tensors.names import is_inside, join, load_state_dict, own_parameter, owner_of, state_dict
 from lightning_lora.tensors.values import replace_values
 
 
