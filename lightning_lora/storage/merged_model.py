@@ -22,6 +22,7 @@ from lightning_lora.storage.disk import check_output, path_here, writing, writin
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.renaming import is_inside
 from lightning_lora.storage.state import check_not_diverged
+from lightning_lora.tensors.named import beginning_with
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import reshard
 
@@ -245,4 +246,4 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 def _below(state: Mapping[str, Any], module: str, *_: Any, **__: Any) -> dict[str, Any]:
     """The values of a module, by the names in it."""
     start = f"{module}." if module else ""
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    return beginning_with(start, state)

@@ -96,6 +96,11 @@ def is_in_any(name: str, modules: Collection[str]) -> bool:
     return any(outer in modules for outer in starts_of(name))
 
 
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter is a bias, by its name."""
+    return "bias" in parameter.rpartition(".")[2]
+
+
 def owner_of(parameter: str) -> str:
     """Return the name of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
