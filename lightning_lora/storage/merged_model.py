@@ -20,10 +20,9 @@ from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
-from lightning_lora.storage.renaming import is_inside
 from lightning_lora.storage.state import check_not_diverged
 from lightning_lora.tensors.named import beginning_with
-from lightning_lora.tensors.names import plain_module, plain_name, submodule
+from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import reshard
 
 

@@ -101,6 +101,11 @@ def is_bias(parameter: str) -> bool:
     return "bias" in parameter.rpartition(".")[2]
 
 
+def is_inside(name: str, prefix: str) -> bool:
+    """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
 def owner_of(parameter: str) -> str:
     """Return the name of the module that holds a parameter."""
     return parameter.rpartition(".")[0]

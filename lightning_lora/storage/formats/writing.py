@@ -16,11 +16,11 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import modules_around, not_in, without
-from lightning_lora.tensors.names import join, named_modules, submodule
+from lightning_lora.tensors.names import is_inside, join, named_modules, submodule
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from lightning_lora.errors import AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
+from lightning_lora.storage.renaming import find_renamings, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import is_inside, owner_of
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
