@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
@@ -118,7 +118,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
             view.look_again(config)
         attach.check_same(view, choices)
         if finds:
-            _warn_of_lost(view, choices)
+            Guards().layers_chosen(view, {name: choice.layer for name, choice in choices.items()})
         adapters = _new_adapters(choices)
         if adapters:
             _check_not_parallel(model)
@@ -191,20 +191,6 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
         if name not in choices and is_shared and layer.lora_is_fresh():
             tied.append(name)
     return tied
-
-
-def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
-    """Name layers that were replaced, and so have lost adapters that had learned."""
-    if not view.is_adapted or view.is_merged or not view.adapter.is_trained:
-        return
-    lost = []
-    for name in view.adapter.layers:
-        if name in choices and not isinstance(choices[name].layer, LoRALayer):
-            lost.append(name)
-    if lost:
-        warn(
-            f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
-        )
 
 
 def _check_not_parallel(model: nn.Module) -> None:
