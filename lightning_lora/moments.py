@@ -20,8 +20,8 @@ class Guard:
     Each fit has a guard of its own, which may note what it sees.
     """
 
-    def layers_chosen(self, view: "View", chosen: Mapping[str, nn.Module]) -> None:
-        """The layers of ``chosen`` will have adapters. Some may have them already; nothing is changed yet."""
+    def layers_chosen(self, view: "View", new: Collection[str]) -> None:
+        """These layers will get new adapters. Nothing is changed yet."""
 
     def injected(self, view: "View") -> None:
         """Adapters were added by a call, outside of a Trainer."""
@@ -104,9 +104,9 @@ class Guards(Guard):
         """End the fit: let go of what guards have noted of the model."""
         self.guards = []
 
-    def layers_chosen(self, view: "View", chosen: Mapping[str, nn.Module]) -> None:
+    def layers_chosen(self, view: "View", new: Collection[str]) -> None:
         for guard in self.guards:
-            guard.layers_chosen(view, chosen)
+            guard.layers_chosen(view, new)
 
     def injected(self, view: "View") -> None:
         for guard in self.guards:
