@@ -1,7 +1,6 @@
 """What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -28,10 +27,10 @@ class Running:
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
 
-    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
+    def begin(self, gradients: Gradients, *, is_new: bool, base: dict[str, int]) -> None:
         """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
         self._base_at_the_start = base
-        self.gradients: Gradients = self._at_the_end.enter_context(closing(strategy.lora_gradients()))
+        self.gradients = self._at_the_end.enter_context(closing(gradients))
         self.gradients.begins = is_new
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
         if not self.has_copies:
