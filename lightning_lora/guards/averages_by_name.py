@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import starts_of
 
 
@@ -25,7 +26,7 @@ class AveragesByName(Guard):
         if not dicts:
             return
         frozen = _Shapes(view.frozen)
-        adapted = _Shapes({name: view.frozen[name] for name in view.adapted_weights if name in view.frozen})
+        adapted = _Shapes(only(view.frozen, set(view.adapted_weights)))
         for found in dicts:
             if frozen.have_all(found.tensors) and adapted.have_any(found.tensors):
                 _warn_of(view, found)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import modules_around
 
 
 class DeadAdapters(Guard):
@@ -27,5 +27,5 @@ class DeadAdapters(Guard):
 
 def _fresh_among(view: View, layers: Sequence[str]) -> list[str]:
     """Those of these layers with a weight that looks untrained."""
-    random = view.adapter.random or ()
-    return [name for name in layers if any(is_in_any(weight, [name]) for weight in random)]
+    random = modules_around(view.adapter.random or ())
+    return [name for name in layers if name in random]

@@ -14,6 +14,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.private import has_gradient_hooks
+from lightning_lora.tensors.named import where, without
 from lightning_lora.tensors.names import own_parameter
 
 _NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
@@ -26,10 +27,7 @@ class Hooked(Guard):
     def injected(self, view: View) -> None:
         """Name those that have hooks now."""
         already_named = _NAMED.setdefault(view.model, set())
-        names = []
-        for name, layer in view.layers.items():
-            if name not in already_named and _has_hooked_weight(layer):
-                names.append(name)
+        names = list(where(without(view.layers, already_named), _has_hooked_weight))
         if names:
             already_named.update(names)
             warn(_about_hooks(view.title, names))

@@ -8,7 +8,7 @@ from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.private import version_of
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import inside
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
@@ -44,10 +44,8 @@ class LeftCopies(Guard):
         What loads the weights of the whole model writes into the original too.
         """
         written = {name for name, version in self.versions.items() if version != _version(view.base.get(name))}
-        for name in written:
-            if is_in_any(name, [copy]) and self.copies.name_in_original(name, copy) not in written:
-                return True
-        return False
+        written_in_copy = inside(written, [copy])
+        return any(self.copies.name_in_original(name, copy) not in written for name in written_in_copy)
 
     def _about_moved(self, title: str, moved: Sequence[str]) -> str:
         pairs = [f"{copy!r} of {self.copies.originals[copy]!r}" for copy in moved]

@@ -1,7 +1,7 @@
 """What automatic targets leave out: most of the weights, or layers whose weight is computed."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Set
+from enum import Enum
 from typing import NamedTuple
 
 from torch import nn
@@ -15,6 +15,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.tensors.named import grouped, outside
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
@@ -57,45 +58,35 @@ def left_alone(view: View) -> LeftAlone:
         return LeftAlone({}, 0)
     adapted = {view.base[name] for name in view.adapted_weights}
     meant = _meant(view, adapted)
-    size_of_meant = max(_size(view, meant), 1)
-    frozen = [name for name in meant if name in view.frozen and view.base[name] not in adapted]
-    groups = _groups(view, frozen)
-    groups.sort(key=lambda group: group.size, reverse=True)
+    size_of_meant = max(view.size_of(meant), 1)
+    left = [name for name in meant if _is_left_alone(view, name, adapted)]
+    by_class = grouped(left, lambda name: _class_of_owner(view, name))
+    sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
     classes: dict[str, str] = {}
-    for group in groups:
-        if group.size > _LEAST_SHARE * size_of_meant and not group.is_computed:
-            classes.update(dict.fromkeys(group.matrices, group.layer_class))
-    return LeftAlone(classes, sum(group.size for group in groups) / size_of_meant)
+    for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sizes[layer_class] > _LEAST_SHARE * size_of_meant and layer_class != COMPUTED:
+            classes.update(dict.fromkeys(by_class[layer_class], layer_class))
+    return LeftAlone(classes, sum(sizes.values()) / size_of_meant)
 
 
-@dataclass
-class _Group:
-    """Matrices in layers of one class, or in all layers with computed weights, which are named by another message."""
-
-    layer_class: str
-    is_computed: bool
-    matrices: list[str] = field(default_factory=list)
-    size: int = 0
-
-
-def _groups(view: View, parameters: Iterable[str]) -> list[_Group]:
-    """The matrices among these parameters, by their layer's class, without those that are usually left alone."""
-    groups: dict[str, _Group] = {}
-    for name in parameters:
-        layer = view.modules[owner_of(name)]
-        if _is_matrix(view.base[name]) and not _is_usually_left(layer):
-            layer_class = COMPUTED if is_computed(layer) else class_of(layer)
-            group = groups.setdefault(layer_class, _Group(layer_class, is_computed(layer)))
-            group.matrices.append(name)
-    for group in groups.values():
-        group.size = _size(view, group.matrices)
-    return list(groups.values())
-
-
-def _meant(view: View, adapted: Collection[nn.Parameter]) -> list[str]:
+def _meant(view: View, adapted: Set[nn.Parameter]) -> list[str]:
     """The parameters that targets could mean: not those that the user froze or excluded, unless they are adapted."""
     by_user = view.frozen_by_user.union(excluded_names(view))
     return [name for name, p in view.base.items() if p in adapted or not is_in_any(name, by_user)]
+
+
+def _is_left_alone(view: View, name: str, adapted: Set[nn.Parameter]) -> bool:
+    """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
+    p = view.base[name]
+    if name not in view.frozen or p in adapted:
+        return False
+    return _is_matrix(p) and not _is_usually_left(view.modules[owner_of(name)])
+
+
+def _class_of_owner(view: View, name: str) -> str:
+    """The class of the layer that holds a matrix. All with computed weights are one: another message names them."""
+    layer = view.modules[owner_of(name)]
+    return COMPUTED if is_computed(layer) else class_of(layer)
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
@@ -112,12 +103,6 @@ def _is_usually_left(layer: nn.Module) -> bool:
     return getattr(adapter_for(layer), "lora_is_linear", False)
 
 
-def _size(view: View, names: Iterable[str]) -> int:
-    """The number of values of these parameters of the base. Tied ones count once."""
-    parameters = {view.base[name] for name in names}
-    return sum(p.numel() for p in parameters)
-
-
 def _about_left_alone(view: View, left: LeftAlone) -> str:
     """What is said of layers that are left alone, with the arguments that would train them."""
     layers = dict.fromkeys(owner_of(name) or name for name in left.classes)
@@ -131,24 +116,35 @@ def _about_left_alone(view: View, left: LeftAlone) -> str:
 
 def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
     """The arguments that would train these matrices."""
+    ways = grouped(matrices, lambda name: _way_to_train(view, name))
     arguments = []
-    parameters = []
-    unfit = []  # no adapter fits them
-    for name in matrices:
-        owner = owner_of(name)
-        layer = view.modules[owner]
-        if adapter_for(layer):
-            arguments = ['target_modules="all"']
-        elif name in own_matrices(owner, layer):
-            parameters.append(name)
-        else:
-            unfit.append(name)
-    if parameters:
+    if _Way.LAYER in ways:
+        arguments.append('target_modules="all"')
+    if _Way.PARAMETER in ways:
         targets_now = view.config.target_parameters or ()
-        arguments.append(f"target_parameters={[*targets_now, *Names(view.model).endings(parameters)]}")
-    if unfit:
-        arguments.append(to_save(view, unfit))
+        parameters = Names(view.model).endings(ways[_Way.PARAMETER])
+        arguments.append(f"target_parameters={[*targets_now, *parameters]}")
+    if _Way.IN_FULL in ways:
+        arguments.append(to_save(view, ways[_Way.IN_FULL]))
     return arguments
+
+
+class _Way(Enum):
+    """How a matrix may be trained."""
+
+    LAYER = "an adapter fits its layer"
+    PARAMETER = "an adapter fits the matrix alone"
+    IN_FULL = "no adapter fits"
+
+
+def _way_to_train(view: View, name: str) -> _Way:
+    owner = owner_of(name)
+    layer = view.modules[owner]
+    if adapter_for(layer):
+        return _Way.LAYER
+    if name in own_matrices(owner, layer):
+        return _Way.PARAMETER
+    return _Way.IN_FULL
 
 
 # Computed weights
@@ -161,7 +157,7 @@ def _computed(view: View, word: str) -> list[str]:
     networks = view.adapter.networks
     expected = {*excluded_names(view), *saved, *networks.still, *networks.copies}
     computed = {layer for layer in automatic_targets(names, word).values() if is_computed(layer)}
-    return [name for name in names.first_names(computed) if not is_in_any(name, expected)]
+    return outside(names.first_names(computed), expected)
 
 
 def _about_computed(view: View, layers: list[str]) -> str:

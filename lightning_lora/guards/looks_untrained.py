@@ -12,7 +12,8 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST_SHARE, Fresh, random_weights
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.named import outside
+from lightning_lora.tensors.names import owner_of
 
 
 class LooksUntrained(Guard):
@@ -40,7 +41,7 @@ def _unsure(view: View, fresh: Fresh) -> list[str]:
     if math.isnan(fresh.share):
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
-    return [name for name in fresh.unsure if not is_in_any(name, left_out)]
+    return outside(fresh.unsure, left_out)
 
 
 def _name_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
@@ -56,9 +57,9 @@ def _name_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
 
 def _are_excluded(view: View, weights: Iterable[str]) -> bool:
     """Whether ``exclude_modules`` names all layers of these weights that could be adapted."""
-    excluded = set(excluded_names(view))
     layers = {owner_of(weight) for weight in weights}
-    return all(is_in_any(name, excluded) for name in layers if adapter_for(view.modules[name]))
+    remaining = outside(layers, set(excluded_names(view)))
+    return not any(adapter_for(view.modules[name]) for name in remaining)
 
 
 # What is said
@@ -79,7 +80,7 @@ def _about_fresh(view: View, fresh: Fresh) -> str:
         "the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
     message += _about_convolutions(view, fresh.random)
-    if all(is_in_any(name, fresh.random) for name in view.layers):
+    if not outside(view.layers, fresh.random):
         message += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
     return message
 
@@ -101,8 +102,10 @@ def _about_unsure(view: View, unsure: list[str]) -> str:
 
 def _about_convolutions(view: View, names: Iterable[str]) -> str:
     """What is said if convolutions are among these modules: small ones look untrained for long."""
-    for name in names:
-        for module in view.modules[name].modules():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                return " They may be trained all the same: small convolutions keep the looks of their initialisation."
+    if any(_holds_convolution(view.modules[name]) for name in names):
+        return " They may be trained all the same: small convolutions keep the looks of their initialisation."
     return ""
+
+
+def _holds_convolution(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Conv1d | nn.Conv2d | nn.Conv3d) for inner in module.modules())

@@ -6,7 +6,8 @@ from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import join, named_parameters
+from lightning_lora.tensors.named import joined, where
+from lightning_lora.tensors.names import named_parameters
 
 
 class Thawed(Guard):
@@ -21,8 +22,7 @@ class Thawed(Guard):
 
 def _look_at(view: View, name: str, module: nn.Module) -> None:
     """Look at one module that trains in full."""
-    parameters = named_parameters(module)
-    trained = [join(name, leaf) for leaf, p in parameters.items() if p.requires_grad]  # not numbers of other kinds
+    trained = joined(name, where(named_parameters(module), _trains))
     flags_of_user = view.record.requires_grad
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
     if 0 < len(frozen_by_user) < len(trained):
@@ -30,3 +30,8 @@ def _look_at(view: View, name: str, module: nn.Module) -> None:
             f"modules_to_save trains all of {name!r}, also {listed(frozen_by_user)}, which {view.title} has frozen "
             "(requires_grad). To keep these frozen, name the modules beside them in place of it."
         )
+
+
+def _trains(p: nn.Parameter) -> bool:
+    """Whether a parameter trains: not one of integers."""
+    return p.requires_grad

@@ -1,12 +1,11 @@
 """Copies that no code has moved after originals that have learned: an average should have followed."""
 
-from collections.abc import Iterable
-
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import modules_around, where
 
 
 class UnmovedCopies(Guard):
@@ -14,10 +13,10 @@ class UnmovedCopies(Guard):
 
     def training_ended(self, view: View) -> None:
         """Look at which adapters have moved."""
-        moved = [name for name, layer in view.layers.items() if not layer.lora_is_fresh()]
+        moved = modules_around(where(view.layers, has_learned))
         unmoved = []
         for copy, original in view.adapter.networks.copies.items():
-            if _is_any_in(moved, original) and not _is_any_in(moved, copy):
+            if original in moved and copy not in moved:
                 unmoved.append(f"{copy!r} of {original!r}")
         if unmoved:
             rank_zero_info(
@@ -27,5 +26,6 @@ class UnmovedCopies(Guard):
             )
 
 
-def _is_any_in(layers: Iterable[str], network: str) -> bool:
-    return any(is_in_any(layer, [network]) for layer in layers)
+def has_learned(layer: LoRALayer) -> bool:
+    """Whether a layer's update is not zero."""
+    return not layer.lora_is_fresh()

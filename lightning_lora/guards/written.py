@@ -9,7 +9,7 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.named import joined
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
@@ -63,8 +63,7 @@ def _weights_below(view: View, name: str, layer: LoRALayer) -> list[str]:
     """The weights of an adapted layer. A quantised one may change the layout of its own."""
     if layer.lora_is_quantised(layer):
         return []
-    weights = [join(name, weight) for weight in layer.lora_weights()]
-    return [weight for weight in weights if weight in view.base]
+    return [weight for weight in joined(name, layer.lora_weights()) if weight in view.base]
 
 
 def _about_written(title: str, names: list[str]) -> str:

@@ -20,9 +20,8 @@ from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
-from lightning_lora.storage.renaming import is_inside
 from lightning_lora.storage.state import check_not_diverged
-from lightning_lora.tensors.names import plain_module, plain_name, submodule
+from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import reshard
 
 
@@ -197,8 +196,10 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     view = View(model)
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
+    adapters = view.adapters  # the view keeps them, also those whose layers it leaves out below: none is written
+    has_values_of_its_own = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
     is_inside_another_save = "state_dict" in vars(model)
-    if is_inside_another_save or _has_no_adapters(view, given):
+    if has_values_of_its_own or is_inside_another_save:
         return save(model, *args, **kwargs)
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
     state = _merged(view, given, is_folder=True)
@@ -211,11 +212,6 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**kwargs, "state_dict": state}
     with _answering(model, state):
         return save(model, *args, **kwargs)
-
-
-def _has_no_adapters(view: View, given: Mapping[str, Any] | None) -> bool:
-    """Whether a caller gives values of its own, without adapters. Also those without effect are meant."""
-    return given is not None and view.adapters.keys().isdisjoint(map(plain_name, given))
 
 
 def _by_name(

@@ -13,7 +13,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import is_inside, join
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ class Renaming:
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
     """The name with the new prefix, if it has the old one."""
-    if not is_inside(name, old_prefix):
+    if old_prefix == new_prefix or not is_inside(name, old_prefix):
         return name
     rest = name[len(old_prefix) :].removeprefix(".")
     return join(new_prefix, rest)
@@ -54,11 +54,6 @@ def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
 def _begin(prefix: str) -> str:
     """How names with this prefix begin, in a message."""
     return f"begin with {prefix!r}" if prefix else "have no prefix"
-
-
-def is_inside(name: str, prefix: str) -> bool:
-    """Whether a name is ``prefix`` or the name of something inside it."""
-    return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:

@@ -1,6 +1,6 @@
 """Questions about things by name, as modules, parameters and layers are."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import TypeVar
 
 from lightning_lora.tensors.names import is_in_any, join, starts_of
@@ -15,6 +15,11 @@ Key = TypeVar("Key")
 def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[str, Thing]:
     """Return those of which a condition holds."""
     return {name: thing for name, thing in named.items() if holds(thing)}
+
+
+def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
+    """Return those that are some of these things."""
+    return {name: thing for name, thing in named.items() if thing in things}
 
 
 def only(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:
@@ -69,11 +74,11 @@ def outermost_outside(modules: Collection[str], name: str) -> str:
 # By something else than the name
 
 
-def grouped(names: Iterable[str], group_of: Callable[[str], Key]) -> dict[Key, list[str]]:
-    """Return the names in groups, in their order."""
-    groups: dict[Key, list[str]] = {}
-    for name in names:
-        groups.setdefault(group_of(name), []).append(name)
+def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[Key, list[Thing]]:
+    """Return things, such as names, in groups, in their order."""
+    groups: dict[Key, list[Thing]] = {}
+    for thing in things:
+        groups.setdefault(group_of(thing), []).append(thing)
     return groups
 
 

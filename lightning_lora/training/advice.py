@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.model.fresh import Fresh, find_fresh, random_weights
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
-from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.named import modules_around
 
 
 def advise(model: nn.Module, guards: Guards, *, aloud: bool = True) -> None:
@@ -38,9 +38,7 @@ def advise_again(model: nn.Module, guards: Guards, changed: Collection[str], *, 
 
 def _those_around(fresh: Fresh, weights: Collection[str]) -> Fresh:
     """What looks untrained, and holds one of these weights."""
-    around: set[str] = set()
-    for name in weights:
-        around.update(starts_of(name))
-    random = tuple(name for name in fresh.random if name in around)
-    unsure = tuple(name for name in fresh.unsure if name in around)
-    return replace(fresh, random=random, unsure=unsure)
+    around = modules_around(weights)
+    random = [name for name in fresh.random if name in around]
+    unsure = [name for name in fresh.unsure if name in around]
+    return replace(fresh, random=tuple(random), unsure=tuple(unsure))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
+from tests.support.compared import assert_all_refused, assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import unchanged
 from tests.support.layers import config
 from tests.support.models import (
@@ -25,6 +25,7 @@ from tests.support.models import (
     state,
     trainer,
 )
+from tests.support.parameters import cloned
 
 
 def build(seed: int = 0) -> nn.Sequential:
@@ -40,8 +41,8 @@ def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) 
     base = build()
     wide = {name: value.double() + 1 / 3 for name, value in state(model).items()}
     ll.inject_adapters(model, CONFIG)
-    for each in (model, base):
-        each.load_state_dict(wide)
+    model.load_state_dict(wide)
+    base.load_state_dict(wide)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
     ll.remove_adapters(model.double())
@@ -71,26 +72,23 @@ REPLACED: dict[str, Callable[[LitTiny], Any]] = {
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
 def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path: Path, replace: Any) -> None:
     model = as_merged(LitTiny())
-    file = tmp_path / "a.safetensors"
     stored = copy.deepcopy(ll.adapter_state_dict(model))
     replace(model)
     calls: list[Callable[[Any], Any]] = [
-        ll.unmerge_adapters, ll.adapter_state_dict, lambda m: ll.load_adapter_state_dict(m, stored),
-        lambda m: ll.disable_adapters(m), lambda m: ll.save_adapter(m, file),
-    ]  # fmt: skip
-    for call in calls:
-        with (
-            unchanged(model),
-            pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"),
-        ):
-            call(model)
+        ll.unmerge_adapters,
+        ll.adapter_state_dict,
+        lambda model: ll.load_adapter_state_dict(model, stored),
+        lambda model: ll.disable_adapters(model),
+        lambda model: ll.save_adapter(model, tmp_path / "a.safetensors"),
+    ]
+    assert_all_refused(model, calls, ll.AdapterStateError, "changed since its adapters were merged")
     with unchanged(model):
         ll.remove_adapters(model)
 
 
 def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module() -> None:
     model = as_trained(LitTiny(), modules_to_save=["head"])
-    stored = {name: value.clone() for name, value in ll.adapter_state_dict(model).items()}
+    stored = cloned(ll.adapter_state_dict(model))
     ll.merge_adapters(model)
     with unchanged(model), pytest.raises(ll.AdapterStateError, match="holds adapters"):
         model.load_state_dict(stored, strict=False)
@@ -99,37 +97,30 @@ def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module() -> None
     assert_same_tensors(ll.adapter_state_dict(model), stored)
 
 
-def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path) -> None:
-    def fit(model: LitTiny, **config: Any) -> tuple[LitTiny, dict[str, Any]]:
-        trainer(tmp_path, [lora(**config), checkpoint := best(tmp_path)], max_epochs=2).fit(model, data(), data())
-        return model, torch.load(checkpoint.best_model_path, weights_only=True)
+def fit_and_read(folder: Path, model: LitTiny, **config: Any) -> dict[str, Any]:
+    """Fit a module, and return its best checkpoint."""
+    checkpoint = best(folder)
+    t = trainer(folder, [lora(**config), checkpoint], max_epochs=2)
+    t.fit(model, data(), data())
+    return torch.load(checkpoint.best_model_path, weights_only=True)
 
-    model, checkpoint = fit(LitTiny())
+
+def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path) -> None:
+    model = LitTiny()
+    checkpoint = fit_and_read(tmp_path, model)
     stored = checkpoint["state_dict"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     expected = LitTiny()
     ll.load_adapter(expected, tmp_path / "a.ckpt")
     ll.merge_adapters(expected)
-    (wrong := copy.copy(stored))["head.weight"] = torch.ones(3)
-    with (
-        unchanged(model),
-        pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"),
-    ):
-        model.load_state_dict(wrong)
     model.load_state_dict(stored)
     assert_same_state(model, expected)
-    for each in (model, expected):
-        ll.unmerge_adapters(each)
+    ll.unmerge_adapters(model)
+    ll.unmerge_adapters(expected)
     assert_same_state(model, expected)
     randomise(model)
     model.load_state_dict(stored)  # on its layers, too
     assert_same_state(model, expected)
-    other = LitTiny()
-    nn.init.ones_(other.embed.weight)
-    with pytest.raises(ll.BaseMismatchError, match="another base"):
-        fit(other)[0].load_state_dict(stored)
-    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 4 in"):
-        fit(LitTiny(), alpha=16)[0].load_state_dict(stored)
 
 
 # Adapters on their layers, and norms of the frozen base: the same in every mode
@@ -172,16 +163,34 @@ UNDERMINED: dict[str, Any] = {
 }
 
 
+def test_a_file_of_another_run_is_not_loaded_by_other_code(tmp_path: Path) -> None:
+    model = LitTiny()
+    stored = fit_and_read(tmp_path, model)["state_dict"]
+    wrong = copy.copy(stored)
+    wrong["head.weight"] = torch.ones(3)
+    with unchanged(model), pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
+        model.load_state_dict(wrong)
+    other = LitTiny()
+    nn.init.ones_(other.embed.weight)
+    fit_and_read(tmp_path, other)
+    with pytest.raises(ll.BaseMismatchError, match="another base"):
+        other.load_state_dict(stored)
+    scaled = LitTiny()
+    fit_and_read(tmp_path, scaled, alpha=16)
+    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 4 in"):
+        scaled.load_state_dict(stored)
+
+
+@pytest.mark.parametrize("call", [ll.merge_adapters, ll.remove_adapters])
 @pytest.mark.parametrize("undermine", UNDERMINED.values(), ids=UNDERMINED)
-def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any) -> None:
+def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any, call: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     ll.inject_adapters(model, config(model))
     randomise(model)
     undermine(model[0])
     adapted = model.eval()(torch.ones(8))
-    for call in (ll.merge_adapters, ll.remove_adapters):
-        with pytest.raises(ll.AdapterStateError, match=r"weight of '0' of Sequential is computed"):
-            call(model)
+    with pytest.raises(ll.AdapterStateError, match=r"weight of '0' of Sequential is computed"):
+        call(model)
     assert torch.equal(model(torch.ones(8)), adapted)
 
 
@@ -222,8 +231,8 @@ def test_norms_of_a_base_loaded_with_its_adapters_are_the_bases() -> None:
     again = build()
     for buffer in model[1].buffers():
         buffer.add_(2)
-    for each in (model, again):
-        ll.inject_adapters(each, ll.LoRAConfig(r=1))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1))
+    ll.inject_adapters(again, ll.LoRAConfig(r=1))
     randomise(model)
     again.load_state_dict(model.state_dict())
     ll.remove_adapters(again)

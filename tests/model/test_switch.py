@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.compared import assert_holds, assert_state
-from tests.support.faults import FailsAt, unchanged
+from tests.support.faults import fails_at, unchanged
 from tests.support.models import state
 from tests.support.parameters import grads_of, trainable
 
@@ -84,18 +84,6 @@ def outputs_of_copies(model: nn.Module, names: Iterable[str | None], x: Tensor) 
         ll.set_adapter(alike, name)
         outputs[name] = alike(x)
     return outputs
-
-
-def fails_at(place: int, call: Callable[[], Any]) -> bool:
-    """Whether ``call`` failed, as it does if it calls torch so many times."""
-    mode = FailsAt(place)
-    try:
-        with mode:
-            call()
-    except (MemoryError, KeyboardInterrupt):
-        return True
-    assert mode.left > 0
-    return False
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import fsspec
+import lightning as L
 import pytest
 
 from lightning_lora import (
@@ -24,24 +25,29 @@ def elsewhere() -> str:
     return f"memory://{uuid4()}"
 
 
+def assert_read_and_written(folder: str, model: LitTiny, t: L.Trainer) -> None:
+    """Expect files in this folder to restore the model, by their names or opened."""
+    save_adapter(model, f"{folder}/a.safetensors")
+    t.save_checkpoint(f"{folder}/a.ckpt")
+    for path in (f"{folder}/a.safetensors", f"{folder}/a.ckpt"):
+        restores(path, model)
+        with fsspec.open(path, "rb") as file:
+            restores(file, model)
+    with fsspec.open(f"{folder}/a.ckpt", "rb") as file:
+        content = BytesIO(file.read())
+    assert_same_state(load_from_checkpoint(LitTiny, f"{folder}/a.ckpt"), model)
+    assert_same_state(load_from_checkpoint(LitTiny, content), model)
+    goes_on(f"{folder}/a.ckpt")
+
+
 def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsewhere: str) -> None:
     model = LitTiny()
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data())
-    for folder in (elsewhere, f"file://{tmp_path}", str(tmp_path)):
-        save_adapter(model, f"{folder}/a.safetensors")
-        t.save_checkpoint(f"{folder}/a.ckpt")
-        for name in ("a.safetensors", "a.ckpt"):
-            restores(f"{folder}/{name}", model)
-            with fsspec.open(f"{folder}/{name}", "rb") as file:
-                restores(file, model)
-        for source in (
-            f"{folder}/a.ckpt",
-            BytesIO(fsspec.open(f"{folder}/a.ckpt", "rb").open().read()),
-        ):
-            assert_same_state(load_from_checkpoint(LitTiny, source), model)
-        goes_on(f"{folder}/a.ckpt")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.ckpt"}
+    assert_read_and_written(elsewhere, model, t)
+    assert_read_and_written(f"file://{tmp_path}", model, t)
+    assert_read_and_written(str(tmp_path), model, t)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "a.safetensors"]
 
 
 def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:
@@ -50,10 +56,12 @@ def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: st
     content[content.index(b"state_dict")] ^= 1
     with fsspec.open(path, "wb") as file:
         file.write(bytes(content))
-    for source in (path, BytesIO(content)):
-        with refused(model := LitTiny(), AdapterFileError, "is damaged"):
-            load_adapter(model, source)
-    with refused(model := LitTiny(), AdapterFileError, "is damaged"):
+    model = LitTiny()
+    with refused(model, AdapterFileError, "is damaged"):
+        load_adapter(model, path)
+    with refused(model, AdapterFileError, "is damaged"):
+        load_adapter(model, BytesIO(content))
+    with refused(model, AdapterFileError, "is damaged"):
         trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 

@@ -1,7 +1,9 @@
 """What two models or two states must have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -42,3 +44,12 @@ def assert_close_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Ten
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+def assert_all_refused(model: nn.Module, calls: Iterable[Callable[[Any], object]], error: Any, match: str) -> None:
+    """Expect this error of each call with ``model``, which no call changes."""
+    before = state(model)
+    for call in calls:
+        with pytest.raises(error, match=match):
+            call(model)
+        assert_state(model, before)

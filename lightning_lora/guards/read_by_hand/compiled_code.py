@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora import private
+from lightning_lora.tensors.named import where
 
 _PACKAGES_WITHOUT = {"torch", "builtins", "lightning", "pytorch_lightning", "lightning_lora"}
 
@@ -18,7 +19,8 @@ def is_compiled(model: nn.Module) -> bool:
     if any(_holds_compiled_code(module) for module in modules):
         return True
     classes = _classes_of(modules)
-    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    names_of_files = {cls.__module__ for cls in classes}
+    files = [sys.modules[name] for name in names_of_files if name in sys.modules]
     return any(_defines_compiled_code(each) for each in (*classes, *files))
 
 
@@ -27,7 +29,7 @@ def _holds_compiled_code(module: nn.Module) -> bool:
     attributes = vars(module)
     if private.COMPILED in module._modules or attributes.get(private.COMPILED_CALL) is not None:
         return True
-    return any(_is_compiled_function(value) for value in attributes.values())
+    return bool(where(attributes, _is_compiled_function))
 
 
 def _classes_of(modules: Iterable[nn.Module]) -> set[type]:
@@ -42,10 +44,8 @@ def _classes_of(modules: Iterable[nn.Module]) -> set[type]:
 
 def _defines_compiled_code(place: Any) -> bool:
     """Whether a class or a file defines a compiled function."""
-    for name, value in list(vars(place).items()):
-        if _is_compiled_function(value) and not name.startswith(private.COMPILED_RESULT):
-            return True
-    return False
+    compiled = where(dict(vars(place)), _is_compiled_function)
+    return not all(name.startswith(private.COMPILED_RESULT) for name in compiled)
 
 
 def _is_compiled_function(value: object) -> bool:

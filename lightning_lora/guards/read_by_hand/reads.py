@@ -21,7 +21,8 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.named import joined, only, where, without
+from lightning_lora.tensors.names import owner_of
 
 
 class ReadByHand(Guard):
@@ -103,16 +104,17 @@ def _about_reads(title: str, names: list[str]) -> str:
 
 def watched_weights(view: View) -> dict[nn.Parameter, str]:
     """Return the plain frozen weights below adapters that train, with their layers. None is sharded or quantised."""
+    candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
     found = {}
-    for name, layer in view.layers.items():
-        if not any(p.requires_grad for p in layer.lora_trained()):
-            continue
-        for weight_name in layer.lora_weights():
-            full_name = join(name, weight_name)
-            weight = view.base.get(full_name)  # None: it is computed now
-            if weight is not None and full_name not in view.frozen_by_user and _can_be_watched(weight):
-                found[weight] = name
+    for name, layer in where(view.layers, _trains).items():
+        for weight in joined(name, layer.lora_weights()):
+            if weight in candidates:  # otherwise, it may be computed now
+                found[candidates[weight]] = name
     return found
+
+
+def _trains(layer: LoRALayer) -> bool:
+    return any(p.requires_grad for p in layer.lora_trained())
 
 
 def _can_be_watched(weight: nn.Parameter) -> bool:
@@ -124,9 +126,11 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
     """The modules that may read watched weights: adapted layers, and layers that are tied to them."""
     if not watched:
         return []
-    readers: dict[nn.Module, None] = dict.fromkeys(view.layers.values())
-    for module in view.modules.values():
-        is_leaf = not module._modules and not isinstance(module, torch.jit.ScriptModule)
-        if is_leaf and any(p in watched for p in module._parameters.values() if p is not None):
-            readers[module] = None
-    return list(readers)
+    owners = {owner_of(name) for name, p in view.parameters.items() if p in watched}
+    readers = where(only(view.modules, owners), _is_leaf)
+    each_once: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *readers.values()))
+    return list(each_once)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not module._modules and not isinstance(module, torch.jit.ScriptModule)

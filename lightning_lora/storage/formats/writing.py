@@ -16,10 +16,10 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
+from lightning_lora.tensors.names import is_inside, join, named_modules, starts_of, submodule
 
 
 @dataclass(frozen=True)

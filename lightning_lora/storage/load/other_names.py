@@ -1,40 +1,35 @@
 """A file of this package whose names differ from the model's by one prefix."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_lora.errors import AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside, renamed_config
+from lightning_lora.storage.renaming import find_renamings, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import is_inside, owner_of
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters by a model's names, which may differ by one prefix. Only those of a file of this package."""
-    found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
-    if len(found) == 1 and _is_all_inside(view, found[0].here):
-        if found[0] != stored.renaming:
-            stored = _renamed(view, replace(stored, renaming=found[0]))
-    else:
-        _refuse_parts(view, found)
+    if not view.modules.keys() >= stored.layers.keys():
+        stored = _with_another_prefix(view, stored)
     _check_present(view, stored)
     return stored
 
 
-def _is_all_inside(view: View, prefix: str) -> bool:
-    """Whether all weights of a model have this prefix."""
-    return all(is_inside(name, prefix) for name in (*view.parameters, *view.buffers))
-
-
-def _refuse_parts(view: View, found: Sequence[Renaming]) -> None:
-    """Refuse a model of which only a part is that of the file."""
+def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
+    """Return adapters by a model's names, if these differ by one prefix."""
+    found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
+    names = [*view.parameters, *view.buffers]
+    if len(found) == 1 and all(is_inside(name, found[0].here) for name in names):
+        return _renamed(view, replace(stored, renaming=found[0]))
     places = [renaming.here for renaming in found if renaming.here]
     if places:
         raise AdapterMismatchError(
             f"The names in the file fit in {view.title} below {listed(places)}, and it holds other weights too. Load "
             f"the file onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
         )
+    return stored
 
 
 def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -64,7 +59,7 @@ def _refuse_outside(stored: StoredAdapters, title: str) -> None:
 
 def _check_present(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with modules that the model lacks, before it is adapted."""
-    absent = _absent(view, stored)
+    absent = _absent_modules(view, stored) + _absent_tensors(view, stored)
     if absent:
         title = view.title
         raise AdapterMismatchError(
@@ -73,11 +68,15 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
         )
 
 
-def _absent(view: View, stored: StoredAdapters) -> list[str]:
-    """The modules of a file that a model lacks, and then its tensors."""
-    present = {*view.parameters, *view.buffers}
+def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
+    """The modules of a file that a model lacks."""
     owners = dict.fromkeys(map(owner_of, stored.state))
-    absent = [owner for owner in owners if owner not in view.modules]
-    absent += [name for name in stored.state if name not in present and stored.config.is_saved(name)]
-    absent += [name for name in stored.filled if name not in present and owner_of(name) in view.modules]
-    return absent
+    return [owner for owner in owners if owner not in view.modules]
+
+
+def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
+    """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
+    unknown = [name for name in stored.state if name not in view.parameters and name not in view.buffers]
+    saved = [name for name in unknown if stored.config.is_saved(name)]
+    filled = [name for name in stored.filled if name in unknown and owner_of(name) in view.modules]
+    return [*saved, *filled]

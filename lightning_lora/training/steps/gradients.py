@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError, TargetError, listed
 from lightning_lora.model.attach import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import outside
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.steps.asked import OwnCheckpoints
 
@@ -122,7 +122,7 @@ class Gradients:
         check_weights(view)  # hooks may compute them since training began
         unreached = _layers_with(view, missed)
         copies = self._copies(view, held)
-        return [name for name in unreached if not is_in_any(name, copies)]
+        return outside(unreached, copies)
 
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
         """The parameters that an optimizer trains, perhaps copies of them, by their ids."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
-from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
+from lightning_lora.tensors.named import inside, modules_around
+from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, samples
 
@@ -36,8 +37,9 @@ class FrozenCopies:
     def begin(self, view: View) -> None:
         """Note the copies as they are when the first step begins."""
         self.originals = _copies_without_adapters(view)
-        for name, weight in view.base.items():
-            if is_in_any(name, self.originals) and weight.is_floating_point() and not weight.is_meta:
+        for name in inside(view.base, self.originals):
+            weight = view.base[name]
+            if weight.is_floating_point() and not weight.is_meta:
                 self._before[name] = _Noted(Seen(weight), samples(weight).clone())
 
     def check(self, view: View) -> None:
@@ -49,11 +51,8 @@ class FrozenCopies:
 
     def moved_weights(self, view: View, copy: str) -> list[str]:
         """Return the weights of a copy that have changed since."""
-        moved = []
-        for name, before in self._before.items():
-            if is_in_any(name, [copy]) and name in view.base and not before.seen.is_alike(view.base[name]):
-                moved.append(name)
-        return moved
+        noted = [name for name in inside(self._before, [copy]) if name in view.base]
+        return [name for name in noted if not self._before[name].seen.is_alike(view.base[name])]
 
     def name_in_original(self, name: str, copy: str) -> str:
         """Return the name of a copy's parameter in its original."""
@@ -106,24 +105,9 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     """Frozen copies in which no layer is adapted, and the adapted networks that they copy."""
     if any(is_dtensor(p) for p in view.base.values()):  # each process would judge by its shard
         return {}
-    busy = _modules_that_train(view)
+    adapted = modules_around(view.layers)
+    busy = adapted | modules_around(map(owner_of, view.trained))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     owners_of_matrices = {owner_of(name) for name, p in view.base.items() if p.dim() > 1}
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
-    copies = {}
-    for name, original in found.items():
-        if _has_adapters(view, original) and not _has_adapters(view, name):
-            copies[name] = original
-    return copies
-
-
-def _modules_that_train(view: View) -> set[str]:
-    """The modules in which something trains."""
-    busy: set[str] = set()
-    for module in (*view.layers, *map(owner_of, view.trained)):
-        busy.update(starts_of(module))
-    return busy
-
-
-def _has_adapters(view: View, network: str) -> bool:
-    return any(is_in_any(layer, [network]) for layer in view.layers)
+    return {copy: original for copy, original in found.items() if original in adapted and copy not in adapted}
