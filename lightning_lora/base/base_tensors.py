@@ -72,10 +72,6 @@ class BaseTensor:
     merged: MergedTensor | None = None
     """While the updates are merged."""
 
-    def was_set(self, *, required_grad: bool) -> None:
-        """The user has frozen or thawed it below an adapter that has learned."""
-        self.is_frozen_since = not required_grad
-
     def base_digest(self, digest_now: int) -> int:
         """Return the digest of the base's values, if the tensor's own is ``digest_now``."""
         number = digest_now
@@ -137,8 +133,8 @@ class Base:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
         for name, parameter in parameters.items():
             row = self.row(name)
-            if row.required_grad not in (None, parameter.requires_grad):
-                row.was_set(required_grad=parameter.requires_grad)
+            if row.required_grad not in (None, parameter.requires_grad):  # the user has set it
+                row.is_frozen_since = not parameter.requires_grad
             row.required_grad = parameter.requires_grad
         for row in self.rows.values():
             row.merged = None
@@ -153,8 +149,23 @@ class Base:
             bases[weight] = merged.base
         return bases
 
+    def note_required_grad(self, names: Iterable[str], *, flag: bool) -> None:
+        """The user means these weights: they count as if they had required a gradient before, or not."""
+        for name in names:
+            self.row(name).required_grad = flag
+
+    @property
+    def frozen_since(self) -> set[str]:
+        """The parameters that the user has frozen since their adapters learned."""
+        return {name for name, row in self.rows.items() if row.is_frozen_since}
+
+    def note_set_since(self, names: Iterable[str], *, frozen: bool) -> None:
+        """The user has frozen or thawed these below adapters that have learned."""
+        for name in names:
+            self.row(name).is_frozen_since = frozen
+
     def forget_frozen_since(self) -> None:
-        """What the user has frozen below adapters that have learned was named."""
+        """They were named."""
         for row in self.rows.values():
             row.is_frozen_since = False
 

@@ -1,5 +1,6 @@
 """Merge the updates into the weights, and unmerge them exactly: the record keeps the adapters and the base's values."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,9 +14,10 @@ from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.merged import check_as_merged, is_as_merged, largest_share, warn_of_divergence, warn_of_merge
+from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import find_record, forget_record, record_for, record_of
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
@@ -60,7 +62,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
     done = merge(model) if keep_base else _merge_for_good(model)
-    warn_of_merge(model, done.lost, done.untied)
+    Guards().merged(type(model).__name__, done.lost, done.untied)
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -104,7 +106,7 @@ class Merged:
 
 
 def merge(model: nn.Module) -> Merged:
-    """Merge as :func:`merge_adapters` does, without its warnings of what was lost."""
+    """Merge as :func:`merge_adapters` does, and let the caller say what was lost."""
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         return Merged()
@@ -158,7 +160,7 @@ def _check(view: View) -> dict[str, list[str]]:
     refuse_in_block(view.model, "merge_adapters")
     attach.check_weights(view)
     tied = check_mergeable(view)
-    warn_of_divergence(view)
+    Guards().merge_begins(view)
     return tied
 
 
@@ -185,7 +187,7 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
         for weight in layer.lora_weights():
             merged[weight], share = layer.lora_merged_weight(weight)
             shares.append(share)
-    return merged, largest_share(shares)
+    return merged, max(shares, key=_overflow_first)
 
 
 @torch.inference_mode(False)
@@ -211,6 +213,11 @@ def _set_weight(layer: LoRALayer, weight: str, merged: Tensor, *, is_tied: bool)
         set_parameter(layer, weight, nn.Parameter(merged, parameter.requires_grad))
     else:
         replace_values(parameter, merged)
+
+
+def _overflow_first(share: float) -> tuple[bool, float]:
+    """By which shares are compared: one that is infinite or NaN, by values that a dtype cannot hold, is the largest."""
+    return not share < math.inf, share
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:

@@ -1,19 +1,18 @@
-"""A merged model: whether its weights are as the merge left them, and what the merge lost."""
+"""A merged model: whether its weights are as the merge left them."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
+from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, put_on
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
+from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
@@ -108,72 +107,3 @@ def _show_base_as_merged(view: View, layer: str, adapter: Adapter, weights: Mapp
         merged = view.record.base.rows[join(layer, name)].merged
         assert merged is not None
         replace_values(weight, bases[name].data.to(weight.device, merged.seen.dtype))
-
-
-# What a merge lost
-
-_MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is lost; in bfloat16, 0.1 to 0.2 is common
-
-
-def warn_of_divergence(view: View) -> None:
-    """Warn of adapters that hold NaN or infinite values."""
-    broken = []
-    for name, parameter in view.adapters.items():
-        if not parameter.is_meta and not to_local(parameter).isfinite().all():
-            broken.append(name)
-    if not broken:
-        return
-    remedy = "train with a lower learning rate"
-    if any(view.adapters[name].dtype == torch.float16 for name in broken):
-        remedy = "train without autocast_adapter_dtype=False: these are in float16, in which Adam ends in NaN"
-    warn(
-        f"{listed(broken)} of {view.title} hold NaN or infinite values, and the merged weights too: the training "
-        f"has diverged. Call unmerge_adapters(model) for the base, and {remedy}."
-    )
-
-
-def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-    """Warn of a merge with what :func:`merge` returned: broken ties, values that overflowed, lost updates."""
-    title = type(model).__name__
-    if untied:
-        warn(
-            f"The weight of {listed(untied)} in {title} was tied to another layer's: they are two weights now. Load "
-            "the state dict into a model where they are not tied (in transformers, config.tie_word_embeddings=False)."
-        )
-    overflown = [name for name, share in lost.items() if _has_overflown(share)]
-    if overflown:
-        warn(
-            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
-            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
-            MergePrecisionWarning,
-        )
-    loss = lost_to_rounding(lost, title)
-    if loss:
-        warn(
-            f"{loss} Keep the adapters on their layers (merge=False, unmerge_adapters), or convert the model to "
-            "float32 before merging.",
-            MergePrecisionWarning,
-        )
-
-
-def _has_overflown(share: float) -> bool:
-    """Whether this share of an update was lost to values that a dtype cannot hold: it is infinite or NaN."""
-    return not share < math.inf
-
-
-def largest_share(shares: Sequence[float]) -> float:
-    """Return the largest of some shares of updates. One that has overflown is larger than any other."""
-    overflown = [share for share in shares if _has_overflown(share)]
-    return max(overflown) if overflown else max(shares)
-
-
-def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
-    """Return what a warning says of these shares of updates, by layer: two sentences, or nothing if they are small."""
-    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
-    if not much:
-        return ""
-    worst = max(much, key=much.__getitem__)
-    return (
-        f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} in "
-        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small."
-    )

@@ -1,7 +1,8 @@
 """The record: what an adapted model remembers. It is an attribute of the model, and so survives copy and pickle."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from lightning_lora.base.states import FOLLOWING, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import reshard
@@ -131,28 +131,14 @@ class Record:
         self.adapter.is_trained = True
 
 
-# Before torch loads into a model
-
-_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], bool]  # model, state, prefix, torch's notes
-_HOOKS: list[_LoadHook] = []
-
-
-def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this before torch loads into a model with a record. The latest hook comes first, until one returns True."""
-    _HOOKS.insert(0, hook)
-    return hook
+# The record of a model
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
-    if find_record(model) is None:
-        return
-    refuse_in_block(model, "load_state_dict")
-    for hook in _HOOKS:
-        if hook(model, state, prefix, notes):
-            return
-
-
-# The record of a model
+    """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
+    if find_record(model) is not None:
+        load = import_module("lightning_lora.storage.load.state_dicts")  # it lies above: by name, when called
+        load.before_load(model, state, prefix, notes)
 
 
 def find_record(model: nn.Module) -> Record | None:

@@ -1,7 +1,7 @@
 """A model's layers, adapters and base, by name, and which of them train."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -138,6 +138,11 @@ class View:
     def weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
         return {self.base[join(layer, weight)] for weight in self.layers[layer].lora_weights()}
+
+    def size_of(self, names: Iterable[str]) -> int:
+        """Return the number of values of these parameters of the base. Tied ones count once."""
+        parameters = {self.base[name] for name in names}
+        return sum(p.numel() for p in parameters)
 
     @cached_property
     def saved(self) -> list[nn.Module]:
