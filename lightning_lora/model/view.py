@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.states import USE
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.record import Record, find_record, record_for, records_in
+from lightning_lora.model.record import Record, find_record, record_of, records_in
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.names import (
@@ -309,9 +310,9 @@ def _is_bias(name: str) -> bool:
     return "bias" in name.rpartition(".")[2]
 
 
-def view_of(model: nn.Module, call: str = "view_of") -> View:
+def view_of(model: nn.Module, call: str = USE) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
-    record_for(model, call)
+    record_of(model, call)
     view = View(model)
     view.check_present()
     return view
