@@ -325,8 +325,7 @@ def _restore(view: View) -> None:
 
 def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
-    merged = view.record.base.rows[join(layer, adapter.weights[0])].merged
-    assert merged is not None
+    merged = view.record.base.merged_tensor(join(layer, adapter.weights[0]))
     attach.move_to_layer(view.modules[layer], adapter, merged.seen.dtype, undo)
 
 
