@@ -26,7 +26,6 @@ from lightning_lora.summary import summarize
 from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.gradients import check_learned, tell_of_unmoved
@@ -38,8 +37,10 @@ from lightning_lora.training.merging import (
     extend_launchers,
     merge_trained,
 )
+from lightning_lora.training.optimizers.added_groups import added_groups_fit
+from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.scales import scales_of
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
-from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.running import Running
 from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy

@@ -21,7 +21,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.guards.asked import OwnCheckpoints
-from lightning_lora.training.rates import peak_rates
+from lightning_lora.training.optimizers.peak_rates import peak_rates
 
 
 class Gradients:

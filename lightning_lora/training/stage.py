@@ -23,9 +23,9 @@ from lightning_lora.tensors.names import join, owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
-from lightning_lora.training.float32_steps import Float32Steps
 from lightning_lora.training.gradients import Dropout
 from lightning_lora.training.guards.moments import Guards
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.randomness import Resumed, reseeded
 
 

@@ -14,7 +14,7 @@ from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.training.rates import peak_rates, rates_by_layer
+from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_layer
 
 Values = dict[str, Any]
 
