@@ -1,9 +1,8 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
-import inspect
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
-from inspect import cleandoc
+from inspect import cleandoc, signature
 from typing import Any, Literal, cast, get_args
 from weakref import WeakKeyDictionary
 
@@ -154,7 +153,7 @@ class LoRACallback(Callback):
         """Show the arguments that are not at their defaults."""
         values = {**vars(self), **self.config.to_dict()}
         changed = []
-        for name, parameter in inspect.signature(LoRACallback).parameters.items():
+        for name, parameter in signature(LoRACallback).parameters.items():
             if name in values and values[name] != parameter.default:
                 changed.append(f"{name}={values[name]!r}")
         return f"{type(self).__name__}({', '.join(changed)})"
