@@ -8,10 +8,13 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.patterns import ending
+
+Bias = Literal["none", "all", "lora_only"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
 
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 200
@@ -262,3 +265,8 @@ PATTERNS: dict[str, Callable[[str, Any], Any]] = {
     "alpha_pattern": _checked_alphas,
 }
 """The optional arguments that mean layers, with what checks them."""
+
+
+def checked_pattern(name: str, value: Any) -> Any:
+    """Return what is kept of an optional argument that means layers: None if it is empty."""
+    return PATTERNS[name](name, value) if is_given(value) else None
