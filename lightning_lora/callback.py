@@ -33,13 +33,13 @@ from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,
     check_merge_weights,
-    extend_launchers,
     merge_trained,
 )
 from lightning_lora.training.optimizers.added_groups import added_groups_fit
 from lightning_lora.training.optimizers.groups_behind import follow
 from lightning_lora.training.optimizers.scales import scales_of
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
+from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import Running
 from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.overlay import overlay_strategy

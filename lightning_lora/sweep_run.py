@@ -12,7 +12,7 @@ from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.training.compatibility import kinds_of
-from lightning_lora.training.merging import returns_state_only
+from lightning_lora.training.returned_records import returns_state_only
 
 Fit = Callable[[Any, str | None], object]
 """The user's function of a callback and a ``ckpt_path``."""
