@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model import early_optimizers
+from lightning_lora.model.view import View
 from tests.support.faults import unchanged
 from tests.support.fits import adapted
 from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state
@@ -127,6 +129,22 @@ def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     before.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
     before.step()
+
+
+def test_an_optimizer_is_looked_at_once_in_several_processes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    looks: list[nn.Module] = []
+
+    def look(seen: nn.Module) -> View:
+        looks.append(seen)
+        return View(seen)
+
+    monkeypatch.setattr(early_optimizers, "View", look)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for _ in range(3):
+        optimizer.step()
+    assert looks.count(model) == 1
 
 
 def test_an_early_optimizer_takes_no_step_although_a_head_would_train() -> None:

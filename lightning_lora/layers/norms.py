@@ -29,11 +29,12 @@ def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> 
     for module in trained:
         trained_modules.update(module.modules())
     for module in modules:
-        if _has_running_statistics(module) and module not in trained_modules:
+        if has_running_statistics(module) and module not in trained_modules:
             set_frozen(module, True)
 
 
-def _has_running_statistics(module: nn.Module) -> bool:
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a module is a norm that averages over batches in training."""
     return isinstance(module, NormBase) and module.track_running_stats
 
 

@@ -4,20 +4,22 @@ They were made before the adapters, or of other adapters that rest now, or of fl
 """
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.model.record import AdapterState
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.named import among, joined, only, where
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
 _CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
@@ -38,16 +40,16 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
     if optimizer in _CHECKED:
         return
     held = _held_by(optimizer)
-    for model in list(_ADAPTED) if _gives_nan_in_float16(optimizer) else ():
-        _check_dtypes(View(model), optimizer, held)
-    if dist.is_available() and dist.is_initialized():  # there, each process may hold only its share
-        return
-    frozen = {p for p in held if p.grad is None and not p.requires_grad}
-    for model in list(_ADAPTED) if frozen else ():
-        _check_for(View(model), optimizer, held, frozen)
     has_gradients = any(p.grad is not None for p in held)
-    for model in list(_ADAPTED) if held and not has_gradients else ():
-        _check_active(View(model), optimizer, held)
+    frozen = {p for p in held if p.grad is None and not p.requires_grad}
+    for model in list(_ADAPTED):
+        view = View(model)
+        _check_dtypes(view, optimizer, held)
+        if dist.is_available() and dist.is_initialized():  # there, each process may hold only its share
+            continue
+        _check_frozen(view, optimizer, held, frozen)
+        if not has_gradients:
+            _check_active(view, optimizer, held)
     _CHECKED.add(optimizer)
 
 
@@ -63,18 +65,16 @@ def steps_are_in_float32(model: nn.Module) -> Iterator[None]:
 
 def _gives_nan_in_float16(optimizer: Optimizer) -> bool:
     """Whether it divides by roots of its state plus an epsilon, which is zero in float16, as that of Adam is."""
-    epsilons = [group["eps"] for group in optimizer.param_groups if isinstance(group.get("eps"), float)]
-    return any(float(torch.tensor(epsilon, dtype=torch.float16)) == 0 for epsilon in epsilons)
+    epsilons = [group.get("eps") for group in optimizer.param_groups]
+    return any(isinstance(each, float) and torch.tensor(each, dtype=torch.float16) == 0 for each in epsilons)
 
 
 def _check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
     """Refuse float16 weights that train in full, if adapters are kept in float32."""
     if not view.is_adapted or view.is_merged or not view.config.autocast_adapter_dtype:
         return
-    if any(view.model is inner for outer in _IN_FLOAT32 for inner in outer.modules()):
-        return
     halves = [name for name, p in view.trained.items() if p in held and p.dtype == torch.float16 and p.requires_grad]
-    if halves:
+    if halves and _gives_nan_in_float16(optimizer) and not _steps_in_float32(view.model):
         raise OptimizerError(
             f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "
             "NaN. Keep the weights in float32 (with autocast) or bfloat16, or use a Trainer with LoRACallback, which "
@@ -82,10 +82,15 @@ def _check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> 
         )
 
 
-def _check_for(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:
-    """Check an optimizer for one model."""
+def _steps_in_float32(model: nn.Module) -> bool:
+    """Whether a model is one, or lies in one, whose optimizers see float16 weights in float32."""
+    return any(model in set(outer.modules()) for outer in _IN_FLOAT32)
+
+
+def _check_frozen(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:
+    """Refuse an optimizer that holds frozen weights below adapters, and none of these."""
     below = _weights_below_adapters(view, frozen)
-    adapters = _adapters_of(view, below.values())
+    adapters = _adapters_of(view, set(below.values()))
     if not adapters or not held.isdisjoint(adapters):
         return
     trains_others = frozen != held
@@ -99,10 +104,9 @@ def _check_for(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen
 
 def _check_active(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
     """Refuse an optimizer that holds resting adapters alone, after a backward pass through others in no optimizer."""
-    if not view.is_adapted or not held <= _resting_parameters(view):
-        return
+    holds_resting_alone = held and held <= _resting_parameters(view)
     active = {p for p in view.model.parameters() if p.grad is not None}
-    if active and not _are_held_by_another(active, optimizer):
+    if holds_resting_alone and active and not _are_held_by_another(active, optimizer):
         raise OptimizerError(
             f"{type(optimizer).__name__} holds adapters of {view.title} that rest, and no optimizer holds "
             f"{view.adapter.name!r}, which has gradients. Make it anew after set_adapter or inject_adapters, of (p for "
@@ -110,37 +114,42 @@ def _check_active(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> 
         )
 
 
-def _resting_parameters(view: View) -> set[nn.Parameter]:
+def _resting_parameters(view: View) -> set[Tensor]:
     """All parameters of the adapters that rest, and what trains in full with them."""
-    found = set[nn.Parameter]()
-    for state in view.record.others.values():
-        found.update(tensor for tensor in state.own.values() if isinstance(tensor, nn.Parameter))
-        for adapter in state.resting.values():
-            found.update(adapter.parameters.values())
+    found = set[Tensor]()
+    for state in _resting_adapters(view):
+        found.update(state.own.values())
+        found.update(_parameters_of(state.resting.values()))
     return found
+
+
+def _resting_adapters(view: View) -> list[AdapterState]:
+    """What the model remembers of the adapters that rest."""
+    return list(view.record.others.values()) if view.is_adapted else []
+
+
+def _parameters_of(adapters: Iterable[Adapter]) -> Iterator[nn.Parameter]:
+    for adapter in adapters:
+        yield from adapter.parameters.values()
 
 
 def _weights_below_adapters(view: View, frozen: set[nn.Parameter]) -> dict[str, str]:
     """The names of those of these weights that have an adapter which trains, and their layers."""
     below = dict[str, str]()
-    for name, layer in view.layers.items():
-        if not layer.lora_trained():
-            continue
-        for weight in layer.lora_weights():
-            whole = join(name, weight)
-            if view.base.get(whole) in frozen:
-                below[whole] = name
+    frozen_weights = among(view.base, frozen)
+    for name, layer in where(view.layers, LoRALayer.lora_trained).items():
+        weights = [weight for weight in joined(name, layer.lora_weights()) if weight in frozen_weights]
+        below |= dict.fromkeys(weights, name)
     return below
 
 
 def _adapters_of(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     """The parameters of all adapters of these layers, also of those that rest: they may take a step of their own."""
     found = set[nn.Parameter]()
-    for name in layers:
-        found.update(view.layers[name].lora_parameters().values())
-        for state in view.record.others.values() if view.is_adapted else ():
-            if name in state.resting:
-                found.update(state.resting[name].parameters.values())
+    for layer in only(view.layers, layers).values():
+        found.update(layer.lora_parameters().values())
+    for state in _resting_adapters(view):
+        found.update(_parameters_of(only(state.resting, layers).values()))
     return found
 
 

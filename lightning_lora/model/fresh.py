@@ -4,7 +4,7 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
+from lightning_lora.tensors.named import (
+    grouped,
+    inside,
+    joined,
+    modules_around,
+    outermost_outside,
+    outside,
+    where,
+    without,
+)
+from lightning_lora.tensors.names import owner_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
@@ -38,14 +48,13 @@ class Fresh:
 
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
-    looked = _LayersSeen()
-    for name, weights in _layers(view, besides=view.trained.values()):
-        looked.add(view, name, weights)
-    frozen = (parameter for name, parameter in view.base.items() if name not in view.trained)
-    for name, weights in _layers(view, besides=frozen):
-        looked.add_trained(view, name, weights)
+    looked = _LayersSeen(view)
+    for name, weights in _layers(view, besides=view.trained.values()).items():
+        looked.add(name, weights)
+    for name, weights in _layers(view, besides=view.frozen.values()).items():
+        looked.add_trained(name, weights)
     random = tuple(_as_modules(view, looked.fresh))
-    unsure = tuple(name for name in looked.unsure if not is_in_any(name, random))
+    unsure = tuple(outside(looked.unsure, random))
     return Fresh(random, looked.share, unsure)
 
 
@@ -53,6 +62,7 @@ def find_fresh(view: View) -> Fresh:
 class _LayersSeen:
     """What was found in the layers that were looked at."""
 
+    view: View
     values: int = 0  # the number of values in all layers that can be judged
     fresh_values: int = 0  # in those that look untrained
     fresh: dict[str, Weights] = field(default_factory=dict)  # those to be named
@@ -63,37 +73,36 @@ class _LayersSeen:
         """The share of what looks untrained; NaN if nothing can be judged."""
         return self.fresh_values / self.values if self.values else math.nan
 
-    def add(self, view: View, name: str, weights: Weights) -> None:
+    def add(self, name: str, weights: Weights) -> None:
         """Look at one more layer."""
-        layer = view.modules[name]
-        is_fresh = _looks_fresh(view, name, weights)
-        is_meant = is_fresh and not _is_frozen_by_user(view, name, weights)
-        if _has_few_values(weights):
-            if is_meant and isinstance(layer, nn.Linear):
-                self.unsure.append(name)
+        layer = self.view.modules[name]
+        has_few_values = _has_few_values(weights)
+        if not has_few_values:
+            self.values += _number_of_values(weights)
+        if not _looks_fresh(self.view, name, weights):
             return
-        sizes = [weight.numel() for weight in weights.values()]
-        size = sum(sizes)
-        self.values += size
-        if is_fresh:
-            self.fresh_values += size
-        if is_meant and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
+        if not has_few_values:
+            self.fresh_values += _number_of_values(weights)
+        if not self.view.frozen_by_user.isdisjoint(joined(name, weights)):  # it is random on purpose
+            return
+        if has_few_values and isinstance(layer, nn.Linear):
+            self.unsure.append(name)
+        elif not has_few_values and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
             self.fresh[name] = weights
 
-    def add_trained(self, view: View, name: str, weights: Weights) -> None:
+    def add_trained(self, name: str, weights: Weights) -> None:
         """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""
-        if not _has_few_values(weights) and not _looks_fresh(view, name, weights):
-            self.values += sum(weight.numel() for weight in weights.values())
+        if not _has_few_values(weights) and not _looks_fresh(self.view, name, weights):
+            self.values += _number_of_values(weights)
 
 
-def _is_frozen_by_user(view: View, name: str, weights: Weights) -> bool:
-    """Whether the user froze a weight of a layer: it is random on purpose."""
-    return any(join(name, leaf) in view.frozen_by_user for leaf in weights)
+def _number_of_values(weights: Weights) -> int:
+    return sum(weight.numel() for weight in weights.values())
 
 
 def _has_few_values(weights: Weights) -> bool:
     """Whether one of the weights has too few values to be judged."""
-    return any(count(weight) < FEWEST for weight in weights.values())
+    return min(map(count, weights.values())) < FEWEST
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
@@ -111,9 +120,10 @@ def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
     modules = set(found.new)
     if found.share <= MOST_SHARE:
         modules.update(_small_linear_layers(view))
-    are_inside = [is_in_any(name, modules) for name in view.frozen]
-    are_inside = agreed(are_inside, list(view.frozen.values()))
-    return tuple(compress(view.frozen, are_inside))
+    in_modules = set(inside(view.frozen, modules))
+    are_random = [name in in_modules for name in view.frozen]
+    are_random = agreed(are_random, list(view.frozen.values()))
+    return tuple(compress(view.frozen, are_random))
 
 
 def _small_linear_layers(view: View) -> list[str]:
@@ -121,36 +131,39 @@ def _small_linear_layers(view: View) -> list[str]:
     return [name for name in _small(view) if isinstance(view.modules[name], nn.Linear)]
 
 
-def _layers(view: View, besides: Iterable[nn.Parameter]) -> Iterator[tuple[str, Weights]]:
+def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    seen = {id(parameter) for parameter in (*view.adapters.values(), *besides)}
-    for name, module in view.modules.items():
-        if not name or adapter_for(module) is None:
-            continue
-        weights = _weights_besides(module, seen)
-        seen.update(map(id, weights.values()))
-        if weights and all(_can_be_judged(weight) for weight in weights.values()):
-            yield name, weights
+    seen = {*view.adapters.values(), *besides}
+    layers: dict[str, Weights] = {}
+    for name, module in without(view.modules, [""]).items():
+        weights = _matrices_besides(module, seen)
+        if weights and adapter_for(module) is not None:
+            layers[name] = weights
+            seen.update(weights.values())
+    return where(layers, _can_be_judged)
 
 
-def _weights_besides(module: nn.Module, seen: set[int]) -> Weights:
+def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
     """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
     weights: Weights = {}
     for leaf, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
+        if parameter is not None and parameter.dim() > 1 and parameter not in seen:
             weights[leaf] = parameter
     return weights
 
 
-def _can_be_judged(weight: nn.Parameter) -> bool:
+def _can_be_judged(weights: Weights) -> bool:
+    return len(where(weights, _has_enough_values)) == len(weights)
+
+
+def _has_enough_values(weight: nn.Parameter) -> bool:
     """Whether a weight has floating-point values, and enough of them in this process."""
     is_plain = type(weight) is nn.Parameter or is_dtensor(weight)
-    if not is_plain or weight.is_meta:
+    is_computed_with = weight.is_floating_point() and weight.element_size() > 1
+    if not is_plain or not is_computed_with or weight.is_meta:
         return False
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        return False
-    needed = min(FEWEST, weight.numel())
-    return needed > 0 and to_local(weight).numel() >= needed
+    needed = max(1, min(FEWEST, weight.numel()))
+    return to_local(weight).numel() >= needed
 
 
 def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
@@ -225,59 +238,40 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
         return []
     parameters = _parameters_by_owner(view)
     norms = _blank_norms(view, parameters)
-    others = parameters.keys() - fresh.keys() - norms - _small(view)  # these look trained
-    around_others = _modules_around(others)
-    modules = dict[str, None]()  # in order, each once
+    others = parameters.keys() - fresh.keys() - norms.keys() - _small(view)  # these look trained
+    around_others = modules_around(others)
+    norms_beside = grouped(sorted(norms), owner_of)
+    modules = list[str]()
     for name in fresh:
-        beside = [norm for norm in norms if owner_of(norm) == owner_of(name)]
-        for each in (name, *sorted(beside)):
-            modules[_outermost_besides(each, around_others)] = None
-    return list(modules)
+        named_together = (name, *norms_beside.get(owner_of(name), ()))
+        modules += [outermost_outside(around_others, each) for each in named_together]
+    return list(dict.fromkeys(modules))
 
 
 def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
     """The base's parameters by the module that holds them."""
-    parameters = dict[str, list[nn.Parameter]]()
-    for name, parameter in view.base.items():
-        parameters.setdefault(owner_of(name), []).append(parameter)
-    return parameters
+    by_owner = grouped(view.base, owner_of)
+    return {owner: [view.base[name] for name in names] for owner, names in by_owner.items()}
 
 
-def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> set[str]:
-    """The modules whose parameters are all blank, and do not train."""
-    trained = {id(parameter) for parameter in view.trained.values()}
-    norms = set[str]()
-    for name, held in parameters.items():
-        is_model_itself = not name  # which modules_to_save cannot name
-        if not is_model_itself and all(_is_blank(p) and id(p) not in trained for p in held):
-            norms.add(name)
-    return norms
-
-
-def _modules_around(names: Iterable[str]) -> set[str]:
-    """These modules, and all around them."""
-    modules = set[str]()
-    for name in names:
-        modules.update(starts_of(name))
-    return modules
-
-
-def _outermost_besides(name: str, left_out: set[str]) -> str:
-    """The largest module around a layer that is not left out, or the layer itself."""
-    for outer in starts_of(name):
-        if outer not in left_out:
-            return outer
-    return name
+def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
+    untrained = where(without(parameters, [""]), set(view.trained.values()).isdisjoint)
+    return where(untrained, _are_blank)
 
 
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
-    small = set[str]()
-    for name, parameters in _parameters_by_owner(view).items():
-        largest = max(map(count, parameters))
-        if largest < FEWEST and adapter_for(view.modules[name]):
-            small.add(name)
-    return small
+    small = where(_parameters_by_owner(view), _are_small)
+    return {name for name in small if adapter_for(view.modules[name])}
+
+
+def _are_small(parameters: Iterable[nn.Parameter]) -> bool:
+    return max(map(count, parameters)) < FEWEST
+
+
+def _are_blank(parameters: Iterable[nn.Parameter]) -> bool:
+    return all(_is_blank(parameter) for parameter in parameters)
 
 
 def _is_blank(parameter: nn.Parameter) -> bool:
@@ -286,9 +280,7 @@ def _is_blank(parameter: nn.Parameter) -> bool:
     if values.dim() != 1 or values.is_meta or not len(values):
         return False
     first = values[0]
-    if first.item() not in (0, 1):
-        return False
-    return bool((values == first).all())
+    return first.item() in (0, 1) and bool((values == first).all())
 
 
 # Initial values

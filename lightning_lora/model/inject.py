@@ -1,6 +1,5 @@
 """Add adapters to a model in place, and remove them."""
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
@@ -20,13 +19,14 @@ from lightning_lora.model.switch import activate, check_known, check_switchable,
 from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.names import is_in_any, named_modules
+from lightning_lora.tensors.named import first_names, inside, names_by, only, outside, where, without
+from lightning_lora.tensors.names import named_modules, owner_of, parameters_of
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -65,39 +65,45 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         >>> model[0]
         LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=4)
     """
+    _check_arguments(model, config)
+    names = inject(model, config, name=name)
+    Guards().injected(View(model))
+    return names
+
+
+def _check_arguments(model: object, config: object) -> None:
+    """Refuse what is no model or no configuration, and one that only a Trainer can serve."""
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
-        is_pefts = type(config).__module__.startswith("peft.")
-        raise ConfigError(
+        about = (
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
-            + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
         )
+        if type(config).__module__.startswith("peft."):
+            about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
+        raise ConfigError(about)
     record = records.find_record(model)
     if record is None or not record.adapter.is_trained:
         refuse_trainer_only(config)
-    names = inject(model, config, name=name)
-    if still := records.record_of(model).adapter.networks.still:
-        warn(left_still(still, type(model).__name__))
-    warn_of_hooks(model, View(model).layers)
-    return names
 
 
 def inject(
     model: nn.Module, config: LoRAConfig, *, name: str = "default", networks_are_known: bool = False
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
-    record = records.find_record(model)
-    if record is not None:
-        records.record_of(model)  # raises an error if the base is shown
-    if record is None or name not in record.adapters:
+    finds = not networks_are_known
+    if records.find_record(model) is None:
         refuse_in_block(model, "inject_adapters")
-    if record is not None and not record.is_merged:
+        return _inject(model, config, name, finds=finds)
+    record = records.record_of(model)  # raises an error if the base is shown
+    if name not in record.adapters:
+        refuse_in_block(model, "inject_adapters")
+    if not record.is_merged:
         with activate(model, name, config) as undo:
-            names = _inject(model, config, name, finds=not networks_are_known)
+            names = _inject(model, config, name, finds=finds)
             undo.pop_all()
             return names
-    if record is not None and record.others:
+    if record.others:
         check_switchable(View(model))
-    return _inject(model, config, name, finds=not networks_are_known)
+    return _inject(model, config, name, finds=finds)
 
 
 def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> tuple[str, ...]:
@@ -109,8 +115,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
     note_what_the_user_set(view)
     choices, networks = _choose(view, config, finds=finds)
     unwanted = _unwanted_adapters(view, choices, networks)
-    adds_adapters = not all(isinstance(choice.layer, LoRALayer) for choice in choices.values())
-    if unwanted or adds_adapters:
+    if unwanted or _to_be_adapted(choices):
         refuse_in_block(model, "inject_adapters")
     with attach.undone_on_error(view):
         if unwanted:
@@ -118,8 +123,8 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
             view.look_again(config)
         attach.check_same(view, choices)
         if finds:
-            _warn_of_lost(view, choices)
-        adapters = _new_adapters(choices)
+            Guards().layers_chosen(view, _to_be_adapted(choices))
+        adapters = _new_adapters(_to_be_adapted(choices))
         if adapters:
             _check_not_parallel(model)
         record = records.begin_record(model, config, name)
@@ -134,11 +139,15 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
     return tuple(choices)
 
 
+def _to_be_adapted(choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Those of the chosen layers that have no adapters."""
+    return {name: choice for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)}
+
+
 def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """A file's configuration without exclusions that match nothing: what stood still in training may not be here."""
-    if config.exclude_modules and not any(config.is_excluded(name) for name in named_modules(model)):
-        return replace(config, exclude_modules=None)
-    return config
+    excludes_any = any(config.is_excluded(name) for name in named_modules(model))
+    return config if excludes_any else replace(config, exclude_modules=None)
 
 
 def _refuse_pefts(view: View) -> None:
@@ -156,7 +165,7 @@ def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, C
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = {view.base[name] for name in view.frozen_by_user}
     networks = networks_of(view, kinds, frozen, finds=finds)
-    choices = {name: choice for name, choice in targeted.items() if not is_in_any(name, networks.left)}
+    choices = only(targeted, outside(targeted, networks.left))
     if not choices:
         raise TargetError(
             f"{left_still(networks.still, view.title)} Nothing else is targeted by "
@@ -167,44 +176,28 @@ def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, C
 
 def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: Networks) -> list[str]:
     """Adapted layers whose adapters are taken off: those that no longer fit, or that nobody has asked for."""
-    resized = [name for name, layer in view.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
-    not_chosen = []
-    for name in view.layers:
-        is_copied_or_left = name not in view.recorded or is_in_any(name, networks.left)
-        if name not in choices and is_copied_or_left:
-            not_chosen.append(name)
-    return [*resized, *not_chosen, *_tied_since(view, choices)]
+    resized = where(view.layers, LoRALayer.lora_is_resized)
+    copied = without(view.layers, view.recorded)
+    left = inside(view.layers, networks.left)
+    not_chosen = {*copied, *left} - choices.keys()
+    return [*where(resized, LoRALayer.lora_is_fresh), *not_chosen, *_tied_since(view, choices)]
 
 
 def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
     """Layers that the same word chose before they were tied, as in a module's own ``setup``. None has learned."""
-    if not view.is_adapted or view.is_merged or view.adapter.config.target_modules != view.config.target_modules:
+    word = view.config.target_modules
+    if not view.is_adapted or view.adapter.config.target_modules != word or word not in AUTOMATIC:
         return []
-    if view.config.target_modules not in AUTOMATIC:
-        return []
-    holders: Counter[nn.Parameter] = Counter()
-    for module in set(view.modules.values()):
-        holders.update({p for p in module._parameters.values() if p is not None})
-    tied = []
-    for name, layer in view.layers.items():
-        is_shared = any(holders[weight] > 1 for weight in view.weights_of(name))
-        if name not in choices and is_shared and layer.lora_is_fresh():
-            tied.append(name)
-    return tied
+    tied = _tied_parameters(view)
+    not_chosen = without(view.layers, choices)
+    layers = [name for name in not_chosen if not tied.isdisjoint(view.weights_of(name))]
+    return list(where(only(not_chosen, layers), LoRALayer.lora_is_fresh))
 
 
-def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
-    """Name layers that were replaced, and so have lost adapters that had learned."""
-    if not view.is_adapted or view.is_merged or not view.adapter.is_trained:
-        return
-    lost = []
-    for name in view.adapter.layers:
-        if name in choices and not isinstance(choices[name].layer, LoRALayer):
-            lost.append(name)
-    if lost:
-        warn(
-            f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
-        )
+def _tied_parameters(view: View) -> set[nn.Parameter]:
+    """The parameters that several modules hold."""
+    names_by_parameter = names_by(parameters_of(first_names(view.modules)))
+    return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
 
 
 def _check_not_parallel(model: nn.Module) -> None:
@@ -220,8 +213,7 @@ def _check_not_parallel(model: nn.Module) -> None:
 def check_adapted(model: nn.Module) -> None:
     """Refuse a model in which selected layers have no adapters: they were added or replaced after the injection."""
     view = view_of(model)
-    choices = select(model, view.config)
-    missing = [name for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)]
+    missing = _to_be_adapted(select(model, view.config))
     if missing:
         raise AdapterStateError(
             f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced later. "
@@ -233,8 +225,7 @@ def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
     adapters = {}
     with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():
-            if not isinstance(choice.layer, LoRALayer):
-                adapters[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
+            adapters[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
     return adapters
 
 
@@ -262,7 +253,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = records.find_record(model) or records.record_of(model)
+    record = records.find_record(model) or records.record_of(model)  # which raises an error if there is none
     check_known(record, name, model)
     refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:

@@ -15,16 +15,18 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
+from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
 from lightning_lora.model.blocks import is_in_block, open_block
 from lightning_lora.model.record import AdapterState, record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import NormBase, version_of
+from lightning_lora.private import version_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import named_modules, owner_of, starts_of
+from lightning_lora.tensors.named import among, grouped, modules_around, only, where
+from lightning_lora.tensors.names import named_modules, owner_of
 from lightning_lora.tensors.values import same_bits
 
 Name = str | None  # an adapter's, or None: the base
@@ -85,23 +87,29 @@ class _Block(ExitStack):
         used = self._used_adapters(view)
         values = _values_besides_adapters(view, used)
         modules = named_modules(view.model)
-        changed = {name for name, module in modules.items() if module in values or is_in_block(module)}
-        changed.update(*used.values())
-        around = _modules_around(changed)
-        replaced: list[tuple[nn.Module, str, Any]] = []
-        for name, module in modules.items():
-            adapters: dict[Name, Adapter] = {key: layers[name] for key, layers in used.items() if name in layers}
-            _check_has_rows(name, view, around, adapters.values())
-            path = inference_path(module) if name in around else None
-            if path is not None:
-                replaced.append((module, *path))
-            if name in changed:
-                mixed = _MixedModule(self, view, name, adapters, values.get(module, {}))
-                replaced.append((module, "forward", MethodType(mixed.forward, module)))  # a copy gets one of the copy
-        self.enter_context(open_block([modules[name] for name in modules.keys() & changed]))
-        for module, attribute, value in replaced:
-            self._replace(module, attribute, value)
+        adapters = _by_layer(used)
+        in_blocks = where(modules, is_in_block)
+        with_values = among(modules, values)
+        changed = only(modules, {*in_blocks, *with_values, *adapters})
+        around = {"", *modules_around(changed)}
+        for name in modules:
+            _check_has_rows(name, view, around, adapters.get(name, {}).values())
+        forwards = {}
+        for name, module in changed.items():
+            mixed = _MixedModule(self, view, name, adapters.get(name, {}), values.get(module, {}))
+            forwards[module] = MethodType(mixed.forward, module)  # a copy gets one of the copy
+        self.enter_context(open_block(changed.values()))
+        for module in only(modules, around).values():
+            self._leave_inference_path(module)
+        for module, forward in forwards.items():
+            self._replace(module, "forward", forward)
         return self
+
+    def _leave_inference_path(self, module: nn.Module) -> None:
+        """Let a module call those inside it, until the end of the block."""
+        path = inference_path(module)
+        if path is not None:
+            self._replace(module, *path)
 
     def _used_adapters(self, view: View) -> dict[str, dict[str, Adapter]]:
         """The active adapter, and those of the rows, by name and layer. They are where the model is."""
@@ -121,12 +129,13 @@ class _Block(ExitStack):
         attributes[attribute] = value
 
 
-def _modules_around(changed: Iterable[str]) -> set[str]:
-    """The names of these modules, and of all that hold one."""
-    around = {""}
-    for name in changed:
-        around.update(starts_of(name))
-    return around
+def _by_layer(used: Mapping[str, Mapping[str, Adapter]]) -> dict[str, dict[Name, Adapter]]:
+    """The adapters of each layer, by their names."""
+    adapters: dict[str, dict[Name, Adapter]] = {}
+    for name, layers in used.items():
+        for layer, adapter in layers.items():
+            adapters.setdefault(layer, {})[name] = adapter
+    return adapters
 
 
 # What differs besides the adapters
@@ -153,9 +162,9 @@ def _values_besides_adapters(view: View, names: Iterable[str]) -> dict[nn.Module
 
 def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterState]) -> dict[Name, Tensor]:
     """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
-    original = view.adapter.originals.get(name)
+    original = view.adapter.originals.get(name, here)
     base = here
-    if original is not None and not original.is_meta and name not in view.record.filled:
+    if not original.is_meta and name not in view.record.filled:
         base = original.to(here)
     values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
     values[None] = base
@@ -231,13 +240,15 @@ class _MixedModule:
         self.has_trained_statistics = self._has_trained_statistics()
         self.stacked_from: list[Any] = []
         self.stacked = (torch.empty(0), torch.empty(0))
-        # without an adapter, values or modules inside that differ, a row runs as the base
-        may_differ = bool(values or module._modules)
-        self.names = [key if may_differ or key in adapters else None for key in block.names]
-        rows: dict[Name, list[int]] = {}
-        for row, key in enumerate(self.names):
-            rows.setdefault(key, []).append(row)
+        self.names = self._distinct_names(block.names)
+        rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
+
+    def _distinct_names(self, names: Sequence[Name]) -> list[Name]:
+        """The name of each row. Without an adapter, values or modules inside that differ, it runs as the base."""
+        if self.values or self.module._modules:
+            return list(names)
+        return [key if key in self.adapters else None for key in names]
 
     def _is_sum(self) -> bool:
         """Whether all rows are the base's output and an update: then one product adds the updates of all."""
@@ -250,9 +261,7 @@ class _MixedModule:
 
     def _has_trained_statistics(self) -> bool:
         """Whether it is a norm with running statistics that an adapter trains in full."""
-        if not isinstance(self.module, NormBase) or not self.module.track_running_stats:
-            return False
-        return "weight" in self.values.get(None, ())
+        return has_running_statistics(self.module) and "weight" in self.values.get(None, ())
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
@@ -278,9 +287,7 @@ class _MixedModule:
     def _run_each(self, n: int, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
         states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
-        mask = None
-        if isinstance(self.module, nn.MultiheadAttention):
-            mask = args[5] if len(args) > 5 else kwargs.get("attn_mask")  # all rows share it
+        mask = self._shared_mask(args, kwargs)
         outputs = []
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
@@ -290,6 +297,13 @@ class _MixedModule:
                 some_args, some_kwargs = taken((args, kwargs), rows, n, states_dim, mask)
                 outputs.append(self._run_as(key, some_args, some_kwargs))
         return put_back(self.name, outputs, list(self.rows.values()), states_dim)
+
+    def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
+        """The mask of an attention, which all rows share."""
+        if not isinstance(self.module, nn.MultiheadAttention):
+            return None
+        mask: Tensor | None = args[5] if len(args) > 5 else kwargs.get("attn_mask")
+        return mask
 
     def _run_as(self, key: Name, args: Any, kwargs: Any) -> Any:
         """Run the module with one adapter, or as the base. The modules inside it do so too."""
@@ -323,9 +337,7 @@ class _MixedModule:
 
     def _factors(self) -> Factors:
         """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
-        parameters: list[nn.Parameter] = []
-        for adapter in self.adapters.values():
-            parameters += adapter.parameters.values()
+        parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in self.adapters.values()))
         needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if needs_gradients or torch.compiler.is_compiling():
             return self._stack_factors()

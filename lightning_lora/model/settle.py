@@ -1,21 +1,23 @@
 """Which networks of a model get adapters: those that train, and copies of these, which follow them."""
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import TargetError, listed, warn
+from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
+from lightning_lora.tensors.named import inside, modules_around, only, outside, where, without
+from lightning_lora.tensors.names import is_in_any, owner_of
 
 
 def left_still(still: Collection[str], title: str) -> str:
@@ -36,7 +38,9 @@ def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], 
         finds: Whether networks that stand still are looked for. Otherwise, the configuration names them.
     """
     finds = finds and view.config.target_modules in AUTOMATIC
-    known = view.adapter.networks if view.is_adapted and not view.is_merged else Networks()
+    known = Networks()
+    if view.is_adapted and not view.is_merged:
+        known = view.adapter.networks
     copies = {
         **_copies_that_are_left(view, known),  # if none of them trains now
         **find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds),
@@ -44,11 +48,10 @@ def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], 
     stays = _still_as_before(view, known)
     if not still or not finds:
         return Networks(still=stays, copies=copies).fitting(kinds.keys())
-    layers = {name for name in _whole_layers(kinds) if not is_in_any(name, stays)}
     found = find_networks(
         view.modules,
         view.base,
-        layers,
+        set(outside(_whole_layers(kinds), stays)),
         still - _weights_that_have_learned(view),
         beside=_named_beside(view),
         copies=copies,
@@ -58,24 +61,16 @@ def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], 
 
 
 def _copies_that_are_left(view: View, known: Networks) -> dict[str, str]:
-    left = {}
-    for copy, original in known.copies.items():
-        if copy in view.modules and original in view.modules:
-            left[copy] = original
-    return left
+    return {copy: original for copy, original in known.copies.items() if {copy, original} <= view.modules.keys()}
 
 
 def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    flags = view.record.requires_grad
-    thawed = [name for name in view.base if flags.get(name, True)]
-    return tuple(network for network in known.still if not _is_any_in(thawed, network))
-
-
-def _is_any_in(names: Iterable[str], network: str) -> bool:
-    return any(is_in_any(name, [network]) for name in names)
+    frozen_before = {name for name, trained in view.record.requires_grad.items() if not trained}
+    thawed = without(view.base, frozen_before)
+    return tuple(network for network in known.still if not inside(thawed, [network]))
 
 
 def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
@@ -86,10 +81,13 @@ def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
-    for name, layer in view.layers.items():
-        if not layer.lora_is_fresh():
-            weights |= view.weights_of(name)
+    for name in _layers_that_have_learned(view):
+        weights |= view.weights_of(name)
     return weights
+
+
+def _layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    return {name: layer for name, layer in view.layers.items() if not layer.lora_is_fresh()}
 
 
 def _named_beside(view: View) -> list[str]:
@@ -115,7 +113,8 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     known = view.adapter.networks
     copies = _copies_that_stand_still(view, found, still)
     rests = _let_rest(view, unheld, known.below, copies)
-    _warn_of_frozen_since(view, rests)
+    Guards().networks_settled(view, rests, view.record.frozen_since)
+    view.record.frozen_since.clear()
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
@@ -126,9 +125,9 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    flags = view.record.requires_grad
-    training = [name for name, parameter in view.base.items() if parameter not in still and flags.get(name)]
-    return {copy: original for copy, original in found.copies.items() if not _is_any_in(training, copy)}
+    trained_before = where(view.record.requires_grad, bool)
+    training = [name for name, parameter in only(view.base, trained_before).items() if parameter not in still]
+    return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 
 
 def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], copies: Mapping[str, str]) -> list[str]:
@@ -145,31 +144,13 @@ def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], cop
     return rests
 
 
-def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
-    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
-    frozen_since = view.record.frozen_since
-    frozen = []
-    for name, layer in view.layers.items():
-        if layer.lora_is_fresh() or name in rests:
-            continue
-        weights = [join(name, weight) for weight in layer.lora_weights()]
-        if frozen_since.issuperset(weights):
-            frozen.append(name)
-    frozen_since.clear()
-    if frozen and len(frozen) < len(view.layers):
-        warn(
-            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
-            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
-        )
-
-
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
     known = view.adapter.networks
     below = tuple(name for name in known.below if name not in still)
     now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
-    left = [name for name in view.layers if is_in_any(name, now.left)]
+    left = inside(view.layers, now.left)
     if not left:
         return
     if len(left) == len(view.layers):
@@ -197,9 +178,7 @@ def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     """
     copies = copies_among(view, idle)
     networks = Networks(copies=copies)
-    for name, layer in view.layers.items():
-        if name not in idle:
-            continue
+    for name, layer in only(view.layers, idle).items():
         original = _original_layer(view, networks, name)
         if original is not None:
             layer.lora_begin_as(original)
@@ -210,10 +189,7 @@ def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
     """Return networks of these layers that copy one with other layers."""
     if not idle:
         return {}
-    busy: set[str] = set()
-    for name in view.layers:
-        if name not in idle:
-            busy.update(starts_of(name))
+    busy = modules_around(without(view.layers, idle))
     still = {parameter for name, parameter in view.base.items() if owner_of(name) not in busy}
     return find_copies(view.modules, view.base, view.layers.keys(), still)
 

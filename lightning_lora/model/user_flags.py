@@ -1,89 +1,89 @@
 """Which weights the user froze or thawed since the adapters came: the layers' adapters are meant, or their weights."""
 
+from torch import nn
+
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.record import Record, records_in
+from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import is_in_any, join, owner_of
+from lightning_lora.tensors.named import inside, joined, only, where, without
+from lightning_lora.tensors.names import owner_of
 
 
 def note_what_the_user_set(view: View) -> None:
     """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
-    for prefix, record in records_in(view.modules).items():
-        if prefix:
-            _refuse_frozen(view, prefix, record)
+    _refuse_frozen_networks(view)
     if not view.is_adapted or view.is_merged:
         return
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     _note_thawed(view)
     _note_copied(view)
-    if view.adapter.is_trained:
-        _note_frozen_since(view)
-    else:
-        note_frozen(view)
+    _note_frozen_since(view)
+    note_frozen(view)
 
 
-def _refuse_frozen(view: View, network: str, record: Record) -> None:
-    """Refuse a network with adapters of its own that are all frozen."""
-    layers = [layer for name, layer in view.layers.items() if is_in_any(name, [network])]
-    if not layers or record.is_merged:
-        return
-    if not any(has_trainable_parameters(layer) for layer in layers):
-        raise AdapterStateError(
-            f"{network!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
-            f"merge_adapters(model.get_submodule({network!r}))."
-        )
+def _refuse_frozen_networks(view: View) -> None:
+    """Refuse networks with adapters of their own that are all frozen."""
+    trainable = where(view.layers, _has_trainable_parameters)
+    networks = without(records_in(view.modules), [""])
+    for network, record in networks.items():
+        has_adapters = not record.is_merged and inside(view.layers, [network])
+        if has_adapters and not inside(trainable, [network]):
+            raise AdapterStateError(
+                f"{network!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
+                f"merge_adapters(model.get_submodule({network!r}))."
+            )
 
 
-def has_trainable_parameters(layer: LoRALayer) -> bool:
+def _requires_grad(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
+def _has_trainable_parameters(layer: LoRALayer) -> bool:
     """Whether any parameter of a layer's adapter requires a gradient."""
-    return any(parameter.requires_grad for parameter in layer.lora_parameters().values())
+    return bool(where(layer.lora_parameters(), _requires_grad))
 
 
 def _note_thawed(view: View) -> None:
     """A weight of the base that requires a gradient was thawed."""
     flags = view.record.requires_grad
-    thawed = {}
-    for name, parameter in view.frozen.items():
-        if parameter.requires_grad and name in flags:
-            thawed[name] = True
+    trainable = where(view.frozen, _requires_grad)
+    thawed = dict.fromkeys(only(trainable, flags), True)
     view.record.were_set(thawed)
     flags |= thawed
 
 
 def _note_copied(view: View) -> None:
     """Of a network that was copied with its adapters, all trained: its base was frozen by us."""
-    copied = []
-    for name, layer in view.layers.items():
-        if name not in view.recorded and has_trainable_parameters(layer):
-            copied.append(name)
-    for name in view.base:
-        if is_in_any(name, copied):
-            view.record.requires_grad[name] = True
+    copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
+    weights = inside(view.base, copied.keys())
+    view.record.requires_grad |= dict.fromkeys(weights, True)
 
 
 def _note_frozen_since(view: View) -> None:
     """An adapter that has learned, and trains no more, was frozen."""
-    flags = view.record.requires_grad
-    for name, layer in view.layers.items():
-        if _is_frozen(view, name, layer):
-            weights = [join(name, weight) for weight in layer.lora_weights()]
-            view.record.were_set({weight: False for weight in weights if flags.get(weight)})
+    if not view.adapter.is_trained:
+        return
+    trained_before = where(view.record.requires_grad, bool)
+    for name, layer in _frozen_layers(view).items():
+        weights = trained_before.keys() & joined(name, layer.lora_weights())
+        view.record.were_set(dict.fromkeys(weights, False))
 
 
 def note_frozen(view: View) -> None:
     """Note layers whose new adapters the user has frozen: their weights are meant."""
     if view.adapter.is_trained:
         return
-    for name, layer in view.layers.items():
-        if _is_frozen(view, name, layer):
-            weights = [weight for weight in view.base if owner_of(weight) == name]
-            view.record.requires_grad |= dict.fromkeys(weights, False)
+    frozen = _frozen_layers(view)
+    weights = [weight for weight in view.base if owner_of(weight) in frozen]
+    view.record.requires_grad |= dict.fromkeys(weights, False)
 
 
-def _is_frozen(view: View, name: str, layer: LoRALayer) -> bool:
-    """Whether nothing trains of an adapter that this package has made trainable."""
-    if name not in view.recorded:
-        return False
+def _frozen_layers(view: View) -> dict[str, LoRALayer]:
+    """The layers with adapters that this package has made trainable, and of which nothing trains."""
+    return where(only(view.layers, view.recorded), _is_frozen)
+
+
+def _is_frozen(layer: LoRALayer) -> bool:
     trained = layer.lora_trained()
     return bool(trained) and not any(parameter.requires_grad for parameter in trained)

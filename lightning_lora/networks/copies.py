@@ -1,13 +1,14 @@
 """Find networks that copy another one: a momentum network, a target, an average."""
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lightning_lora.networks.roles import Modules, Parameters
 from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.named import grouped, inside, modules_around, only
 from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import to_local
 
@@ -36,11 +37,12 @@ class _Search:
         self, modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], may_lack: bool
     ) -> None:
         self.modules = modules
-        self.layers = layers
         self.may_lack = may_lack
-        self.training = _modules_around(name for name, parameter in base.items() if parameter not in still)
+        training = [name for name, parameter in base.items() if parameter not in still]
+        self.training = modules_around(map(owner_of, training))
         self.parameters = _parameters_by_module(base)
-        self.candidates = self._training_modules_by_class()
+        self.adapted = _parameters_by_module(only(base, set(inside(base, layers))))
+        self.candidates = grouped(only(self.parameters, self.training), self._class_of)
         self.copies_of: Counter[str] = Counter()  # how many each network has
         self.samples = _Samples()
 
@@ -56,12 +58,10 @@ class _Search:
                 self.copies_of[original] += 1
         return found
 
-    def _training_modules_by_class(self) -> dict[type, list[str]]:
-        candidates: dict[type, list[str]] = {}
-        for name in self.parameters:
-            if name in self.training:
-                candidates.setdefault(_plain_class(self.modules[name]), []).append(name)
-        return candidates
+    def _class_of(self, name: str) -> type:
+        """The class of a module without adapters."""
+        module = self.modules[name]
+        return module.overlaid[1] if isinstance(module, InPlace) else type(module)
 
     def _may_be_copy(self, name: str) -> bool:
         """Whether nothing in a module trains. Of a larger network that stands still, single layers say nothing."""
@@ -73,25 +73,26 @@ class _Search:
 
     def _original_of(self, name: str) -> str | None:
         """The network that trains and is like this one: of several, one with the fewest copies."""
-        adapted = [inner for inner in self.parameters[name] if self._is_adapted(name, inner)]
-        if not adapted:
-            return None
-        originals = self.candidates.get(_plain_class(self.modules[name]), [])
+        originals = self.candidates.get(self._class_of(name), [])
         for original in sorted(originals, key=self.copies_of.__getitem__):
-            if self._are_alike(name, original) and any(self._is_adapted(original, inner) for inner in adapted):
+            if self._are_adapted_alike(name, original) and self._are_alike(name, original):
                 return original
         return None
 
-    def _is_adapted(self, network: str, inner: str) -> bool:
-        return is_in_any(f"{network}.{inner}", self.layers)
+    def _are_adapted_alike(self, copy: str, original: str) -> bool:
+        """Whether some weight is adapted in both networks."""
+        adapted = self.adapted.get(copy, {})
+        return not adapted.keys().isdisjoint(self.adapted.get(original, {}))
 
     def _are_alike(self, copy: str, original: str) -> bool:
         """Whether one network has names and shapes of the other, and nearly the same weights."""
         copied = self.parameters[copy]
         originals = self.parameters[original]
-        if not self.may_lack and copied.keys() != originals.keys():
-            return False
-        if not _have_shapes_of(copied, originals):
+        shapes = _shapes(copied)
+        shapes_of_original = _shapes(originals)
+        if self.may_lack:
+            shapes_of_original = only(shapes_of_original, shapes)
+        if shapes != shapes_of_original:
             return False
         products = squares = 0.0
         for name, parameter in copied.items():
@@ -103,24 +104,14 @@ class _Search:
         return products > _SAME * squares
 
 
-def _have_shapes_of(parameters: Parameters, others: Parameters) -> bool:
-    for name, parameter in parameters.items():
-        if name not in others or parameter.shape != others[name].shape:
-            return False
-    return True
+def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
 
 def _is_compared(parameter: nn.Parameter, other: nn.Parameter) -> bool:
     """Whether it is a matrix, and both have values."""
     is_matrix = parameter.dim() > 1 and parameter.is_floating_point()
     return is_matrix and not parameter.is_meta and not other.is_meta
-
-
-def _modules_around(parameters: Iterable[str]) -> set[str]:
-    around: set[str] = set()
-    for name in parameters:
-        around.update(starts_of(owner_of(name)))
-    return around
 
 
 def _parameters_by_module(base: Parameters) -> dict[str, dict[str, nn.Parameter]]:
@@ -130,11 +121,6 @@ def _parameters_by_module(base: Parameters) -> dict[str, dict[str, nn.Parameter]
         for outer in starts_of(owner_of(name)):
             found.setdefault(outer, {})[name.removeprefix(f"{outer}.")] = parameter
     return found
-
-
-def _plain_class(module: nn.Module) -> type:
-    """The class of a module without adapters."""
-    return module.overlaid[1] if isinstance(module, InPlace) else type(module)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from torch import nn
 
 from lightning_lora.networks.roles import Modules, Networks, Parameters
-from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
+from lightning_lora.tensors.named import grouped, modules_around, only, outermost_outside, outside, where
+from lightning_lora.tensors.names import owner_of
 
 HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
@@ -35,20 +36,14 @@ def find_networks(
     ``beside`` names what is trained in full, or left out, and ``untrained`` returns what looks so, as a new head.
     """
     matrices = _matrices_of(base, beside)
-    frozen = []
-    training = []
-    for name, parameters in matrices.items():
-        if name in layers and set(parameters) <= still and not is_in_any(name, copies):
-            frozen.append(name)
-        elif still.isdisjoint(parameters) and not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag):
-            training.append(name)
+    frozen = outside(where(only(matrices, layers), set(still).issuperset), copies)
+    training = _without_embeddings(where(matrices, still.isdisjoint), modules)
     something_trains = training or beside
     if not frozen or not something_trains:
         return Networks(copies=copies)
     other_layers = layers - set(frozen)
     found = _largest_modules(frozen, {*training, *other_layers, *beside})
-    is_new = untrained() if training else ()
-    pretrained = [name for name in training if not is_in_any(name, is_new)]
+    pretrained = training and outside(training, untrained())
     trains_a_network = pretrained and other_layers and not _is_head(pretrained, frozen, matrices)
     if trains_a_network:
         return Networks(still=found, copies=copies)
@@ -57,27 +52,24 @@ def find_networks(
 
 def _matrices_of(base: Parameters, beside: Collection[str]) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those ``beside``."""
-    matrices: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in base.items():
-        if parameter.dim() > 1 and not is_in_any(name, beside):
-            matrices.setdefault(owner_of(name), []).append(parameter)
-    return matrices
+    names = outside(where(base, _is_matrix), beside)
+    by_module = grouped(names, owner_of)
+    return {module: [base[name] for name in its_names] for module, its_names in by_module.items()}
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 1
+
+
+def _without_embeddings(names: Iterable[str], modules: Modules) -> list[str]:
+    return [name for name in names if not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag)]
 
 
 def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
     """The largest modules that hold these layers and none of the others."""
-    around_others: set[str] = set()
-    for name in others:
-        around_others.update(starts_of(name))
-    largest = [_outermost_not_in(around_others, name) for name in layers]
+    around_others = modules_around(others)
+    largest = [outermost_outside(around_others, name) for name in layers]
     return tuple(dict.fromkeys(largest))
-
-
-def _outermost_not_in(names: Set[str], layer: str) -> str:
-    for outer in starts_of(layer):
-        if outer not in names:
-            return outer
-    return layer
 
 
 def _is_head(training: list[str], frozen: list[str], matrices: _Matrices) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from lightning_lora.tensors.named import outside
 from lightning_lora.tensors.names import is_in_any
 
 Modules = Mapping[str, nn.Module]
@@ -27,12 +28,9 @@ class Networks:
 
     def fitting(self, layers: Set[str]) -> "Networks":
         """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
-        adapted = {name for name in layers if not is_in_any(name, self.still)}
-        bare = []
-        for name in sorted(adapted):
-            original = self.original_of(name)
-            if original is not None and original not in adapted:
-                bare.append(name)
+        adapted = outside(sorted(layers), self.still)
+        with_adapted_original = {None, *adapted}  # None: of a layer that follows no other
+        bare = [name for name in adapted if self.original_of(name) not in with_adapted_original]
         return replace(self, bare=tuple(bare))
 
     def original_of(self, layer: str) -> str | None:

@@ -9,7 +9,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.names import join, named_modules, own_parameter, owner_of
+from lightning_lora.tensors.named import below, joined, where, without
+from lightning_lora.tensors.names import named_modules, own_parameter, owner_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -20,11 +21,8 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str | None:
     """Return why ``layer`` cannot be adapted, or None. The ``modules`` are those of its model, by name."""
     kind = adapter_for(layer)
-    is_adapted = isinstance(layer, LoRALayer)
-    if is_adapted and kind is None:
-        return "only its parameters can be adapted, and some are"
-    if is_adapted:
-        return None
+    if isinstance(layer, LoRALayer):
+        return None if kind else "only its parameters can be adapted, and some are"
     if kind is None:
         return _about_unsupported(modules, name, layer)
     return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
@@ -32,14 +30,12 @@ def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> st
 
 def _about_unsupported(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
-    inside = []
-    for path, module in named_modules(layer).items():
-        inner = join(name, path)
-        if inner != name and adapter_for(module) and not why_not(modules, inner, module):
-            inside.append(inner)
+    modules_inside = below(name, without(named_modules(layer), [""]))
+    layers = where(modules_inside, adapter_for)
+    adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
     said = f"a {class_of(layer)} is not supported"
-    if inside:
-        said += f" (layers inside it are: {listed(inside)})"
+    if adaptable:
+        said += f" (layers inside it are: {listed(adaptable)})"
     parameters = own_matrices(name, layer)
     if parameters:
         said += f", but target_parameters can adapt its {listed(parameters)}"
@@ -66,9 +62,10 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     """Why no update of the layer's weights can be computed, or merged."""
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
-    if not has_matrices(layer):
+    matrices = kind.lora_matrices_of(layer)
+    if not any(matrix.largest_rank for matrix in matrices):
         return "it has no weights"
-    for matrix in kind.lora_matrices_of(layer):
+    for matrix in matrices:
         dtype = kind.lora_dtype(layer, own_parameter(layer, matrix.weight))
         if not dtype.is_floating_point:
             return f"its {matrix.weight} is {dtype}, not floating point"
@@ -104,15 +101,11 @@ def own_matrices(name: str, layer: nn.Module) -> list[str]:
     is_model = not name
     if is_model or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
         return []
-    matrices = []
-    for leaf, parameter in layer._parameters.items():
-        if parameter is not None and _is_matrix_or_stack(parameter):
-            matrices.append(join(name, leaf))
-    return matrices
+    return joined(name, where(layer._parameters, _is_matrix_or_stack))
 
 
-def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
-    if not parameter.is_floating_point():
+def _is_matrix_or_stack(parameter: nn.Parameter | None) -> bool:
+    if parameter is None or not parameter.is_floating_point():
         return False
     is_stack = parameter.dim() == 3 and len(parameter) > 1
     return is_stack or parameter.dim() == 2
@@ -133,8 +126,5 @@ def class_of(layer: nn.Module) -> str:
 
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
-    class_names = []
-    for kind in ADAPTERS:
-        full_name = kind if isinstance(kind, str) else kind.__name__
-        class_names.append(full_name.rpartition(".")[2])
-    return ", ".join(class_names)
+    full_names = [kind if isinstance(kind, str) else kind.__name__ for kind in ADAPTERS]
+    return ", ".join(full_name.rpartition(".")[2] for full_name in full_names)

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.patterns import matches
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
-from lightning_lora.tensors.names import held_parameter, is_in_any, owner_of
+from lightning_lora.tensors.names import held_parameter, is_inside, owner_of
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
@@ -17,20 +17,16 @@ def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
     if word == "all-linear":
         kinds = {kind for kind in kinds if kind.lora_is_linear}
         left_out |= _output_heads(names)
-    targets = {}
-    for name, layer in names.modules.items():
-        if adapter_for(layer) in kinds and layer not in left_out:
-            targets[name] = layer
-    return targets
+    modules = names.modules.items()
+    return {name: layer for name, layer in modules if adapter_for(layer) in kinds and layer not in left_out}
 
 
 def _inside_attentions(names: Names) -> set[Any]:
     """The modules inside torch's attentions, which read their weights without calling them."""
     inside: set[Any] = set()
-    for module in names.modules.values():
-        if isinstance(module, nn.MultiheadAttention):
-            inside.update(module.modules())
-            inside.remove(module)
+    for attention in names.of_type(nn.MultiheadAttention).values():
+        inside.update(attention.modules())
+        inside.remove(attention)
     return inside
 
 
@@ -60,19 +56,14 @@ def _heads_that_models_name(names: Names) -> list[object]:
 def _heads_by_name_and_size(names: Names) -> list[nn.Module]:
     """Output heads that only their names and sizes tell, as in litgpt: beside an embedding of as many words."""
     heads: list[nn.Module] = []
-    for name, module in names.modules.items():
-        if not matches(OUTPUT_HEAD, name) or not isinstance(module, nn.Linear):
-            continue
-        if module.out_features in _numbers_of_words(names, owner_of(name)):
-            heads.append(module)
+    for name, linear in names.of_type(nn.Linear).items():
+        is_named_so = matches(OUTPUT_HEAD, name)
+        if is_named_so and linear.out_features in _numbers_of_words(names, owner_of(name)):
+            heads.append(linear)
     return heads
 
 
 def _numbers_of_words(names: Names, model: str) -> set[int]:
     """How many words the embeddings in a module have. The model itself has no name."""
-    numbers = set()
-    for name in names.embeddings():
-        if not model or is_in_any(name, [model]):
-            embedding: Any = names.modules[name]
-            numbers.add(embedding.num_embeddings)
-    return numbers
+    embeddings = names.of_type(nn.Embedding)
+    return {embedding.num_embeddings for name, embedding in embeddings.items() if is_inside(name, model)}

@@ -1,19 +1,21 @@
 """Checks of a selection of layers, with errors that explain."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
 from lightning_lora.patterns import matches_pattern
-from lightning_lora.targets.adaptable import own_matrices, supported_types, why_not
+from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
-from lightning_lora.tensors.names import is_in_any, join, starts_of
+from lightning_lora.tensors.named import among, inside, joined, names_by, where, without
+from lightning_lora.tensors.names import starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -23,11 +25,9 @@ _SHOWN = 5  # the number of layers that an error names
 
 def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
-    lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
+    lazy = list(where(names.parameters, _is_lazy))
     for prefix, module in names.with_model().items():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and is_lazy(buffer):
-                lazy.append(join(prefix, name))
+        lazy += joined(prefix, where(module._buffers, _is_lazy))
         if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():  # a file gave its shapes
             lazy.append(prefix)
     if lazy:
@@ -37,6 +37,10 @@ def check_not_lazy(names: Names) -> None:
         )
 
 
+def _is_lazy(tensor: object) -> bool:
+    return isinstance(tensor, UninitializedTensorMixin)
+
+
 # Layers that cannot be adapted
 
 
@@ -44,11 +48,7 @@ def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     """Refuse targets that cannot be adapted."""
-    refused: dict[str, str] = {}
-    for name, layer in layers.items():
-        why = why_not(names.modules, name, layer) if layer in targets else None
-        if why is not None:
-            refused[name] = why
+    refused = names.refused(among(layers, targets))
     if refused:
         raise TargetError(_about_refused_layers(names, config, layers, refused))
 
@@ -61,10 +61,10 @@ def _about_refused_layers(
     said_reasons = "; ".join(reasons[:_SHOWN])
     if len(reasons) > _SHOWN:
         said_reasons += f"; and {len(reasons) - _SHOWN} more"
-    inside = [name for name in names.adaptable() if is_in_any(name, refused)]
+    adaptable = inside(names.adaptable(), refused)
     supported = such = remedy = ""
-    if inside:
-        such = f", such as {listed(inside, most=3)}"
+    if adaptable:
+        such = f", such as {listed(adaptable, most=3)}"
     elif any(adapter_for(layers[name]) is None for name in refused):
         supported = f"Supported are {supported_types()} and their subclasses. "
     if len(refused) < len(layers):
@@ -124,20 +124,14 @@ def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
 
 def _adaptable_by_class(names: Names, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """The layers that can be adapted, by the names of their classes."""
-    by_class: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        if why_not(names.modules, name, layer) is None:
-            by_class.setdefault(type(layer).__name__, []).append(name)
-    return by_class
+    classes = {name: type(layer).__name__ for name, layer in layers.items()}
+    return names_by(without(classes, names.refused(layers)))
 
 
 def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     """What ``"all"`` would adapt."""
-    number = 0
-    kinds = []
-    for kind, layers in by_class.items():
-        number += len(layers)
-        kinds.append(f"{len(layers)} {kind} ({listed(layers, most=1)})")
+    number = sum(map(len, by_class.values()))
+    kinds = [f"{len(layers)} {kind} ({listed(layers, most=1)})" for kind, layers in by_class.items()]
     plural = "s" if number > 1 else ""
     return (
         f'"all" would adapt {number} layer{plural}: {", ".join(kinds[:_SHOWN])}. Set '
@@ -161,12 +155,12 @@ def _hint_of_what_there_is(names: Names, layers: Mapping[str, nn.Module]) -> str
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers = {}  # what patterns mean, with the name of the module that has it
-    parameters = {}
+    layers: dict[str, str] = {}  # what patterns mean, with the name of the module that has it
+    parameters: dict[str, str] = {}
     for name, choice in choices.items():
         if choice.kind is LoRAParameters:
-            for matrix in choice.matrices:
-                parameters[join(name, matrix.weight)] = name
+            weights = [matrix.weight for matrix in choice.matrices]
+            parameters |= dict.fromkeys(joined(name, weights), name)
         else:
             layers[name] = name
     _check_keys(names, "rank_pattern", config.rank_pattern, {**layers, **parameters})
@@ -178,12 +172,8 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     """Refuse keys of a pattern without effect on what is ``adapted``: layers and parameters, with their modules."""
     if keys is None:
         return
-    matched = {}
-    unmatched = []
-    for key in keys:
-        matched[key] = _matched_by(key, adapted)
-        if not matched[key]:
-            unmatched.append(key)
+    matched = {key: _matched_by(key, adapted) for key in keys}
+    unmatched = [key for key, layers in matched.items() if not layers]
     if unmatched:
         _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
         _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
@@ -193,11 +183,9 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
 
 def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
     """The layers and parameters that a key means, by their own names or by those of their modules."""
-    matched = set()
-    for name, module in adapted.items():
-        if matches_pattern(key, name) or matches_pattern(key, module):
-            matched.add(name)
-    return matched
+    names = {name for name in adapted if matches_pattern(key, name)}
+    names_by_module = {name for name, module in adapted.items() if matches_pattern(key, module)}
+    return names | names_by_module
 
 
 def _check_not_of_others(
@@ -220,13 +208,8 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -
     """Refuse a key whose layers all match earlier keys: the first match decides."""
     earlier: dict[str, set[str]] = {}
     for key, layers in matched.items():
-        deciding: list[str] = []
-        decided: set[str] = set()
-        for other, its_layers in earlier.items():
-            if not layers.isdisjoint(its_layers):
-                deciding.append(other)
-                decided |= its_layers
-        if decided.issuperset(layers):
+        deciding = {other: its_layers for other, its_layers in earlier.items() if not layers.isdisjoint(its_layers)}
+        if layers.issubset(chain.from_iterable(deciding.values())):
             raise TargetError(
                 f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "
                 "layers, and the first key that matches decides. Put it first."

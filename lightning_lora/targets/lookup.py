@@ -2,22 +2,25 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 from torch import nn
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import several_names, wildcards
+from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
+from lightning_lora.tensors.named import among, first_names, without
 from lightning_lora.tensors.names import named_modules, owner_of, parameters_of, plain_module
+
+Module = TypeVar("Module", bound=nn.Module)
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
 OUTPUT_HEAD = "lm_head"  # the name that language models of many packages have for it
 
 SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
-
-_MOST_SIMILAR = 5
 
 
 class Names:
@@ -28,7 +31,7 @@ class Names:
         self.title = type(model).__name__
         modules = named_modules(model, remove_duplicate=False)
         self.parameters = parameters_of(modules)
-        self.modules = {name: module for name, module in modules.items() if name}
+        self.modules = without(modules, [""])
 
     # What matches
 
@@ -43,39 +46,26 @@ class Names:
 
     def _find_by_expression(self, argument: str, expression: str) -> list[str]:
         """The names that an expression matches whole."""
-        candidates = self._candidates(argument)
+        candidates = _argument(argument).candidates(self)
         found = [name for name in candidates if re.fullmatch(expression, name)]
         if found:
             return found
-        ends = _ends_matching(expression, candidates)
+        ends = [end for end in ends_of(candidates) if re.fullmatch(expression, end)]
         if ends:
             raise TargetError(
                 f"{argument}={expression!r} is an expression, which must match the whole name of a module of "
                 f"{self.title}, and matches none. To match ends of names, give a list: {argument}={ends}."
             )
-        raise self.unmatched(argument, [expression], self._could_be_meant(argument), given=expression)
+        raise self.unmatched(argument, [expression], _argument(argument).could_mean(self), given=expression)
 
     def _find_by_list(self, argument: str, entries: tuple[str, ...]) -> list[str]:
         """The names that are an entry, or end in one."""
-        found: list[str] = []
-        matched: set[str] = set()
-        for name in self._candidates(argument):
-            its_entries = set(_ends_of(name)).intersection(entries)
-            if its_entries:
-                found.append(name)
-                matched |= its_entries
+        found = ending_in(_argument(argument).candidates(self), entries)
+        matched = set(ends_of(found))
         missing = [entry for entry in entries if entry not in matched]
         if missing:
-            raise self.unmatched(argument, missing, self._could_be_meant(argument), given=entries)
+            raise self.unmatched(argument, missing, _argument(argument).could_mean(self), given=entries)
         return found
-
-    def _candidates(self, argument: str) -> list[str]:
-        """The names that an argument's entries are compared with."""
-        if argument == "target_parameters":
-            return list(self.parameters)
-        if argument == "modules_to_save":
-            return [*self.modules, *self.parameters]
-        return list(self.modules)
 
     # What there is
 
@@ -85,23 +75,32 @@ class Names:
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
-        first_names: dict[nn.Module, str] = {}
-        for name, module in self.modules.items():
-            if module in modules:
-                first_names.setdefault(module, name)
-        return {name: module for module, name in first_names.items()}
+        return first_names(among(self.modules, modules))
 
     def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""
-        return [name for name, layer in self.modules.items() if why_not(self.modules, name, layer) is None]
+        return list(without(self.modules, self.refused(self.modules)))
+
+    def refused(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Return why some of these layers cannot be adapted."""
+        reasons: dict[str, str] = {}
+        for name, layer in layers.items():
+            why = why_not(self.modules, name, layer)
+            if why is not None:
+                reasons[name] = why
+        return reasons
+
+    def of_type(self, kind: type[Module]) -> dict[str, Module]:
+        """Return the modules of a class, and of its subclasses."""
+        return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
 
     def embeddings(self) -> list[str]:
         """Return the modules of torch's own kind of embedding."""
-        return [name for name, module in self.modules.items() if isinstance(module, nn.Embedding)]
+        return list(self.of_type(nn.Embedding))
 
     def endings(self, parameters: Collection[str]) -> list[str]:
         """Return a list for ``target_parameters`` that means these: the ends of names, if they mean nothing else."""
-        ends = tuple(dict.fromkeys(_last_two(name) for name in parameters))
+        ends = tuple(dict.fromkeys(map(last_two, parameters)))
         means_others = set(self.find("target_parameters", ends)) != set(parameters)
         return list(parameters if means_others else ends)
 
@@ -116,7 +115,7 @@ class Names:
         """
         entries = list(dict.fromkeys(entries))
         could_mean = list(dict.fromkeys(could_mean))
-        what = "parameter" if argument == "target_parameters" else "module"
+        what = _argument(argument).what
         if isinstance(given, str):
             found = f"{argument}={given!r} is an expression, and matches no whole name of a {what} of {self.title}."
         else:
@@ -124,117 +123,99 @@ class Names:
         advice = (
             several_names(argument, entries, could_mean)
             or wildcards(argument, given, entries, could_mean)
-            or self._hint(argument, entries, could_mean)
+            or _argument(argument).advice(self, entries, could_mean)
         )
         return TargetError(f"{found} {advice} Correct {argument}; {SEE_ALL}.")
 
-    def _could_be_meant(self, argument: str) -> list[str]:
-        """The names that an argument could mean: those that it can adapt."""
-        if argument == "target_modules":
-            return self.adaptable()
-        if argument == "trainable_token_indices":
-            return self.embeddings()
-        return self._candidates(argument)
 
-    def _hint(self, argument: str, entries: list[str], could_mean: list[str]) -> str:
-        """What the entries are similar to, or what the argument can name."""
-        similar = _similar_names(entries, could_mean)
+# The arguments that name modules or parameters
+
+
+class _Argument:
+    """What the entries of an argument mean, and what is said if they match nothing."""
+
+    what: ClassVar[str] = "module"  # that its entries name
+
+    def candidates(self, names: Names) -> list[str]:
+        """Return the names that its entries are compared with."""
+        return list(names.modules)
+
+    def could_mean(self, names: Names) -> list[str]:
+        """Return the names that it could mean: those that it can adapt."""
+        return self.candidates(names)
+
+    def advice(self, names: Names, entries: list[str], could_mean: list[str]) -> str:
+        """Return what the entries are similar to, or what it can name."""
+        similar = similar_names(entries, could_mean)
         if similar:
-            hint = f"Nearest names: {', '.join(similar[:_MOST_SIMILAR])}."
-        else:
-            hint = self._hint_of_what_there_is(argument)
-        if argument == "target_modules":
-            return hint + self._hint_of_other_targets(entries)
-        if argument == "target_parameters":
-            inside = [name for name in self.parameters if _matches_any(owner_of(name), entries)]
-            if inside:
-                return f"Name parameters, such as {inside[0]!r}."
-        return hint
+            return f"Nearest names: {', '.join(similar)}."
+        return self.about_choice(names)
 
-    def _hint_of_what_there_is(self, argument: str) -> str:
-        """What the argument can name."""
-        if argument == "modules_to_save":
-            outer = [name for name in self.modules if "." not in name]
-            return f"Its modules are {listed(outer)}, and those inside."
-        if argument == "trainable_token_indices":
-            embeddings = self.embeddings()
-            return f"Its embeddings are {listed(embeddings)}." if embeddings else "It has no nn.Embedding."
-        last_components = dict.fromkeys(_last_component(name) for name in self.adaptable())
+    def about_choice(self, names: Names) -> str:
+        """Return what it can name."""
+        last_components = dict.fromkeys(map(last_component, names.adaptable()))
         if not last_components:
             return "It has no layer to adapt."
         return f"Layers that can be adapted end in {listed(last_components, most=8)}."
 
-    def _hint_of_other_targets(self, entries: list[str]) -> str:
-        """What belongs into another argument than ``target_modules``, and the word that an entry is similar to."""
-        hint = ""
-        parameters = [name for name in self.parameters if _matches_any(name, entries)]
+
+class _TargetModules(_Argument):
+    def could_mean(self, names: Names) -> list[str]:
+        return names.adaptable()
+
+    def advice(self, names: Names, entries: list[str], could_mean: list[str]) -> str:
+        """Return also what belongs into another argument, and the word that an entry is similar to."""
+        advice = super().advice(names, entries, could_mean)
+        parameters = ending_in(names.parameters, entries)
         if parameters:
-            hint = f" {parameters[0]!r} is a parameter: name it in target_parameters."
+            advice += f" {parameters[0]!r} is a parameter: name it in target_parameters."
         for entry in entries:
-            words = difflib.get_close_matches(entry, AUTOMATIC, n=1)
-            if words:
-                return f"{hint} Or did you mean the word {words[0]!r}?"
-        return hint
+            for word in difflib.get_close_matches(entry, AUTOMATIC, n=1):
+                return f"{advice} Or did you mean the word {word!r}?"
+        return advice
 
 
-# Similar names
+class _TargetParameters(_Argument):
+    what = "parameter"
+
+    def candidates(self, names: Names) -> list[str]:
+        return list(names.parameters)
+
+    def advice(self, names: Names, entries: list[str], could_mean: list[str]) -> str:
+        """Return a parameter of a module that an entry names."""
+        modules = set(ending_in(names.modules, entries))
+        for parameter in names.parameters:
+            if owner_of(parameter) in modules:
+                return f"Name parameters, such as {parameter!r}."
+        return super().advice(names, entries, could_mean)
 
 
-def _similar_names(entries: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Names, or their ends, that are similar to these entries, each once."""
-    names_by_end = _names_by_end(names)
-    similar: list[str] = []
-    shown: set[str] = set()
-    for entry in entries:
-        for end in difflib.get_close_matches(entry, names_by_end, n=3, cutoff=0.5):
-            names_with_end = names_by_end[end]
-            if shown.issuperset(names_with_end):
-                continue
-            shown.update(names_with_end)
-            if len(names_with_end) == 1:
-                similar.append(repr(names_with_end[0]))
-            else:
-                similar.append(f"{end!r} ({len(names_with_end)} of them, such as {names_with_end[0]!r})")
-    return similar
+class _ModulesToSave(_Argument):
+    def candidates(self, names: Names) -> list[str]:
+        return [*names.modules, *names.parameters]
+
+    def about_choice(self, names: Names) -> str:
+        outer = [name for name in names.modules if "." not in name]
+        return f"Its modules are {listed(outer)}, and those inside."
 
 
-def _names_by_end(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names by what one may write for them: all of it, or the last component or two."""
-    by_end: dict[str, list[str]] = {}
-    for name in names:
-        for end in {name, _last_two(name), _last_component(name)}:
-            by_end.setdefault(end, []).append(name)
-    return by_end
+class _TokenIndices(_Argument):
+    def could_mean(self, names: Names) -> list[str]:
+        return names.embeddings()
+
+    def about_choice(self, names: Names) -> str:
+        embeddings = names.embeddings()
+        return f"Its embeddings are {listed(embeddings)}." if embeddings else "It has no nn.Embedding."
 
 
-# Ends of names
+_ARGUMENTS: dict[str, _Argument] = {
+    "target_modules": _TargetModules(),
+    "target_parameters": _TargetParameters(),
+    "modules_to_save": _ModulesToSave(),
+    "trainable_token_indices": _TokenIndices(),
+}
+_OTHER_ARGUMENT = _Argument()
 
 
-def _ends_of(name: str) -> list[str]:
-    """All list entries that would match ``name``: the full name and its ends."""
-    ends = [name]
-    while "." in ends[-1]:
-        ends.append(ends[-1].partition(".")[2])
-    return ends
-
-
-def _ends_matching(expression: str, names: Iterable[str]) -> list[str]:
-    """The ends of names that an expression matches whole, each once."""
-    matching: dict[str, None] = {}
-    for name in names:
-        matching |= {end: None for end in _ends_of(name) if re.fullmatch(expression, end)}
-    return list(matching)
-
-
-def _matches_any(name: str, entries: Iterable[str]) -> bool:
-    """Whether a name is one of these entries, or ends in one."""
-    return not set(_ends_of(name)).isdisjoint(entries)
-
-
-def _last_component(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _last_two(name: str) -> str:
-    """The last two components of a name."""
-    return ".".join(name.split(".")[-2:])
+def _argument(name: str) -> _Argument:
+    return _ARGUMENTS.get(name, _OTHER_ARGUMENT)

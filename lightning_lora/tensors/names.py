@@ -26,21 +26,15 @@ def plain_name(name: str) -> str:
 
 def plain_module(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of torch and Fabric. Other modules are returned unchanged."""
-    inner = _wrapped_module(module._modules)
-    return module if inner is None else plain_module(inner)
-
-
-def _wrapped_module(children: Mapping[str, nn.Module | None]) -> nn.Module | None:
-    """Return the module that a wrapper with these children is around. Other modules have none."""
+    children: Any = module._modules
     if not children:
-        return None
-    if COMPILED in children:  # a scripted module's children have no ``get``
-        return children[COMPILED]
-    if CHECKPOINTED in children:
-        return children[CHECKPOINTED]
+        return module
+    for wrapped in _WRAPPED:
+        if wrapped in children:  # a scripted module's children have no ``get``
+            return plain_module(children[wrapped])
     if FABRIC_WRAPPED in children and FABRIC_OWN in children:
-        return children[FABRIC_OWN]
-    return None
+        return plain_module(children[FABRIC_OWN])
+    return module
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
@@ -100,6 +94,16 @@ def starts_of(name: str) -> list[str]:
 def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them."""
     return any(outer in modules for outer in starts_of(name))
+
+
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter is a bias, by its name."""
+    return "bias" in parameter.rpartition(".")[2]
+
+
+def is_inside(name: str, prefix: str) -> bool:
+    """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def owner_of(parameter: str) -> str:

@@ -11,12 +11,10 @@ from lightning_lora.errors import (
     BestCheckpointWarning,
     ConfigError,
     LoRAError,
-    MergePrecisionWarning,
     listed,
     warn,
 )
 from lightning_lora.model.merge import check_mergeable, merge_adapters, quantised_layers, tied_weights
-from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
@@ -89,16 +87,6 @@ def _refuse_whole_files(names: list[str], why: str) -> None:
         raise ConfigError(
             f"save='model' is not possible: {why.format(listed(names))} Or set save='adapters': then files "
             "hold the adapters alone, and this package loads and merges them."
-        )
-
-
-def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
-    """Warn of merged weights that lack much of an update. The text is always the same, so Python shows it once."""
-    if lost_to_rounding(lost, type(module).__name__):
-        warn(
-            f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
-            'of the update away. Set save="adapters", or convert the model to float32 first.',
-            MergePrecisionWarning,
         )
 
 

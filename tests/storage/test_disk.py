@@ -24,8 +24,28 @@ from torch.utils.data import DataLoader
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
 from lightning_lora.storage.formats.own import read_adapter_file
-from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
-from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
+from tests.support.compared import assert_same_tensors
+from tests.support.faults import (
+    FORK,
+    adapted,
+    contents,
+    fork,
+    forks,
+    in_fork,
+    limit,
+    read_only,
+    unchanged,
+)
+from tests.support.models import (
+    LitTiny,
+    as_trained,
+    data,
+    exact,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.storage import fitted, goes_on, restores
 
 pytestmark = forks
@@ -34,9 +54,12 @@ pytestmark = forks
 # Killed
 
 
-class AtSave(L.Callback):  # do something when the Trainer begins to write its n-th file
+class AtSave(L.Callback):
+    """Do something when the Trainer begins to write its n-th file."""
+
     def __init__(self, n: int, do: Callable[[], object]) -> None:
-        self.n, self.do = n, do
+        self.n = n
+        self.do = do
 
     def on_save_checkpoint(self, *_: Any) -> None:
         self.n -= 1
@@ -44,7 +67,9 @@ class AtSave(L.Callback):  # do something when the Trainer begins to write its n
             self.do()
 
 
-class Dies(L.Callback):  # die after two epochs, if not before
+class Dies(L.Callback):
+    """Die after two epochs, if not before."""
+
     epochs = 0
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -62,29 +87,40 @@ def run(folder: Path, *callbacks: L.Callback) -> dict[str, Tensor]:
     torch.manual_seed(7)
     for path in [*newest(folder), None]:
         every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
-        model, t = LitTiny(), trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=12)
+        model = LitTiny()
+        t = trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=12)
         with suppress(AdapterFileError):
             t.fit(model, DataLoader(data().dataset, 4, shuffle=True), data(), ckpt_path=path)
             break
     return state(model)
 
 
+def run_and_die(folder: Path, moments: random.Random) -> None:
+    """Let a run die at any moment."""
+    work = partial(run, folder, Dies())
+    assert fork(work, seconds=moments.uniform(0.02, 0.5)) == signal.SIGPROF
+
+
+def run_and_die_as_it_saves(folder: Path, moments: random.Random) -> None:
+    """Let a run die in the middle of a file."""
+    die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
+    work = partial(run, folder, AtSave(moments.randint(1, 4), die))
+    assert fork(work) == signal.SIGXFSZ
+
+
 @pytest.mark.processes
 @exact
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    killed, moments = tmp_path / "killed", random.Random(11)
-    for kill in range(6):
-        if kill % 3 == 1:
-            die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
-            ended = fork(partial(run, killed, AtSave(moments.randint(1, 4), die)))
-            assert ended == signal.SIGXFSZ
-        else:
-            assert fork(partial(run, killed, Dies()), seconds=moments.uniform(0.02, 0.5)) == signal.SIGPROF
+    killed = tmp_path / "killed"
+    end = tmp_path / "end.pt"
+    moments = random.Random(11)
+    for kill in [run_and_die, run_and_die_as_it_saves, run_and_die] * 2:
+        kill(killed, moments)
         for path in newest(killed):
             load_adapter(LitTiny(), path)  # every file with a final name is whole
     assert len(newest(killed)) > 2
-    assert fork(lambda: torch.save(run(killed), tmp_path / "end.pt")) == 0
-    assert same(torch.load(tmp_path / "end.pt", weights_only=True), run(tmp_path / "through"))
+    assert fork(lambda: torch.save(run(killed), end)) == 0
+    assert_same_tensors(torch.load(end, weights_only=True), run(tmp_path / "through"))
 
 
 def part_disks(crossing: Callable[[], None]) -> None:
@@ -99,8 +135,8 @@ def part_disks(crossing: Callable[[], None]) -> None:
 
         return moved
 
-    for name in ("rename", "replace"):
-        setattr(os, name, apart(getattr(os, name)))
+    os.rename = apart(os.rename)
+    os.replace = apart(os.replace)
 
 
 def save_checkpoint(model: LitTiny, path: Path) -> None:
@@ -113,29 +149,27 @@ def name_for(save: Any) -> str:
     return "a.safetensors" if save is save_adapter else "a.ckpt"
 
 
+def is_model(found: LitTiny, expected: LitTiny) -> bool:
+    return same(state(found), state(expected))
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("save", "moment"), [(save_adapter, "writing"), (save_checkpoint, "writing"), (save_checkpoint, "moving")]
-)
-def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
-    path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
+@pytest.mark.parametrize("save", [save_adapter, save_checkpoint])
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any) -> None:
+    path = tmp_path / name_for(save)
+    old = adapted(1)
     save(old, path)
     size = path.stat().st_size
     for at in (0, 1, size // 2, size - 1):
-        die = partial(limit, at, signal.SIG_DFL)
 
-        def work(die: Any = die) -> None:
-            part_disks(die)
-            if moment == "writing":
-                die()
-            save(new, path)
+        def work(at: int = at) -> None:
+            limit(at, signal.SIG_DFL)
+            save(adapted(2), path)
 
-        ended = fork(work)
-        assert ended == signal.SIGXFSZ if moment == "writing" else ended in (0, signal.SIGXFSZ)
+        assert fork(work) == signal.SIGXFSZ
         model = LitTiny()
         load_adapter(model, path)
-        assert same(state(model), state(old)) or (ended == 0 and same(state(model), state(new)))
-        save(old, path)
+        assert is_model(model, old)
 
 
 # No room
@@ -154,10 +188,15 @@ def full(_: Path) -> Iterator[None]:
 def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: Path, fault: Any, save: Any) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    model, path = adapted(), folder / name_for(save)
+    model = adapted()
+    path = folder / name_for(save)
     save(adapted(1), path)
     before = contents(folder)
-    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"):
+    with (
+        unchanged(model),
+        fault(folder),
+        pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"),
+    ):
         save(model, path)
     assert contents(folder) == before
     save(model, path)
@@ -176,7 +215,8 @@ def killed_as_it_saves(folder: Path, save: str) -> None:
         trainer(folder, [lora(save=save), of_steps(folder)], max_epochs=1).fit(LitTiny(), data())
 
     assert fork(work) == signal.SIGXFSZ
-    assert len(parts(folder)) == 1 and "step=2" in parts(folder)[0]
+    assert len(parts(folder)) == 1
+    assert "step=2" in parts(folder)[0]
 
 
 def of_steps(folder: Path) -> ModelCheckpoint:
@@ -193,7 +233,8 @@ def test_what_a_killed_run_left_is_gone_when_the_next_one_saves_or_goes_on(tmp_p
     killed_as_it_saves(tmp_path, save)
     save_adapter(adapted(), tmp_path / "of another name.safetensors")
     assert not parts(tmp_path)
-    fitted(file := tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    fitted(file)
     killed_as_it_saves(tmp_path, save)
     goes_on(file)  # which writes no file
     assert not parts(tmp_path)
@@ -254,13 +295,34 @@ def test_what_another_machine_left_is_cleared_an_hour_later(tmp_path: Path, rena
     assert not left.exists()
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    for name in (".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, 0))
-    before = contents(tmp_path)
+@pytest.mark.processes
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed_as_it_is_moved(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    old = adapted(1)
+    new = adapted(2)
+    save_checkpoint(old, path)
+    size = path.stat().st_size
+    for at in (0, 1, size // 2, size - 1):
+
+        def work(at: int = at) -> None:
+            part_disks(partial(limit, at, signal.SIG_DFL))
+            save_checkpoint(new, path)
+
+        ended = fork(work)
+        assert ended in (0, signal.SIGXFSZ)
+        model = LitTiny()
+        load_adapter(model, path)
+        assert is_model(model, old) or (ended == 0 and is_model(model, new))
+        save_checkpoint(old, path)
+
+
+@pytest.mark.parametrize("name", [".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"])
+def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
+    other = tmp_path / name
+    other.touch()
+    os.utime(other, (0, 0))
     save_adapter(adapted(), tmp_path / "a.safetensors")
-    assert before.items() <= contents(tmp_path).items()
+    assert contents(tmp_path)[name] == b""
 
 
 # Replaced
@@ -277,7 +339,8 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
                 new = shutil.copyfile(other, path.with_suffix(".new"))
                 new.replace(path)
 
-    (thread := Thread(target=work)).start()
+    thread = Thread(target=work)
+    thread.start()
     yield
     is_over.set()
     thread.join()
@@ -285,17 +348,21 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
 
 def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     """What is read comes from one open file. Two looks at one path would see the header of another file."""
-    ranks, path = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}, tmp_path / "a.safetensors"
-    for r, file in ranks.items():
-        save_adapter(as_trained(LitTiny(), r=r), file)
-    shutil.copyfile(ranks[2], path)
-    with replacing(path, list(ranks.values())):
+    path = tmp_path / "a.safetensors"
+    low = tmp_path / "2.safetensors"
+    high = tmp_path / "5.safetensors"
+    save_adapter(as_trained(LitTiny(), r=2), low)
+    save_adapter(as_trained(LitTiny(), r=5), high)
+    shutil.copyfile(low, path)
+    with replacing(path, [low, high]):
         for _ in range(1000):
-            assert read_adapter_file(path).config.r in ranks
+            assert read_adapter_file(path).config.r in (2, 5)
 
 
 def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
-    os.mkfifo(path := tmp_path / "a.safetensors")
+    path = tmp_path / "a.safetensors"
+    os.mkfifo(path)
     with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
         save_adapter(adapted(), path)
-    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]

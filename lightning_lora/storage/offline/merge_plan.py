@@ -8,10 +8,10 @@ from typing import Any
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.layers import besides
 from lightning_lora.storage.offline.tensor_files import TensorFiles
-from lightning_lora.storage.renaming import Renaming, find_renamings, is_inside
+from lightning_lora.storage.renaming import Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import is_inside, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
 

@@ -30,7 +30,7 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
 
 def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
     """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
-    view = view_of(strategy.lora_module)
+    view = view_of(strategy.lightning_module)
     try:
         return build()
     except Exception as error:

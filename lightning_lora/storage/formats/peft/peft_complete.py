@@ -11,8 +11,9 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PEFT_CONFIG, PeftConfig, base_name
 from lightning_lora.storage.formats.peft.peft_layers import has_layer
-from lightning_lora.storage.renaming import Renaming, is_inside
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.tensors.named import joined, modules_around, without
+from lightning_lora.tensors.names import owner_of, starts_of
 
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
@@ -40,13 +41,10 @@ def check_complete(file: PeftFile, view: View) -> None:
     lacking = _missing_rows(file)
     elsewhere = list[str]()
     for name in _modules_of(file, view):
-        if not _is_saved_whole(name, file, view):
+        is_missed = _is_missed(name, file, view, adapted)
+        if not _is_saved_whole(name, file, view) or (is_missed and owner_of(name) in parts):
             lacking.append(name)
-        elif not _is_missed(name, file, view, adapted):
-            continue
-        elif owner_of(name) in parts:
-            lacking.append(name)
-        else:
+        elif is_missed:
             elsewhere.append(name)
     if lacking:
         raise AdapterFileError(
@@ -71,28 +69,19 @@ def _says(names: list[str], file: PeftFile, view: View) -> str:
 def _modules_of(file: PeftFile, view: View) -> list[str]:
     """The modules inside of the model that the file is for."""
     place = file.place.here
-    return [name for name in view.modules if is_inside(name, place) and name != place]
+    return list(without(entries_inside(place, view.modules), [place]))
 
 
 def _missing_rows(file: PeftFile) -> list[str]:
     """The embeddings whose rows train, and are not in the file."""
-    with_rows = list[str]()
-    for wrapped, tensors in file.adapters.items():
-        if "tokens" in tensors:
-            with_rows.append(base_name(wrapped))
-    missing = list[str]()
-    for end in file.peft.tokens:
-        if not any(name.endswith(end) for name in with_rows):
-            missing.append(f"{end}: rows")
-    return missing
+    with_rows = [base_name(wrapped) for wrapped, tensors in file.adapters.items() if "tokens" in tensors]
+    missing = [end for end in file.peft.tokens if not any(name.endswith(end) for name in with_rows)]
+    return [f"{end}: rows" for end in missing]
 
 
 def _modules_with_tensors(file: PeftFile) -> set[str]:
     """The modules of which the file holds something inside. The model itself is one of them."""
-    modules = {""}
-    for name in (*file.layers, *file.rest):
-        modules.update(starts_of(name)[:-1])
-    return modules
+    return {"", *modules_around(map(owner_of, (*file.layers, *file.rest)))}
 
 
 def _is_missed(name: str, file: PeftFile, view: View, adapted: set[nn.Module]) -> bool:
@@ -109,7 +98,7 @@ def _is_meant(name: str, file: PeftFile, view: View) -> bool:
     module = view.modules[name]
     if file.peft.adapts(there) and has_layer(adapter_for(module)):
         return True
-    parameters = [join(there, parameter) for parameter in module._parameters]
+    parameters = joined(there, module._parameters)
     return any(map(file.peft.names_parameter, parameters))
 
 
@@ -119,6 +108,5 @@ def _is_saved_whole(name: str, file: PeftFile, view: View) -> bool:
     ends = file.peft.config.modules_to_save or ()
     if not there.endswith(tuple(ends)):
         return True
-    entries = (*view.base, *view.buffers)
-    inside = {entry for entry in entries if is_inside(entry, name)}
-    return file.rest.keys() >= inside
+    entries = {**view.base, **view.buffers}
+    return file.rest.keys() >= entries_inside(name, entries).keys()

@@ -11,10 +11,10 @@ from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not, why_not_rows
-from lightning_lora.storage.renaming import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
+from lightning_lora.tensors.names import is_inside, join, named_modules, owner_of, starts_of
 
 Modules = Mapping[str, nn.Module]  # those that the reader has, by their names there; of a file, none are known
 

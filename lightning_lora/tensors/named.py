@@ -1,0 +1,108 @@
+"""Questions about things by name, as modules, parameters and layers are."""
+
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from typing import TypeVar
+
+from lightning_lora.tensors.names import is_in_any, join, starts_of
+
+Thing = TypeVar("Thing")
+Key = TypeVar("Key")
+
+
+# Some of them
+
+
+def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[str, Thing]:
+    """Return those of which a condition holds."""
+    return {name: thing for name, thing in named.items() if holds(thing)}
+
+
+def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
+    """Return those that are some of these things."""
+    return {name: thing for name, thing in named.items() if thing in things}
+
+
+def only(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:
+    """Return those with these names."""
+    return {name: thing for name, thing in named.items() if name in names}
+
+
+def without(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:
+    """Return those with other names than these."""
+    return {name: thing for name, thing in named.items() if name not in names}
+
+
+def inside(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Return the names that are one of these modules, or in one."""
+    return [name for name in names if is_in_any(name, modules)]
+
+
+def outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Return the names that are none of these modules, and in none."""
+    return [name for name in names if not is_in_any(name, modules)]
+
+
+def not_in(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """Return the names that are not among these."""
+    return [name for name in names if name not in known]
+
+
+def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
+    """Return those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(start): thing for name, thing in named.items() if name.startswith(start)}
+
+
+# Other names
+
+
+def renamed(named: Mapping[str, Thing], name_of: Callable[[str], str]) -> dict[str, Thing]:
+    """Return what has these names by other names."""
+    return {name_of(name): thing for name, thing in named.items()}
+
+
+def joined(prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the full names of what has these names in a module."""
+    return [join(prefix, name) for name in names]
+
+
+def below(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
+    """Return what has these names in a module, by full names."""
+    return {join(prefix, name): thing for name, thing in named.items()}
+
+
+def modules_around(names: Iterable[str]) -> set[str]:
+    """Return these modules, and all around them but the model itself, which has no name."""
+    around: set[str] = set()
+    for name in names:
+        around.update(starts_of(name))
+    return around
+
+
+def outermost_outside(modules: Collection[str], name: str) -> str:
+    """Return the largest module around ``name`` that is none of these, or ``name`` itself."""
+    for outer in starts_of(name):
+        if outer not in modules:
+            return outer
+    return name
+
+
+# By something else than the name
+
+
+def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[Key, list[Thing]]:
+    """Return things, such as names, in groups, in their order."""
+    groups: dict[Key, list[Thing]] = {}
+    for thing in things:
+        groups.setdefault(group_of(thing), []).append(thing)
+    return groups
+
+
+def names_by(named: Mapping[str, Key]) -> dict[Key, list[str]]:
+    """Return the names of each thing: a shared module or a tied tensor has several."""
+    return grouped(named, named.__getitem__)
+
+
+def first_names(named: Mapping[str, Thing]) -> dict[str, Thing]:
+    """Return each thing once, by the first of its names."""
+    names = names_by(named)
+    return {its_names[0]: thing for thing, its_names in names.items()}

@@ -1,0 +1,123 @@
+"""How the adapters train, shown and logged: their learning rates, and the arguments as hyperparameters."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import fsspec
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.model.view import view_of
+from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
+from lightning_lora.tensors.inplace import class_names
+from lightning_lora.training.optimizers.peak_rates import peak_rates
+
+Values = dict[str, Any]
+
+# Rates
+
+
+def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
+    """Return the adapters' learning rates as text. The module's are added if they are others."""
+    of_adapters, of_module = peak_rates(view_of(model), optimizers)
+    shown = [_few(of_adapters)]
+    if of_module and of_module != of_adapters:
+        shown.append(f"the module's: {_few(of_module)}")
+    return shown
+
+
+def _few(rates: list[float]) -> str:
+    """One or two rates, or the range of more."""
+    if len(rates) > 2:
+        return f"{rates[0]:g} to {rates[-1]:g}"
+    return " and ".join(f"{rate:g}" for rate in rates)
+
+
+# Arguments
+
+
+def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:
+    """Log the arguments and a digest of the base as ``lora/...``."""
+    view = view_of(pl_module)
+    values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
+    if view.adapter.fingerprints:
+        values["base"] = _digest_of(view.adapter.fingerprints[0])
+    named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
+    log_values(trainer, named, _hyperparameters(trainer, pl_module))
+
+
+def _digest_of(fingerprint: Values) -> str:
+    """A short digest of a base."""
+    text = f"{fingerprint['layout']} {fingerprint['dtypes']} {fingerprint['digests']}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value that every logger takes: lists and dicts become text."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    return json.dumps(value)
+
+
+def _hyperparameters(trainer: Trainer, pl_module: LightningModule) -> Values:
+    """The hyperparameters that Lightning logs by itself."""
+    sources: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]  # set outside the class
+    values: Values = {}
+    for source in sources:
+        if source is not None and getattr(source, LOGS_HPARAMS):
+            values.update(source.hparams_initial)
+    values.pop(CLI_CLASS, None)
+    return values
+
+
+def log_values(trainer: Trainer, named: Values, hyperparameters: Values | None = None) -> None:
+    """Log values as hyperparameters, if the Trainer logs any.
+
+    Args:
+        trainer: The Trainer, whose loggers get them.
+        named: The values.
+        hyperparameters: Those that Lightning logs by itself. Without them, the values add to those of the fit.
+    """
+    if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
+        return
+    for logger in trainer.loggers:
+        _try_to_log(logger, named, hyperparameters)
+
+
+def _try_to_log(logger: Any, named: Values, hyperparameters: Values | None) -> None:
+    """Log values, or warn: a record is no reason to end a fit."""
+    try:
+        _log(logger, named, hyperparameters)
+    except Exception as error:  # of any library
+        warn(
+            f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
+            "on without them there."
+        )
+
+
+def _log(logger: Any, named: Values, hyperparameters: Values | None) -> None:
+    """Log values, but not into ``hparams.yaml``. From there, Lightning would pass them to a module."""
+    kinds = class_names(logger)
+    if "CSVLogger" in kinds:
+        _log_beside_csv(logger, named, adds=hyperparameters is None)
+    elif "TensorBoardLogger" in kinds:
+        logger.log_hyperparams({**(hyperparameters or {}), **named})  # it shows the first ones alone
+        for name in named:
+            logger.hparams.pop(name, None)
+    else:
+        logger.log_hyperparams(dict(named))
+
+
+def _log_beside_csv(logger: Any, named: Values, *, adds: bool) -> None:
+    """Write values into ``lora.json``, beside the logger's own files, which may be on another machine."""
+    path = f"{logger.log_dir}/lora.json"
+    values: Values = {}
+    if adds:
+        with fsspec.open(path) as file:
+            values = json.load(file)
+    values.update(named)
+    with fsspec.open(path, "w") as file:  # makes its folder
+        json.dump(values, file, indent=2)

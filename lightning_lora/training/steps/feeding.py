@@ -1,0 +1,201 @@
+"""Frozen networks below a head: does what trains read them? The first step tells, and the others are left alone."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.errors import StrategyError, listed
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.settle import leave_alone, left_still
+from lightning_lora.model.view import View, view_of
+from lightning_lora.private import NODE_FUNCTION, tree_leaves
+from lightning_lora.tensors.graphs import nodes_behind
+from lightning_lora.tensors.named import inside, only, outside, where, without
+from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.places import no_place
+from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
+
+_WHAT_TRAINS = ""  # stands among the networks that have run for what trains
+_UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
+
+
+class Feeding:
+    """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
+
+    A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
+    """
+
+    def __init__(self, model: LightningModule) -> None:
+        view = view_of(model)
+        self.trainer = model.trainer
+        self.below: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
+        self.found: set[int] = set()  # parameters from which inputs of what trains were computed
+        self.have_run: set[str] = set()
+        self.hooks: list[RemovableHandle] = []
+        for network in view.adapter.networks.below:
+            self.below[network] = set()
+        if self.below:
+            self._watch_networks(view)
+            for module in _modules_that_train(view, self.below) or _modules_without_adapters(view):
+                self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
+
+    def _watch_networks(self, view: View) -> None:
+        """Note when layers of the networks run."""
+        for name, layer in view.layers.items():
+            network = self._network_of(name)
+            if network is not None:
+                self.below[network].update(map(id, layer.lora_trained()))
+                self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
+
+    def _network_of(self, layer: str) -> str | None:
+        for network in self.below:
+            if is_in_any(layer, [network]):
+                return network
+        return None
+
+    def _note_network(self, network: str, *_: Any) -> None:
+        if self.trainer.training:  # in a validation of the fit, all may run
+            self.have_run.add(network)
+
+    def _look_at_inputs(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.have_run.add(_WHAT_TRAINS)
+        if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
+            self.found |= _leaves_behind(tree_leaves((args, kwargs)))
+
+    def have_both_run(self, network: str) -> bool:
+        """Whether a network and what trains have run."""
+        return {_WHAT_TRAINS, network} <= self.have_run
+
+    def feeds_nothing(self, network: str) -> bool:
+        """Whether nothing that trains was computed from the network."""
+        return self.found.isdisjoint({*self.below[network], _UNKNOWN})
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
+    """The layers beside these networks whose adapters train, and modules that train in full."""
+    beside = only(view.layers, outside(view.layers, networks))
+    training: set[nn.Module] = set(where(beside, LoRALayer.lora_trained).values())
+    for module in view.saved:
+        training.update(module.modules())
+    return training
+
+
+def _modules_without_adapters(view: View) -> set[nn.Module]:
+    """The modules with weights that the user has not frozen, and that have no adapter."""
+    owners = {owner_of(name) for name in without(view.base, view.frozen_by_user)}
+    return set(only(view.modules, owners - view.layers.keys()).values())
+
+
+def _leaves_behind(values: Iterable[object]) -> set[int]:
+    """The ids of the parameters from which these were computed."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    found = {id(tensor) for tensor in tensors}
+    for node in nodes_behind(tensors):
+        found.add(id(getattr(node, "variable", None)))
+        if issubclass(getattr(type(node), NODE_FUNCTION, object), CHECKPOINT_FUNCTION):
+            found.add(_UNKNOWN)
+    return found
+
+
+# The judgement, before the first optimizer step
+
+
+def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
+    """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
+
+    All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
+    were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
+    """
+    if not feeding.below:
+        return False
+    alone, fed = _judge(optimizer, strategy, feeding, copied=copied)
+    if not alone and not fed:
+        return False
+    view = view_of(model)
+    if not copied:
+        _check_places(view, fed, strategy.optimizers)
+    _tell_of_fed(view, fed, alone)
+    if not alone:
+        return False
+    if copied:
+        raise StrategyError(
+            f"{left_still(alone, view.title)} DeepSpeed cannot take parameters out of a fit that has begun. "
+            f"Name it yourself: exclude_modules={alone}."
+        )
+    leave_alone(model, alone)
+    rank_zero_info(left_still(alone, view.title))
+    _take_out_frozen(model, optimizer)
+    return True
+
+
+def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> tuple[list[str], list[str]]:
+    """The networks that feed nothing, and those that feed what trains, as far as all processes have seen them run."""
+    to_judge = list(feeding.below)
+    if not copied:
+        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
+    alone = []
+    fed = []
+    for name in to_judge:
+        if not strategy.reduce_boolean_decision(feeding.have_both_run(name)):
+            continue
+        if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)):
+            alone.append(name)
+        else:
+            fed.append(name)
+        del feeding.below[name]
+    return alone, fed
+
+
+def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
+    """The networks that an optimizer trains, or that none does."""
+    held_here = set(map(id, held_by([optimizer])))
+    held_anywhere = set(map(id, held_by(optimizers)))
+    judged = []
+    for name, parameters in networks.items():
+        if not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters):
+            judged.append(name)
+    return judged
+
+
+def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
+    held = held_by(optimizers)
+    unplaced = [name for name in inside(view.adapters, fed) if view.adapters[name] not in held]
+    if unplaced:
+        raise no_place(view.title, unplaced, sum(len(optimizer.param_groups) for optimizer in optimizers))
+
+
+def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
+    """Say that adapters train in a frozen network too, if others train besides."""
+    if not fed or not outside(view.layers, (*fed, *alone)):
+        return
+    rank_zero_info(
+        f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} too. "
+        f"To leave that as it is: exclude_modules={fed}."
+    )
+
+
+def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
+    """Take the parameters that do not train any more out of an optimizer's groups."""
+    view = view_of(model)
+    trained = set(model.parameters()) - set(view.frozen.values())
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append([parameter for parameter in group["params"] if parameter in trained])
+    groups_were_edited(view, optimizer, groups)
