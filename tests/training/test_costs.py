@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import unmerge_adapters
 from lightning_lora.base import base_tensors
 from lightning_lora.tensors import digests as hashing
-from lightning_lora.training import float32_steps, optimizers
+from lightning_lora.training.optimizers import float32_steps, places
 from lightning_lora.training.steps import feeding, gradients
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
@@ -120,8 +120,8 @@ def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
     tmp_path: Path, build: Any, monkeypatch: Any
 ) -> None:
     looks = list[int]()
-    views = [(optimizers, "view_of"), (gradients, "view_of"), (feeding, "view_of")]
-    for room, name in (*views, (feeding, "_leaves_behind"), (float32_steps, "_held_by")):
+    views = [(places, "view_of"), (gradients, "view_of"), (feeding, "view_of")]
+    for room, name in (*views, (feeding, "_leaves_behind"), (float32_steps, "held_by")):
         own = getattr(room, name)
         monkeypatch.setattr(room, name, lambda value, own=own: looks.append(steps.step) or own(value))
     steps = L.Callback()
