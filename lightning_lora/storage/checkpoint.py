@@ -160,10 +160,14 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     if KEY not in checkpoint:
         _load_base(model, state)
         return
-    stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
-    put(model, stored, Way(call=_CALL, reads_base=False))  # the stage or the end of fit has just read it
+    load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
     if whole:
         _complete_states(model, checkpoint)
+
+
+def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
+    """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
+    put(model, stored, Way(call=_CALL, reads_base=False))
 
 
 def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -26,9 +26,9 @@ from lightning_lora.model.merge import check_mergeable, merge_adapters, quantise
 from lightning_lora.model.record import find_record, keep_record, record_of
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
-from lightning_lora.storage.checkpoint import load_checkpoint_state
+from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.stored import KEY
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
@@ -123,17 +123,18 @@ def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
     """Load the best file's adapters in all processes, or none. Return a text that says which are on the model."""
     path = trainer.strategy.broadcast(getattr(monitored_checkpoint(trainer), "best_model_path", ""))
-    checkpoint, failure = dict[str, Any](), "another process could not read it"
+    stored: StoredAdapters | None = None
+    failure = "another process could not read it"
     try:
         if not path:
             raise FileNotFoundError("ModelCheckpoint wrote none")
         stored = read_adapter_file(path)  # its hyperparameters may be objects of any class
-        checkpoint = {"state_dict": stored.state, KEY: stored.description()}
     except (OSError, LoRAError) as error:
         failure = str(error)
-    if trainer.strategy.reduce_boolean_decision(bool(checkpoint)):
+    is_read_everywhere = trainer.strategy.reduce_boolean_decision(stored is not None)
+    if stored is not None and is_read_everywhere:
         try:
-            load_checkpoint_state(pl_module, checkpoint)
+            load_stored(pl_module, stored)
             drop_averages(callbacks_of(trainer))  # of the last weights: files would hold these
             return f"the best adapters ({path})"
         except LoRAError as error:
