@@ -1,6 +1,6 @@
 """The moments of a fine-tune at which guards look. What the rest of the package knows of them is in this file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,18 @@ class Guard:
     Each fit has a guard of its own, which may note what it sees.
     """
 
+    def layers_chosen(self, view: "View", new: Collection[str]) -> None:
+        """These layers will get new adapters. Nothing is changed yet."""
+
     def injected(self, view: "View") -> None:
         """Adapters were added by a call, outside of a Trainer."""
+
+    def networks_settled(self, view: "View", resting: Collection[str], frozen_since: Set[str]) -> None:
+        """The optimizers say which networks train.
+
+        ``resting`` are layers that do not, though their adapters have learned. ``frozen_since`` are weights that the
+        user has frozen since adapters learned.
+        """
 
     def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
         """A fit has its optimizers, and a checkpoint is loaded. ``is_scaled``: the user has set ``lr_scale``."""
@@ -94,9 +104,17 @@ class Guards(Guard):
         """End the fit: let go of what guards have noted of the model."""
         self.guards = []
 
+    def layers_chosen(self, view: "View", new: Collection[str]) -> None:
+        for guard in self.guards:
+            guard.layers_chosen(view, new)
+
     def injected(self, view: "View") -> None:
         for guard in self.guards:
             guard.injected(view)
+
+    def networks_settled(self, view: "View", resting: Collection[str], frozen_since: Set[str]) -> None:
+        for guard in self.guards:
+            guard.networks_settled(view, resting, frozen_since)
 
     def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
         for guard in self.guards:

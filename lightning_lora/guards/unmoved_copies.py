@@ -13,7 +13,7 @@ class UnmovedCopies(Guard):
 
     def training_ended(self, view: View) -> None:
         """Look at which adapters have moved."""
-        moved = modules_around(where(view.layers, has_learned))
+        moved = modules_around(where(view.layers, _has_learned))
         unmoved = []
         for copy, original in view.adapter.networks.copies.items():
             if original in moved and copy not in moved:
@@ -26,6 +26,6 @@ class UnmovedCopies(Guard):
             )
 
 
-def has_learned(layer: LoRALayer) -> bool:
+def _has_learned(layer: LoRALayer) -> bool:
     """Whether a layer's update is not zero."""
     return not layer.lora_is_fresh()

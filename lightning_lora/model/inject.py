@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
@@ -126,7 +126,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
             view.look_again(config)
         attach.check_same(view, choices)
         if finds:
-            _warn_of_lost(view, choices)
+            Guards().layers_chosen(view, _to_be_adapted(choices))
         adapters = _new_adapters(_to_be_adapted(choices))
         if adapters:
             _check_not_parallel(model)
@@ -201,18 +201,6 @@ def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
     names_by_parameter = names_by(parameters_of(first_names(view.modules)))
     return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
-
-
-def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
-    """Name layers that were replaced, and so have lost adapters that had learned."""
-    if not view.is_adapted or view.is_merged or not view.adapter.is_trained:
-        return
-    new = _to_be_adapted(choices)
-    lost = [name for name in view.adapter.layers if name in new]
-    if lost:
-        warn(
-            f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
-        )
 
 
 def _check_not_parallel(model: nn.Module) -> None:
