@@ -262,7 +262,7 @@ class LoRACallback(Callback):
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.loggers:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
 

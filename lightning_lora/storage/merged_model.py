@@ -21,6 +21,7 @@ from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.state import check_not_diverged
+from lightning_lora.tensors.named import beginning_with
 from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import reshard
 
@@ -244,4 +245,4 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 def _below(state: Mapping[str, Any], module: str, *_: Any, **__: Any) -> dict[str, Any]:
     """The values of a module, by the names in it."""
     start = f"{module}." if module else ""
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    return beginning_with(start, state)

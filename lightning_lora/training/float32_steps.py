@@ -47,10 +47,13 @@ class Float32Steps:
         self._while_open = ExitStack()
         self._while_open.enter_context(steps_are_in_float32(view.model))
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether any weights train in full in float16."""
+        return bool(self._weights)
+
     def begin_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
-        if not self._weights:
-            return
         for p in self._weights.intersection(_held_by(optimizer)) - self._shown.keys():
             kept = self._between.pop(p, None)
             if kept is None:
