@@ -81,12 +81,13 @@ def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
-    for name in _layers_that_have_learned(view):
+    for name in layers_that_have_learned(view):
         weights |= view.weights_of(name)
     return weights
 
 
-def _layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose updates are not zero."""
     return {name: layer for name, layer in view.layers.items() if not layer.lora_is_fresh()}
 
 
