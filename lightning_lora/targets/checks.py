@@ -5,7 +5,7 @@ from itertools import chain
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
@@ -38,7 +38,7 @@ def check_not_lazy(names: Names) -> None:
 
 
 def _is_lazy(tensor: object) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
+    return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
 # Layers that cannot be adapted

@@ -69,10 +69,7 @@ def base_name(name: str) -> str:
 def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and the other ones by expressions for exactly these names."""
     ((most, _),) = Counter(values.values()).most_common(1)
-    others = dict[str, Any]()
-    for name, value in values.items():
-        if value != most:
-            others[f"^{re.escape(name)}"] = value
+    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
     return most, others
 
 
@@ -99,9 +96,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
 def _has_updates(names: Iterable[object]) -> bool:
     """Whether these are names of PEFT's. ComfyUI has the same ends."""
     for name in names:
-        if not isinstance(name, str) or name.startswith("diffusion_model."):
-            continue
-        if peft_key(name) is not None:
+        if isinstance(name, str) and peft_key(name) is not None and not name.startswith("diffusion_model."):
             return True
     return False
 
@@ -109,10 +104,9 @@ def _has_updates(names: Iterable[object]) -> bool:
 def _config_beside(path: Any) -> Path | None:
     """PEFT's configuration in the folder of a file on this machine, if it is there."""
     local = local_path(path)
-    if local is None:
-        return None
-    config = local.parent / PEFT_CONFIG
-    return config if config.is_file() else None
+    if local is not None and (local.parent / PEFT_CONFIG).is_file():
+        return local.parent / PEFT_CONFIG
+    return None
 
 
 def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
@@ -137,9 +131,7 @@ class PeftConfig(NamedTuple):
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
-        if self.config.is_excluded(name):
-            return False
-        return self._is_target(name) and self._is_of_layers(name)
+        return self._is_target(name) and self._is_of_layers(name) and not self.config.is_excluded(name)
 
     def _is_target(self, name: str) -> bool:
         """Whether ``target_modules`` names a module."""
@@ -193,11 +185,8 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    given = dict[str, Any]()
-    for theirs, ours in _OURS.items():
-        value = fields.get(theirs)
-        if value not in (None, [], ""):
-            given[ours] = value
+    said = {ours: fields.get(theirs) for theirs, ours in _OURS.items()}
+    given = {name: value for name, value in said.items() if value not in (None, [], "")}
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
     except ConfigError as error:
