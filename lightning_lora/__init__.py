@@ -1,5 +1,6 @@
 """LoRA for any LightningModule, in one line: ``Trainer(callbacks=[LoRACallback(r=8)])``."""
 
+from lightning_lora import guards  # noqa: F401  # who look at each moment of a fine-tune
 from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import (
@@ -25,8 +26,8 @@ from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.model.rows import adapter_names
 from lightning_lora.model.switch import adapters, disable_adapters
 from lightning_lora.monitor import LoRAMonitor
-from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import export_peft, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage.load.state_dicts import load_adapter_state_dict
 from lightning_lora.storage.merged_model import save_merged
 from lightning_lora.storage.several import combine_adapters, set_adapter
 from lightning_lora.storage.state import adapter_state_dict

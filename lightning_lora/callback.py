@@ -4,7 +4,7 @@ import inspect
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from inspect import cleandoc
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,14 +23,11 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
-from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.gradients import check_learned, tell_of_unmoved
-from lightning_lora.training.guards.reports import advise_rates, log_arguments, log_values, shown_rates
 from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,
@@ -40,10 +37,10 @@ from lightning_lora.training.merging import (
 )
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
+from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.running import Running
 from lightning_lora.training.stage import Phase, Stage
-from lightning_lora.training.strategies.overlay import overlay_strategy
-from lightning_lora.training.strategies.strategy import LoRAStrategy
+from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
@@ -110,6 +107,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
+    _strategy: Any = None  # our methods for the Trainer's strategy, in a stage
     _running: Any = None  # a training
 
     def __init__(
@@ -166,7 +164,7 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        of_a_stage = ("_stage", "_is_set_up", "_running", "_training", "_filled")
+        of_a_stage = ("_stage", "_is_set_up", "_strategy", "_running", "_training", "_filled")
         left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
@@ -187,7 +185,8 @@ class LoRACallback(Callback):
         """
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
+        self._strategy = overlay_strategy(trainer.strategy, self._stage)
+        adapts_late = self._strategy.adapts_late
         compatibility.check_callbacks(self._stage.callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
             self._stage.came = "adapted"
@@ -198,13 +197,9 @@ class LoRACallback(Callback):
             if self._stage.runs_merged(pl_module):
                 return
         self._stage.begin(pl_module)
-        record = find_record(pl_module)
-        if record is not None:
-            self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")
-        if adapts_late or not self._stage.adapts(pl_module):
-            return  # configure_model would shard them; a plain module gets none for an evaluation
-        with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
-            self._stage.inject(pl_module)
+        self._take_config_of(pl_module)
+        if not adapts_late:  # otherwise, configure_model would shard the adapters
+            self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
         is_named = self.name != "default" or "name" in self.given
@@ -225,6 +220,19 @@ class LoRACallback(Callback):
         switches = self._stage.wants_another(pl_module)
         check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
         check_data_init(trainer, pl_module, self.config)
+
+    def _take_config_of(self, pl_module: LightningModule) -> None:
+        """Take arguments that were not given from adapters that the module has."""
+        record = find_record(pl_module)
+        if record is not None:
+            self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")
+
+    def _adapt_early(self, pl_module: LightningModule) -> None:
+        """Adapt the layers that are there, before other callbacks copy the module."""
+        if not self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
+            return
+        with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
+            self._stage.inject(pl_module)
 
     # Fit
 
@@ -253,7 +261,7 @@ class LoRACallback(Callback):
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        advise_rates(pl_module, trainer.optimizers, is_scaled=is_scaled)
+        self._stage.guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -269,27 +277,37 @@ class LoRACallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
-        if self._stage.take_base(pl_module):  # hooks may have loaded it late
-            cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
-        advise(pl_module, aloud=trainer.is_global_zero)  # the module's own on_fit_start may load or reset weights
+        self._take_late_base(pl_module)
+        # Not before: the module's own on_fit_start may load or reset weights
+        advise(pl_module, self._stage.guards, aloud=trainer.is_global_zero)
         base = base_digests(pl_module)
-        begins = self._stage.phase is Phase.SET_UP
-        if begins:
+        is_new = self._stage.phase is Phase.SET_UP
+        if is_new:
             start_from_data(trainer, pl_module)
-        self._stage.phase = Phase.TRAINING
+        self._stage.begin_training()
+        self._note_trained_layers(trainer, pl_module)
+        compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
+        running = Running(trainer, pl_module, self._stage)
+        self._running = self._training.enter_context(closing(running))
+        running.begin(self._strategy.gradients(), is_new=is_new, base=base)
+        if self._stage.resumed is not None:
+            self._stage.resumed.begin_training()
+            self._stage.resumed = None
+
+    def _take_late_base(self, pl_module: LightningModule) -> None:
+        """Take a base that hooks have loaded since the set-up."""
+        if self._stage.take_base(pl_module):
+            self._strategy.note_base(anew=False)
+
+    def _note_trained_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which layers train, with what came since the set-up."""
         view = view_of(pl_module)
         view.begin_anew()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
         if trainer.is_global_zero:
-            warn_of_hooks(pl_module, view.layers)
-        compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
-        self._running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
-        self._running.begin(trainer.strategy, is_new=begins, base=base)
-        if self._stage.resumed:
-            self._stage.resumed.begin_training()
-            self._stage.resumed = None
+            self._stage.guards.adapters_ready(view)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what hooks made new."""
@@ -328,7 +346,7 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        tell_of_unmoved(pl_module)
+        self._stage.guards.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -342,18 +360,17 @@ class LoRACallback(Callback):
         It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
         self._check_set_up()
-        if self._stage.phase is Phase.SET_UP:
+        if not self._stage.keep_adapters():
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
-        self._stage.phase = Phase.OVER  # what was loaded or trained stays
         check_layers_stayed(pl_module)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        check_learned(pl_module, trainer.optimizers, trainer.global_step)
+        self._stage.guards.fit_ended(View(pl_module), trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
-        self._stage.guards.base_was_compared(pl_module, is_aloud=trainer.is_global_zero)
-        if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
-            return
-        merge_trained(trainer, pl_module, self.merge)
+        self._stage.say_what_was_written(pl_module, is_aloud=trainer.is_global_zero)
+        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set outside of the class
+        if self.merge and not is_trial:
+            merge_trained(trainer, pl_module, self.merge)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it came, if nothing was trained."""
@@ -364,6 +381,7 @@ class LoRACallback(Callback):
     def _let_go(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
         self._is_set_up = False
+        self._strategy = None
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         compatibility.forget_module(self)
 
@@ -371,7 +389,8 @@ class LoRACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
-        is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
+        methods = methods_of(trainer.strategy)
+        is_alone = methods is not None and methods.adapts_late
         is_kept = self._stage.give_back_after_error(pl_module, is_alone=is_alone)
         self._let_go()
         if is_kept and isinstance(exception, KeyboardInterrupt):
@@ -382,7 +401,7 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if not isinstance(trainer.strategy, LoRAStrategy):  # in a main process without a set-up
+        if methods_of(trainer.strategy) is None:  # in a main process without a set-up
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 

@@ -1,6 +1,7 @@
 """The arguments of LoRA, and their validation."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -227,7 +228,7 @@ class LoRAConfig:
 
         So a version that lacks a new argument reads the files that do without it. No default may change in one format.
         """
-        default = LoRAConfig().to_dict()
+        default = _default_arguments()
         return {name: value for name, value in self.to_dict().items() if value != default[name]}
 
     @classmethod
@@ -246,6 +247,12 @@ class LoRAConfig:
                 "written them: update the package, or remove them."
             )
         return cls(**taken)
+
+
+@functools.cache
+def _default_arguments() -> dict[str, Any]:
+    """All arguments at their defaults, as plain types."""
+    return LoRAConfig().to_dict()
 
 
 def _as_plain(value: Any) -> Any:

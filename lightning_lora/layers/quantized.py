@@ -11,6 +11,9 @@ from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import held_parameter
 
+_LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+_LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
+
 
 class LoRALinear4bit(LoRALinear):
     r"""A 4-bit linear layer of bitsandbytes. It adds :math:`s \, \mathrm{dropout}(x) A^T B^T` to its output.
@@ -22,7 +25,7 @@ class LoRALinear4bit(LoRALinear):
         Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, equation 5.
     """
 
-    lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear4bit",)
+    lora_layer_types: ClassVar[LayerTypes] = (_LINEAR_4BIT,)
     lora_forward = LoRALayer.lora_forward  # only the layer itself can read its weight
 
     @classmethod
@@ -57,7 +60,7 @@ class LoRALinear4bit(LoRALinear):
 class LoRALinear8bit(LoRALinear4bit):
     """An 8-bit linear layer of bitsandbytes (Dettmers et al. 2022, "LLM.int8()") with a low-rank update."""
 
-    lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear8bitLt",)
+    lora_layer_types: ClassVar[LayerTypes] = (_LINEAR_8BIT,)
 
     @staticmethod
     def lora_dtype(layer: Any, weight: Any) -> torch.dtype:  # noqa: ARG004
@@ -77,10 +80,11 @@ class LoRALinear8bit(LoRALinear4bit):
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
     weight: Any = held_parameter(module, "weight")
-    if _is_adapted_by(module, LoRALinear4bit) and weight.quant_state is not None:
+    kind = _kind_of(module)
+    if kind is LoRALinear4bit and weight.quant_state is not None:
         packed_state = weight.quant_state.as_dict(packed=True)
         return {f"weight.{name}": value for name, value in packed_state.items()}
-    if _is_adapted_by(module, LoRALinear8bit) and not weight.is_floating_point():
+    if kind is LoRALinear8bit and not weight.is_floating_point():
         return {"SCB": _scales(module), "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return {}
 
@@ -90,7 +94,7 @@ def is_quantised(module: nn.Module, name: str) -> bool:
     parameter = held_parameter(module, name)
     if parameter is None:
         return False
-    if name == "weight" and _is_of_bitsandbytes(module):
+    if name == "weight" and _kind_of(module) is not None:
         return not parameter.is_floating_point()
     return dequantises(parameter)
 
@@ -105,7 +109,7 @@ def count(parameter: Any) -> int:
 
 def repacks(module: nn.Module) -> bool:
     """Whether a 4-bit layer may repack its weight in eval mode, as on some CPUs: then it passes no gradient."""
-    return "support_avx512bf16_for_cpu" in vars(module) and _is_adapted_by(module, LoRALinear4bit)
+    return "support_avx512bf16_for_cpu" in vars(module) and _kind_of(module) is LoRALinear4bit
 
 
 def unpack(module: Any) -> None:
@@ -123,12 +127,19 @@ def _is_repacked(module: Any) -> bool:
     return is_packed
 
 
-def _is_of_bitsandbytes(module: nn.Module) -> bool:
-    return _is_adapted_by(module, LoRALinear4bit) or _is_adapted_by(module, LoRALinear8bit)
+_KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' classes
+    _LINEAR_4BIT: LoRALinear4bit,
+    _LINEAR_8BIT: LoRALinear8bit,
+}
 
 
-def _is_adapted_by(module: nn.Module, kind: type[LoRALinear]) -> bool:
-    return any(kind.lora_adapts(ancestor) for ancestor in type(module).__mro__)
+def _kind_of(module: nn.Module) -> type[LoRALinear4bit] | None:
+    """The adapter class of a layer of bitsandbytes, or None. All modules of a model are asked, so it is short."""
+    for ancestor in type(module).__mro__:
+        kind = _KINDS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if kind is not None:
+            return kind
+    return None
 
 
 def _scales(layer: Any) -> Tensor:

@@ -18,10 +18,10 @@ from lightning_lora.model.settle import follow_originals, left_still, networks_o
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.hooked import warn_of_hooks
 from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.named import first_names, inside, names_by, only, outside, where, without
@@ -66,10 +66,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     """
     _check_arguments(model, config)
     names = inject(model, config, name=name)
-    still = records.record_of(model).adapter.networks.still
-    if still:
-        warn(left_still(still, type(model).__name__))
-    warn_of_hooks(model, View(model).layers)
+    Guards().injected(View(model))
     return names
 
 

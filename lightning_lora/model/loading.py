@@ -1,4 +1,4 @@
-"""Handle state dicts that other code loads into adapted models."""
+"""What a plain state dict, which other code loads into an adapted model, says of its base."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,37 +8,37 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
-from lightning_lora.model.record import on_load, record_of
+from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
 
-@on_load
-def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> bool:
-    """Check a state dict before torch loads it: the record takes over the values of a new base, or a merged model."""
+def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
+    """Note what torch is about to load: the values of a new base, or a merged model. ``notes`` are torch's."""
     record = record_of(model)  # an error while the base is shown
     view = View(model)
     given = _values_below(prefix, state)
     given_adapters = [name for name in view.adapters if name in given]
     if record.is_merged:
         _refuse_adapters(view, given_adapters)
-        return False
+        return
     frozen_names = [name for name in view.base if name not in record.adapter.originals]
     given_frozen = [name for name in frozen_names if name in given]
-    if given_adapters:
-        if len(given_frozen) == len(frozen_names):
-            _take_statistics(view, given)
-        return False
-    if not given_frozen:
-        return False  # only what trains: not a base
+    if not given_adapters and given_frozen:  # otherwise only what trains: not a base
+        _take_base(view, given, notes)
+    elif given_adapters and len(given_frozen) == len(frozen_names):
+        _take_statistics(view, given)
+
+
+def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Take the values of a new base, which other code loads."""
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
     originals: dict[str, Tensor] = {}
-    for adapter in record.adapters.values():
+    for adapter in view.record.adapters.values():
         originals |= adapter.originals
-    record.base_was_loaded(given, _loaded(view, given, originals))
-    return False
+    view.record.base_was_loaded(given, _loaded(view, given, originals))
 
 
 def _values_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,15 +90,20 @@ def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
 
 def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
     """Take the statistics of frozen norms as the base's: training cannot have changed them."""
-    norms = {name for name, module in view.modules.items() if isinstance(module, FrozenNorm)}
-    statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
+    statistics = {}
+    for name, buffer in view.buffers.items():
+        if isinstance(view.modules[owner_of(name)], FrozenNorm):
+            statistics[name] = buffer
     view.adapter.set_base_values(_loaded(view, given, statistics))
 
 
 def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
-    value_by_tensor = {id(tensor): given[name] for name, tensor in present.items() if name in given}
+    value_by_tensor = {}
+    for name, tensor in present.items():
+        if name in given:
+            value_by_tensor[id(tensor)] = given[name]
     loaded = {}
     for name, tensor in tensors.items():
         value = value_by_tensor.get(id(present.get(name)))

@@ -12,9 +12,10 @@ from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
+from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import Merge, Record, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
@@ -58,7 +59,8 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
         >>> model[0], list(model.state_dict())
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
-    warn_of_merge(model, *(merge(model) if keep_base else _merge_for_good(view_of(model))))
+    lost, untied = merge(model) if keep_base else _merge_for_good(view_of(model))
+    Guards().merged(type(model).__name__, lost, untied)
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -94,7 +96,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
-    """Merge as :func:`merge_adapters` does, and return what :func:`warn_of_merge` takes."""
+    """Merge as :func:`merge_adapters`. Return what rounding took of each layer's update, and the untied layers."""
     view = view_of(model)
     if view.is_merged:
         return {}, []
@@ -140,7 +142,7 @@ def _check(view: View) -> dict[str, list[str]]:
     refuse_in_block(view.model, "merge_adapters")
     attach.check_weights(view)
     tied = check_mergeable(view)
-    warn_of_divergence(view)
+    Guards().merge_begins(view)
     return tied
 
 

@@ -1,18 +1,17 @@
-"""A merged model: whether its weights are as the merge left them, and what the merge lost."""
+"""A merged model: whether its weights are as the merge left them."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
+from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LoRALayer, put_on
 from lightning_lora.model.record import Merge
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
+from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
@@ -91,56 +90,3 @@ def _is_merged_anew(merge: Merge, name: str, layer: nn.Module, weights: Mapping[
             for weight, value in weights.items():
                 replace_values(value, shown[weight])
     return all(digest(anew[weight].to(value.dtype)) == digest(value) for weight, value in shown.items())
-
-
-# What a merge lost
-
-_MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is lost; in bfloat16, 0.1 to 0.2 is common
-
-
-def warn_of_divergence(view: View) -> None:
-    """Warn of adapters that hold NaN or infinite values."""
-    broken = [name for name, p in view.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
-    if broken:
-        remedy = "train with a lower learning rate"
-        if any(view.adapters[name].dtype == torch.float16 for name in broken):
-            remedy = "train without autocast_adapter_dtype=False: these are in float16, in which Adam ends in NaN"
-        warn(
-            f"{listed(broken)} of {view.title} hold NaN or infinite values, and the merged weights too: the training "
-            f"has diverged. Call unmerge_adapters(model) for the base, and {remedy}."
-        )
-
-
-def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-    """Warn of a merge with what :func:`merge` returned: broken ties, values that overflowed, lost updates."""
-    title = type(model).__name__
-    if untied:
-        warn(
-            f"The weight of {listed(untied)} in {title} was tied to another layer's: they are two weights now. Load "
-            "the state dict into a model where they are not tied (in transformers, config.tie_word_embeddings=False)."
-        )
-    overflown = [name for name, share in lost.items() if not share < math.inf]
-    if overflown:
-        warn(
-            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
-            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
-            MergePrecisionWarning,
-        )
-    if loss := lost_to_rounding(lost, title):
-        warn(
-            f"{loss} Keep the adapters on their layers (merge=False, unmerge_adapters), or convert the model to "
-            "float32 before merging.",
-            MergePrecisionWarning,
-        )
-
-
-def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
-    """Return what a warning says of these shares of updates, by layer: two sentences, or nothing if they are small."""
-    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
-    if not much:
-        return ""
-    worst = max(much, key=much.__getitem__)
-    return (
-        f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} in "
-        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small."
-    )

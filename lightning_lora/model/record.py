@@ -4,8 +4,9 @@ All keys in it are names as in ``named_parameters``.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.tensors.digests import digest, digests, digests_as
@@ -266,23 +266,14 @@ class Record:
 
 # The record of a model
 
-_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], bool]  # model, state, prefix, torch's notes
-_HOOKS: list[_LoadHook] = []
-
-
-def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this before torch loads into a model with a record. The latest hook comes first, until one returns True."""
-    _HOOKS.insert(0, hook)
-    return hook
-
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
-    if find_record(model) is None:
-        return
-    refuse_in_block(model, "load_state_dict")
-    for hook in _HOOKS:
-        if hook(model, state, prefix, notes):
-            return
+    """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
+    if find_record(model) is not None:
+        above = import_module(
+            "lightning_lora.storage.load.state_dicts"
+        )  # it lies above this room: by name, when called
+        above.before_load(model, state, prefix, notes)
 
 
 def find_record(model: nn.Module) -> Record | None:

@@ -124,6 +124,11 @@ class View:
         """Return the base's weights of an adapted layer."""
         return {self.base[join(layer, weight)] for weight in self.layers[layer].lora_weights()}
 
+    def size_of(self, names: Iterable[str]) -> int:
+        """Return the number of values of these parameters of the base. Tied ones count once."""
+        parameters = {self.base[name] for name in names}
+        return sum(p.numel() for p in parameters)
+
     @cached_property
     def saved(self) -> list[nn.Module]:
         """The modules in ``modules_to_save``."""

@@ -1,6 +1,7 @@
 """Save, export and load adapters without a Trainer."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -18,16 +19,17 @@ from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
-from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.format import Asked
-from lightning_lora.storage.formats.lightning import check_readable
+from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
-from lightning_lora.storage.rebuilding import rebuild_modules
+from lightning_lora.storage.load.other_names import with_names_of
+from lightning_lora.storage.load.put import Reader, Way, put
+from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.shards import is_dtensor
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
+
+
+_CALL = "load_adapter"  # as errors name it
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -60,23 +65,36 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     own.check_place(path)
     view = view_of(model)
-    held = _state_of(view)
-    state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-    if odd := held.keys() - state.keys():
-        warn(
-            f"{listed(sorted(odd))} of {view.title} changed in training (get_extra_state) and are not "
-            "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
-        )
+    state = _tensors_in(_state_of(view), view.title)
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    is_shared, failed = any(map(is_dtensor, view.parameters.values())), list[Exception | None]([None])
-    if not is_shared or dist.get_rank() == 0:
+    if any(map(is_dtensor, view.parameters.values())):
+        _write_in_first_process(path, stored)
+    else:
+        own.write_adapter_file(path, stored)
+
+
+def _tensors_in(state: Mapping[str, Any], title: str) -> dict[str, Tensor]:
+    """The tensors in a state. Warn of what else is in it."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    odd = state.keys() - tensors.keys()
+    if odd:
+        warn(
+            f"{listed(sorted(odd))} of {title} changed in training (get_extra_state) and are not "
+            "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
+        )
+    return tensors
+
+
+def _write_in_first_process(path: str | Path, stored: StoredAdapters) -> None:
+    """Write a file in the first process. All wait for it, and know if there is none."""
+    failed: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
         try:
             own.write_adapter_file(path, stored)
         except Exception as error:
             failed = [error]
-    if is_shared:
-        dist.broadcast_object_list(failed)  # all wait for the file, and know if there is none
+    dist.broadcast_object_list(failed)
     if failed[0]:
         raise failed[0]
 
@@ -137,10 +155,11 @@ def export_peft(
         raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
-        stored, model = StoredAdapters.from_view(view, _state_of(view), []), model_or_file
+        stored = StoredAdapters.from_view(view, _state_of(view), [])
+        source = source_of(stored, model_or_file, root)
     else:
-        stored, model = own.read_adapter_file(model_or_file), None
-    source = source_of(stored, model, root)
+        stored = own.read_adapter_file(model_or_file)
+        source = source_of(stored, None, root)
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
 
@@ -213,20 +232,26 @@ def load_adapter(
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
+    reader = _reader_of(path, Asked(alpha, target_slices))
+    put(model, reader, Way(call=_CALL, adapts=True, name=name, refuses_base=check_base))
+
+
+def _reader_of(path: Any, asked: Asked) -> Reader:
+    """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
-    file, asked = path if local is None else weights_of(local), Asked(alpha, target_slices)
+    file = path if local is None else weights_of(local)
     contents = own.read_contents(file)
-    format, reader = find_format(contents, file, asked) or (None, None)
-    if (format is None or format.name != "loralib") and asked != Asked():
+    found = find_format(contents, file, asked)
+    if asked != Asked() and (found is None or found[0].name != "loralib"):
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
-    if reader is None:
-        reader = partial(with_names_of, stored=own.adapters_in(contents, path))
-    else:
-        check_usual(contents, path)
-    apply(model, reader, refuse_base=check_base, name=name)
+    if found is None:
+        return partial(with_names_of, stored=own.adapters_in(contents, path))
+    _, reader = found
+    check_usual(contents, path)
+    return reader
 
 
 def load_from_checkpoint(
@@ -261,31 +286,39 @@ def load_from_checkpoint(
         raise ConfigError(f"Pass the class {type(cls).__name__}. For a module of it, call load_adapter(model, path).")
     checkpoint = own.read_checkpoint(path, weights_only=weights_only)
     stored = own.adapters_in(checkpoint, path)
-    check_readable(checkpoint, path)
+    check_is_lightning(checkpoint, path)
     kwargs.pop("strict", None)
-    options = kwargs if weights_only else {**kwargs, "weights_only": False}
-    model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
+    if not weights_only:
+        kwargs["weights_only"] = False
+    model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
     rebuild_modules(model, state, stored.layers)
-    apply(model, partial(with_names_of, stored=replace(stored, state=state)), refuse_base=check_base)
+    reader = partial(with_names_of, stored=replace(stored, state=state))
+    put(model, reader, Way(call=_CALL, adapts=True, refuses_base=check_base))
     if merge:
         merge_adapters(model)
         remove_adapters(model)
-    return model.to(map_location) if isinstance(map_location, str | torch.device) else model
+    if isinstance(map_location, str | torch.device):
+        return model.to(map_location)
+    return model
 
 
 def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
     """Build a module as Lightning does, but without its strict loading. Return it and its state, after its own hook."""
-    if CLI_CLASS in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-            shell = _as_file({**checkpoint, "state_dict": {}})
-            model = cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
-        return model, checkpoint["state_dict"]
+    if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
+        return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
     kind, states = _that_loads_nothing(cls)
     model = kind.load_from_checkpoint(_as_file(checkpoint), map_location="cpu", **options)
     del model.load_state_dict
     model.__class__ = cls
     return model, states.pop()
+
+
+def _build_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
+    """Build a module of LightningCLI, which builds another class than it is asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
+        shell = _as_file({**checkpoint, "state_dict": {}})
+        return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":

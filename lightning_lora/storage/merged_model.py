@@ -1,9 +1,9 @@
 """Save the whole merged model, for code that does not know adapters."""
 
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +14,15 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
-from lightning_lora.functional.update import wide
-from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.attach import check_weights
-from lightning_lora.model.merge import check_mergeable, tied_weights
-from lightning_lora.model.merged import check_as_merged, warn_of_merge
+from lightning_lora.model.merge import tied_weights
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.private import HPARAMS_NAME, STATE_NOTES
+from lightning_lora.moments import Guards
+from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
+from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.state import check_not_diverged
-from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter, submodule
-from lightning_lora.tensors.shards import is_dtensor, reshard
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
+from lightning_lora.tensors.shards import reshard
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
@@ -86,14 +83,28 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
     """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     untied += tied_weights(view)
-    config = getattr(submodule(view.model, root_of(view.model)), "config", None)
-    if is_folder and untied and getattr(config, "tie_word_embeddings", False):
+    if is_folder and untied:
+        _refuse_to_tie_again(view, untied)
+    state, lost = merged_state(view, given)
+    check_not_diverged(view)
+    _refuse_overflow(view, state)
+    Guards().merged(view.title, lost, untied)
+    return state
+
+
+def _refuse_to_tie_again(view: View, untied: Collection[str]) -> None:
+    """Refuse a model whose ``from_pretrained`` would make one weight of two."""
+    inner = submodule(view.model, root_of(view.model))
+    config = getattr(inner, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(
             f"The weight of {listed(untied)} in {view.title} is tied to another layer's and has its own "
             "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
         )
-    state, lost = merged_state(view, given)
-    check_not_diverged(view)
+
+
+def _refuse_overflow(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse merged weights that are not finite in their dtype."""
     weights = set(view.adapted_weights)
     for name, value in state.items():
         if plain_name(name) in weights and not value.isfinite().all():
@@ -101,8 +112,6 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
                 f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
                 "model.to(torch.float32)."
             )
-    warn_of_merge(view.model, lost, untied)
-    return state
 
 
 # A file
@@ -169,8 +178,7 @@ def _write_folder(view: View, path: Path) -> None:
             f"{title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
             "LightningModule, or in .safetensors."
         )
-    prefix = f"{root}." if root else ""
-    outside = [name for name in (*view.adapters, *view.trained) if not name.startswith(prefix)]
+    outside = [name for name in (*view.adapters, *view.trained) if not is_inside(name, root)]
     if outside:
         raise AdapterFileError(
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
@@ -188,9 +196,10 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     view = View(model)
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
-    adapters = view.adapters  # those without effect too: none is written
-    has_no_adapters = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
-    if has_no_adapters or "state_dict" in vars(model):  # the caller's own values, or inside another save
+    adapters = view.adapters  # the view keeps them, also those whose layers it leaves out below: none is written
+    has_values_of_its_own = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
+    is_inside_another_save = "state_dict" in vars(model)
+    if has_values_of_its_own or is_inside_another_save:
         return save(model, *args, **kwargs)
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
     state = _merged(view, given, is_folder=True)
@@ -209,10 +218,12 @@ def _by_name(
     save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
-    about = signature(save).parameters.values()
-    names = [each.name for each in about if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    named = dict(zip(names[2:], args[1:], strict=False))  # the first two are self and the folder
-    if len(named) < len(args) - 1 or not named.keys().isdisjoint(kwargs):  # an error of the caller's
+    parameters = signature(save).parameters.values()
+    names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    by_position = args[1:]  # after the folder
+    named = dict(zip(names[2:], by_position, strict=False))  # the first two are self and the folder
+    has_too_many = len(named) < len(by_position)
+    if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
         return args, kwargs
     return args[:1], {**named, **kwargs}
 
@@ -222,141 +233,15 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     """Let the state dict of a model hold these values. Those of modules in it do too."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            start = f"{name}." if name else ""
-            own = vars(module)
-            if "state_dict" in own:  # somebody's
-                undo.callback(own.update, state_dict=own["state_dict"])
-            undo.callback(own.pop, "state_dict")
-            own["state_dict"] = lambda *_, start=start, **__: {
-                key.removeprefix(start): value for key, value in state.items() if key.startswith(start)
-            }
+            attributes = vars(module)
+            if "state_dict" in attributes:  # somebody's
+                undo.callback(attributes.update, state_dict=attributes["state_dict"])
+            undo.callback(attributes.pop, "state_dict")
+            attributes["state_dict"] = partial(_below, state, name)
         yield
 
 
-# The state
-
-
-def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory."""
-    model = plain_module(view.model)
-    if view.is_merged:
-        check_as_merged(view)
-        return _noted(view, model.state_dict()), {}
-    changed = {plain_name(name): value for name, value in (changed or {}).items()}
-    if any(is_dtensor(changed.get(name, p)) for name, p in view.parameters.items()):
-        raise AdapterStateError(
-            f"{type(model).__name__} is spread over processes. Call save_adapter(model, path) in each, then "
-            "lightning-lora merge BASE FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
-        )
-    check_weights(view)
-    check_mergeable(view)
-    with _showing(view, changed):
-        merged, lost = _merged_weights(view)
-    new_values = {name: value for name, value in {**changed, **merged}.items() if name not in view.adapters}
-    adapters = {id(parameter) for parameter in view.adapters.values()}  # a hook may have given them other names
-    state: Any = model.state_dict(keep_vars=True)
-    for name, value in list(state.items()):
-        new_value = new_values.pop(plain_name(name), value)
-        state[name] = new_value.detach() if isinstance(new_value, Tensor) else new_value
-        if id(value) in adapters:
-            del state[name]
-    absent = merged.keys() & new_values.keys()
-    if absent:
-        raise AdapterStateError(
-            f"The state dict of {type(model).__name__} does not hold {listed(sorted(absent))} under their own names, "
-            "so that no update can be put there. Call merge_adapters(model) and save its state dict."
-        )
-    state.update(new_values)
-    return _noted(view, state), lost
-
-
-def _noted(view: View, state: Any) -> dict[str, Any]:
-    """Note each merged layer, and the model, in torch's notes of a state dict."""
-    noted: Any = OrderedDict(state)
-    merged, notes = {"", *view.matrices}, dict(getattr(state, STATE_NOTES, {}))
-    for name, note in list(notes.items()):
-        if plain_name(name) in merged:
-            notes[name] = {**note, HAS_UPDATE: True}
-    setattr(noted, STATE_NOTES, notes)
-    return noted  # type: ignore[no-any-return]  # a dict
-
-
-@contextmanager
-def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
-    """Give the adapters and their weights other values, and their own ones back."""
-    with ExitStack() as undo, torch.no_grad():
-        for name, layer in view.layers.items():
-            first = join(name, layer.lora_weights()[0])
-            device = changed.get(first, view.parameters[first]).device
-            for leaf in (*layer.lora_weights(), *layer.lora_roles()):
-                parameter = own_parameter(layer, leaf)
-                value = changed.get(join(name, leaf), parameter).to(device, parameter.dtype)
-                if value is not parameter:
-                    undo.callback(set_parameter, layer, leaf, parameter)
-                    set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
-        yield
-
-
-def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
-    merged, lost = dict[str, Tensor](), dict[str, float]()
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in view.modules.items():
-        owner = vars(module).get("lora_tied_to", (module,))[0]
-        names.setdefault(owner, []).append(name)
-    with torch.inference_mode(False), torch.no_grad():
-        for first, layer in view.layers.items():
-            for weight in layer.lora_weights():
-                values, share = layer.lora_merged_weight(weight)
-                lost[first] = max(share, lost.get(first, 0.0))
-                host = values.detach().cpu()
-                merged |= {join(name, weight): host for name in names[layer]}
-    return merged, lost
-
-
-# The base again
-
-
-def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
-    """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
-    merged = {plain_name(name): value for name, value in merged.items()}
-    if not _fit(view, changed) or not _can_be_taken_out(view) or not view.is_fresh():
-        return False
-    if not _has_weights(view, merged):
-        return False
-    with _showing(view, {name: changed[name] for name in view.adapters}), torch.no_grad():
-        for layer in view.layers.values():
-            for name in layer.lora_weights():
-                weight = own_parameter(layer, name)
-                update = layer.lora_effective_weight(name).sub_(weight)
-                base = weight.to(wide(weight.dtype)) - update
-                replace_values(weight, base.to(weight.dtype))
-            layer.lora_weights_changed()
-    return True
-
-
-def _fit(view: View, changed: Mapping[str, Any]) -> bool:
-    """Whether a file has all adapters, in the shapes of the model's."""
-    if not changed.keys() >= view.adapters.keys():
-        return False
-    return all(changed[name].shape == parameter.shape for name, parameter in view.adapters.items())
-
-
-def _can_be_taken_out(view: View) -> bool:
-    """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
-    if any(layer.lora_settings.use_dora for layer in view.layers.values()):
-        return False
-    return not any(is_dtensor(parameter) or _is_narrow(parameter) for parameter in view.base.values())
-
-
-def _is_narrow(parameter: Tensor) -> bool:
-    """Whether it is less precise than float32."""
-    return parameter.is_floating_point() and parameter.element_size() < 4
-
-
-def _has_weights(view: View, merged: Mapping[str, Any]) -> bool:
-    """Whether all weights of the model are those of a file."""
-    for name, parameter in view.base.items():
-        if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):
-            return False
-    return True
+def _below(state: Mapping[str, Any], module: str, *_: Any, **__: Any) -> dict[str, Any]:
+    """The values of a module, by the names in it."""
+    start = f"{module}." if module else ""
+    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}

@@ -45,7 +45,7 @@ class Renaming:
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
     """The name with the new prefix, if it has the old one."""
-    if not is_inside(name, old_prefix):
+    if old_prefix == new_prefix or not is_inside(name, old_prefix):
         return name
     rest = name[len(old_prefix) :].removeprefix(".")
     return join(new_prefix, rest)

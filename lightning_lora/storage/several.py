@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,9 +12,9 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.record import AdapterState, find_record, record_of
+from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.apply import apply
+from lightning_lora.storage.load.put import Way, put
 from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
@@ -59,31 +60,62 @@ def set_adapter(
         ...     adapters(model)
         ('0.5 de + 1 fr', 'de', 'fr')
     """
-    record = find_record(model) or record_of(model)
-    known = record.adapters.get(name) if isinstance(name, str) else None
-    if known and known.sum_of:
-        name = known.sum_of
-    if isinstance(name, str) or not isinstance(name, Iterable):
-        return switch.set_adapter(model, name)
-    weights = name if isinstance(name, Mapping) else Counter(name)
+    names = _named_several(model, name)
+    if names is None:
+        return switch.set_adapter(model, name)  # type: ignore[arg-type]  # one name, or None
+    return _show_sum(model, names)
+
+
+def _named_several(model: nn.Module, name: object) -> Mapping[str, float] | None:
+    """The weights of the adapters whose sum is meant. None: one adapter is, or the base."""
+    if isinstance(name, str):
+        state = _record(model).adapters.get(name)
+        return None if state is None else state.sum_of
+    _record(model)
+    if isinstance(name, Mapping):
+        return name
+    return Counter(name) if isinstance(name, Iterable) else None
+
+
+def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
+    """Make the sum of several adapters, and switch to it."""
     refuse_in_block(model, "A sum of adapters")
-    before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
-    title = " + ".join(f"{repr(float(weight)).removesuffix('.0')} {each}" for each, weight in weights.items())
+    record = _record(model)
+    before = record.shown
+    active = record.adapter.name
+    stored = _sum(model, weights, None)
+    title = _title(weights)
     if title in record.adapters and not record.adapters[title].sum_of:
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
-    sums = [each for each, other in record.others.items() if other.sum_of]
-    for each in sums[:-_KEPT] if title not in sums else [title]:  # some are shown again after a block
-        del record.others[each]
+    _drop_sums(record, title)
     _add(model, stored, title)
     record.others[title].becomes_a_sum(weights)
     shown = switch.set_adapter(model, title)
-    shown.before, shown.active = before, active
+    shown.before = before
+    shown.active = active
     return shown
 
 
-_KEPT = 8  # sums that rest
+def _title(weights: Mapping[str, float]) -> str:
+    """The name of a sum: ``0.5 de + 1 fr``."""
+    terms = []
+    for name, weight in weights.items():
+        number = repr(float(weight)).removesuffix(".0")
+        terms.append(f"{number} {name}")
+    return " + ".join(terms)
+
+
+def _drop_sums(record: Record, title: str) -> None:
+    """Drop the resting sum of this name, which is made anew, or else the oldest ones."""
+    sums = [name for name, other in record.others.items() if other.sum_of]
+    dropped = [title] if title in sums else sums[:-_RESTING_SUMS]
+    for name in dropped:
+        del record.others[name]
+
+
+_RESTING_SUMS = 8  # some are shown again after a block
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:
@@ -114,7 +146,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
         >>> adapters(model)
         ('fr', 'de', 'both')
     """
-    record = find_record(model) or record_of(model)
+    record = _record(model)
     refuse_in_block(model, "combine_adapters")
     AdapterState(record.adapter.config, name)  # checks the name
     if name in record.adapters:
@@ -125,19 +157,30 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
     _add(model, _sum(model, weights, r), name)
 
 
+def _record(model: nn.Module) -> Record:
+    """The record of a model, also while it shows its base. Refuse a model without adapters."""
+    record = find_record(model)
+    return record_of(model) if record is None else record
+
+
 def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:
     """The weighted sum of a model's adapters."""
-    are_numbers = isinstance(weights, Mapping) and all(isinstance(each, int | float) for each in weights.values())
-    if not weights or not are_numbers:
+    if not weights or not _are_numbers(weights):
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
-    return combined([_stored(model, name) for name in weights], list(weights.values()), r, named_modules(model))
+    terms = [_stored(model, name) for name in weights]
+    return combined(terms, list(weights.values()), r, named_modules(model))
+
+
+def _are_numbers(weights: object) -> bool:
+    """Whether these are numbers by names."""
+    return isinstance(weights, Mapping) and all(isinstance(weight, int | float) for weight in weights.values())
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
     """Let it rest beside the active one, also if the base is shown."""
-    record = find_record(model) or record_of(model)
-    with switch.set_adapter(model, record.adapter.name):
-        apply(model, lambda _: stored, name=name)
+    active = _record(model).adapter.name
+    with switch.set_adapter(model, active):
+        put(model, stored, Way(call="load_adapter", adapts=True, name=name))
 
 
 def _stored(model: nn.Module, name: str) -> StoredAdapters:
@@ -145,10 +188,17 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
-    state = dict(stored.state)
+    random = set(stored.random)
+    state = {}
     for key, value in stored.state.items():
-        if key in stored.random:
-            del state[key]
-        elif isinstance(value, Tensor):
-            state[key] = value.detach().cpu().to(wide(value.dtype) if value.is_floating_point() else value.dtype)
+        if key not in random:
+            state[key] = _to_add(value)
     return replace(stored, state=state, random=[], source=f"the adapter {name!r} of {stored.source}")
+
+
+def _to_add(value: Any) -> Any:
+    """A value as it is added to others: in the host's memory, and in float32 or wider."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = wide(value.dtype) if value.is_floating_point() else value.dtype
+    return value.detach().cpu().to(dtype)

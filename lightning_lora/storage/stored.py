@@ -1,8 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -16,9 +15,10 @@ from lightning_lora.model.attach import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
+from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.names import is_in_any, owner_of
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
 FORMAT = 3  # the version of that entry
@@ -51,19 +51,17 @@ class StoredAdapters:
         """Return ``state`` of an adapted model, and what a file says of it."""
         check_weights(view)
         check_as_adapted(view)
-        held = [*view.parameters, *view.buffers]
-        modules = [name for name in view.modules if view.config.is_saved(name)]
-        outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+        config = view.config
         layers = layers_of(view)
-        _check_as_configured(view, layers)
+        _check_as_configured(view, config, layers)
         return cls(
-            config=view.config,
+            config=config,
             state=state,
             layers={layer.name: layer for layer in layers},
             base=base,
             changed=[name for name in state if name in view.frozen],
             random=list(random_weights(view)),
-            saved={module: [name for name in held if name.startswith(f"{module}.")] for module in outer},
+            saved=_saved_entries(view, config),
             root=root_of(view.model),
             source=view.title,
         )
@@ -71,16 +69,21 @@ class StoredAdapters:
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
-        layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
+        layers = [StoredLayer.from_dict(layer) for layer in description["layers"]]
+        layers_by_name = {layer.name: layer for layer in layers}
+        config = stored_config(description)
         plain = {name: description[name] for name in _AS_THEY_ARE if name in description}
-        return cls(stored_config(description), state, layers, source=str(source), **plain)
+        return cls(config, state, layers_by_name, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
         about = {name: getattr(self, name) for name in _AS_THEY_ARE}
-        about |= {"format": FORMAT, "config": self.config.to_stored(), "entries": len(self.state)}
+        about["format"] = FORMAT
+        about["config"] = self.config.to_stored()
+        about["entries"] = len(self.state)
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
-        return {**about, "checksum": checksum(self.state, about)}
+        about["checksum"] = checksum(self.state, about)
+        return about
 
     @property
     def filled(self) -> list[str]:
@@ -89,25 +92,42 @@ class StoredAdapters:
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
-        return {name for layer in self.layers.values() for name in layer.parameters(self.config).values()}
+        names = set[str]()
+        for layer in self.layers.values():
+            names.update(layer.parameters(self.config).values())
+        return names
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        broken = [name for name, value in self.state.items() if is_dense(value) and not value.isfinite().all()]
+        broken = []
+        for name, value in self.state.items():
+            if is_dense(value) and not value.isfinite().all():
+                broken.append(name)
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
 
-def _check_as_configured(view: View, layers: Sequence[StoredLayer]) -> None:
+def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
+    """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
+    if not config.modules_to_save:
+        return {}
+    modules = [name for name in view.modules if config.is_saved(name)]
+    entries = {}
+    for module in modules:
+        if not is_in_any(owner_of(module), modules):
+            inside = f"{module}."
+            entries[module] = [name for name in (*view.parameters, *view.buffers) if name.startswith(inside)]
+    return entries
+
+
+def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:
     """Refuse layers with another rank or scaling than the configuration says, by which a reader adapts its model."""
     wrong = dict[str, None]()
     for layer in layers:
         for matrix in layer.matrices:
-            target, r, scaling = asked_of(view.config, layer.name, matrix, layer.kind)
-            has_rank = r == matrix.rank(layer.r)
-            has_scaling = math.isclose(scaling, matrix.scale(layer.scaling))
-            if not (has_rank and has_scaling):
-                wrong[target] = None
+            wanted = wanted_of(config, layer.name, matrix, layer.kind)
+            if not wanted.is_met(matrix, layer.r, layer.scaling):
+                wrong[wanted.target] = None
     if wrong:
         raise AdapterStateError(
             f"{listed(wrong)} of {view.title} have another rank or scaling than its configuration says, so a file of "
@@ -122,11 +142,17 @@ def stored_config(description: Mapping[str, Any]) -> LoRAConfig:
         config = LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+    if config.target_modules != "all-linear":
+        return config
     names = [layer["name"] for layer in description["layers"] if layer["kind"] not in _NAMED_OTHERWISE]
-    has_head = any(name.rpartition(".")[2] == OUTPUT_HEAD for name in names)
-    if config.target_modules == "all-linear" and has_head:  # 0.2.0 adapted heads that only their names and sizes tell
+    if any(_is_head(name) for name in names):  # 0.2.0 adapted heads that only their names and sizes tell
         return replace(config, target_modules=names)
     return config
+
+
+def _is_head(layer: str) -> bool:
+    """Whether a layer has the name of a language model's output head."""
+    return layer.rpartition(".")[2] == OUTPUT_HEAD
 
 
 _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
@@ -135,13 +161,22 @@ _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of la
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     """Return one number for all names and tensors, and for their description."""
     said = {name: value for name, value in about.items() if name != "checksum"}
-    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
-    kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
+    tensors = _with_values(state)
+    kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
     text = json.dumps([said, kinds], sort_keys=True).encode()
     total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    for name in names:
-        total = (total * 1_000_003 + digest(state[name])) % (1 << 63)
+    for tensor in tensors.values():
+        total = (total * 1_000_003 + digest(tensor)) % (1 << 63)
     return total
+
+
+def _with_values(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state that have values, in the order of their names."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and not value.is_meta:
+            tensors[name] = value
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def check_checksum(state: Mapping[str, Any], description: object, path: object) -> None:

@@ -1,6 +1,8 @@
 """What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
@@ -40,13 +42,19 @@ class StoredLayer:
     options: dict[str, Any]  # what the update depends on beside the weights, such as the groups of a convolution
     is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
 
-    tokens = property(lambda self: self.matrices[0].tokens)  # the rows of an embedding that train by themselves
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The rows of an embedding that train by themselves."""
+        return self.matrices[0].tokens
 
     @property
     def adapter_class(self) -> type[LoRALayer] | None:
         """The adapter class, or None for a user's own."""
         known: tuple[type[LoRALayer], ...] = (*ADAPTERS.values(), LoRAParameters, LoRATokens)
-        return next((cls for cls in known if cls.__name__ == self.kind), None)
+        for cls in known:
+            if cls.__name__ == self.kind:
+                return cls
+        return None
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
@@ -54,7 +62,8 @@ class StoredLayer:
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
         """Return its adapter's names of parameters in the file, by those in the layer."""
-        return {name: join(self.name, name) for name in adapter_parameters(self.matrices, self.settings(config))}
+        names_in_layer = adapter_parameters(self.matrices, self.settings(config))
+        return {name: join(self.name, name) for name in names_in_layer}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
@@ -65,22 +74,31 @@ class StoredLayer:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
-        matrices = list[AdaptedMatrix]()
-        for each in stored["parts"]:
-            lists = {name: tuple(each.get(name, ())) for name in ("stack", "tokens")}  # earlier versions had no tokens
-            matrices.append(AdaptedMatrix(**{**_known(AdaptedMatrix, each), **lists}))
-        shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
-        tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
-        named = _known(cls, {**stored, "parts": None})
-        return cls(**{**named, "matrices": tuple(matrices), "shapes": shapes, "tied": tied})
+        about = _fields_in(stored, cls, besides="parts")
+        about["matrices"] = tuple(map(_matrix_from_dict, stored["parts"]))
+        for name in ("shapes", "tied"):
+            about[name] = {weight: tuple(values) for weight, values in stored[name].items()}
+        return cls(**about)
 
 
-def _known(kind: type, said: dict[str, Any]) -> dict[str, Any]:
+def _matrix_from_dict(stored: dict[str, Any]) -> AdaptedMatrix:
+    """Build a matrix from its plain types. Earlier versions had no tokens."""
+    about = _fields_in(stored, AdaptedMatrix)
+    for name in ("stack", "tokens"):
+        about[name] = tuple(stored.get(name, ()))
+    return AdaptedMatrix(**about)
+
+
+def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[str, Any]:
     """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
-    known = {field.name for field in fields(kind)}
-    if later := [name for name, value in said.items() if name not in known and value is not None]:
+    names = {field.name for field in fields(kind)}
+    later = []
+    for name, value in stored.items():
+        if name not in names and name != besides and value is not None:
+            later.append(name)
+    if later:
         raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
-    return {name: value for name, value in said.items() if name in known}
+    return {name: value for name, value in stored.items() if name in names}
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
@@ -88,38 +106,76 @@ def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
     return replace(matrix, r=None, scaling=None)
 
 
-def asked_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -> tuple[str, int, float]:
-    """Return what a configuration asks for a matrix of a layer: the name that it means, the rank and the scaling."""
-    parameter = join(name, matrix.weight) if kind == LoRAParameters.__name__ else ""
-    r, scaling = config.rank(name, parameter), config.scaling(name, parameter)
-    return parameter or name, min(r, matrix.largest_rank), scaling
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration says of one matrix of a layer."""
+
+    target: str  # the name that it means: of the layer, or of a parameter
+    r: int
+    scaling: float
+
+    def is_met(self, matrix: AdaptedMatrix, r: int, scaling: float) -> bool:
+        """Whether a matrix has this rank and scaling, in a layer with these."""
+        return self.r == matrix.rank(r) and math.isclose(self.scaling, matrix.scale(scaling))
+
+
+def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -> Wanted:
+    """Return what a configuration says of a matrix of the layer ``name``."""
+    parameter = ""
+    if kind == LoRAParameters.__name__:
+        parameter = join(name, matrix.weight)
+    r = min(config.rank(name, parameter), matrix.largest_rank)
+    return Wanted(parameter or name, r, config.scaling(name, parameter))
+
+
+# Describe the layers of a model
 
 
 def layers_of(view: View) -> list[StoredLayer]:
     """Describe the adapted layers of a model, merged or not."""
-    adapters: dict[str, Adapter | LoRALayer] = {**view.layers}
+    layers = [_of_adapted(view, name, layer) for name, layer in view.layers.items()]
+    layers += [_of_merged(view, name, adapter) for name, adapter in view.record.merged.items()]
+    parameters = _parameters_before_merge(view)
+    uses = _names_of_each(parameters)
+    for layer in layers:
+        for weight in layer.shapes:
+            name = join(layer.name, weight)
+            others = [other for other in uses[id(parameters[name])] if other != name]
+            if others:
+                layer.tied[weight] = tuple(others)
+    return layers
+
+
+def _of_adapted(view: View, name: str, layer: LoRALayer) -> StoredLayer:
+    """Describe a layer that has its adapter."""
+    settings = layer.lora_settings
+    kind = cast(type[LoRALayer], layer.overlaid[0])
+    return described(view, name, kind, layer.lora_matrices, settings.r, float(settings.scaling))
+
+
+def _of_merged(view: View, name: str, adapter: Adapter) -> StoredLayer:
+    """Describe a layer whose adapter is merged."""
+    settings = adapter.settings
+    kind = cast(type[LoRALayer], adapter.kind)
+    return described(view, name, kind, adapter.matrices, settings.r, float(settings.scaling))
+
+
+def _parameters_before_merge(view: View) -> dict[str, Tensor]:
+    """The parameters by name. A weight that was tied, and was merged, is the one that its other use still has."""
     parameters = dict[str, Tensor](view.parameters)
     for name, merged in view.record.merged.items():
-        adapters[name] = merged
         for weight, base in merged.bases.items():
-            if isinstance(base, nn.Parameter):  # it was tied
+            if isinstance(base, nn.Parameter):
                 parameters[join(name, weight)] = base
-    uses: dict[int, list[str]] = {}
-    for name, p in parameters.items():
-        uses.setdefault(id(p), []).append(name)
-    found = []
-    for name, adapter in adapters.items():
-        if isinstance(adapter, LoRALayer):
-            kind, matrices, settings = adapter.overlaid[0], adapter.lora_matrices, adapter.lora_settings
-        else:
-            kind, matrices, settings = adapter.kind, adapter.matrices, adapter.settings
-        layer = described(view, name, cast(type[LoRALayer], kind), matrices, settings.r, float(settings.scaling))
-        for weight in layer.shapes:
-            full_name = join(name, weight)
-            if others := tuple(other for other in uses[id(parameters[full_name])] if other != full_name):
-                layer.tied[weight] = others
-        found.append(layer)
-    return found
+    return parameters
+
+
+def _names_of_each(parameters: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """All names of each parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def described(
@@ -128,13 +184,6 @@ def described(
     """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
     layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
-    is_packed, shapes = kind.lora_is_quantised(layer), dict[str, tuple[int, ...]]()
-    for matrix in matrices:
-        own = own_parameter(layer, matrix.weight)
-        shapes[matrix.weight] = (matrix.writes, matrix.reads) if is_packed else tuple(own.shape)
-    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
-    if also := [other for other, module in view.modules.items() if module is layer and other != name]:
-        options[ALSO] = also
     return StoredLayer(
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",
@@ -142,8 +191,30 @@ def described(
         r=r,
         scaling=scaling,
         matrices=matrices,
-        shapes=shapes,
+        shapes=_shapes(layer, kind, matrices),
         tied={},
-        options=options,
+        options=_options(view, name, kind),
         is_additive=cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive,
     )
+
+
+def _shapes(layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's adapted weights. Those of quantised ones say nothing of their values."""
+    is_packed = kind.lora_is_quantised(layer)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for matrix in matrices:
+        if is_packed:
+            shapes[matrix.weight] = (matrix.writes, matrix.reads)
+        else:
+            shapes[matrix.weight] = tuple(own_parameter(layer, matrix.weight).shape)
+    return shapes
+
+
+def _options(view: View, name: str, kind: type[LoRALayer]) -> dict[str, Any]:
+    """What a layer's update depends on beside its weights, and the other names that the layer has."""
+    layer = view.modules[name]
+    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
+    also = [other for other, module in view.modules.items() if module is layer and other != name]
+    if also:
+        options[ALSO] = also
+    return options

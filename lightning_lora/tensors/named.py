@@ -7,6 +7,7 @@ from lightning_lora.tensors.names import is_in_any, join, starts_of
 
 Thing = TypeVar("Thing")
 Key = TypeVar("Key")
+Kind = TypeVar("Kind")
 
 
 # Some of them
@@ -20,6 +21,11 @@ def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[
 def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
     """Return those that are some of these things."""
     return {name: thing for name, thing in named.items() if thing in things}
+
+
+def of_type(named: Mapping[str, object], kind: type[Kind]) -> dict[str, Kind]:
+    """Return the instances of a class, and of its subclasses."""
+    return {name: thing for name, thing in named.items() if isinstance(thing, kind)}
 
 
 def only(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:

@@ -29,7 +29,7 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
 
 def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
     """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
-    view = view_of(strategy.lora_module)
+    view = view_of(strategy.lightning_module)
     try:
         return build()
     except Exception as error:
@@ -43,7 +43,7 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
             built = build()
             is_built = not _has_empty_group(strategy.optimizers)  # otherwise, one of its groups is for adapters
     finally:
-        attach_adapters(View(strategy.lora_module), adapters)
+        attach_adapters(View(strategy.lightning_module), adapters)
     if not is_built:
         raise first_error
     return built

@@ -19,20 +19,18 @@ from lightning_lora.errors import (
     BestCheckpointWarning,
     ConfigError,
     LoRAError,
-    MergePrecisionWarning,
     listed,
     warn,
 )
 from lightning_lora.model.merge import check_mergeable, merge_adapters, quantised_layers, tied_weights
-from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.record import find_record, keep_record, record_of
 from lightning_lora.model.view import View
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
 
 
@@ -89,16 +87,6 @@ def _check_whole_files(view: View, tied: list[str]) -> None:
                 f"save='model' is not possible: {why.format(listed(names))} Or set save='adapters': then files "
                 "hold the adapters alone, and this package loads and merges them."
             )
-
-
-def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
-    """Warn of merged weights that lack much of an update. The text is always the same, so Python shows it once."""
-    if lost_to_rounding(lost, type(module).__name__):
-        warn(
-            f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
-            'of the update away. Set save="adapters", or convert the model to float32 first.',
-            MergePrecisionWarning,
-        )
 
 
 def check_layers_stayed(pl_module: LightningModule) -> None:

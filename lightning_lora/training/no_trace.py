@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_lora.training.gradients import gradients_pass
+from lightning_lora.training.steps.reentrant import gradients_pass
 
 _MANY = 10_000  # a container with more holds data, which are not looked into
 

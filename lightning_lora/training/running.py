@@ -1,20 +1,20 @@
 """What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.feeding import Feeding, leave_unfed
 from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.rates import follow
 from lightning_lora.training.stage import Stage
+from lightning_lora.training.steps.feeding import Feeding, leave_unfed
+from lightning_lora.training.steps.gradients import Gradients
 
 
 class Running:
@@ -27,10 +27,10 @@ class Running:
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
 
-    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
+    def begin(self, gradients: Gradients, *, is_new: bool, base: dict[str, int]) -> None:
         """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
         self._base_at_the_start = base
-        self.gradients: Gradients = self._at_the_end.enter_context(closing(strategy.lora_gradients()))
+        self.gradients = self._at_the_end.enter_context(closing(gradients))
         self.gradients.begins = is_new
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
         if not self.has_copies:
@@ -49,7 +49,7 @@ class Running:
         self._base_at_the_start = None
         changed = {name for name, digest in base_digests(self.module).items() if before.get(name) != digest}
         if changed:
-            advise_again(self.module, changed, aloud=self.trainer.is_global_zero)
+            advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
@@ -64,7 +64,9 @@ class Running:
         train_fewer = leave_unfed(self.module, optimizer, self.trainer.strategy, self.feeding, copied=self.has_copies)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         follow(optimizer)
-        self.gradients.check(optimizer)
+        unreached = self.gradients.check(optimizer)
+        if unreached:
+            self.stage.guards.optimizer_begins(View(self.module), unreached)
         if self.stage.float32 is not None:
             self.stage.float32.begin_step(optimizer)
         return train_fewer
@@ -74,7 +76,7 @@ class Running:
         self.stage.dropout.end_step()
         if self.stage.float32 is not None:
             self.stage.float32.pause_step()  # one that was left out
-        self.stage.guards.end_batch(self.module)
+        self.stage.first_steps.end_batch(self.module)
 
     def close(self) -> None:
         """Stop watching."""

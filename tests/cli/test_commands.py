@@ -18,8 +18,9 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
+from tests.support.compared import assert_same_tensors
 from tests.support.faults import adapted
-from tests.support.models import LitTiny, same
+from tests.support.models import LitTiny
 from tests.support.storage import rewrite, saved
 
 
@@ -32,7 +33,14 @@ def file(tmp_path: Path) -> str:
 def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(file: str, capsys: Any) -> None:
     assert main(["inspect", file]) == 0
     shown = capsys.readouterr().out
-    for text in ("q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", "modules_to_save=['head']"):
+    for text in (
+        "q_proj",
+        "v_proj",
+        "Linear",
+        "head.weight [4, 8]",
+        "4 frozen tensors",
+        "modules_to_save=['head']",
+    ):
         assert text in shown
     assert main(["inspect", file, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -40,23 +48,30 @@ def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(file: str, capsys
     delta: Any = 4 * model.q_proj.lora_B @ model.q_proj.lora_A  # type: ignore[operator]
     assert [layer["name"] for layer in found["layers"]] == ["q_proj", "v_proj"]
     assert found["layers"][0]["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
-    assert 1 <= found["layers"][0]["effective_rank"] <= 2 and found["layers"][0]["scaling"] == 4
-    assert found["beside"].keys() == {"head.weight", "head.bias"} and found["format"] == 3
+    assert 1 <= found["layers"][0]["effective_rank"] <= 2
+    assert found["layers"][0]["scaling"] == 4
+    assert found["beside"].keys() == {"head.weight", "head.bias"}
+    assert found["format"] == 3
 
 
 def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: Path, capsys: Any) -> None:
-    base, out = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    base = tmp_path / "base.safetensors"
+    out = tmp_path / "merged.safetensors"
     save_file(LitTiny().state_dict(), base)
-    assert main(["merge", str(base), file, str(out)]) == 0 and "Merged 2 weights into" in capsys.readouterr().out
-    ll.merge_adapters(model := adapted())
-    assert same(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
+    assert main(["merge", str(base), file, str(out)]) == 0
+    assert "Merged 2 weights into" in capsys.readouterr().out
+    model = adapted()
+    ll.merge_adapters(model)
+    assert_same_tensors(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
     save_file(LitTiny().bfloat16().state_dict(), base)
     assert main(["merge", str(base), file, str(out)]) == 0
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and error.startswith("warning: 4 tensors in")
+    assert len(error.splitlines()) == 1
+    assert error.startswith("warning: 4 tensors in")
     assert main(["merge", str(base), file, str(tmp_path / "merged.bin")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("warning: 4 tensors in") and error.splitlines()[-1].startswith("error: ")
+    assert error.startswith("warning: 4 tensors in")
+    assert error.splitlines()[-1].startswith("error: ")
 
 
 def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, capsys: Any) -> None:
@@ -65,7 +80,8 @@ def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, ca
         assert main(["inspect", str(tmp_path / name)]) == 1
         usage, error = capsys.readouterr().err.splitlines()
         assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")
-        assert error.startswith("error: ") and says in error
+        assert error.startswith("error: ")
+        assert says in error
     with pytest.raises(SystemExit) as done:
         main(["nothing"])
     assert done.value.code == 2
@@ -84,10 +100,12 @@ def test_a_module_and_a_pipe(file: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: Any) -> None:
     one = saved(tmp_path / "one.safetensors", LitTiny(), target_modules=["q_proj"])
-    paths, out = [str(tmp_path / "one.safetensors")] * 2, str(tmp_path / "sum.safetensors")
+    paths = [str(tmp_path / "one.safetensors")] * 2
+    out = str(tmp_path / "sum.safetensors")
     assert main(["combine", *paths, "--weights", "1", "-3", "--out", out]) == 0
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
-    ll.load_adapter(both := LitTiny(), out)
+    both = LitTiny()
+    ll.load_adapter(both, out)
     updates = [model.q_proj.lora_settings.scaling * model.q_proj.lora_B @ model.q_proj.lora_A for model in (one, both)]
     torch.testing.assert_close(updates[1], -2 * updates[0])
 
@@ -96,7 +114,8 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
     peft = pytest.importorskip("peft")
     model = saved(tmp_path / "a.safetensors", LitTiny(), rank_pattern={"v_proj": 1})
     arguments = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft")]
-    assert main([*arguments, "--uniform"]) == 0 and "Wrote files for peft into" in capsys.readouterr().out
+    assert main([*arguments, "--uniform"]) == 0
+    assert "Wrote files for peft into" in capsys.readouterr().out
     assert '"rank_pattern": {}' in (tmp_path / "peft" / "adapter_config.json").read_text()
     there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
     torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
@@ -115,16 +134,23 @@ def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.Ca
     saved(Path(file), LitTiny())
     save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
     (tmp_path / "out").mkdir()
-    url, here, elsewhere = f"file://{file}", f"file://{tmp_path}/out", f"memory://{uuid4()}"
+    url = f"file://{file}"
+    here = f"file://{tmp_path}/out"
+    elsewhere = f"memory://{uuid4()}"
     assert main(["inspect", url]) == 0
     assert main(["export", url, f"{here}/peft"]) == 0
     assert main(["merge", f"file://{tmp_path}/base.safetensors", url, f"{here}/m.safetensors"]) == 0
     assert main(["combine", url, url, "--out", f"{here}/c.safetensors"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"peft", "m.safetensors", "c.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "peft",
+        "m.safetensors",
+        "c.safetensors",
+    }
     assert main(["combine", url, url, "--out", f"{elsewhere}/c.safetensors"]) == 0
     assert main(["inspect", f"{elsewhere}/c.safetensors"]) == 0
     capsys.readouterr()
-    assert main(["merge", f"{elsewhere}/base", file, "out"]) == 1 and "is elsewhere" in capsys.readouterr().err
+    assert main(["merge", f"{elsewhere}/base", file, "out"]) == 1
+    assert "is elsewhere" in capsys.readouterr().err
 
 
 BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
@@ -138,18 +164,24 @@ def test_what_no_command_can_use_is_refused(file: str, tmp_path: Path, capsys: A
     rewrite(Path(file), change)
     save_file(LitTiny().state_dict(), base := tmp_path / "base.safetensors")
     out = tmp_path / "out.safetensors"
-    combine, merge = ["combine", file, file, "--out", str(out)], ["merge", str(base), file, str(out)]
+    combine = ["combine", file, file, "--out", str(out)]
+    merge = ["merge", str(base), file, str(out)]
     for command in (["inspect", file], combine, merge):
-        assert main(command) == 1 and says in " ".join(capsys.readouterr().err.split())
+        assert main(command) == 1
+        assert says in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
 
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ll.export_peft(adapted(), folder := tmp_path / "peft")
-    for arguments in (["inspect", str(folder)], ["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"]):
+    for arguments in (
+        ["inspect", str(folder)],
+        ["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"],
+    ):
         assert main(arguments) == 1
         says = " ".join(capsys.readouterr().err.split())
-        assert "holds adapters of PEFT" in says and "save_adapter(model, 'adapter.safetensors')" in says
+        assert "holds adapters of PEFT" in says
+        assert "save_adapter(model, 'adapter.safetensors')" in says
 
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"
@@ -164,19 +196,27 @@ def shows_as_text(command: list[str], capsys: Any) -> None:
 
 
 def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of_a_layer = saved(file := tmp_path / "a.safetensors", nn.ModuleDict({ESCAPES: nn.Linear(4, 4)}), bias="all")
+    file = tmp_path / "a.safetensors"
+    of_a_layer = saved(file, nn.ModuleDict({ESCAPES: nn.Linear(4, 4)}), bias="all")
     shows_as_text(["inspect", str(file)], capsys)
-    assert r"\x1b[31mred" in str(ll.summarize(of_a_layer)) and "\x1b" not in str(ll.summarize(of_a_layer))
+    assert r"\x1b[31mred" in str(ll.summarize(of_a_layer))
+    assert "\x1b" not in str(ll.summarize(of_a_layer))
     of_rows = nn.ModuleDict({ESCAPES: nn.Embedding(4, 4), "a": nn.Linear(4, 4)})
     saved(file, of_rows, target_modules=["a"], trainable_token_indices={ESCAPES: [1]})
     shows_as_text(["inspect", str(file)], capsys)
 
 
 def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, odd, base = str(tmp_path / "a.safetensors"), str(tmp_path / ESCAPES), str(tmp_path / "base.safetensors")
+    file = str(tmp_path / "a.safetensors")
+    odd = str(tmp_path / ESCAPES)
+    base = str(tmp_path / "base.safetensors")
     saved(Path(file), LitTiny())
     save_file(LitTiny().state_dict(), base)
-    for command in (["inspect", odd], ["merge", odd, file, "out.ckpt"], ["merge", base, file, f"{odd}.safetensors"]):
+    for command in (
+        ["inspect", odd],
+        ["merge", odd, file, "out.ckpt"],
+        ["merge", base, file, f"{odd}.safetensors"],
+    ):
         shows_as_text(command, capsys)
     shows_as_text(["combine", file, file, "--out", f"{odd}.safetensors"], capsys)
     shows_as_text(["inspect", f"{odd}.safetensors"], capsys)
@@ -188,13 +228,17 @@ def test_help_is_what_the_command_says_of_itself(command: str, capsys: Any) -> N
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     written = import_module(f"lightning_lora.cli.{command}").__doc__ or ""
-    assert done.value.code == 0 and written.replace("::\n", ":\n").strip() in capsys.readouterr().out
+    assert done.value.code == 0
+    assert written.replace("::\n", ":\n").strip() in capsys.readouterr().out
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--version"])
-    assert (done.value.code, capsys.readouterr().out) == (0, f"lightning-lora {ll.__version__}\n")
+    assert (done.value.code, capsys.readouterr().out) == (
+        0,
+        f"lightning-lora {ll.__version__}\n",
+    )
 
 
 def test_an_error_without_words_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Where the composition of torch's functions is taken instead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,98 +13,148 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional.adapted_linear import adapted_linear
-from tests.functional.test_linear import composed, goes_by_hand, inputs
+from tests.functional.test_linear import assert_same_gradients, composed, detached, goes_by_hand, inputs
 from tests.support.models import randomise
+
+Compute = Callable[..., Tensor]
+
+
+def derived(function: Compute) -> dict[str, Tensor]:
+    """What torch's transforms and its forward mode derive of a layer that computes with this function."""
+    torch.manual_seed(0)
+    x, weight, bias, a, b = detached(inputs(3, 4, 6, out=5))
+
+    def layer(x: Tensor, a: Tensor) -> Tensor:
+        return function(x, weight, bias, a, b, 0.5)
+
+    def norm(a: Tensor, x: Tensor) -> Tensor:
+        return layer(x, a).norm()
+
+    def of_a(a: Tensor) -> Tensor:
+        return layer(x, a)
+
+    def loss(a: Tensor) -> Tensor:
+        return layer(x, a).square().sum()
+
+    ones = torch.ones_like(a)
+    per_sample = torch.func.vmap(torch.func.grad(norm), in_dims=(None, 0))
+    return {
+        "per sample": per_sample(a, x),
+        "jvp": torch.func.jvp(of_a, (a,), (ones,))[1],
+        "hessian": torch.func.hessian(loss)(a),
+        "batch": batch_of_gradients(layer, x, a),
+        "forward": forward_mode(of_a, a, ones),
+    }
+
+
+def batch_of_gradients(layer: Compute, x: Tensor, a: Tensor) -> Tensor:
+    tracked = [x.clone().requires_grad_(), a.clone().requires_grad_()]
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(7, 3, 4, 5, dtype=x.dtype, generator=generator)
+    of_x, of_a = torch.autograd.grad(layer(*tracked), tracked, batch, is_grads_batched=True)
+    return torch.cat([of_x.flatten(), of_a.flatten()])
+
+
+def forward_mode(compute: Compute, a: Tensor, tangent: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(a, tangent)
+        return torch.autograd.forward_ad.unpack_dual(compute(dual)).tangent
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
 def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
-    torch.manual_seed(0)
-    x, weight, bias, a, b = (t.detach() for t in inputs(3, 4, 6, out=5))
+    torch.testing.assert_close(derived(adapted_linear), derived(composed))
 
-    def compute(f: Callable[..., Tensor]) -> dict[str, Tensor]:
-        def layer(x: Tensor, a: Tensor) -> Tensor:
-            return f(x, weight, bias, a, b, 0.5)
 
-        made = {
-            "per sample": torch.func.vmap(torch.func.grad(lambda a, x: layer(x, a).norm()), in_dims=(None, 0))(a, x),
-            "jvp": torch.func.jvp(lambda a: layer(x, a), (a,), (torch.ones_like(a),))[1],
-            "hessian": torch.func.hessian(lambda a: layer(x, a).square().sum())(a),
-        }
-        tracked = [x.clone().requires_grad_(), a.clone().requires_grad_()]
-        batch = torch.randn(7, 3, 4, 5, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
-        made["batch"] = torch.cat(
-            [grad.flatten() for grad in torch.autograd.grad(layer(*tracked), tracked, batch, is_grads_batched=True)]
-        )
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(a, torch.ones_like(a))
-            made["forward"] = torch.autograd.forward_ad.unpack_dual(layer(x, dual)).tangent
-        return made
-
-    ours, theirs = compute(adapted_linear), compute(composed)
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double() for tensor in tensors]
 
 
 def test_autocast_computes_in_its_dtype_by_hand() -> None:
     tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = adapted_linear(*tensors, 1.0)
-        exact = composed(*(t.detach().double() for t in tensors), 1.0)  # which autocast leaves alone
-    assert output.dtype is torch.bfloat16 and goes_by_hand(output)
+        exact = composed(*doubled(tensors), 1.0)  # which autocast leaves alone
+    assert output.dtype is torch.bfloat16
+    assert goes_by_hand(output)
     assert (output - exact).norm() < 0.02 * exact.norm()
     output.sum().backward()
-    assert all(t.grad.dtype is torch.float32 for t in tensors)
+    for tensor in tensors:
+        assert tensor.grad.dtype is torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert adapted_linear(*(t.double() for t in tensors), 1.0).dtype is torch.float64
+        assert adapted_linear(*doubled(tensors), 1.0).dtype is torch.float64
+
+
+def traced_layer(tokens: int, differentiates: bool) -> tuple[Any, list[Tensor]]:
+    """An adapted layer, traced with so many tokens, and its tensors."""
+    model = nn.Sequential(nn.Linear(8, 5, dtype=torch.float64))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    layer: Any = model[0]
+    x = torch.randn(tokens, 8).double()
+    with torch.set_grad_enabled(differentiates):
+        traced = torch.jit.trace(model, x)  # and compared with a trace without gradients
+    return traced, [layer.weight, layer.bias, layer.lora_A, layer.lora_B]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
 def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:
-    model = nn.Sequential(nn.Linear(8, 5, dtype=torch.float64))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    _, _, a, b = tensors = [model[0].weight, model[0].bias, model[0].lora_A, model[0].lora_B]
-    with torch.set_grad_enabled(differentiates):
-        traced = torch.jit.trace(model, torch.randn(tokens, 8).double())  # and compared with a trace without gradients
+    traced, tensors = traced_layer(tokens, differentiates)
+    _, _, a, b = tensors
     for rows in (1, 3, 400):
         x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
-        outputs = traced(x), composed(x, *tensors, 4.0)
-        torch.testing.assert_close(*outputs)
-        found, wanted = (torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs)
-        torch.testing.assert_close(found, wanted)
+        output = traced(x)
+        expected = composed(x, *tensors, 4.0)
+        torch.testing.assert_close(output, expected)
+        assert_same_gradients(output.square().sum(), expected.square().sum(), [x, a, b])
+
+
+class Other(Tensor):
+    """A tensor of another class."""
 
 
 def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
-    class Other(Tensor):
-        pass
-
-    x, weight, bias, a, b = inputs(3, 6, dtype=torch.float32)
-    assert not goes_by_hand(adapted_linear(x.as_subclass(Other), weight, bias, a, b, 1.0))
-    meta = [t.to("meta") for t in (x, weight, bias, a, b)]
+    x, *others = inputs(3, 6, dtype=torch.float32)
+    output = adapted_linear(x.as_subclass(Other), *others, 1.0)
+    assert not goes_by_hand(output)
+    meta = [tensor.to("meta") for tensor in (x, *others)]
     assert adapted_linear(*meta, 1.0, 0.1).shape == (3, 5)
-    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    rows = torch.ones(3, 6)
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), rows])
     with torch.no_grad():
-        output = adapted_linear(nested, weight, bias, a, b, 1.0)
-    torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
+        output = adapted_linear(nested, *others, 1.0)
+    torch.testing.assert_close(output.unbind()[1], composed(rows, *others, 1.0))
+
+
+SAVED = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+def checkpointed(function: Compute, x: Tensor, *others: Tensor) -> Tensor:
+    """What the function computes, checkpointed but for its products."""
+
+    def compute(x: Tensor) -> Tensor:
+        return function(x, *others, 1.0)
+
+    create_contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
+    save = partial(create_contexts, SAVED)
+    return checkpoint(compute, x, use_reentrant=False, context_fn=save)
 
 
 @pytest.mark.parametrize("tokens", [4, 400])
 def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
-    x, weight, bias, a, b = inputs(tokens, 8, out=8)
-    create_contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
-    save = partial(create_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
-    outputs = [
-        checkpoint(lambda x, f=f: f(x, weight, bias, a, b, 1.0), x, use_reentrant=False, context_fn=save)
-        for f in (adapted_linear, composed)
-    ]
-    for one, other in zip(*(torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs), strict=True):
-        torch.testing.assert_close(one, other)
+    tensors = inputs(tokens, 8, out=8)
+    x, _, _, a, b = tensors
+    ours = checkpointed(adapted_linear, *tensors)
+    theirs = checkpointed(composed, *tensors)
+    found = torch.autograd.grad(ours.square().sum(), [x, a, b])
+    expected = torch.autograd.grad(theirs.square().sum(), [x, a, b])
+    torch.testing.assert_close(found, expected)
 
 
 def test_backward_may_run_under_an_autocast_that_forward_did_not() -> None:
-    tensors, grad = inputs(4, 6, dtype=torch.float32), torch.randn(4, 5)
+    tensors = inputs(4, 6, dtype=torch.float32)
+    grad = torch.randn(4, 5)
     output = adapted_linear(*tensors, 1.0, 0.2)
     expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

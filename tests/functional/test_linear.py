@@ -1,6 +1,8 @@
 """The gradients written out are those that torch derives; dropped positions follow from the seed."""
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
 
 
 def inputs(*shape: int, out: int = 5, r: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    sizes = (shape, (out, shape[-1]), (out,), (r, shape[-1]), (out, r))
+    """An input, and the weight, bias, lora_A and lora_B of a layer that reads it; all need gradients."""
+    reads = shape[-1]
+    sizes = (shape, (out, reads), (out,), (r, reads), (out, r))
     return [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
 
 
@@ -74,8 +78,27 @@ def test_gradients_with_gradients_drop_what_those_without_drop() -> None:
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
+def as_leaves(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in this dtype, which need gradients."""
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def assert_same_gradients(ours: Tensor, theirs: Tensor, of: Sequence[Tensor], grad: Tensor | None = None) -> None:
+    """Expect both outputs to have these gradients, nearly."""
+    found = torch.autograd.grad(ours, of, grad, retain_graph=True)
+    expected = torch.autograd.grad(theirs, of, grad, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+
+
+SHAPES = st.tuples(st.lists(st.integers(0, 4), max_size=4), st.integers(1, 6))
+
+
 @given(
-    shape=st.lists(st.integers(0, 4), max_size=4).flatmap(lambda s: st.tuples(*map(st.just, s), st.integers(1, 6))),
+    shape=SHAPES,
     out=st.integers(1, 6),
     r=st.integers(1, 4),
     scaling=st.floats(-3, 3, width=16),
@@ -85,29 +108,41 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 )
 @settings(max_examples=60)
 def test_gradients_are_those_of_the_composition(
-    shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
+    shape: tuple[list[int], int],
+    out: int,
+    r: int,
+    scaling: float,
+    layout: str,
+    trained: set[str],
+    with_bias: bool,
 ) -> None:
-    x, weight, bias, a, b = (t.detach() for t in inputs(*shape, out=out, r=r))
-    x = layouts(x)[layout]
-    tensors = dict(zip(NAMES, (x, weight, bias, a, b), strict=True))
+    batch, reads = shape
+    x, *others = detached(inputs(*batch, reads, out=out, r=r))
+    tensors: dict[str, Any] = dict(zip(NAMES, [layouts(x)[layout], *others], strict=True))
     if not with_bias:
-        del tensors["bias"]
-    for name in trained & tensors.keys():
-        tensors[name].requires_grad_()
-    call = {"bias": None, **tensors}
-    ours, theirs = adapted_linear(**call, scaling=scaling), composed(*(call[name] for name in NAMES), scaling)
+        tensors["bias"] = None
+        trained = trained - {"bias"}
+    wanted = [tensors[name].requires_grad_() for name in trained]
+    ours = adapted_linear(*tensors.values(), scaling)
+    theirs = composed(*tensors.values(), scaling)
     torch.testing.assert_close(ours, theirs)
-    wanted = [t for t in tensors.values() if t.requires_grad]
     if not wanted:
         return
     assert goes_by_hand(ours)
     for grad in layouts(torch.randn_like(ours)).values():
-        got = torch.autograd.grad(ours, wanted, grad, retain_graph=True)
-        for one, other in zip(got, torch.autograd.grad(theirs, wanted, grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(one, other)
+        assert_same_gradients(ours, theirs, wanted, grad)
 
 
 # The rule that chooses between W x + B A x and (W + B A) x
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(
@@ -122,63 +157,98 @@ def test_gradients_are_those_of_the_composition(
     ],
 )
 def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
-    tokens: int, dtype: Any, precision: str, dropout: float, is_updated: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    dtype: Any,
+    precision: str,
+    dropout: float,
+    is_updated: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
-    monkeypatch.setattr(linear, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
-    x, weight, bias, a, b = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
-    torch.set_float32_matmul_precision(precision)
-    try:
-        adapted_linear(x, weight, bias, a, b, 1.0, dropout)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+
+    def updated(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        made.append(weight)
+        return weight + scaling * b @ a
+
+    monkeypatch.setattr(linear, "_updated", updated)
+    tensors = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
+    with matmul_precision(precision):
+        adapted_linear(*tensors, 1.0, dropout)
     assert bool(made) is is_updated
 
 
-def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
+def weight_layouts(weight: Tensor) -> list[Tensor]:
+    """A weight as it is, transposed in memory, and one that is every second column of another."""
+    wider = torch.randn(len(weight), 2 * weight.shape[1], dtype=weight.dtype)
+    return [weight, weight.T.contiguous().T, wider[:, ::2]]
+
+
+@pytest.mark.parametrize("tokens", [3, 400])
+def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout(tokens: int) -> None:
     torch.manual_seed(0)
-    for tokens, reads, writes in itertools.product((3, 400), (4, 19, 34), (4, 18, 39)):
-        x, weight, bias, a, b = inputs(tokens, reads, out=writes)
-        bias, every_second = bias.detach(), torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
-        for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
-            assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
+    for reads, writes in itertools.product((4, 19, 34), (4, 18, 39)):
+        x, weight, bias, a, _ = inputs(tokens, reads, out=writes)
+        fresh = torch.zeros(writes, 2, dtype=x.dtype, requires_grad=True)
+        bias = bias.detach()
+        for laid_out in weight_layouts(weight.detach()):
+            output = adapted_linear(x, laid_out, bias, a, fresh, 1.0)
+            assert torch.equal(output, F.linear(x, laid_out, bias))
+
+
+def assert_as_exact(rounded: Tensor, exact: Tensor, eps: float) -> None:
+    assert (exact - rounded).norm() < 4 * eps * exact.norm()
+
+
+def with_gradients(tensors: list[Tensor], dropout: float, grad: Tensor) -> Tensor:
+    """The output, after a backward pass from it."""
+    torch.manual_seed(5)
+    output = adapted_linear(*tensors, 2.0, dropout)
+    output.backward(grad.to(output.dtype))
+    return output
 
 
 @pytest.mark.parametrize(
     ("dtype", "adapters", "dropout"),
-    [(torch.bfloat16, torch.float32, 0.0), (torch.bfloat16, None, 0.3), (torch.float16, torch.float32, 0.3)],
+    [
+        (torch.bfloat16, torch.float32, 0.0),
+        (torch.bfloat16, torch.bfloat16, 0.3),
+        (torch.float16, torch.float32, 0.3),
+    ],
 )
 def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
     torch.manual_seed(0)
     wide = inputs(3, 17, 32, out=24, r=4)
-    narrow = [t.detach().to(adapters or dtype if i > 2 else dtype).requires_grad_() for i, t in enumerate(wide)]
+    narrow = as_leaves(wide[:3], dtype) + as_leaves(wide[3:], adapters)
     grad = torch.randn(3, 17, 24, dtype=torch.float64)
-    outputs = []
-    for tensors in (wide, narrow):
-        torch.manual_seed(5)
-        output = adapted_linear(*tensors, 2.0, dropout)
-        output.backward(grad.to(output.dtype))
-        outputs.append(output)
-    assert outputs[1].dtype is dtype
+    exact = with_gradients(wide, dropout, grad)
+    output = with_gradients(narrow, dropout, grad)
+    assert output.dtype is dtype
     eps = torch.finfo(dtype).eps
-    for exact, rounded in [(outputs[0], outputs[1]), *((w.grad, n.grad) for w, n in zip(wide, narrow, strict=True))]:
-        assert (exact - rounded).norm() < 4 * eps * exact.norm()
-    assert [n.grad.dtype for n in narrow] == [n.dtype for n in narrow]
+    assert_as_exact(output, exact, eps)
+    for one, other in zip(narrow, wide, strict=True):
+        assert_as_exact(one.grad, other.grad, eps)
+        assert one.grad.dtype == one.dtype
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "dropout"),
+    [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)],
+)
 def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
     torch.manual_seed(0)
-    x, weight, _, a, b = (t.detach() for t in inputs(256, 64))
-    rounded = [t.to(dtype).requires_grad_() for t in (x, weight * 0, a * 20, b * 200)]
-    exact = [t.detach().double().requires_grad_() for t in rounded]
-    grad, scaling = 32 * torch.randn(256, 5), 1.004e-3  # float16 cannot hold g A, and can s g A; bfloat16 not s
+    x, weight, _, a, b = detached(inputs(256, 64))
+    rounded = as_leaves([x, weight * 0, a * 20, b * 200], dtype)
+    exact = as_leaves(rounded, torch.float64)
+    grad = 32 * torch.randn(256, 5)
+    scaling = 1.004e-3  # float16 cannot hold g A, and can s g A; bfloat16 not s
     for x, weight, a, b in (exact, rounded):
         torch.manual_seed(5)
-        adapted_linear(x, weight, None, a, b, scaling, dropout).backward(grad.to(x.dtype))
+        output = adapted_linear(x, weight, None, a, b, scaling, dropout)
+        output.backward(grad.to(x.dtype))
     for wide, narrow in zip(exact, rounded, strict=True):
         size = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
-        assert abs(size - 1) < torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+        bound = torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+        assert abs(size - 1) < bound
 
 
 # Memory
@@ -186,34 +256,52 @@ def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch
 
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)])
 def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, dtype: torch.dtype) -> None:
-    model, x = nn.Sequential(nn.Linear(768, 768)).to(dtype), torch.randn(256, 768, dtype=dtype, requires_grad=True)
+    model = nn.Sequential(nn.Linear(768, 768)).to(dtype)
+    x = torch.randn(256, 768, dtype=dtype, requires_grad=True)
     as_trained(model, r=8, dropout=dropout)
-    assert goes_by_hand(model(x)) and saved_bytes(model, x) <= 0.02 * x.nbytes
+    assert goes_by_hand(model(x))
+    assert saved_bytes(model, x) <= 0.02 * x.nbytes
 
 
 # What leaves arguments and inputs as they are
 
 
-def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
-    x, weight, bias, a, b = (t.detach() for t in inputs(2, 64, out=32, r=4))
-    for factors in ((a.bfloat16(), b.bfloat16()), (a, b.bfloat16()), (a.bfloat16(), b)):
-        with torch.no_grad():
-            found = adapted_linear(x, weight, bias, *factors, 1.0)
-        torch.testing.assert_close(found, composed(x, weight, bias, *(t.double() for t in factors), 1.0))
+@pytest.mark.parametrize("narrow_a", [True, False])
+@pytest.mark.parametrize("narrow_b", [True, False])
+def test_a_few_tokens_are_not_rounded_to_narrower_adapters(narrow_a: bool, narrow_b: bool) -> None:
+    x, weight, bias, a, b = detached(inputs(2, 64, out=32, r=4))
+    if narrow_a:
+        a = a.bfloat16()
+    if narrow_b:
+        b = b.bfloat16()
+    with torch.no_grad():
+        found = adapted_linear(x, weight, bias, a, b, 1.0)
+    expected = composed(x, weight, bias, a.double(), b.double(), 1.0)
+    torch.testing.assert_close(found, expected)
+
+
+def with_activation(activation: Callable[[Tensor], Tensor], tensors: list[Tensor], dropout: float) -> list[Tensor]:
+    """The output of a layer with this activation, and the gradients."""
+    torch.manual_seed(0)
+    output = activation(adapted_linear(*tensors, 1.0, dropout))
+    loss = output.square().sum()
+    return [output, *torch.autograd.grad(loss, tensors)]
 
 
 @pytest.mark.parametrize(("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)])
 def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dropout: float) -> None:
     tensors = inputs(*shape, out=5)
-    gradients = []
-    for activation in (F.relu, F.relu_):
-        torch.manual_seed(0)
-        output = activation(adapted_linear(*tensors, 1.0, dropout))
-        gradients.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    expected = with_activation(F.relu, tensors, dropout)
+    found = with_activation(F.relu_, tensors, dropout)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # Dropped positions follow from the seed, at the asked rate
+
+
+def deviation(rate: float, number: int) -> float:
+    """The standard deviation of the share of what is dropped, among so many elements."""
+    return (rate * (1 - rate) / number) ** 0.5
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.999])
@@ -221,15 +309,15 @@ def test_each_element_is_dropped_by_itself_at_the_asked_rate(p: float) -> None:
     ones = torch.ones(2_000, 500)
     for block, drop in drops(ones, p, seed=3):
         drop(ones[block])
-    dropped = ones == 0
-    deviation = (p * (1 - p) / dropped.numel()) ** 0.5
-    assert abs(dropped.double().mean() - p) < 4 * deviation
+    dropped = (ones == 0).double()
+    number = dropped.numel()
+    assert abs(dropped.mean() - p) < 4 * deviation(p, number)
     for place in (0, 1, 499):  # whatever the column, the first and the last of a block too
-        assert abs(dropped[:, place].double().mean() - p) < 5 * (p * (1 - p) / 2_000) ** 0.5
-    flat = dropped.flatten().double() - p
+        assert abs(dropped[:, place].mean() - p) < 5 * deviation(p, 2_000)
+    flat = dropped.flatten() - p
     for lag in (1, 2, 3, 499, 500, 1000):  # and whatever its neighbours do
         covariance = (flat[:-lag] * flat[lag:]).mean()
-        assert abs(covariance) < 5 * p * (1 - p) / flat.numel() ** 0.5
+        assert abs(covariance) < 5 * p * (1 - p) / number**0.5
 
 
 def test_defaults_of_device_and_dtype_do_not_reach_dropout() -> None:

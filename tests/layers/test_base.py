@@ -20,43 +20,61 @@ from lightning_lora import (
 )
 from lightning_lora.layers import HAS_UPDATE
 from tests.support.cases import Three, three
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
-from tests.support.models import WIDTH, X, randomise, same
+from tests.support.compared import assert_all_equal, assert_same_tensors
+from tests.support.layers import (
+    BAGS,
+    FLOATS,
+    INDEX,
+    LAYERS,
+    PLANE,
+    Model,
+    Scaled,
+    adapted,
+    config,
+    is_float,
+)
+from tests.support.models import WIDTH, X, randomise
+from tests.support.parameters import cloned, dtypes
+
+
+def output_and_gradient(model: nn.Module, x: Tensor) -> list[Tensor]:
+    output = model.train()(x)
+    loss = output.float().square().sum()
+    return [output, *torch.autograd.grad(loss, x)]
 
 
 @pytest.mark.parametrize(
-    ("layer", "dtype", "rows", "dropout"),
+    ("layer", "dtype", "shape", "dropout"),
     [
-        (nn.Linear(64, 48), torch.float32, 1, 0.0),
-        (nn.Linear(64, 48), torch.bfloat16, 400, 0.3),
-        (nn.Conv2d(64, 48, 3), torch.bfloat16, 20, 0.0),
-        (nn.Conv2d(64, 48, 1), torch.float32, 20, 0.3),
+        (nn.Linear(64, 48), torch.float32, (1, 64), 0.0),
+        (nn.Linear(64, 48), torch.bfloat16, (400, 64), 0.3),
+        (nn.Conv2d(64, 48, 3), torch.bfloat16, (20, 64, 5, 5), 0.0),
+        (nn.Conv2d(64, 48, 1), torch.float32, (20, 64, 5, 5), 0.3),
     ],
     ids=str,
 )
-def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, rows: int, dropout: float) -> None:
+def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, shape: Any, dropout: float) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
-    x = torch.randn(rows, 64, *(() if isinstance(layer, nn.Linear) else (5, 5)), dtype=dtype, requires_grad=True)
-    results = []
-    for _ in range(2):
-        output = model.train()(x)
-        results.append((output, *torch.autograd.grad(output.float().square().sum(), x)))
-        inject_adapters(model, LoRAConfig(r=4, target_modules="all", dropout=dropout))
-    for before, after in zip(*results, strict=True):
-        assert torch.equal(before, after)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    before = output_and_gradient(model, x)
+    inject_adapters(model, LoRAConfig(r=4, target_modules="all", dropout=dropout))
+    assert_all_equal(output_and_gradient(model, x), before)
 
 
 def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
-    model, x = nn.Sequential(adapted(Scaled(8, 8))), torch.randn(4, 8).double()
+    model = nn.Sequential(adapted(Scaled(8, 8)))
+    x = torch.randn(4, 8).double()
     with torch.no_grad():
         expected = model(x)
         with ThreadPoolExecutor(4) as pool:
-            assert all(torch.equal(y, expected) for y in pool.map(model, [x] * 400))
+            found = list(pool.map(model, [x] * 400))
+    assert_all_equal(found, [expected] * 400)
 
 
 @pytest.mark.parametrize("how", [{}, {"init": "pissa"}, {"use_dora": True}], ids=str)
 def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(how: dict[str, Any]) -> None:
-    plain, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    plain = nn.Sequential(nn.Linear(8, 8))
+    x = torch.randn(4, 8)
     state: Any = plain.state_dict()
     state._metadata["0"][HAS_UPDATE] = True
     with torch.device("meta"):
@@ -73,21 +91,25 @@ def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     base = model(x)
     inject_adapters(model, config(model))
     randomise(model)
-    expected, forward = model(x), model[0].forward
+    expected = model(x)
+    forward = model[0].forward
     model[0].forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
     assert torch.equal(model(x), expected)
     remove_adapters(model)
     assert torch.equal(model(x), base)
 
 
+class Counts(nn.Linear):
+    """A layer that counts its calls."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
 def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
-    class Counts(nn.Linear):
-        calls = 0
-
-        def forward(self, input: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(input)
-
     model = nn.Sequential(Counts(4, 4))
     inject_adapters(model, LoRAConfig(r=2))
     for calls in (1, 2):
@@ -102,7 +124,11 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
         (Conv1D(4, 5), {"x": FLOATS}, True),
         (nn.Embedding(5, 4), {"input": INDEX}, True),
         (nn.EmbeddingBag(5, 4), {"input": BAGS[0], "offsets": BAGS[1]}, False),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2), {"input": PLANE, "output_size": [12, 11]}, False),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2),
+            {"input": PLANE, "output_size": [12, 11]},
+            False,
+        ),
         (nn.Bilinear(5, 5, 6), {"input1": FLOATS, "input2": FLOATS}, False),
         (nn.GRUCell(5, 4), {"input": FLOATS[0]}, False),
     ],
@@ -111,66 +137,107 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
 def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments: dict[str, Any], dora: bool) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
     base = model[0](**arguments)
-    inject_adapters(model, LoRAConfig(r=2, alpha=3, target_modules="all", dropout=0.5, use_dora=dora))
+    how = LoRAConfig(r=2, alpha=3, target_modules="all", dropout=0.5, use_dora=dora)
+    inject_adapters(model, how)
     randomise(model, scale=0.5)
-    outputs = []
-    for by_name in (True, False):
-        torch.manual_seed(1)
-        outputs.append(model[0](**arguments) if by_name else model[0](*arguments.values()))
-    assert outputs[0].shape == base.shape and not torch.equal(outputs[0], base)
-    assert torch.equal(*outputs)
+    torch.manual_seed(1)
+    by_name = model[0](**arguments)
+    torch.manual_seed(1)
+    by_place = model[0](*arguments.values())
+    assert by_name.shape == base.shape
+    assert not torch.equal(by_name, base)
+    assert torch.equal(by_name, by_place)
 
 
 # Adapters are float32 over a base in half precision
 
 
-KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
+KINDS = [
+    "linear",
+    "scaled",
+    "padded embedding",
+    "bag",
+    "convolution",
+    "transposed convolution",
+    "bilinear",
+    "experts",
+]
+
+
+def floats_to(dtype: torch.dtype, tree: Any) -> Any:
+    """The same, with its floating point numbers in this dtype."""
+
+    def convert(leaf: Any) -> Any:
+        if is_float(leaf):
+            return leaf.to(dtype)
+        return leaf
+
+    return tree_map(convert, tree)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float, absolute: float = 0.0) -> None:
+    error = (found - expected).norm()
+    assert error < tolerance * expected.norm() + absolute
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_float32(name: str) -> None:
     build, x = LAYERS[name]
-    model, x = Model(build()).bfloat16(), tree_map(lambda t: t.bfloat16() if is_float(t) else t, x)
+    model = Model(build()).bfloat16()
+    x = floats_to(torch.bfloat16, x)
     inject_adapters(model, config(model))
     randomise(model, scale=0.5)
     exact = copy.deepcopy(model).float()
-    output, expected = model(x), exact(tree_map(lambda t: t.float() if is_float(t) else t, x))
+    output = model(x)
+    expected = exact(floats_to(torch.float32, x))
     assert output.dtype is torch.bfloat16
-    assert (output.float() - expected).norm() < 0.02 * expected.norm()
+    assert_near(output.float(), expected, 0.02)
     output.float().square().sum().backward()
     expected.square().sum().backward()
-    gradients = dict(exact.named_parameters())
     for factor in adapter_state_dict(model):
-        p, q = model.get_parameter(factor), gradients[factor]
-        assert p.dtype is torch.float32
-        assert p.grad is not None and q.grad is not None
-        assert p.grad.dtype is torch.float32 and (p.grad - q.grad).norm() < 0.05 * q.grad.norm() + 1e-3
+        found = model.get_parameter(factor)
+        wanted = exact.get_parameter(factor)
+        assert found.dtype is torch.float32
+        assert found.grad is not None
+        assert wanted.grad is not None
+        assert found.grad.dtype is torch.float32
+        assert_near(found.grad, wanted.grad, 0.05, absolute=1e-3)
 
 
-def test_adapters_are_kept_in_float32_over_a_half_precision_base_or_as_the_base_if_asked() -> None:
+def test_adapters_are_kept_in_float32_over_a_half_precision_base() -> None:
     model = three()
-    before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+    before = cloned(adapter_state_dict(model))
     model.linear(torch.ones(WIDTH)).sum().backward()
     model.bfloat16()
-    assert same(adapter_state_dict(model), before) and model.linear.lora_A.grad.dtype == torch.float32
-    assert model.linear.weight.dtype == model(X).dtype == torch.bfloat16
-    assert model.double().linear.lora_A.dtype == torch.float64 and model.half().linear.lora_A.dtype == torch.float32
+    assert_same_tensors(adapter_state_dict(model), before)
+    assert model.linear.lora_A.grad.dtype == torch.float32
+    assert model.linear.weight.dtype == torch.bfloat16
+    assert model(X).dtype == torch.bfloat16
+    assert model.double().linear.lora_A.dtype == torch.float64
+    assert model.half().linear.lora_A.dtype == torch.float32
+
+
+def test_adapters_have_the_dtype_of_the_base_if_asked() -> None:
+    config = LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False)
     made = Three().bfloat16()
-    inject_adapters(made, LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False))
-    for each in (made, model := three(autocast_adapter_dtype=False).bfloat16()):
-        assert {p.dtype for p in each.parameters()} == {torch.bfloat16}
+    inject_adapters(made, config)
+    assert dtypes(made) == {torch.bfloat16}
+    converted = three(autocast_adapter_dtype=False).bfloat16()
+    assert dtypes(converted) == {torch.bfloat16}
     with pytest.raises(AdapterMismatchError, match=r"dtype=False, not .*dtype=True"):
-        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+        inject_adapters(converted, LoRAConfig(r=2, target_modules="all"))
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_autocast_computes_what_the_base_computes_it_in(merged: bool) -> None:
-    model, exact = three(), three().double()
-    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    model = three()
+    exact = three().double()
+    exact.load_state_dict(model.state_dict())
     base = Three()
     if merged:
         merge_adapters(model)
     with torch.autocast("cpu", torch.bfloat16):
-        output, dtype = model(X), base(X).dtype
+        output = model(X)
+        dtype = base(X).dtype
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), exact(X), rtol=0.1, atol=0.1)

@@ -16,8 +16,10 @@ from tests.support.models import state
 class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.router, self.experts = nn.Linear(5, 3), LAYERS["experts"][0]()
-        self.own, self.gru = nn.Parameter(torch.randn(5, 5)), nn.GRU(5, 5)
+        self.router = nn.Linear(5, 3)
+        self.experts = LAYERS["experts"][0]()
+        self.own = nn.Parameter(torch.randn(5, 5))
+        self.gru = nn.GRU(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x @ self.own) * self.router(x).softmax(-1).sum(-1, keepdim=True)
@@ -27,13 +29,15 @@ def test_parameters_are_adapted_beside_layers_or_alone() -> None:
     model = Mixture()
     how = ll.LoRAConfig(r=2, target_modules=["router"], target_parameters=["experts.stack"])
     assert ll.inject_adapters(model, how) == ("router", "experts")
-    assert model.experts.lora_A_stack.shape == (3, 2, 5) and model.experts.lora_B_stack.shape == (3, 4, 2)
+    assert model.experts.lora_A_stack.shape == (3, 2, 5)
+    assert model.experts.lora_B_stack.shape == (3, 4, 2)
     assert "Experts" in str(ll.summarize(model))
     ll.remove_adapters(model)
     how = ll.LoRAConfig(r=2, target_modules=[], target_parameters=["stack", "mix"])
     assert ll.inject_adapters(model, how) == ("experts",)
     train(model)
-    output = model(x := torch.randn(2, 5))
+    x = torch.randn(2, 5)
+    output = model(x)
     ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
 
@@ -43,15 +47,18 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called, self.read = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.called = nn.Linear(5, 5)
+        self.read = nn.Linear(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.called(x) @ self.read.weight + self.read(x)
 
 
 def test_weight_that_its_holder_reads_is_adapted_there() -> None:
-    model, x = nn.Sequential(Reader()), torch.randn(2, 5)
-    plain, base = copy.deepcopy(model), list(state(model))
+    model = nn.Sequential(Reader())
+    x = torch.randn(2, 5)
+    plain = copy.deepcopy(model)
+    base = list(state(model))
     assert ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_parameters=["read.weight"])) == (
         "0",
         "0.called",
@@ -72,26 +79,43 @@ def test_weight_that_its_holder_reads_is_adapted_there() -> None:
 
 
 def test_parameters_are_left_out_or_kept_whole_as_layers_are() -> None:
-    how: dict[str, Any] = {"r": 2, "target_modules": ["called"], "target_parameters": ["read.weight"]}
+    how: dict[str, Any] = {
+        "r": 2,
+        "target_modules": ["called"],
+        "target_parameters": ["read.weight"],
+    }
     for more in ({"exclude_modules": ["read"]}, {"modules_to_save": ["read"]}):
         model = nn.Sequential(Reader())
         assert ll.inject_adapters(model, ll.LoRAConfig(**how, **more)) == ("0.called",)
 
 
 def test_patterns_mean_a_parameter_by_its_own_name(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"r": 2, "alpha": 4, "target_modules": [], "target_parameters": ["stack", "mix"]}
-    model, base = Mixture(), Mixture()
+    how: dict[str, Any] = {
+        "r": 2,
+        "alpha": 4,
+        "target_modules": [],
+        "target_parameters": ["stack", "mix"],
+    }
+    model = Mixture()
+    base = Mixture()
     base.load_state_dict(model.state_dict())
-    ll.inject_adapters(model, ll.LoRAConfig(**how, rank_pattern={"experts.stack": 3}, alpha_pattern={"mix": 1}))
+    ll.inject_adapters(
+        model,
+        ll.LoRAConfig(**how, rank_pattern={"experts.stack": 3}, alpha_pattern={"mix": 1}),
+    )
     train(model)
     for name, rank, scaling in (("stack", 3, 4 / 3), ("mix", 2, 1 / 2)):
-        a, b = getattr(model.experts, f"lora_A_{name}"), getattr(model.experts, f"lora_B_{name}")
+        a = getattr(model.experts, f"lora_A_{name}")
+        b = getattr(model.experts, f"lora_B_{name}")
         assert a.shape[-2] == rank
         weight = getattr(model.experts, name) + scaling * b @ a
         torch.testing.assert_close(model.experts.lora_effective_weight(name), weight)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.inject_adapters(base, ll.LoRAConfig(**how))
-    with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2"):
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2",
+    ):
         ll.load_adapter(base, tmp_path / "a.safetensors")
 
 
@@ -99,4 +123,5 @@ def test_patterns_mean_a_parameter_by_its_module_too() -> None:
     model = Mixture()
     how: dict[str, Any] = {"target_modules": [], "target_parameters": ["stack", "mix"]}
     ll.inject_adapters(model, ll.LoRAConfig(r=4, **how, rank_pattern={"experts.mix": 1, "experts": 2}))
-    assert model.experts.lora_A_stack.shape == (3, 2, 5) and len(model.experts.lora_A_mix) == 1
+    assert model.experts.lora_A_stack.shape == (3, 2, 5)
+    assert len(model.experts.lora_A_mix) == 1

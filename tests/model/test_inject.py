@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,24 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.faults import FailsAt, kinds, unchanged
-from tests.support.models import LitTiny, randomise, same, state
+from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
+from tests.support.faults import fails_at, kinds, unchanged
+from tests.support.models import LitTiny, randomise, state
+from tests.support.parameters import trainable
 from tests.support.storage import trained
 
 
 def test_another_start_on_an_adapted_model_is_refused() -> None:
-    ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2))
+    model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
     with unchanged(model), pytest.raises(ll.AdapterMismatchError, match="adapted already"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])
 def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
-    theirs = peft.get_peft_model(LitTiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"])
+    theirs = peft.get_peft_model(LitTiny(), config)
     model = theirs if is_wrapped else theirs.get_base_model()
     with unchanged(model), pytest.raises(ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
@@ -57,14 +62,16 @@ def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: nn.Module, name: str
     model = nn.Sequential(nn.Linear(4, 4), lazy)
     with pytest.raises(ll.ConfigError, match=rf"'1.{name}'.*lazy.*Run one batch"):
         ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0"]))
-    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
 
 
 def test_integer_parameters_of_a_module_that_trains_whole_stay() -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
     model["head"].codes = nn.Parameter(torch.arange(4), requires_grad=False)
     ll.inject_adapters(model, ll.LoRAConfig(r=1, modules_to_save=["head"]))
-    assert model["head"].weight.requires_grad and not model["head"].codes.requires_grad
+    assert model["head"].weight.requires_grad
+    assert not model["head"].codes.requires_grad
 
 
 def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
@@ -78,11 +85,14 @@ def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
 
 
 def test_a_copy_in_an_adapted_module_still_follows_when_the_model_is_adapted() -> None:
-    pair = nn.ModuleDict({"student": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
-    pair["teacher"] = copy.deepcopy(pair["student"]).requires_grad_(False)
-    for model in (pair, nn.ModuleDict({"pair": pair, "head": nn.Linear(4, 4)})):
-        ll.inject_adapters(model, ll.LoRAConfig(r=2))
-        assert not any(p.requires_grad for p in pair["teacher"].parameters())
+    student = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    pair = nn.ModuleDict({"student": student, "teacher": teacher})
+    ll.inject_adapters(pair, ll.LoRAConfig(r=2))
+    assert trainable(teacher) == []
+    model = nn.ModuleDict({"pair": pair, "head": nn.Linear(4, 4)})
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    assert trainable(teacher) == []
 
 
 def test_a_call_on_a_plain_model_says_what_to_do() -> None:
@@ -97,7 +107,8 @@ def test_a_base_that_was_made_in_inference_mode_trains_and_is_given_back_as_it_w
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     with unchanged(model):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
-        (grad,) = torch.autograd.grad(model[0](torch.ones(2, 4)).sum(), model[0].lora_B, create_graph=True)
+        loss = model[0](torch.ones(2, 4)).sum()
+        (grad,) = torch.autograd.grad(loss, model[0].lora_B, create_graph=True)
         assert grad.requires_grad
         ll.merge_adapters(model)
         ll.unmerge_adapters(model)
@@ -113,8 +124,11 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.rnn, self.norm = nn.Embedding(7, 6), nn.LSTM(6, 6, batch_first=True), nn.BatchNorm1d(6)
-        self.head, self.extra = nn.Linear(6, 7, bias=False), nn.Linear(7, 3)
+        self.embed = nn.Embedding(7, 6)
+        self.rnn = nn.LSTM(6, 6, batch_first=True)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.extra = nn.Linear(7, 3)
         self.head.weight = self.embed.weight
         self.norm.weight.requires_grad_(False)
         self.register_buffer("bank", torch.zeros(0, 2))
@@ -150,41 +164,56 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "a.safetensors"
 
 
-CALLS: dict[str, tuple[bool, Callable[[nn.Module, Path], Any]]] = {
-    "merge": (False, lambda model, _: ll.merge_adapters(model)),
-    "unmerge": (True, lambda model, _: ll.unmerge_adapters(model)),
-    "unmerge converted": (True, lambda model, _: ll.unmerge_adapters(model)),
-    "remove": (False, lambda model, _: ll.remove_adapters(model)),
-    "load": (False, lambda model, file: ll.load_adapter(model, file)),
-    "load merged": (True, lambda model, file: ll.load_adapter(model, file)),
-    "inject merged": (True, lambda model, _: ll.inject_adapters(model, CONFIG)),
-    "inject more": (False, lambda model, _: ll.inject_adapters(model, MORE)),
-    "disable": (False, lambda model, _: ll.disable_adapters(model)),
-    "disable merged": (True, lambda model, _: ll.disable_adapters(model)),
+CONVERTED = replace(MORE, autocast_adapter_dtype=False)
+
+
+def adapted() -> Model:
+    return build(merged=False)
+
+
+def merged() -> Model:
+    return build(merged=True)
+
+
+def merged_and_converted() -> Model:
+    return build(merged=True, config=CONVERTED).bfloat16()
+
+
+CALLS: dict[str, tuple[Callable[[], Model], Callable[[nn.Module, Path], Any]]] = {
+    "merge": (adapted, lambda model, _: ll.merge_adapters(model)),
+    "unmerge": (merged, lambda model, _: ll.unmerge_adapters(model)),
+    "unmerge converted": (merged_and_converted, lambda model, _: ll.unmerge_adapters(model)),
+    "remove": (adapted, lambda model, _: ll.remove_adapters(model)),
+    "load": (adapted, lambda model, file: ll.load_adapter(model, file)),
+    "load merged": (merged, lambda model, file: ll.load_adapter(model, file)),
+    "inject merged": (merged, lambda model, _: ll.inject_adapters(model, CONFIG)),
+    "inject more": (adapted, lambda model, _: ll.inject_adapters(model, MORE)),
+    "disable": (adapted, lambda model, _: ll.disable_adapters(model)),
+    "disable merged": (merged, lambda model, _: ll.disable_adapters(model)),
 }
 
 
+PLACES = [*range(1, 40), *range(40, 5000, 9)]
+
+
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: Path) -> None:
-    merged, call = CALLS[name]
-    whole = build(merged=merged)
-    if name == "unmerge converted":
-        whole = build(merged=True, config=replace(MORE, autocast_adapter_dtype=False)).bfloat16()
-    ll.unmerge_adapters(exact := copy.deepcopy(whole))
-    before, output, about, stored = state(whole), whole(INDEX), kinds(whole), ll.adapter_state_dict(whole)
-    for place in (*range(1, 40), *range(40, 5000, 9)):
+@pytest.mark.parametrize(("make", "call"), CALLS.values(), ids=CALLS)
+def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(make: Any, call: Any, file: Path) -> None:
+    whole = make()
+    exact = copy.deepcopy(whole)
+    ll.unmerge_adapters(exact)
+    before = state(whole)
+    output = whole(INDEX)
+    about = kinds(whole)
+    stored = ll.adapter_state_dict(whole)
+    for place in PLACES:
         model = copy.deepcopy(whole)
-        try:
-            with FailsAt(place) as mode:
-                call(model, file)
-        except (MemoryError, KeyboardInterrupt, RuntimeError, ll.LoRAError):  # torch and we may wrap it
-            assert same(state(model), before) and kinds(model) == about
-            assert torch.equal(model(INDEX), output)
-            assert same(ll.adapter_state_dict(model), stored)
-            ll.unmerge_adapters(model)  # neither base nor adapters were rounded on the way
-            assert same(state(model), state(exact))
-            continue
-        assert mode.left > 0  # it had fewer calls than that
-        break
-    assert place > 5
+        if not fails_at(place, partial(call, model, file), RuntimeError, ll.LoRAError):  # which torch and we may raise
+            break
+        assert_state(model, before)
+        assert kinds(model) == about
+        assert torch.equal(model(INDEX), output)
+        assert_same_tensors(ll.adapter_state_dict(model), stored)
+        ll.unmerge_adapters(model)  # neither base nor adapters were rounded on the way
+        assert_same_state(model, exact)
+    assert 5 < place < PLACES[-1]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_all_refused, assert_state
 from tests.support.faults import unchanged
 from tests.support.fits import fit
 from tests.support.models import (
@@ -19,10 +20,10 @@ from tests.support.models import (
     as_trained,
     data,
     lora,
-    same,
     state,
     unties,
 )
+from tests.support.parameters import dtypes
 
 CHANGED = "changed since its adapters were merged"
 
@@ -36,16 +37,23 @@ class Clips(LitTiny):
                 p.clamp_(-0.3, 0.3)
 
 
+def assert_read_back(path: Path, model: LitTiny) -> None:
+    """Expect what a file makes of a new module to compute the same."""
+    index = torch.arange(8)
+    fresh = Clips()
+    ll.load_adapter(fresh, path)
+    torch.testing.assert_close(fresh(index), model(index))
+
+
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("merge", ["last", False])
 def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_path: Path, merge: Any) -> None:
-    (model, t), index = fit(tmp_path, lora(merge=merge), model=Clips()), torch.arange(8)
+    model, t = fit(tmp_path, lora(merge=merge), model=Clips())
+    index = torch.arange(8)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     t.save_checkpoint(tmp_path / "a.ckpt")
-    for name in ("a.safetensors", "a.ckpt"):
-        fresh = Clips()
-        ll.load_adapter(fresh, tmp_path / name)
-        torch.testing.assert_close(fresh(index), model(index))
+    assert_read_back(tmp_path / "a.safetensors", model)
+    assert_read_back(tmp_path / "a.ckpt", model)
     output = model(index)
     ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))
     torch.testing.assert_close(model(index), output)
@@ -61,10 +69,10 @@ TIED: dict[str, Callable[[TinyLM], Any]] = {
 
 
 @unties
-@pytest.mark.parametrize("change", TIED)
-def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> None:
+@pytest.mark.parametrize("change", TIED.values(), ids=TIED)
+def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: Callable[[TinyLM], Any]) -> None:
     model = as_merged(TinyLM(), target_modules=["lm_head"])
-    TIED[change](model)
+    change(model)
     with unchanged(model), pytest.raises(ll.AdapterStateError, match=CHANGED):
         ll.unmerge_adapters(model)
 
@@ -74,7 +82,7 @@ def test_a_model_converted_while_its_adapters_are_disabled_is_of_one_dtype() -> 
     ll.inject_adapters(model, ll.LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"]))
     with ll.disable_adapters(model):
         model.double()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert dtypes(model) == {torch.float64}
 
 
 def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None:
@@ -83,25 +91,30 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
     ll.inject_adapters(part, ll.LoRAConfig(r=2))
     before = state(whole)
     ll.merge_adapters(part)
-    calls: tuple[Callable[[nn.Module], Any], ...] = (
+    calls: list[Callable[[nn.Module], Any]] = [
         ll.merge_adapters,
         ll.remove_adapters,
-        lambda m: ll.save_adapter(m, tmp_path / "a.safetensors"),
-        lambda m: ll.disable_adapters(m),
-    )
-    for call in calls:
-        with pytest.raises(ll.AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
-            call(whole)
+        lambda model: ll.save_adapter(model, tmp_path / "a.safetensors"),
+        lambda model: ll.disable_adapters(model),
+    ]
+    assert_all_refused(whole, calls, ll.AdapterStateError, r"'0\.0' of Sequential no longer have their adapters")
     ll.unmerge_adapters(part)
-    assert same(state(whole), before) and len(ll.adapter_state_dict(whole)) == 4
+    assert_state(whole, before)
+    assert len(ll.adapter_state_dict(whole)) == 4
 
 
-@pytest.mark.parametrize(("adapted", "fused"), [(True, False), (False, True)])  # torch does not count a fused step
-def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused: bool) -> None:
+@pytest.mark.parametrize(
+    ("targets", "tokens", "fused"),
+    [
+        (["0", "1"], [3, 70, 9_999], False),
+        (["1"], range(100), True),  # torch does not count a fused step
+    ],
+)
+def test_a_few_rows_that_trained_after_a_merge_are_noticed(targets: list[str], tokens: Any, fused: bool) -> None:
     model = nn.Sequential(nn.Embedding(20_000, 64), nn.Linear(64, 4))
-    as_merged(model, target_modules=["0", "1"] if adapted else ["1"])
+    as_merged(model, target_modules=targets)
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=fused)
-    model(torch.arange(100) if fused else torch.tensor([3, 70, 9_999])).sum().backward()
+    model(torch.tensor(tokens)).sum().backward()
     optimizer.step()
     with pytest.raises(ll.AdapterStateError, match=CHANGED):
         ll.unmerge_adapters(model)
@@ -113,21 +126,24 @@ def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: st
     model.bfloat16()
     with torch.no_grad():
         model.get_parameter(name)[0, 0] += 1
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match="its base can be restored"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match="its base can be restored"),
+    ):
         ll.unmerge_adapters(model)
 
 
 def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(tmp_path: Path) -> None:
     model, t = fit(tmp_path, lora())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    t.save_checkpoint(file)
     with unchanged(model), ll.disable_adapters(model):
-        for call in (
-            lambda: ll.load_adapter(model, tmp_path / "a.ckpt"),
-            lambda: t.test(model, data(), ckpt_path=tmp_path / "a.ckpt"),
-            lambda: t.fit(model, data()),
-        ):
-            with pytest.raises(ll.AdapterStateError, match="shows its base"):
-                call()
+        with pytest.raises(ll.AdapterStateError, match="shows its base"):
+            ll.load_adapter(model, file)
+        with pytest.raises(ll.AdapterStateError, match="shows its base"):
+            t.test(model, data(), ckpt_path=file)
+        with pytest.raises(ll.AdapterStateError, match="shows its base"):
+            t.fit(model, data())
 
 
 def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
@@ -149,17 +165,22 @@ def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None
     """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
     model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), target_modules=["0"], modules_to_save=["1"])
     nn.init.constant_(model[1].weight, 5)
-    plain, x = copy.deepcopy(model), torch.randn(2, 4)
+    plain = copy.deepcopy(model)
+    alike = copy.deepcopy(model)
+    x = torch.randn(2, 4)
     ll.remove_adapters(plain)
 
-    def base() -> Tensor:
+    def check_base() -> None:
+        expected = plain(x)
         with ll.disable_adapters(model):
-            return model(x)
+            assert torch.equal(model(x), expected)
 
-    def adapted() -> Tensor:
-        return model(x)
+    def check_adapted() -> None:
+        assert torch.equal(model(x), alike(x))
 
     with torch.autocast("cpu", torch.bfloat16):
-        alone = {base: plain(x), adapted: copy.deepcopy(model)(x)}
-        for run in (base, adapted) if base_first else (adapted, base):
-            assert torch.equal(run(), alone[run])
+        if base_first:
+            check_base()
+        check_adapted()
+        check_base()
+        check_adapted()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.faults import FailsAt, unchanged
-from tests.support.models import same, state
+from tests.support.compared import assert_holds, assert_state
+from tests.support.faults import fails_at, unchanged
+from tests.support.models import state
+from tests.support.parameters import grads_of, trainable
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 HEAD = ll.LoRAConfig(r=2, target_modules=["0", "2"], modules_to_save=["3"])
@@ -29,30 +32,58 @@ def build() -> nn.Sequential:
 def fill(model: nn.Module) -> Tensor:
     """Write random values into what trains, and return the output."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape))
-    return model(X.to(next(model.parameters()).dtype)).detach()
+        for parameter in trainable(model):
+            parameter.copy_(torch.randn(parameter.shape))
+    dtype = next(model.parameters()).dtype
+    return model(X.to(dtype)).detach()
 
 
-def several() -> tuple[nn.Sequential, dict[str | None, Tensor]]:
+Outputs = dict[str | None, Tensor]
+
+
+def several() -> tuple[nn.Sequential, Outputs]:
     """A model with three adapters, "fr" active, and the output of each."""
     model = build()
-    outputs: dict[str | None, Tensor] = {None: model(X).detach()}
+    outputs: Outputs = {None: model(X).detach()}
     for name, config in {"default": HEAD, "de": HEAD, "fr": ONE}.items():
         ll.inject_adapters(model, config, name=name)
         outputs[name] = fill(model)
     return model, outputs
 
 
+def switched(model: nn.Module, *names: str | None) -> None:
+    for name in names:
+        ll.set_adapter(model, name)
+
+
+def assert_outputs(model: nn.Module, outputs: Outputs, names: Iterable[str | None], x: Tensor = X) -> None:
+    """Switch to each of these in turn, and expect its output."""
+    for name in names:
+        ll.set_adapter(model, name)
+        assert torch.equal(model(x), outputs[name]), name
+
+
 def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     model, outputs = several()
-    for name, options in {"dora": {"use_dora": True}, "wide": {"r": 3}, "olora": {"init": "olora"}}.items():
-        ll.inject_adapters(model, replace(HEAD, **options), name=name)
+    others = {
+        "dora": replace(HEAD, use_dora=True),
+        "wide": replace(HEAD, r=3),
+        "olora": replace(HEAD, init="olora"),
+    }
+    for name, config in others.items():
+        ll.inject_adapters(model, config, name=name)
         outputs[name] = fill(model)
-    for name in [*outputs, *reversed(outputs), *outputs]:
-        ll.set_adapter(model, name)
-        assert torch.equal(model(X), outputs[name]), name
+    assert_outputs(model, outputs, [*outputs, *reversed(outputs), *outputs])
+
+
+def outputs_of_copies(model: nn.Module, names: Iterable[str | None], x: Tensor) -> Outputs:
+    """What a copy computes with each of these."""
+    outputs: Outputs = {}
+    for name in names:
+        alike = copy.deepcopy(model)
+        ll.set_adapter(alike, name)
+        outputs[name] = alike(x)
+    return outputs
 
 
 @pytest.mark.parametrize(
@@ -65,33 +96,28 @@ def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     ],
 )
 def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(call: Any, name: str, shown: str | None) -> None:
-    whole, outputs = several()[0], dict[str | None, Tensor]()
+    whole, _ = several()
     switched(whole, "default", "fr", "de", shown)
     whole.double()  # what was there before has another form
-    for each in (*ll.adapters(whole), shown):
-        ll.set_adapter(alike := copy.deepcopy(whole), each)
-        outputs[each] = alike(X.double())
+    x = X.double()
+    names = ll.adapters(whole)
+    before = state(whole)
+    outputs = outputs_of_copies(whole, [*names, shown], x)
     for place in itertools.count(1):
         model = copy.deepcopy(whole)
-        before, names = state(model), ll.adapters(model)
-        try:
-            with FailsAt(place) as mode:
-                call(model, name)
-        except (MemoryError, KeyboardInterrupt):
-            assert same(state(model), before) and sorted(ll.adapters(model)) == sorted(names)
-            assert torch.equal(model(X.double()), outputs[shown])
-            for each in (*names, shown):
-                ll.set_adapter(model, each)
-                assert torch.equal(model(X.double()), outputs[each])
-            continue
-        assert mode.left > 0
-        break
+        if not fails_at(place, partial(call, model, name)):
+            break
+        assert_state(model, before)
+        assert sorted(ll.adapters(model)) == sorted(names)
+        assert torch.equal(model(x), outputs[shown])
+        assert_outputs(model, outputs, [*names, shown], x)
 
 
 def test_a_switch_that_is_refused_still_shows_the_base() -> None:
     model, outputs = several()
     switched(model, "de", None)
-    lost, model[2] = model[2], nn.Linear(4, 4)
+    lost = model[2]
+    model[2] = nn.Linear(4, 4)
     with pytest.raises(ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"):
         ll.set_adapter(model, "fr")
     model[2] = lost
@@ -103,8 +129,10 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     model, outputs = several()
     if merged:
         ll.merge_adapters(model)
-    before, shown = model(X), ll.disable_adapters(model)
-    assert torch.equal(model(X), outputs[None]) and repr(shown) == "<Sequential shows its base>"
+    before = model(X)
+    shown = ll.disable_adapters(model)
+    assert torch.equal(model(X), outputs[None])
+    assert repr(shown) == "<Sequential shows its base>"
     for _ in range(2):
         with suppress(KeyError), shown:
             assert torch.equal(model(X), outputs[None])
@@ -122,15 +150,27 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     with ll.set_adapter(model, "de"):
         assert torch.equal(model(X), outputs["de"])
         ll.remove_adapters(model, "fr")  # what it showed before
-    assert ll.adapters(model)[0] == "de" and torch.equal(model(X), outputs[None])
+    assert ll.adapters(model)[0] == "de"
+    assert torch.equal(model(X), outputs[None])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of an adapter "fr"."""
+    model, _ = several()
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
 
 
 @pytest.mark.parametrize("name", ["", 3])
-def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None:
-    ll.save_adapter(several()[0], file := tmp_path / "a.safetensors")
-    for call in (ll.LoRACallback, partial(ll.inject_adapters, build(), ONE), partial(ll.load_adapter, build(), file)):
-        with pytest.raises(ll.ConfigError, match=f"name={name!r} is not valid"):
-            call(name=name)
+def test_a_name_is_a_string_that_is_not_empty(file: Path, name: Any) -> None:
+    message = f"name={name!r} is not valid"
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.LoRACallback(name=name)
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.inject_adapters(build(), ONE, name=name)
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.load_adapter(build(), file, name=name)
 
 
 @pytest.mark.parametrize(
@@ -143,57 +183,69 @@ def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None
 )
 def test_a_name_that_no_adapter_has_is_an_error(name: Any, message: str) -> None:
     model, outputs = several()
-    for call in (ll.set_adapter, ll.remove_adapters, lambda model, name: ll.adapter_names(model, [name])):
-        with pytest.raises(ll.AdapterStateError, match=message):
-            call(model, name)
+    with pytest.raises(ll.AdapterStateError, match=message):
+        ll.set_adapter(model, name)
+    with pytest.raises(ll.AdapterStateError, match=message):
+        ll.remove_adapters(model, name)
+    with pytest.raises(ll.AdapterStateError, match=message):
+        ll.adapter_names(model, [name])
     assert torch.equal(model(X), outputs["fr"])
 
 
 # What a switch notices, and what it keeps
 
 
-def switched(model: nn.Module, *names: str | None) -> None:
-    for name in names:
-        ll.set_adapter(model, name)
-
-
 def test_an_optimizer_keeps_the_parameters_of_its_own_adapter() -> None:
     model, outputs = several()
     ll.set_adapter(model, "de")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for names in (("default", "de"), ("default", None, "fr", "de")):
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    for names in (["default", "de"], ["default", None, "fr", "de"]):
         switched(model, *names)
         optimizer.zero_grad()
         model(X).square().sum().backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert None not in grads_of(trainable(model))
         optimizer.step()
         assert not torch.equal(model(X), outputs["de"])
         switched(model, "default")
         assert torch.equal(model(X), outputs["default"])
 
 
+def moves_in_training(model: nn.Sequential) -> bool:
+    """Whether a forward in training mode moves the statistics of the norm."""
+    before = state(model)["1.running_mean"]
+    model.train()(X)
+    return not torch.equal(state(model)["1.running_mean"], before)
+
+
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
     model = build()
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"]), name="it")
+    norm = ll.LoRAConfig(r=1, target_modules=["0", "2"], modules_to_save=["1"])
+    ll.inject_adapters(model, norm, name="it")
     ll.inject_adapters(model, ONE, name="fr")
-    for name, moves in (("it", True), ("fr", False), ("it", True), ("fr", False)):
-        ll.set_adapter(model, name)
-        before = state(model)["1.running_mean"]
-        model.train()(X)
-        assert torch.equal(state(model)["1.running_mean"], before) is not moves, name
+    for _ in range(2):
+        ll.set_adapter(model, "it")
+        assert moves_in_training(model)
+        ll.set_adapter(model, "fr")
+        assert not moves_in_training(model)
+
+
+class LastOfGRU(nn.Sequential):
+    """A linear layer, and a GRU without its state."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.GRU(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
 
 
 def test_recurrent_weights_are_exchanged_whole() -> None:
-    model, outputs = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), dict[str | None, Tensor]()
+    model = LastOfGRU()
+    outputs: Outputs = {}
     for name in ("a", "b"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["1"]), name=name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape) * parameter.requires_grad)
-        outputs[name] = model(X)[0]
-    for name in ("a", "b", "a"):
-        ll.set_adapter(model, name)
-        assert torch.equal(model(X)[0], outputs[name])
+        outputs[name] = fill(model)
+    assert_outputs(model, outputs, ["a", "b", "a"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -205,13 +257,19 @@ def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
         compiled.append(1)
         return graph.forward
 
-    torch._dynamo.reset()
-    run = torch.compile(model, backend=backend)
-    for names, count in ((("default", "de"), 1), (("fr", None), 3), (("de", "fr", None, "default", "fr", "de"), 3)):
+    def run_with(*names: str | None) -> None:
         for name in names:
             ll.set_adapter(model, name)
             torch.testing.assert_close(run(X), outputs[name])
-        assert len(compiled) == count
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=backend)
+    run_with("default", "de")
+    assert len(compiled) == 1
+    run_with("fr", None)
+    assert len(compiled) == 3
+    run_with("de", "fr", None, "default", "fr", "de")
+    assert len(compiled) == 3
 
 
 # Files
@@ -219,7 +277,8 @@ def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
 
 @pytest.mark.parametrize(("name", "merged"), [("new", True), ("new", False), ("fr", False)])
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, merged: bool) -> None:
-    (model, outputs), other = several(), build()
+    model, outputs = several()
+    other = build()
     ll.set_adapter(model, "de")
     ll.inject_adapters(other, HEAD)
     nn.init.ones_(other[2].bias)  # another base
@@ -231,9 +290,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, mer
         ll.load_adapter(model, tmp_path / "other.safetensors", name=name)
     assert sorted(ll.adapters(model)) == sorted(names)
     ll.unmerge_adapters(model)
-    for each in ("de", "fr", "default"):
-        ll.set_adapter(model, each)
-        assert torch.equal(model(X), outputs[each])
+    assert_outputs(model, outputs, ["de", "fr", "default"])
 
 
 def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
@@ -243,10 +300,13 @@ def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
     ll.set_adapter(model, "fr")
     model[4] = nn.Identity()
-    for call in (partial(ll.set_adapter, model, "last"), ll.adapter_names(model, ["last"]).__enter__):
-        with pytest.raises(ll.AdapterStateError, match=r"no longer has '4\.weight'.*remove_adapters\(model, 'last'\)"):
-            call()
-    assert same(state(model), before) and ll.adapters(model)[0] == "fr"
+    message = r"no longer has '4\.weight'.*remove_adapters\(model, 'last'\)"
+    with pytest.raises(ll.AdapterStateError, match=message):
+        ll.set_adapter(model, "last")
+    with pytest.raises(ll.AdapterStateError, match=message):
+        ll.adapter_names(model, ["last"]).__enter__()
+    assert_state(model, before)
+    assert ll.adapters(model)[0] == "fr"
     ll.remove_adapters(model, "last")
 
 
@@ -263,31 +323,48 @@ def test_a_layer_that_was_resized_is_named_before_anything_changes(shown: str | 
     model, _ = several()
     model[0].weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
     ll.set_adapter(model, shown)
-    before, about = state(model), repr(model)
-    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)"):
+    before = state(model)
+    about = repr(model)
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)",
+    ):
         ll.set_adapter(model, "de")
-    assert same(state(model), before) and repr(model) == about and ll.adapters(model)[0] == "fr"
+    assert_state(model, before)
+    assert repr(model) == about
+    assert ll.adapters(model)[0] == "fr"
 
 
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
 def test_another_base_is_the_base_of_all_adapters() -> None:
     model, _ = several()
     alone = copy.deepcopy(model)
-    for other in ("default", "de"):
-        ll.remove_adapters(alone, other)
+    ll.remove_adapters(alone, "default")
+    ll.remove_adapters(alone, "de")
     switched(model, "default", "de", "fr")
-    base = {name: torch.randn(value.shape).abs() for name, value in state(build()).items() if value.is_floating_point()}
-    for each in (model, alone):
-        each.load_state_dict(base, strict=False)
-    for name in (None, "fr", "default", "de", None):
-        ll.set_adapter(model, name)
-        assert name != "fr" or torch.equal(model(X), alone(X))
-        assert name or all(torch.equal(state(model)[each], value) for each, value in base.items())
+    base = another_base()
+    model.load_state_dict(base, strict=False)
+    alone.load_state_dict(base, strict=False)
+    switched(model, None)
+    assert_holds(state(model), base)
+    switched(model, "fr")
+    assert torch.equal(model(X), alone(X))
+    switched(model, "default", "de", None)
+    assert_holds(state(model), base)
     ll.remove_adapters(model)
-    assert all(torch.equal(state(model)[name], value) for name, value in base.items())
+    assert_holds(state(model), base)
 
 
 def test_modules_inside_with_several_adapters_are_refused() -> None:
     inner, _ = several()
     with pytest.raises(ll.AdapterStateError, match="have several adapters"):
         ll.inject_adapters(nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"]))
+
+
+def another_base() -> dict[str, Tensor]:
+    """Random values of a base, but for the counter of its norm."""
+    values = {}
+    for name, value in state(build()).items():
+        if value.is_floating_point():
+            values[name] = torch.randn(value.shape).abs()
+    return values

@@ -36,5 +36,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    fitted(path := tmp_path / "lora.ckpt", LitTiny(), lora())
+    path = tmp_path / "lora.ckpt"
+    fitted(path, LitTiny(), lora())
     return path

@@ -18,8 +18,9 @@ from lightning_lora import (
 )
 from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
+from tests.support.compared import assert_same_state, assert_state
 from tests.support.faults import edited
-from tests.support.models import TRAINED, LitTiny, X, data, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, lora, state, trainer
 from tests.support.storage import fitted
 
 
@@ -44,12 +45,14 @@ def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(tmp_path: P
 def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     model = LitTiny()
     checkpoint = torch.load(written(tmp_path, model), weights_only=True)
-    assert checkpoint["state_dict"][NOTE].numel() == 0 and set(held(checkpoint)) == set(TRAINED)
-    assert checkpoint["lightning_lora"]["entries"] == len(TRAINED) and NOTE not in adapter_state_dict(model)
+    assert checkpoint["state_dict"][NOTE].numel() == 0
+    assert set(held(checkpoint)) == set(TRAINED)
+    assert checkpoint["lightning_lora"]["entries"] == len(TRAINED)
+    assert NOTE not in adapter_state_dict(model)
     again = LitTiny()
     inject_adapters(again, lora().config)
     load_adapter_state_dict(again, checkpoint["state_dict"])
-    assert same(state(again), state(model))
+    assert_same_state(again, model)
 
 
 class Strict(LitTiny):
@@ -63,7 +66,9 @@ class Strict(LitTiny):
 def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool) -> None:
     model = Strict(strict)
     again = load_from_checkpoint(Strict, written(tmp_path, model), strict=not strict)
-    assert type(again) is Strict and same(state(again), state(model)) and again.strict_loading is strict
+    assert type(again) is Strict
+    assert_same_state(again, model)
+    assert again.strict_loading is strict
     assert "load_state_dict" not in vars(again)
 
 
@@ -86,7 +91,8 @@ def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*many workers|.*treespec")
         t = trainer(tmp_path, [LoRACallback(), Reads()])
-        t.test(again := Strict(False), data(), ckpt_path=path, verbose=False)
+        again = Strict(False)
+        t.test(again, data(), ckpt_path=path, verbose=False)
     assert torch.equal(again(X), model(X))
 
 
@@ -103,7 +109,8 @@ class Changes(LitTiny):  # it changes what is loaded
 def test_what_a_hook_changes_is_loaded(tmp_path: Path) -> None:
     model = Changes()
     again = load_from_checkpoint(Changes, written(tmp_path, model))
-    assert model.head.bias.any() and same(state(again), state(model) | {"head.bias": torch.zeros(4)})
+    assert model.head.bias.any()
+    assert_state(again, state(model) | {"head.bias": torch.zeros(4)})
 
 
 def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
@@ -119,15 +126,20 @@ def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
             self.load_state_dict(state(LitTiny()))
 
     model = LoadsItself()
-    assert same(state(load_from_checkpoint(LoadsItself, written(tmp_path, model))), state(model))
+    assert_same_state(load_from_checkpoint(LoadsItself, written(tmp_path, model)), model)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
 @pytest.mark.parametrize("named", [{}, {"_class_path": f"{__name__}.Strict"}], ids=["the class", "a subclass"])
 def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
-    how = {"strict": False, **named, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    how = {
+        "strict": False,
+        **named,
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
     path = written(tmp_path, model := Strict(strict=False))
     edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))
     built = load_from_checkpoint(L.LightningModule if named else Strict, path)
-    assert type(built) is Strict and same(state(built), state(model))
+    assert type(built) is Strict
+    assert_same_state(built, model)

@@ -21,7 +21,15 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     fail = At(7, stop)
     top = best(tmp_path / "top", save_top_k=2, save_last=True)
     weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2)
-    callbacks = [lora(), saves, light, fail, top, weights, OnExceptionCheckpoint(tmp_path, "failed")]
+    callbacks = [
+        lora(),
+        saves,
+        light,
+        fail,
+        top,
+        weights,
+        OnExceptionCheckpoint(tmp_path, "failed"),
+    ]
     with pytest.raises(StopError):
         trainer(tmp_path, callbacks).fit(LitTiny(), data(), data())
     files = sorted(tmp_path.rglob("*.ckpt"))
@@ -43,7 +51,8 @@ def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_p
     """As those of a recurrent layer are on a GPU: torch would write the larger one."""
     model = LitTiny()
     model.head.weight.data = torch.randn(1 << 20)[: model.head.weight.numel()].view_as(model.head.weight)
-    fitted(path := tmp_path / "a.ckpt", model, weights_only=True)
+    path = tmp_path / "a.ckpt"
+    fitted(path, model, weights_only=True)
     assert path.stat().st_size < 20_000
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], model.head.weight)
 
@@ -57,7 +66,8 @@ def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_pat
                 value.zero_()
 
     model = fitted(tmp_path / "a.ckpt", cls())
-    again, t = cls(), trainer(tmp_path, [lora(), Clears()], max_epochs=1, enable_checkpointing=False)
+    again = cls()
+    t = trainer(tmp_path, [lora(), Clears()], max_epochs=1, enable_checkpointing=False)
     t.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
     for name in ("embed.weight", "head.weight"):
         assert torch.equal(again.state_dict()[name], model.state_dict()[name])
@@ -69,7 +79,8 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path, caplog: pytest.Log
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
     with caplog.at_level("INFO"):
         t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
-    assert t.global_step == 4 and "full.ckpt holds a full model and no adapters" in caplog.text
+    assert t.global_step == 4
+    assert "full.ckpt holds a full model and no adapters" in caplog.text
     assert torch.equal(model.q_proj.weight, plain.q_proj.weight)
     assert not torch.equal(model.head.weight, plain.head.weight)
     t.save_checkpoint(tmp_path / "lora.ckpt")

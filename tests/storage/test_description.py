@@ -4,8 +4,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
-from functools import partial, reduce
-from operator import getitem
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +17,8 @@ from lightning_lora.cli.main import main
 from lightning_lora.storage.stored import FORMAT, checksum
 from tests.support import faults
 from tests.support.cases import held
-from tests.support.models import LitTiny, same, state
+from tests.support.compared import assert_state
+from tests.support.models import LitTiny, state
 from tests.support.storage import restores, rewrite, saved
 
 pytestmark = faults.forks
@@ -31,11 +30,18 @@ pytestmark = faults.forks
 KINDS = pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
 
 
+def cuts(size: int) -> list[int]:
+    """Where a file is cut: near its beginning and its end, and in between."""
+    places = {*range(12), *range(0, size, size // 20), *range(size - 70, size, 14)}
+    return sorted(places | {size - 1})
+
+
 @KINDS
 def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path, kind: str) -> None:
-    content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"cut.{kind}"
+    content = (good / f"good.{kind}").read_bytes()
+    path = tmp_path / f"cut.{kind}"
     size = len(content)
-    for cut in {*range(12), *range(0, size, size // 20), *range(size - 70, size, 14), size - 1}:
+    for cut in cuts(size):
         path.write_bytes(content[:cut])
         faults.refused(path, "load_adapter")
     for cut in (0, 3, size // 3, size - 22, size - 1):
@@ -43,38 +49,65 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path
         faults.refused(path)
 
 
+def flip(content: bytearray, random: Random, first: int, number: int) -> None:
+    """Flip one bit among so many bytes from the first on."""
+    place = first + random.randrange(number)
+    content[place] ^= 1 << random.randrange(8)
+
+
 @KINDS
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
-    content, path, random = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}", Random(3)
+    content = (good / f"good.{kind}").read_bytes()
+    path = tmp_path / f"flipped.{kind}"
+    random = Random(3)
     written = torch.load(good / "good.pt", weights_only=True)
     for _ in range(150):
         changed = bytearray(content)
         for _ in range(random.randint(1, 3)):
-            changed[random.randrange(len(changed))] ^= 1 << random.randrange(8)
+            flip(changed, random, 0, len(changed))
         path.write_bytes(changed)
-        before, kinds_before = state(model := LitTiny()), faults.kinds(model)
+        model = LitTiny()
+        before = state(model)
+        kinds_before = faults.kinds(model)
         try:
             ll.load_adapter(model, path)
-            assert same(state(model), written)
+            assert_state(model, written)
         except (ll.AdapterFileError, ll.AdapterMismatchError, ll.BaseMismatchError):
-            assert same(state(model), before) and faults.kinds(model) == kinds_before
+            assert_state(model, before)
+            assert faults.kinds(model) == kinds_before
+
+
+def places_of_records(path: Path) -> list[tuple[int, int]]:
+    """Where the records of an archive begin, after padding, and their lengths."""
+    content = path.read_bytes()
+    found = []
+    with zipfile.ZipFile(path) as archive:
+        for each in archive.infolist():
+            record = archive.read(each)
+            padding = content.index(b"FB", each.header_offset)
+            found.append((content.index(record, padding + 4), len(record)))
+    return found
 
 
 def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: Path, capsys: Any) -> None:
     """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
-    content, path, random = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt", Random(5)
-    with zipfile.ZipFile(good / "good.ckpt") as archive:
-        records = {each.header_offset: archive.read(each) for each in archive.infolist()}
+    content = (good / "good.ckpt").read_bytes()
+    path = tmp_path / "a.ckpt"
+    random = Random(5)
+    records = places_of_records(good / "good.ckpt")
     assert len(records) > 20
-    for offset, record in records.items():
-        changed, start = bytearray(content), content.index(record, content.index(b"FB", offset) + 4)  # after padding
-        if record:
-            changed[start + random.randrange(len(record))] ^= 1 << random.randrange(8)
-            path.write_bytes(changed)
-            for way in ("fit", "load_adapter"):
-                with pytest.raises(ll.AdapterFileError, match="is damaged"):
-                    faults.WAYS[way](LitTiny(), path)
-            assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
+    for first, number in records:
+        if number == 0:
+            continue
+        changed = bytearray(content)
+        flip(changed, random, first, number)
+        path.write_bytes(changed)
+        with pytest.raises(ll.AdapterFileError, match="is damaged"):
+            faults.WAYS["fit"](LitTiny(), path)
+        with pytest.raises(ll.AdapterFileError, match="is damaged"):
+            faults.WAYS["load_adapter"](LitTiny(), path)
+        assert main(["inspect", str(path)]) == 1
+        assert "is damaged" in capsys.readouterr().err
 
 
 # Changed files
@@ -112,36 +145,68 @@ def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, value: f
 
 
 FIRST = {
-    "r": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "target_slices": None,
-    "target_parameters": None, "exclude_modules": None, "modules_to_save": None, "trainable_token_indices": None,
-    "rank_pattern": None, "alpha_pattern": None, "bias": "none", "init": "kaiming", "use_rslora": False,
-    "use_dora": False, "autocast_adapter_dtype": True,
-}  # fmt: skip
+    "r": 8,
+    "alpha": 8,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "target_slices": None,
+    "target_parameters": None,
+    "exclude_modules": None,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "bias": "none",
+    "init": "kaiming",
+    "use_rslora": False,
+    "use_dora": False,
+    "autocast_adapter_dtype": True,
+}
 
 
 def test_files_leave_out_defaults_which_no_version_of_the_format_may_change() -> None:
     known = ll.LoRAConfig().to_dict()
-    assert FORMAT == 3 and {name: known[name] for name in FIRST} == FIRST
-    assert ll.LoRAConfig().to_stored() == {} and ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
+    assert FORMAT == 3
+    assert known | FIRST == known
+    assert ll.LoRAConfig().to_stored() == {}
+    assert ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
+
+
+def config_in(path: Path) -> dict[str, Any]:
+    """What an adapter file says of its configuration."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["lightning_lora"])
+    return about["config"]
 
 
 def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
-    model = saved(path := tmp_path / "a.safetensors", LitTiny(), r=2, alpha=4)
-    with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["lightning_lora"])["config"] == {"r": 2, "alpha": 4}
+    path = tmp_path / "a.safetensors"
+    model = saved(path, LitTiny(), r=2, alpha=4)
+    assert config_in(path) == {"r": 2, "alpha": 4}
     restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
     with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
         ll.load_adapter(LitTiny(), path)
 
 
-@pytest.mark.parametrize("part", [[], ["parts", 0]], ids=["layer", "matrix"])
-def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: list[Any]) -> None:
-    def add(about: dict[str, Any], _: Any, value: Any = None) -> None:
-        reduce(getitem, part, about["layers"][0])["new"] = value
+PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "layer": lambda layer: layer,
+    "matrix": lambda layer: layer["parts"][0],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: Any) -> None:
+    def add_nothing(about: dict[str, Any], _: Any) -> None:
+        part(about["layers"][0])["new"] = None
         about["base"][0]["dtypes"] = ["float32", "new_float"]
 
-    model = saved(path := tmp_path / "a.safetensors", LitTiny())
-    restores(rewrite(path, add), model)
+    def add_a_number(about: dict[str, Any], _: Any) -> None:
+        part(about["layers"][0])["new"] = 1
+
+    path = tmp_path / "a.safetensors"
+    model = saved(path, LitTiny())
+    restores(rewrite(path, add_nothing), model)
+    rewrite(path, add_a_number)
     with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as later versions do"):
-        ll.load_adapter(LitTiny(), rewrite(path, partial(add, value=1)))
+        ll.load_adapter(LitTiny(), path)

@@ -24,8 +24,28 @@ from torch.utils.data import DataLoader
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
 from lightning_lora.storage.formats.own import read_adapter_file
-from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
-from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
+from tests.support.compared import assert_same_tensors
+from tests.support.faults import (
+    FORK,
+    adapted,
+    contents,
+    fork,
+    forks,
+    in_fork,
+    limit,
+    read_only,
+    unchanged,
+)
+from tests.support.models import (
+    LitTiny,
+    as_trained,
+    data,
+    exact,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.storage import fitted, goes_on, restores
 
 pytestmark = forks
@@ -36,7 +56,8 @@ pytestmark = forks
 
 class AtSave(L.Callback):  # do something when the Trainer begins to write its n-th file
     def __init__(self, n: int, do: Callable[[], object]) -> None:
-        self.n, self.do = n, do
+        self.n = n
+        self.do = do
 
     def on_save_checkpoint(self, *_: Any) -> None:
         self.n -= 1
@@ -62,7 +83,8 @@ def run(folder: Path, *callbacks: L.Callback) -> dict[str, Tensor]:
     torch.manual_seed(7)
     for path in [*newest(folder), None]:
         every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
-        model, t = LitTiny(), trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=12)
+        model = LitTiny()
+        t = trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=12)
         with suppress(AdapterFileError):
             t.fit(model, DataLoader(data().dataset, 4, shuffle=True), data(), ckpt_path=path)
             break
@@ -72,7 +94,8 @@ def run(folder: Path, *callbacks: L.Callback) -> dict[str, Tensor]:
 @pytest.mark.processes
 @exact
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    killed, moments = tmp_path / "killed", random.Random(11)
+    killed = tmp_path / "killed"
+    moments = random.Random(11)
     for kill in range(6):
         if kill % 3 == 1:
             die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
@@ -84,7 +107,7 @@ def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Pa
             load_adapter(LitTiny(), path)  # every file with a final name is whole
     assert len(newest(killed)) > 2
     assert fork(lambda: torch.save(run(killed), tmp_path / "end.pt")) == 0
-    assert same(torch.load(tmp_path / "end.pt", weights_only=True), run(tmp_path / "through"))
+    assert_same_tensors(torch.load(tmp_path / "end.pt", weights_only=True), run(tmp_path / "through"))
 
 
 def part_disks(crossing: Callable[[], None]) -> None:
@@ -115,10 +138,13 @@ def name_for(save: Any) -> str:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("save", "moment"), [(save_adapter, "writing"), (save_checkpoint, "writing"), (save_checkpoint, "moving")]
+    ("save", "moment"),
+    [(save_adapter, "writing"), (save_checkpoint, "writing"), (save_checkpoint, "moving")],
 )
 def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
-    path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
+    path = tmp_path / name_for(save)
+    old = adapted(1)
+    new = adapted(2)
     save(old, path)
     size = path.stat().st_size
     for at in (0, 1, size // 2, size - 1):
@@ -154,10 +180,15 @@ def full(_: Path) -> Iterator[None]:
 def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: Path, fault: Any, save: Any) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    model, path = adapted(), folder / name_for(save)
+    model = adapted()
+    path = folder / name_for(save)
     save(adapted(1), path)
     before = contents(folder)
-    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"):
+    with (
+        unchanged(model),
+        fault(folder),
+        pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"),
+    ):
         save(model, path)
     assert contents(folder) == before
     save(model, path)
@@ -176,7 +207,8 @@ def killed_as_it_saves(folder: Path, save: str) -> None:
         trainer(folder, [lora(save=save), of_steps(folder)], max_epochs=1).fit(LitTiny(), data())
 
     assert fork(work) == signal.SIGXFSZ
-    assert len(parts(folder)) == 1 and "step=2" in parts(folder)[0]
+    assert len(parts(folder)) == 1
+    assert "step=2" in parts(folder)[0]
 
 
 def of_steps(folder: Path) -> ModelCheckpoint:
@@ -193,7 +225,8 @@ def test_what_a_killed_run_left_is_gone_when_the_next_one_saves_or_goes_on(tmp_p
     killed_as_it_saves(tmp_path, save)
     save_adapter(adapted(), tmp_path / "of another name.safetensors")
     assert not parts(tmp_path)
-    fitted(file := tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    fitted(file)
     killed_as_it_saves(tmp_path, save)
     goes_on(file)  # which writes no file
     assert not parts(tmp_path)
@@ -285,7 +318,8 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
 
 def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     """What is read comes from one open file. Two looks at one path would see the header of another file."""
-    ranks, path = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}, tmp_path / "a.safetensors"
+    ranks = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}
+    path = tmp_path / "a.safetensors"
     for r, file in ranks.items():
         save_adapter(as_trained(LitTiny(), r=r), file)
     shutil.copyfile(ranks[2], path)
@@ -295,7 +329,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_
 
 
 def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
-    os.mkfifo(path := tmp_path / "a.safetensors")
+    path = tmp_path / "a.safetensors"
+    os.mkfifo(path)
     with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
         save_adapter(adapted(), path)
-    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]

@@ -34,17 +34,23 @@ def all_linear(about: dict[str, Any], _: Any) -> None:
 def test_a_file_whose_all_linear_meant_the_head_too_loads(tmp_path: Path) -> None:
     model = saved(tmp_path / "a.safetensors", Language(), target_modules=LAYERS)
     rewrite(tmp_path / "a.safetensors", all_linear)
-    ll.load_adapter(other := Language(), tmp_path / "a.safetensors")
-    assert torch.equal(other(X), model(X)) and other.model.lm_head.lora_B.any()
+    other = Language()
+    ll.load_adapter(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(X), model(X))
+    assert other.model.lm_head.lora_B.any()
 
 
 def test_a_run_whose_all_linear_meant_the_head_too_goes_on(tmp_path: Path) -> None:
     old = ll.LoRACallback(r=2, target_modules=LAYERS, merge=False)
-    fitted(file := tmp_path / "a.ckpt", Language(), old)
+    file = tmp_path / "a.ckpt"
+    fitted(file, Language(), old)
     checkpoint = torch.load(file, weights_only=True)
-    all_linear(about := checkpoint["lightning_lora"], None)
+    about = checkpoint["lightning_lora"]
+    all_linear(about, None)
     about["checksum"] = checksum(held(checkpoint), about)
     torch.save(checkpoint, file)
     t = trainer(tmp_path, [ll.LoRACallback(r=2, merge=False)], max_epochs=2)
-    t.fit(model := Language(), data(), ckpt_path=file)
-    assert t.global_step == 8 and model.model.lm_head.lora_B.any()
+    model = Language()
+    t.fit(model, data(), ckpt_path=file)
+    assert t.global_step == 8
+    assert model.model.lm_head.lora_B.any()

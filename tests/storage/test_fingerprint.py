@@ -2,26 +2,25 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import callbacks as bundled
 
 import lightning_lora as ll
+from tests.support.compared import assert_holds, assert_same_state
 from tests.support.fits import fit
-from tests.support.models import LitTiny, best, lora, needs_averaging, same, state
+from tests.support.models import LitTiny, best, lora, needs_averaging
 from tests.support.storage import fitted, refused, restores, saved
 
 
-def test_adapters_need_their_own_base(file: Path) -> None:
-    for change in (0, -1):
-        model = LitTiny()
-        with torch.no_grad():
-            model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
-        with refused(model, ll.BaseMismatchError, "q_proj.weight"):
-            ll.load_adapter(model, file)
-    says = r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
-    with refused(model := LitTiny(width=6), ll.BaseMismatchError, says):
+@pytest.mark.parametrize("place", [0, -1])
+def test_adapters_need_their_own_base(file: Path, place: int) -> None:
+    model = LitTiny()
+    with torch.no_grad():
+        model.q_proj.weight.view(-1)[place] += 1e-6  # one element, hardly
+    with refused(model, ll.BaseMismatchError, "q_proj.weight"):
         ll.load_adapter(model, file)
 
 
@@ -51,7 +50,14 @@ def test_files_of_a_run_that_changed_its_base_load_in_any_order_and_onto_the_bas
     ll.load_adapter(model, second)
     restores(second, model, Drifts())
     ll.remove_adapters(model)
-    assert same(state(model), state(Drifts()))
+    assert_same_state(model, Drifts())
+
+
+def test_adapters_need_the_architecture_of_their_base(file: Path) -> None:
+    narrow = LitTiny(width=6)
+    says = r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
+    with refused(narrow, ll.BaseMismatchError, says):
+        ll.load_adapter(narrow, file)
 
 
 def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(tmp_path: Path) -> None:
@@ -59,7 +65,9 @@ def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the
     wrong = Drifts()
     with torch.no_grad():
         wrong.embed.weight.mul_(0.9)
-    with refused(wrong.bfloat16(), ll.BaseMismatchError, "1 of 5 frozen tensors of Drifts differ, such as 'embed.weig"):
+    wrong.bfloat16()
+    says = "1 of 5 frozen tensors of Drifts differ, such as 'embed.weig"
+    with refused(wrong, ll.BaseMismatchError, says):
         ll.load_adapter(wrong, first)
     ll.load_adapter(Drifts(), first)
 
@@ -71,48 +79,65 @@ def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_
     restores(tmp_path / "wide.ckpt", model, LitTiny().double())
 
 
-def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path: Path) -> None:
-    """A file of a half precision run knows its base in two dtypes; the error is about the one that is here."""
-    fitted(tmp_path / "half.ckpt", LitTiny(), precision="bf16-true")
+@pytest.fixture(scope="module")
+def half_precision_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a half precision run, which knows its base in two dtypes."""
+    path = tmp_path_factory.mktemp("half") / "half.ckpt"
+    fitted(path, LitTiny(), precision="bf16-true")
+    return path
+
+
+def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(half_precision_file: Path) -> None:
+    """The error is about the one that is here."""
     other = LitTiny().bfloat16()
     with torch.no_grad():
         other.embed.weight.neg_()
     with pytest.raises(ll.BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
-        ll.load_adapter(other, tmp_path / "half.ckpt")
-    for same_base in (LitTiny(), LitTiny().bfloat16()):
-        ll.load_adapter(same_base, tmp_path / "half.ckpt")
-    for converted in (LitTiny().bfloat16().half(), LitTiny().double()):
-        with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
-            ll.load_adapter(converted, tmp_path / "half.ckpt")
+        ll.load_adapter(other, half_precision_file)
+    ll.load_adapter(LitTiny(), half_precision_file)
+    ll.load_adapter(LitTiny().bfloat16(), half_precision_file)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model.bfloat16().half(), LitTiny.double])
+def test_a_form_that_the_trainer_had_not_is_a_converted_one(half_precision_file: Path, convert: Any) -> None:
+    model = convert(LitTiny())
+    with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
+        ll.load_adapter(model, half_precision_file)
 
 
 @needs_averaging
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Path, beside: bool) -> None:
     """Lightning puts the average where a checkpoint has its state, and the model beside it."""
-    average, saves = partial(bundled.EMAWeightAveraging, decay=0.5), bundled.ModelCheckpoint(tmp_path, "full")
-    fit(tmp_path, average(), saves)
-    state = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
-    companions = [average()] if beside else []
-    model, t = fit(tmp_path, lora(merge=False), *companions, max_epochs=1, ckpt_path=tmp_path / "full.ckpt")
+    full = tmp_path / "full.ckpt"
+    average = partial(bundled.EMAWeightAveraging, decay=0.5)
+    fit(tmp_path, average(), bundled.ModelCheckpoint(tmp_path, "full"))
+    averaged = torch.load(full, weights_only=True)["state_dict"]
+    callbacks = [lora(merge=False)]
+    if beside:
+        callbacks.append(average())
+    model, t = fit(tmp_path, *callbacks, max_epochs=1, ckpt_path=full)
     assert t.global_step == 4  # a run of its own, from the start
     with ll.disable_adapters(model):
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+        assert_holds(model.state_dict(), averaged)
     ll.save_adapter(model, tmp_path / "lora.safetensors")
     base = LitTiny()
-    base.load_state_dict(state)
+    base.load_state_dict(averaged)
     restores(tmp_path / "lora.safetensors", model, base)
 
 
 def masked(columns: list[int]) -> LitTiny:
     """A module with a sparse mask."""
-    model, places = LitTiny(), torch.tensor([[0, 1], columns])
-    model.register_buffer("mask", torch.sparse_coo_tensor(places, [1.0, 2.0], (4, 4), check_invariants=True).coalesce())
+    places = torch.tensor([[0, 1], columns])
+    mask = torch.sparse_coo_tensor(places, [1.0, 2.0], (4, 4), check_invariants=True)
+    model = LitTiny()
+    model.register_buffer("mask", mask.coalesce())
     return model
 
 
 def test_sparse_values_at_other_places_are_another_base(tmp_path: Path) -> None:
-    saved(file := tmp_path / "a.safetensors", masked([0, 1]))
+    file = tmp_path / "a.safetensors"
+    saved(file, masked([0, 1]))
     ll.load_adapter(masked([0, 1]), file)
     with pytest.raises(ll.BaseMismatchError, match=r"differ, such as 'mask'"):
         ll.load_adapter(masked([1, 0]), file)

@@ -15,14 +15,16 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import three
+from tests.support.compared import assert_state
 from tests.support.faults import unchanged
-from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, same, state, trainer
+from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, state, trainer
 from tests.support.storage import trained
 
 
 def merged(model: nn.Module) -> dict[str, Any]:
     """The state of a merged copy."""
-    ll.merge_adapters(model := copy.deepcopy(model))
+    model = copy.deepcopy(model)
+    ll.merge_adapters(model)
     return state(model)
 
 
@@ -37,7 +39,8 @@ class Adds(LitTiny):
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_merged: bool) -> None:
     model = as_trained(Adds(width=6))
-    expected, output = merged(model), model(X)
+    expected = merged(model)
+    output = model(X)
     if is_merged:
         ll.merge_adapters(model)
     with unchanged(model):
@@ -45,7 +48,9 @@ def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_me
     stored = torch.load(file, weights_only=True)
     assert not any("lora" in name for name in (*stored, *stored["state_dict"]))
     plain = Adds.load_from_checkpoint(file)
-    assert same(state(plain), expected) and plain.hparams == model.hparams and find_record(plain) is None
+    assert_state(plain, expected)
+    assert plain.hparams == model.hparams
+    assert find_record(plain) is None
     torch.testing.assert_close(plain(X), output)
     trainer(tmp_path).test(LitTiny(width=6), data(), ckpt_path=file, verbose=False)
 
@@ -68,25 +73,32 @@ def test_tensors_are_those_of_a_merge(tmp_path: Path, build: Callable[[], nn.Mod
     (tmp_path / "other").touch()
     with unchanged(model := build()):
         ll.save_merged(model, tmp_path / "a.safetensors")
-    stored, expected = load_file(tmp_path / "a.safetensors"), merged(model)
-    assert stored.keys() == expected.keys() and all(torch.equal(stored[name], expected[name]) for name in stored)
+    stored = load_file(tmp_path / "a.safetensors")
+    expected = merged(model)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], expected[name]) for name in stored)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
 
 
 def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
-    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
-    ll.save_merged(model := as_trained(nn.ModuleDict({"a": layer, "b": layer})), tmp_path / "a.safetensors")
-    load_model(again := nn.ModuleDict({"a": other, "b": other}), tmp_path / "a.safetensors")
-    assert same(state(again), merged(model))
+    layer = nn.Linear(4, 4)
+    other = nn.Linear(4, 4)
+    model = as_trained(nn.ModuleDict({"a": layer, "b": layer}))
+    ll.save_merged(model, tmp_path / "a.safetensors")
+    again = nn.ModuleDict({"a": other, "b": other})
+    load_model(again, tmp_path / "a.safetensors")
+    assert_state(again, merged(model))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
 def test_a_tied_weight_is_written_once_unless_it_has_an_update(tmp_path: Path, target: str) -> None:
-    model, is_own = as_trained(TinyLM(), r=2, target_modules=[target]), target == "lm_head"
+    model = as_trained(TinyLM(), r=2, target_modules=[target])
+    is_own = target == "lm_head"
     with pytest.warns(ll.LoRAWarning, match="they are two weights now") if is_own else nullcontext():
         ll.save_merged(model, tmp_path / "a.safetensors")
     assert {"lm_head.weight", "embed.weight"}.issubset(load_file(tmp_path / "a.safetensors")) == is_own
-    load_model(again := TinyLM(tied=not is_own), tmp_path / "a.safetensors")
+    again = TinyLM(tied=not is_own)
+    load_model(again, tmp_path / "a.safetensors")
     torch.testing.assert_close(again(X), model(X))
     assert model.lm_head.weight is model.embed.weight
 
@@ -107,13 +119,15 @@ class Named(nn.Linear):  # a layer whose state dict has names of its own
 
 
 def changed() -> nn.Module:
-    ll.merge_adapters(model := trained())
+    model = trained()
+    ll.merge_adapters(model)
     model.q_proj.weight.data.add_(1)
     return model
 
 
 def disabled() -> nn.Module:
-    ll.set_adapter(model := trained(), None)
+    model = trained()
+    ll.set_adapter(model, None)
     return model
 
 
@@ -125,16 +139,56 @@ def diverged_head() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
-    "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
-    "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
-    "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
-    "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
-    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
-    "diverged head": (diverged_head, "a.ckpt", ll.AdapterStateError, r"head\.bias.* hold NaN"),
+    "not Lightning": (
+        plain,
+        "a.ckpt",
+        ll.AdapterFileError,
+        r"not a LightningModule.*\.safetensors.*save_pretrained",
+    ),
+    "no save_pretrained": (
+        trained,
+        "folder",
+        ll.AdapterFileError,
+        r"no save_pretrained.*\.ckpt.*\.safetensors",
+    ),
+    "unknown ending": (
+        trained,
+        "a.pt",
+        ll.AdapterFileError,
+        r"\.ckpt.*\.safetensors.*save_pretrained",
+    ),
+    "on meta": (
+        lambda: plain().to("meta"),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "meta device",
+    ),
+    "diverged": (
+        lambda: plain(value=torch.nan),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "NaN",
+    ),
+    "diverged head": (
+        diverged_head,
+        "a.ckpt",
+        ll.AdapterStateError,
+        r"head\.bias.* hold NaN",
+    ),
     "disabled": (disabled, "a.ckpt", ll.AdapterStateError, "shows its base"),
     "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
-    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
-    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", ll.AdapterStateError, "not hold '0.weight' under"),
+    "infinite": (
+        lambda: plain(nn.Linear(4, 4).half(), 1e3),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "torch.float16",
+    ),
+    "other names": (
+        lambda: plain(Named(4, 4)),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "not hold '0.weight' under",
+    ),
 }
 
 
@@ -162,14 +216,19 @@ def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
     ll.export_peft(model, f"file://{tmp_path}/peft")
     with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
         ll.export_peft(model, "memory://bucket/peft")
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.safetensors", "peft"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "merged",
+        "merged.safetensors",
+        "peft",
+    }
 
 
 def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
     model = as_trained(Own(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     own = model[1].state_dict = partial(model[1].state_dict)
     ll.save_merged(model, tmp_path / "merged")
-    assert model[1].state_dict is own and "state_dict" not in vars(model) | vars(model[0])
+    assert model[1].state_dict is own
+    assert "state_dict" not in vars(model) | vars(model[0])
 
 
 def test_readers_of_adapters_say_what_the_file_is(tmp_path: Path) -> None:
@@ -177,10 +236,20 @@ def test_readers_of_adapters_say_what_the_file_is(tmp_path: Path) -> None:
     for file in ("merged.ckpt", "merged.safetensors"):
         ll.save_merged(model, tmp_path / file)
     torch.save(LitTiny().state_dict(), tmp_path / "state.pt")
-    for name, says in (("merged.ckpt", "load_from_checkpoint"), ("merged.safetensors", "load_model"), ("state.pt", "")):
-        for load in (partial(ll.load_adapter, LitTiny()), partial(ll.load_from_checkpoint, LitTiny)):
+    for name, says in (
+        ("merged.ckpt", "load_from_checkpoint"),
+        ("merged.safetensors", "load_model"),
+        ("state.pt", ""),
+    ):
+        for load in (
+            partial(ll.load_adapter, LitTiny()),
+            partial(ll.load_from_checkpoint, LitTiny),
+        ):
             with pytest.raises(ll.AdapterFileError, match=rf"6 tensors.*no adapters.*a whole model.*{says}"):
                 load(tmp_path / name)
     t = trainer(tmp_path, [lora()], max_epochs=1)
-    with pytest.raises(ll.AdapterFileError, match=r"If save_merged wrote it, .*safetensors.torch.load_model"):
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"If save_merged wrote it, .*safetensors.torch.load_model",
+    ):
         t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.safetensors")

@@ -17,11 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import AdapterFileError, ConfigError, load_adapter, load_from_checkpoint, merge_adapters
+from lightning_lora import (
+    AdapterFileError,
+    ConfigError,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+)
 from lightning_lora.cli.main import main
 from lightning_lora.storage.disk import load_plain
+from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import Runs, forks, put_pickle, refused, unchanged
-from tests.support.models import LitTiny, best, data, lora, same, state, trainer
+from tests.support.models import LitTiny, best, data, lora, state, trainer
 from tests.support.storage import Holds, fitted, restores
 
 pytestmark = forks
@@ -43,7 +50,8 @@ def test_what_is_no_file_of_adapters_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["state_dict", "hyper_parameters"])
 def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> None:
-    mark, checkpoint = tmp_path / "ran", torch.load(good / "good.ckpt", weights_only=True)
+    mark = tmp_path / "ran"
+    checkpoint = torch.load(good / "good.ckpt", weights_only=True)
     checkpoint[key] = Runs(mark)
     torch.save(checkpoint, tmp_path / "zip.ckpt")
     torch.save(checkpoint, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
@@ -52,7 +60,13 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> No
         for name in ("data.pkl", "constants.pkl"):
             script.writestr(f"a/{name}", pickle.dumps(checkpoint))
     for name in ("zip", "legacy", "bare", "script"):
-        refused(tmp_path / f"{name}.ckpt", "load_from_checkpoint", "fit", "test", builds=[LitTiny])
+        refused(
+            tmp_path / f"{name}.ckpt",
+            "load_from_checkpoint",
+            "fit",
+            "test",
+            builds=[LitTiny],
+        )
         if key == "hyper_parameters" and name == "zip":  # what is beside adapters is left out
             load_adapter(LitTiny(), tmp_path / "zip.ckpt")
         else:
@@ -61,7 +75,8 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> No
 
 
 def test_a_base_of_an_old_lightning_in_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
-    fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
+    path = tmp_path / "full.ckpt"
+    fitted(path, LitTiny(), plain=True)
     checkpoint = torch.load(path, weights_only=True) | {"pytorch-lightning_version": "0.9"}
     torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
     t = trainer(tmp_path, [lora()], max_epochs=1)
@@ -100,36 +115,47 @@ HELD: dict[str, Any] = {
 
 
 def test_adapters_beside_hyperparameters_of_any_kind_are_read(tmp_path: Path) -> None:
-    fitted(path := tmp_path / "a.ckpt", model := Holds(given=HELD))
+    path = tmp_path / "a.ckpt"
+    fitted(path, model := Holds(given=HELD))
     restores(path, model)
 
 
 def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, base = tmp_path / "a.ckpt", tmp_path / "base.ckpt"
+    path = tmp_path / "a.ckpt"
+    base = tmp_path / "base.ckpt"
     fitted(path, Holds(given=Settings))
-    torch.save({"state_dict": LitTiny().state_dict(), "hyper_parameters": {"given": Settings}}, base)
+    torch.save(
+        {"state_dict": LitTiny().state_dict(), "hyper_parameters": {"given": Settings}},
+        base,
+    )
     assert main(["merge", str(base), str(path), str(tmp_path / "merged.ckpt")]) == 1
-    assert "would be lost" in capsys.readouterr().err and not (tmp_path / "merged.ckpt").exists()
+    assert "would be lost" in capsys.readouterr().err
+    assert not (tmp_path / "merged.ckpt").exists()
     assert main(["merge", str(base), str(path), str(tmp_path / "merged.safetensors")]) == 0
-    load_adapter(model := LitTiny(), path)
+    model = LitTiny()
+    load_adapter(model, path)
     merge_adapters(model)
     merged = load_file(tmp_path / "merged.safetensors")
-    assert same({name: merged[name] for name in state(model)}, state(model))
+    assert_state(model, {name: merged[name] for name in state(model)})
 
 
 def test_the_best_file_of_a_run_is_merged(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    model, judge = Holds(given=Settings), best(tmp_path, filename="a")
+    model = Holds(given=Settings)
+    judge = best(tmp_path, filename="a")
     trainer(tmp_path, [lora(merge="best"), judge], max_epochs=2).fit(model, data(), data())
-    load_adapter(again := LitTiny(), judge.best_model_path)
+    again = LitTiny()
+    load_adapter(again, judge.best_model_path)
     x = torch.arange(5)
-    assert torch.allclose(model(x), again(x), atol=1e-6) and not [w for w in recwarn if "best" in str(w.message)]
+    assert torch.allclose(model(x), again(x), atol=1e-6)
+    assert not [w for w in recwarn if "best" in str(w.message)]
 
 
 def test_what_needs_the_classes_names_them_and_the_argument(tmp_path: Path) -> None:
-    fitted(path := tmp_path / "a.ckpt", model := Holds(given=Settings))
+    path = tmp_path / "a.ckpt"
+    fitted(path, model := Holds(given=Settings))
     with pytest.raises(AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"):
         load_from_checkpoint(Holds, path)
-    assert same(state(load_from_checkpoint(Holds, path, weights_only=False)), state(model))
+    assert_same_state(load_from_checkpoint(Holds, path, weights_only=False), model)
     with pytest.raises(ConfigError, match="Pass the class Holds"):
         load_from_checkpoint(model, path)
 
@@ -139,7 +165,10 @@ def test_adapters_must_be_plain(tmp_path: Path, good: Path, where: str) -> None:
     checkpoint = torch.load(good / "good.ckpt", weights_only=True)
     checkpoint[where]["more"] = [{"a": (Settings,)}]
     torch.save(checkpoint, path := tmp_path / "a.ckpt")
-    with unchanged(model := LitTiny()), pytest.raises(AdapterFileError, match=r"a.ckpt holds '.*Settings' among its"):
+    with (
+        unchanged(model := LitTiny()),
+        pytest.raises(AdapterFileError, match=r"a.ckpt holds '.*Settings' among its"),
+    ):
         load_adapter(model, path)
 
 
@@ -172,21 +201,30 @@ def attacks(mark: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("attack", attacks(Path()))
 def test_nothing_in_a_file_runs_or_is_imported(tmp_path: Path, good: Path, attack: str) -> None:
-    path, mark = tmp_path / "a.ckpt", tmp_path / "ran"
+    path = tmp_path / "a.ckpt"
+    mark = tmp_path / "ran"
     path.write_bytes((good / "good.ckpt").read_bytes())
     put_pickle(pickled_in(path)[:-1] + b"X\4\0\0\0more" + attacks(mark)[attack] + b"s.", path)
-    tensor, defaults = dict(vars(Tensor)), torch._utils._rebuild_tensor_v2.__defaults__
+    tensor = dict(vars(Tensor))
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
     model = LitTiny()
     with contextlib.suppress(AdapterFileError):  # of a pickle that no program writes
         load_adapter(model, path)
-        assert same(state(model), torch.load(good / "good.pt", weights_only=True))
-    assert not mark.exists() and "this" not in sys.modules
-    assert dict(vars(Tensor)) == tensor and torch._utils._rebuild_tensor_v2.__defaults__ is defaults
+        assert_state(model, torch.load(good / "good.pt", weights_only=True))
+    assert not mark.exists()
+    assert "this" not in sys.modules
+    assert dict(vars(Tensor)) == tensor
+    assert torch._utils._rebuild_tensor_v2.__defaults__ is defaults
 
 
 def test_tensors_are_read_as_torch_reads_them(tmp_path: Path) -> None:
     values = torch.arange(24.0).view(2, 3, 4)
-    whole = {"half": values.bfloat16(), "rows": values[1, :, ::2].t(), "empty": torch.empty(0, 3)}
+    whole = {
+        "half": values.bfloat16(),
+        "rows": values[1, :, ::2].t(),
+        "empty": torch.empty(0, 3),
+    }
     torch.save([whole | {"parameter": nn.Parameter(values)}, Mode.FAST], path := tmp_path / "a.pt")
     (read, _), (expected, _) = load_plain(path), torch.load(path, weights_only=False)
-    assert same(read, expected) and all(read[name].stride() == expected[name].stride() for name in read)
+    assert_same_tensors(read, expected)
+    assert all(read[name].stride() == expected[name].stride() for name in read)

@@ -5,11 +5,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import fsspec
+import lightning as L
 import pytest
 
-from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora import (
+    AdapterFileError,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
 from lightning_lora.storage import disk
-from tests.support.models import LitTiny, data, lora, same, state, trainer
+from tests.support.compared import assert_same_state
+from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import goes_on, refused, restores, trained
 
 
@@ -18,41 +25,59 @@ def elsewhere() -> str:
     return f"memory://{uuid4()}"
 
 
+def assert_read_and_written(folder: str, model: LitTiny, t: L.Trainer) -> None:
+    """Expect files in this folder to restore the model, by their names or opened."""
+    save_adapter(model, f"{folder}/a.safetensors")
+    t.save_checkpoint(f"{folder}/a.ckpt")
+    for path in (f"{folder}/a.safetensors", f"{folder}/a.ckpt"):
+        restores(path, model)
+        with fsspec.open(path, "rb") as file:
+            restores(file, model)
+    with fsspec.open(f"{folder}/a.ckpt", "rb") as file:
+        content = BytesIO(file.read())
+    assert_same_state(load_from_checkpoint(LitTiny, f"{folder}/a.ckpt"), model)
+    assert_same_state(load_from_checkpoint(LitTiny, content), model)
+    goes_on(f"{folder}/a.ckpt")
+
+
 def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsewhere: str) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data())
-    for folder in (elsewhere, f"file://{tmp_path}", str(tmp_path)):
-        save_adapter(model, f"{folder}/a.safetensors")
-        t.save_checkpoint(f"{folder}/a.ckpt")
-        for name in ("a.safetensors", "a.ckpt"):
-            restores(f"{folder}/{name}", model)
-            with fsspec.open(f"{folder}/{name}", "rb") as file:
-                restores(file, model)
-        for source in (f"{folder}/a.ckpt", BytesIO(fsspec.open(f"{folder}/a.ckpt", "rb").open().read())):
-            assert same(state(load_from_checkpoint(LitTiny, source)), state(model))
-        goes_on(f"{folder}/a.ckpt")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.ckpt"}
+    assert_read_and_written(elsewhere, model, t)
+    assert_read_and_written(f"file://{tmp_path}", model, t)
+    assert_read_and_written(str(tmp_path), model, t)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "a.safetensors"]
 
 
 def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:
-    content, path = bytearray(checkpoint.read_bytes()), f"{elsewhere}/a.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    path = f"{elsewhere}/a.ckpt"
     content[content.index(b"state_dict")] ^= 1
     with fsspec.open(path, "wb") as file:
         file.write(bytes(content))
-    for source in (path, BytesIO(content)):
-        with refused(model := LitTiny(), AdapterFileError, "is damaged"):
-            load_adapter(model, source)
-    with refused(model := LitTiny(), AdapterFileError, "is damaged"):
+    model = LitTiny()
+    with refused(model, AdapterFileError, "is damaged"):
+        load_adapter(model, path)
+    with refused(model, AdapterFileError, "is damaged"):
+        load_adapter(model, BytesIO(content))
+    with refused(model, AdapterFileError, "is damaged"):
         trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")],
+)
 def test_what_is_no_damage_is_told_as_what_it_is(file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(disk, "opened", fail)
-    with pytest.raises(AdapterFileError, match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage"):
+    with pytest.raises(
+        AdapterFileError,
+        match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage",
+    ):
         load_adapter(LitTiny(), file)
 
 

@@ -28,20 +28,35 @@ def nested() -> nn.Module:
 
 
 def test_targets_and_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
-    saved(file := tmp_path / "a.safetensors", Around(nested()), r=2, target_modules=["model.q"])
-    ll.load_adapter(loaded := nested(), file)
+    file = tmp_path / "a.safetensors"
+    saved(file, Around(nested()), r=2, target_modules=["model.q"])
+    loaded = nested()
+    ll.load_adapter(loaded, file)
     assert list(View(loaded).layers) == ["q"]  # not 'inner.q'
-    patterns: dict[str, Any] = {"rank_pattern": {"model.q": 1}, "alpha_pattern": {"model.q": 5}}
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"model.q": 1},
+        "alpha_pattern": {"model.q": 5},
+    }
     saved(file, Around(nested()), r=2, alpha=3, **patterns)
-    ll.load_adapter(loaded := nested(), file)
+    loaded = nested()
+    ll.load_adapter(loaded, file)
     settings = [layer.lora_settings for layer in View(loaded).layers.values()]
-    assert [(each.r, each.scaling) for each in settings] == [(2, 1.5), (1, 5.0)]  # of 'inner.q' and of 'q'
+    assert [(each.r, each.scaling) for each in settings] == [
+        (2, 1.5),
+        (1, 5.0),
+    ]  # of 'inner.q' and of 'q'
 
 
 def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> None:
-    there, loaded = Around(base()), base()
+    there = Around(base())
+    loaded = base()
     changes = At(1, lambda _, model: model.get_parameter("model.embed.weight").data.add_(1))
-    fitted(tmp_path / "a.ckpt", there, ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), changes)
+    fitted(
+        tmp_path / "a.ckpt",
+        there,
+        ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False),
+        changes,
+    )
     ll.load_adapter(loaded, tmp_path / "a.ckpt")
     assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
@@ -51,8 +66,10 @@ class Nested(nn.Module):  # a model with a head, and an encoder with a head, exp
         super().__init__()
         torch.manual_seed(5)
         self.encoder = nn.Module()
-        self.encoder.q, self.encoder.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.encoder.experts, self.encoder.scale = Experts(), nn.Parameter(torch.ones(WIDTH))
+        self.encoder.q = nn.Linear(WIDTH, WIDTH)
+        self.encoder.head = nn.Linear(WIDTH, WIDTH)
+        self.encoder.experts = Experts()
+        self.encoder.scale = nn.Parameter(torch.ones(WIDTH))
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,9 +93,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "parameter": {"target_modules": ["encoder.q"], "modules_to_save": ["scale", "out"]},
     "part of a module": {"target_modules": ["q"], "modules_to_save": ["head.bias"]},
     "exclude_modules": {"exclude_modules": ["head"], "bias": "lora_only"},
-    "patterns": {"rank_pattern": {"head": 1}, "alpha_pattern": {"q|head": 5}, "modules_to_save": ["out"]},
-    "slices": {"target_modules": ["head"], "target_slices": {"head": {"a": (0, 4)}}, "bias": "all"},
-    "target_parameters": {"target_modules": ["q"], "target_parameters": ["w"], "rank_pattern": {"experts": 1}},
+    "patterns": {
+        "rank_pattern": {"head": 1},
+        "alpha_pattern": {"q|head": 5},
+        "modules_to_save": ["out"],
+    },
+    "slices": {
+        "target_modules": ["head"],
+        "target_slices": {"head": {"a": (0, 4)}},
+        "bias": "all",
+    },
+    "target_parameters": {
+        "target_modules": ["q"],
+        "target_parameters": ["w"],
+        "rank_pattern": {"experts": 1},
+    },
 }
 
 
@@ -106,12 +135,18 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
     class Twice(Nested):
         def __init__(self) -> None:
             super().__init__()
-            self.head, self.experts = nn.Linear(WIDTH, WIDTH), Experts()
+            self.head = nn.Linear(WIDTH, WIDTH)
+            self.experts = Experts()
 
     config: dict[str, Any] = {"target_modules": ["q"], argument: [f"model.{name}"]}
-    saved(path := tmp_path / "a.safetensors", Around(Twice()), r=2, **config)
-    with pytest.raises(ll.AdapterMismatchError, match=rf"missing 'encoder\.{name.partition('.')[0]}.* Build the mod"):
-        ll.load_adapter(loaded := Twice(), path)
+    path = tmp_path / "a.safetensors"
+    saved(path, Around(Twice()), r=2, **config)
+    loaded = Twice()
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=rf"missing 'encoder\.{name.partition('.')[0]}.* Build the mod",
+    ):
+        ll.load_adapter(loaded, path)
     assert is_plain(loaded)
 
 
@@ -121,7 +156,8 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
 class Headed(L.LightningModule):  # a module with a model, and a head beside it
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.head = model or base(), nn.Linear(WIDTH, 2)
+        self.model = model or base()
+        self.head = nn.Linear(WIDTH, 2)
 
 
 class PreTrainedModel(TinyLM):
@@ -130,19 +166,39 @@ class PreTrainedModel(TinyLM):
 
 @pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
 def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path, model: type[TinyLM]) -> None:
-    saved(tmp_path / "a.safetensors", Headed(model()), r=2, target_modules=["q_proj"], modules_to_save=["head"])
-    with pytest.raises(ll.AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model"):
-        ll.load_adapter(inner := model(), tmp_path / "a.safetensors")
+    saved(
+        tmp_path / "a.safetensors",
+        Headed(model()),
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["head"],
+    )
+    inner = model()
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=r"'head', .*outside of 'model'.* onto the whole model",
+    ):
+        ll.load_adapter(inner, tmp_path / "a.safetensors")
     assert is_plain(inner)
 
 
 @pytest.mark.parametrize("name", ["head", "scale"])
 def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
-    whole, other = LitTiny(), LitTiny()
+    whole = LitTiny()
+    other = LitTiny()
     whole.scale = nn.Parameter(torch.ones(1))
     del other.head
-    saved(tmp_path / "a.safetensors", whole, r=2, target_modules=["q_proj"], modules_to_save=[name])
-    with pytest.raises(ll.AdapterMismatchError, match=f"holds '{name}', which LitTiny does not have.* saved from"):
+    saved(
+        tmp_path / "a.safetensors",
+        whole,
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=[name],
+    )
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=f"holds '{name}', which LitTiny does not have.* saved from",
+    ):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)
 
@@ -157,6 +213,7 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
 )
 def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
     saved(tmp_path / "a.safetensors", base(), r=2)
+    loaded = build()
     with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
-        ll.load_adapter(loaded := build(), tmp_path / "a.safetensors")
+        ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert is_plain(loaded)

@@ -48,7 +48,8 @@ def test_what_is_edited_is_what_the_resumed_run_reads(written: Path, tmp_path: P
 
     t = trainer(tmp_path, callbacks(), max_epochs=2)
     t.fit(LitTiny(), data(), data(), ckpt_path=edited(written, tmp_path / "a.ckpt", edit))
-    assert t.global_step == 8 and t.optimizers[0].param_groups[0]["lr"] == 1e-4
+    assert t.global_step == 8
+    assert t.optimizers[0].param_groups[0]["lr"] == 1e-4
 
 
 BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {

@@ -18,11 +18,24 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lightning_lora as ll
 from tests.storage.test_merged_files import merged
+from tests.support.compared import assert_same_tensors
 from tests.support.faults import unchanged
-from tests.support.models import Around, X, as_trained, data, randomise, same, state, trainer
+from tests.support.models import (
+    Around,
+    X,
+    as_trained,
+    data,
+    randomise,
+    same,
+    state,
+    trainer,
+)
 from tests.support.storage import refused
 
-says = pytest.warns(ll.LoRAWarning, match=r"writes merged weights.* save_adapter\(model, path\), or export_peft")
+says = pytest.warns(
+    ll.LoRAWarning,
+    match=r"writes merged weights.* save_adapter\(model, path\), or export_peft",
+)
 quiet = pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
 
 
@@ -58,7 +71,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {},
     "modules": {"modules_to_save": ["ln_f", "ln_1"], "bias": "all"},
     "rows": {"trainable_token_indices": [2, 5]},
-    "parameters": {"target_modules": [], "target_parameters": ["c_fc.weight", "wpe.weight"]},
+    "parameters": {
+        "target_modules": [],
+        "target_parameters": ["c_fc.weight", "wpe.weight"],
+    },
 }
 
 
@@ -70,7 +86,8 @@ def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, c
             p.data.add_(0.1)
     with says as said, unchanged(lit):
         lit.model.save_pretrained(tmp_path)
-    assert len(said) == 1 and said[0].filename == __file__
+    assert len(said) == 1
+    assert said[0].filename == __file__
     check(tmp_path, lit.model)
 
 
@@ -88,7 +105,8 @@ def test_a_plain_model_writes_by_itself_again(tmp_path: Path, is_merged: bool) -
         ll.merge_adapters(lit)
     else:
         ll.remove_adapters(lit)
-    assert attributes(lit) == before and lit.save_pretrained is print
+    assert attributes(lit) == before
+    assert lit.save_pretrained is print
     lit.model.save_pretrained(tmp_path)
     check(tmp_path, lit.model)
 
@@ -119,7 +137,10 @@ def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Ca
     lit = adapted()
     lit.model = other = copied(lit.model)
     randomise(lit, seed=5)
-    with torch.inference_mode(), torch.autocast("cpu"):  # as a callback may in an evaluation
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu"),
+    ):  # as a callback may in an evaluation
         other.save_pretrained(tmp_path)
     check(tmp_path, other)
     ll.save_merged(lit, tmp_path / "gpt2-1.0")
@@ -169,9 +190,11 @@ def test_options_of_the_library_act_as_ever(tmp_path: Path) -> None:
 
 
 def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(tmp_path: Path) -> None:
-    model, lit = adapted().model, adapted()
+    model = adapted().model
+    lit = adapted()
     randomise(lit, seed=7)
-    other, norm = lit.model, lit.model.transformer.ln_f.weight.data
+    other = lit.model
+    norm = lit.model.transformer.ln_f.weight.data
     adapters = {name: p for name, p in other.named_parameters() if "lora_" in name}
     with unchanged(model), says:
         model.save_pretrained(tmp_path / "adapters", state_dict=adapters)
@@ -205,15 +228,20 @@ class Hub(nn.Module, PyTorchModelHubMixin):  # a model of huggingface_hub's kind
 
 @quiet
 def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
-    model, x = as_trained(Hub(width=4), r=2, target_modules="all"), torch.ones(1, 3, 4)
+    model = as_trained(Hub(width=4), r=2, target_modules="all")
+    x = torch.ones(1, 3, 4)
     model.save_pretrained(tmp_path)
     again = Hub.from_pretrained(tmp_path, strict=True)
     torch.testing.assert_close(again(x), model.eval()(x))
-    assert same(dict(sorted(load_file(tmp_path / "model.safetensors").items())), dict(sorted(merged(model).items())))
+    assert_same_tensors(
+        dict(sorted(load_file(tmp_path / "model.safetensors").items())),
+        dict(sorted(merged(model).items())),
+    )
 
 
 def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    lit, folder = adapted(target_modules=["lm_head"]), tmp_path / "a"
+    lit = adapted(target_modules=["lm_head"])
+    folder = tmp_path / "a"
     saves: list[Callable[[Path], object]] = [
         lit.model.save_pretrained,
         partial(lit.model.save_pretrained, state_dict=lit.model.state_dict()),
@@ -222,12 +250,17 @@ def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path:
     for save in saves:
         with refused(lit, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"):
             save(folder)
-    broken, outside = adapted(), LitGPT2()
+    broken = adapted()
+    outside = LitGPT2()
     next(p for p in broken.parameters() if p.requires_grad).data.fill_(torch.nan)
     with pytest.raises(ll.AdapterStateError, match="NaN"):
         broken.model.save_pretrained(folder)
     outside.head = nn.Linear(8, 2)
-    with refused(adapted(outside, modules_to_save=["head"]), ll.AdapterFileError, "'head.bias' were trained outside"):
+    with refused(
+        adapted(outside, modules_to_save=["head"]),
+        ll.AdapterFileError,
+        "'head.bias' were trained outside",
+    ):
         ll.save_merged(outside, folder)
     assert not list(tmp_path.iterdir())
     lit.model.config.tie_word_embeddings = False
@@ -241,7 +274,8 @@ def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path:
 
 def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
     model = adapted(LitGPT2().model)
-    ll.merge_adapters(plain := copy.deepcopy(model))
+    plain = copy.deepcopy(model)
+    ll.merge_adapters(plain)
     with says:
         model.save_pretrained(tmp_path, True, model.state_dict())  # the directory, is_main_process, state_dict
     held = load_file(tmp_path / "model.safetensors")

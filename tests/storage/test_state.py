@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, same, unties
+from tests.support.compared import assert_same_tensors
+from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, unties
 from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
 
 
@@ -21,17 +22,29 @@ def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) ->
         "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
     }  # fmt: skip
     ll.merge_adapters(model)
-    assert same(ll.adapter_state_dict(model), before)
+    assert_same_tensors(ll.adapter_state_dict(model), before)
     ll.save_adapter(model, file)
     restores(file, trained())
 
 
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
-    "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "missing '.*_A' and unexpected '.*_a'"),
-    "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
+    "base weight": (
+        lambda s: s.update({"embed.weight": torch.zeros(20, 8)}),
+        "unexpected 'embed.weight'",
+    ),
+    "renamed": (
+        lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}),
+        "missing '.*_A' and unexpected '.*_a'",
+    ),
+    "shape": (
+        lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}),
+        r"\(3, 8\).*\(2, 8\)",
+    ),
     "list": (lambda s: s.update({"q_proj.lora_A": [1.0]}), "is a list. Expected a tensor"),
-    "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
+    "kind": (
+        lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}),
+        "int64",
+    ),
 }
 
 
@@ -49,7 +62,8 @@ def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_pa
             return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
 
     model = saved(tmp_path / "a.safetensors", Slim(), **CONFIG.to_dict())
-    ll.load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
+    again = LitTiny()
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     assert torch.equal(again(X), model(X))
 
 
@@ -62,7 +76,8 @@ def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_
     ll.merge_adapters(model)
     assert not torch.equal(model.lm_head.weight, model.embed.weight)
     merged = ll.adapter_state_dict(model)
-    assert merged.keys() == live.keys() and all(torch.equal(value, merged[name]) for name, value in live.items())
+    assert merged.keys() == live.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in live.items())
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.unmerge_adapters(model)
     again = restores(tmp_path / "a.safetensors", model, base)
@@ -71,12 +86,16 @@ def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_
 
 @pytest.mark.parametrize("write", [ll.save_adapter, ll.export_peft])
 def test_a_layer_with_the_scaling_of_another_model_is_not_written(tmp_path: Path, write: Any) -> None:
-    model, other = LitTiny(), LitTiny()
+    model = LitTiny()
+    other = LitTiny()
     ll.inject_adapters(other, ll.LoRAConfig(r=2, alpha=32))
     ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=4))
     write(model, tmp_path / "own.safetensors")
     model.q_proj = other.q_proj
-    with pytest.raises(ll.AdapterStateError, match="'q_proj' of LitTiny have another rank or scaling than its config"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match="'q_proj' of LitTiny have another rank or scaling than its config",
+    ):
         write(model, tmp_path / "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
 
@@ -86,7 +105,10 @@ def test_adapters_without_values_are_not_written(tmp_path: Path, write: Any) -> 
     with torch.device("meta"):
         model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ll.AdapterStateError, match=r"'q_proj\.lora_A', .* are on the meta device and have no values"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'q_proj\.lora_A', .* are on the meta device and have no values",
+    ):
         write(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -116,9 +138,16 @@ def test_statistics_that_are_not_finite_are_not_written_or_loaded(tmp_path: Path
             self.norm(torch.full((3, 8), torch.nan))  # as in a step that a scaler skips
 
     model = fitted(tmp_path / "a.ckpt", Overflows(), lora(**NORMED, merge=False))
-    with pytest.raises(ll.AdapterStateError, match=r"'norm\.running_mean', 'norm\.running_var' of Overflows hold NaN"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'norm\.running_mean', 'norm\.running_var' of Overflows hold NaN",
+    ):
         ll.save_adapter(model, tmp_path / "a.safetensors")
-    with refused(plain := Normed(), ll.AdapterFileError, "'norm.running_mean', 'norm.running_var' hold NaN"):
+    with refused(
+        plain := Normed(),
+        ll.AdapterFileError,
+        "'norm.running_mean', 'norm.running_var' hold NaN",
+    ):
         ll.load_adapter(plain, tmp_path / "a.ckpt")
 
 

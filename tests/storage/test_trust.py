@@ -19,7 +19,8 @@ from tests.support.faults import Runs, adapted
 from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import Holds, fitted, goes_on
 
-FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @pytest.fixture
@@ -49,12 +50,14 @@ def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) ->
 def test_the_environment_may_say_that_files_are_trusted(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "1")
     goes_on(half, Holds(path=tmp_path))
-    assert os.environ[TRUST] == "1" and FORCE not in os.environ
+    assert os.environ[TRUST] == "1"
+    assert FORCE not in os.environ
 
 
 def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 2.6, Lightning's strategies take no word of trust, and read files of any types."""
-    fitted(path := tmp_path / "a.ckpt")
+    path = tmp_path / "a.ckpt"
+    fitted(path)
 
     def load_checkpoint(self: Any, checkpoint_path: Any) -> Any:
         return torch.load(checkpoint_path, weights_only=False)
@@ -77,7 +80,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "served").mkdir()
     with ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+        ("127.0.0.1", 0),
+        partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served")),
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -95,7 +99,8 @@ def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> 
 
 
 def test_load_from_checkpoint_of_other_files_says_what_to_do(tmp_path: Path) -> None:
-    save_adapter(model := adapted(), tmp_path / "lora.safetensors")
+    model = adapted()
+    save_adapter(model, tmp_path / "lora.safetensors")
     with pytest.raises(AdapterFileError, match="call load_adapter"):
         load_from_checkpoint(LitTiny, tmp_path / "lora.safetensors")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")

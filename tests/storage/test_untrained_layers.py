@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy
 import lightning_lora as ll
 from tests.support import fits
 from tests.support.cases import tensors
-from tests.support.models import LitTiny, X, aged, as_trained, best, data, same, state, trainer
+from tests.support.compared import assert_same_state, assert_state
+from tests.support.models import LitTiny, X, aged, as_trained, best, data, state, trainer
 from tests.support.storage import saved
 
 HEAD = {"head.weight", "head.bias"}
@@ -32,7 +33,13 @@ def callback(**kwargs: Any) -> ll.LoRACallback:
 
 
 def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any) -> LitTiny:
-    return fits.fit(folder, callback, best(folder, filename="{epoch}", save_top_k=-1), model=model, **options)[0]
+    return fits.fit(
+        folder,
+        callback,
+        best(folder, filename="{epoch}", save_top_k=-1),
+        model=model,
+        **options,
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -41,28 +48,31 @@ def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any)
 )
 def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, targets: Any, save: Any) -> None:
     model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
-    last, first = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
+    last = tmp_path / "epoch=1.ckpt"
+    first = tmp_path / "epoch=0.ckpt"
     tested = trainer(tmp_path).test(model, data(), verbose=False)
     (found,) = trainer(tmp_path, [ll.LoRACallback()]).test(NewHead(), data(), ckpt_path=last, verbose=False)
     assert found == pytest.approx(tested[0])
     torch.testing.assert_close(ll.load_from_checkpoint(NewHead, last, merge=True)(X), model(X))
     again = fit(tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first)
-    assert same(state(again), state(model))
+    assert_same_state(again, model)
     assert {*tensors(tmp_path / "again" / "epoch=1.ckpt")} >= HEAD
 
 
 def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
     model = saved(tmp_path / "a.safetensors", NewHead(), target_modules=["q_proj"])
-    before = state(other := NewHead())
+    other = NewHead()
+    before = state(other)
     ll.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(X), model(X))
     ll.merge_adapters(other)
     ll.save_adapter(other, tmp_path / "b.safetensors")
-    ll.load_adapter(third := NewHead(), tmp_path / "b.safetensors")
+    third = NewHead()
+    ll.load_adapter(third, tmp_path / "b.safetensors")
     assert torch.equal(third(X), model(X))
     ll.unmerge_adapters(other)
     ll.remove_adapters(other)
-    assert same(state(other), before)
+    assert_state(other, before)
 
 
 def test_a_state_without_a_file_holds_the_head_too() -> None:
@@ -80,6 +90,10 @@ def test_processes_write_the_same_head(tmp_path: Path) -> None:
 
 
 def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
-    ll.inject_adapters(model := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(ll.LoRAWarning, match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place"):
+    model = NewHead()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(
+        ll.LoRAWarning,
+        match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place",
+    ):
         ll.export_peft(model, tmp_path / "peft")

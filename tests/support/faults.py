@@ -120,6 +120,18 @@ class FailsAt(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def fails_at(place: int, call: Callable[[], object], *errors: type[Exception]) -> bool:
+    """Whether ``call`` fails when its call of torch in this place does: with that error, or with one of these."""
+    mode = FailsAt(place)
+    try:
+        with mode:
+            call()
+    except (MemoryError, KeyboardInterrupt, *errors):
+        return True
+    assert mode.left > 0
+    return False
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Expect ``model`` to be afterwards what it was, bit for bit."""

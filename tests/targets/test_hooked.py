@@ -16,7 +16,8 @@ from tests.support.models import LitTiny, lora
 class Masked(LitTiny):  # of q_proj, a single column may move
     def __init__(self, *, by: str = "register_hook", late: bool = False) -> None:
         super().__init__()
-        self.by, self.late = by, late
+        self.by = by
+        self.late = late
         if not late:
             self.hold()
 
@@ -49,8 +50,10 @@ BY = pytest.mark.parametrize("by", ["register_hook", "register_post_accumulate_g
 def test_a_fit_names_weights_with_gradient_hooks_once(tmp_path: Path, by: str, late: bool) -> None:
     model = Masked(by=by, late=late)
     (message,) = said(lambda: fit(tmp_path, lora(), model=model))
-    assert "'q_proj' of Masked" in message and "v_proj" not in message
-    assert "modules_to_save=['q_proj']" in message and "exclude_modules=['q_proj']" in message
+    assert "'q_proj' of Masked" in message
+    assert "v_proj" not in message
+    assert "modules_to_save=['q_proj']" in message
+    assert "exclude_modules=['q_proj']" in message
 
 
 @BY
@@ -64,7 +67,8 @@ def test_an_injection_names_them_once_and_a_fit_not_again(tmp_path: Path, by: st
 
 def test_what_the_message_says_helps(tmp_path: Path) -> None:
     for advice in ({"modules_to_save": ["q_proj"]}, {"exclude_modules": ["q_proj"]}):
-        model, before = Masked(), LitTiny().q_proj.weight.clone()
+        model = Masked()
+        before = LitTiny().q_proj.weight.clone()
         assert not said(lambda model=model, advice=advice: fit(tmp_path, lora(**advice), model=model))
         moved = (model.q_proj.weight != before).any(0)
         assert moved.tolist() == [column == 3 and "modules_to_save" in advice for column in range(8)]
@@ -85,4 +89,5 @@ def test_of_many_layers_the_message_stays_short() -> None:
     for p in model.parameters():  # as wandb.watch does
         p.register_hook(lambda grad: None)
     (message,) = said(lambda: ll.inject_adapters(model, ll.LoRAConfig(r=2)))
-    assert "'4' and 35 more" in message and len(message) < 500
+    assert "'4' and 35 more" in message
+    assert len(message) < 500

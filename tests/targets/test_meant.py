@@ -15,7 +15,11 @@ from lightning_lora.tables import grouped
 def model() -> nn.ModuleDict:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     return nn.ModuleDict(
-        {"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(8, 2), "words": nn.Embedding(20, 8)}
+        {
+            "encoder": nn.TransformerEncoder(layer, 2),
+            "head": nn.Linear(8, 2),
+            "words": nn.Embedding(20, 8),
+        }
     )
 
 
@@ -94,12 +98,15 @@ def test_a_name_that_several_entries_may_mean_is_said_once() -> None:
 @pytest.mark.parametrize("argument", ["modules_to_save", "exclude_modules"])
 def test_a_layer_in_two_arguments_and_nothing_else_is_named_with_both(argument: str) -> None:
     found = said(**{"target_modules": ["head"], argument: ["head"]})
-    assert f"target_modules and {argument} both mean 'head' of ModuleDict" in found and "Linear4bit" not in found
+    assert f"target_modules and {argument} both mean 'head' of ModuleDict" in found
+    assert "Linear4bit" not in found
 
 
 def test_rows_for_an_embedding_of_another_name_are_answered_with_that_name() -> None:
     found = said(trainable_token_indices=[5])
-    assert "embed_tokens" in found and "trainable_token_indices={'words': [5]}" in found and "self_attn" not in found
+    assert "embed_tokens" in found
+    assert "trainable_token_indices={'words': [5]}" in found
+    assert "self_attn" not in found
     assert "words" in adapted(trainable_token_indices={"words": [5]})
     assert "Its embeddings are 'words'." in said(trainable_token_indices={"tokens": [5]})
     with pytest.raises(ll.TargetError, match=r"Sequential has no nn\.Embedding"):

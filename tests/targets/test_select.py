@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 import lightning_lora as ll
 from lightning_lora.networks import copies
 from lightning_lora.targets import adaptable
-from tests.support.models import LitTiny, TinyLM, same, state
+from tests.support.compared import assert_state
+from tests.support.models import LitTiny, TinyLM, state
 from tests.targets.test_checks import LETTERS, Table, adapted, letters, net
 
 
@@ -20,7 +21,8 @@ class Words(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.words = linear(), nn.Linear(4, 8)
+        self.body = linear()
+        self.words = nn.Linear(4, 8)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.words
@@ -65,7 +67,11 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (queries, {"target_modules": ["query"]}, ("query",)),
     (letters, {"alpha_pattern": {**LETTERS, "[abc]": 3}}, ("a", "b", "c")),
     # a weight of a layer is updated by one adapter only
-    (lambda: nn.Sequential(nn.Sequential(linear(), linear())), {"target_parameters": ["0.1.weight"]}, ("0", "0.0")),
+    (
+        lambda: nn.Sequential(nn.Sequential(linear(), linear())),
+        {"target_parameters": ["0.1.weight"]},
+        ("0", "0.0"),
+    ),
     # what trains whole needs no adapter
     (LitTiny, {"modules_to_save": ["head", "q_proj.weight"]}, ("v_proj",)),
     # no output head of a language model
@@ -74,17 +80,33 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (TinyLM, {"target_modules": "all-linear"}, ("q_proj", "v_proj")),
     # nor one that only its name and its size tell, as litgpt's
     (lambda: TinyLM(tied=False), {}, ("q_proj", "v_proj")),
-    (lambda: net(gpt=TinyLM(tied=False), more=linear()), {}, ("gpt.q_proj", "gpt.v_proj", "more")),
+    (
+        lambda: net(gpt=TinyLM(tied=False), more=linear()),
+        {},
+        ("gpt.q_proj", "gpt.v_proj", "more"),
+    ),
     (lambda: TinyLM(tied=False), {"target_modules": ["lm_head"]}, ("lm_head",)),
-    (lambda: net(embed=nn.Embedding(20, 8), head=nn.Linear(8, 20)), {}, ("head",)),  # it may be a classifier
+    (
+        lambda: net(embed=nn.Embedding(20, 8), head=nn.Linear(8, 20)),
+        {},
+        ("head",),
+    ),  # it may be a classifier
     (lambda: net(embed=nn.Embedding(20, 8), lm_head=nn.Linear(8, 5)), {}, ("lm_head",)),
-    (lambda: net(a=net(e=nn.Embedding(20, 8)), b=net(lm_head=nn.Linear(8, 20))), {}, ("b.lm_head",)),
+    (
+        lambda: net(a=net(e=nn.Embedding(20, 8)), b=net(lm_head=nn.Linear(8, 20))),
+        {},
+        ("b.lm_head",),
+    ),
     (TinyLM, {"target_modules": "all"}, ("embed", "q_proj", "v_proj", "lm_head")),
     (TinyLM, {"target_modules": {"v_proj", "q_proj"}}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": r".*(proj|norm)"}, ("q_proj", "v_proj")),
     (normed, {}, ("body",)),
     # a matrix of no numbers has nothing to adapt
-    (lambda: net(no_words=nn.Embedding(0, 4), cell=nn.GRUCell(0, 4)), {"target_modules": "all"}, ("cell",)),
+    (
+        lambda: net(no_words=nn.Embedding(0, 4), cell=nn.GRUCell(0, 4)),
+        {"target_modules": "all"},
+        ("cell",),
+    ),
     # an attention reads the weights inside it
     (lambda: nn.TransformerEncoderLayer(8, 2, 16), {}, ("self_attn", "linear1", "linear2")),
 ]
@@ -92,14 +114,16 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
 
 @pytest.mark.parametrize(("build", "config", "expected"), SELECTED)
 def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any], expected: tuple[str, ...]) -> None:
-    before = state(model := build())
+    model = build()
+    before = state(model)
     assert adapted(model, **config) == adapted(model, **config) == expected
     ll.remove_adapters(model)
-    assert same(state(model), before)  # a spectral norm, too, which moves whenever its weight is read
+    assert_state(model, before)  # a spectral norm, too, which moves whenever its weight is read
 
 
 def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, looks = net(last=linear()), Mock(wraps=adaptable.adapter_for)
+    model = net(last=linear())
+    looks = Mock(wraps=adaptable.adapter_for)
     for _ in range(12):
         model = net(inner=model)
     monkeypatch.setattr(adaptable, "adapter_for", looks)

@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapters, remove_adapters, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+)
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
 from tests.support.models import Around, TinyLM, randomise
@@ -20,8 +27,12 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.other, self.embed_tokens = nn.Embedding(10, 4), nn.Embedding(8, 4), nn.Embedding(6, 4)
-        self.inner, self.bag, self.sparse = nn.Linear(4, 4), nn.EmbeddingBag(5, 4), nn.Embedding(5, 4, sparse=True)
+        self.words = nn.Embedding(10, 4)
+        self.other = nn.Embedding(8, 4)
+        self.embed_tokens = nn.Embedding(6, 4)
+        self.inner = nn.Linear(4, 4)
+        self.bag = nn.EmbeddingBag(5, 4)
+        self.sparse = nn.Embedding(5, 4, sparse=True)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.words
@@ -52,9 +63,15 @@ def rows(model: nn.Module, given: Any, **config: Any) -> dict[str, tuple[int, ..
 def test_a_list_means_the_input_embedding_and_a_dict_names_embeddings() -> None:
     assert rows(Model(), [9, 0]) == {"words": (0, 9)}  # in order
     assert rows(Around(Model()), range(2, 4)) == {"model.words": (2, 3)}
-    assert rows(nn.ModuleDict({"a": Model(), "b": Model()}), [1]) == {"a.words": (1,), "b.words": (1,)}
+    assert rows(nn.ModuleDict({"a": Model(), "b": Model()}), [1]) == {
+        "a.words": (1,),
+        "b.words": (1,),
+    }
     assert rows(Asks(), [1]) == {"embed_tokens": (1,)}
-    assert rows(Around(Model()), {"other": [7], "model.words": {1}}) == {"model.words": (1,), "model.other": (7,)}
+    assert rows(Around(Model()), {"other": [7], "model.words": {1}}) == {
+        "model.words": (1,),
+        "model.other": (7,),
+    }
     assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
     how: dict[str, Any] = {"target_modules": "all", "exclude_modules": ["embed"]}
     assert rows(TinyLM(), {"embed": [1]}, **how) == {"embed": (1,)}  # words leave it to its rows
@@ -62,7 +79,10 @@ def test_a_list_means_the_input_embedding_and_a_dict_names_embeddings() -> None:
     assert rows(pair, {"embed": [1]}) == {"embed": (1,)}  # a whole name means no end of another
 
 
-@pytest.mark.parametrize("given", [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}])
+@pytest.mark.parametrize(
+    "given",
+    [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}],
+)
 def test_what_are_no_rows_is_refused(given: Any) -> None:
     with pytest.raises(ConfigError, match=r"trainable_token_indices.* is not valid. Expected"):
         LoRAConfig(trainable_token_indices=given)
@@ -70,14 +90,39 @@ def test_what_are_no_rows_is_refused(given: Any) -> None:
 
 TAKEN = "does not fit: target_modules, target_parameters or modules_to_save name it too"
 REFUSED: list[tuple[type[nn.Module], Any, dict[str, Any], str]] = [
-    (Model, [3, 10, 12], {}, r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first"),
-    (Model, {"wrods": [1]}, {}, r"\['wrods'\] match no module of Model. Nearest names: 'words'"),
-    (Model, {"bag": [1]}, {}, "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an nn.Linear"),
+    (
+        Model,
+        [3, 10, 12],
+        {},
+        r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first",
+    ),
+    (
+        Model,
+        {"wrods": [1]},
+        {},
+        r"\['wrods'\] match no module of Model. Nearest names: 'words'",
+    ),
+    (
+        Model,
+        {"bag": [1]},
+        {},
+        "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an nn.Linear",
+    ),
     (Model, {"sparse": [1]}, {}, "its gradients are sparse"),
     (Model, [1], {"modules_to_save": ["words"]}, f"'words' {TAKEN}"),
     # what shares the weight must fit too
-    (Holder, {"embed": [1]}, {}, r"'model.embed' of Holder. '' does not fit: a Holder is neither"),
-    (TinyLM, {"embed": [1], "lm_head": [2]}, {}, "other rows for 'lm_head' than for a name of the same weight"),
+    (
+        Holder,
+        {"embed": [1]},
+        {},
+        r"'model.embed' of Holder. '' does not fit: a Holder is neither",
+    ),
+    (
+        TinyLM,
+        {"embed": [1], "lm_head": [2]},
+        {},
+        "other rows for 'lm_head' than for a name of the same weight",
+    ),
     (TinyLM, {"embed": [1]}, {"target_modules": ["lm_head"]}, f"'lm_head' {TAKEN}"),
     (TinyLM, {"embed": [1]}, {"modules_to_save": ["lm_head"]}, f"'lm_head' {TAKEN}"),
 ]
@@ -89,9 +134,13 @@ def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[s
         rows(build(), given, **config)
 
 
-@pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
+@pytest.mark.parametrize(
+    "how",
+    [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}],
+)
 def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Path, how: dict[str, Any]) -> None:
-    model, config = Model(), LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
+    model = Model()
+    config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
     inject_adapters(model, config)
     others = {name: p for name, p in model.named_parameters() if "words" not in name}
     model.words.weight.data = torch.randn(11, 4)  # as transformers does it
@@ -114,7 +163,8 @@ def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Pat
     remove_adapters(model)
     inject_adapters(model, config)
     merge_adapters(model)
-    assert len(model.words.weight) == 12 and not (tmp_path / "b.safetensors").exists()
+    assert len(model.words.weight) == 12
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators")  # of older versions of torch

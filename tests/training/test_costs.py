@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_lora import unmerge_adapters
 from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
-from lightning_lora.training import feeding, float32_steps, gradients, optimizers
+from lightning_lora.training import float32_steps, optimizers
+from lightning_lora.training.steps import feeding, gradients
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, best, is_plain, lora, same, state, trainer

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp3
 
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies.overlay import overlay_strategy
+from lightning_lora.training.strategies.for_strategy import overlay_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state

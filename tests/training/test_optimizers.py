@@ -1,7 +1,7 @@
 """An optimizer holds exactly what trains, in the group of the user's choice or of its weight."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,192 +15,333 @@ from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters, unmerge_adapters
 from lightning_lora.training.strategies.deepspeed import Partition, full_state, local_state
+from tests.support.checks import (
+    assert_all_have_moved,
+    assert_same_tensors,
+    is_base,
+    names_of_parameters,
+    values_of,
+)
 from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
-from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, same, state
+from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, state
 from tests.support.ranks import join_group, run_ranks
 
+A = ["q_proj.lora_A", "v_proj.lora_A"]
+B = ["q_proj.lora_B", "v_proj.lora_B"]
+Q = ["q_proj.lora_A", "q_proj.lora_B"]
+V = ["v_proj.lora_A", "v_proj.lora_B"]
+HEAD = ["head.weight", "head.bias"]
 
-def optimizer_of(t: L.Trainer, number: int = 0) -> list[list[nn.Parameter]]:
-    return [group["params"] for group in t.optimizers[number].param_groups]
+# What is in which group
 
 
-def names_in(model: nn.Module, group: list[nn.Parameter]) -> list[str]:
+def names_in_groups(model: nn.Module, optimizer: Any) -> list[list[str]]:
+    """The names of the parameters in each group of an optimizer."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for p in group]
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append([names[id(p)] for p in group["params"]])
+    return groups
 
 
-def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any) -> tuple[L.Trainer, LitTiny]:
+def names_in_group(model: nn.Module, optimizer: Any) -> list[str]:
+    """The same, of an optimizer that has one group."""
+    (names,) = names_in_groups(model, optimizer)
+    return names
+
+
+def parameters_named(
+    model: nn.Module,
+    choose: Callable[[str], bool],
+) -> list[nn.Parameter]:
+    """The parameters whose names are chosen."""
+    return [p for name, p in model.named_parameters() if choose(name)]
+
+
+def fit_with(
+    tmp_path: Path,
+    configure: Callable[[LitTiny], Any],
+    **options: Any,
+) -> tuple[L.Trainer, LitTiny]:
+    """Fit a module that gives out an optimizer: one that is made here, or by a function that is."""
     model = LitTiny()
     made = configure(model)
-    model.configure_optimizers = made if callable(made) else lambda: made  # type: ignore[method-assign]
+    if callable(made):
+        model.configure_optimizers = made  # type: ignore[method-assign]
+    else:
+        model.configure_optimizers = lambda: made  # type: ignore[method-assign]
     fit(tmp_path, lora(merge=False, **options), model=model, max_epochs=1)
     return model.trainer, model
 
 
-ONE_GROUP: dict[str, Callable[[LitTiny], Any]] = {
-    "over a filter": lambda m: lambda: adam(filter(lambda p: p.requires_grad, m.parameters())),
-    "made early": lambda m: adam(m.parameters()),
-    "only of the head": lambda m: lambda: adam(m.head.parameters()),
-    "lbfgs made early": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
-}
+def over_a_filter(model: LitTiny) -> Any:
+    return lambda: adam(filter(lambda p: p.requires_grad, model.parameters()))
+
+
+def over_all(model: LitTiny) -> Any:
+    return lambda: adam(model.parameters())
+
+
+def only_of_the_head(model: LitTiny) -> Any:
+    return lambda: adam(model.head.parameters())
+
+
+def made_early(model: LitTiny) -> Any:
+    return adam(model.parameters())
+
+
+def lbfgs_made_early(model: LitTiny) -> Any:
+    return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+
+def made_early_by_name(model: LitTiny) -> Any:
+    return adam(model.named_parameters())
+
+
+ONE_GROUP = [over_a_filter, made_early, only_of_the_head, lbfgs_made_early]
 if Version(torch.__version__) >= Version("2.6"):  # optimizers take names from there on
-    ONE_GROUP["made early by name"] = lambda m: adam(m.named_parameters())
+    ONE_GROUP.append(made_early_by_name)
 
 
-@pytest.mark.parametrize("configure", ONE_GROUP.values(), ids=ONE_GROUP)
+@pytest.mark.parametrize("configure", ONE_GROUP)
 def test_optimizer_holds_exactly_what_trains(tmp_path: Path, configure: Any) -> None:
     t, model = fit_with(tmp_path, configure)
-    (group,) = optimizer_of(t)
-    assert sorted(names_in(model, group)) == sorted(TRAINED)
-    assert all(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
-    held = t.optimizers[0].param_groups[0]
-    assert "param_names" not in held or held["param_names"] == names_in(model, group)
+    names = names_in_group(model, t.optimizers[0])
+    assert sorted(names) == sorted(TRAINED)
+    assert_all_have_moved(model, names_of_parameters(model, "lora_B"))
+    (group,) = t.optimizers[0].param_groups
+    assert group.get("param_names", names) == names
 
 
-class Grouped(LitTiny):  # whose groups the user has chosen
+# Groups of the user's choice
+
+
+def by_names(model: nn.Module) -> Any:
+    """A, B and the rest, as for LoRA+."""
+    groups = [
+        {"params": parameters_named(model, lambda name: "lora_A" in name)},
+        {"params": parameters_named(model, lambda name: "lora_B" in name), "lr": 0.16},
+        {"params": parameters_named(model, is_base), "lr": 0.02},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    scales = [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1]
+    return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, scales)]
+
+
+def by_layers(model: LitTiny) -> Any:
+    """A rate for each layer."""
+    groups = [
+        {"params": model.embed.parameters(), "lr": 0.1},
+        {"params": model.q_proj.parameters(), "lr": 0.05},
+        {"params": model.v_proj.parameters(), "lr": 0.025},
+        {"params": model.head.parameters(), "lr": 0.0125},
+    ]
+    return adam(groups)
+
+
+def first_half(model: nn.Module) -> Any:
+    """Some adapters in one group, and all weights in another."""
+    groups = [
+        {"params": parameters_named(model, is_base)},
+        {"params": parameters_named(model, lambda name: name == "v_proj.lora_B")},
+    ]
+    return adam(groups)
+
+
+HABITS: dict[str, tuple[Any, list[list[str]]]] = {
+    "by names": (by_names, [A, B, HEAD]),
+    "by layers": (by_layers, [[], Q, V, HEAD]),
+    "first half": (first_half, [[*Q, "v_proj.lora_A", *HEAD], ["v_proj.lora_B"]]),
+}
+"""What users write in configure_optimizers, and what each group trains."""
+
+
+class Grouped(LitTiny):
+    """A module whose groups the user has chosen."""
+
     def __init__(self, habit: str) -> None:
         super().__init__()
         self.habit = habit
 
     def configure_optimizers(self) -> Any:
-        return HABITS[self.habit][0](self)
-
-
-def by_names(model: nn.Module) -> Any:
-    """A, B and the rest, as for LoRA+."""
-    a = [p for name, p in model.named_parameters() if "lora_A" in name]
-    b = [p for name, p in model.named_parameters() if "lora_B" in name]
-    rest = [p for name, p in model.named_parameters() if "lora_" not in name]
-    optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.16}, {"params": rest, "lr": 0.02}], lr=0.01)
-    rates = [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1]
-    return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, rates)]
-
-
-def by_layers(model: LitTiny) -> Any:
-    """A rate for each layer."""
-    layers = [model.embed, model.q_proj, model.v_proj, model.head]
-    return adam([{"params": layer.parameters(), "lr": 0.1 * 0.5**number} for number, layer in enumerate(layers)])
-
-
-def first_half(model: nn.Module) -> Any:
-    """Some adapters in one group, and all weights in another."""
-    weights = [p for name, p in model.named_parameters() if "lora_" not in name]
-    return adam([{"params": weights}, {"params": [p for n, p in model.named_parameters() if n == "v_proj.lora_B"]}])
-
-
-A, B = ADAPTERS[::2], ADAPTERS[1::2]
-HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
-    "by names": (by_names, [A, B, ["head.weight", "head.bias"]]),
-    "by layers": (by_layers, [[], ADAPTERS[:2], ADAPTERS[2:], ["head.weight", "head.bias"]]),
-    "first half": (first_half, [[*ADAPTERS[:3], "head.weight", "head.bias"], ["v_proj.lora_B"]]),
-}
-"""What users write in configure_optimizers, and what each group trains."""
+        configure, _ = HABITS[self.habit]
+        return configure(self)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", ["by names", "first half"])
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    resumes_to_the_bit(tmp_path, lambda: Grouped(habit), lora, strategy="ddp_fork", devices=2)
+    resumes_to_the_bit(tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2)
 
 
 @pytest.mark.parametrize("habit", HABITS)
 def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
-    model, t = fit(tmp_path, lora(merge=False), model=Grouped(habit), max_epochs=3)
-    assert [names_in(model, group) for group in optimizer_of(t)] == HABITS[habit][1]
+    configure, names_of_each = HABITS[habit]
+    grouped = Grouped(habit)
+    model, t = fit(
+        tmp_path,
+        lora(merge=False),
+        model=grouped,
+        max_epochs=3,
+    )
+    assert names_in_groups(model, t.optimizers[0]) == names_of_each
     expected = adapted()
-    made = HABITS[habit][0](expected)
-    optimizer = made[0][0] if isinstance(made, tuple) else made
-    for group, names in zip(optimizer.param_groups, HABITS[habit][1], strict=True):
+    optimizer = configure(expected)
+    if isinstance(optimizer, tuple):  # beside a scheduler
+        (optimizer,) = optimizer[0]
+    for group, names in zip(optimizer.param_groups, names_of_each, strict=True):
         group["params"] = [expected.get_parameter(name) for name in names]
     by_hand(optimizer, expected)
-    assert same(state(model), state(expected))
+    assert_same_tensors(state(model), state(expected))
 
 
 def test_adapters_stand_where_their_weight_stood(tmp_path: Path) -> None:
-    t, model = fit_with(tmp_path, lambda m: lambda: adam(m.parameters()), use_dora=True, bias="all")
-    q_proj, v_proj = ([f"{layer}.lora_{name}" for name in ("A", "B", "magnitude")] for layer in ("q_proj", "v_proj"))
-    order = [*q_proj, "q_proj.bias", *v_proj, "head.weight", "head.bias"]
-    assert names_in(model, optimizer_of(t)[0]) == order  # files hold the optimizer's state in this order
+    t, model = fit_with(tmp_path, over_all, use_dora=True, bias="all")
+    names = names_in_groups(model, t.optimizers[0])[0]
+    assert names == [  # files hold the optimizer's state in this order
+        "q_proj.lora_A",
+        "q_proj.lora_B",
+        "q_proj.lora_magnitude",
+        "q_proj.bias",
+        "v_proj.lora_A",
+        "v_proj.lora_B",
+        "v_proj.lora_magnitude",
+        "head.weight",
+        "head.bias",
+    ]
 
 
-class Chosen(LitTiny):  # manual optimization by two optimizers over what the user has chosen, each with a scheduler
+def first_network(name: str) -> bool:
+    return name.startswith(("embed", "q_"))
+
+
+def second_network(name: str) -> bool:
+    return name.startswith(("v_", "head"))
+
+
+def some_adapters_and_a_weight(name: str) -> bool:
+    return name in V or name == "q_proj.weight"
+
+
+class Chosen(LitTiny):
+    """Manual optimization by two optimizers over what the user has chosen, each with a scheduler."""
+
     def __init__(self, *chosen: Callable[[str], bool]) -> None:
         super().__init__()
         self.chosen = chosen
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):  # type: ignore[arg-type]
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             optimizer.step()
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        made = [adam([p for name, p in self.named_parameters() if choose(name)]) for choose in self.chosen]
-        return made, [torch.optim.lr_scheduler.StepLR(each, 1) for each in made]
+        optimizers, schedulers = [], []
+        for choose in self.chosen:
+            optimizer = adam(parameters_named(self, choose))
+            optimizers.append(optimizer)
+            schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1))
+        return optimizers, schedulers
 
 
-def is_base(name: str) -> bool:
-    return "lora_" not in name
-
-
-Q, V = ADAPTERS[:2], ADAPTERS[2:]
-CHOICES: dict[str, tuple[tuple[Callable[[str], bool], ...], list[list[str]]]] = {
-    "a network each": (
-        (lambda n: n.startswith(("embed", "q_")), lambda n: n.startswith(("v_", "head"))),
-        [Q, [*V, *TRAINED[4:]]],
-    ),
-    "both hold the base": ((is_base, is_base), [TRAINED, TRAINED]),
-    "some with another weight": ((is_base, lambda n: n in V or n == "q_proj.weight"), [[*Q, *TRAINED[4:]], [*Q, *V]]),
-}
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(tmp_path: Path, choice: str) -> None:
-    chosen, expected = CHOICES[choice]
-    model, t = fit(tmp_path, lora(merge=False), model=Chosen(*chosen), max_epochs=1)
-    assert [names_in(model, *optimizer_of(t, number)) for number in range(2)] == expected
-    assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
+@pytest.mark.parametrize(
+    ("first", "second", "of_first", "of_second"),
+    [
+        pytest.param(first_network, second_network, Q, [*V, *HEAD], id="a network each"),
+        pytest.param(is_base, is_base, TRAINED, TRAINED, id="both hold the base"),
+        pytest.param(
+            is_base,
+            some_adapters_and_a_weight,
+            [*Q, *HEAD],
+            [*Q, *V],
+            id="some with another weight",
+        ),
+    ],
+)
+def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
+    tmp_path: Path,
+    first: Any,
+    second: Any,
+    of_first: list[str],
+    of_second: list[str],
+) -> None:
+    chosen = Chosen(first, second)
+    model, t = fit(
+        tmp_path,
+        lora(merge=False),
+        model=chosen,
+        max_epochs=1,
+    )
+    assert names_in_group(model, t.optimizers[0]) == of_first
+    assert names_in_group(model, t.optimizers[1]) == of_second
+    assert_all_have_moved(model, B)
 
 
 def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path) -> None:
     model = LitTiny()
-    rest = [model.q_proj.weight, *model.head.parameters()]
-    made = adam([{"params": [model.v_proj.weight]}, {"params": rest}])
+    made = adam(
+        [
+            {"params": [model.v_proj.weight]},
+            {"params": [model.q_proj.weight, *model.head.parameters()]},
+        ]
+    )
     model.configure_optimizers = lambda: made  # type: ignore[method-assign]
-    expected = [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]]
     for r in (2, 2, 3):  # with the same adapters, and with others
         if r == 3:
             remove_adapters(model)
         before = model(X)
-        _, t = fit(tmp_path, lora(r=r), model=model, max_epochs=1)
+        _, t = fit(
+            tmp_path,
+            lora(r=r),
+            model=model,
+            max_epochs=1,
+        )
         assert not torch.equal(model(X), before)
         unmerge_adapters(model)
-        assert [names_in(model, group) for group in optimizer_of(t)] == expected
+        groups = names_in_groups(model, t.optimizers[0])
+        assert groups == [V, [*Q, *HEAD]]
 
 
 def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        m.q_proj.requires_grad_(False)
-        m.v_proj.requires_grad_(False)
+    def configure(model: LitTiny) -> Any:
+        model.q_proj.requires_grad_(False)
+        model.v_proj.requires_grad_(False)
 
         def make() -> Any:
-            trains = [(name, p) for name, p in m.named_parameters() if p.requires_grad]
-            return adam([{"params": [p for name, p in trains if name.endswith(end)]} for end in ("weight", "bias")])
+            return adam([{"params": that_train("weight")}, {"params": that_train("bias")}])
+
+        def that_train(ending: str) -> list[nn.Parameter]:
+            chosen = parameters_named(model, lambda name: name.endswith(ending))
+            return [p for p in chosen if p.requires_grad]
 
         return make
 
     t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
+    groups = names_in_groups(model, t.optimizers[0])
+    assert groups == [[*ADAPTERS, "head.weight"], ["head.bias"]]
+
+
+# Optimizers that would not train what they should
+
+
+def weight_and_bias_of_the_head(model: LitTiny) -> Any:
+    groups = [{"params": model.head.weight}, {"params": model.head.bias}]
+    return lambda: adam(groups)
 
 
 def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
-        fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
+        fit_with(tmp_path, weight_and_bias_of_the_head)
 
 
-class StepsInBackward(LitTiny):  # as in torch's tutorial: an optimizer for each parameter, which a hook steps
+class StepsInBackward(LitTiny):
+    """As in torch's tutorial: an optimizer for each parameter, which a hook steps."""
+
     def __init__(self) -> None:
         super().__init__()
         self.made = {p: adam([p]) for p in self.parameters()}
@@ -218,105 +359,184 @@ def test_optimizers_that_hooks_step_are_no_reason_to_exclude_layers(tmp_path: Pa
     assert "exclude_modules" not in str(error.value)
 
 
-class Gan(LitTiny):  # two networks, each with an optimizer and a loss of its own
+class Gan(LitTiny):
+    """Two networks, each with an optimizer and a loss of its own."""
+
     def __init__(self, *, frozen: bool = False) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.nets = nn.ModuleDict({"judge": nn.Sequential(nn.Linear(CLASSES, 4), nn.Linear(4, 1))})
+        judge = nn.Sequential(nn.Linear(CLASSES, 4), nn.Linear(4, 1))
+        self.nets = nn.ModuleDict({"judge": judge})
         self.nets.requires_grad_(not frozen)
+
+    def judged(self, made: Tensor) -> Tensor:
+        return self.nets["judge"](made)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
         makes, judges = self.optimizers()  # type: ignore[misc]
         made = self(batch[0])
-        for optimizer, loss in ((makes, self.nets["judge"](made)), (judges, -self.nets["judge"](made.detach()))):
-            optimizer.zero_grad()
-            if loss.requires_grad:
-                self.manual_backward(loss.mean())
-            optimizer.step()
+        loss = self.judged(made)
+        loss_of_judge = -self.judged(made.detach())
+        self.step(makes, loss)
+        self.step(judges, loss_of_judge)
+
+    def step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            self.manual_backward(loss.mean())
+        optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        own = [*self.embed.parameters(), *self.q_proj.parameters(), *self.v_proj.parameters()]
-        return [adam(own), torch.optim.RMSprop(self.nets["judge"].parameters())]
+        maker = [
+            *self.embed.parameters(),
+            *self.q_proj.parameters(),
+            *self.v_proj.parameters(),
+        ]
+        judge = self.nets["judge"].parameters()
+        return [adam(maker), torch.optim.RMSprop(judge)]
+
+
+def ids_of(parameters: Iterable[Tensor]) -> list[int]:
+    return [id(p) for p in parameters]
 
 
 def test_optimizer_that_would_train_nothing_is_an_error(tmp_path: Path) -> None:
-    model, targets = Gan(), ["q_proj", "v_proj"]
-    before, optimizers = list(model.state_dict()), []
-    model.configure_optimizers = lambda: optimizers  # type: ignore[method-assign]
-    optimizers += Gan.configure_optimizers(model)
-    held = [list(each.param_groups[0]["params"]) for each in optimizers]
+    model = Gan()
+    before = list(model.state_dict())
+    makes, judges = model.configure_optimizers()
+    model.configure_optimizers = lambda: [makes, judges]  # type: ignore[method-assign]
+    of_maker = ids_of(makes.param_groups[0]["params"])
+    of_judge = ids_of(judges.param_groups[0]["params"])
     match = r"Optimizer 1 of Gan \(RMSprop\).*'nets\.judge'.*target_modules.*modules_to_save=\['nets\.judge'\]"
+    adapters = lora(target_modules=["q_proj", "v_proj"], modules_to_save=None)
     with pytest.raises(OptimizerError, match=match):
-        fit(tmp_path, lora(target_modules=targets, modules_to_save=None), model=model)
-    assert is_plain(model) and list(model.state_dict()) == before
-    assert [[id(p) for p in each.param_groups[0]["params"]] for each in optimizers] == [list(map(id, h)) for h in held]
+        fit(tmp_path, adapters, model=model)
+    assert is_plain(model)
+    assert list(model.state_dict()) == before
+    assert ids_of(makes.param_groups[0]["params"]) == of_maker
+    assert ids_of(judges.param_groups[0]["params"]) == of_judge
 
 
-def test_networks_that_are_saved_or_that_the_user_froze_are_no_error(tmp_path: Path) -> None:
-    for model, saved in ((Gan(), ["nets.judge"]), (Gan(frozen=True), None)):
-        before = [p.clone() for p in model.nets.parameters()]
-        options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": saved}
-        fit(tmp_path, lora(**options), model=model, max_epochs=1)
-        moved = [not torch.equal(p, was) for p, was in zip(model.nets.parameters(), before, strict=True)]
-        assert all(moved) if saved else not any(moved)
+def moved_parts_of_the_judge(folder: Path, model: Gan, saved: list[str] | None) -> list[bool]:
+    """Of each parameter, whether a fit has changed it."""
+    before = values_of(model.nets)
+    adapters = lora(target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+    fit(folder, adapters, model=model, max_epochs=1)
+    moved = []
+    for name, value in values_of(model.nets).items():
+        moved.append(not torch.equal(value, before[name]))
+    return moved
 
 
-class Unfreezes(LitTiny):  # gradually, as fastai's recipe does: a group for one more layer in each epoch
+def test_networks_that_are_saved_are_no_error(tmp_path: Path) -> None:
+    moved = moved_parts_of_the_judge(tmp_path, Gan(), ["nets.judge"])
+    assert moved == [True, True, True, True]
+
+
+def test_networks_that_the_user_froze_are_no_error(tmp_path: Path) -> None:
+    moved = moved_parts_of_the_judge(tmp_path, Gan(frozen=True), None)
+    assert moved == [False, False, False, False]
+
+
+# Groups that are added, and optimizers of another class
+
+
+class Unfreezes(LitTiny):
+    """Gradually, as fastai's recipe does: a group for one more layer in each epoch."""
+
     adds = True
 
     def on_train_epoch_start(self) -> None:
         layer = (self.v_proj, self.q_proj)[self.current_epoch]
         layer.requires_grad_(True)
         if self.adds:
-            self.optimizers().add_param_group({"params": layer.parameters(), "lr": 0.01})  # type: ignore[union-attr]
+            optimizer: Any = self.optimizers()
+            optimizer.add_param_group({"params": layer.parameters(), "lr": 0.01})
+
+
+class UnfreezesWithoutGroups(Unfreezes):
+    adds = False
 
 
 def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(tmp_path: Path, caplog: Any) -> None:
     model, t = fit(tmp_path, lora(), model=Unfreezes())
-    assert [len(group["params"]) for group in t.optimizers[0].param_groups] == [len(TRAINED), 0, 0]
-    for name in ("v_proj", "q_proj"):
-        assert f"What trains in '{name}' has its group already" in caplog.text
-    plain = Unfreezes()
-    plain.adds = False
-    assert same(state(model), state(fit(tmp_path, lora(), model=plain)[0]))
+    (optimizer,) = t.optimizers
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    assert sizes == [len(TRAINED), 0, 0]
+    assert "What trains in 'v_proj' has its group already" in caplog.text
+    assert "What trains in 'q_proj' has its group already" in caplog.text
+    plain, _ = fit(tmp_path, lora(), model=UnfreezesWithoutGroups())
+    assert_same_tensors(state(model), state(plain))
     with pytest.raises(ValueError, match="more than one parameter group"):  # the method is torch's own again
-        t.optimizers[0].add_param_group({"params": t.optimizers[0].param_groups[0]["params"]})
+        optimizer.add_param_group({"params": optimizer.param_groups[0]["params"]})
 
 
-OTHERS: dict[str, tuple[Any, Any, str]] = {
-    "a setting is missing": (adam, partial(torch.optim.SGD, lr=0.1), "Adam or AdamW, .* returns SGD"),
-    "a state is missing": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), adam, "SGD, .* returns AdamW"),
-    "another setting is missing": (partial(torch.optim.RMSprop, lr=0.1), adam, "RMSprop, .* returns AdamW"),
-}
+def settings_of(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer's first group says, besides its parameters."""
+    settings = dict(optimizer.param_groups[0])
+    del settings["params"]
+    return settings
 
 
-@pytest.mark.parametrize("case", OTHERS)
-def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(tmp_path: Path, case: str) -> None:
-    was, now, names = OTHERS[case]
-    first, second = LitTiny(), LitTiny()
+sgd = partial(torch.optim.SGD, lr=0.1)
+sgd_with_momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+rmsprop = partial(torch.optim.RMSprop, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "names"),
+    [
+        pytest.param(adam, sgd, "Adam or AdamW, .* returns SGD", id="a setting is missing"),
+        pytest.param(sgd_with_momentum, adam, "SGD, .* returns AdamW", id="a state is missing"),
+        pytest.param(rmsprop, adam, "RMSprop, .* returns AdamW", id="another setting is missing"),
+    ],
+)
+def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
+    tmp_path: Path,
+    was: Any,
+    now: Any,
+    names: str,
+) -> None:
+    first = LitTiny()
     first.configure_optimizers = lambda: was(first.parameters())  # type: ignore[method-assign]
-    fit(tmp_path, lora(), model=first)[1].save_checkpoint(file := tmp_path / "first.ckpt")
+    _, t = fit(tmp_path, lora(), model=first)
+    file = tmp_path / "first.ckpt"
+    t.save_checkpoint(file)
+    second = LitTiny()
     made = now(second.parameters())
     second.configure_optimizers = lambda: made  # type: ignore[method-assign]
-    settings = dict(made.param_groups[0])
+    settings = settings_of(made)
     with pytest.raises(OptimizerError, match=rf"it has the state of {names}\)"):
         fit(tmp_path, lora(), model=second, ckpt_path=file, max_epochs=3)
-    assert is_plain(second) and not made.state
-    assert {**made.param_groups[0], "params": 0} == {**settings, "params": 0}
+    assert is_plain(second)
+    assert not made.state
+    assert settings_of(made) == settings
 
 
 # Parts of parameter groups make up what an optimizer of the whole parameters has
 
 
-VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
+VALUES = [
+    torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]),
+    torch.tensor(7.0),
+    torch.tensor([8.0]),
+]
 """Of 8 numbers: the first process has 4 of them, and 4 are left for the second."""
 
-PLACES = [[(0, 0, 4), (0, 0, 0), (0, 0, 0)], [(4, 0, 2), (0, 2, 1), (0, 3, 1)]]
+PLACES = [
+    [(0, 0, 4), (0, 0, 0), (0, 0, 0)],
+    [(4, 0, 2), (0, 2, 1), (0, 3, 1)],
+]
+
+
+def whole_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(value.clone()) for value in VALUES]
 
 
 def partition_of(rank: int) -> Partition:
-    flat = torch.cat([value.reshape(-1) for value in VALUES]).view(2, 4)[rank]
-    return Partition([nn.Parameter(value.clone()) for value in VALUES], flat.clone(), PLACES[rank])
+    numbers = torch.cat([value.reshape(-1) for value in VALUES])
+    part = numbers.view(2, 4)[rank]
+    return Partition(whole_parameters(), part.clone(), PLACES[rank])
 
 
 def bits(values: list[Tensor]) -> list[list[int]]:
@@ -326,41 +546,57 @@ def bits(values: list[Tensor]) -> list[list[int]]:
 def full() -> tuple[list[list[int]], dict[str, Any]]:
     """The parameters, and the optimizer's state after a step; both come back."""
     join_group()
-    partitions = [partition_of(dist.get_rank()), Partition([], torch.zeros(2), [])]
-    values = partitions[0].full(partitions[0].local, torch.device("cpu"))
-    assert bits([partitions[0].local_of(values)]) == bits([partitions[0].local])
-    for partition in partitions:
-        partition.local = nn.Parameter(partition.local)
-    groups = [{"params": [partition.local], "lr": 0.1 * n} for n, partition in enumerate(partitions)]
+    partition = partition_of(dist.get_rank())
+    empty = Partition([], torch.zeros(2), [])
+    values = partition.full(partition.local, torch.device("cpu"))
+    assert bits([partition.local_of(values)]) == bits([partition.local])
+    partition.local = nn.Parameter(partition.local)
+    empty.local = nn.Parameter(empty.local)
+    groups = [
+        {"params": [partition.local], "lr": 0.0},
+        {"params": [empty.local], "lr": 0.1},
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    partitions[0].local.grad = torch.ones(4)
+    partition.local.grad = torch.ones(4)
     optimizer.step()
-    state = full_state(partitions, optimizer, torch.device("cpu"))
-    found, expected = local_state(partitions, state), optimizer.state_dict()
+    whole = full_state([partition, empty], optimizer, torch.device("cpu"))
+    found = local_state([partition, empty], whole)
+    expected = optimizer.state_dict()
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"])
-    return bits(values), state
+    return bits(values), whole
 
 
 @pytest.mark.processes
 def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
-    parameters = [nn.Parameter(value) for value in VALUES]
-    groups = [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
+    parameters = whole_parameters()
+    groups = [
+        {"params": parameters, "lr": 0.0},
+        {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1},
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     optimizer.param_groups[1]["params"].clear()
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
+    expected = optimizer.state_dict()
     for values, found in run_ranks(full):
-        assert values == bits(VALUES) and found["param_groups"] == optimizer.state_dict()["param_groups"]
-        torch.testing.assert_close(found["state"], optimizer.state_dict()["state"])
+        assert values == bits(VALUES)
+        assert found["param_groups"] == expected["param_groups"]
+        torch.testing.assert_close(found["state"], expected["state"])
 
 
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, r"its groups have \[2\] parameters, .* have \[3\]"),
-        ({"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]}, "'rows' has other shapes"),
+        (
+            {"state": {}, "param_groups": [{"params": [0, 1]}]},
+            r"its groups have \[2\] parameters, .* have \[3\]",
+        ),
+        (
+            {"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]},
+            "'rows' has other shapes",
+        ),
     ],
 )
 def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:

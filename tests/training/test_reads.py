@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
-from lightning_lora.training.guards.reads import Reads, WatchedWeight
+from lightning_lora.guards.read_by_hand.reads import ReadByHand
+from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from tests.support.cases import StopError
 from tests.support.models import WIDTH, WORDS, LitTiny, data, same, state, trainer
 
@@ -196,7 +197,7 @@ def test_a_fit_that_was_watched_has_the_bits_of_one_that_was_not(
     states = []
     for watched in (True, False):
         if not watched:
-            monkeypatch.setattr(Reads, "watching", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr(ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext())
         torch.manual_seed(4)
         callback = ll.LoRACallback(r=2, target_modules="all", merge=False, **arguments)
         trainer(tmp_path, [callback], **options).fit(model := Kinds(WAYS[way][0] if way in WAYS else None), data())

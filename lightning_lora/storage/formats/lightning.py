@@ -46,13 +46,19 @@ def leave_callback(checkpoint: dict[str, Any]) -> None:
 
 def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a Lightning checkpoint, or not as it was written."""
+    contents = check_is_lightning(checkpoint, path)
+    if KEY in contents:
+        check_checksum(contents["state_dict"], contents[KEY], path)
+
+
+def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:
+    """Refuse what is not a Lightning checkpoint."""
     if not _is_lightning(checkpoint):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote. "
             "With a file of adapters, build the model and call load_adapter(model, path)."
         )
-    if KEY in checkpoint:
-        check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
+    return checkpoint
 
 
 def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:

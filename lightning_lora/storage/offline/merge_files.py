@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, MergePrecisionWarning, listed, warn
-from lightning_lora.model.merged import lost_to_rounding
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
+from lightning_lora.moments import Guards
 from lightning_lora.storage.disk import check_output, path_here, unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import layer_on, read_layers
@@ -91,12 +91,7 @@ class _Merge:
 
     def warn_of_rounding(self) -> None:
         """Warn if rounding took much of the updates."""
-        loss = lost_to_rounding(self.lost_share, str(self.plan.base))
-        if loss:
-            warn(
-                f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
-                MergePrecisionWarning,
-            )
+        Guards().merged_offline(str(self.plan.base), self.lost_share)
 
     def write(self, path: Path, names: Collection[str], source: Path) -> int:
         """Write these tensors into a safetensors file, with the metadata of the base's file. Return their size."""

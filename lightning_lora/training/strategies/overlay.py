@@ -1,77 +1,113 @@
-"""Add our methods to a Trainer's strategy. The file of each kind of strategy registers them."""
+"""Methods of ours over those of one strategy. They are set on the object, and can be taken away again."""
 
 from collections.abc import Callable
-from functools import cache, wraps
-from inspect import isfunction
-from typing import Any, cast
+from functools import update_wrapper
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeVar
 
-from lightning.pytorch.strategies import Strategy
-
-from lightning_lora.tensors.inplace import class_names, overlay
-from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies import deepspeed, sharded  # noqa: F401  # each registers itself
-from lightning_lora.training.strategies.strategy import KINDS, LoRAStrategy
+_ATTRIBUTE = "lora_methods"  # of a strategy: what lies over its methods
 
 
-def overlay_strategy(strategy: Strategy, stage: Stage) -> LoRAStrategy:
-    """Add the methods of LoRAStrategy to a strategy, once. They act in ``stage``, above what other code set on it."""
-    held = vars(strategy)
-    if not isinstance(strategy, LoRAStrategy):
-        methods = next(map(KINDS.__getitem__, class_names(strategy) & KINDS.keys()), LoRAStrategy)
-        methods.lora_check(strategy)
-        ours, below = _calling(methods, type(strategy))
-        held["lora_depths"], held["lora_others"] = {}, held.get("lora_others", {})
-        strategy.__class__ = below
-        overlay(strategy, ours)
-    found = cast(LoRAStrategy, strategy)
-    for name in _methods_of(type(found)):
-        method, other = getattr(type(found), name).__get__(found), held.get(name)
-        if other is None:
-            found.lora_others.pop(name, None)
-        elif other != method:
-            others = found.lora_others.setdefault(name, [])
-            others += [other] if other not in others else []
-            held[name] = method  # the other one is called below it, once
-    found.lora_stage = stage
-    return found
+class OverlaidMethod:
+    """One method of ours, set on a strategy. It calls what is ``below`` alone once it has stepped aside.
+
+    Other code may have wrapped it in a method of its own, or kept it: so it stays callable for good.
+    """
+
+    def __init__(self, ours: Callable[..., Any], own: Any, by_other_code: Any) -> None:
+        update_wrapper(self, ours)
+        self.ours = ours
+        self.by_other_code = by_other_code  # what that had set on the strategy, or None
+        self.below: Callable[..., Any] = own if by_other_code is None else by_other_code
+        self.is_aside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run our method, which calls what is below."""
+        method = self.below if self.is_aside else self.ours
+        return method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy what is below: the next set-up of a copied strategy adds our methods again."""
+        return _same, (self.below,)
 
 
-def _methods_of(mixin: type[LoRAStrategy]) -> list[str]:
-    """The methods of a strategy that a mixin has."""
-    found = dict[str, Any]()
-    for ancestor in mixin.__mro__:
-        if issubclass(ancestor, LoRAStrategy):
-            found |= vars(ancestor)
-    return [name for name, value in found.items() if isfunction(value) and not name.startswith(("_", "lora_"))]
+class OverlaidMethods:
+    """Our methods for one strategy. ``original`` has those below: of other code, or else the strategy's own."""
+
+    overlaid: ClassVar[tuple[str, ...]] = ()
+    """The names of the methods that lie over the strategy's."""
+
+    of_all_strategies: ClassVar[tuple[str, ...]] = ()
+    """Of these, the strategy's own method is left out: below is that of the class of all strategies."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.original: Any = SimpleNamespace()
+        self._set: dict[str, OverlaidMethod] = {}
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy nothing: a copied strategy is as it was before."""
+        return type(None), ()
+
+    def lay_over(self) -> None:
+        """Put our methods over those of the strategy, and over what other code has set on it since."""
+        on_strategy = vars(self.strategy)
+        on_strategy[_ATTRIBUTE] = self
+        for name in self.overlaid:
+            before = self._set.get(name)
+            if before is not None and on_strategy.get(name) is before:
+                continue
+            if before is not None:
+                before.is_aside = True  # other code may still call it
+            self._set[name] = on_strategy[name] = self._overlaid_method(name)
+            setattr(self.original, name, self._set[name].below)
+
+    def _overlaid_method(self, name: str) -> OverlaidMethod:
+        kind = type(self.strategy)
+        own = self._method_of(kind, name)
+        by_other_code = vars(self.strategy).get(name)
+        if by_other_code == own:  # a copied strategy has it
+            by_other_code = None
+        if name in self.of_all_strategies:
+            own = self._method_of(_class_of_all_strategies(kind), name)
+        return OverlaidMethod(getattr(self, name), own, by_other_code)
+
+    def _method_of(self, kind: type, name: str) -> Any:
+        """A class's method for the strategy. None: the class has none, so nothing calls ours."""
+        method = getattr(kind, name, None)
+        return None if method is None else method.__get__(self.strategy)
+
+    def is_by_other_code(self, name: str) -> bool:
+        """Whether other code has set a method of this name on the strategy."""
+        return self._set[name].by_other_code is not None
+
+    def take_away(self) -> None:
+        """Give the strategy back as it was: with its own methods, and those that other code has set on it."""
+        on_strategy = vars(self.strategy)
+        for name, method in self._set.items():
+            method.is_aside = True
+            if on_strategy.get(name) is not method:
+                continue
+            if method.by_other_code is None:
+                del on_strategy[name]
+            else:
+                on_strategy[name] = method.by_other_code
+        del on_strategy[_ATTRIBUTE]
 
 
-@cache
-def _calling(mixin: type[LoRAStrategy], kind: type) -> tuple[type[LoRAStrategy], type]:
-    """A mixin and a strategy's class whose methods are called one after another. Those of other code come between."""
-    plain = next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")  # in both Lightning packages
-    above: dict[str, Any] = {"__module__": mixin.__module__}
-    below: dict[str, Any] = {"__module__": kind.__module__, "lora_kind": kind}
-    for name in _methods_of(mixin):
-        own = getattr(plain if name in mixin.lora_skipped else kind, name, None)
-        above[name], below[name] = (_call_next(getattr(mixin, name), own, depth) for depth in (0, 1))
-    return type(mixin.__name__, (mixin,), above), type(kind.__name__, (kind,), below)
+_Methods = TypeVar("_Methods", bound=OverlaidMethods)
 
 
-def _call_next(ours: Callable[..., Any], own: Any, first: int) -> Callable[..., Any]:
-    """A method that calls the next below those that run: ours, what other code has set (the latest first), its own."""
-    name = ours.__name__
+def overlaid_methods(strategy: Any, kind: type[_Methods]) -> _Methods | None:
+    """Return the methods that lie over those of a strategy."""
+    found = vars(strategy).get(_ATTRIBUTE)
+    return found if isinstance(found, kind) else None
 
-    @wraps(ours)
-    def call(strategy: LoRAStrategy, *args: Any, **kwargs: Any) -> Any:
-        running = strategy.lora_depths.get(name, 0)
-        others = strategy.lora_others.get(name, []) if name in vars(strategy) else []
-        depth = max(first, running + (not isinstance(strategy, LoRAStrategy)))  # ours is left out if it was given back
-        strategy.lora_depths[name] = depth + 1
-        try:
-            if depth == 0:
-                return ours(strategy, *args, **kwargs)
-            return others[-depth](*args, **kwargs) if depth <= len(others) else own(strategy, *args, **kwargs)
-        finally:
-            strategy.lora_depths[name] = running
 
-    return call
+def _class_of_all_strategies(kind: type) -> type:
+    """The class above all strategies, of either Lightning package."""
+    return next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")
+
+
+def _same(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -10,28 +10,38 @@ from lightning.pytorch import Trainer
 from packaging.version import Version
 from torch import Tensor, nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
+from lightning_lora.tensors.names import named_parameters, set_parameter
+from lightning_lora.tensors.state_dicts import load_state_dict
 from lightning_lora.tensors.values import replace_values
-from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.stage import Phase
-from lightning_lora.training.strategies.strategy import LateStrategy
+from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
 
 
-class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
+class ShardedMethods(LateStrategyMethods):
     """The methods for ModelParallelStrategy."""
 
-    lora_adapts_late = True
-    lora_averages = True  # False while a backward pass only accumulates gradients
-    lora_skipped = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
+    overlaid: ClassVar[tuple[str, ...]] = (
+        *LateStrategyMethods.overlaid,
+        "model_sharded_context",
+        "on_train_start",
+        "optimizer_state",
+        "block_backward_sync",
+    )
+    of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
+    adapts_late = True
+    averages_gradients = True
+    """False while a backward pass only accumulates them."""
 
     @classmethod
-    def lora_check(cls, strategy: object) -> None:
+    def check(cls, strategy: Any) -> None:
         """Refuse versions of torch whose FSDP2 lacks what adapters need."""
         if Version(torch.__version__) < Version("2.7"):
             raise StrategyError(
@@ -43,166 +53,193 @@ class LoRAShardedStrategy(LateStrategy, kind="ModelParallelStrategy"):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
-        record = find_record(self.lora_module)
-        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.lora_module))
+        record = find_record(self.module)
+        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
         try:
-            with super().model_sharded_context():
+            with self.original.model_sharded_context():
                 yield
         finally:
-            attach_adapters(View(self.lora_module), adapters)
+            attach_adapters(View(self.module), adapters)
 
     def setup(self, trainer: Trainer) -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
-        if self.lora_stage.phase is Phase.OVER:  # it is given back
+        if self.stage.phase is Phase.OVER:  # it is given back
             super().setup(trainer)
             return
-        module = self.lora_module
+        module = self.module
         shards.reshard(module)
-        self._lora_check_mesh()
+        self._check_mesh()
         super().setup(trainer)
         if find_record(module) is None:  # a plain module is only evaluated
             return
-        self._lora_warn_of_whole_model()
-        _broadcast_from_first(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
+        self._warn_of_whole_model()
+        tensors = [*module.parameters(), *module.buffers()]
+        _broadcast_from_first(t for t in tensors if not shards.is_dtensor(t))
         _broadcast_adapters(view_of(module))
 
-    def _lora_mesh(self) -> Any:
+    @property
+    def mesh(self) -> Any:
         """The processes that get their own batches."""
-        return self.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+        return self.strategy.device_mesh["data_parallel"]
 
-    def _lora_warn_of_whole_model(self) -> None:
-        if self.is_global_zero and not any(map(shards.is_split, self.lora_module.parameters())):
+    def _warn_of_whole_model(self) -> None:
+        if self.strategy.is_global_zero and not any(map(shards.is_split, self.module.parameters())):
             warn(
-                f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
-                f"{self._lora_mesh().size()} of {self.world_size} read their own data. "  # type: ignore[attr-defined]
+                f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
+                f"{self.mesh.size()} of {self.strategy.world_size} read their own data. "
                 "Call fully_shard in configure_model, with ModelParallelStrategy(data_parallel_size=..., "
                 "tensor_parallel_size=1). Or use strategy='ddp'."
             )
 
-    def _lora_check_mesh(self) -> None:
+    def _check_mesh(self) -> None:
         """Refuse a module that is not sharded over the processes with their own batches."""
-        size = self._lora_mesh().size()
-        for name, p in named_parameters(self.lora_module).items():
-            count = shards.data_processes(p) if shards.split_over_data(p) else size
+        size = self.mesh.size()
+        for name, p in named_parameters(self.module).items():
+            if not shards.split_over_data(p):
+                continue
+            count = shards.data_processes(p)
             if count != size:
                 raise StrategyError(
-                    f"{name!r} of {type(self.lora_module).__name__} is sharded over {count} processes, but the mesh "
+                    f"{name!r} of {type(self.module).__name__} is sharded over {count} processes, but the mesh "
                     f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]).'
                 )
 
-    def lora_adapt(self, **options: Any) -> None:
+    def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module, beside its shards."""
-        super().lora_adapt(**options)
-        if find_record(self.lora_module) is None:
+        super().adapt(stored=stored, replaced=replaced)
+        if find_record(self.module) is None:
             return
-        view = view_of(self.lora_module)
-        split = [name for name, p in view.adapters.items() if shards.split_over_data(p)]
-        if split:
+        view = view_of(self.module)
+        self._refuse_sharded_adapters(view)
+        _spread_beside_others(view)
+
+    def _refuse_sharded_adapters(self, view: View) -> None:
+        sharded = [name for name, p in view.adapters.items() if shards.split_over_data(p)]
+        if sharded:
             raise StrategyError(
-                f"{listed(split)} of {type(self.lora_module).__name__} were sharded with the base. Do not call "
+                f"{listed(sharded)} of {type(self.module).__name__} were sharded with the base. Do not call "
                 "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
             )
-        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if shards.is_dtensor(p)]
-        if not spread:
-            return
-        for layer in view.layers.values():
-            for name, factor in layer.lora_parameters().items():
-                if not shards.is_dtensor(factor):
-                    set_parameter(layer, name, shards.replicated(factor, spread[0].device_mesh))
 
-    def lora_note_base(self, *, anew: bool = True) -> None:
+    def note_base(self, *, anew: bool = True) -> None:
         """Take the base's fingerprint, unless it is loaded later."""
-        if not any(p.is_meta for p in View(self.lora_module).base.values()):
-            super().lora_note_base(anew=anew)
+        if not any(p.is_meta for p in View(self.module).base.values()):
+            super().note_base(anew=anew)
 
     def on_train_start(self) -> None:
         """Take the fingerprint of a base that was loaded late. Adapters that start from it are the first process's."""
-        self.lora_note_base(anew=False)
-        _broadcast_adapters(view_of(self.lora_module))
-        super().on_train_start()
+        self.note_base(anew=False)
+        _broadcast_adapters(view_of(self.module))
+        self.original.on_train_start()
 
     # Files
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, or a plain model: Lightning leaves that to its own ``load_checkpoint``."""
-        if find_record(self.lora_module) is None and KEY not in checkpoint:
-            load_state_dict(self.lora_module, checkpoint["state_dict"], strict=strict)
+        if find_record(self.module) is None and KEY not in checkpoint:
+            load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
         else:
             super().load_model_state_dict(checkpoint, strict)
 
-    def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
+    def adapt_for(self, checkpoint: State, path: Any) -> bool:
         """Adapt the module, and let its optimizers train the new adapters."""
-        replaced = super().lora_adapt_for(checkpoint, path)
-        if replaced and self.lora_stage.is_fitting:  # they exist already, and hold the adapters from before
-            self.setup_optimizers(self.lora_module.trainer)
+        replaced = super().adapt_for(checkpoint, path)
+        if replaced and self.stage.is_fitting:  # they exist already, and hold the adapters from before
+            self.strategy.setup_optimizers(self.module.trainer)
         return replaced
 
-    def lora_load_states(self, checkpoint: Any) -> None:
+    def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
-        states = map(_spread_state, checkpoint["optimizer_states"], self.optimizers)
-        super().lora_load_states({**checkpoint, "optimizer_states": list(states)})
+        states = map(_spread_state, checkpoint["optimizer_states"], self.strategy.optimizers)
+        super().load_states({**checkpoint, "optimizer_states": list(states)})
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Any) -> State:
         """Return the state of an optimizer, made full."""
-        return shards.full_tensors(super().optimizer_state(optimizer))
+        return shards.full_tensors(self.original.optimizer_state(optimizer))
 
     # Gradients
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Average nothing after a backward pass that only accumulates, and let FSDP2 send nothing."""
-        self._lora_set_sync(False)
+        self._let_gradients_be_averaged(False)
         try:
-            with super().block_backward_sync():  # type: ignore[misc]  # of parallel strategies
+            with self.original.block_backward_sync():
                 yield
         finally:
-            self._lora_set_sync(True)
+            self._let_gradients_be_averaged(True)
 
-    def _lora_set_sync(self, flag: bool) -> None:
-        self.lora_averages = flag
-        for module in self.lora_module.modules():
-            sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
-            if sync is not None:
-                sync(flag, recurse=False)
+    def _let_gradients_be_averaged(self, flag: bool) -> None:
+        self.averages_gradients = flag
+        for module in self.module.modules():
+            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
+            if set_sync is not None:
+                set_sync(flag, recurse=False)
 
-    def lora_gradients(self) -> Gradients:
+    def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.lora_module, self.model, self)
+        return ShardedGradients(self.module, self.strategy.model, self)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, wrapped: Any, strategy: LoRAShardedStrategy) -> None:
+    def __init__(self, model: nn.Module, wrapped: Any, methods: ShardedMethods) -> None:
         super().__init__(model, wrapped, notes=True)
-        self.strategy, self.mesh = strategy, strategy._lora_mesh()
+        self.methods = methods
+        self.mesh = methods.mesh
         self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in named_parameters(model).values():
             if p.requires_grad and not shards.split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
-        saved = view_of(model).saved
-        self.statistics = [buffer for module in saved for buffer in module.buffers() if not shards.is_dtensor(buffer)]
+        self.statistics: list[Tensor] = []  # of norms that train
+        for module in view_of(model).saved:
+            self.statistics += [buffer for buffer in module.buffers() if not shards.is_dtensor(buffer)]
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
-        if self.strategy.lora_averages and self.mesh.size() > 1:
+        if self.methods.averages_gradients and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
-            _broadcast_from_first(self.statistics)  # of norms that train: the first process's
+            _broadcast_from_first(self.statistics)
         super().end_backward()
 
+    @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
-        with torch.no_grad():
-            own = [shards.to_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
-            flat = torch.cat(list(map(torch.ravel, own))).mul_(1 / self.mesh.size())  # before the sum, as DDP
-            dist.all_reduce(flat, group=self.mesh.get_group())
-            for p, mean in zip(parameters, flat.split(list(map(torch.numel, own))), strict=True):
-                if p.grad is None and p.requires_grad:
-                    p.grad = torch.zeros_like(p)
-                if p.grad is not None:
-                    grad = shards.to_local(p.grad)
-                    grad.copy_(mean.view_as(grad))
+        here = [_local_gradient(p) for p in parameters]
+        message = torch.cat([gradient.ravel() for gradient in here])
+        message.mul_(1 / self.mesh.size())  # before the sum, as DDP
+        dist.all_reduce(message, group=self.mesh.get_group())
+        sizes = [gradient.numel() for gradient in here]
+        for p, mean in zip(parameters, message.split(sizes), strict=True):
+            _set_local_gradient(p, mean)
+
+
+def _local_gradient(p: nn.Parameter) -> Tensor:
+    """This process's part of a gradient. One that is missing is zero."""
+    gradient = torch.zeros_like(p) if p.grad is None else p.grad
+    return shards.to_local(gradient)
+
+
+def _set_local_gradient(p: nn.Parameter, values: Tensor) -> None:
+    """Write this process's part of a gradient. A parameter that the user froze in the run gets none."""
+    if p.grad is None and p.requires_grad:
+        p.grad = torch.zeros_like(p)
+    if p.grad is not None:
+        gradient = shards.to_local(p.grad)
+        gradient.copy_(values.view_as(gradient))
+
+
+def _spread_beside_others(view: View) -> None:
+    """Make all adapters DTensors where some are: optimizers take no mixture."""
+    spread = [p for p in (*view.adapters.values(), *view.trained.values()) if shards.is_dtensor(p)]
+    if not spread:
+        return
+    for layer in view.layers.values():
+        for name, factor in layer.lora_parameters().items():
+            if not shards.is_dtensor(factor):
+                set_parameter(layer, name, shards.replicated(factor, spread[0].device_mesh))
 
 
 def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
@@ -223,17 +260,23 @@ def _broadcast_adapters(view: View) -> None:
         replace_values(p, shards.distributed_as(values, p))
 
 
-def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state with the own shards of what belongs to a spread parameter."""
+def _spread_state(state: State, optimizer: Any) -> State:
+    """An optimizer's state with this process's shards of what belongs to a spread parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = [number for group in state["param_groups"] for number in group["params"]]
-    if len(parameters) != len(names):
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if len(parameters) != len(numbers):
         return state  # torch refuses it, and says why
-    held = {}
-    for number, p in zip(names, parameters, strict=True):
+    spread = {}
+    for number, p in zip(numbers, parameters, strict=True):
         if number in state["state"]:
-            held[number] = {
-                name: shards.distributed_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
-                for name, value in state["state"][number].items()
-            }
-    return {**state, "state": held}
+            spread[number] = _spread_entries(state["state"][number], p)
+    return {**state, "state": spread}
+
+
+def _spread_entries(entries: State, p: nn.Parameter) -> State:
+    """The state of one parameter, with this process's shards of what has its shape."""
+    spread = {}
+    for name, value in entries.items():
+        has_its_shape = isinstance(value, Tensor) and value.shape == p.shape
+        spread[name] = shards.distributed_as(value, p) if has_its_shape else value
+    return spread

@@ -1,28 +1,21 @@
 """What a strategy does where callbacks have no hook, such as before a checkpoint is loaded."""
 
-import os
-from abc import ABC
 from contextlib import AbstractContextManager
 from functools import partial
-from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import (
-    AdapterFileError,
-    AdapterStateError,
-    OptimizerError,
-)
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, keep_frozen, view_of
-from lightning_lora.storage import archives, disk
 from lightning_lora.storage import checkpoint as checkpoints
+from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
 from lightning_lora.storage.formats.lightning import (
     as_base,
@@ -32,65 +25,69 @@ from lightning_lora.storage.formats.lightning import (
     with_callback_named,
 )
 from lightning_lora.storage.formats.own import leave_adapters, show_base
-from lightning_lora.storage.rebuilding import rebuild_modules
+from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
-from lightning_lora.tensors.inplace import InPlace, class_names
+from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
 from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.gradients import Gradients, check_loss, gradients_pass, warn_if_base_is_shown
-from lightning_lora.training.guards import asked
-from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizer_states import states_fit
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
-from lightning_lora.training.stage import Phase, Stage
+from lightning_lora.training.stage import Phase, Stage, shows_adapters
+from lightning_lora.training.steps import asked
+from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.reentrant import gradients_pass
+from lightning_lora.training.strategies.overlay import OverlaidMethods
+from lightning_lora.training.strategies.plain_types import read_checkpoint, uses_torch
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
-else:
-
-    class Strategy(ABC):  # noqa: B024  # nothing is abstract
-        """Stands for the class of either Lightning package: Python changes a class only to one with such a base."""
-
-
-KINDS: "dict[str, type[LoRAStrategy]]" = {}
-"""The methods for strategies of a class with this name. There are two Lightning packages."""
+State = dict[str, Any]
 
 
-class LoRAStrategy(Strategy, InPlace):
-    """Methods that are added to the class of a Trainer's strategy. They stay after a stage: files are written then too.
+class StrategyMethods(OverlaidMethods):
+    """Our methods for one strategy. They stay after a stage: files are written then too.
 
-    ``super()`` calls the strategy's own methods, and those that other code has set on it. Other names begin with
-    ``lora_``.
+    Lightning has no public hook at these moments, or none that keeps what each method promises:
+
+    - ``setup``: after ``configure_model``, before the module is converted. A ``configure_model`` set on the module
+      would be in its copies and pickles, and EMA would call it. ``on_fit_start`` comes after the tuners' trials.
+    - ``setup_optimizers``: the same, with ``configure_optimizers``, which may return six forms.
+    - ``load_checkpoint``: a ``checkpoint_io`` is not asked by all strategies, and is by launchers.
+    - ``load_model_state_dict``: ``load_state_dict`` writes what fits before it says what does not.
+    - ``load_optimizer_state_dict``: all states are loaded, or none.
+    - ``lightning_module_state_dict``: hooks that save see what the file will hold, and the base is not copied.
+    - ``save_checkpoint``: only the first process asks a ``checkpoint_io``, but each refuses what cannot be saved.
+    - ``process_dataloader``: after the user's code has made the loader, before its workers draw.
+    - ``training_step``, ``backward``: something around each call, which also ends after an error. An optimizer may run
+      several of them in a batch.
     """
 
-    overlaid_prefix: ClassVar[str] = ""
-    lora_adapts_late: ClassVar[bool] = False  # whether configure_model, which shards the module, comes first
-    lora_skipped: ClassVar[tuple[str, ...]] = ()  # for these, super() calls the base class of all strategies
-    lora_kind: ClassVar["type[Strategy]"]  # the strategy's class, as it was
-    lora_stage: Stage  # the stage that runs, or ran last
-    lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
-    lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
-    lora_depths: dict[str, int]  # how many of those of one name are running
+    overlaid: ClassVar[tuple[str, ...]] = (
+        "setup",
+        "setup_optimizers",
+        "load_checkpoint",
+        "load_model_state_dict",
+        "load_optimizer_state_dict",
+        "lightning_module_state_dict",
+        "save_checkpoint",
+        "process_dataloader",
+        "training_step",
+        "backward",
+    )
+    adapts_late: ClassVar[bool] = False
+    """Whether ``configure_model``, which shards the module, comes before the adapters."""
 
-    def __init_subclass__(cls, *, kind: str = "") -> None:
-        """Register methods for one kind of strategy."""
-        super().__init_subclass__()
-        if kind:
-            KINDS[kind] = cls
+    stage: Stage
+    """The stage that runs, or ran last."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
-        reduced = super().__reduce_ex__(protocol)
-        kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
-        others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
-        return object.__new__, (self.lora_kind,), {**kept, **others}
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy)
+        self.joined: list[nn.Parameter] = []  # what DDP waits for in each backward pass
 
     @classmethod
-    def lora_check(cls, strategy: "Strategy") -> None:
+    def check(cls, strategy: Any) -> None:
         """Refuse a strategy that these methods do not fit."""
         if "FSDPStrategy" in class_names(strategy):
             compatibility.refuse_strategy(type(strategy).__name__)
@@ -98,9 +95,9 @@ class LoRAStrategy(Strategy, InPlace):
             compatibility.refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
 
     @property
-    def lora_module(self) -> LightningModule:
+    def module(self) -> LightningModule:
         """The LightningModule of the run."""
-        module = self.lightning_module
+        module: LightningModule | None = self.strategy.lightning_module
         if module is None:
             raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
         return module
@@ -109,234 +106,224 @@ class LoRAStrategy(Strategy, InPlace):
 
     def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
-        if self.lora_stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
-            self.lora_give_back()
-            self.setup(trainer)
+        if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
+            self.take_away()
+            self.original.setup(trainer)
             return
-        self.lora_adapt()
-        record = find_record(self.lora_module)
-        if record is None and not trainer.ckpt_path:
-            title = type(self.lora_module).__name__
-            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
-        if record is None or record.is_merged or record.is_disabled:  # it is only evaluated
-            super().setup(trainer)
+        self.adapt()
+        if not shows_adapters(self.module):  # it is only evaluated
+            self._tell_of_plain_weights(trainer)
+            self.original.setup(trainer)
             return
-        if self.lora_stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
-            self.lora_note_base()
-        with compatibility.keeping_adapters(self.precision_plugin):
-            super().setup(trainer)
-        view_of(self.lora_module).begin_anew()  # which may have been converted
-        self.lora_note_converted_base()
+        if self.stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
+            self.note_base()
+        with compatibility.keeping_adapters(self.strategy.precision_plugin):
+            self.original.setup(trainer)
+        view_of(self.module).begin_anew()  # which may have been converted
+        self._note_converted_base()
 
-    def lora_give_back(self) -> None:
-        """Give the strategy its class back, and what other code has set on it."""
-        held = vars(self)
-        for name, others in self.lora_others.items():
-            if held[name] == getattr(self.__class__, name).__get__(self):
-                held[name], self.lora_depths[name] = others[-1], 1
-        self.__class__ = self.lora_kind  # type: ignore[assignment]
-
-    def lora_adapt(self, **options: Any) -> None:
+    def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run."""
-        self.lora_stage.adapt(self.lora_module, **options)
+        self.stage.adapt(self.module, stored=stored, replaced=replaced)
 
-    def lora_note_base(self, *, anew: bool = True) -> None:
+    def _tell_of_plain_weights(self, trainer: Trainer) -> None:
+        if find_record(self.module) is None and not trainer.ckpt_path:
+            title = type(self.module).__name__
+            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
+
+    def note_base(self, *, anew: bool = True) -> None:
         """Take the base's fingerprint as loaded. Later, a checkpoint or a conversion may change it."""
-        view = view_of(self.lora_module)
+        view = view_of(self.module)
         view.record.base_was_read(fingerprint(view, anew=anew))
-        if str(self.precision_plugin.precision) == "64-true":  # otherwise a checkpoint's values would be rounded
-            self.precision_plugin.convert_module(self.lora_module)
-            self.lora_note_converted_base()
+        precision = self.strategy.precision_plugin
+        if str(precision.precision) == "64-true":  # otherwise a checkpoint's values would be rounded
+            precision.convert_module(self.module)
+            self._note_converted_base()
 
-    def lora_note_converted_base(self) -> None:
+    def _note_converted_base(self) -> None:
         """Take the base's fingerprint in another dtype."""
-        view = view_of(self.lora_module)
-        known, dtypes = view.record.adapter.fingerprints, dtypes_of(base_tensors(view))
-        if known and all(each["dtypes"] != dtypes for each in known):
-            known.append(fingerprint(view))
+        view = view_of(self.module)
+        fingerprints = view.record.adapter.fingerprints
+        if not fingerprints:
+            return
+        dtypes = dtypes_of(base_tensors(view))
+        if all(each["dtypes"] != dtypes for each in fingerprints):
+            fingerprints.append(fingerprint(view))
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters."""
-        self.lora_joined = [p for p in self.lora_module.parameters() if p.requires_grad]
-        with showing_trainable_base(self.lora_module):
-            build_optimizers(self, partial(super().setup_optimizers, trainer))
-        train_adapters(self.lora_module, self.optimizers, self.lora_stage.lr_scale)
-        hide_groups([config.scheduler for config in self.lr_scheduler_configs], self.lora_module)
+        self.joined = [p for p in self.module.parameters() if p.requires_grad]
+        with showing_trainable_base(self.module):
+            build_optimizers(self.strategy, partial(self.original.setup_optimizers, trainer))
+        train_adapters(self.module, self.strategy.optimizers, self.stage.lr_scale)
+        hide_groups([config.scheduler for config in self.strategy.lr_scheduler_configs], self.module)
 
     # Load
 
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> State:
         """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
-        stage, module = self.lora_stage, self.lora_module
-        local = disk.local_path(checkpoint_path)
-        if local is not None and stage.is_fitting and self.is_global_zero:
-            disk.remove_left_parts(local.parent)  # the new run may save elsewhere
-        stage.file = checkpoint_path
-        checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
-        merged = leave_adapters(checkpoint)
+        self._remove_left_parts(checkpoint_path)
+        self.stage.file = checkpoint_path
+        checkpoint: State = read_checkpoint(self, checkpoint_path, *args, **kwargs)
+        merged_weights = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
         leave_callback(checkpoint)
-        if merged and not stage.is_fitting and find_record(module) is None:
-            checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
+        if merged_weights and self._evaluates_plain_module():
+            checkpoint["state_dict"], merged_weights = merged_weights, {}
             del checkpoint[KEY]
-        if stage.phase is not Phase.OVER:
-            self.lora_adapt_for(checkpoint, checkpoint_path)
-            if checkpoints.find_base_in(module, merged, checkpoint):
-                rank_zero_info(
-                    f"{type(module).__name__} holds the merged weights of {checkpoint_path}. Their updates are taken "
-                    "out, up to rounding. For the same bits, load the base's own weights."
-                )
-        if find_record(module) is None:  # outside of a stage, or in the evaluation of a plain module
+        if self.stage.phase is not Phase.OVER:
+            self.adapt_for(checkpoint, checkpoint_path)
+            self._find_base(merged_weights, checkpoint, checkpoint_path)
+        if find_record(self.module) is None:  # outside of a stage, or in the evaluation of a plain module
             return checkpoint
-        if KEY in checkpoint:
-            if stage.is_fitting and stage.phase is not Phase.TRAINING:
-                check_resumable(checkpoint, checkpoint_path)
-            checkpoints.complete_averages(module, checkpoint)
-            show_base(module, checkpoint)  # to on_load_checkpoint
-            return checkpoint
-        rank_zero_info(
-            f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
-        )
-        return as_base(checkpoint)
+        if KEY not in checkpoint:
+            rank_zero_info(
+                f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins "
+                "anew."
+            )
+            return as_base(checkpoint)
+        if self.stage.is_fitting and self.stage.phase is not Phase.TRAINING:
+            check_resumable(checkpoint, checkpoint_path)
+        checkpoints.complete_averages(self.module, checkpoint)
+        show_base(self.module, checkpoint)  # to on_load_checkpoint
+        return checkpoint
 
-    def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
+    def _remove_left_parts(self, path: Any) -> None:
+        """Remove what a failed run has left beside its file: the new run may save elsewhere."""
+        local = disk.local_path(path)
+        if local is not None and self.stage.is_fitting and self.strategy.is_global_zero:
+            disk.remove_left_parts(local.parent)
+
+    def _evaluates_plain_module(self) -> bool:
+        return not self.stage.is_fitting and find_record(self.module) is None
+
+    def adapt_for(self, checkpoint: State, path: Any) -> bool:
         """Adapt the module as its arguments and the file say. Return whether adapters were replaced."""
-        stage, record, replaced = self.lora_stage, find_record(self.lora_module), False
+        stage, record = self.stage, find_record(self.module)
         if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
-            stage.begin(self.lora_module)
-        stored = stored_config(checkpoint[KEY]) if KEY in checkpoint else None
+            stage.begin(self.module)
+        stored = _config_in(checkpoint)
+        replaced = False
         if stored is not None and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
-            replaced = stage.take_config(self.lora_module, stored, path)
-        self.lora_adapt(stored=stored, replaced=replaced)
+            replaced = stage.take_config(self.module, stored, path)
+        self.adapt(stored=stored, replaced=replaced)
         return replaced
 
-    def _lora_read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let the strategy read a file. It must have plain types only, unless the user trusts it."""
-        disk.check_path(path)
-        if str(path).endswith(".safetensors"):
-            raise AdapterFileError(
-                f"{path} is no Trainer's checkpoint. If save_merged wrote it, call safetensors.torch.load_model(model, "
-                "path), otherwise load_adapter(model, path). Then use the Trainer without ckpt_path."
+    def _find_base(self, merged_weights: State, checkpoint: State, path: Any) -> None:
+        """Find the base in a module into which other code has loaded the file's merged weights."""
+        if checkpoints.find_base_in(self.module, merged_weights, checkpoint):
+            rank_zero_info(
+                f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
+                "out, up to rounding. For the same bits, load the base's own weights."
             )
-        is_trusted = os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true")  # as torch reads it
-        is_trusted |= False in (*args, kwargs.get("weights_only"))
-        by_torch = self._lora_uses_torch()
-        may_be_told = "weights_only" in signature(self.lora_kind.load_checkpoint).parameters  # since Lightning 2.6
-        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
-        if not may_be_told:
-            trust = f"set {disk.TRUST}=1"
-        with disk.reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
-            archives.check_file(path, is_any_kind=not self._lora_reads_by_torch())
-            if is_trusted:
-                return super().load_checkpoint(path, *args, **kwargs)
-            if may_be_told:
-                return super().load_checkpoint(path, weights_only=True)
-            if not by_torch or "load_checkpoint" in self.lora_others:
-                return super().load_checkpoint(path)
-            with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
-                return torch.load(file, map_location="cpu", weights_only=True)
-
-    def _lora_reads_by_torch(self) -> bool:
-        """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
-        plugin = self.checkpoint_io
-        while hasattr(plugin, "checkpoint_io"):
-            plugin = plugin.checkpoint_io
-        return type(plugin).__name__ == "TorchCheckpointIO" and "load_checkpoint" not in self.lora_others
-
-    def _lora_uses_torch(self) -> bool:
-        """Whether files are written and read by torch.save and torch.load, at once."""
-        return type(self.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        module, stage = self.lora_module, self.lora_stage
         leave_adapters(checkpoint)
-        if KEY in checkpoint and find_record(module) is not None:
-            rebuild_modules(module, checkpoint["state_dict"], [layer["name"] for layer in checkpoint[KEY]["layers"]])
-        if stage.phase is not Phase.OVER and not self.restore_checkpoint_after_setup:  # a hook may have replaced layers
-            self.lora_adapt(stored=stored_config(checkpoint[KEY]) if KEY in checkpoint else None)
-        if find_record(module) is None and KEY not in checkpoint:  # as in load_checkpoint
-            super().load_model_state_dict(checkpoint, strict=strict)
+        self._prepare_layers(checkpoint)
+        if KEY not in checkpoint and find_record(self.module) is None:  # as in load_checkpoint
+            self.original.load_model_state_dict(checkpoint, strict=strict)
             return
-        self.lora_note_base()
-        with checkpoints.naming_the_file(stage.file):
-            checkpoints.load_checkpoint_state(module, checkpoint, whole=compatibility.states_are_read(stage.callbacks))
-        if KEY in checkpoint and stage.phase is Phase.SET_UP:
-            stage.phase = Phase.LOADED
+        self.note_base()
+        are_read = compatibility.states_are_read(self.stage.callbacks)
+        with checkpoints.naming_the_file(self.stage.file):
+            checkpoints.load_checkpoint_state(self.module, checkpoint, whole=are_read)
+        if KEY in checkpoint:
+            self.stage.was_loaded()
+
+    def _prepare_layers(self, checkpoint: State) -> None:
+        """Give the module the layers of the file, also where a hook has replaced them since."""
+        if KEY in checkpoint and find_record(self.module) is not None:
+            adapted = [layer["name"] for layer in checkpoint[KEY]["layers"]]
+            rebuild_modules(self.module, checkpoint["state_dict"], adapted)
+        if self.stage.phase is not Phase.OVER and not self.strategy.restore_checkpoint_after_setup:
+            self.adapt(stored=_config_in(checkpoint))
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
-        states = checkpoint["optimizer_states"]
+        states, optimizers = checkpoint["optimizer_states"], self.strategy.optimizers
         try:
-            if KEY in checkpoint and len(states) != len(self.optimizers):
-                raise ValueError(f"it has {len(states)} states, and the module {len(self.optimizers)} optimizers")
-            with states_fit(self.optimizers, states), states_in_float32(self.lora_module, self.optimizers):
-                self.lora_load_states(checkpoint)
+            if KEY in checkpoint and len(states) != len(optimizers):
+                raise ValueError(f"it has {len(states)} states, and the module {len(optimizers)} optimizers")
+            with states_fit(optimizers, states), states_in_float32(self.module, optimizers):
+                self.load_states(checkpoint)
         except Exception as error:
-            if self.lora_stage.phase is Phase.LOADED:
-                self.lora_stage.phase = Phase.SET_UP  # so that the module becomes what it was before
+            self.stage.loading_failed()
             raise OptimizerError(
                 f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same, "
                 "with the same kind of lr_scale. Or load_adapter(model, path), and fit without ckpt_path."
             ) from error
 
-    def lora_load_states(self, checkpoint: Any) -> None:
+    def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states."""
-        super().load_optimizer_state_dict(checkpoint)
+        self.original.load_optimizer_state_dict(checkpoint)
 
     # Save
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> State:
         """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
-        return adapter_state_dict(self.lora_module) if self._lora_saves() else super().lightning_module_state_dict()
+        if self._saves_adapters():
+            return adapter_state_dict(self.module)
+        state: State = self.original.lightning_module_state_dict()
+        return state
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
-        module, stage = self.lora_module, self.lora_stage
-        if stage.is_fitting and stage.phase is Phase.SET_UP:  # a tuner's trial begins, which may move copies
-            view = view_of(module)
-            keep_frozen(view, [name for name in view.frozen if is_in_any(name, view.adapter.networks.copies)])
-        writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
-        if "state_dict" in checkpoint and self._lora_saves():  # a module's hook may write files of its own instead
-            checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
-            if stage.phase is Phase.TRAINING:
-                stage.guards.base_was_compared(module, is_aloud=self.is_global_zero)
-            if stage.save == "model" and self.is_global_zero:
-                checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
-                warn_of_rounding(lost, module)
-            if stage.save == "adapters":
-                checkpoint = with_callback_named(checkpoint, view_of(module).adapter.name)
-        beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
-        with disk.writing(filepath, beside=beside) as path:
-            super().save_checkpoint(checkpoint, path, storage_options)
+        if self.stage.is_fitting and self.stage.phase is Phase.SET_UP:
+            self._keep_copies()
+        writes_at_once = uses_torch(self.strategy) and not self.is_by_other_code("save_checkpoint")
+        if "state_dict" in checkpoint and self._saves_adapters():  # a module's hook may write files of its own instead
+            checkpoint = self._checkpoint_of_adapters(checkpoint, written_later=not writes_at_once)
+        beside = writes_at_once and self.strategy.is_global_zero and disk.local_path(filepath) is not None
+        with disk.writing(filepath, beside=beside) as path:  # others get the path
+            self.original.save_checkpoint(checkpoint, path, storage_options)
 
-    def _lora_saves(self) -> bool:
+    def _saves_adapters(self) -> bool:
         """Whether there is anything of this package to write."""
-        module = self.lora_module
-        if self.lora_stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
+        module = self.module
+        if self.stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
             unmerge_or_forget(module)  # drops the record, and says so
-            compatibility.drop_averages(self.lora_stage.callbacks)  # of the adapted module
+            compatibility.drop_averages(self.stage.callbacks)  # of the adapted module
         return find_record(module) is not None
+
+    def _keep_copies(self) -> None:
+        """Keep the values of networks that copy others: a tuner's trial begins, in which other code may move them."""
+        view = view_of(self.module)
+        copies = view.adapter.networks.copies
+        keep_frozen(view, [name for name in view.frozen if is_in_any(name, copies)])
+
+    def _checkpoint_of_adapters(self, checkpoint: State, *, written_later: bool) -> State:
+        """Return a checkpoint with what the file shall hold."""
+        module, stage, is_first = self.module, self.stage, self.strategy.is_global_zero
+        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
+        if stage.phase is Phase.TRAINING:
+            stage.say_what_was_written(module, is_aloud=is_first)
+        if stage.save == "adapters":
+            return with_callback_named(checkpoint, view_of(module).adapter.name)
+        if is_first:
+            checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
+            stage.guards.merged_in_checkpoint(type(module).__name__, lost)
+        return checkpoint
 
     # Training
 
     def process_dataloader(self, dataloader: object) -> object:
         """Begin a resumed run's data with its random numbers."""
-        if self.lora_stage.resumed and self.lora_module.trainer.training:
-            self.lora_stage.resumed.begin_data(dataloader)
-        return super().process_dataloader(dataloader)
+        if self.stage.resumed and self.module.trainer.training:
+            self.stage.resumed.begin_data(dataloader)
+        return self.original.process_dataloader(dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
-        stage, module = self.lora_stage, self.lora_module
+        stage, module = self.stage, self.module
         stage.dropout.begin_step(module)
         if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
             stage.float32.pause_step()
-        if not self.lora_adapts_late:  # sharded weights are other tensors from one moment to the next
-            stage.guards.begin_step(module)
-        with gradients_pass(module), self.lora_watching(module):
+        if not self.adapts_late:  # sharded weights are other tensors from one moment to the next
+            stage.first_steps.begin_step(module)
+        with gradients_pass(module), self._watching(module):
             try:
-                output = super().training_step(*args, **kwargs)
+                output = self.original.training_step(*args, **kwargs)
             except Exception as error:
                 asked.explain(error, module, asked.IN_A_STEP)
                 raise
@@ -346,38 +333,43 @@ class LoRAStrategy(Strategy, InPlace):
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        module = self.lora_module
+        module = self.module
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
-        warn_if_base_is_shown(module)
-        with gradients_pass(module), self.lora_watching(module):  # checkpoints run their layers again
+        self.stage.check_backward(module)
+        with gradients_pass(module), self._watching(module):  # checkpoints run their layers again
             try:
-                loss = super().backward(closure_loss, *args, **kwargs)
+                loss = self.original.backward(closure_loss, *args, **kwargs)
             except Exception as error:
                 asked.explain(error, module, asked.IN_BACKWARD)
                 raise
         if module.automatic_optimization:
-            self.lora_stage.dropout.end_step()
+            self.stage.dropout.end_step()
         return loss
 
-    def lora_watching(self, module: LightningModule) -> AbstractContextManager[None]:
+    def _watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Watch what else reads adapted weights in the first batch."""
-        is_aloud = self.is_global_zero and not self.lora_adapts_late
-        return self.lora_stage.guards.watching(module, is_aloud=is_aloud)
+        is_aloud = self.strategy.is_global_zero and not self.adapts_late
+        return self.stage.first_steps.watching(module, is_aloud=is_aloud)
 
-    def lora_gradients(self) -> Gradients:
+    def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return Gradients(self.lora_module, self.model, joined=self.lora_joined)
+        return Gradients(self.module, self.strategy.model, joined=self.joined)
 
 
-class LateStrategy(LoRAStrategy):
+def _config_in(checkpoint: State) -> LoRAConfig | None:
+    """The configuration of a file's adapters, if it has any."""
+    return stored_config(checkpoint[KEY]) if KEY in checkpoint else None
+
+
+class LateStrategyMethods(StrategyMethods):
     """For a strategy that restores checkpoints after its set-up. Its files are those of the other strategies."""
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
         super().load_model_state_dict(checkpoint, strict)
-        if self.lora_stage.is_fitting and checkpoint.get("optimizer_states"):
-            self.load_optimizer_state_dict(checkpoint)
+        if self.stage.is_fitting and checkpoint.get("optimizer_states"):
+            self.strategy.load_optimizer_state_dict(checkpoint)
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""

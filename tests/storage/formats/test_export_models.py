@@ -17,12 +17,29 @@ from lightning_lora import ExportError, LoRAConfig, LoRAWarning, export_peft
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER = {
+    **SMALL,
+    "vocab_size": 60,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 EXPERTS = {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
-    "T5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60},
+    "T5": {
+        "d_model": 32,
+        "d_ff": 48,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 60,
+    },
     "Bert": {**SMALL, "vocab_size": 60},
     "Falcon": {**SMALL, "vocab_size": 60, "bias": True},
     "Gemma3Text": {**DECODER, "head_dim": 8},
@@ -67,13 +84,37 @@ def load_adapter(base: Any, directory: Path) -> nn.Module:
 T5 = ["q", "v"] if is_old else ["q", "v", "shared"]  # encoder and decoder use one embedding layer there
 STACKS = ["gate_up_proj", "down_proj"]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("Qwen2", "ForCausalLM", {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"}),
-    ("GPT2", "LMHeadModel", {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]}),
+    (
+        "Qwen2",
+        "ForCausalLM",
+        {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"},
+    ),
+    (
+        "GPT2",
+        "LMHeadModel",
+        {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]},
+    ),
     ("T5", "ForConditionalGeneration", {"target_modules": T5, "use_rslora": True}),
-    ("Bert", "ForSequenceClassification", {"modules_to_save": ["classifier"], "bias": "lora_only"}),
-    ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),  # x @ W.T + b, in its own forward
-    ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
-    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]}),
+    (
+        "Bert",
+        "ForSequenceClassification",
+        {"modules_to_save": ["classifier"], "bias": "lora_only"},
+    ),
+    (
+        "Falcon",
+        "ForCausalLM",
+        {"target_modules": "all-linear", "use_dora": True},
+    ),  # x @ W.T + b, in its own forward
+    (
+        "Gemma3Text",
+        "Model",
+        {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3},
+    ),  # scaled embeddings
+    (
+        "Mixtral",
+        "ForCausalLM",
+        {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]},
+    ),
     ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": STACKS}),
 ]
 
@@ -84,7 +125,8 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
     base = tiny(kind, head)
     model = trained(Around(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
     with torch.no_grad():
-        here, plain = run(model.model), run(base)
+        here = run(model.model)
+        plain = run(base)
         assert (here - plain).norm() > 1e-4 * plain.norm()
         for directory in exports(model, tmp_path):
             check_equal(run(read(base, directory)), here)
@@ -92,7 +134,10 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
 
 
 SCALED: list[tuple[dict[str, Any], str]] = [
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, "^For llama.cpp,"),
+    (
+        {"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}},
+        "^For llama.cpp,",
+    ),
     ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, "^For vLLM[^,]*[0-9],"),
     ({"alpha_pattern": {"v_proj": 4}}, "^For vLLM.* and llama.cpp,"),
     ({"use_rslora": True}, "^For llama.cpp,"),
@@ -114,13 +159,17 @@ def test_a_tied_weight_that_trains_whole(tmp_path: Path) -> None:
     base = tiny("Qwen2", "ForCausalLM")
     base.config.tie_word_embeddings = True
     base.tie_weights()
-    model = trained(Around(base), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = trained(
+        Around(base),
+        LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
     for uniform in (False, True):
         export_peft(model, tmp_path, uniform=uniform)
         for merged in (False, True):
             with torch.no_grad():
                 check_equal(run(read(base, tmp_path, merged=merged)), run(model.model), 1e-5)
-    lightning_lora.load_adapter(again := deepcopy(base), tmp_path)
+    again = deepcopy(base)
+    lightning_lora.load_adapter(again, tmp_path)
     with torch.no_grad():
         assert (run(again) - run(base)).norm() > 1e-3 * run(base).norm()
         check_equal(run(again), run(model.model))
@@ -135,8 +184,12 @@ def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.model(input_ids=ids)[0].mean(1))
 
-    base, config = WithHead(tiny("Bert", "Model")).eval(), LoRAConfig(r=2, modules_to_save=["head"])
-    with pytest.raises(ExportError, match=r"'head.weight', 'head.bias' were trained outside of 'model'.*root=\"\""):
+    base = WithHead(tiny("Bert", "Model")).eval()
+    config = LoRAConfig(r=2, modules_to_save=["head"])
+    with pytest.raises(
+        ExportError,
+        match=r"'head.weight', 'head.bias' were trained outside of 'model'.*root=\"\"",
+    ):
         export_peft(trained(base, config), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     check_read(base, config, lambda model: model(IDS), tmp_path, root="")

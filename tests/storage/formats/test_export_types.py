@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 
 import lightning_lora as ll
+from lightning_lora.moments import Guards
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import run
 from tests.support.models import Around
@@ -20,12 +21,28 @@ if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5
     pytest.skip("experts are modules there", allow_module_level=True)
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
-DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+DECODER = {
+    **SMALL,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
-GATED, EACH = ["gate_proj", "up_proj", "down_proj"], ["experts.gate_up_proj", "experts.down_proj"]
+GATED = ["gate_proj", "up_proj", "down_proj"]
+EACH = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: list[tuple[str, dict[str, Any], list[str], str]] = [
-    ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
-    ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
+    (
+        "Qwen3Moe",
+        {**EXPERTS, "mlp_only_layers": [0]},
+        GATED,
+        "layers.0.mlp.down_proj.*'qwen3_moe'",
+    ),
+    (
+        "Mamba",
+        {**SMALL, "state_size": 4},
+        ["out_proj"],
+        "PEFT refuses 'out_proj' .*'mamba'",
+    ),
 ]
 
 
@@ -38,14 +55,21 @@ def tiny(kind: str, sizes: dict[str, Any]) -> Any:
 @pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "sizes", "left", "match"), CASES)
 def test_what_peft_does_not_hold_is_named_and_the_advice_is_right(
-    kind: str, sizes: dict[str, Any], left: list[str], match: str, tmp_path: Path, caplog: Any
+    kind: str,
+    sizes: dict[str, Any],
+    left: list[str],
+    match: str,
+    tmp_path: Path,
+    caplog: Any,
 ) -> None:
     caplog.set_level(logging.INFO)
-    base, advised = tiny(kind, sizes), {"exclude_modules": left}
+    base = tiny(kind, sizes)
+    advised = {"exclude_modules": left}
     for config in ({}, advised, {**advised, "target_parameters": EACH})[: 3 if left == GATED else 2]:
         caplog.clear()
-        ll.inject_adapters(module := Around(deepcopy(base)), ll.LoRAConfig(r=2, **config))
-        advise(module)
+        module = Around(deepcopy(base))
+        ll.inject_adapters(module, ll.LoRAConfig(r=2, **config))
+        advise(module, Guards())
         assert ("export_peft refuses 'model." in caplog.text) == (not config)
         model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
         if not config:
@@ -69,7 +93,10 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
     with torch.no_grad():
         check_equal(run(read(base, tmp_path / "peft")), run(model))
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"):
+    with pytest.raises(
+        ll.ExportError,
+        match=r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it",
+    ):
         ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
     ll.export_peft(trained(tiny(*CASES[1][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
@@ -77,7 +104,12 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
 
 def vlm() -> Any:
     """Gemma 3, whose vision tower has a pooling head with an nn.MultiheadAttention."""
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = hf.Gemma3Config(
         text_config={**DECODER, "head_dim": 8, "vocab_size": 60},
         vision_config={**vision, "image_size": 8, "patch_size": 4},
@@ -89,7 +121,8 @@ def vlm() -> Any:
 
 
 def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> None:
-    base, name = vlm(), "vision_tower"
+    base = vlm()
+    name = "vision_tower"
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
     with pytest.raises(ll.ExportError, match=r"head.attention.*adds the update .* twice"):
         ll.export_peft(model, tmp_path / "peft")
@@ -102,7 +135,8 @@ def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> N
         assert len(told) == 1
         assert (run(model) - run(base)).norm() > 1e-4 * run(base).norm()
         check_equal(run(read(base, tmp_path / "peft")), run(model))
-        ll.load_adapter(again := vlm(), tmp_path / "peft")
+        again = vlm()
+        ll.load_adapter(again, tmp_path / "peft")
         check_equal(run(again), run(model))
     only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
     with pytest.raises(ll.ExportError, match="twice"):

@@ -21,7 +21,9 @@ INDEX = torch.arange(12).view(2, 6)
 class Plain(nn.Module):  # a layer of each kind that loralib adapts
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.linear, self.c_attn = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)
+        self.embed = nn.Embedding(12, 8)
+        self.linear = nn.Linear(8, 8)
+        self.c_attn = nn.Linear(8, 24)
         self.head = nn.Linear(24, 3)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ SLICES = {"c_attn": ["q", "v"]}
 def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...], r: int) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
-    loaded, around = built(Plain), Around(built(Plain)).eval()
+    loaded = built(Plain)
+    around = Around(built(Plain)).eval()
     slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
     for model in (loaded, around):
         ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
@@ -71,17 +74,25 @@ def test_biases_and_heads_come_along_from_code_that_wraps_them_too(tmp_path: Pat
         theirs.linear.bias.add_(bias != "none")
     held = loralib.lora_state_dict(theirs, bias=bias)
     held |= {name: value for name, value in theirs.state_dict().items() if name.startswith("head.")}
-    for state in (held, {"model_state_dict": {f"module.{name}": value for name, value in held.items()}}):
+    for state in (
+        held,
+        {"model_state_dict": {f"module.{name}": value for name, value in held.items()}},
+    ):
         torch.save(state, tmp_path / "a.pt")
-        ll.load_adapter(model := built(Plain), tmp_path / "a.pt", alpha=6, target_slices=SLICES)
+        model = built(Plain)
+        ll.load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
-        assert (View(model).config.modules_to_save, View(model).config.bias) == (("head",), bias)
+        assert (View(model).config.modules_to_save, View(model).config.bias) == (
+            ("head",),
+            bias,
+        )
 
 
 def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     """There, ``c_attn`` is a MergedLinear with the weight (in, out), as transformers' Conv1D."""
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=12, n_positions=8)
-    model, expected = built(lambda: GPT2Model(config)), built(lambda: GPT2Model(config))
+    model = built(lambda: GPT2Model(config))
+    expected = built(lambda: GPT2Model(config))
     theirs = loralib.MergedLinear(8, 24, r=2, lora_alpha=4, enable_lora=[True, False, True], fan_in_fan_out=True)
     expected.h[0].attn.c_attn = trained(theirs, expected.h[0].attn.c_attn)
     held = loralib.lora_state_dict(expected)
@@ -94,23 +105,45 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
 def test_alpha_of_other_files_is_in_them(tmp_path: Path) -> None:
     ll.export_peft(saved(tmp_path / "a.safetensors", built(Plain)), tmp_path / "peft")
     for name in ("a.safetensors", "peft"):
-        with refused(fresh := built(Plain), ll.ConfigError, r"are for files of loralib.*Leave them out"):
+        with refused(
+            fresh := built(Plain),
+            ll.ConfigError,
+            r"are for files of loralib.*Leave them out",
+        ):
             ll.load_adapter(fresh, tmp_path / name, alpha=16)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
     ({}, {"alpha": None}, ll.ConfigError, r"is in no file: load_adapter.*inject_adapters"),
-    ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
-    ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
+    (
+        {},
+        {"target_slices": None},
+        ll.AdapterMismatchError,
+        r"MergedLinear.*enable_lora.*'c_attn'",
+    ),
+    (
+        {},
+        {"target_slices": {"c_attn": ["q", "k", "v"]}},
+        ll.AdapterMismatchError,
+        "2 slices.*name 3",
+    ),
     ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
+    (
+        {"linear.lora_A": torch.ones(2, 8, 1)},
+        {},
+        ll.AdapterMismatchError,
+        "MergedLinear and Embedding",
+    ),
     ({"linear.weight": torch.ones(8, 8)}, {}, ll.BaseMismatchError, "'linear.weight'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "arguments", "error", "match"), CASES)
 def test_what_does_not_fit(tmp_path: Path, change: Any, arguments: Any, error: type[Exception], match: str) -> None:
-    torch.save({**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change}, tmp_path / "a.bin")
+    torch.save(
+        {**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change},
+        tmp_path / "a.bin",
+    )
     with refused(model := built(Plain), error, match):
         ll.load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})

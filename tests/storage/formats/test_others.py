@@ -12,12 +12,22 @@ import lightning_lora as ll
 from lightning_lora.__main__ import main
 from tests.support.models import as_trained
 
-ONE, MODEL = torch.ones(2, 4), "base_model.model.q_proj"
+ONE = torch.ones(2, 4)
+MODEL = "base_model.model.q_proj"
 NAMES: list[tuple[list[str], str]] = [
-    (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's.*diffusers"),
+    (
+        ["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"],
+        "kohya's.*diffusers",
+    ),
     (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's"),
-    (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "another tool.*merged model"),
-    ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
+    (
+        ["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"],
+        "another tool.*merged model",
+    ),
+    (
+        [f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"],
+        "PEFT, as state.*save_pretrained",
+    ),
     (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "another tool"),
 ]
 
@@ -30,13 +40,17 @@ def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match:
     for path in tmp_path.iterdir():
         with pytest.raises(ll.AdapterFileError, match=f"adapters of {match}.*train anew here"):
             ll.load_adapter(nn.Linear(4, 4), path)
-        assert main(["inspect", str(path)]) != 0 and match.partition(".")[0] in capsys.readouterr().err
+        assert main(["inspect", str(path)]) != 0
+        assert match.partition(".")[0] in capsys.readouterr().err
 
 
 def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)",
+    ):
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora")
     kept = tmp_path / "models--someone--lora"
     for folder in ("refs", "snapshots"):
@@ -44,7 +58,8 @@ def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypa
     (kept / "refs" / "main").write_text("1" * 40)
     model = as_trained(nn.Sequential(nn.Linear(4, 4)))
     ll.export_peft(model, kept / "snapshots" / ("1" * 40))
-    ll.load_adapter(other := nn.Sequential(nn.Linear(4, 4)), "someone/lora")
+    other = nn.Sequential(nn.Linear(4, 4))
+    ll.load_adapter(other, "someone/lora")
     assert torch.equal(other[0].lora_A, model[0].lora_A)
     with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")

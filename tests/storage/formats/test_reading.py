@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from lightning_lora import export_peft, load_adapter
 from tests.support.models import Around
 from tests.support.peft_export import read
-from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.support.peft_reading import (
+    Attending,
+    Expert,
+    Images,
+    Mixed,
+    built,
+    gap,
+    write_peft,
+)
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
@@ -24,18 +32,35 @@ def parameters(*names: str, **more: Any) -> dict[str, Any]:
     return {"target_modules": [], "target_parameters": list(names), **more}
 
 
-BOTH, PISSA = ["experts.up", "experts.down"], {"init_lora_weights": "pissa"}
+BOTH = ["experts.up", "experts.down"]
+PISSA = {"init_lora_weights": "pissa"}
 MIXED: list[dict[str, Any]] = [
     {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
-    {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 3, "use_rslora": True, "use_dora": True},
-    {"target_modules": "(embed|linear|c_.*)", "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1}}
+    {
+        "target_modules": ["embed", "conv1d", "linear", "c_proj"],
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "use_dora": True,
+    },
+    {
+        "target_modules": "(embed|linear|c_.*)",
+        "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1},
+    }
     | {"alpha_pattern": {"^c_proj": 7, "embed": 9}},
-    {"target_modules": ["linear"], "bias": "lora_only", "modules_to_save": ["head", "norm"]},
+    {
+        "target_modules": ["linear"],
+        "bias": "lora_only",
+        "modules_to_save": ["head", "norm"],
+    },
     {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
     {"target_modules": ["linear", "c_proj"], **PISSA, "use_rslora": True},
     {"target_modules": ["linear", "head"], **PISSA, "r": 16, "use_dora": True},
     {"target_modules": ["linear"], "init_lora_weights": "olora"},
-    {"target_modules": "all-linear", "exclude_modules": ["head"], "init_lora_weights": "gaussian"},
+    {
+        "target_modules": "all-linear",
+        "exclude_modules": ["head"],
+        "init_lora_weights": "gaussian",
+    },
     parameters("linear.weight", "embed.weight"),
     parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
     | {"alpha_pattern": {"linear.weight": 32, "c_proj": 64}},
@@ -68,9 +93,13 @@ CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config i
 @pytest.mark.parametrize(("make", "inputs", "config"), CASES)
 def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, config: Any) -> None:
     expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)
-    loaded, around = built(make), Around(built(make)).eval()
+    loaded = built(make)
+    around = Around(built(make)).eval()
     assert gap(loaded(inputs), expected) > 1e-3
-    for model, path in (loaded, tmp_path / "peft"), (around, tmp_path / "peft" / "adapter_model.safetensors"):
+    for model, path in (
+        (loaded, tmp_path / "peft"),
+        (around, tmp_path / "peft" / "adapter_model.safetensors"),
+    ):
         load_adapter(model, path)
         assert gap(model(inputs), expected) < 2e-6
 
@@ -92,5 +121,6 @@ def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Pa
     load_adapter(model, tmp_path / "there")
     export_peft(model, tmp_path / "here")
     there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
-    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in there)
     assert gap(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS)) < 2e-6

@@ -15,7 +15,8 @@ from lightning_lora.cli.main import main
 from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from tests.storage.formats.test_export_models import run, tiny
-from tests.support.models import Around, TinyLM, as_trained, same
+from tests.support.compared import assert_same_tensors
+from tests.support.models import Around, TinyLM, as_trained
 from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
 from tests.support.storage import refused
@@ -69,7 +70,12 @@ def tied(bias: bool = False, told: bool = True) -> Any:
     ],
 )
 def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make: Any, match: str) -> None:
-    write_peft(tmp_path / "there", TinyLM(), target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]})
+    write_peft(
+        tmp_path / "there",
+        TinyLM(),
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed": [1, 2]},
+    )
     with pytest.raises(ll.AdapterMismatchError, match=match):
         ll.load_adapter(make(), tmp_path / "there")
     model = make()
@@ -81,23 +87,34 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
 def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
     there, here = ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1, row]}} for row in (2, 3))
     write_peft(tmp_path, TinyLM(tied=False), **there)
-    ll.inject_adapters(model := TinyLM(tied=False), ll.LoRAConfig(r=2, **here))
-    with refused(model, ll.AdapterMismatchError, r"other rows .* trainable_token_indices={'embed': \[1, 2"):
+    model = TinyLM(tied=False)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **here))
+    with refused(
+        model,
+        ll.AdapterMismatchError,
+        r"other rows .* trainable_token_indices={'embed': \[1, 2",
+    ):
         ll.load_adapter(model, tmp_path)
 
 
 def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path) -> None:
-    options: list[dict[str, Any]] = [{}, {"uniform": True}, {"format": "diffusers", "root": ""}]
+    options: list[dict[str, Any]] = [
+        {},
+        {"uniform": True},
+        {"format": "diffusers", "root": ""},
+    ]
     for how in options:
         config = ll.LoRAConfig(target_modules=["q_proj"] if how else [], trainable_token_indices={"embed": [1]})
-        ll.inject_adapters(model := TinyLM(tied=False), config)
+        model = TinyLM(tied=False)
+        ll.inject_adapters(model, config)
         with pytest.raises(ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"):
             ll.export_peft(model, tmp_path / "here", **how)
 
 
 @pytest.mark.parametrize("names", [["embed.weight"], ["embed.weight", "lm_head.weight"]])
 def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, names: list[str], capsys: Any) -> None:
-    base, file = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
+    base = tmp_path / "base.safetensors"
+    file = tmp_path / "a.safetensors"
     model = as_trained(TinyLM(), trainable_token_indices={"embed": TOKENS})
     ll.save_adapter(model, file)
     held = {name: value for name, value in model.state_dict().items() if "lora" not in name}
@@ -107,12 +124,15 @@ def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, nam
     save_file(plain, base)
     merge_files(base, file, tmp_path / "whole.safetensors")
     ll.merge_adapters(model)
-    whole, merged = load_file(tmp_path / "whole.safetensors"), model.state_dict()
-    assert same(whole, {name: merged[name] for name in whole}) and whole.keys() == plain.keys()
+    whole = load_file(tmp_path / "whole.safetensors")
+    merged = model.state_dict()
+    assert_same_tensors(whole, {name: merged[name] for name in whole})
+    assert whole.keys() == plain.keys()
     save_file(plain | {"embed.weight": plain["embed.weight"] + 1}, base)
     with pytest.raises(ll.BaseMismatchError, match=r"such as 'embed.weight'"):
         merge_files(base, file, tmp_path / "other.safetensors")
-    assert main(["inspect", str(file)]) == 0 and "Rows of embed train: 2." in capsys.readouterr().out
+    assert main(["inspect", str(file)]) == 0
+    assert "Rows of embed train: 2." in capsys.readouterr().out
     with pytest.raises(ll.AdapterMismatchError, match="trains single rows of 'embed'"):
         combine_files([file, file], tmp_path / "sum.safetensors", (1.0, 1.0))
 
@@ -126,4 +146,5 @@ def test_a_file_says_its_names_in_a_model_around_another(tmp_path: Path) -> None
     )
     with pytest.warns(ll.LoRAWarning, match="begin with 'model'"):
         ll.load_adapter(inner, tmp_path / "a.safetensors")
-    assert torch.equal(inner(INDEX), module(INDEX)) and inner.embed.lora_matrices[0].tokens == (5, 18)
+    assert torch.equal(inner(INDEX), module(INDEX))
+    assert inner.embed.lora_matrices[0].tokens == (5, 18)

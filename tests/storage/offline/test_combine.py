@@ -17,23 +17,49 @@ from tests.support.models import as_trained, randomise, state
 class Several(nn.Module):  # layers of several kinds
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.linear, self.fused = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)
-        self.conv, self.attention = nn.Conv1d(4, 8, 3, groups=2), nn.MultiheadAttention(8, 2)
-        self.lstm, self.experts = nn.LSTM(8, 4), Experts()
+        self.embed = nn.Embedding(12, 8)
+        self.linear = nn.Linear(8, 8)
+        self.fused = nn.Linear(8, 24)
+        self.conv = nn.Conv1d(4, 8, 3, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.lstm = nn.LSTM(8, 4)
+        self.experts = Experts()
 
 
 BASE = Several()
 LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
-EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.stack", "experts.mix"]}
+EXPERTS: dict[str, Any] = {
+    "target_modules": [],
+    "target_parameters": ["experts.stack", "experts.mix"],
+}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
+    "all": [
+        {"target_modules": "all"},
+        {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True},
+    ],
     "ranks": [
         {"target_modules": ["linear", "conv"], "rank_pattern": {"conv": 1}},
         {"target_modules": ["conv"], "r": 4},
     ],
-    "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
-    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.stack": 1}, "alpha_pattern": {"experts.mix": 7}}] * 2,
-    "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
+    "slices": [
+        {
+            "target_modules": ["fused"],
+            "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}},
+        }
+    ]
+    * 2,
+    "own ranks": [
+        {
+            **EXPERTS,
+            "rank_pattern": {"experts.stack": 1},
+            "alpha_pattern": {"experts.mix": 7},
+        }
+    ]
+    * 2,
+    "pissa": [
+        {"target_modules": ["linear"], "init": "pissa"},
+        {"target_modules": ["linear"]},
+    ],
 }
 
 
@@ -45,9 +71,11 @@ def update(model: nn.Module) -> dict[str, Tensor]:
 
 def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list[dict[str, Tensor]]]:
     """Files, and their updates by the name of the weight."""
-    paths, deltas = [], []
+    paths = []
+    deltas = []
     for seed, config in enumerate(configs):
-        ll.inject_adapters(model := copy.deepcopy(BASE), ll.LoRAConfig(**{"r": 2, "alpha": 3, **config}))
+        model = copy.deepcopy(BASE)
+        ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, "alpha": 3, **config}))
         randomise(model, seed, scale=0.3)
         paths.append(folder / f"{seed}.safetensors")
         ll.save_adapter(model, paths[-1])
@@ -60,7 +88,8 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
 def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path, configs: Any, r: Any) -> None:
     paths, (one, other) = saved(tmp_path, configs)
     combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), r)
-    ll.load_adapter(model := copy.deepcopy(BASE), out)
+    model = copy.deepcopy(BASE)
+    ll.load_adapter(model, out)
     found = update(model)
     for name in found:
         torch.testing.assert_close(found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5)
@@ -69,7 +98,8 @@ def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path,
 def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
     paths, (one, other) = saved(tmp_path, [LINEAR] * 2)
     combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), 1)
-    ll.load_adapter(model := copy.deepcopy(BASE), out)
+    model = copy.deepcopy(BASE)
+    ll.load_adapter(model, out)
     whole = 0.7 * one["linear.weight"] - 0.4 * other["linear.weight"]
     gap = (update(model)["linear.weight"] - whole).norm()
     torch.testing.assert_close(gap, torch.linalg.svdvals(whole)[1:].norm())
@@ -77,8 +107,12 @@ def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     paths, _ = saved(tmp_path, [LINEAR] * 2)
-    out, other = tmp_path / "sum.safetensors", paths[1]
-    for given, weights, says in ((paths[:1], (1.0,), "at least two"), (paths, (1.0,) * 3, "3 weights")):
+    out = tmp_path / "sum.safetensors"
+    other = paths[1]
+    for given, weights, says in (
+        (paths[:1], (1.0,), "at least two"),
+        (paths, (1.0,) * 3, "3 weights"),
+    ):
         with pytest.raises(ll.ConfigError, match=says):
             combine_files(given, out, weights)
     ll.save_adapter(as_trained(copy.deepcopy(BASE), **LINEAR, modules_to_save=["embed"]), other)

@@ -48,27 +48,41 @@ def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def test_weights_stay_in_their_places_and_what_an_index_says_besides_is_kept(tmp_path: Path) -> None:
     files = ["w.safetensors"] * 2 + ["a/w.safetensors"] * 3 + ["a/b/w.data"] * 3
-    expected, path = divided(tmp_path, files), tmp_path / "base" / INDEX
+    expected = divided(tmp_path, files)
+    path = tmp_path / "base" / INDEX
     index = json.loads(path.read_text()) | {"metadata": {"total_size": 1, "more": "x"}}
     del index["weight_map"]["3.bias"]  # it is in a file all the same
     path.write_text(json.dumps(index))
     assert same_tensors(merged(tmp_path), expected)
     assert set(contents(tmp_path / "out")) == {*files, INDEX}
     size = sum(value.nbytes for value in expected.values())
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {"total_size": size, "more": "x"}
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {
+        "total_size": size,
+        "more": "x",
+    }
 
 
 @pytest.mark.parametrize("has_index", [True, False])
 def test_all_other_files_are_copied_but_other_weights(tmp_path: Path, has_index: bool) -> None:
-    expected, base = divided(tmp_path, ["model.safetensors"] * 8), tmp_path / "base"
+    expected = divided(tmp_path, ["model.safetensors"] * 8)
+    base = tmp_path / "base"
     if not has_index:
         (base / INDEX).unlink()
-    kept = ["config.json", "tok/vocab.txt", "1_Pooling/config.json", ".gitattributes", "spiece.model"]
+    kept = [
+        "config.json",
+        "tok/vocab.txt",
+        "1_Pooling/config.json",
+        ".gitattributes",
+        "spiece.model",
+    ]
     left = ["vision.safetensors", "q.GGUF", "pytorch_model.bin", "2_Dense/w.pt"]
     for name in (*kept, *left, ".cache/x"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
-    for name in ("model.safetensors", "config.json"):  # the cache of the hub holds links to files
+    for name in (
+        "model.safetensors",
+        "config.json",
+    ):  # the cache of the hub holds links to files
         (base / name).rename(tmp_path / name)
         (base / name).symlink_to(f"../{name}")
     assert same_tensors(merged(tmp_path), expected)

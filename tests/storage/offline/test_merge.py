@@ -19,6 +19,7 @@ from lightning_lora.storage.offline.merge_files import merge_files
 from tests.storage.formats.test_export_models import tiny
 from tests.storage.offline.test_combine import Several
 from tests.support.cases import At
+from tests.support.compared import assert_same_state, assert_same_tensors
 from tests.support.models import Around, LitTiny, TinyLM, lora, randomise, same, state
 from tests.support.storage import fitted, saved
 
@@ -28,14 +29,19 @@ class Mixed(Several):
 
     def __init__(self) -> None:
         super().__init__()
-        self.narrow, self.norm, self.head = nn.Linear(8, 8).bfloat16(), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.narrow = nn.Linear(8, 8).bfloat16()
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all"},
     "dora": {"target_modules": ["linear", "narrow", "embed"], "use_dora": True},
     "pissa": {"target_modules": ["linear", "conv"], "init": "pissa"},
-    "slices of an attention": {"target_modules": ["attention"], "target_slices": {"attention": ["q"]}},
+    "slices of an attention": {
+        "target_modules": ["attention"],
+        "target_slices": {"attention": ["q"]},
+    },
     "experts": {"target_modules": [], "target_parameters": ["experts.stack"]},
     "biases": {"target_modules": ["linear"], "bias": "all", "use_rslora": True, "alpha": 3},
 }
@@ -43,7 +49,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     """Write a base and adapters with random values."""
-    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "base.safetensors")
+    save_file(
+        {name: value.clone() for name, value in model.state_dict().items()},
+        folder / "base.safetensors",
+    )
     ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, **config}))
     randomise(model)
     for p in View(model).trained.values():
@@ -57,7 +66,11 @@ def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tens
 
 
 def refused(
-    folder: Path, error: Any, says: str, base: str = "base.safetensors", out: str = "merged.safetensors"
+    folder: Path,
+    error: Any,
+    says: str,
+    base: str = "base.safetensors",
+    out: str = "merged.safetensors",
 ) -> None:
     with pytest.raises(error, match=says):
         merge_files(folder / base, folder / "adapter.safetensors", folder / out)
@@ -69,8 +82,9 @@ def refused(
 def test_the_merged_file_has_the_bits_of_the_merged_model(tmp_path: Path, config: dict[str, Any]) -> None:
     save_files(tmp_path, model := Mixed(), **{"modules_to_save": ["norm"], **config})
     ll.merge_adapters(model)
-    found, expected = merged(tmp_path), dict(sorted(state(model).items()))
-    assert same(found, expected)
+    found = merged(tmp_path)
+    expected = dict(sorted(state(model).items()))
+    assert_same_tensors(found, expected)
     assert [value.dtype for value in found.values()] == [expected[name].dtype for name in found]
 
 
@@ -81,7 +95,7 @@ def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
     ll.merge_adapters(model)
     merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
     loaded = BertModel.from_pretrained(tmp_path / "merged")
-    assert same(state(loaded), state(model.model))
+    assert_same_state(loaded, model.model)
 
 
 def test_a_checkpoint_is_merged_into_one_that_lightning_reads(tmp_path: Path) -> None:
@@ -90,16 +104,20 @@ def test_a_checkpoint_is_merged_into_one_that_lightning_reads(tmp_path: Path) ->
     merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "merged.ckpt")
     ll.merge_adapters(pretrained)
     found = LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt")
-    assert same(state(found), state(pretrained)) and not same(state(found), state(LitTiny()))
+    assert_same_state(found, pretrained)
+    assert not same(state(found), state(LitTiny()))
     assert torch.load(tmp_path / "merged.ckpt", weights_only=True).keys().isdisjoint({"lightning_lora", "callbacks"})
 
 
 def test_a_new_head_is_added(tmp_path: Path) -> None:
     save_files(tmp_path, model := Mixed(), target_modules=["linear"], modules_to_save=["head"])
     base = load_file(tmp_path / "base.safetensors")
-    save_file({n: v for n, v in base.items() if not n.startswith("head")}, tmp_path / "base.safetensors")
+    save_file(
+        {n: v for n, v in base.items() if not n.startswith("head")},
+        tmp_path / "base.safetensors",
+    )
     ll.merge_adapters(model)
-    assert same(merged(tmp_path), dict(sorted(state(model).items())))
+    assert_same_tensors(merged(tmp_path), dict(sorted(state(model).items())))
 
 
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
@@ -108,7 +126,7 @@ def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_p
     save_file({**base, "q_proj.weight": base["q_proj.weight"] + 1}, tmp_path / "base.safetensors")
     changes = At(1, lambda _, model: model.get_parameter("q_proj.weight").data.add_(2))
     model = fitted(tmp_path / "a.ckpt", LitTiny(), lora(), changes)
-    assert same(merged(tmp_path, adapter="a.ckpt"), dict(sorted(model.state_dict().items())))
+    assert_same_tensors(merged(tmp_path, adapter="a.ckpt"), dict(sorted(model.state_dict().items())))
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
@@ -120,15 +138,28 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: P
     save_file(base, tmp_path / "base.safetensors")
     with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
         found = merged(tmp_path)
-    assert found["q_proj.weight"].dtype is here and not torch.equal(found["q_proj.weight"], base["q_proj.weight"])
+    assert found["q_proj.weight"].dtype is here
+    assert not torch.equal(found["q_proj.weight"], base["q_proj.weight"])
     delta = (model.q_proj.lora_B @ model.q_proj.lora_A).float()  # type: ignore[operator]
     torch.testing.assert_close(found["q_proj.weight"], (base["q_proj.weight"].float() + delta).to(here))
 
 
 OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
-    ("embed.weight", lambda weight: weight + 1, "another base: 1 .* such as 'embed.weight'"),
-    ("linear.weight", lambda weight: weight[:4].clone(), r"linear.weight \[8, 8\], torch.float32 \[4, 8\]"),
-    ("linear.weight", lambda weight: weight.to(torch.float8_e4m3fn), "float8_e4m3fn .* float32, bfloat16"),
+    (
+        "embed.weight",
+        lambda weight: weight + 1,
+        "another base: 1 .* such as 'embed.weight'",
+    ),
+    (
+        "linear.weight",
+        lambda weight: weight[:4].clone(),
+        r"linear.weight \[8, 8\], torch.float32 \[4, 8\]",
+    ),
+    (
+        "linear.weight",
+        lambda weight: weight.to(torch.float8_e4m3fn),
+        "float8_e4m3fn .* float32, bfloat16",
+    ),
     ("linear.weight", lambda weight: weight.to(torch.int8), "torch.int8"),
 ]
 
@@ -138,7 +169,11 @@ def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, says: s
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     base = load_file(tmp_path / "base.safetensors")
     save_file({**base, name: change(base[name])}, tmp_path / "base.safetensors")
-    refused(tmp_path, ll.AdapterMismatchError if name == "linear.weight" else ll.BaseMismatchError, says)
+    refused(
+        tmp_path,
+        ll.AdapterMismatchError if name == "linear.weight" else ll.BaseMismatchError,
+        says,
+    )
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
@@ -153,14 +188,16 @@ class Two(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.a = nn.Linear(8, 8)
+            self.b = nn.Linear(8, 8)
         if is_tied:
             self.c = self.b
 
 
 def test_a_base_that_lacks_a_tensor_of_the_trainings_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, Two(), target_modules=["a"])
-    base = load_file(path := tmp_path / "base.safetensors")
+    path = tmp_path / "base.safetensors"
+    base = load_file(path)
     save_file({name: value for name, value in base.items() if name != "b.weight"}, path)
     refused(tmp_path, ll.BaseMismatchError, "lacks 'b.weight', which the base of the adapters")
     save_file(base, path)
@@ -178,7 +215,8 @@ def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(tmp_path
     save_files(tmp_path, Two(), target_modules=["a"])
     base = {name: value.to(dtype) for name, value in load_file(tmp_path / "base.safetensors").items()}
     save_file(
-        {name.replace("b.weight", "b.gamma"): value for name, value in base.items()}, tmp_path / "base.safetensors"
+        {name.replace("b.weight", "b.gamma"): value for name, value in base.items()},
+        tmp_path / "base.safetensors",
     )
     assert torch.equal(merged(tmp_path)["b.gamma"], base["b.weight"])
 
@@ -186,7 +224,10 @@ def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(tmp_path
 def test_a_tied_tensor_may_be_there_under_one_of_its_names(tmp_path: Path) -> None:
     save_files(tmp_path, Two(is_tied=True), target_modules=["a"])
     base = load_file(tmp_path / "base.safetensors")
-    save_file({name: value for name, value in base.items() if name[0] != "c"}, tmp_path / "base.safetensors")
+    save_file(
+        {name: value for name, value in base.items() if name[0] != "c"},
+        tmp_path / "base.safetensors",
+    )
     assert merged(tmp_path).keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
 
 
@@ -196,7 +237,10 @@ BITS: dict[str, bytes] = {"a hyperparameter": b"gain", "a name": b"b.weight"}
 @pytest.mark.parametrize("place", BITS.values(), ids=BITS)
 def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(tmp_path: Path, place: bytes) -> None:
     save_files(tmp_path, Two(), target_modules=["a"])
-    torch.save({"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}}, path := tmp_path / "base.ckpt")
+    torch.save(
+        {"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}},
+        path := tmp_path / "base.ckpt",
+    )
     contents = bytearray(path.read_bytes())
     contents[contents.index(place)] ^= 1
     path.write_bytes(contents)
@@ -226,7 +270,13 @@ def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> Non
     model.pooler = nn.Linear(4, 4)
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
-    refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
+    refused(
+        tmp_path,
+        ll.AdapterMismatchError,
+        r"'pooler.weight'.*outside of 'model'",
+        base="base",
+        out="merged",
+    )
 
 
 def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +342,10 @@ def test_what_is_no_tensor_is_never_lost_in_a_merge(tmp_path: Path) -> None:
     model = Counts()
     torch.save(model.state_dict(), tmp_path / "base.ckpt")
     fitted(tmp_path / "a.ckpt", model)
-    with pytest.raises(ll.AdapterFileError, match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged"):
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged",
+    ):
         merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.safetensors")
     merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.ckpt")
     assert torch.load(tmp_path / "out.ckpt", weights_only=True)["_extra_state"] == {"steps": model.steps}

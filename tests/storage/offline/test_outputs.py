@@ -60,7 +60,10 @@ OVER: list[tuple[Callable[..., object], list[str]]] = [
 @pytest.mark.parametrize(("write", "names"), OVER)
 def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any, names: list[str]) -> None:
     before = contents(folder)
-    with pytest.raises((ll.AdapterFileError, FileExistsError), match=r"over .* Choose another|b.* holds adapters"):
+    with pytest.raises(
+        (ll.AdapterFileError, FileExistsError),
+        match=r"over .* Choose another|b.* holds adapters",
+    ):
         write(*names)
     assert contents(folder) == before
 
@@ -105,11 +108,16 @@ def test_a_tensor_beside_is_kept_bit_for_bit(folder: Path, value: torch.Tensor) 
 
 
 def test_tensors_are_aligned_behind_those_of_odd_sizes(folder: Path) -> None:
-    base = {"0": torch.ones(3, dtype=torch.bool), **model().state_dict(), "9": torch.zeros(5, dtype=torch.float16)}
+    base = {
+        "0": torch.ones(3, dtype=torch.bool),
+        **model().state_dict(),
+        "9": torch.zeros(5, dtype=torch.float16),
+    }
     save_file(base, folder / "odd.safetensors")
     merge("odd.safetensors", "a.safetensors", "out.safetensors")
     found = load_file(folder / "out.safetensors")
-    assert found.keys() == base.keys() and all(value.data_ptr() % value.itemsize == 0 for value in found.values())
+    assert found.keys() == base.keys()
+    assert all(value.data_ptr() % value.itemsize == 0 for value in found.values())
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
@@ -120,6 +128,7 @@ def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder:
     found = torch.load(folder / "out.ckpt", weights_only=True)
     assert is_plain or found.pop("mine") == 2
     state = found if is_plain else found["state_dict"]
-    assert state.keys() == base.keys() and state["extra"] == {"n": 1}
+    assert state.keys() == base.keys()
+    assert state["extra"] == {"n": 1}
     merge("base.safetensors", "a.safetensors", "out.safetensors")
     assert torch.equal(state["0.weight"], load_file(folder / "out.safetensors")["0.weight"])

@@ -32,8 +32,7 @@ class OwnCheckpoints:
     """
 
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
-        plain = [p for p in frozen if type(p) is nn.Parameter]
-        self.frozen = {p for p in plain if p.is_floating_point() or p.is_complex()}
+        self.frozen = {p for p in frozen if _may_have_gradient(p)}
         self.were_found = False
         self.losses = 0
 
@@ -54,10 +53,17 @@ class OwnCheckpoints:
                 setattr(node, name, tree_map(self._detached, noted))
 
     def _detached(self, value: Any) -> Any:
-        return value.detach().requires_grad_() if self._is_frozen(value) else value
+        if self._is_frozen(value):
+            return value.detach().requires_grad_()
+        return value
 
     def _is_frozen(self, value: Any) -> bool:
         return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
+
+
+def _may_have_gradient(p: nn.Parameter) -> bool:
+    """Whether a parameter is of torch's own class, and of a dtype with gradients."""
+    return type(p) is nn.Parameter and (p.is_floating_point() or p.is_complex())
 
 
 IN_A_STEP = "Or ask for gradients of what trains: [p for p in self.parameters() if p.requires_grad]."
@@ -71,8 +77,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
     """If torch refused gradients of frozen weights of ``model``, raise an error that names them, and gives advice."""
     if isinstance(error, LoRAError) or find_record(model) is None:
         return
-    asked = _asked_for(error)
-    names = _names_of(View(model), asked) if asked else []
+    names = _names_of(View(model), _asked_for(error))
     if names:
         layers = list(dict.fromkeys(owner_of(name) or name for name in names))
         raise TargetError(
@@ -83,17 +88,20 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
-    ids = set(map(id, asked))
+    if not asked:
+        return []
+    ids = {id(value) for value in asked}
     flags = view.record.requires_grad
-    return [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad and flags.get(name)]
+    frozen = [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad]
+    return [name for name in frozen if flags.get(name)]
 
 
 def _asked_for(error: BaseException) -> list[object]:
     """The tensors of which torch refused the gradients. The step's own code may have met that error before."""
     for each in _chain(error):
-        if isinstance(each, RuntimeError):
-            for values in _arguments_of_grad(each.__traceback__):
-                return values
+        values = _arguments_of_grad(each)
+        if values is not None:
+            return values
     return []
 
 
@@ -107,11 +115,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _arguments_of_grad(traceback: TracebackType | None) -> Iterator[list[object]]:
-    """Go through the calls of ``torch.autograd.grad`` in a traceback: to what each asked for."""
+def _arguments_of_grad(error: BaseException) -> list[object] | None:
+    """What the first call of ``torch.autograd.grad`` in an error's traceback asked for, if torch refused it."""
+    if not isinstance(error, RuntimeError):
+        return None
     code = inspect.unwrap(torch.autograd.grad).__code__
+    for frame in _frames_of(error.__traceback__):
+        if frame.f_code is code:
+            values = frame.f_locals
+            return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
+    return None
+
+
+def _frames_of(traceback: TracebackType | None) -> Iterator[Any]:
     while traceback is not None:
-        if traceback.tb_frame.f_code is code:
-            values = traceback.tb_frame.f_locals
-            yield tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
+        yield traceback.tb_frame
         traceback = traceback.tb_next

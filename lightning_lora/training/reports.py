@@ -1,4 +1,4 @@
-"""How the adapters train, said and logged: their learning rates, and the arguments as hyperparameters."""
+"""How the adapters train, shown and logged: their learning rates, and the arguments as hyperparameters."""
 
 import hashlib
 import json
@@ -7,89 +7,17 @@ from typing import Any
 
 import fsspec
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.training.rates import peak_rates, rates_by_layer
+from lightning_lora.training.rates import peak_rates
 
 Values = dict[str, Any]
 
 # Rates
-
-
-def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
-    """Tell of a learning rate that is low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
-    view = view_of(model)
-    like_adam: list[Optimizer] = []
-    others: list[Optimizer] = []
-    for optimizer in optimizers:
-        if _is_like_adam(optimizer):
-            like_adam.append(optimizer)
-        else:
-            others.append(optimizer)
-    _tell_of_high_rate(view, like_adam, is_scaled=is_scaled)
-    if not is_scaled:
-        _tell_of_low_rates(view, like_adam)
-        _tell_of_perhaps_low_rates(view, others)
-
-
-def _is_like_adam(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's usual rates are known: it is an Adam."""
-    return any("Adam" in name for name in class_names(optimizer))
-
-
-def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
-    """Tell of a rate that is high for adapters. A scheduler multiplies still higher ones, such as 1."""
-    rates, _ = peak_rates(view, optimizers)
-    if not rates or not 0.0101 < rates[0] < 0.5:
-        return
-    message = (
-        f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the loss grows, lower it."
-    )
-    if is_scaled:
-        message += " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out."
-    rank_zero_info(message)
-
-
-def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
-    """Tell of rates as in full fine-tuning."""
-    low = _low_rates(view, optimizers)
-    if low:
-        rank_zero_info(
-            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}, as in full fine-tuning. "
-            "LoRA usually needs about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not "
-            "shown."
-        )
-
-
-def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
-    """Tell of rates that would be low for Adam, of optimizers that are none."""
-    low = _low_rates(view, optimizers)
-    if low:
-        kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
-        rank_zero_info(
-            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}. Whether that is low for "
-            f"LoRA is known of Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly falls: "
-            "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
-        )
-
-
-def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
-    rates = rates_by_layer(view, optimizers)
-    return {layer: rate for layer, rate in rates.items() if 0 < rate <= 1e-4}
-
-
-def _where(view: View, low: Iterable[str]) -> str:
-    """Where the rate is low: layers are named if it is not low in others."""
-    trained = {name for name, layer in view.layers.items() if layer.lora_trained()}
-    if trained == set(low):
-        return ""
-    return f" in {listed(low)}"
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:

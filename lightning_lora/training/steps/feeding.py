@@ -1,6 +1,6 @@
 """Frozen networks below a head: does what trains read them? The first step tells, and the others are left alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import StrategyError, listed
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.settle import leave_alone, left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
+from lightning_lora.tensors.named import inside, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
-from lightning_lora.training.gradients import CHECKPOINT_FUNCTION
 from lightning_lora.training.optimizers import groups_were_edited, held_by, no_place
+from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
 _WHAT_TRAINS = ""  # stands among the networks that have run for what trains
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
@@ -33,22 +35,24 @@ class Feeding:
     def __init__(self, model: LightningModule) -> None:
         view = view_of(model)
         self.trainer = model.trainer
-        self.below: dict[str, set[int]] = {name: set() for name in view.adapter.networks.below}
+        self.below: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
         self.found: set[int] = set()  # parameters from which inputs of what trains were computed
         self.have_run: set[str] = set()
         self.hooks: list[RemovableHandle] = []
-        if not self.below:
-            return
-        training = {inner for module in view.saved for inner in module.modules()}
+        for network in view.adapter.networks.below:
+            self.below[network] = set()
+        if self.below:
+            self._watch_networks(view)
+            for module in _modules_that_train(view, self.below) or _modules_without_adapters(view):
+                self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
+
+    def _watch_networks(self, view: View) -> None:
+        """Note when layers of the networks run."""
         for name, layer in view.layers.items():
             network = self._network_of(name)
             if network is not None:
-                self.below[network].update(id(parameter) for parameter in layer.lora_trained())
+                self.below[network].update(map(id, layer.lora_trained()))
                 self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
-            elif layer.lora_trained():
-                training.add(layer)
-        for module in training or _trains_without_adapters(view):
-            self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
 
     def _network_of(self, layer: str) -> str | None:
         for network in self.below:
@@ -81,10 +85,19 @@ class Feeding:
             hook.remove()
 
 
-def _trains_without_adapters(view: View) -> set[nn.Module]:
+def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
+    """The layers beside these networks whose adapters train, and modules that train in full."""
+    beside = only(view.layers, outside(view.layers, networks))
+    training: set[nn.Module] = set(where(beside, LoRALayer.lora_trained).values())
+    for module in view.saved:
+        training.update(module.modules())
+    return training
+
+
+def _modules_without_adapters(view: View) -> set[nn.Module]:
     """The modules with weights that the user has not frozen, and that have no adapter."""
-    owners = {owner_of(name) for name in view.base.keys() - view.frozen_by_user}
-    return {view.modules[name] for name in owners - view.layers.keys()}
+    owners = {owner_of(name) for name in without(view.base, view.frozen_by_user)}
+    return set(only(view.modules, owners - view.layers.keys()).values())
 
 
 def _leaves_behind(values: Iterable[object]) -> set[int]:
@@ -131,13 +144,13 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
 
 def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> tuple[list[str], list[str]]:
     """The networks that feed nothing, and those that feed what trains, as far as all processes have seen them run."""
-    held_here = {id(parameter) for parameter in held_by([optimizer])}
-    held_anywhere = {id(parameter) for parameter in held_by(strategy.optimizers)}
+    to_judge = list(feeding.below)
+    if not copied:
+        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
     alone = []
     fed = []
-    for name, parameters in list(feeding.below.items()):
-        is_judged_here = copied or not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters)
-        if not is_judged_here or not strategy.reduce_boolean_decision(feeding.have_both_run(name)):
+    for name in to_judge:
+        if not strategy.reduce_boolean_decision(feeding.have_both_run(name)):
             continue
         if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)):
             alone.append(name)
@@ -147,22 +160,28 @@ def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: boo
     return alone, fed
 
 
+def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
+    """The networks that an optimizer trains, or that none does."""
+    held_here = set(map(id, held_by([optimizer])))
+    held_anywhere = set(map(id, held_by(optimizers)))
+    judged = []
+    for name, parameters in networks.items():
+        if not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters):
+            judged.append(name)
+    return judged
+
+
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
     held = held_by(optimizers)
-    unplaced = []
-    for name, parameter in view.adapters.items():
-        if is_in_any(name, fed) and parameter not in held:
-            unplaced.append(name)
+    unplaced = [name for name in inside(view.adapters, fed) if view.adapters[name] not in held]
     if unplaced:
         raise no_place(view.title, unplaced, sum(len(optimizer.param_groups) for optimizer in optimizers))
 
 
 def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    if not fed:
-        return
-    if all(is_in_any(name, (*fed, *alone)) for name in view.layers):
+    if not fed or not outside(view.layers, (*fed, *alone)):
         return
     rank_zero_info(
         f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} too. "

@@ -1,0 +1,56 @@
+"""One file for each hazard that is only said: its rule, its message, and its moments, of those in ``moments.py``.
+
+Nothing else of the package knows a guard. To take one out, delete its file, its import and its line here.
+"""
+
+from lightning_lora import moments
+from lightning_lora.guards.averages_by_name import AveragesByName
+from lightning_lora.guards.base_shown import BaseShown
+from lightning_lora.guards.dead_adapters import DeadAdapters
+from lightning_lora.guards.diverged import Diverged
+from lightning_lora.guards.hooked import Hooked
+from lightning_lora.guards.large_hyperparameters import LargeHyperparameters
+from lightning_lora.guards.learning_rates import LearningRates
+from lightning_lora.guards.left_copies import LeftCopies
+from lightning_lora.guards.left_out import LeftOut
+from lightning_lora.guards.left_trainable import LeftTrainable
+from lightning_lora.guards.looks_untrained import LooksUntrained
+from lightning_lora.guards.networks_beside import NetworksBeside
+from lightning_lora.guards.nothing_learned import NothingLearned
+from lightning_lora.guards.overflown import Overflown
+from lightning_lora.guards.read_by_hand.reads import ReadByHand
+from lightning_lora.guards.refused_exports import RefusedExports
+from lightning_lora.guards.rounded import Rounded
+from lightning_lora.guards.thawed import Thawed
+from lightning_lora.guards.tied import Tied
+from lightning_lora.guards.token_heads import TokenHeads
+from lightning_lora.guards.unmoved_copies import UnmovedCopies
+from lightning_lora.guards.untied import Untied
+from lightning_lora.guards.written import Written
+
+moments.GUARDS[:] = [
+    LearningRates,
+    NetworksBeside,
+    Thawed,
+    LargeHyperparameters,
+    AveragesByName,
+    LooksUntrained,
+    LeftTrainable,
+    Tied,
+    TokenHeads,
+    RefusedExports,
+    LeftOut,
+    Hooked,
+    ReadByHand,
+    BaseShown,
+    DeadAdapters,
+    Written,
+    LeftCopies,
+    UnmovedCopies,
+    NothingLearned,
+    Diverged,
+    Untied,
+    Overflown,
+    Rounded,
+]
+"""In the order in which they speak, where several speak at one moment."""

@@ -1,0 +1,18 @@
+"""A backward pass while the base is shown: what trains in full gets no gradient there."""
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+
+
+class BaseShown(Guard):
+    """Names what should have got a gradient."""
+
+    def backward_begins_without_adapters(self, view: View) -> None:
+        """Name what trains in full."""
+        if view.trained:
+            warn(
+                f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the "
+                "base's values there, and get no gradient. Call it after the block, in which only the base's outputs "
+                "are computed."
+            )

@@ -1,0 +1,31 @@
+"""Adapters that receive no gradient: the loss does not depend on them, or not in the first batches."""
+
+from collections.abc import Sequence
+
+from lightning_lora.errors import DeadAdapterWarning, listed, warn
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import modules_around
+
+
+class DeadAdapters(Guard):
+    """Names layers whose adapters have no gradient when their optimizer makes its first step."""
+
+    def optimizer_begins(self, view: View, unreached: Sequence[str]) -> None:
+        """Name them, and those that look untrained too."""
+        message = (
+            f"The adapters of {listed(unreached)} received no gradient before the first optimizer step. Do they run "
+            "under no_grad() or detach()? Do only other batches use them (as with experts)? Does other code freeze "
+            "them (requires_grad), or read weights without calling the layers (name these in target_parameters)? "
+            "If the loss does not depend on them, leave them out with exclude_modules."
+        )
+        fresh = _fresh_among(view, unreached)
+        if fresh:
+            message += f" {listed(fresh)} look untrained too: leave them out then, whatever FreshLayerWarning says."
+        warn(message, DeadAdapterWarning)
+
+
+def _fresh_among(view: View, layers: Sequence[str]) -> list[str]:
+    """Those of these layers with a weight that looks untrained."""
+    random = modules_around(view.adapter.random or ())
+    return [name for name in layers if name in random]

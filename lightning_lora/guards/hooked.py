@@ -1,0 +1,54 @@
+"""Gradient hooks on weights that have adapters.
+
+Such a hook masks or scales what a weight learns. A frozen weight has no gradient, so the hook never runs, and the
+update moves what the hook protects.
+"""
+
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.private import has_gradient_hooks
+from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.names import own_parameter
+
+_NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+"""The layers that were named, of each model."""
+
+
+class Hooked(Guard):
+    """Names adapted layers of a model whose weights have gradient hooks, once."""
+
+    def injected(self, view: View) -> None:
+        """Name those that have hooks now."""
+        already_named = _NAMED.setdefault(view.model, set())
+        names = list(where(without(view.layers, already_named), _has_hooked_weight))
+        if names:
+            already_named.update(names)
+            warn(_about_hooks(view.title, names))
+
+    def adapters_ready(self, view: View) -> None:
+        """Name those that have got hooks since."""
+        self.injected(view)
+
+
+def _has_hooked_weight(layer: LoRALayer) -> bool:
+    """Whether a weight that has an update has a gradient hook."""
+    weights = [own_parameter(layer, name) for name in layer.lora_weights()]
+    return any(has_gradient_hooks(weight) for weight in weights)
+
+
+def _about_hooks(title: str, names: list[str]) -> str:
+    """What gradient hooks on these layers' weights no longer do, and what to do."""
+    entries = as_entries(names)
+    return (
+        f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, which never run now: "
+        "the weights are frozen, and what the hooks mask or scale is no part of the updates. Train these layers in "
+        f"full: modules_to_save={entries}. Or leave them out: exclude_modules={entries}. If the hooks only watch, "
+        "nothing else is missing."
+    )

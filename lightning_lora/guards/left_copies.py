@@ -1,0 +1,63 @@
+"""Frozen copies without adapters that other code moves towards a network with adapters: they do not follow updates."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_lora.errors import warn
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.private import version_of
+from lightning_lora.tensors.named import inside
+from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+
+class LeftCopies(Guard):
+    """Names copies that a fit has moved, once."""
+
+    def __init__(self) -> None:
+        self.copies = FrozenCopies()
+        self.versions: dict[str, int | None] = {}  # how often each weight was written in place
+        self.has_spoken = False
+
+    def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
+        """Note which weights were written before."""
+        self.copies = copies
+        if copies.originals:
+            self.versions = {name: _version(weight) for name, weight in view.base.items()}
+
+    def base_compared(self, view: View) -> None:
+        """Name those that were moved, or written into."""
+        if self.has_spoken:
+            return
+        moved = [copy for copy in self.copies.originals if self._is_moved(view, copy)]
+        if moved:
+            self.has_spoken = True
+            warn(self._about_moved(view.title, moved))
+
+    def _is_moved(self, view: View, copy: str) -> bool:
+        return bool(self.copies.moved_weights(view, copy)) or self._is_written(view, copy)
+
+    def _is_written(self, view: View, copy: str) -> bool:
+        """Whether code has written into a copy, perhaps its own values again: those of its original are frozen.
+
+        What loads the weights of the whole model writes into the original too.
+        """
+        written = {name for name, version in self.versions.items() if version != _version(view.base.get(name))}
+        written_in_copy = inside(written, [copy])
+        return any(self.copies.name_in_original(name, copy) not in written for name in written_in_copy)
+
+    def _about_moved(self, title: str, moved: Sequence[str]) -> str:
+        pairs = [f"{copy!r} of {self.copies.originals[copy]!r}" for copy in moved]
+        return (
+            f"Code moves copies in {title} that have no adapters: {', '.join(pairs)}. They do not follow what the "
+            "originals learn, unless your code adds the updates. Let them have adapters too, which then follow: "
+            "take them out of exclude_modules, or into target_modules."
+        )
+
+
+def _version(weight: Tensor | None) -> int | None:
+    """How often a weight was written in place, where torch counts that."""
+    if weight is None or weight.is_inference():
+        return None
+    return version_of(weight)

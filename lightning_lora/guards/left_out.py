@@ -1,0 +1,167 @@
+"""What automatic targets leave out: most of the weights, or layers whose weight is computed."""
+
+from collections.abc import Iterable, Set
+from enum import Enum
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_lora.errors import listed, shortened
+from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
+from lightning_lora.layers import adapter_for
+from lightning_lora.model.fresh import MOST_SHARE, Fresh
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
+from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.tensors.named import grouped, outside
+from lightning_lora.tensors.names import is_in_any, owner_of
+
+_LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
+
+
+class LeftOut(Guard):
+    """Names what ``"all"`` or ``"all-linear"`` leaves out."""
+
+    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+        """Name layers if most of the weights are in them. Name those that the advice, or the word, would reach."""
+        word = view.config.target_modules
+        if word not in AUTOMATIC:
+            return
+        left = left_alone(view)
+        is_most = left.share > MOST_SHARE
+        if is_most and left.classes:
+            warn_in_each_fit(_about_left_alone(view, left))
+        computed = _computed(view, "all" if is_most else str(word))
+        if computed:
+            warn_in_each_fit(_about_computed(view, computed))
+
+
+# Most of the weights
+
+
+class LeftAlone(NamedTuple):
+    """Matrices that automatic targets leave alone."""
+
+    classes: dict[str, str]  # of their layers, by the matrix's name
+    share: float  # of the values of all weights that targets could mean
+
+
+def left_alone(view: View) -> LeftAlone:
+    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes. Also their share.
+
+    Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
+    are in the share only.
+    """
+    if view.config.target_modules not in AUTOMATIC:
+        return LeftAlone({}, 0)
+    adapted = {view.base[name] for name in view.adapted_weights}
+    meant = _meant(view, adapted)
+    size_of_meant = max(view.size_of(meant), 1)
+    left = [name for name in meant if _is_left_alone(view, name, adapted)]
+    by_class = grouped(left, lambda name: _class_of_owner(view, name))
+    sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
+    classes: dict[str, str] = {}
+    for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sizes[layer_class] > _LEAST_SHARE * size_of_meant and layer_class != COMPUTED:
+            classes.update(dict.fromkeys(by_class[layer_class], layer_class))
+    return LeftAlone(classes, sum(sizes.values()) / size_of_meant)
+
+
+def _meant(view: View, adapted: Set[nn.Parameter]) -> list[str]:
+    """The parameters that targets could mean: not those that the user froze or excluded, unless they are adapted."""
+    by_user = view.frozen_by_user.union(excluded_names(view))
+    return [name for name, p in view.base.items() if p in adapted or not is_in_any(name, by_user)]
+
+
+def _is_left_alone(view: View, name: str, adapted: Set[nn.Parameter]) -> bool:
+    """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
+    p = view.base[name]
+    if name not in view.frozen or p in adapted:
+        return False
+    return _is_matrix(p) and not _is_usually_left(view.modules[owner_of(name)])
+
+
+def _class_of_owner(view: View, name: str) -> str:
+    """The class of the layer that holds a matrix. All with computed weights are one: another message names them."""
+    layer = view.modules[owner_of(name)]
+    return COMPUTED if is_computed(layer) else class_of(layer)
+
+
+def _is_matrix(p: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix or a stack of some. A stack of one is a table of positions."""
+    if not p.is_floating_point():
+        return False
+    return p.dim() == 2 or (p.dim() > 2 and len(p) > 1)
+
+
+def _is_usually_left(layer: nn.Module) -> bool:
+    """Whether nobody expects an adapter here: in embeddings, norms, and a linear layer, which is an output head."""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
+        return True
+    return getattr(adapter_for(layer), "lora_is_linear", False)
+
+
+def _about_left_alone(view: View, left: LeftAlone) -> str:
+    """What is said of layers that are left alone, with the arguments that would train them."""
+    layers = dict.fromkeys(owner_of(name) or name for name in left.classes)
+    classes = dict.fromkeys(left.classes.values())
+    return (
+        f'target_modules="{view.config.target_modules}" leaves {left.share:.0%} of the weights of '
+        f"{view.title} without adapters. They are in {shortened(classes)} layers: {listed(layers)}. Use "
+        f"{' and '.join(_arguments_for(view, left.classes))} to train them too, or name the layers to adapt."
+    )
+
+
+def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
+    """The arguments that would train these matrices."""
+    ways = grouped(matrices, lambda name: _way_to_train(view, name))
+    arguments = []
+    if _Way.LAYER in ways:
+        arguments.append('target_modules="all"')
+    if _Way.PARAMETER in ways:
+        targets_now = view.config.target_parameters or ()
+        parameters = Names(view.model).endings(ways[_Way.PARAMETER])
+        arguments.append(f"target_parameters={[*targets_now, *parameters]}")
+    if _Way.IN_FULL in ways:
+        arguments.append(to_save(view, ways[_Way.IN_FULL]))
+    return arguments
+
+
+class _Way(Enum):
+    """How a matrix may be trained."""
+
+    LAYER = "an adapter fits its layer"
+    PARAMETER = "an adapter fits the matrix alone"
+    IN_FULL = "no adapter fits"
+
+
+def _way_to_train(view: View, name: str) -> _Way:
+    owner = owner_of(name)
+    layer = view.modules[owner]
+    if adapter_for(layer):
+        return _Way.LAYER
+    if name in own_matrices(owner, layer):
+        return _Way.PARAMETER
+    return _Way.IN_FULL
+
+
+# Computed weights
+
+
+def _computed(view: View, word: str) -> list[str]:
+    """The layers that ``"all"`` or ``"all-linear"`` leaves out because their weight is computed."""
+    names = Names(view.model)
+    saved = names.find("modules_to_save", view.config.modules_to_save)
+    networks = view.adapter.networks
+    expected = {*excluded_names(view), *saved, *networks.still, *networks.copies}
+    computed = {layer for layer in automatic_targets(names, word).values() if is_computed(layer)}
+    return outside(names.first_names(computed), expected)
+
+
+def _about_computed(view: View, layers: list[str]) -> str:
+    return (
+        f"No adapter for {listed(layers)} of {view.title}, because the weight is {COMPUTED}. It stays frozen: undo "
+        f"that to adapt it, or train it in full: {to_save(view, layers)}."
+    )

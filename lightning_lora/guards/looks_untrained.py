@@ -1,0 +1,111 @@
+"""Layers that look untrained and do not train: a new head would stay random."""
+
+import math
+from collections.abc import Iterable
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_lora.errors import FreshLayerWarning, listed
+from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
+from lightning_lora.layers import adapter_for
+from lightning_lora.model.fresh import MOST_SHARE, Fresh, random_weights
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import outside
+from lightning_lora.tensors.names import owner_of
+
+
+class LooksUntrained(Guard):
+    """Tells of a model that looks untrained, or names the layers that do."""
+
+    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+        """Look at the base as it is when training begins."""
+        if fresh.share > MOST_SHARE:
+            rank_zero_info(_about_model(view, fresh))
+            return
+        unsure = _unsure(view, fresh)
+        if fresh.random:
+            _name_fresh(view, fresh, unsure)
+        elif unsure:
+            warn_in_each_fit(_about_unsure(view, unsure), FreshLayerWarning)
+
+    def base_made_new(self, view: View, fresh: Fresh) -> None:
+        """Look again at what hooks have changed since."""
+        if fresh.random or fresh.unsure:
+            self.new_adapters_begin(view, fresh)
+
+
+def _unsure(view: View, fresh: Fresh) -> list[str]:
+    """The layers that may be new, but for those that the user left out. None, if no layer was large enough to judge."""
+    if math.isnan(fresh.share):
+        return []
+    left_out = {*excluded_names(view), *view.adapter.networks.copies}
+    return outside(fresh.unsure, left_out)
+
+
+def _name_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
+    """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
+    message = _about_fresh(view, fresh)
+    if unsure:
+        message += _about_small_ones_too(view, fresh, unsure)
+    if _are_excluded(view, random_weights(view)):
+        rank_zero_info(message)
+    else:
+        warn_in_each_fit(message, FreshLayerWarning)
+
+
+def _are_excluded(view: View, weights: Iterable[str]) -> bool:
+    """Whether ``exclude_modules`` names all layers of these weights that could be adapted."""
+    layers = {owner_of(weight) for weight in weights}
+    remaining = outside(layers, set(excluded_names(view)))
+    return not any(adapter_for(view.modules[name]) for name in remaining)
+
+
+# What is said
+
+
+def _about_model(view: View, fresh: Fresh) -> str:
+    return (
+        f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
+        "learn little: load pretrained weights first, or train without LoRACallback."
+        + _about_convolutions(view, fresh.random)
+    )
+
+
+def _about_fresh(view: View, fresh: Fresh) -> str:
+    message = (
+        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
+        f"an initialisation. Train them in full: {to_save(view, fresh.random)}. (If they are random on purpose, or "
+        "the loss does not depend on them, ignore this: the files hold them as they are.)"
+    )
+    message += _about_convolutions(view, fresh.random)
+    if not outside(view.layers, fresh.random):
+        message += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
+    return message
+
+
+def _about_small_ones_too(view: View, fresh: Fresh, unsure: list[str]) -> str:
+    """What is said of layers beside these that may be new: one list names all."""
+    return (
+        f" Perhaps new too: {listed(unsure)} (too few weights to tell). If so, name all: "
+        f"{to_save(view, [*fresh.random, *unsure])}."
+    )
+
+
+def _about_unsure(view: View, unsure: list[str]) -> str:
+    return (
+        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{to_save(view, unsure)}. If pretrained, all is well."
+    )
+
+
+def _about_convolutions(view: View, names: Iterable[str]) -> str:
+    """What is said if convolutions are among these modules: small ones look untrained for long."""
+    if any(_holds_convolution(view.modules[name]) for name in names):
+        return " They may be trained all the same: small convolutions keep the looks of their initialisation."
+    return ""
+
+
+def _holds_convolution(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Conv1d | nn.Conv2d | nn.Conv3d) for inner in module.modules())

@@ -1,0 +1,34 @@
+"""Networks without adapters: they stand still beside others that train. And copies, which other code moves."""
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_lora.errors import warn
+from lightning_lora.model.settle import left_still
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+
+
+class NetworksBeside(Guard):
+    """Names networks that were found beside those that train."""
+
+    def injected(self, view: View) -> None:
+        """Name those that stand still."""
+        still = view.adapter.networks.still
+        if still:
+            warn(left_still(still, view.title))
+
+    def training_begins(self, view: View) -> None:
+        """Name those that stand still, and copies."""
+        networks = view.adapter.networks
+        if networks.still:
+            rank_zero_info(left_still(networks.still, view.title))
+        if networks.copies:
+            rank_zero_info(_about_copies(view))
+
+
+def _about_copies(view: View) -> str:
+    pairs = [f"{copy!r} of {original!r}" for copy, original in view.adapter.networks.copies.items()]
+    return (
+        f"Copies in {view.title}: {', '.join(pairs)}. A copy gets the same adapters, for other code to move. If that "
+        "uses lerp_, frozen weights stay as they are; other formulas round them, and files hold them whole."
+    )

@@ -1,0 +1,28 @@
+"""A fit that trained no adapter: its optimizer trains something else, or all its steps were skipped."""
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from lightning_lora.errors import DeadAdapterWarning, warn
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.training.rates import peak_rates
+
+
+class NothingLearned(Guard):
+    """Warns if all updates are still zero."""
+
+    def fit_ended(self, view: View, optimizers: Sequence[Optimizer], steps: int) -> None:
+        """Look at the adapters, if several steps had a learning rate."""
+        if steps <= 1 or not view.layers or not view.is_fresh():
+            return
+        rates_of_adapters, _ = peak_rates(view, optimizers)
+        if any(rate > 0 for rate in rates_of_adapters):
+            warn(
+                f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "
+                "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an "
+                "average that has not begun took their place. Or the scaler of 16-mixed has skipped each step: train "
+                "more.",
+                DeadAdapterWarning,
+            )

@@ -1,0 +1,22 @@
+"""A merge whose sums overflow in the dtype of the weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lightning_lora.errors import MergePrecisionWarning, listed, warn
+from lightning_lora.moments import Guard
+
+
+class Overflown(Guard):
+    """Names layers whose merged weights are infinite."""
+
+    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+        """Name them: of an update that overflows, the lost share is no finite number."""
+        overflown = [name for name, share in lost.items() if not share < math.inf]
+        if overflown:
+            warn(
+                f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
+                "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before "
+                "merging.",
+                MergePrecisionWarning,
+            )

@@ -1,0 +1,136 @@
+"""Adapted weights that the first training step reads outside of their layers: without their updates, so by mistake.
+
+In the first batch, each frozen weight below an adapter is of a class that sees what torch computes with it. Its own
+layer gets a plain tensor with the same values instead. So what the class sees is other code: a penalty, a decay by
+name, a forward hook, a product by hand. It gives that code a tensor with a graph. A backward pass that comes there
+shows that the loss depends on what was read. No value changes by that, and after the batch, nothing is left of it.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_lora import private
+from lightning_lora.errors import listed, warn
+from lightning_lora.guards.read_by_hand.compiled_code import is_compiled
+from lightning_lora.guards.read_by_hand.own_forward import OwnForward
+from lightning_lora.guards.read_by_hand.watched_weight import unwatch, watch
+from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import joined, only, where, without
+from lightning_lora.tensors.names import owner_of
+
+
+class ReadByHand(Guard):
+    """Names layers whose weights other code reads, in the first batch of a fit."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, None] = {}  # the names of layers
+        self.layers: dict[str, LoRALayer] = {}
+        self.watched: dict[nn.Parameter, str] = {}  # with their layers
+        self.forwards: list[OwnForward] = []
+        self.has_begun = False
+        self.is_on = False
+
+    @contextmanager
+    def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
+        """Watch the weights of ``model`` meanwhile."""
+        if not self.has_begun:
+            self._begin(model)
+        if self.is_on or not self.watched:
+            yield
+            return
+        try:
+            self._set_on()
+            with private.before_compiling(self._give_up):
+                yield
+        finally:
+            self._set_off()
+
+    def first_batch_ended(self, model: nn.Module) -> None:
+        """Name what was found, but no layer that nothing calls: its adapter is dead, and another guard says so."""
+        called = {forward.layer for forward in self.forwards if forward.was_called}
+        names = [name for name, layer in self.layers.items() if name in self.found and layer in called]
+        self.watched, self.layers, self.forwards = {}, {}, []  # lets go of the weights
+        if names:
+            warn(_about_reads(type(model).__name__, names))
+
+    def _begin(self, model: nn.Module) -> None:
+        self.has_begun = True
+        if is_compiled(model):
+            return
+        view = View(model)
+        self.layers = view.layers
+        self.watched = watched_weights(view)
+        self.forwards = [OwnForward(module) for module in _readers(view, self.watched)]
+
+    def _set_on(self) -> None:
+        self.is_on = True
+        for weight, layer in self.watched.items():
+            watch(weight, layer, self.found)
+        for forward in self.forwards:
+            forward.put_on()
+
+    def _set_off(self) -> None:
+        self.is_on = False
+        for weight in self.watched:
+            unwatch(weight)
+        for forward in self.forwards:
+            forward.take_off()
+
+    def _give_up(self) -> None:
+        """Something is compiled now, and must not see what is there for one batch."""
+        self._set_off()
+        self.watched = {}
+
+
+def _about_reads(title: str, names: list[str]) -> str:
+    entries = as_entries(names)
+    return (
+        f"A training step reads the weight of {listed(names, MOST_NAMES)} of {title} itself, "
+        "without its update: a penalty, a hook, a product by hand. It sees the frozen weight, and a merge "
+        f"would change what it computes. Train these layers in full: modules_to_save={entries}. Or leave them "
+        f"out: exclude_modules={entries}. An output head that shares a weight can be a tied layer instead: "
+        "nn.Linear without bias."
+    )
+
+
+# What is watched
+
+
+def watched_weights(view: View) -> dict[nn.Parameter, str]:
+    """Return the plain frozen weights below adapters that train, with their layers. None is sharded or quantised."""
+    candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
+    found = {}
+    for name, layer in where(view.layers, _trains).items():
+        for weight in joined(name, layer.lora_weights()):
+            if weight in candidates:  # otherwise, it may be computed now
+                found[candidates[weight]] = name
+    return found
+
+
+def _trains(layer: LoRALayer) -> bool:
+    return any(p.requires_grad for p in layer.lora_trained())
+
+
+def _can_be_watched(weight: nn.Parameter) -> bool:
+    has_values = type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference())
+    return has_values and weight.is_floating_point() and not weight.requires_grad
+
+
+def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
+    """The modules that may read watched weights: adapted layers, and layers that are tied to them."""
+    if not watched:
+        return []
+    owners = {owner_of(name) for name, p in view.parameters.items() if p in watched}
+    readers = where(only(view.modules, owners), _is_leaf)
+    each_once: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *readers.values()))
+    return list(each_once)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not module._modules and not isinstance(module, torch.jit.ScriptModule)

@@ -1,0 +1,115 @@
+"""The class of a watched weight, which sees what torch computes with it."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import private
+
+_TRANSPOSED = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are computed
+_NO_READS = {  # they need the parameter itself, or give no gradient
+    *("__hash__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__array__", "__dlpack__", "__setitem__", "__set__"),
+    *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "numpy"),
+}
+
+
+class WatchedWeight(nn.Parameter):
+    """A frozen weight that notes which computations of other code a loss depends on."""
+
+    lora_layer: str
+    lora_found: dict[str, None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_recorded() and _is_read(func, kwargs) and not _is_called_by_us():
+            args, kwargs = private.tree_map(_as_read, (args, kwargs))
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copied: nn.Parameter = memo[id(self)]
+        return copied
+
+
+def watch(weight: nn.Parameter, layer: str, found: dict[str, None]) -> None:
+    """Let a weight of ``layer`` note in ``found`` that it is read."""
+    weight.__class__ = WatchedWeight
+    vars(weight).update(lora_layer=layer, lora_found=found)
+
+
+def unwatch(weight: nn.Parameter) -> None:
+    """Make it a plain parameter again."""
+    weight.__class__ = nn.Parameter
+    vars(weight).pop("lora_layer", None)
+    vars(weight).pop("lora_found", None)
+
+
+def _is_recorded() -> bool:
+    """Whether torch makes a graph of what is computed now."""
+    if not torch.is_grad_enabled():
+        return False
+    return not private.is_transforming() and not private.tracing()
+
+
+def _is_read(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch computes something from a weight, and does not write into it."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return _attribute_of(func) in _TRANSPOSED
+    if _is_in_place(name) or name in _NO_READS:
+        return False
+    return kwargs.get("out") is None
+
+
+def _attribute_of(getter: Any) -> str:
+    """The name of the attribute that a getter reads."""
+    descriptor = getattr(getter, "__self__", None)
+    return getattr(descriptor, "__name__", "")
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a function with this name writes into its tensor: ``add_``, ``__iadd__``."""
+    if name.endswith("__"):
+        return name.startswith("__i")
+    return name.endswith("_")
+
+
+def _is_called_by_us() -> bool:
+    """Whether the nearest code outside of torch is of this package, which adds the update itself."""
+    here: Any = inspect.currentframe()
+    frame = here.f_back.f_back  # of the code that has called the weight's class
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != "torch":
+            return bool(package == __name__.partition(".")[0])
+        frame = frame.f_back
+    return False
+
+
+def _as_read(value: Any) -> Any:
+    if type(value) is not WatchedWeight:
+        return value
+    switch = torch.zeros((), requires_grad=True)  # so that what is computed has a graph
+    return _Read.apply(switch, value)  # type: ignore[no-untyped-call]
+
+
+class _Read(torch.autograd.Function):
+    """Return a weight. If a gradient comes back, note that a loss depends on it; it goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, weight: WatchedWeight) -> Tensor:
+        ctx.noted = weight.lora_found, weight.lora_layer
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        found, name = ctx.noted
+        found[name] = None
+        return None, None

@@ -1,0 +1,29 @@
+"""Layers of a model of transformers that ``export_peft`` will refuse, which is known before the training."""
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_lora.errors import listed
+from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.view import View, root_of
+from lightning_lora.moments import Guard
+from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import layers_of
+from lightning_lora.tensors.names import named_modules, submodule
+
+
+class RefusedExports(Guard):
+    """Names layers that PEFT's format cannot hold."""
+
+    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+        """Name them with the reason."""
+        inner_name = root_of(view.model)
+        inner = submodule(view.model, inner_name)
+        config = getattr(inner, "config", None)
+        if not hasattr(config, "model_type"):  # it is not of transformers
+            return
+        layers = {layer.name: layer for layer in layers_of(view)}
+        stored = StoredAdapters(view.config, {}, layers, root=inner_name)
+        refused = refused_layers(stored, named_modules(inner, remove_duplicate=False))
+        for why, names in refused.items():
+            rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")

@@ -1,0 +1,37 @@
+"""Weights that the user froze inside of ``modules_to_save``, which trains them all the same."""
+
+from torch import nn
+
+from lightning_lora.errors import listed
+from lightning_lora.guards.wording import warn_in_each_fit
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import joined, where
+from lightning_lora.tensors.names import named_parameters
+
+
+class Thawed(Guard):
+    """Names frozen weights that ``modules_to_save`` trains."""
+
+    def training_begins(self, view: View) -> None:
+        """Name them where others of the same module were not frozen: one that was frozen whole is meant."""
+        for name, module in view.modules.items():
+            if view.config.is_saved(name):
+                _look_at(view, name, module)
+
+
+def _look_at(view: View, name: str, module: nn.Module) -> None:
+    """Look at one module that trains in full."""
+    trained = joined(name, where(named_parameters(module), _trains))
+    flags_of_user = view.record.requires_grad
+    frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
+    if 0 < len(frozen_by_user) < len(trained):
+        warn_in_each_fit(
+            f"modules_to_save trains all of {name!r}, also {listed(frozen_by_user)}, which {view.title} has frozen "
+            "(requires_grad). To keep these frozen, name the modules beside them in place of it."
+        )
+
+
+def _trains(p: nn.Parameter) -> bool:
+    """Whether a parameter trains: not one of integers."""
+    return p.requires_grad

@@ -1,0 +1,38 @@
+"""Layers that share a weight but not an update."""
+
+from lightning_lora.errors import listed
+from lightning_lora.guards.wording import warn_in_each_fit
+from lightning_lora.layers import LoRALayer, LoRATokens
+from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+
+
+class Tied(Guard):
+    """Names layers that have one weight, and will differ."""
+
+    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+        """Name the first ones that share a weight."""
+        for names in _layers_of_each_weight(view):
+            if len(names) > 1:
+                warn_in_each_fit(
+                    f"{listed(names)} of {view.title} have one weight, and each gets an update of its own, so that "
+                    "they will differ. To keep them one, use one layer in both places, or leave them out "
+                    "(exclude_modules)."
+                )
+                return
+
+
+def _layers_of_each_weight(view: View) -> list[list[str]]:
+    """The layers in which each weight has an update. Layers of another class compute something else with it."""
+    layers: dict[tuple[int, type], list[str]] = {}
+    for name, layer in view.layers.items():
+        if _has_update_of_its_own(layer):
+            for weight in view.weights_of(name):
+                layers.setdefault((id(weight), layer.overlaid[0]), []).append(name)
+    return list(layers.values())
+
+
+def _has_update_of_its_own(layer: LoRALayer) -> bool:
+    """Whether it has one: not what follows another layer, and not rows, which all uses of a weight get."""
+    return not layer.lora_settings.follows and not isinstance(layer, LoRATokens)

@@ -1,0 +1,33 @@
+"""What several guards write: the arguments that would help, with the names to put there."""
+
+from collections.abc import Iterable
+
+from lightning_lora.errors import LoRAWarning, warn
+from lightning_lora.model.view import View
+from lightning_lora.targets.lookup import Names
+
+MOST_NAMES = 5
+"""A message names no more layers, and then writes ``[...]`` for the argument."""
+
+
+def warn_in_each_fit(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
+    """Warn, although an earlier fit of the same line may have said the same."""
+    warn(message, category, anew=True)
+
+
+def as_entries(names: list[str]) -> str:
+    """Return the names as an argument has them, if they are few."""
+    if len(names) > MOST_NAMES:
+        return "[...]"
+    return str(names)
+
+
+def to_save(view: View, names: Iterable[str]) -> str:
+    """Return the ``modules_to_save`` to write, with what it already lists."""
+    listed_already = view.config.modules_to_save or ()
+    return f"modules_to_save={list(dict.fromkeys([*listed_already, *names]))}"
+
+
+def excluded_names(view: View) -> list[str]:
+    """Return the modules that ``exclude_modules`` means."""
+    return Names(view.model).find("exclude_modules", view.config.exclude_modules)

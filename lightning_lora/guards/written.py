@@ -1,0 +1,76 @@
+"""Frozen weights below adapters that other code writes into: what it does reaches the base, and not the update.
+
+SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps them. The base then holds what was
+written, and so do files. But the layer computes with the sum of base and update.
+"""
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import joined
+from lightning_lora.tensors.values import Seen
+from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+
+class Written(Guard):
+    """Names adapted layers whose weights a fit has written into, once."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+        self.digests: dict[str, int] = {}  # those that the record knows
+        self.has_spoken = False
+
+    def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
+        """Note the weights below adapters: what hooks load before is the base. What follows is moved by other code."""
+        for name, layer in view.layers.items():
+            if not layer.lora_settings.follows:
+                for weight in _weights_below(view, name, layer):
+                    self._note(view, weight)
+
+    def _note(self, view: View, name: str) -> None:
+        weight = view.base[name]
+        self.seen[name] = Seen(weight)
+        reading = view.record.read.get(name)
+        if reading is not None and reading.seen.is_unchanged(weight):
+            self.digests[name] = reading.number
+
+    def base_compared(self, view: View) -> None:
+        """Compare the weights with what was noted."""
+        if self.has_spoken:
+            return
+        names = [name for name, layer in view.layers.items() if self._is_layer_written(view, name, layer)]
+        if names:
+            self.has_spoken = True
+            warn(_about_written(view.title, names))
+
+    def _is_layer_written(self, view: View, name: str, layer: LoRALayer) -> bool:
+        return any(self._is_written(view, weight) for weight in _weights_below(view, name, layer))
+
+    def _is_written(self, view: View, weight: str) -> bool:
+        """Whether a quick look at a weight, or the digest that the record has noted, shows other values."""
+        if weight not in self.seen:
+            return False
+        before = self.digests.get(weight)
+        now, _ = view.record.changed.get(weight, (before, None))
+        if before is not None and now != before:
+            return True
+        return not self.seen[weight].is_alike(view.base[weight])
+
+
+def _weights_below(view: View, name: str, layer: LoRALayer) -> list[str]:
+    """The weights of an adapted layer. A quantised one may change the layout of its own."""
+    if layer.lora_is_quantised(layer):
+        return []
+    return [weight for weight in joined(name, layer.lora_weights()) if weight in view.base]
+
+
+def _about_written(title: str, names: list[str]) -> str:
+    entries = as_entries(names)
+    return (
+        f"Code has written into the weight of {listed(names, MOST_NAMES)} of {title} in training (a "
+        "norm, a mask, a clamp). That reaches the frozen weight, and not the update that the layer adds to it. "
+        f"If the sum must be so, train these layers in full: modules_to_save={entries}. Or leave them out: "
+        f"exclude_modules={entries}."
+    )

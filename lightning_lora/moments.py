@@ -1,0 +1,170 @@
+"""The moments of a fine-tune at which guards look. What the rest of the package knows of them is in this file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_lora.model.fresh import Fresh
+    from lightning_lora.model.view import View
+    from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+
+class Guard:
+    """A hazard that is only said: a guard changes nothing.
+
+    Each method is a moment, in the order in which they come, and does nothing here. A guard has those that it needs.
+    Each fit has a guard of its own, which may note what it sees.
+    """
+
+    def injected(self, view: "View") -> None:
+        """Adapters were added by a call, outside of a Trainer."""
+
+    def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
+        """A fit has its optimizers, and a checkpoint is loaded. ``is_scaled``: the user has set ``lr_scale``."""
+
+    def training_begins(self, view: "View") -> None:
+        """The module's own ``on_fit_start`` has run."""
+
+    def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
+        """So it has, and no adapter has learned: what is said can still be changed. ``fresh``: what looks untrained."""
+
+    def adapters_ready(self, view: "View") -> None:
+        """Adapters have the values with which they begin to train."""
+
+    def base_made_new(self, view: "View", fresh: "Fresh") -> None:
+        """The first batch comes, and hooks have changed weights since, of which these look untrained now."""
+
+    def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
+        """The first training step begins. ``copies``: what stands still, and copies a network with adapters."""
+
+    def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A part of the first batch runs: a training step, or a backward pass."""
+        return nullcontext()
+
+    def backward_begins_without_adapters(self, view: "View") -> None:
+        """A backward pass begins in a block of ``disable_adapters``."""
+
+    def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
+        """An optimizer makes its first step, and adapters in it have no gradient: those of these layers."""
+
+    def first_batch_ended(self, model: nn.Module) -> None:
+        """The first batch is over."""
+
+    def base_compared(self, view: "View") -> None:
+        """A file is written in training, or the fit ends: the record has just compared the base."""
+
+    def training_ended(self, view: "View") -> None:
+        """The last step is over."""
+
+    def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
+        """A fit of so many steps is over. Nothing is merged yet."""
+
+    def merge_begins(self, view: "View") -> None:
+        """The updates will be merged into the weights."""
+
+    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+        """The updates of a model are merged.
+
+        ``lost`` is the share of each layer's update that rounding took away, and ``untied`` names the layers with a
+        weight that was tied to another layer's.
+        """
+
+    def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
+        """A Trainer's file gets merged weights (``save="model"``)."""
+
+    def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
+        """The files of a base are merged, without a model."""
+
+
+GUARDS: list[type[Guard]] = []
+"""All guards. ``guards/__init__.py`` has the list. Where several speak at one moment, this is their order."""
+
+
+class Guards(Guard):
+    """All guards of one fit, or of one call: each moment is passed on to each of them."""
+
+    def __init__(self) -> None:
+        self.guards = [kind() for kind in GUARDS]
+
+    def close(self) -> None:
+        """End the fit: let go of what guards have noted of the model."""
+        self.guards = []
+
+    def injected(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.injected(view)
+
+    def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
+        for guard in self.guards:
+            guard.optimizers_built(view, optimizers, is_scaled=is_scaled)
+
+    def training_begins(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.training_begins(view)
+
+    def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
+        for guard in self.guards:
+            guard.new_adapters_begin(view, fresh)
+
+    def adapters_ready(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.adapters_ready(view)
+
+    def base_made_new(self, view: "View", fresh: "Fresh") -> None:
+        for guard in self.guards:
+            guard.base_made_new(view, fresh)
+
+    def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
+        for guard in self.guards:
+            guard.first_step_begins(view, copies)
+
+    @contextmanager
+    def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as running:
+            for guard in self.guards:
+                running.enter_context(guard.first_batch_runs(model))
+            yield
+
+    def backward_begins_without_adapters(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.backward_begins_without_adapters(view)
+
+    def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
+        for guard in self.guards:
+            guard.optimizer_begins(view, unreached)
+
+    def first_batch_ended(self, model: nn.Module) -> None:
+        for guard in self.guards:
+            guard.first_batch_ended(model)
+
+    def base_compared(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.base_compared(view)
+
+    def training_ended(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.training_ended(view)
+
+    def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
+        for guard in self.guards:
+            guard.fit_ended(view, optimizers, steps)
+
+    def merge_begins(self, view: "View") -> None:
+        for guard in self.guards:
+            guard.merge_begins(view)
+
+    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+        for guard in self.guards:
+            guard.merged(title, lost, untied)
+
+    def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
+        for guard in self.guards:
+            guard.merged_in_checkpoint(title, lost)
+
+    def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
+        for guard in self.guards:
+            guard.merged_offline(base, lost)

@@ -1,0 +1,210 @@
+"""Whether stored adapters fit a model: all of it is checked before anything is written."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
+from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.view import View
+from lightning_lora.storage.base_check import check_base
+from lightning_lora.storage.state import diverged, required, without_base
+from lightning_lora.storage.stored import DIVERGED, StoredAdapters
+from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
+from lightning_lora.tensors.state_dicts import state_dict
+
+
+def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_base: bool) -> None:
+    """Refuse stored adapters that do not fit an adapted model."""
+    _check_settings(view, stored.config)
+    _check_names(view, stored)
+    is_converted = False
+    if stored.base:
+        is_converted = _check_base(view, stored, anew=reads_base, refuse=refuses_base)
+    filled = set(stored.filled)  # they may have another shape
+    compared = {name: value for name, value in stored.state.items() if name not in filled}
+    _check_tensors(view, compared, is_converted=is_converted)
+    _check_finite(view, stored.state)
+    _check_layers(view, stored)
+    _check_changed(view, stored.state)
+
+
+def check_state_fits(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse a state without a description that does not fit an adapted model."""
+    wrong = _wrong_names(view, state, random=random_weights(view))
+    if wrong:
+        remedy = "Use the same targets, modules_to_save and bias as for the training."
+        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
+    _check_tensors(view, state)
+
+
+# Settings and layers
+
+
+def _check_settings(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters that were trained with another rank, scaling or start: they would give another update."""
+    for name, layer in view.layers.items():
+        settings = layer.lora_settings
+        is_same_start = _is_same_start(settings, config)
+        for matrix in layer.lora_matrices:
+            wanted = wanted_of(config, name, matrix, layer.overlaid[0].__name__)
+            if not is_same_start or not wanted.is_met(matrix, settings.r, settings.scaling):
+                raise AdapterMismatchError(_other_settings(view, config, wanted, matrix, layer))
+
+
+def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
+    """Whether updates are differences from the same start, or none from any."""
+    if settings.init == config.init:
+        return True
+    return not settings.is_difference and not INITIALISATIONS[config.init].is_difference
+
+
+def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: AdaptedMatrix, layer: LoRALayer) -> str:
+    """What a file's adapters were trained with, and what the layer has."""
+    settings = layer.lora_settings
+    r = matrix.rank(settings.r)
+    scaling = matrix.scale(settings.scaling)
+    start_there = start_here = ""
+    if not _is_same_start(settings, config):
+        start_there = f", init={config.init!r}"
+        start_here = f", init={settings.init!r}"
+    return (
+        f"These adapters were trained with r={wanted.r} and a scaling of {wanted.scaling:g}{start_there} in "
+        f"{wanted.target!r}; here it has r={r} and a scaling of {scaling:g}{start_here}. "
+        f"{_as_trained(view, config)} Or give the Trainer LoRACallback() alone, or call "
+        "remove_adapters(model) before load_adapter."
+    )
+
+
+def _as_trained(view: View, config: LoRAConfig) -> str:
+    """What to do: take the arguments of the training that are others here, or the module."""
+    here = view.config.to_dict()
+    different = []
+    for name, value in config.to_dict().items():
+        if value != here[name]:
+            different.append(f"{name}={value!r}, not {here[name]!r}")
+    if not different:
+        return "Build the module as it was built for training."
+    return f"Use the arguments of the training: {'; '.join(different)}."
+
+
+def _check_layers(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file that describes other layers than the model now has."""
+    for name, layer in view.layers.items():
+        there = stored.layers.get(stored.renaming.name_there(name))
+        if there is not None and set(map(bare, there.matrices)) != set(map(bare, layer.lora_matrices)):
+            raise AdapterMismatchError(
+                f"In {name!r}, the file adapts other rows of the weight than this model does. "
+                f"{_as_trained(view, stored.config)}"
+            )
+
+
+# Names
+
+
+def _check_names(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file with missing or unexpected names."""
+    random: Collection[str] = ()
+    if not stored.base and view.adapter.random is not None:  # a file of this package says which it holds
+        random = view.adapter.random
+    wrong = _wrong_names(view, stored.state, random=random, changed=stored.changed)
+    if wrong:
+        remedy = _as_trained(view, stored.config)
+        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
+
+
+def _wrong_names(
+    view: View, state: Mapping[str, Any], *, random: Collection[str], changed: Collection[str] = ()
+) -> str:
+    """What is missing or unexpected in a state, if anything: all that trains must be there. Changed tensors may be."""
+    needed = [*required(view)]
+    needed += [name for name in changed if name in view.base]
+    missing = [name for name in dict.fromkeys(needed) if name not in state]
+    known = {*needed, *view.buffers, *view.kept}
+    unexpected = [name for name in state if name not in known]
+    if unexpected:  # what modules' own code adds may be there too
+        known.update(without_base(view, state_dict(view.model), random))
+        unexpected = [name for name in unexpected if name not in known]
+    found = []
+    if missing:
+        found.append(f"missing {listed(missing)}")
+    if unexpected:
+        found.append(f"unexpected {listed(unexpected)}")
+    return " and ".join(found)
+
+
+# The base
+
+
+def _check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
+    """Refuse another base. Return whether this one is converted."""
+    shapes = {name: value.shape for name, value in stored.state.items() if isinstance(value, Tensor)}
+    return check_base(view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse)
+
+
+def _check_changed(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse a file without the values of weights that have changed since."""
+    lost = sorted(view.record.changed.keys() - state.keys())
+    if lost:
+        raise BaseMismatchError(
+            f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
+            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
+        )
+
+
+# Tensors
+
+
+def _check_tensors(view: View, state: Mapping[str, Any], *, is_converted: bool = False) -> None:
+    """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
+    present = {**view.base, **view.buffers, **required(view)}
+    for name, value in state.items():
+        if name not in present:  # a module's own code judges it
+            continue
+        is_adapter = name in view.adapters
+        _check_shape(name, value, present[name], is_adapter=is_adapter)
+        may_be_rounded = is_converted and not is_adapter
+        if may_be_rounded and _is_rounded_by(value, present[name].dtype):
+            continue
+        _check_dtype(name, value.dtype, present[name].dtype)
+
+
+def _check_shape(name: str, value: object, present: Tensor, *, is_adapter: bool) -> None:
+    """Refuse what is no tensor, or one of another shape."""
+    if not isinstance(value, Tensor):
+        raise AdapterMismatchError(f"{name!r} is a {type(value).__name__}. Expected a tensor.")
+    if value.shape != present.shape:
+        and_r = " and r" if is_adapter else ""
+        raise AdapterMismatchError(
+            f"{name!r} is {tuple(value.shape)}, but this model has {tuple(present.shape)}. Build the model as it "
+            f"was built for training, with the same sizes{and_r}."
+        )
+
+
+def _is_rounded_by(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a floating-point dtype holds a value rounded, as ``model.to`` would."""
+    if not value.is_floating_point() or not dtype.is_floating_point:
+        return False
+    return torch.equal(value.isfinite(), value.to(dtype).isfinite())
+
+
+def _check_dtype(name: str, there: torch.dtype, here: torch.dtype) -> None:
+    """Refuse a dtype whose values the model's cannot hold."""
+    is_same_kind = there.is_floating_point == here.is_floating_point
+    if not is_same_kind or torch.promote_types(there, here) != here:
+        raise AdapterMismatchError(
+            f"{name!r} is {there}, but this model has {here}, which cannot hold the same values. "
+            f"Convert the model first: model.to({there})."
+        )
+
+
+def _check_finite(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse what a diverged training has left."""
+    broken = diverged(view, state)
+    if broken:
+        raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")

@@ -1,0 +1,82 @@
+"""A file of this package whose names differ from the model's by one prefix."""
+
+from dataclasses import replace
+
+from lightning_lora.errors import AdapterMismatchError, listed, warn
+from lightning_lora.model.view import View, root_of
+from lightning_lora.storage.renaming import find_renamings, renamed_config
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.names import is_inside, owner_of
+
+
+def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
+    """Return adapters by a model's names, which may differ by one prefix. Only those of a file of this package."""
+    if not view.modules.keys() >= stored.layers.keys():
+        stored = _with_another_prefix(view, stored)
+    _check_present(view, stored)
+    return stored
+
+
+def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
+    """Return adapters by a model's names, if these differ by one prefix."""
+    found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
+    names = [*view.parameters, *view.buffers]
+    if len(found) == 1 and all(is_inside(name, found[0].here) for name in names):
+        return _renamed(view, replace(stored, renaming=found[0]))
+    places = [renaming.here for renaming in found if renaming.here]
+    if places:
+        raise AdapterMismatchError(
+            f"The names in the file fit in {view.title} below {listed(places)}, and it holds other weights too. Load "
+            f"the file onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
+        )
+    return stored
+
+
+def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
+    """Return what a file holds by the model's names."""
+    title, renaming = view.title, stored.renaming
+    _refuse_outside(stored, title)
+    warn(renaming.told(title))
+    return replace(
+        stored,
+        config=renamed_config(stored.config, stored.layers.values(), renaming, view),
+        state=renaming.with_names_here(stored.state),
+        changed=[renaming.name_here(name) for name in stored.changed],
+        random=[renaming.name_here(name) for name in stored.random],
+    )
+
+
+def _refuse_outside(stored: StoredAdapters, title: str) -> None:
+    """Refuse a file that holds other modules too, for which the model has no place."""
+    prefix = stored.renaming.there
+    outside = [owner_of(name) or name for name in stored.state if not is_inside(name, prefix)]
+    if outside:
+        raise AdapterMismatchError(
+            f"The file's adapters fit {title}, but it also holds {listed(dict.fromkeys(outside))}, outside of "
+            f"{prefix!r}. Load it onto the whole model that it was saved from, and take this module from there."
+        )
+
+
+def _check_present(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file with modules that the model lacks, before it is adapted."""
+    absent = _absent_modules(view, stored) + _absent_tensors(view, stored)
+    if absent:
+        title = view.title
+        raise AdapterMismatchError(
+            f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
+            "model that it was saved from. If the module makes them in setup, call model.setup('fit') first."
+        )
+
+
+def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
+    """The modules of a file that a model lacks."""
+    owners = dict.fromkeys(map(owner_of, stored.state))
+    return [owner for owner in owners if owner not in view.modules]
+
+
+def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
+    """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
+    unknown = [name for name in stored.state if name not in view.parameters and name not in view.buffers]
+    saved = [name for name in unknown if stored.config.is_saved(name)]
+    filled = [name for name in stored.filled if name in unknown and owner_of(name) in view.modules]
+    return [*saved, *filled]

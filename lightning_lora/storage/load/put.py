@@ -1,0 +1,198 @@
+"""The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
+
+All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
+(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``state_dicts.py``), also those that torch
+loads.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.inject import inject
+from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
+from lightning_lora.model.record import AdapterState, find_record, keep_record, record_of
+from lightning_lora.model.switch import activate, set_adapter
+from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
+from lightning_lora.storage.fingerprint import base_value
+from lightning_lora.storage.load.fits import check_fits, check_state_fits
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.names import join, own_parameter
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.values import replace_values
+
+Reader = Callable[[View], StoredAdapters]
+"""Reads what a file holds for a model that is not merged, by the model's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What differs between the ways in."""
+
+    call: str  # the user's call, as an error names it
+    adapts: bool = (
+        False  # the model may be plain: it is adapted as the file says. One that is merged is not merged again
+    )
+    name: str | None = None  # of the adapter. None: the active one
+    is_described: bool = True  # otherwise there is a state alone, and nothing says how it was trained
+    refuses_base: bool = True  # otherwise another base is only named
+    reads_base: bool = True  # otherwise the base has just been read, and is only looked at
+
+
+def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
+    """Put stored adapters on a model. Everything is checked before anything is written, and an error changes nothing.
+
+    Beside the active adapter, one of another name is loaded, and rests.
+    """
+    refuse_in_block(model, way.call)
+    record = find_record(model)
+    if record is not None and way.name is not None and way.name != record.adapter.name:
+        _put_beside(model, record.adapter, way.name, stored, way)
+        return
+    with _opened(model, way) as view:
+        if not isinstance(stored, StoredAdapters):
+            stored = stored(view)
+        if way.adapts:
+            stored = _adapted(view, stored, way)
+        if way.is_described:
+            check_fits(view, stored, reads_base=way.reads_base, refuses_base=way.refuses_base)
+            _note_description(view, stored)
+        else:
+            check_state_fits(view, stored.state)
+        _write(view, stored.state)
+
+
+def _put_beside(model: nn.Module, active: AdapterState, name: str, stored: StoredAdapters | Reader, way: Way) -> None:
+    """Put an adapter beside the active one."""
+    with unmerged(model), activate(model, name, active.config) as undo:
+        put(model, stored, way)
+        undo.pop_all()
+        set_adapter(model, active.name)
+
+
+# Open a model for the change
+
+
+def _opened(model: nn.Module, way: Way) -> AbstractContextManager[View]:
+    """Take a merge out of a model for a change, and undo all after an error."""
+    if way.adapts:
+        return _opened_to_adapt(model)
+    return _opened_to_write(model)
+
+
+@contextmanager
+def _opened_to_write(model: nn.Module) -> Iterator[View]:
+    """Open a model that is adapted. If it is merged, it is merged again with the new adapters."""
+    view_of(model)  # refuses one that has no adapters, or has lost some
+    with unmerged(model):
+        yield view_of(model)
+
+
+@contextmanager
+def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
+    """Open a model that may be plain. It stays unmerged."""
+    record = find_record(model)
+    was_merged = False
+    try:
+        was_merged = unmerge_or_forget(model)
+        view = View(model)
+        with undone_on_error(view):
+            yield view
+    except BaseException:
+        if was_merged:
+            merge(model)
+        elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
+            keep_record(model, record)
+        raise
+
+
+# Adapt a plain model
+
+
+def _adapted(view: View, stored: StoredAdapters, way: Way) -> StoredAdapters:
+    """Adapt a model as a file says, if it is plain. Return the file with all values that the model then needs."""
+    is_new = not _has_layers(view)
+    if is_new:
+        name = view.adapter.name if view.is_adapted else way.name
+        inject(view.model, stored.config, name="default" if name is None else name, networks_are_known=True)
+        view.look_again()
+    record_of(view.model)  # refuses one that shows its base
+    view.check_present()
+    if stored.base:
+        return stored
+    return replace(stored, state=_completed(view, stored.state, is_new=is_new))
+
+
+def _has_layers(view: View) -> bool:
+    """Whether a model has adapters of its own, not only those of a module inside it."""
+    return view.is_adapted and bool(view.adapter.layers)
+
+
+def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
+    """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
+    added: dict[str, Any] = {}
+    for name in view.trained:
+        if is_new or "bias" in name.rpartition(".")[2]:
+            added[name] = base_value(view, name)
+    for layer_name, layer in view.layers.items():
+        for parameter, about in layer.lora_roles().items():
+            if not about.role.trains:
+                added[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
+    return {**added, **state}
+
+
+# Write
+
+
+def _note_description(view: View, stored: StoredAdapters) -> None:
+    """Note what a file of this package says of frozen weights and buffers."""
+    if stored.base:
+        view.adapter.random = tuple(stored.random)
+        view.record.buffers_were_filled(stored.filled)
+
+
+def _write(view: View, state: Mapping[str, Any]) -> None:
+    """Write a state that has been checked. If a module's own loading fails, restore the old values."""
+    keep_frozen(view, [name for name in state if name in view.frozen])
+    with ExitStack() as undo:
+        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state))
+        _write_filled_buffers(view, state, undo)
+        restore_originals(view, _left_to_the_base(view, state), undo)
+        load_state_dict(view.model, state)
+        view.record.values_were_loaded(view.base_values)
+        undo.pop_all()
+
+
+def _copy_of_what_changes(view: View, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the tensors of a model that are written."""
+    written = {*state, *view.adapter.originals}
+    copies = {}
+    for name, value in state_dict(view.model).items():
+        if name in written and isinstance(value, Tensor):
+            copies[name] = value.clone()
+    return copies
+
+
+def _write_filled_buffers(view: View, state: Mapping[str, Any], undo: ExitStack) -> None:
+    """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
+    for name in view.record.filled:
+        if name not in state:
+            continue
+        buffer = view.buffers[name]
+        value = state[name]
+        dtype = buffer.dtype
+        if dtype.itemsize > 2:
+            dtype = torch.promote_types(dtype, value.dtype)
+        undo.callback(replace_values, buffer, buffer.data)
+        replace_values(buffer, value.to(buffer.device, dtype, copy=True))
+
+
+def _left_to_the_base(view: View, state: Mapping[str, Any]) -> Iterable[str]:
+    """What has other values than the base, does not train, and is not in a state: it gets the base's."""
+    return [name for name in view.adapter.originals if name not in state and name not in view.trained]

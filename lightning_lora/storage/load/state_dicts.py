@@ -1,0 +1,98 @@
+"""State dicts: one that is put back on a model, and those that other code lets torch load into one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import LoRAError
+from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.loading import note_plain_state
+from lightning_lora.model.record import record_of
+from lightning_lora.model.view import view_of
+from lightning_lora.private import STATE_NOTES
+from lightning_lora.storage.load.put import Way, put
+from lightning_lora.storage.state import without_notes
+from lightning_lora.storage.stored import KEY, StoredAdapters, checksum
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Write back what ``adapter_state_dict`` returned.
+
+    Everything is checked before anything is written. Buffers, and other tensors that may change, get the base's values
+    if they are not in ``state``. A merged model is merged again with the new adapters.
+
+    Args:
+        model: A model that is adapted in the same way as the one that ``state`` is from.
+        state: Tensors by name.
+
+    Raises:
+        AdapterMismatchError: a name is missing or unexpected, or a tensor is of another shape or kind. Then nothing
+            was written.
+        AdapterStateError: ``model`` has no adapters.
+    """
+    view = view_of(model)
+    stored = StoredAdapters(view.config, without_notes(state))
+    put(model, stored, Way(call="load_adapter_state_dict", is_described=False))
+
+
+# What torch loads
+
+
+def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
+    """Do what comes before torch loads a state dict into a model with a record, in this order.
+
+    Args:
+        model: The model.
+        state: The state dict, which may be that of a model around it.
+        prefix: Where the model's own names begin in it.
+        notes: Torch's notes on the model, in the state dict.
+    """
+    refuse_in_block(model, "load_state_dict")
+    if _put_noted(model, state, notes):
+        state.clear()
+        state.update(model.state_dict())  # all is on the model: torch gets what it has
+    else:
+        note_plain_state(model, state, prefix, notes)
+
+
+_WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the adapters
+
+
+def note_adapters(state: Any, description: Mapping[str, Any]) -> None:
+    """Describe a state dict of adapters in torch's notes, for the module itself, if other code loads it."""
+    setattr(state, STATE_NOTES, {"": {KEY: description}})
+
+
+def note_adapters_beside(merged: Any, description: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
+    """Note the adapters of a merged state dict in torch's notes, likewise."""
+    notes = getattr(merged, STATE_NOTES)
+    notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), description, adapters)}
+
+
+def _put_noted(model: nn.Module, state: Mapping[str, Any], notes: Mapping[str, Any]) -> bool:
+    """Put the adapters of a state dict that is described in torch's notes. Return whether there were any."""
+    if _WHOLE in notes:
+        return _put_beside_merged(model, state, notes)
+    if KEY not in notes:
+        return False
+    _put_described(model, state, notes[KEY])
+    return True
+
+
+def _put_beside_merged(model: nn.Module, state: Mapping[str, Any], notes: Mapping[str, Any]) -> bool:
+    """Put the adapters of a merged model. It is loaded as it is before training, or if other code has changed it."""
+    number, description, adapters = notes[_WHOLE]
+    if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
+        return False
+    try:
+        _put_described(model, adapters, description)
+    except LoRAError:  # of another model: it is loaded as a plain one
+        return False
+    return True
+
+
+def _put_described(model: nn.Module, state: Mapping[str, Any], description: dict[str, Any]) -> None:
+    """Put adapters as their description says."""
+    stored = StoredAdapters.from_file(without_notes(state), description, "")
+    put(model, stored, Way(call="load_state_dict"))

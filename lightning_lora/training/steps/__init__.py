@@ -1,0 +1,1 @@
+"""What acts while a run's steps are computed: gradients, dropout, and looks at the first steps."""

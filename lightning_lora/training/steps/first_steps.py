@@ -1,0 +1,48 @@
+"""What is looked at in the first steps of a fit. Later ones cost nothing."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
+
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guards
+from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+
+class FirstSteps:
+    """The first two steps, and the first batch, which may have several."""
+
+    def __init__(self, guards: Guards) -> None:
+        self.guards = guards
+        self._copies = FrozenCopies()
+        self._begun = 0
+        self._is_in_first_batch = True
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Note weights before the first step. After it, refuse copies that other code has moved away."""
+        if self._begun > 1:
+            return
+        self._begun += 1
+        view = View(model)
+        if self._begun == 1:
+            self._copies.begin(view)
+            self.guards.first_step_begins(view, self._copies)
+        else:
+            self._copies.check(view)
+
+    def watching(self, model: nn.Module, *, is_aloud: bool) -> AbstractContextManager[None]:
+        """Let guards watch a part of the first batch. ``is_aloud``: one process warns for all."""
+        if not self._is_in_first_batch or not is_aloud:
+            return nullcontext()
+        return self.guards.first_batch_runs(model)
+
+    def end_batch(self, model: nn.Module) -> None:
+        """End the first batch."""
+        if self._is_in_first_batch:
+            self._is_in_first_batch = False
+            self.guards.first_batch_ended(model)
+
+    def close(self) -> None:
+        """Let go of the model's weights."""
+        self.guards.close()
+        self._copies = FrozenCopies()

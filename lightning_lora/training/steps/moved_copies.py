@@ -1,0 +1,113 @@
+"""Frozen copies without adapters that other code moves after a network with adapters.
+
+A target network that is left out (``exclude_modules``) has other parameters than its original: ``zip(net.parameters(),
+target.parameters())`` then meets A and B where the copy has its weights, and torch broadcasts an A of one row into
+them. A reference model, which is such a copy too, is never moved: that tells them apart.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.view import View
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.tensors.named import inside, modules_around
+from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.values import Seen, samples
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What a weight of a copy held before the first step."""
+
+    seen: Seen
+    some_values: Tensor
+
+
+class FrozenCopies:
+    """The copies in which no layer is adapted, of networks with adapters, and their weights before the first step."""
+
+    def __init__(self) -> None:
+        self.originals: dict[str, str] = {}  # of each copy
+        self._before: dict[str, _Noted] = {}
+
+    def begin(self, view: View) -> None:
+        """Note the copies as they are when the first step begins."""
+        self.originals = _copies_without_adapters(view)
+        for name in inside(view.base, self.originals):
+            weight = view.base[name]
+            if weight.is_floating_point() and not weight.is_meta:
+                self._before[name] = _Noted(Seen(weight), samples(weight).clone())
+
+    def check(self, view: View) -> None:
+        """Refuse a copy into which the first step has written something else than its original's weights."""
+        for copy, original in self.originals.items():
+            for name in self.moved_weights(view, copy):
+                if not self._is_towards_original(view, name, copy):
+                    raise _moved_away(view, copy, original, name)
+
+    def moved_weights(self, view: View, copy: str) -> list[str]:
+        """Return the weights of a copy that have changed since."""
+        noted = [name for name in inside(self._before, [copy]) if name in view.base]
+        return [name for name in noted if not self._before[name].seen.is_alike(view.base[name])]
+
+    def name_in_original(self, name: str, copy: str) -> str:
+        """Return the name of a copy's parameter in its original."""
+        return self.originals[copy] + name.removeprefix(copy)
+
+    def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
+        """Whether a weight lies between its earlier values and those of its original, with or without the update."""
+        wanted = _weights_with_update(view, self.name_in_original(name, copy))
+        if not wanted or wanted[0].shape != view.base[name].shape:
+            return False
+        now = samples(view.base[name])
+        ends = [self._before[name].some_values, *map(samples, wanted)]
+        return _are_between(now, torch.stack([end.to(now) for end in ends]).double())
+
+
+def _are_between(values: Tensor, ends: Tensor) -> bool:
+    """Whether each value lies between the smallest and the largest of its ends, up to rounding."""
+    rounding = 8 * torch.finfo(values.dtype).eps * ends.abs().amax(0)
+    is_inside = (ends.amin(0) - rounding <= values) & (values <= ends.amax(0) + rounding)
+    return bool(is_inside.all())
+
+
+def _weights_with_update(view: View, name: str) -> list[Tensor]:
+    """A weight of an adapted network as it is, and with its update if it has one."""
+    weight = view.base.get(name)
+    if weight is None:
+        return []
+    layer = view.layers.get(owner_of(name))
+    leaf = name.rpartition(".")[2]
+    if layer is None or leaf not in layer.lora_weights():
+        return [weight.detach()]
+    with torch.no_grad():
+        return [weight.detach(), layer.lora_effective_weight(leaf)]
+
+
+def _moved_away(view: View, copy: str, original: str, weight: str) -> AdapterStateError:
+    return AdapterStateError(
+        f"Code has moved {copy!r} of {view.title}, a frozen copy of {original!r}, away from it: for "
+        f"example {weight!r}. {original!r} has adapters, and {copy!r} has none, so code that goes "
+        "through parameters() of both writes adapters into other weights. Let the copy have adapters too, "
+        "which then follow: take it out of exclude_modules, or into target_modules. Then build "
+        f"{view.title} anew."
+    )
+
+
+# Which they are
+
+
+def _copies_without_adapters(view: View) -> dict[str, str]:
+    """Frozen copies in which no layer is adapted, and the adapted networks that they copy."""
+    if any(is_dtensor(p) for p in view.base.values()):  # each process would judge by its shard
+        return {}
+    adapted = modules_around(view.layers)
+    busy = adapted | modules_around(map(owner_of, view.trained))
+    still = {p for name, p in view.base.items() if owner_of(name) not in busy}
+    owners_of_matrices = {owner_of(name) for name, p in view.base.items() if p.dim() > 1}
+    found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
+    return {copy: original for copy, original in found.items() if original in adapted and copy not in adapted}

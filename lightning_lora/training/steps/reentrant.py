@@ -1,0 +1,68 @@
+"""Reentrant checkpoints, whose inputs require no gradient if the layers before them are frozen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as recompute
+from torch import Tensor, nn
+
+from lightning_lora.model.record import find_record
+
+CHECKPOINT_FUNCTION = recompute.CheckpointFunction
+"""torch's own."""
+
+_RUNNING: list[nn.Module] = []
+"""The models whose steps run. A step may run a fit of another model."""
+
+
+@contextmanager
+def gradients_pass(model: nn.Module) -> Iterator[None]:
+    """In a training step, let gradients pass reentrant checkpoints with inputs that require none.
+
+    torch offers no hook there: its function finds no input that requires a gradient, and keeps nothing of the call. So
+    for a step, another function takes its place, unless other code has put its own there.
+    """
+    _RUNNING.append(model)
+    if recompute.CheckpointFunction is CHECKPOINT_FUNCTION:
+        recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        _RUNNING.remove(model)
+        if not _RUNNING and recompute.CheckpointFunction is _RequiringGradients:
+            recompute.CheckpointFunction = CHECKPOINT_FUNCTION  # type: ignore[misc]
+
+
+class _RequiringGradients(CHECKPOINT_FUNCTION):
+    """The same function, but if no input requires a gradient, all floating-point inputs do.
+
+    Not while adapters are disabled: the backward pass would compute the layers with them.
+    """
+
+    @classmethod
+    def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and not _requires_any_grad(inputs) and not _shows_any_base():
+            inputs = tuple(_requiring_grad(value) for value in inputs)
+        return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def _requires_any_grad(inputs: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
+def _requiring_grad(value: Any) -> Any:
+    """An input that requires a gradient, if it is a tensor that may."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _shows_any_base() -> bool:
+    """Whether adapters are disabled in one of the models whose steps run."""
+    for model in _RUNNING:
+        record = find_record(model)
+        if record is not None and record.is_disabled:
+            return True
+    return False

@@ -1,0 +1,174 @@
+"""DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_lora.errors import StrategyError
+from lightning_lora.private import own_place
+
+State = dict[str, Any]
+
+
+class Partition:
+    """A group of parameters that lie end to end in one vector. Of it this process trains the shard ``local``.
+
+    ``places`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
+    how many.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], local: Tensor, places: list[tuple[int, int, int]]) -> None:
+        self.parameters = parameters
+        self.local = local
+        self.places = places
+
+    def _shared(self, values: Iterable[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces that are here: of the values of each parameter, and of a shard."""
+        for value, (in_value, in_shard, count) in zip(values, self.places, strict=True):
+            yield value.reshape(-1)[in_value : in_value + count], shard[in_shard : in_shard + count]
+
+    def full(self, shard: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the values of all parameters, from all shards."""
+        values = [torch.zeros(p.shape, dtype=shard.dtype, device=device) for p in self.parameters]
+        for value, piece in self._shared(values, shard):
+            value.copy_(piece)
+        for value in values:
+            dist.all_reduce(value.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
+        return values
+
+    def local_of(self, values: Iterable[Tensor]) -> Tensor:
+        """Return this process's shard of the values of all parameters."""
+        shard = torch.zeros_like(self.local)
+        for value, piece in self._shared(values, shard):
+            piece.copy_(value)
+        return shard
+
+    def follow(self) -> None:
+        """Copy the parameters, except those that are this shard rounded."""
+        parameters = [p.detach() for p in self.parameters]
+        for value, piece in self._shared(parameters, self.local.detach()):
+            current = value.to(piece.device)
+            is_rounded = piece.to(current.dtype) == current
+            piece.copy_(torch.where(is_rounded, piece, current.to(piece.dtype)))
+
+    def has_other_dtype(self) -> bool:
+        """Whether what trains is in another dtype than the parameters: copies in float32."""
+        return any(p.dtype != self.local.dtype for p in self.parameters)
+
+    def full_states(self, state: State, device: torch.device) -> list[State]:
+        """Return the optimizer's state of each parameter."""
+        states: list[State] = [{} for _ in self.parameters]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == self.local.shape:
+                values: list[Any] = self.full(value, device)
+            else:  # one for all, as the number of steps: each gets its own
+                values = [deepcopy(value) for _ in states]
+            for state_of_one, value_of_one in zip(states, values, strict=True):
+                state_of_one[name] = value_of_one
+        return states
+
+    def local_state(self, states: Sequence[State]) -> State:
+        """Return the optimizer's state of this shard."""
+        local: State = {}
+        for name in _names_in(states):
+            values = [state.get(name) for state in states]
+            local[name] = self._local_entry(name, values)
+        return local
+
+    def _local_entry(self, name: str, values: list[Any]) -> Any:
+        """One entry of this shard's state: its part of the parameters' values, or one value for all."""
+        pairs = list(zip(values, self.parameters, strict=True))
+        if all(_may_be_of(value, p) for value, p in pairs):
+            return self.local_of(_or_zeros(value, p) for value, p in pairs)
+        for_all = _first(values)
+        if isinstance(for_all, Tensor) and for_all.dim():
+            raise ValueError(f"its entry {name!r} has other shapes than the parameters")
+        return for_all
+
+
+def _names_in(states: Sequence[State]) -> list[str]:
+    """The names of the entries of which one has a value."""
+    names: dict[str, None] = {}
+    for state in states:
+        for name, value in state.items():
+            if value is not None:
+                names[name] = None
+    return list(names)
+
+
+def _may_be_of(value: Any, p: nn.Parameter) -> bool:
+    """Whether a value has an element for each of a parameter, or is missing."""
+    return value is None or (isinstance(value, Tensor) and value.shape == p.shape)
+
+
+def _or_zeros(value: Tensor | None, p: nn.Parameter) -> Tensor:
+    return torch.zeros_like(p) if value is None else value
+
+
+def _first(values: list[Any]) -> Any:
+    """The first value that is not missing."""
+    for value in values:
+        if value is not None:
+            return value
+    return None
+
+
+def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
+    """Return the state of an optimizer of the full parameters."""
+    states: list[State] = []
+    groups = []
+    for partition, group in zip(partitions, optimizer.param_groups, strict=True):
+        first = len(states)
+        states += partition.full_states(optimizer.state.get(partition.local, {}), device)
+        groups.append({**group, "params": list(range(first, len(states)))})
+    return {"state": _without_empty(states), "param_groups": groups}
+
+
+def local_state(partitions: Sequence[Partition], state: State) -> State:
+    """Return the state of an optimizer of this process's shards."""
+    _check_sizes(partitions, state)
+    states: list[State] = []
+    groups = []
+    for number, (partition, group) in enumerate(zip(partitions, state["param_groups"], strict=True)):
+        of_group = [state["state"].get(key, {}) for key in group["params"]]
+        states.append(partition.local_state(of_group))
+        groups.append({**group, "params": [number]})
+    return {"state": _without_empty(states), "param_groups": groups}
+
+
+def _without_empty(states: list[State]) -> dict[int, State]:
+    """States by number, as an optimizer has them."""
+    return {number: state for number, state in enumerate(states) if state}
+
+
+def _check_sizes(partitions: Sequence[Partition], state: State) -> None:
+    saved = [len(group["params"]) for group in state["param_groups"]]
+    expected = [len(partition.parameters) for partition in partitions]
+    if saved != expected:
+        raise ValueError(f"its groups have {saved} parameters, and the module's have {expected}")
+
+
+def partitions_of(optimizer: Any, idle: set[nn.Parameter]) -> list[Partition]:
+    """Return the groups of DeepSpeed's optimizer, without parameters that are idle."""
+    partitions = []
+    for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
+        used = [p for p in parameters if p not in idle]
+        (shard,) = group["params"]
+        partitions.append(Partition(used, shard, [own_place(p) for p in used]))
+    return partitions
+
+
+def _parameters_by_group(optimizer: Any) -> Any:
+    """The parameters of each group. The optimizer has two classes: one is for bfloat16 with gradients in float32."""
+    for name in ("bit16_groups", "bf16_groups"):
+        groups = getattr(optimizer, name, None)
+        if groups is not None:
+            return groups
+    raise StrategyError(
+        f"DeepSpeed chose {type(optimizer).__name__} for its configuration, which shares nothing between the "
+        "processes. Use ZeRO stage 2, or strategy='ddp'."
+    )

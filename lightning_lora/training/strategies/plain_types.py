@@ -1,0 +1,74 @@
+"""Read a Trainer's checkpoint with the strategy's own method. Only plain types are read, unless the user trusts it."""
+
+import os
+from inspect import signature
+from typing import Any
+
+import torch
+
+from lightning_lora.errors import AdapterFileError
+from lightning_lora.storage import archives, disk
+from lightning_lora.training.strategies.overlay import OverlaidMethods
+
+
+def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
+    disk.check_path(path)
+    _refuse_safetensors(path)
+    is_trusted = _is_trusted(*args, **kwargs)
+    load = methods.original.load_checkpoint
+    with disk.reading(path, _how_to_trust(methods)):
+        archives.check_file(path, is_any_kind=not _is_read_by_torch(methods))
+        if is_trusted:
+            return load(path, *args, **kwargs)
+        if _takes_weights_only(methods):
+            return load(path, weights_only=True)
+        if methods.is_by_other_code("load_checkpoint") or not uses_torch(methods.strategy):
+            return load(path)
+        with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _refuse_safetensors(path: Any) -> None:
+    if str(path).endswith(".safetensors"):
+        raise AdapterFileError(
+            f"{path} is no Trainer's checkpoint. If save_merged wrote it, call safetensors.torch.load_model(model, "
+            "path), otherwise load_adapter(model, path). Then use the Trainer without ckpt_path."
+        )
+
+
+def _is_trusted(*args: Any, **kwargs: Any) -> bool:
+    """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
+    if os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true"):
+        return True
+    return False in (*args, kwargs.get("weights_only"))
+
+
+def _how_to_trust(methods: OverlaidMethods) -> str:
+    """What to do with a file of objects."""
+    trust = f"set {disk.TRUST}=1"
+    if _takes_weights_only(methods):
+        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
+    return f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."
+
+
+def _takes_weights_only(methods: OverlaidMethods) -> bool:
+    """Whether the strategy can be told to read plain types only: since Lightning 2.6."""
+    return "weights_only" in signature(type(methods.strategy).load_checkpoint).parameters
+
+
+def uses_torch(strategy: Any) -> bool:
+    """Whether files are written and read by torch.save and torch.load, at once."""
+    return _is_lightnings_own(strategy.checkpoint_io)
+
+
+def _is_read_by_torch(methods: OverlaidMethods) -> bool:
+    """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
+    plugin = methods.strategy.checkpoint_io
+    while hasattr(plugin, "checkpoint_io"):
+        plugin = plugin.checkpoint_io
+    return _is_lightnings_own(plugin) and not methods.is_by_other_code("load_checkpoint")
+
+
+def _is_lightnings_own(plugin: Any) -> bool:
+    return type(plugin).__name__ == "TorchCheckpointIO"  # in both Lightning packages

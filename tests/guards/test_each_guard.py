@@ -1,0 +1,82 @@
+"""Each guard can be taken out: nothing else knows it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_lora
+from lightning_lora import moments
+from lightning_lora.moments import Guard
+from tests.support.models import LitTiny, data, lora, same, state, trainer
+
+HOUSE = Path(lightning_lora.__file__).parent
+ROOM = HOUSE / "guards"
+MOMENTS = {name for name in vars(Guard) if not name.startswith("_")}
+
+# Fits, merges and loads, in a script of its own
+LIFE = """
+import lightning as L
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+import lightning_lora as ll
+from lightning_lora.moments import GUARDS
+
+assert not GUARDS
+trainer = L.Trainer(callbacks=[ll.LoRACallback(r=2)], max_steps=2, accelerator="cpu", logger=False,
+                    enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(model := BoringModel())
+assert type(model.layer) is torch.nn.Linear
+plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+assert ll.inject_adapters(plain, ll.LoRAConfig(r=2)) == ("0",)
+ll.merge_adapters(plain)
+"""
+
+
+def fit(folder: Path) -> LitTiny:
+    torch.manual_seed(0)
+    model = LitTiny()
+    trainer(folder, [lora()], max_steps=2).fit(model, data())
+    return model
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> LitTiny:
+    return fit(tmp_path_factory.mktemp("watched"))
+
+
+@pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
+def test_a_fit_without_a_guard_has_the_same_bits(
+    guard: type[Guard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: LitTiny
+) -> None:
+    monkeypatch.setattr(moments, "GUARDS", [each for each in moments.GUARDS if each is not guard])
+    assert same(state(fit(tmp_path)), state(watched))
+
+
+def test_nothing_of_the_package_needs_a_guard(tmp_path: Path) -> None:
+    house = tmp_path / HOUSE.name
+    shutil.copytree(HOUSE, house, ignore=shutil.ignore_patterns("guards", "__pycache__"))
+    (house / "guards").mkdir()
+    (house / "guards" / "__init__.py").touch()
+    path = {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", LIFE], cwd=tmp_path, env={**os.environ, **path}, check=True)
+
+
+@pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
+def test_a_guard_has_a_moment_and_no_moment_is_mistyped(guard: type[Guard]) -> None:
+    methods = {name for name in vars(guard) if not name.startswith("_")}
+    assert methods and methods <= MOMENTS
+
+
+def test_each_file_of_the_room_is_in_the_list() -> None:
+    files = {path.relative_to(ROOM).parts[0].removesuffix(".py") for path in ROOM.glob("[!_]*")}
+    in_list = {guard.__module__.split(".")[2] for guard in moments.GUARDS}
+    assert in_list == files - {"wording"}
+
+
+def test_each_moment_reaches_each_guard() -> None:
+    assert {name for name in vars(moments.Guards) if not name.startswith("_")} - {"close"} == MOMENTS

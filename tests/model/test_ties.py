@@ -1,0 +1,34 @@
+"""A weight that is tied to another layer's, from its merge to its base again."""
+
+import pytest
+
+import lightning_lora as ll
+from tests.support.models import TinyLM, randomise, unties
+
+
+def merged_head() -> TinyLM:
+    """A model whose head is adapted and merged. Its weight was tied to the embedding's."""
+    model = TinyLM()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    ll.merge_adapters(model)
+    return model
+
+
+@unties
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_the_user_froze_in_a_merged_model_is_frozen_where_it_is_tied_again(trains: bool) -> None:
+    model = merged_head()
+    model.lm_head.weight.requires_grad_(trains)
+    ll.unmerge_adapters(model)
+    ll.remove_adapters(model)
+    assert model.lm_head.weight is model.embed.weight
+    assert model.embed.weight.requires_grad is trains
+
+
+@unties
+def test_a_merge_is_not_undone_onto_an_embedding_that_was_changed_since() -> None:
+    model = merged_head()
+    model.embed.weight.data.mul_(2)  # the base of the head
+    with pytest.raises(ll.AdapterStateError, match="were changed since its adapters were merged"):
+        ll.unmerge_adapters(model)

@@ -1,0 +1,79 @@
+"""The parameters of a model: those that train, what they hold, and their gradients."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What trains, in the model's order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """The names of what trains, in the model's order."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def dtypes(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes of a model's parameters."""
+    return {p.dtype for p in model.parameters()}
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor by its name."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, without their gradients."""
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def chosen(tensors: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of these names."""
+    return {name: tensors[name] for name in names}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that there are, by the names of their parameters."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def grads_of(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """The gradient of each parameter, or None."""
+    return [p.grad for p in parameters]
+
+
+def nan_at(parameter: Tensor, *place: int) -> None:
+    """Write NaN into one value, as a training that diverged does."""
+    with torch.no_grad():
+        parameter[place] = float("nan")
+
+
+def add_to(parameter: Any, amount: float) -> None:
+    """Add a number to each value of a parameter, as if it had trained."""
+    with torch.no_grad():
+        parameter.add_(amount)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are no adapter's, by name."""
+    return {name: p for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def base_keys(model: nn.Module) -> list[str]:
+    """The names in a model's state dict that are no adapter's."""
+    return [name for name in model.state_dict() if "lora_" not in name]
+
+
+def attributes_of_adapters(model: nn.Module) -> list[str]:
+    """The names of what an adapter sets on its layer or its model, wherever they are."""
+    return [name for module in model.modules() for name in vars(module) if "lora" in name]
+
+
+def classes(model: nn.Module) -> list[type]:
+    """The class of each module, in the model's order."""
+    return [type(module) for module in model.modules()]
