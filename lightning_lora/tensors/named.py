@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import TypeVar
 
-from lightning_lora.tensors.names import is_in_any, join, starts_of
+from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
 
 Thing = TypeVar("Thing")
 Key = TypeVar("Key")
@@ -86,6 +86,12 @@ def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[K
     for thing in things:
         groups.setdefault(group_of(thing), []).append(thing)
     return groups
+
+
+def by_owner(tensors: Mapping[str, Thing]) -> dict[str, list[Thing]]:
+    """Return tensors by the names of the modules that hold them."""
+    by_module = grouped(tensors, owner_of)
+    return {module: [tensors[name] for name in names] for module, names in by_module.items()}
 
 
 def names_by(named: Mapping[str, Key]) -> dict[Key, list[str]]:

@@ -21,7 +21,7 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.named import of_type
 
 _KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 
@@ -57,15 +57,11 @@ def _state_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-    tensors = where(contents, _is_tensor)
+    tensors = of_type(contents, Tensor)
     state = {name: value for name, value in tensors.items() if isinstance(name, str)}
     if len(entries_inside("module", state)) == len(state):
         return Renaming(there="module").with_names_here(state)
     return state
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAdapters:

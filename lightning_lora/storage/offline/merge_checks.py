@@ -13,7 +13,7 @@ from lightning_lora.storage.base_check import BaseTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.named import of_type, where, without
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -25,7 +25,7 @@ def check_plan(plan: MergePlan) -> None:
 
 def check_tensors_alone(plan: MergePlan) -> None:
     """Refuse what modules keep besides tensors (``get_extra_state``): only a checkpoint has a place for it."""
-    odd = [name for name, value in plan.replaced.items() if not isinstance(value, Tensor)]
+    odd = without(plan.replaced, of_type(plan.replaced, Tensor))
     if odd:
         raise AdapterFileError(
             f"{listed(odd)} in {plan.source} are not tensors (get_extra_state), and safetensors holds no "

@@ -15,6 +15,7 @@ from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.tensors.named import of_type, where, without
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -113,9 +114,11 @@ def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
     """Return all but the header of a file. Refuse what is no tensor."""
     tensors = dict(contents)
     tensors.pop(HEADER, None)
-    odd = [str(name) for name in tensors if not isinstance(tensors[name], Tensor)]
+    odd = without(tensors, of_type(tensors, Tensor))
     if odd:
-        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
+        )
     return tensors
 
 
@@ -208,8 +211,7 @@ def _check_fields(fields: Mapping[str, Any], source: object) -> None:
 
 def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
     """Warn of fields that are set, and that are of no version that is known."""
-    known = {*_OURS, *_OTHERS}
-    unknown = [name for name in fields if fields[name] and name not in known]
+    unknown = without(where(fields, bool), {*_OURS, *_OTHERS})
     if unknown:
         warn(
             f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "

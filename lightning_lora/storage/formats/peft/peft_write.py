@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, 
 from lightning_lora.storage.formats.writing import Source, WeightUpdate, weight_updates, with_scaling, write_files
 from lightning_lora.storage.renaming import Renaming, list_or_expression
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.named import of_type, only, where
 from lightning_lora.tensors.names import join, starts_of
 
 
@@ -285,7 +285,7 @@ def _encoder_layers(source: Source) -> list[str]:
     names = dict[str, None]()
     for layer in source.stored.layers.values():
         names |= dict.fromkeys(starts_of(source.name_there(layer.name))[:-1])
-    return [name for name in names if isinstance(source.modules.get(name), nn.TransformerEncoderLayer)]
+    return list(only(names, of_type(source.modules, nn.TransformerEncoderLayer)))
 
 
 def _warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
