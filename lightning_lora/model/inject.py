@@ -164,7 +164,7 @@ def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, C
     """The layers that get adapters, and the networks that get none."""
     targeted = select(view.model, config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
-    frozen = {view.base[name] for name in view.frozen_by_user}
+    frozen = set(only(view.base, view.frozen_by_user).values())
     networks = networks_of(view, kinds, frozen, finds=finds)
     choices = only(targeted, outside(targeted, networks.left))
     if not choices:

@@ -108,7 +108,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     Return layers whose adapters have learned: these stay, and do not train.
     """
     view = view_of(model)
-    still = unheld | {view.base[name] for name in view.frozen_by_user}
+    still = unheld | set(only(view.base, view.frozen_by_user).values())
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found = networks_of(view, kinds, still)
     known = view.adapter.networks
@@ -149,7 +149,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
     known = view.adapter.networks
-    below = tuple(name for name in known.below if name not in still)
+    below = tuple(without(dict.fromkeys(known.below), still))
     now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
     left = inside(view.layers, now.left)
     if not left:

@@ -27,8 +27,9 @@ from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
-from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
 from lightning_lora.tensors.values import detached
 
 # Write

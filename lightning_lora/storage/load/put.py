@@ -25,7 +25,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
-from lightning_lora.tensors.names import is_bias, join, load_state_dict, own_parameter, state_dict
+from lightning_lora.tensors.names import is_bias, join, own_parameter
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
