@@ -413,7 +413,14 @@ def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(tmp_path: Pat
     assert is_plain(model)
 
 
-@pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("adapters", False), ("model", "last")])
+@pytest.mark.parametrize(
+    ("save", "merge"),
+    [
+        ("adapters", "last"),
+        ("adapters", False),
+        ("model", "last"),
+    ],
+)
 def test_layers_that_a_hook_makes_anew_get_the_files_adapters(tmp_path: Path, save: str, merge: Any) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     model, t = fit(

@@ -599,7 +599,14 @@ def looks(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("stage", "trial"), [("validate", 1), ("test", False), ("predict", False)])
+@pytest.mark.parametrize(
+    ("stage", "trial"),
+    [
+        ("validate", 1),
+        ("test", False),
+        ("predict", False),
+    ],
+)
 def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any) -> None:
     model = half_frozen()
     plain = trainer(tmp_path, fast_dev_run=trial)
