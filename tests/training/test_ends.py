@@ -102,7 +102,12 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
     before = about(finished)
     output = finished(X)
     again = run(started(start), file, max_epochs=2)
-    until_a_step = run(started(start), file, max_epochs=9, max_steps=steps)
+    until_a_step = run(
+        started(start),
+        file,
+        max_epochs=9,
+        max_steps=steps,
+    )
     run(finished, file, max_epochs=2)
     for model in (again, until_a_step, finished):
         assert about(model) == before

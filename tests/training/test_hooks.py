@@ -239,7 +239,12 @@ class Statistics(LitTiny):
 
 
 def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) -> None:
-    through = resumes_to_the_bit(tmp_path, Statistics, partial(lora, merge=False), max_epochs=2)
+    through = resumes_to_the_bit(
+        tmp_path,
+        Statistics,
+        partial(lora, merge=False),
+        max_epochs=2,
+    )
     file = tmp_path / "through" / "epoch=1.ckpt"
     by_evaluation = evaluated(Statistics(), file)
     by_loading = ll.load_from_checkpoint(Statistics, file)

@@ -329,9 +329,19 @@ def test_a_fit_that_was_watched_has_the_bits_of_one_that_was_not(
     arguments: Any,
     options: Any,
 ) -> None:
-    watched = state_after_a_fit(tmp_path, read, arguments, options)
+    watched = state_after_a_fit(
+        tmp_path,
+        read,
+        arguments,
+        options,
+    )
     monkeypatch.setattr(Reads, "watching", lambda *_: contextlib.nullcontext())
-    unwatched = state_after_a_fit(tmp_path, read, arguments, options)
+    unwatched = state_after_a_fit(
+        tmp_path,
+        read,
+        arguments,
+        options,
+    )
     assert_same_tensors(watched, unwatched)
 
 

@@ -192,7 +192,13 @@ def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: An
 @exact
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
 def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precision: Any) -> None:
-    through = resumes_to_the_bit(tmp_path, LitTiny, dropping, max_epochs=2, precision=precision)
+    through = resumes_to_the_bit(
+        tmp_path,
+        LitTiny,
+        dropping,
+        max_epochs=2,
+        precision=precision,
+    )
     assert is_plain(through)
     path = tmp_path / "through" / "epoch=1.ckpt"
     stored = held(torch.load(path, weights_only=True))

@@ -130,7 +130,12 @@ def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path
 def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Path) -> None:
     saved = best(tmp_path, save_top_k=1)
     first = ll.LoRACallback(r=2, target_modules=["q_proj"], merge="best")
-    model, _ = fit(tmp_path, first, saved, max_epochs=4)
+    model, _ = fit(
+        tmp_path,
+        first,
+        saved,
+        max_epochs=4,
+    )
     ll.remove_adapters(model)
     before = state(model)
     saved.best_model_score = torch.tensor(-1.0)  # nothing is better from now on

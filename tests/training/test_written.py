@@ -85,7 +85,13 @@ def said(
 ) -> list[str]:
     """What a fit says of writes."""
     notes = Notes()
-    return said_to(notes, folder, model, *callbacks, **options)
+    return said_to(
+        notes,
+        folder,
+        model,
+        *callbacks,
+        **options,
+    )
 
 
 def said_to(
@@ -101,14 +107,25 @@ def said_to(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         notes.caught = caught
-        fit(folder, *callbacks, notes, model=model, **options)
+        fit(
+            folder,
+            *callbacks,
+            notes,
+            model=model,
+            **options,
+        )
     return about_writes(caught)
 
 
 @pytest.mark.parametrize("kind", [Normalises, Masks, Clamps])
 def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(tmp_path: Path, kind: Any) -> None:
     notes = Notes()
-    (message,) = said_to(notes, tmp_path, kind(), **NO_SAVES)
+    (message,) = said_to(
+        notes,
+        tmp_path,
+        kind(),
+        **NO_SAVES,
+    )
     assert f"the weight of 'v_proj' of {kind.__name__}" in message
     assert set(notes.said) == {0}
     assert "modules_to_save=['v_proj']" in message
@@ -232,7 +249,17 @@ def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(tmp_p
     assert said(tmp_path, Clamps(), lora(), saves)
     file = tmp_path / "epoch=0.ckpt"
     assert said(tmp_path, Writes(), ckpt_path=file, **NO_SAVES) == []
-    assert len(said(tmp_path, Normalises(), ckpt_path=file, **NO_SAVES)) == 1
+    assert (
+        len(
+            said(
+                tmp_path,
+                Normalises(),
+                ckpt_path=file,
+                **NO_SAVES,
+            )
+        )
+        == 1
+    )
 
 
 class Stops(LitTiny):
