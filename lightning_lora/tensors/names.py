@@ -4,13 +4,14 @@
 ``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED
+from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED, STATE_NOTES
 from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
 _WRAPPED = (COMPILED, CHECKPOINTED)
@@ -96,6 +97,11 @@ def is_in_any(name: str, modules: Collection[str]) -> bool:
     return any(outer in modules for outer in starts_of(name))
 
 
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter is a bias, by its name."""
+    return "bias" in parameter.rpartition(".")[2]
+
+
 def is_inside(name: str, prefix: str) -> bool:
     """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
@@ -152,8 +158,15 @@ def loads_in_own_way(module: nn.Module) -> bool:
     return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
 
 
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, note: str = "") -> None:
+    """Load a state dict with plain names, full tensors into DTensors too.
+
+    Args:
+        model: The model.
+        state: The state dict.
+        strict: Whether all entries must be there.
+        note: What hooks of the model find in torch's notes on the state dict.
+    """
     present = model.state_dict(keep_vars=True)
     names_in_model = {plain_name(name): name for name in present}
     loaded: dict[str, Any] = {}
@@ -168,7 +181,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
         if name in present:
             loaded.setdefault(name, present[name])
     shared = _under_all_names(present, loaded)
-    model.load_state_dict({**shared, **loaded}, strict=strict)
+    noted: Any = OrderedDict({**shared, **loaded})
+    if note:
+        setattr(noted, STATE_NOTES, {"": {note: True}})
+    model.load_state_dict(noted, strict=strict)
 
 
 def _read_in_own_way(model: nn.Module) -> list[str]:
