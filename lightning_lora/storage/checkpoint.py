@@ -26,8 +26,10 @@ from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
-from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.values import detached
 
 # Write
 
@@ -37,7 +39,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
     small = _with_small_states(view, checkpoint)
-    if any(map(is_dtensor, view.parameters.values())):
+    if where(view.parameters, is_dtensor):
         small = full_tensors(small)
     if written_later:
         small = _copy(small)
@@ -100,11 +102,7 @@ def _alone(value: Any) -> Any:
 
 def _copy(checkpoint: dict[str, Any]) -> Any:
     """A copy that later steps do not change. torch copies no tensor with a graph, such as a kept loss."""
-    return deepcopy(tree_map(_without_graph, checkpoint))
-
-
-def _without_graph(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return deepcopy(tree_map(detached, checkpoint))
 
 
 # Read
@@ -161,10 +159,14 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     if KEY not in checkpoint:
         _load_base(model, state)
         return
-    stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
-    put(model, stored, Way(call=_CALL, reads_base=False))  # the stage or the end of fit has just read it
+    load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
     if whole:
         _complete_states(model, checkpoint)
+
+
+def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
+    """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
+    put(model, stored, Way(call=_CALL, reads_base=False))
 
 
 def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:

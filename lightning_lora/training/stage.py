@@ -22,7 +22,7 @@ from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
-from lightning_lora.training.float32_steps import Float32Steps
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.randomness import Resumed, reseeded
 from lightning_lora.training.steps.first_steps import FirstSteps
 from lightning_lora.training.steps.step_dropout import Dropout

@@ -24,7 +24,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
-from lightning_lora.tensors.names import is_bias, join, load_state_dict, own_parameter, state_dict
+from lightning_lora.tensors.names import is_bias, join, own_parameter
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
@@ -36,9 +37,7 @@ class Way:
     """What differs between the ways in."""
 
     call: str  # the user's call, as an error names it
-    adapts: bool = (
-        False  # the model may be plain: it is adapted as the file says. One that is merged is not merged again
-    )
+    adapts: bool = False  # whether a plain model is adapted first. One that was merged then stays unmerged
     name: str | None = None  # of the adapter. None: the active one
     is_described: bool = True  # otherwise there is a state alone, and nothing says how it was trained
     refuses_base: bool = True  # otherwise another base is only named
@@ -146,6 +145,8 @@ def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[st
 
 # Write
 
+WRITTEN = "lightning_lora_written"  # in torch's notes on what is written here: it is no news for the model's hook
+
 
 def _note_description(view: View, stored: StoredAdapters) -> None:
     """Note what a file of this package says of frozen weights and buffers."""
@@ -158,10 +159,10 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
-        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state))
+        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state), note=WRITTEN)
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
-        load_state_dict(view.model, state)
+        load_state_dict(view.model, state, note=WRITTEN)
         view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 

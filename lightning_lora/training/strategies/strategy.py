@@ -33,11 +33,11 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
-from lightning_lora.training.building import build_optimizers, showing_trainable_base
-from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.optimizer_states import states_fit
-from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.float32_steps import states_in_float32
+from lightning_lora.training.optimizers.optimizer_states import states_fit
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss
