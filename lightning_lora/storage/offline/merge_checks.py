@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.storage.base_check import BaseTensor, Comparison, compare
+from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
@@ -166,7 +166,7 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
+def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
         place = plan.name_in_base(name)
@@ -175,7 +175,7 @@ def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[Ba
             continue
         value = _without_trained_rows(plan, place)
         digests_in_halves = partial(digests_as, value, HALVES)
-        yield BaseTensor(name, place, value, digest(value), digests_in_halves)
+        yield ComparedTensor(name, place, value, digest(value), digests_in_halves)
 
 
 def _without_trained_rows(plan: MergePlan, place: str) -> Tensor:
