@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import TargetError, listed, warn
+from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import among, inside, joined, modules_around, only, outside, where, without
+from lightning_lora.tensors.named import among, inside, modules_around, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 
@@ -68,7 +69,7 @@ def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    flags = view.record.requires_grad
+    flags = view.record.base.flags_before()
     frozen_before = without(flags, where(flags, bool))
     thawed = without(view.base, frozen_before)
     return tuple(network for network in known.still if not inside(thawed, [network]))
@@ -86,12 +87,13 @@ def _adapts_whole_layers(kind: type) -> bool:
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
-    for name in _layers_that_have_learned(view):
+    for name in layers_that_have_learned(view):
         weights |= view.weights_of(name)
     return weights
 
 
-def _layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose updates are not zero."""
     return without(view.layers, where(view.layers, LoRALayer.lora_is_fresh))
 
 
@@ -118,7 +120,8 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     known = view.adapter.networks
     copies = _copies_that_stand_still(view, found, still)
     rests = _let_rest(view, unheld, known.below, copies)
-    _warn_of_frozen_since(view, rests)
+    Guards().networks_settled(view, rests, view.record.base.frozen_since)
+    view.record.base.forget_frozen_since()
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
@@ -129,7 +132,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    trained_before = where(view.record.requires_grad, bool)
+    trained_before = where(view.record.base.flags_before(), bool)
     training = without(only(view.base, trained_before), among(view.base, still))
     return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 
@@ -146,21 +149,6 @@ def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], cop
         elif layer.lora_settings.follows and not is_in_any(name, copies):
             layer.lora_follow(None)
     return rests
-
-
-def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
-    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
-    frozen_since = view.record.frozen_since
-    frozen = []
-    for name, layer in without(_layers_that_have_learned(view), rests).items():
-        if frozen_since.issuperset(joined(name, layer.lora_weights())):
-            frozen.append(name)
-    frozen_since.clear()
-    if frozen and len(frozen) < len(view.layers):
-        warn(
-            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
-            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
-        )
 
 
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.record import AdapterState, Record, find_record, record_of
+from lightning_lora.model.record import Record, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.load.put import Way, put
 from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import without
 from lightning_lora.tensors.names import named_modules, plain_module
 
 
@@ -188,11 +190,8 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
-    random = set(stored.random)
-    state = {}
-    for key, value in stored.state.items():
-        if key not in random:
-            state[key] = _to_add(value)
+    trained = without(stored.state, set(stored.random))
+    state = {key: _to_add(value) for key, value in trained.items()}
     return replace(stored, state=state, random=[], source=f"the adapter {name!r} of {stored.source}")
 
 

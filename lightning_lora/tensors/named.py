@@ -48,7 +48,22 @@ def outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
     return [name for name in names if not is_in_any(name, modules)]
 
 
+def not_in(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """Return the names that are not among these."""
+    return [name for name in names if name not in known]
+
+
+def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
+    """Return those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(start): thing for name, thing in named.items() if name.startswith(start)}
+
+
 # Other names
+
+
+def renamed(named: Mapping[str, Thing], name_of: Callable[[str], str]) -> dict[str, Thing]:
+    """Return what has these names by other names."""
+    return {name_of(name): thing for name, thing in named.items()}
 
 
 def joined(prefix: str, names: Iterable[str]) -> list[str]:

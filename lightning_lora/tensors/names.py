@@ -95,6 +95,11 @@ def is_in_any(name: str, modules: Collection[str]) -> bool:
     return any(outer in modules for outer in starts_of(name))
 
 
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter is a bias, by its name."""
+    return "bias" in parameter.rpartition(".")[2]
+
+
 def is_inside(name: str, prefix: str) -> bool:
     """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")

@@ -20,11 +20,15 @@ RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the 
 
 _OTHERS = Struct("<625Iid625Id")  # numpy's and Python's: 624 numbers of a Mersenne twister, its place, and what waits
 
+States = dict[str, Tensor]
+"""The states of generators, by name: "cpu", "cuda", and "others" for those of numpy and Python."""
+
 
 @contextmanager
 def reseeded(model: nn.Module) -> Iterator[None]:
     """Go on with a seed that is drawn first: however much new adapters draw, the run then sees the same batches."""
-    before, adapted = torch.get_rng_state(), View(model).matrices
+    before = torch.get_rng_state()
+    adapted = View(model).matrices
     seed = int(torch.randint(1 << 62, (), device="cpu"))
     torch.set_rng_state(before)
     yield  # after an error, another injection follows
@@ -32,25 +36,17 @@ def reseeded(model: nn.Module) -> Iterator[None]:
         torch.manual_seed(seed)
 
 
-def random_states(trainer: Trainer) -> dict[str, Tensor]:
+# The states of all processes
+
+
+def random_states(trainer: Trainer) -> States:
     """Return the states of the generators of torch, numpy and Python in all processes."""
-    device, states = trainer.strategy.root_device, _states_here(trainer)
+    device = trainer.strategy.root_device
+    states = _states_here(device)
     for name, state in states.items():
-        states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
+        of_all = _of_all_processes(trainer, state.to(device))
+        states[name] = of_all.reshape(-1, len(state)).cpu()
     return states
-
-
-def _states_here(trainer: Trainer) -> dict[str, Tensor]:
-    """The states as bytes. Speech models of transformers mask their audio with numpy's."""
-    device, states = trainer.strategy.root_device, {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if np.random.get_state(legacy=False)["bit_generator"] != "MT19937":  # the user has set another one
-        return states
-    _, keys, *rest = np.random.get_state(legacy=True)
-    _, numbers, last = random.getstate()
-    packed = _OTHERS.pack(*map(int, keys), *rest, *numbers, math.nan if last is None else last)
-    return {**states, "others": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
 
 
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
@@ -61,63 +57,142 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+# The states of this process, as bytes
+
+
+def _states_here(device: torch.device) -> States:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":  # otherwise, the user has set another one
+        states["others"] = _state_of_others()
+    return states
+
+
+def _state_of_others() -> Tensor:
+    """The states of numpy's and Python's generators. Speech models of transformers mask their audio with numpy's."""
+    _, numpys_numbers, *numpys_rest = np.random.get_state(legacy=True)
+    _, pythons_numbers, waiting = random.getstate()
+    if waiting is None:
+        waiting = math.nan
+    numbers = [int(number) for number in numpys_numbers]
+    packed = _OTHERS.pack(*numbers, *numpys_rest, *pythons_numbers, waiting)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _set_states(states: States, device: torch.device) -> None:
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            _set_state_of_others(state)
+
+
+def _set_state_of_others(state: Tensor) -> None:
+    *values, waiting = _OTHERS.unpack(bytes(state.tolist()))
+    numbers = np.array(values[:624], dtype=np.uint32)
+    np.random.set_state(("MT19937", numbers, *values[624:627]))
+    random.setstate((3, tuple(values[627:]), None if math.isnan(waiting) else waiting))
+
+
+def _stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:
+    """This process's states of a file. Those of another machine, or of other processes, are left out."""
+    states: States = {}
+    for name, here in _states_here(trainer.strategy.root_device).items():
+        rows = stored.get(name)
+        if isinstance(rows, Tensor) and _fits(rows, here, trainer.world_size):
+            states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+    return states
+
+
+def _fits(rows: Tensor, here: Tensor, processes: int) -> bool:
+    """Whether there is a state for each process, as it is here."""
+    return rows.dtype == here.dtype and rows.shape == (processes, len(here))
+
+
 class Resumed:
     """The random numbers of a checkpoint. A resumed fit begins its data with them, once, and then its training."""
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-        self.trainer, self.device, self.states = trainer, trainer.strategy.root_device, dict[str, Tensor]()
-        self.begins, self.begun = False, dict[str, Tensor]()  # the states when the data have begun
+        self.trainer = trainer
+        self.device = trainer.strategy.root_device
+        self.states = _stored_here(checkpoint[RANDOM], trainer)
         self.epoch: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        for name, now in _states_here(trainer).items():
-            rows = checkpoint[RANDOM].get(name)
-            if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
-                self.states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+        self.data_begin = False  # a loader is being set up with the states
+        self.after_the_data: States = {}  # the states when the data have begun
         self.loop: Any = trainer.fit_loop
         self.loader_states: Any = []
-        self.own, vars(self.loop)["setup_data"] = self.loop.setup_data, self._setup_data
+        self.setup_data = self.loop.setup_data  # Lightning's own
+        vars(self.loop)["setup_data"] = self._setup_data
 
     def _setup_data(self) -> None:
         self.loader_states = loader_states(self.loop) or self.loader_states
-        self.own()
-        if self.begins:
-            self.begins, self.begun = False, _states_here(self.trainer)
+        self.setup_data()
+        if self.data_begin:
+            self.data_begin = False
+            self.after_the_data = _states_here(self.device)
 
     def begin_data(self, loader: Any) -> None:
         """Set the generators, and a sampler's epoch, for a loader that Lightning begins next: workers draw ahead."""
-        self.begins = True
-        self._set(self.states)
+        self.data_begin = True
+        _set_states(self.states, self.device)
         _set_epoch(loader, self.epoch)
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
-        loop, epoch = self.loop.epoch_loop, self.loop.epoch_progress.current.processed
-        is_other = [_set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened if epoch != self.epoch]
-        begins_anew = any(is_other) or not self.begun or (self.loop.restarting and loader_states(self.loop))
-        is_known = hasattr(type(self.loop), "is_resuming")  # Lightning 2.6: before, a later epoch begins its data
-        later = self.trainer.current_epoch > 0 and not loop.restarting and not is_known
-        self._set(self.states if begins_anew or later else self.begun)
-        if begins_anew and not later:
+        begins_data_later = self._begins_data_later()
+        begins_data_again = self._begin_another_epoch() or self._began_without_states()
+        if begins_data_again or begins_data_later:
+            _set_states(self.states, self.device)
+        else:
+            _set_states(self.after_the_data, self.device)
+        if begins_data_again and not begins_data_later:
             begin_loaders_again(self.loop, self.loader_states)
-        is_over = is_known and loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch
-        if is_known and self.loop.restarting and not is_over:
-            self._set(self.states)  # of a moment when the epoch's data had begun
+        if self._goes_on_within_an_epoch():
+            _set_states(self.states, self.device)  # of a moment when the epoch's data had begun
 
-    def _set(self, states: dict[str, Tensor]) -> None:
-        for name, state in states.items():
-            if name == "cpu":
-                torch.set_rng_state(state)
-            elif name == "cuda":
-                torch.cuda.set_rng_state(state, self.device)
-            else:
-                *values, last = _OTHERS.unpack(bytes(state.tolist()))
-                np.random.set_state(("MT19937", np.array(values[:624], dtype=np.uint32), *values[624:627]))
-                random.setstate((3, tuple(values[627:]), None if math.isnan(last) else last))
+    def _begins_data_later(self) -> bool:
+        """Whether the epoch's data begin after this: before Lightning 2.6, a later epoch begins its data."""
+        if self._knows_resuming:
+            return False
+        return self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting
+
+    def _begin_another_epoch(self) -> bool:
+        """Set the epoch of loaders that began with another one. Return whether one has an epoch."""
+        epoch = self.loop.epoch_progress.current.processed
+        if epoch == self.epoch:
+            return False
+        have_an_epoch = [_set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened]
+        return any(have_an_epoch)
+
+    def _began_without_states(self) -> bool:
+        """Whether the data began before the random numbers, or the loaders' own states, were there."""
+        if not self.after_the_data:
+            return True
+        return bool(self.loop.restarting and loader_states(self.loop))
+
+    def _goes_on_within_an_epoch(self) -> bool:
+        if not (self._knows_resuming and self.loop.restarting):
+            return False
+        epoch_loop = self.loop.epoch_loop
+        is_over = epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch
+        return not is_over
+
+    @property
+    def _knows_resuming(self) -> bool:
+        """Whether Lightning itself knows where in an epoch a fit resumes: since 2.6."""
+        return hasattr(type(self.loop), "is_resuming")
 
 
 def _set_epoch(loader: Any, epoch: int) -> bool:
     """Set the epoch of a loader's samplers, as Lightning does later. Return whether one has an epoch."""
-    samplers = [getattr(each, "sampler", None) for each in (loader, getattr(loader, "batch_sampler", None))]
-    setters = list(filter(callable, (getattr(sampler, "set_epoch", None) for sampler in samplers)))
-    for set_epoch in setters:
-        set_epoch(epoch)
-    return bool(setters)
+    was_set = False
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        sampler = getattr(owner, "sampler", None)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+            was_set = True
+    return was_set

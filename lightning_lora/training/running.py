@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.rates import follow
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.places import check_frozen
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding, leave_unfed
 from lightning_lora.training.steps.gradients import Gradients
@@ -34,7 +34,13 @@ class Running:
         self.gradients.begins = is_new
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
         if not self.has_copies:
-            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps(self.module)))
+            self._take_steps_in_float32()
+
+    def _take_steps_in_float32(self) -> None:
+        """Let float16 weights that train in full take their steps in float32, if there are any."""
+        steps = self._at_the_end.enter_context(closing(Float32Steps(self.module)))
+        if steps.are_needed:
+            self.stage.float32 = steps
 
     @property
     def has_copies(self) -> bool:
@@ -47,7 +53,8 @@ class Running:
             return
         before = self._base_at_the_start
         self._base_at_the_start = None
-        changed = {name for name, digest in base_digests(self.module).items() if before.get(name) != digest}
+        now = base_digests(self.module)
+        changed = {name for name, digest in now.items() if before.get(name) != digest}
         if changed:
             advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
 

@@ -11,10 +11,10 @@ from torch import nn
 from lightning_lora.errors import StrategyError
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
-from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.compatibility import refuse_strategy
-from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state, partitions_of
 from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
@@ -24,9 +24,6 @@ _COPIES = "float32"
 
 _SCALE = "loss_scaler"
 """The entry that says how DeepSpeed scales the loss in float16."""
-
-_IDLE = "lora_idle_"
-"""The start of the names of parameters that keep the places of groups which train nothing."""
 
 
 class DeepSpeedMethods(LateStrategyMethods):
@@ -45,6 +42,7 @@ class DeepSpeedMethods(LateStrategyMethods):
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
         self.partitions: Sequence[Partition] = ()  # what this process trains of each group
+        self._idle: dict[str, nn.Parameter] = {}  # what keeps the places of groups which train nothing, by name
 
     @classmethod
     def check(cls, strategy: Any) -> None:
@@ -77,34 +75,28 @@ class DeepSpeedMethods(LateStrategyMethods):
         """Keep the places of empty groups: DeepSpeed would remove one, and a scheduler give its rate to another."""
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
-                idle = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
-                self.module.register_parameter(f"{_IDLE}{number}", idle)
-                group["params"].append(idle)
-
-    def _take_idle_parameters(self) -> set[nn.Parameter]:
-        """Take out of the module what keeps the places of empty groups."""
-        parameters = self.module._parameters
-        idle = set()
-        for name in list(parameters):
-            if name.startswith(_IDLE):
-                idle.add(parameters.pop(name))
-        return idle  # type: ignore[return-value]  # a registered one is not None
+                name = f"lora_idle_{number}"
+                self._idle[name] = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
+                self.module.register_parameter(name, self._idle[name])
+                group["params"].append(self._idle[name])
 
     def init_deepspeed(self) -> None:
         """Build the engine, and find this process's shards in it."""
         if self.stage.is_fitting:
             self._check_dtypes()
             self._check_scale()
+        self._idle = {}
         try:
             self.original.init_deepspeed()
         finally:
-            idle = self._take_idle_parameters()
+            for name in self._idle:
+                delattr(self.module, name)
         record = find_record(self.module)
         if record is not None:
             keep_record(self.module, record)  # for an evaluation, Lightning removes all hooks
         if self.stage.is_fitting:
             (optimizer,) = self.strategy.optimizers
-            self.partitions = partitions_of(optimizer, idle)
+            self.partitions = partitions_of(optimizer, set(self._idle.values()))
 
     def _check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
@@ -168,7 +160,7 @@ class DeepSpeedMethods(LateStrategyMethods):
         for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
             for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
-                partition.local.detach().copy_(partition.local_of(values))
+                partition.local.detach().copy_(partition.local_of(dict(enumerate(values))))
             if _SCALE in state and hasattr(optimizer, "loss_scaler"):
                 vars(optimizer.loss_scaler).update(state[_SCALE])
 

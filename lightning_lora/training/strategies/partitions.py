@@ -1,6 +1,6 @@
 """DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -26,34 +26,37 @@ class Partition:
         self.local = local
         self.places = places
 
-    def _shared(self, values: Iterable[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pieces that are here: of the values of each parameter, and of a shard."""
-        for value, (in_value, in_shard, count) in zip(values, self.places, strict=True):
-            yield value.reshape(-1)[in_value : in_value + count], shard[in_shard : in_shard + count]
+    def _shared(self, number: int, values: Tensor, shard: Tensor) -> tuple[Tensor, Tensor]:
+        """The piece that is here of one parameter: of its values, and of a shard."""
+        in_values, in_shard, count = self.places[number]
+        return values.reshape(-1)[in_values : in_values + count], shard[in_shard : in_shard + count]
 
     def full(self, shard: Tensor, device: torch.device) -> list[Tensor]:
         """Return the values of all parameters, from all shards."""
-        values = [torch.zeros(p.shape, dtype=shard.dtype, device=device) for p in self.parameters]
-        for value, piece in self._shared(values, shard):
-            value.copy_(piece)
-        for value in values:
-            dist.all_reduce(value.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
-        return values
+        all_values = []
+        for number, p in enumerate(self.parameters):
+            values = torch.zeros(p.shape, dtype=shard.dtype, device=device)
+            here, piece = self._shared(number, values, shard)
+            here.copy_(piece)
+            dist.all_reduce(values.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
+            all_values.append(values)
+        return all_values
 
-    def local_of(self, values: Iterable[Tensor]) -> Tensor:
-        """Return this process's shard of the values of all parameters."""
+    def local_of(self, all_values: Mapping[int, Tensor]) -> Tensor:
+        """Return this process's shard of the values of the parameters with these numbers. The others' are zero."""
         shard = torch.zeros_like(self.local)
-        for value, piece in self._shared(values, shard):
-            piece.copy_(value)
+        for number, values in all_values.items():
+            here, piece = self._shared(number, values, shard)
+            piece.copy_(here)
         return shard
 
     def follow(self) -> None:
         """Copy the parameters, except those that are this shard rounded."""
-        parameters = [p.detach() for p in self.parameters]
-        for value, piece in self._shared(parameters, self.local.detach()):
-            current = value.to(piece.device)
-            is_rounded = piece.to(current.dtype) == current
-            piece.copy_(torch.where(is_rounded, piece, current.to(piece.dtype)))
+        for number, p in enumerate(self.parameters):
+            values, piece = self._shared(number, p.detach(), self.local.detach())
+            values = values.to(piece.device)
+            is_rounded = piece.to(values.dtype) == values
+            piece.copy_(torch.where(is_rounded, piece, values.to(piece.dtype)))
 
     def has_other_dtype(self) -> bool:
         """Whether what trains is in another dtype than the parameters: copies in float32."""
@@ -73,48 +76,24 @@ class Partition:
 
     def local_state(self, states: Sequence[State]) -> State:
         """Return the optimizer's state of this shard."""
-        local: State = {}
-        for name in _names_in(states):
-            values = [state.get(name) for state in states]
-            local[name] = self._local_entry(name, values)
-        return local
+        entries: dict[str, dict[int, Any]] = {}  # by name, the values of the parameters that have one
+        for number, state in enumerate(states):
+            for name, value in state.items():
+                if value is not None:
+                    entries.setdefault(name, {})[number] = value
+        return {name: self._local_entry(name, values) for name, values in entries.items()}
 
-    def _local_entry(self, name: str, values: list[Any]) -> Any:
+    def _local_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
-        pairs = list(zip(values, self.parameters, strict=True))
-        if all(_may_be_of(value, p) for value, p in pairs):
-            return self.local_of(_or_zeros(value, p) for value, p in pairs)
-        for_all = _first(values)
+        if all(self._has_shape_of(number, value) for number, value in values.items()):
+            return self.local_of(values)
+        for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")
         return for_all
 
-
-def _names_in(states: Sequence[State]) -> list[str]:
-    """The names of the entries of which one has a value."""
-    names: dict[str, None] = {}
-    for state in states:
-        for name, value in state.items():
-            if value is not None:
-                names[name] = None
-    return list(names)
-
-
-def _may_be_of(value: Any, p: nn.Parameter) -> bool:
-    """Whether a value has an element for each of a parameter, or is missing."""
-    return value is None or (isinstance(value, Tensor) and value.shape == p.shape)
-
-
-def _or_zeros(value: Tensor | None, p: nn.Parameter) -> Tensor:
-    return torch.zeros_like(p) if value is None else value
-
-
-def _first(values: list[Any]) -> Any:
-    """The first value that is not missing."""
-    for value in values:
-        if value is not None:
-            return value
-    return None
+    def _has_shape_of(self, number: int, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == self.parameters[number].shape
 
 
 def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:

@@ -15,12 +15,10 @@ from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import named_parameters, set_parameter
-from lightning_lora.tensors.state_dicts import load_state_dict
+from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
-from lightning_lora.training.stage import Phase
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
 
@@ -61,15 +59,12 @@ class ShardedMethods(LateStrategyMethods):
         finally:
             attach_adapters(View(self.module), adapters)
 
-    def setup(self, trainer: Trainer) -> None:
+    def setup_in_stage(self, trainer: Trainer) -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
-        if self.stage.phase is Phase.OVER:  # it is given back
-            super().setup(trainer)
-            return
         module = self.module
         shards.reshard(module)
         self._check_mesh()
-        super().setup(trainer)
+        super().setup_in_stage(trainer)
         if find_record(module) is None:  # a plain module is only evaluated
             return
         self._warn_of_whole_model()
@@ -134,12 +129,9 @@ class ShardedMethods(LateStrategyMethods):
 
     # Files
 
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load what training changed, or a plain model: Lightning leaves that to its own ``load_checkpoint``."""
-        if find_record(self.module) is None and KEY not in checkpoint:
-            load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
-        else:
-            super().load_model_state_dict(checkpoint, strict)
+    def load_plain(self, checkpoint: Any, *, strict: bool) -> None:
+        """Load a plain model: Lightning leaves that to its own ``load_checkpoint``."""
+        load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
     def adapt_for(self, checkpoint: State, path: Any) -> bool:
         """Adapt the module, and let its optimizers train the new adapters."""

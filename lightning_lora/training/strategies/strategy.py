@@ -1,6 +1,7 @@
 """What a strategy does where callbacks have no hook, such as before a checkpoint is loaded."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,10 +11,11 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.view import View, keep_frozen, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
@@ -31,11 +33,11 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
-from lightning_lora.training.building import build_optimizers, showing_trainable_base
-from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.optimizer_states import states_fit
-from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.float32_steps import states_in_float32
+from lightning_lora.training.optimizers.optimizer_states import states_fit
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss
@@ -109,7 +111,11 @@ class StrategyMethods(OverlaidMethods):
         if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
             self.take_away()
             self.original.setup(trainer)
-            return
+        else:
+            self.setup_in_stage(trainer)
+
+    def setup_in_stage(self, trainer: Trainer) -> None:
+        """Adapt the module, let the strategy set it up, and note what that has made of the base."""
         self.adapt()
         if not shows_adapters(self.module):  # it is only evaluated
             self._tell_of_plain_weights(trainer)
@@ -222,7 +228,7 @@ class StrategyMethods(OverlaidMethods):
         leave_adapters(checkpoint)
         self._prepare_layers(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # as in load_checkpoint
-            self.original.load_model_state_dict(checkpoint, strict=strict)
+            self.load_plain(checkpoint, strict=strict)
             return
         self.note_base()
         are_read = compatibility.states_are_read(self.stage.callbacks)
@@ -230,6 +236,10 @@ class StrategyMethods(OverlaidMethods):
             checkpoints.load_checkpoint_state(self.module, checkpoint, whole=are_read)
         if KEY in checkpoint:
             self.stage.was_loaded()
+
+    def load_plain(self, checkpoint: Any, *, strict: bool) -> None:
+        """Load a plain model, as Lightning does."""
+        self.original.load_model_state_dict(checkpoint, strict=strict)
 
     def _prepare_layers(self, checkpoint: State) -> None:
         """Give the module the layers of the file, also where a hook has replaced them since."""
@@ -274,8 +284,8 @@ class StrategyMethods(OverlaidMethods):
         writes_at_once = uses_torch(self.strategy) and not self.is_by_other_code("save_checkpoint")
         if "state_dict" in checkpoint and self._saves_adapters():  # a module's hook may write files of its own instead
             checkpoint = self._checkpoint_of_adapters(checkpoint, written_later=not writes_at_once)
-        beside = writes_at_once and self.strategy.is_global_zero and disk.local_path(filepath) is not None
-        with disk.writing(filepath, beside=beside) as path:  # others get the path
+        beside = writes_at_once and self.strategy.is_global_zero  # the other processes get the path itself
+        with disk.writing(filepath, beside=beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _saves_adapters(self) -> bool:
@@ -315,42 +325,40 @@ class StrategyMethods(OverlaidMethods):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
-        stage, module = self.stage, self.module
+        stage, module = self.stage, self.strategy.lightning_module
         stage.dropout.begin_step(module)
         if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
             stage.float32.pause_step()
         if not self.adapts_late:  # sharded weights are other tensors from one moment to the next
             stage.first_steps.begin_step(module)
-        with gradients_pass(module), self._watching(module):
-            try:
-                output = self.original.training_step(*args, **kwargs)
-            except Exception as error:
-                asked.explain(error, module, asked.IN_A_STEP)
-                raise
+        with self._running(module, advice=asked.IN_A_STEP):
+            output = self.original.training_step(*args, **kwargs)
         if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             stage.dropout.end_step()
         return output
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        module = self.module
+        module = self.strategy.lightning_module
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
         self.stage.check_backward(module)
-        with gradients_pass(module), self._watching(module):  # checkpoints run their layers again
-            try:
-                loss = self.original.backward(closure_loss, *args, **kwargs)
-            except Exception as error:
-                asked.explain(error, module, asked.IN_BACKWARD)
-                raise
+        with self._running(module, advice=asked.IN_BACKWARD):  # checkpoints run their layers again
+            loss = self.original.backward(closure_loss, *args, **kwargs)
         if module.automatic_optimization:
             self.stage.dropout.end_step()
         return loss
 
-    def _watching(self, module: LightningModule) -> AbstractContextManager[None]:
-        """Watch what else reads adapted weights in the first batch."""
+    @contextmanager
+    def _running(self, module: LightningModule, *, advice: str) -> Iterator[None]:
+        """Let the module's code run: with gradients through its checkpoints, watched, and with errors explained."""
         is_aloud = self.strategy.is_global_zero and not self.adapts_late
-        return self.stage.first_steps.watching(module, is_aloud=is_aloud)
+        with gradients_pass(module), self.stage.first_steps.watching(module, is_aloud=is_aloud):
+            try:
+                yield
+            except Exception as error:
+                asked.explain(error, module, advice)
+                raise
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""

@@ -1,10 +1,12 @@
 """State dicts with plain names, of tied and distributed tensors too."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.private import STATE_NOTES
 from lightning_lora.tensors.named import among, joined, of_type, only, where
 from lightning_lora.tensors.names import named_modules, plain_name
 from lightning_lora.tensors.shards import distributed_as
@@ -23,8 +25,15 @@ def loads_in_own_way(module: nn.Module) -> bool:
     return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
 
 
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, note: str = "") -> None:
+    """Load a state dict with plain names, full tensors into DTensors too.
+
+    Args:
+        model: The model.
+        state: The state dict.
+        strict: Whether all entries must be there.
+        note: What hooks of the model find in torch's notes on the state dict.
+    """
     present = model.state_dict(keep_vars=True)
     names_in_model = {plain_name(name): name for name in present}
     loaded: dict[str, Any] = {}
@@ -34,7 +43,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     read_in_own_way = {names_in_model.get(plain, plain) for plain in _read_in_own_way(model)}
     loaded = {**only(present, read_in_own_way), **loaded}
     shared = _under_all_names(present, loaded)
-    model.load_state_dict({**shared, **loaded}, strict=strict)
+    noted: Any = OrderedDict({**shared, **loaded})
+    if note:
+        setattr(noted, STATE_NOTES, {"": {note: True}})
+    model.load_state_dict(noted, strict=strict)
 
 
 def _read_in_own_way(model: nn.Module) -> list[str]:
