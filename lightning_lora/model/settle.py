@@ -185,10 +185,9 @@ def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     """
     copies = copies_among(view, idle)
     networks = Networks(copies=copies)
-    for name, layer in only(view.layers, idle).items():
-        original = _original_layer(view, networks, name)
-        if original is not None:
-            layer.lora_begin_as(original)
+    originals = _original_layers(view, networks)
+    for name, layer in only(view.layers, idle & originals.keys()).items():
+        layer.lora_begin_as(originals[name])
     return copies
 
 
@@ -203,14 +202,15 @@ def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
 
 def follow_originals(view: View) -> None:
     """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
+    originals = _original_layers(view, view.adapter.networks)
     for name, layer in view.layers.items():
-        original = _original_layer(view, view.adapter.networks, name)
         may_learn_itself = not view.adapter.is_trained and layer.lora_is_fresh()  # one that has learned may rest
-        if original is not None or (layer.lora_settings.follows and may_learn_itself):
-            layer.lora_follow(original)
+        if name in originals or (layer.lora_settings.follows and may_learn_itself):
+            layer.lora_follow(originals.get(name))
 
 
-def _original_layer(view: View, networks: Networks, layer: str) -> LoRALayer | None:
-    """The adapted layer that a layer of a copy follows."""
-    original = networks.original_of(layer)
-    return None if original is None else view.layers.get(original)
+def _original_layers(view: View, networks: Networks) -> dict[str, LoRALayer]:
+    """The adapted layers that layers of copies follow, by the names of these."""
+    originals = networks.originals_of(view.layers)
+    adapted = among(originals, view.layers)
+    return {name: view.layers[original] for name, original in adapted.items()}
