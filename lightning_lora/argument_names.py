@@ -4,8 +4,9 @@ import difflib
 import functools
 import inspect
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from lightning_lora.argument_checks import Init
 from lightning_lora.errors import ConfigError
 
 _Class = TypeVar("_Class", bound=type)
@@ -13,7 +14,7 @@ _Class = TypeVar("_Class", bound=type)
 ELSEWHERE = {
     **dict.fromkeys(("rank", "ranks"), "it is r here"),
     "scaling": "set alpha: the scaling is alpha / r",
-    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora', 'eva', 'lora_ga'",
+    "init_lora_weights": f"it is init here, one of {', '.join(map(repr, get_args(Init)))}",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",

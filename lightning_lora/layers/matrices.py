@@ -177,3 +177,9 @@ def weight_factors(
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]
     return in_rows(updates, first_rows, its_matrices[0].rows)
+
+
+def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
+    """Return the names of the weights that these matrices are. Several may be rows of one weight."""
+    names = [matrix.weight for matrix in matrices]
+    return tuple(dict.fromkeys(names))

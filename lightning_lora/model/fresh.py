@@ -111,7 +111,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         if found is None:
             found = find_fresh(view)
         view.adapter.random = _random_in_any_process(view, found)
-    names = (*view.adapter.random, *view.record.filled)
+    names = (*view.adapter.random, *view.record.base.filled)
     return tuple(dict.fromkeys(names))
 
 

@@ -10,14 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
-from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
+from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
+from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
-from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
@@ -46,7 +48,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: ``init`` needs a Trainer's data.
+        ConfigError: ``init`` or ``init_batches`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
         AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
@@ -80,12 +82,8 @@ def _check_arguments(model: object, config: object) -> None:
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = records.find_record(model)
-    is_trained = record is not None and record.adapter.is_trained
-    if INITIALISATIONS[config.init].observe is not None and not is_trained:
-        raise ConfigError(
-            f"init={config.init!r} starts from training data, which a Trainer has: use LoRACallback(init="
-            f"{config.init!r}). Without a Trainer, take another init."
-        )
+    if record is None or not record.adapter.is_trained:
+        refuse_trainer_only(config)
 
 
 def inject(
@@ -284,7 +282,7 @@ def _restore_base(model: nn.Module) -> None:
     view = View(model)
     attach.check_weights(view)
     with attach.undone_on_error(view), ExitStack() as undo:
-        restore_originals(view, view.kept, undo)
+        restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)
         undo.pop_all()
     attach.detach_adapters(view)

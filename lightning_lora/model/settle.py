@@ -68,7 +68,7 @@ def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    frozen_before = {name for name, trained in view.record.requires_grad.items() if not trained}
+    frozen_before = {name for name, trained in view.record.base.flags_before().items() if not trained}
     thawed = without(view.base, frozen_before)
     return tuple(network for network in known.still if not inside(thawed, [network]))
 
@@ -113,8 +113,8 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     known = view.adapter.networks
     copies = _copies_that_stand_still(view, found, still)
     rests = _let_rest(view, unheld, known.below, copies)
-    Guards().networks_settled(view, rests, view.record.frozen_since)
-    view.record.frozen_since.clear()
+    Guards().networks_settled(view, rests, view.record.base.frozen_since)
+    view.record.base.forget_frozen_since()
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
@@ -125,7 +125,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    trained_before = where(view.record.requires_grad, bool)
+    trained_before = where(view.record.base.flags_before(), bool)
     training = [name for name, parameter in only(view.base, trained_before).items() if parameter not in still]
     return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 

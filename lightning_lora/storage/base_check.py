@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import BaseMismatchError, listed, warn
-from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
 from lightning_lora.storage.renaming import Renaming
@@ -214,10 +214,10 @@ def _names_only_there(halves: Mapping[str, Any], names: Collection[str]) -> list
 
 def _halves_of(view: View, name: str, tensor: Tensor, exact: int) -> list[int]:
     """A base tensor's digests in half precision. The list is empty if the run has changed its values."""
-    record = view.record
-    if name in record.changed:
-        return record.half_digests.get(exact, [])
-    return record.halves(exact, tensor)
+    base = view.record.base
+    if base.row(name).change is not None:
+        return base.half_digests.get(exact, [])
+    return base.halves(exact, tensor)
 
 
 # What is said

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.model.base_values import base_values
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
@@ -109,7 +111,7 @@ def _copy(checkpoint: dict[str, Any]) -> Any:
 def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for state in _with_averages(checkpoint).values():
-        state[AVERAGE] = _completed(model, state[AVERAGE], view_of(model).base_values)
+        state[AVERAGE] = _completed(model, state[AVERAGE], base_values(view_of(model)))
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
@@ -125,7 +127,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     digests_there = fitting[0]["digests"]
     for name, now, there in zip(base_tensors(view), digests_now, digests_there, strict=True):
         if now != there:
-            view.record.rounded_base[name] = now, there
+            view.record.base.row(name).rounding = Change(now, there)
     return True
 
 
@@ -169,7 +171,7 @@ def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
 
 def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
-    base = {name: value.detach().clone() for name, value in view_of(model).base_values.items()}
+    base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
     for key, state in only(checkpoint, ("state_dict", MOVED)).items():
         checkpoint[key] = _completed(model, state, base)
 
@@ -199,7 +201,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.changed = {}
+    record.base.forget_changes()
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import Base, Change
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
-from lightning_lora.model.record import Record
+from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
@@ -30,11 +31,11 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     """
     tensors = base_tensors(view)
     digests = _digests_of_present_values(view, tensors, anew=anew)
-    _undo_changes(digests, view.record)
+    rows = view.record.base.rows
     return {
         "layout": _layout(tensors, renaming),
         "dtypes": dtypes_of(tensors),
-        "digests": list(digests.values()),
+        "digests": [rows[name].base_digest(number) if name in rows else number for name, number in digests.items()],
     }
 
 
@@ -60,7 +61,7 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
             copies[name] = tensor
         else:
             weights[name] = tensor
-    digests = view.record.digests(weights, anew=anew)
+    digests = view.record.base.digests(weights, anew=anew)
     for name, tensor in copies.items():
         digests[name] = digest(tensor)
     digests_by_name = dict[str, int]()
@@ -68,14 +69,6 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
         first_name = first_names[id(tensor)]
         digests_by_name[name] = digests.get(first_name, 0)  # none on the meta device
     return digests_by_name
-
-
-def _undo_changes(digests: dict[str, int], record: Record) -> None:
-    """Where other code has changed a weight, put the digest from before the change."""
-    for changes in (record.changed, record.rounded_base):
-        for name, (after, before) in changes.items():
-            if digests.get(name) == after:
-                digests[name] = before
 
 
 def _layout(tensors: Tensors, renaming: Renaming) -> str:
@@ -105,7 +98,7 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
     """
     left_out = _rescaled_embeddings(view) | _repacked_scales(view)
-    tensors = {name: value for name, value in view.base_values.items() if name not in left_out}
+    tensors = {name: value for name, value in base_values(view).items() if name not in left_out}
     return {**tensors, **_with_zero_rows(tensors, rows_of(view))}
 
 
@@ -161,14 +154,6 @@ def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     return rows
 
 
-def base_value(view: View, name: str) -> Tensor:
-    """Return the base's value of a parameter or buffer."""
-    if view.is_adapted and name in view.adapter.originals:
-        return view.adapter.originals[name]
-    present = view.base if name in view.base else view.buffers
-    return present[name].detach()
-
-
 def quantised_names(view: View) -> set[str]:
     """Return the names of quantised weights and their entries."""
     names = _names_of_entries(view.modules)
@@ -196,7 +181,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     names = base_tensors(view)
     for name, digest_before, digest_now in zip(names, before["digests"], now["digests"], strict=True):
         if digest_before != digest_now:
-            record.changed[name] = digest_now, digest_before
+            record.base.row(name).change = Change(digest_now, digest_before)
     return fingerprints
 
 
@@ -235,15 +220,15 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     """
     tensors = base_tensors(view)
     quantised = quantised_names(view)
-    convertible = _convertible_tensors(tensors, quantised | view.record.changed.keys())
+    convertible = _convertible_tensors(tensors, quantised.union(view.record.base.changed))
     here = {"layout": _layout(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
     described = list[dict[str, Any]]()
     for each in map(dict, fingerprints):
         if each["layout"] == here["layout"]:
             digests = dict(zip(tensors, each["digests"], strict=True))
-            each["rounded"] = _remembered_halves(view.record, digests, quantised)
+            each["rounded"] = _remembered_halves(view.record.base, digests, quantised)
             if have_one_form(each, here):
-                each["rounded"] |= _computed_halves(view.record, digests, convertible)
+                each["rounded"] |= _computed_halves(view.record.base, digests, convertible)
         described.append(each)
     return described
 
@@ -257,18 +242,18 @@ def _convertible_tensors(tensors: Tensors, left_out: set[str]) -> dict[str, Tens
     return convertible
 
 
-def _remembered_halves(record: Record, digests: Mapping[str, int], quantised: set[str]) -> Halves:
+def _remembered_halves(base: Base, digests: Mapping[str, int], quantised: set[str]) -> Halves:
     """The digests in half precision that are known without a look at the tensors."""
     halves = Halves()
     for name, number in digests.items():
         if name in quantised:
             halves[name] = None
         else:
-            halves[name] = record.half_digests.get(number, [])
+            halves[name] = base.half_digests.get(number, [])
     return halves
 
 
-def _computed_halves(record: Record, digests: Mapping[str, int], tensors: Tensors) -> Halves:
+def _computed_halves(base: Base, digests: Mapping[str, int], tensors: Tensors) -> Halves:
     """The digests of tensors in half precision. Each is computed once in a run."""
-    record.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
-    return {name: record.halves(digests[name], tensor) for name, tensor in tensors.items()}
+    base.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
+    return {name: base.halves(digests[name], tensor) for name, tensor in tensors.items()}

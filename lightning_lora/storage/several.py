@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
 from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.record import AdapterState, Record, find_record, record_of
+from lightning_lora.model.record import Record, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.load.put import Way, put
 from lightning_lora.storage.offline.combine_files import combined

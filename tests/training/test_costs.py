@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from lightning_lora import unmerge_adapters
-from lightning_lora.model import record
+from lightning_lora.base import base_tensors
 from lightning_lora.tensors import digests as hashing
-from lightning_lora.training import float32_steps, optimizers
+from lightning_lora.training.optimizers import float32_steps, places
 from lightning_lora.training.steps import feeding, gradients
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
@@ -38,13 +38,13 @@ class Reads:  # counts the integers of large tensors that digests read
             return own(integers)
 
         monkeypatch.setattr(hashing, "_digest_of_integers", counting)
-        own_halves = record.digests_as
+        own_halves = base_tensors.digests_as
 
         def counting_halves(tensor: Tensor, dtypes: Any) -> list[int]:
             self.count += tensor.numel() if tensor.numel() >= WIDTH * WIDTH else 0
             return own_halves(tensor, dtypes)
 
-        monkeypatch.setattr(record, "digests_as", counting_halves)
+        monkeypatch.setattr(base_tensors, "digests_as", counting_halves)
 
     def passes(self) -> float:
         """The passes over the adapted weights since the last call."""
@@ -120,8 +120,8 @@ def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
     tmp_path: Path, build: Any, monkeypatch: Any
 ) -> None:
     looks = list[int]()
-    views = [(optimizers, "view_of"), (gradients, "view_of"), (feeding, "view_of")]
-    for room, name in (*views, (feeding, "_leaves_behind"), (float32_steps, "_held_by")):
+    views = [(places, "view_of"), (gradients, "view_of"), (feeding, "view_of")]
+    for room, name in (*views, (feeding, "_leaves_behind"), (float32_steps, "held_by")):
         own = getattr(room, name)
         monkeypatch.setattr(room, name, lambda value, own=own: looks.append(steps.step) or own(value))
     steps = L.Callback()

@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
-from lightning_lora.training import merging
+from lightning_lora.training import returned_records
 from tests.support.kept import Kept
 from tests.support.models import LitTiny, as_merged, data, is_plain, lora, same, state, trainer
 
@@ -68,12 +68,12 @@ def test_only_the_user_can_read_what_is_sent() -> None:
     home: Any = SimpleNamespace(lightning_module=as_merged(LitTiny()), state=SimpleNamespace(fn="fit"))
     before = os.umask(0)
     try:
-        entry = merging._send(None, lambda *_: {}, home)
+        entry = returned_records._send(None, lambda *_: {}, home)
     finally:
         os.umask(before)
     (folder,) = map(Path, entry.values())
     assert folder.stat().st_mode & 0o777 == 0o700
-    merging._receive(None, lambda *_: None, home, entry)
+    returned_records._receive(None, lambda *_: None, home, entry)
 
 
 def refuses_folders(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
 from lightning_lora.storage.formats.peft import peft_config as peft

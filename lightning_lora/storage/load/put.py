@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
-from lightning_lora.model.record import AdapterState, find_record, keep_record, record_of
+from lightning_lora.model.record import find_record, keep_record, record_of
 from lightning_lora.model.switch import activate, set_adapter
-from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
-from lightning_lora.storage.fingerprint import base_value
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
@@ -152,7 +153,7 @@ def _note_description(view: View, stored: StoredAdapters) -> None:
     """Note what a file of this package says of frozen weights and buffers."""
     if stored.base:
         view.adapter.random = tuple(stored.random)
-        view.record.buffers_were_filled(stored.filled)
+        view.record.base.buffers_were_filled(stored.filled)
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
@@ -163,7 +164,7 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, note=WRITTEN)
-        view.record.values_were_loaded(view.base_values)
+        view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 
 
@@ -176,7 +177,7 @@ def _copy_of_what_changes(view: View, state: Mapping[str, Any]) -> dict[str, Ten
 
 def _write_filled_buffers(view: View, state: Mapping[str, Any], undo: ExitStack) -> None:
     """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
-    for name, value in only(state, view.record.filled).items():
+    for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
         dtype = buffer.dtype
         if dtype.itemsize > 2:

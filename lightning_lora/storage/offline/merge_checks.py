@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.model.record import HALVES
 from lightning_lora.storage.base_check import BaseTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense

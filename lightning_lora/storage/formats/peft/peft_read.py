@@ -15,7 +15,8 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.format import Asked, Reader
 from lightning_lora.storage.formats.peft.peft_complete import PeftFile, Tensors, check_complete
 from lightning_lora.storage.formats.peft.peft_config import (
