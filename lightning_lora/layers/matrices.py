@@ -148,6 +148,11 @@ class AdapterParameter(NamedTuple):
 Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by name in the layer
 
 
+def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
+    """Return the weights of these matrices, each once: several matrices may be rows of one."""
+    return tuple(dict.fromkeys(matrix.weight for matrix in matrices))
+
+
 def rows_of_weight(matrices: Iterable[AdaptedMatrix], weight: str) -> list[AdaptedMatrix]:
     """Return those of the matrices that are this weight, or rows of it."""
     return [matrix for matrix in matrices if matrix.weight == weight]
@@ -182,9 +187,3 @@ def weight_factors(
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]
     return in_rows(updates, first_rows, its_matrices[0].rows)
-
-
-def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
-    """Return the names of the weights that these matrices are. Several may be rows of one weight."""
-    names = [matrix.weight for matrix in matrices]
-    return tuple(dict.fromkeys(names))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.record import record_of
+from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
@@ -191,7 +190,7 @@ def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Te
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a full state into the base, and initialise the adapters again."""
-    refuse_in_block(model, _CALL)
+    check_start(model, _CALL)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
