@@ -30,6 +30,7 @@ from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
 from lightning_lora.tensors.inplace import is_overlaid
+from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import held_parameter, join, own_parameter, submodule
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
@@ -45,10 +46,8 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
     """Remove adapters from these layers, or from all. Return them by the names of their layers."""
     check_weights(view)
-    adapters = {}
-    for name, layer in view.layers.items():
-        if names is None or name in names:
-            adapters[name] = layer.lora_detach()
+    layers = view.layers if names is None else only(view.layers, names)
+    adapters = {name: layer.lora_detach() for name, layer in layers.items()}
     _layers_have_changed(view)
     return adapters
 
@@ -88,18 +87,24 @@ def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Move the adapters of layers that were replaced since to the new layers."""
     view = View(model)
     for name, layer in layers.items():
-        new = view.modules[name]
-        if isinstance(new, LoRALayer):  # not replaced, or its adapter has already moved
+        if isinstance(view.modules[name], LoRALayer):  # not replaced, or its adapter has already moved
             continue
-        kind = adapter_for(new)
-        if kind is None or kind.lora_refusal(new):
-            raise AdapterStateError(
-                f"{name!r} of {view.title} was replaced by a {type(new).__name__}, which cannot be adapted. "
-                "Leave it out of the conversion, or of the adapters: exclude_modules."
-            )
+        kind = _kind_of_replaced(view, name)
         adapter = layer.lora_detach()
         adapter.kind = kind
         attach_adapters(view, {name: adapter})
+
+
+def _kind_of_replaced(view: View, name: str) -> type[LoRALayer]:
+    """The adapter class for a layer that took another one's place."""
+    layer = view.modules[name]
+    kind = adapter_for(layer)
+    if kind is None or kind.lora_refusal(layer):
+        raise AdapterStateError(
+            f"{name!r} of {view.title} was replaced by a {type(layer).__name__}, which cannot be adapted. "
+            "Leave it out of the conversion, or of the adapters: exclude_modules."
+        )
+    return kind
 
 
 def weights_have_changed(view: View) -> None:
@@ -111,7 +116,7 @@ def weights_have_changed(view: View) -> None:
 
 def check_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
-    computed = [name for name, layer in view.layers.items() if _has_computed_weights(layer)]
+    computed = where(view.layers, _has_computed_weights)
     if computed:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(computed)} of {view.title} is computed, so no update can be "
@@ -312,10 +317,10 @@ def freeze(view: View) -> None:
 
 def unfreeze(view: View) -> None:
     """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
+    flags_before = view.record.base.flags_before()
     for name, parameter in view.parameters.items():
-        required_grad = view.record.base.required_grad(name)
-        if required_grad is not None:
-            set_requires_grad(parameter, required_grad and _can_train(parameter))
+        if name in flags_before:
+            set_requires_grad(parameter, flags_before[name] and _can_train(parameter))
     for module in view.modules.values():
         set_frozen(module, False)
 

@@ -91,10 +91,10 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     finds = not networks_are_known
-    if records.find_record(model) is None:
+    record = records.check_start(model, "inject_adapters")
+    if record is None:
         refuse_in_block(model, "inject_adapters")
         return _inject(model, config, name, finds=finds)
-    record = records.record_of(model)  # raises an error if the base is shown
     if name not in record.adapters:
         refuse_in_block(model, "inject_adapters")
     if not record.is_merged:
@@ -164,7 +164,7 @@ def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, C
     """The layers that get adapters, and the networks that get none."""
     targeted = select(view.model, config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
-    frozen = {view.base[name] for name in view.frozen_by_user}
+    frozen = set(only(view.base, view.frozen_by_user).values())
     networks = networks_of(view, kinds, frozen, finds=finds)
     choices = only(targeted, outside(targeted, networks.left))
     if not choices:
@@ -254,9 +254,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = records.find_record(model) or records.record_of(model)  # which raises an error if there is none
+    record = records.record_of(model, "remove_adapters")
     check_known(record, name, model)
-    refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
         _remove_one(model, record, name)
         return

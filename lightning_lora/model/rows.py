@@ -66,7 +66,7 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
         ...     (model(x) == base).all(dim=1)
         tensor([ True,  True, False])
     """
-    record = record_of(model)
+    record = record_of(model, "adapter_names")
     names = tuple(names)
     for name in names:
         check_known(record, name, model)

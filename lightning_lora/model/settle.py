@@ -81,12 +81,13 @@ def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
-    for name in _layers_that_have_learned(view):
+    for name in layers_that_have_learned(view):
         weights |= view.weights_of(name)
     return weights
 
 
-def _layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose updates are not zero."""
     return {name: layer for name, layer in view.layers.items() if not layer.lora_is_fresh()}
 
 
@@ -107,7 +108,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     Return layers whose adapters have learned: these stay, and do not train.
     """
     view = view_of(model)
-    still = unheld | {view.base[name] for name in view.frozen_by_user}
+    still = unheld | set(only(view.base, view.frozen_by_user).values())
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found = networks_of(view, kinds, still)
     known = view.adapter.networks
@@ -148,7 +149,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
     known = view.adapter.networks
-    below = tuple(name for name in known.below if name not in still)
+    below = tuple(without(dict.fromkeys(known.below), still))
     now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
     left = inside(view.layers, now.left)
     if not left:

@@ -1,6 +1,5 @@
 """The merge at the end of a fit: what it needs, and which adapters are merged."""
 
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -19,8 +18,8 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
 from lightning_lora.training.returned_records import returns_state_only
 
@@ -150,7 +149,7 @@ def _read_in_all_processes(trainer: Trainer, path: str) -> StoredAdapters:
 
 
 def _read(path: str) -> StoredAdapters:
-    """The adapters in a file, whose hyperparameters may be objects of any class."""
+    """The adapters in a file. Its hyperparameters may be objects of any class."""
     if not path:
         raise FileNotFoundError("ModelCheckpoint wrote none")
     return read_adapter_file(path)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.tensors.named import only, where
-from lightning_lora.tensors.names import loads_in_own_way, named_modules, starts_of, state_dict
+from lightning_lora.tensors.names import named_modules, starts_of
+from lightning_lora.tensors.state_dicts import loads_in_own_way, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 
