@@ -1,7 +1,7 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
 All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
-(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``state_dicts.py``), also those that torch
+(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``from_state_dicts.py``), also those that torch
 loads.
 """
 
