@@ -8,10 +8,13 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.patterns import ending
+
+Bias = Literal["none", "all", "lora_only"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
 
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 200
@@ -19,38 +22,44 @@ brief = _shortener.repr
 """How an error shows a value that may be long."""
 
 
+def _expect(is_valid: object, name: str, value: object, expected: str, *, found: str = "is not valid") -> None:
+    """Refuse a value that is not valid, and say what was expected."""
+    if not is_valid:
+        raise ConfigError(f"{name}={brief(value)} {found}. Expected {expected}.")
+
+
 # Numbers and words
 
 
 def check_rank(name: str, value: object) -> None:
     """Refuse what is no rank."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={brief(value)} is not a valid rank. Expected an integer of at least 1, such as r=8.")
+    is_rank = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _expect(is_rank, name, value, "an integer of at least 1, such as r=8", found="is not a valid rank")
 
 
-def check_alpha(name: str, value: object) -> None:
+def check_alpha(name: str, value: Any) -> None:
     """Refuse what is no finite number above zero."""
-    if not _is_number(value) or value <= 0:  # type: ignore[operator]  # a number, as just checked
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected a finite number above 0, such as alpha=16.")
+    is_alpha = _is_number(value) and value > 0
+    _expect(is_alpha, name, value, "a finite number above 0, such as alpha=16")
 
 
-def check_dropout(name: str, value: object) -> None:
+def check_dropout(name: str, value: Any) -> None:
     """Refuse what is no probability, and the one that drops all."""
-    if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]  # a number, as just checked
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected a number that is at least 0 and below 1.")
+    is_dropout = _is_number(value) and 0 <= value < 1
+    _expect(is_dropout, name, value, "a number that is at least 0 and below 1")
 
 
 def check_batches(name: str, value: object) -> None:
     """Refuse what is no number of batches."""
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected an integer of at least 1.")
+    is_count = type(value) is int and value >= 1
+    _expect(is_count, name, value, "an integer of at least 1")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse what is none of these words or flags."""
-    if not isinstance(value, str | bool) or value not in choices:
-        expected = ", ".join(map(repr, choices))
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected one of {expected}.")
+    is_choice = isinstance(value, str | bool) and value in choices
+    words = ", ".join(map(repr, choices))
+    _expect(is_choice, name, value, f"one of {words}")
 
 
 def _is_number(value: object) -> bool:
@@ -89,14 +98,19 @@ def checked_names(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
-    if not isinstance(value, Sequence | Set) or not value or not all(map(_is_name, value)):
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected a regular expression or a list of names.")
-    entries = sorted(value) if isinstance(value, Set) else value
-    return tuple(map(str, entries))
+    are_names = isinstance(value, Sequence | Set) and value and all(map(_is_name, value))
+    _expect(are_names, name, value, "a regular expression or a list of names")
+    return tuple(map(str, _in_order(value)))
 
 
 def _is_name(entry: object) -> bool:
+    """Whether it is a text that is not empty."""
     return isinstance(entry, str) and entry != ""
+
+
+def _in_order(entries: Any) -> Any:
+    """Entries in an order that is always the same: a set has none."""
+    return sorted(entries) if isinstance(entries, Set) else entries
 
 
 _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
@@ -104,56 +118,70 @@ _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
 
 
 def _check_expression(name: str, expression: str) -> None:
+    """Refuse what is no regular expression."""
+    _check_compiles(re.compile, name, expression, _remedy(name, expression))
+
+
+def _check_compiles(make: Callable[[str], object], name: str, expression: str, remedy: str = "") -> None:
+    """Refuse a text of which ``make`` can make no expression."""
     try:
-        re.compile(expression)
+        make(expression)
     except _NO_EXPRESSION as error:
-        instead = f", or give a list of names: {name}=[{expression!r}]"
-        if "*" in expression:
-            instead = f': "*" is no wildcard in it. Perhaps write r"{_with_wildcards(expression)}"'
         raise ConfigError(
-            f"{name}={expression!r} is not a regular expression ({error}). Correct it{instead}."
+            f"{name}={expression!r} is not a regular expression ({error}). Correct it{remedy}."
         ) from error
 
 
-def _with_wildcards(expression: str) -> str:
-    """The regular expression for a name in which ``*`` stands for anything."""
+def _remedy(name: str, expression: str) -> str:
+    """What to write in place of what is no expression. Somebody may have taken ``*`` for a wildcard."""
+    if "*" not in expression:
+        return f", or give a list of names: {name}=[{expression!r}]"
     parts = re.split(r"\.?\*", expression)
-    return ".*".join(re.escape(part) for part in parts)
+    with_wildcards = ".*".join(map(re.escape, parts))
+    return f': "*" is no wildcard in it. Perhaps write r"{with_wildcards}"'
 
 
-def _check_ending(name: str, key: str) -> None:
-    """Refuse an expression that is none after the components of a name."""
-    try:
-        ending(key)
-    except _NO_EXPRESSION as error:
-        raise ConfigError(f"{name}={key!r} is not a regular expression ({error}). Correct it.") from error
-
-
-def _check_keys(name: str, value: object, values: str) -> None:
+def _check_keys(name: str, value: Any, values: str) -> None:
     """Refuse what is no dict from names, or expressions, to ``values``."""
-    if not isinstance(value, Mapping) or not all(map(_is_name, value)):
-        raise ConfigError(f"{name}={brief(value)} is not valid. Expected a dict from names to {values}.")
+    has_names = isinstance(value, Mapping) and all(map(_is_name, value))
+    _expect(has_names, name, value, f"a dict from names to {values}")
     for key in value:
         _check_expression(name, key)
-        _check_ending(name, key)
+        _check_compiles(ending, name, key)  # after the components of a name, it may be none
+
+
+def _checked_entries(name: str, value: Any, values: str, checked: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """A dict from names to ``values``, each of which is checked."""
+    _check_keys(name, value, values)
+    return {str(key): checked(f"{name}[{key!r}]", entry) for key, entry in value.items()}
 
 
 # Numbers by name
 
 
+_NUMBERS = "values, such as {'query': 4}"
+
+
 def _checked_ranks(name: str, value: Any) -> dict[str, float]:
-    return _checked_numbers(name, value, check_rank)
+    """Ranks by name."""
+    return _checked_entries(name, value, _NUMBERS, _checked_rank)
+
+
+def _checked_rank(name: str, rank: Any) -> float:
+    """A rank as Python's own number."""
+    check_rank(name, rank)
+    return python_number(rank)
 
 
 def _checked_alphas(name: str, value: Any) -> dict[str, float]:
-    return _checked_numbers(name, value, check_alpha)
+    """Values of alpha by name."""
+    return _checked_entries(name, value, _NUMBERS, _checked_alpha)
 
 
-def _checked_numbers(name: str, value: Any, check: Callable[[str, object], None]) -> dict[str, float]:
-    _check_keys(name, value, "values, such as {'query': 4}")
-    for key, number in value.items():
-        check(f"{name}[{key!r}]", number)
-    return {str(key): python_number(number) for key, number in value.items()}
+def _checked_alpha(name: str, alpha: Any) -> float:
+    """A value of alpha as Python's own number."""
+    check_alpha(name, alpha)
+    return python_number(alpha)
 
 
 # Parts of layers
@@ -161,23 +189,20 @@ def _checked_numbers(name: str, value: Any, check: Callable[[str, object], None]
 
 def _checked_slices(name: str, value: Any) -> dict[str, Any]:
     """Layers with the names of their parts, as tuples, or with names and rows."""
-    _check_keys(name, value, "parts, such as {'c_attn': ['q', 'v']}")
-    return {str(key): _checked_parts(f"{name}[{key!r}]", parts) for key, parts in value.items()}
+    return _checked_entries(name, value, "parts, such as {'c_attn': ['q', 'v']}", _checked_parts)
 
 
 def _checked_parts(name: str, parts: Any) -> tuple[str, ...] | dict[str, tuple[int, int]]:
-    if not _are_parts(parts):
-        raise ConfigError(
-            f"{name}={brief(parts)} is not valid. Expected names of parts, such as ['q', 'v'], or a dict from names "
-            "to rows, such as {'q': [0, 64]}."
-        )
+    """Names of parts, each once; or the rows of each part."""
+    expected = "names of parts, such as ['q', 'v'], or a dict from names to rows, such as {'q': [0, 64]}"
+    _expect(_are_parts(parts), name, parts, expected)
     if isinstance(parts, Mapping):
         return _checked_ranges(name, parts)
-    part_names = sorted(parts) if isinstance(parts, Set) else parts
-    return tuple(dict.fromkeys(part_names))
+    return tuple(dict.fromkeys(_in_order(parts)))
 
 
 def _are_parts(parts: object) -> bool:
+    """Whether these are some names of parts, with or without their rows."""
     if isinstance(parts, str) or not isinstance(parts, Sequence | Set | Mapping):
         return False
     return len(parts) > 0 and all(isinstance(part, str) and part.isidentifier() for part in parts)
@@ -188,18 +213,18 @@ def _checked_ranges(name: str, parts: Mapping[str, Any]) -> dict[str, tuple[int,
     ranges: dict[str, tuple[int, int]] = {}
     for part, rows in parts.items():
         first, end = _checked_range(f"{name}[{part!r}]", rows)
-        if any(first < other_end and other_first < end for other_first, other_end in ranges.values()):
+        if any(first < other[1] and other[0] < end for other in ranges.values()):
             raise ConfigError(f"{name}={brief(parts)} has parts that share rows. Expected ranges without overlap.")
         ranges[part] = (first, end)
     return ranges
 
 
 def _checked_range(name: str, rows: Any) -> tuple[int, int]:
-    if isinstance(rows, Sequence) and [type(row) for row in rows] == [int, int]:
-        first, end = rows
-        if 0 <= first < end:
-            return first, end
-    raise ConfigError(f"{name}={brief(rows)} is not a range of rows. Expected [first, end], such as [0, 64].")
+    """The first row, and the one after the last."""
+    is_range = isinstance(rows, Sequence) and list(map(type, rows)) == [int, int] and 0 <= rows[0] < rows[1]
+    _expect(is_range, name, rows, "[first, end], such as [0, 64]", found="is not a range of rows")
+    first, end = rows
+    return first, end
 
 
 # Rows of embeddings
@@ -209,11 +234,11 @@ def _checked_tokens(name: str, value: Any) -> tuple[int, ...] | dict[str, tuple[
     """Rows in their order; or those of each embedding by name."""
     if not isinstance(value, Mapping):
         return _checked_rows(name, value)
-    _check_keys(name, value, "rows, such as {'embed_tokens': [50257, 50258]}")
-    return {str(key): _checked_rows(f"{name}[{key!r}]", rows) for key, rows in value.items()}
+    return _checked_entries(name, value, "rows, such as {'embed_tokens': [50257, 50258]}", _checked_rows)
 
 
 def _checked_rows(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of rows, in their order."""
     if not _are_rows(value):
         raise ConfigError(
             f"{name}={brief(value)} is not valid. Expected numbers of rows, each once, such as [50257]. (Of a token: "
@@ -223,10 +248,11 @@ def _checked_rows(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _are_rows(value: Any) -> bool:
+    """Whether these are some numbers from 0 on, each once."""
     if not isinstance(value, list | tuple | range | Set):
         return False
-    types = {type(row) for row in value}
-    return types == {int} and min(value) >= 0 and len(set(value)) == len(value)
+    are_integers = set(map(type, value)) == {int}
+    return are_integers and min(value) >= 0 and len(set(value)) == len(value)
 
 
 PATTERNS: dict[str, Callable[[str, Any], Any]] = {
@@ -239,3 +265,8 @@ PATTERNS: dict[str, Callable[[str, Any], Any]] = {
     "alpha_pattern": _checked_alphas,
 }
 """The optional arguments that mean layers, with what checks them."""
+
+
+def checked_pattern(name: str, value: Any) -> Any:
+    """Return what is kept of an optional argument that means layers: None if it is empty."""
+    return PATTERNS[name](name, value) if is_given(value) else None

@@ -13,30 +13,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
 from lightning_lora.model.attach import check_weights
 from lightning_lora.model.inject import check_adapted
-from lightning_lora.model.record import AdapterState, find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.added_groups import added_groups_fit
 from lightning_lora.training.advice import advise
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.merging import (
     check_layers_stayed,
     check_merge_arguments,
     check_merge_weights,
-    extend_launchers,
     merge_trained,
 )
+from lightning_lora.training.optimizers.added_groups import added_groups_fit
+from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.scales import scales_of
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
-from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
+from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import Running
 from lightning_lora.training.stage import Phase, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
@@ -214,9 +216,8 @@ class LoRACallback(Callback):
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse arguments that this fit cannot serve."""
-        was_adapted = self._stage.came == "adapted"
         switches = self._stage.wants_another(pl_module)
-        check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
+        check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
@@ -227,10 +228,9 @@ class LoRACallback(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if not self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
-            return
-        with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
-            self._stage.inject(pl_module)
+        if self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
+            with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
+                self._stage.inject(pl_module)
 
     # Fit
 

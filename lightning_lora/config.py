@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from lightning_lora.argument_checks import (
     PATTERNS,
+    Bias,
+    Init,
     brief,
     check_alpha,
     check_batches,
@@ -18,6 +20,7 @@ from lightning_lora.argument_checks import (
     check_is_list,
     check_rank,
     checked_names,
+    checked_pattern,
     is_given,
     python_number,
 )
@@ -25,8 +28,6 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
 from lightning_lora.patterns import as_expression, begins_or_ends, look_up, matches
 
-Bias = Literal["none", "all", "lora_only"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 Tokens = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -138,9 +139,8 @@ class LoRAConfig:
             check_choice(field, getattr(self, field), (False, True))
         for field in ("modules_to_save", "target_parameters"):
             check_is_list(field, getattr(self, field))
-        for field, checked in PATTERNS.items():
-            pattern = getattr(self, field)
-            self._keep(field, checked(field, pattern) if is_given(pattern) else None)
+        for field in PATTERNS:
+            self._keep(field, checked_pattern(field, getattr(self, field)))
         self._keep("target_modules", self._checked_targets())
 
     def _checked_targets(self) -> str | tuple[str, ...]:
@@ -190,12 +190,11 @@ class LoRAConfig:
 
         That is what is at its default, and not in ``given``.
         """
-        default = LoRAConfig()
+        default = vars(LoRAConfig())
         taken = {}
-        for field in dataclasses.fields(self):
-            is_default = getattr(self, field.name) == getattr(default, field.name)
-            if is_default and field.name not in given:
-                taken[field.name] = getattr(stored, field.name)
+        for name in set(_ARGUMENTS) - given:
+            if getattr(self, name) == default[name]:
+                taken[name] = getattr(stored, name)
         completed = dataclasses.replace(self, **taken)
         has_other_targets = completed.target_modules != stored.target_modules
         if has_other_targets or "exclude_modules" in given:
@@ -221,7 +220,7 @@ class LoRAConfig:
             >>> LoRAConfig.from_dict(stored).target_modules
             ('q', 'v')
         """
-        return {field.name: _as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: _as_plain(getattr(self, name)) for name in _ARGUMENTS}
 
     def to_stored(self) -> dict[str, Any]:
         """Return what files hold: the arguments that are not at their defaults.
@@ -238,15 +237,19 @@ class LoRAConfig:
         Raises:
             ConfigError: an argument is unknown or has an invalid value.
         """
-        taken = {name: value for name, value in arguments.items() if name not in _DROPPED}
-        field_names = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in taken if name not in field_names]
+        taken = dict(arguments)
+        for name in _DROPPED:
+            taken.pop(name, None)
+        unknown = [name for name in taken if name not in _ARGUMENTS]
         if unknown:
             raise ConfigError(
                 f"LoRAConfig got unknown arguments {brief(unknown)}. A newer version of lightning-lora may have "
                 "written them: update the package, or remove them."
             )
         return cls(**taken)
+
+
+_ARGUMENTS = tuple(field.name for field in dataclasses.fields(LoRAConfig))
 
 
 @functools.cache

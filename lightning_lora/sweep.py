@@ -3,26 +3,20 @@
 import itertools
 import math
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
-from lightning_lora.model.inject import remove_adapters
-from lightning_lora.model.record import find_record
 from lightning_lora.printing import fitting_console
-from lightning_lora.tensors.inplace import class_names
-from lightning_lora.training.compatibility import callbacks_of
-from lightning_lora.training.merging import returns_state_only
+from lightning_lora.sweep_run import Fit, Run
 
 _LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
+"""Arguments of which one value may be a list itself."""
 
 
 class LoRASweep:
@@ -64,33 +58,45 @@ class LoRASweep:
         directory: str | Path = "lora_sweep",
         **arguments: Any,
     ) -> None:
-        mode = mode or ("min" if "loss" in monitor else None)
+        if mode is None and "loss" in monitor:
+            mode = "min"
         if mode not in ("min", "max") or not 0 < keep <= 1:
             raise ConfigError(f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a share in (0, 1].")
-        self.monitor, self.mode, self.keep, self.directory = monitor, mode, keep, Path(directory)
-        self.runs, self.results, self._arguments = {}, [], arguments
-        lists = {name: value for name, value in arguments.items() if isinstance(value, list)}
-        for name in lists.keys() & _LISTS:  # one value of these is a list itself
-            if not any(isinstance(each, list) for each in lists[name]):
-                del lists[name]
-        self._varied = [name for name in lists if len(lists[name]) > 1]
-        for values in itertools.product(*lists.values()):
-            chosen = dict(zip(lists, values, strict=True))
-            name = "-".join(map(_named, self._varied, map(chosen.get, self._varied)))[:200]
-            if arguments | chosen not in self.runs.values():
-                self.runs[f"{name}_{len(self.runs) + 1}" if name in self.runs else name] = arguments | chosen
-            LoRACallback(**arguments | chosen)  # checks them
-        if len(self.runs) < max(2, math.prod(map(len, lists.values()))):
+        self.monitor = monitor
+        self.mode = mode
+        self.keep = keep
+        self.directory = Path(directory)
+        self.runs = {}
+        self.results = []
+        self._arguments = arguments
+        lists = _lists_in(arguments)
+        self._varied = [name for name, values in lists.items() if len(values) > 1]
+        combinations = list(itertools.product(*lists.values()))
+        for values in combinations:
+            self._add(arguments | dict(zip(lists, values, strict=True)))
+        if len(self.runs) < max(2, len(combinations)):
             raise ConfigError(
                 f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, and none twice: lists "
                 "such as r=[8, 16], and a list of lists for target_modules and its like."
             )
 
+    def _add(self, arguments: dict[str, Any]) -> None:
+        """Add an adapter, once, under a name that says its arguments."""
+        LoRACallback(**arguments)  # checks them
+        if arguments in self.runs.values():
+            return
+        parts = [_part_of_name(name, arguments[name]) for name in self._varied]
+        name = "-".join(parts)[:200]
+        if name in self.runs:
+            name = f"{name}_{len(self.runs) + 1}"
+        self.runs[name] = arguments
+
     def __repr__(self) -> str:
         """Show the arguments of the adapters."""
-        return f"LoRASweep({', '.join(f'{name}={value!r}' for name, value in self._arguments.items())})"
+        arguments = [f"{name}={value!r}" for name, value in self._arguments.items()]
+        return f"LoRASweep({', '.join(arguments)})"
 
-    def run(self, fit: Callable[[Any, str | None], object]) -> list[dict[str, Any]]:
+    def run(self, fit: Fit) -> list[dict[str, Any]]:
         """Train all adapters, merge the best one, show a table, and return ``results``.
 
         Args:
@@ -104,152 +110,78 @@ class LoRASweep:
                 adapter is on the module then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        runs = list(map(partial(_Run, self), self.runs))
-        live = runs
-        while live:
-            for run in live:
-                run.go_on(fit, stops=len(live) > 1 and self.keep < 1)
-            live = sorted((run for run in live if not run.has_ended), key=self._rank)
-            kept = math.ceil(len(live) * self.keep)
-            if live:
-                best = live[0]
-                rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {kept} of {len(live)} go on.")
-            for run in live[kept:]:
-                run.dropped = run.epochs
-            live = live[:kept]
+        runs = [Run(name, arguments, self.directory, self.monitor) for name, arguments in self.runs.items()]
+        self._train(runs, fit)
         runs.sort(key=self._rank)
-        self.results = list(map(_Run.result, runs))
-        has_best = not self._rank(runs[0])[0]
+        self.results = [run.result(self._varied) for run in runs]
         try:
-            if has_best:
-                last = _Callback(runs[0], stops=False, merges=True)
-                fit(last, str(runs[0].file))
-                if last.module is None:
-                    raise ConfigError(
-                        "LoRASweep expects that fit fits in each call: the last one merges the best adapter, and did "
-                        f"not. Its file is {runs[0].file}."
-                    )
+            self._merge(runs[0], fit)
         finally:
             rank_zero_only(fitting_console().print)(self.table())
-        if not has_best:
+        return self.results
+
+    def _train(self, runs: Sequence[Run], fit: Fit) -> None:
+        """Train all adapters, epoch by epoch with a validation, until each has ended or was dropped."""
+        while runs:
+            stops = len(runs) > 1 and self.keep < 1
+            for run in runs:
+                run.go_on(fit, stops=stops)
+            going_on = [run for run in runs if not run.has_ended]
+            runs = self._drop_worse(going_on)
+
+    def _drop_worse(self, runs: Sequence[Run]) -> list[Run]:
+        """Drop the worse ones. Return those that go on."""
+        if not runs:
+            return []
+        ranked = sorted(runs, key=self._rank)
+        best = ranked[0]
+        count = math.ceil(len(ranked) * self.keep)
+        rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {count} of {len(ranked)} go on.")
+        for run in ranked[count:]:
+            run.dropped = run.epochs
+        return ranked[:count]
+
+    def _rank(self, run: Run) -> tuple[bool, float, float]:
+        """Those with numbers first, then those that trained longest, then by the last metric."""
+        value = run.metrics[-1]
+        trained = run.dropped or math.inf
+        return math.isnan(value), -trained, value if self.mode == "min" else -value
+
+    def _merge(self, best: Run, fit: Fit) -> None:
+        """Merge the best adapter, in a fit that ends at once."""
+        if math.isnan(best.metrics[-1]):
             raise ConfigError(
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
                 f"{self.directory}. Try a lower learning rate."
             )
-        return self.results
-
-    def _rank(self, run: "_Run") -> tuple[bool, float, float]:
-        """Those with numbers first, then those that trained longest, then by the last metric."""
-        value = run.metrics[-1] if run.metrics else math.nan
-        return math.isnan(value), -(run.dropped or math.inf), value if self.mode == "min" else -value
+        if not best.merge(fit):
+            raise ConfigError(
+                "LoRASweep expects that fit fits in each call: the last one merges the best adapter, and did "
+                f"not. Its file is {best.file}."
+            )
 
     def table(self) -> Table:
         """Return a table of the adapters of the last run."""
         table = Table("Adapter", *self._varied, self.monitor, "Dropped after epoch", title="LoRASweep")
-        for each in self.results:
-            metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
-            values = map(str, map(each.get, self._varied))
-            table.add_row(each["name"], *values, metrics, str(each["dropped"] or ""))
+        for result in self.results:
+            values = [str(result[name]) for name in self._varied]
+            metrics = [f"{value:.4g}" for value in result["metrics"]]
+            table.add_row(result["name"], *values, "  ".join(metrics), str(result["dropped"] or ""))
         return table
 
 
-class _Run:
-    """One adapter, through all its fits."""
-
-    def __init__(self, sweep: LoRASweep, name: str) -> None:
-        self.name, self.sweep, self.arguments = name, sweep, sweep.runs[name]
-        self.file = sweep.directory / f"{name}.ckpt"
-        self.metrics: list[float] = []  # one of each validation
-        self.dropped: int | None = None  # the epoch after which it ends
-        self.has_ended = False
-        self.epochs = 0  # that it has trained
-
-    def result(self) -> dict[str, Any]:
-        varied = {name: self.arguments[name] for name in self.sweep._varied}
-        return {"name": self.name, **varied, "metrics": self.metrics, "dropped": self.dropped}
-
-    def go_on(self, fit: Callable[[Any, str | None], object], *, stops: bool) -> None:
-        """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
-        callback, known = _Callback(self, stops=stops), len(self.metrics)
-        with isolate_rng():  # each begins with the same random numbers, or with those in its file
-            try:
-                fit(callback, str(self.file) if self.epochs else None)
-            finally:
-                if callback.module is not None and find_record(callback.module):
-                    remove_adapters(callback.module)
-        if not self.metrics or (len(self.metrics) == known and not self.has_ended):
-            raise ConfigError(
-                "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
-                "validation has run."
-            )
+def _lists_in(arguments: dict[str, Any]) -> dict[str, list[Any]]:
+    """The arguments that are lists of values."""
+    lists = {}
+    for name, value in arguments.items():
+        if isinstance(value, list) and (name not in _LISTS or any(isinstance(each, list) for each in value)):
+            lists[name] = value
+    return lists
 
 
-class _Callback(LoRACallback):
-    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it."""
-
-    def __init__(self, run: _Run, *, stops: bool, merges: bool = False) -> None:
-        super().__init__(**run.arguments if merges else {**run.arguments, "merge": False})
-        self.run, self.progress, self.stops, self.known = run.name, run, stops, len(run.metrics)
-        self.module: LightningModule | None = None
-        self.most: int | None = None  # epochs
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            super().setup(trainer, pl_module, stage)
-            return
-        kinds, record = set[str]().union(*map(class_names, callbacks_of(trainer))), find_record(pl_module)
-        refused = {
-            "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
-            "a module with adapters (if merged, call unmerge_adapters(model); then remove_adapters(model))": record,
-            "callbacks that average weights": kinds & {"WeightAveraging", "StochasticWeightAveraging"},
-            "max_steps (use max_epochs)": trainer.max_steps != -1,
-            "reload_dataloaders_every_n_epochs": trainer.reload_dataloaders_every_n_epochs,  # type: ignore[attr-defined]
-        }
-        if found := ", ".join(filter(refused.get, refused)):
-            raise ConfigError(f"LoRASweep does not work with {found}.")
-        self.module, self.most = pl_module, trainer.fit_loop.max_epochs
-        super().setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        if self.merge or self.progress.has_ended:  # it ended, perhaps before the last epoch
-            trainer.fit_loop.max_epochs = self.progress.epochs
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        trainer.fit_loop.max_epochs = self.most
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.progress.epochs and not trainer.global_step:
-            raise ConfigError(
-                "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
-            )
-        super().on_train_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        found, monitor = trainer.callback_metrics, self.progress.sweep.monitor
-        if monitor not in found:
-            raise ConfigError(
-                f"monitor={monitor!r} is not logged in validation. Found: {listed(found)}. "
-                f"Log it in validation_step: self.log({monitor!r}, ...)."
-            )
-        self.progress.metrics.append(trainer.strategy.broadcast(float(found[monitor])))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stops and len(self.progress.metrics) > self.known:
-            trainer.fit_loop.max_epochs = trainer.current_epoch + 1
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self.progress.epochs = trainer.current_epoch
-        self.progress.has_ended = trainer.current_epoch == self.most or trainer.should_stop or not self.stops
-        trainer.fit_loop.max_epochs = self.most
-        trainer.save_checkpoint(self.progress.file, weights_only=False)
-
-
-def _named(argument: str, value: object) -> str:
+def _part_of_name(argument: str, value: object) -> str:
     """An argument and its value as a short part of a name, also of a file: ``r8`` or ``init_pissa``."""
-    between = "" if isinstance(value, int | float) and not isinstance(value, bool) else "_"
-    return argument + between + re.sub(r"[^\w.+]+", "_", str(value).removesuffix(".0"))[:60].strip("_")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    between = "" if is_number else "_"
+    text = re.sub(r"[^\w.+]+", "_", str(value).removesuffix(".0"))
+    return argument + between + text[:60].strip("_")

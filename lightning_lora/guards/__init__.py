@@ -8,6 +8,7 @@ from lightning_lora.guards.averages_by_name import AveragesByName
 from lightning_lora.guards.base_shown import BaseShown
 from lightning_lora.guards.dead_adapters import DeadAdapters
 from lightning_lora.guards.diverged import Diverged
+from lightning_lora.guards.frozen_since import FrozenSince
 from lightning_lora.guards.hooked import Hooked
 from lightning_lora.guards.large_hyperparameters import LargeHyperparameters
 from lightning_lora.guards.learning_rates import LearningRates
@@ -20,6 +21,7 @@ from lightning_lora.guards.nothing_learned import NothingLearned
 from lightning_lora.guards.overflown import Overflown
 from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.refused_exports import RefusedExports
+from lightning_lora.guards.replaced_layers import ReplacedLayers
 from lightning_lora.guards.rounded import Rounded
 from lightning_lora.guards.thawed import Thawed
 from lightning_lora.guards.tied import Tied
@@ -29,6 +31,8 @@ from lightning_lora.guards.untied import Untied
 from lightning_lora.guards.written import Written
 
 moments.GUARDS[:] = [
+    ReplacedLayers,
+    FrozenSince,
     LearningRates,
     NetworksBeside,
     Thawed,

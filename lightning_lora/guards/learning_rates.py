@@ -9,7 +9,7 @@ from lightning_lora.errors import listed
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.training.rates import peak_rates, rates_by_layer
+from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_layer
 
 _LOW = 1e-4
 _HIGH = 0.0101  # more than 0.01, up to rounding

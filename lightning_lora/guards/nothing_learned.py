@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import DeadAdapterWarning, warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.training.rates import peak_rates
+from lightning_lora.training.optimizers.peak_rates import peak_rates
 
 
 class NothingLearned(Guard):

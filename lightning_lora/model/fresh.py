@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import (
+    by_owner,
     grouped,
     inside,
     joined,
     modules_around,
+    of_type,
+    only,
     outermost_outside,
     outside,
     where,
@@ -111,7 +114,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         if found is None:
             found = find_fresh(view)
         view.adapter.random = _random_in_any_process(view, found)
-    names = (*view.adapter.random, *view.record.filled)
+    names = (*view.adapter.random, *view.record.base.filled)
     return tuple(dict.fromkeys(names))
 
 
@@ -128,7 +131,7 @@ def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
 
 def _small_linear_layers(view: View) -> list[str]:
     """The linear layers that are too small to judge."""
-    return [name for name in _small(view) if isinstance(view.modules[name], nn.Linear)]
+    return list(only(of_type(view.modules, nn.Linear), _small(view)))
 
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
@@ -250,8 +253,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
 
 def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
     """The base's parameters by the module that holds them."""
-    by_owner = grouped(view.base, owner_of)
-    return {owner: [view.base[name] for name in names] for owner, names in by_owner.items()}
+    return by_owner(view.base)
 
 
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
@@ -263,7 +265,7 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> di
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
     small = where(_parameters_by_owner(view), _are_small)
-    return {name for name in small if adapter_for(view.modules[name])}
+    return set(where(only(view.modules, small), adapter_for))
 
 
 def _are_small(parameters: Iterable[nn.Parameter]) -> bool:

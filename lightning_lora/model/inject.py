@@ -9,15 +9,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed, warn
-from lightning_lora.layers import INITIALISATIONS, Adapter, LoRALayer, new_adapter
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
+from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
 from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
+from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
-from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import FABRIC_WRAPPED
@@ -46,7 +48,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: ``init`` needs a Trainer's data.
+        ConfigError: ``init`` or ``init_batches`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
         AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
@@ -80,12 +82,8 @@ def _check_arguments(model: object, config: object) -> None:
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = records.find_record(model)
-    is_trained = record is not None and record.adapter.is_trained
-    if INITIALISATIONS[config.init].observe is not None and not is_trained:
-        raise ConfigError(
-            f"init={config.init!r} starts from training data, which a Trainer has: use LoRACallback(init="
-            f"{config.init!r}). Without a Trainer, take another init."
-        )
+    if record is None or not record.adapter.is_trained:
+        refuse_trainer_only(config)
 
 
 def inject(
@@ -93,10 +91,10 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     finds = not networks_are_known
-    if records.find_record(model) is None:
+    record = records.check_start(model, "inject_adapters")
+    if record is None:
         refuse_in_block(model, "inject_adapters")
         return _inject(model, config, name, finds=finds)
-    record = records.record_of(model)  # raises an error if the base is shown
     if name not in record.adapters:
         refuse_in_block(model, "inject_adapters")
     if not record.is_merged:
@@ -126,7 +124,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
             view.look_again(config)
         attach.check_same(view, choices)
         if finds:
-            _warn_of_lost(view, choices)
+            Guards().layers_chosen(view, _to_be_adapted(choices))
         adapters = _new_adapters(_to_be_adapted(choices))
         if adapters:
             _check_not_parallel(model)
@@ -166,7 +164,7 @@ def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, C
     """The layers that get adapters, and the networks that get none."""
     targeted = select(view.model, config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
-    frozen = {view.base[name] for name in view.frozen_by_user}
+    frozen = set(only(view.base, view.frozen_by_user).values())
     networks = networks_of(view, kinds, frozen, finds=finds)
     choices = only(targeted, outside(targeted, networks.left))
     if not choices:
@@ -201,18 +199,6 @@ def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
     names_by_parameter = names_by(parameters_of(first_names(view.modules)))
     return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
-
-
-def _warn_of_lost(view: View, choices: Mapping[str, Choice]) -> None:
-    """Name layers that were replaced, and so have lost adapters that had learned."""
-    if not view.is_adapted or view.is_merged or not view.adapter.is_trained:
-        return
-    new = _to_be_adapted(choices)
-    lost = [name for name in view.adapter.layers if name in new]
-    if lost:
-        warn(
-            f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that learned."
-        )
 
 
 def _check_not_parallel(model: nn.Module) -> None:
@@ -268,9 +254,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = records.find_record(model) or records.record_of(model)  # which raises an error if there is none
+    record = records.record_of(model, "remove_adapters")
     check_known(record, name, model)
-    refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
         _remove_one(model, record, name)
         return
@@ -296,7 +281,7 @@ def _restore_base(model: nn.Module) -> None:
     view = View(model)
     attach.check_weights(view)
     with attach.undone_on_error(view), ExitStack() as undo:
-        restore_originals(view, view.kept, undo)
+        restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)
         undo.pop_all()
     attach.detach_adapters(view)

@@ -10,6 +10,7 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
+from lightning_lora.tensors.named import beginning_with, only, renamed, where, without
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
@@ -19,16 +20,16 @@ def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, no
     record = record_of(model)  # an error while the base is shown
     view = View(model)
     given = _values_below(prefix, state)
-    given_adapters = [name for name in view.adapters if name in given]
+    given_adapters = only(view.adapters, given)
     if record.is_merged:
         _refuse_adapters(view, given_adapters)
         return
-    frozen_names = [name for name in view.base if name not in record.adapter.originals]
-    given_frozen = [name for name in frozen_names if name in given]
-    if not given_adapters and given_frozen:  # otherwise only what trains: not a base
+    frozen = without(view.base, record.adapter.originals)
+    if given_adapters:
+        if frozen.keys() <= given.keys():
+            _take_statistics(view, given)
+    elif not frozen.keys().isdisjoint(given):  # otherwise only what trains: not a base
         _take_base(view, given, notes)
-    elif given_adapters and len(given_frozen) == len(frozen_names):
-        _take_statistics(view, given)
 
 
 def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -43,13 +44,7 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
 
 def _values_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """The values for a model that stands at this prefix of a state dict, by plain names in it."""
-    plain_prefix = plain_name(prefix)
-    values = {}
-    for name, value in state.items():
-        plain = plain_name(name)
-        if plain.startswith(plain_prefix):
-            values[plain.removeprefix(plain_prefix)] = value
-    return values
+    return beginning_with(plain_name(prefix), renamed(state, plain_name))
 
 
 def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:
@@ -74,36 +69,36 @@ def _begin_on_merged_weights(view: View) -> None:
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
     adapted = set(view.adapted_weights)
-    has_other_frozen_weights = False
-    is_whole_base = True
-    for name, weight in view.frozen.items():
-        value = given.get(name)
-        is_same = isinstance(value, Tensor) and same_bits(weight, value)
-        is_whole_base = is_whole_base and is_same
-        if name in adapted:
-            continue
-        if not is_same:
-            return False
-        has_other_frozen_weights = True
-    return has_other_frozen_weights and not is_whole_base
+    others = without(view.frozen, adapted)
+    if not others or not _are_given(others, given):
+        return False
+    return not _are_given(only(view.frozen, adapted), given)
+
+
+def _are_given(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> bool:
+    """Whether a state holds the values that these weights have."""
+    return all(_is_given(weight, given.get(name)) for name, weight in weights.items())
+
+
+def _is_given(weight: Tensor, value: object) -> bool:
+    return isinstance(value, Tensor) and same_bits(weight, value)
 
 
 def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
     """Take the statistics of frozen norms as the base's: training cannot have changed them."""
-    statistics = {}
-    for name, buffer in view.buffers.items():
-        if isinstance(view.modules[owner_of(name)], FrozenNorm):
-            statistics[name] = buffer
+    norms = where(view.modules, _is_frozen_norm)
+    statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
     view.adapter.set_base_values(_loaded(view, given, statistics))
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    return isinstance(module, FrozenNorm)
 
 
 def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
-    value_by_tensor = {}
-    for name, tensor in present.items():
-        if name in given:
-            value_by_tensor[id(tensor)] = given[name]
+    value_by_tensor = {id(tensor): given[name] for name, tensor in only(present, given).items()}
     loaded = {}
     for name, tensor in tensors.items():
         value = value_by_tensor.get(id(present.get(name)))

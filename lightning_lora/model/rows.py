@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
 from lightning_lora.functional.factors import Factors
@@ -19,7 +20,7 @@ from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
 from lightning_lora.model.blocks import is_in_block, open_block
-from lightning_lora.model.record import AdapterState, record_of
+from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import version_of
@@ -65,7 +66,7 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
         ...     (model(x) == base).all(dim=1)
         tensor([ True,  True, False])
     """
-    record = record_of(model)
+    record = record_of(model, "adapter_names")
     names = tuple(names)
     for name in names:
         check_known(record, name, model)
@@ -164,9 +165,9 @@ def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterStat
     """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
     original = view.adapter.originals.get(name, here)
     base = here
-    if not original.is_meta and name not in view.record.filled:
+    if not original.is_meta and not view.record.base.row(name).is_filled:
         base = original.to(here)
-    values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
+    values: dict[Name, Tensor] = {state.name: state.resting_tensors.get(name, base) for state in states}
     values[None] = base
     values[view.adapter.name] = here
     return values

@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import TargetError, listed, warn
+from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guards
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import inside, joined, modules_around, only, outside, where, without
+from lightning_lora.tensors.named import inside, modules_around, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 
@@ -67,7 +68,7 @@ def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    frozen_before = {name for name, trained in view.record.requires_grad.items() if not trained}
+    frozen_before = {name for name, trained in view.record.base.flags_before().items() if not trained}
     thawed = without(view.base, frozen_before)
     return tuple(network for network in known.still if not inside(thawed, [network]))
 
@@ -80,12 +81,13 @@ def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
-    for name in _layers_that_have_learned(view):
+    for name in layers_that_have_learned(view):
         weights |= view.weights_of(name)
     return weights
 
 
-def _layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose updates are not zero."""
     return {name: layer for name, layer in view.layers.items() if not layer.lora_is_fresh()}
 
 
@@ -106,13 +108,14 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     Return layers whose adapters have learned: these stay, and do not train.
     """
     view = view_of(model)
-    still = unheld | {view.base[name] for name in view.frozen_by_user}
+    still = unheld | set(only(view.base, view.frozen_by_user).values())
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found = networks_of(view, kinds, still)
     known = view.adapter.networks
     copies = _copies_that_stand_still(view, found, still)
     rests = _let_rest(view, unheld, known.below, copies)
-    _warn_of_frozen_since(view, rests)
+    Guards().networks_settled(view, rests, view.record.base.frozen_since)
+    view.record.base.forget_frozen_since()
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.networks = replace(known, below=below, copies=copies)
     leave_alone(model, found.still)
@@ -123,7 +126,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    trained_before = where(view.record.requires_grad, bool)
+    trained_before = where(view.record.base.flags_before(), bool)
     training = [name for name, parameter in only(view.base, trained_before).items() if parameter not in still]
     return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 
@@ -142,26 +145,11 @@ def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], cop
     return rests
 
 
-def _warn_of_frozen_since(view: View, rests: Collection[str]) -> None:
-    """Name layers that the user has frozen since their adapters learned: these train on. If all are, say nothing."""
-    frozen_since = view.record.frozen_since
-    frozen = []
-    for name, layer in without(_layers_that_have_learned(view), rests).items():
-        if frozen_since.issuperset(joined(name, layer.lora_weights())):
-            frozen.append(name)
-    frozen_since.clear()
-    if frozen and len(frozen) < len(view.layers):
-        warn(
-            f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
-            "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and fit."
-        )
-
-
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
     known = view.adapter.networks
-    below = tuple(name for name in known.below if name not in still)
+    below = tuple(without(dict.fromkeys(known.below), still))
     now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
     left = inside(view.layers, now.left)
     if not left:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
-from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.base_values import base_values
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.record import record_of
+from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
@@ -24,8 +25,11 @@ from lightning_lora.storage.load.state_dicts import note_adapters, note_adapters
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.named import not_in, only, renamed, where, without
+from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
+from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.values import detached
 
 # Write
 
@@ -35,7 +39,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
     small = _with_small_states(view, checkpoint)
-    if any(map(is_dtensor, view.parameters.values())):
+    if where(view.parameters, is_dtensor):
         small = full_tensors(small)
     if written_later:
         small = _copy(small)
@@ -63,16 +67,13 @@ def with_merged_model(
 def _with_small_states(view: View, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint whose states of the model hold only what training changed: also those of averages."""
     small = dict(checkpoint)
-    for key in ("state_dict", MOVED):
-        if key in small:
-            small[key] = _small(view, small[key])
-    if "callbacks" not in small:
-        return small
-    callbacks = dict(small["callbacks"])
-    for key, state in callbacks.items():
-        if _has_average(state):
-            callbacks[key] = {**state, AVERAGE: _small(view, state[AVERAGE])}
-    return {**small, "callbacks": callbacks}
+    for key, state in only(checkpoint, ("state_dict", MOVED)).items():
+        small[key] = _small(view, state)
+    if "callbacks" in small:
+        small["callbacks"] = dict(small["callbacks"])
+        for key, state in _with_averages(checkpoint).items():
+            small["callbacks"][key] = {**state, AVERAGE: _small(view, state[AVERAGE])}
+    return small
 
 
 def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +82,13 @@ def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _alone(value) for name, value in changed.items()}
 
 
+def _with_averages(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of callbacks that hold a full model, by callback: Lightning's StochasticWeightAveraging has one."""
+    return where(checkpoint.get("callbacks", {}), _has_average)
+
+
 def _has_average(state: object) -> bool:
-    """Whether a callback's state holds a full model. That of Lightning's StochasticWeightAveraging does."""
+    """Whether a callback's state holds a full model."""
     return isinstance(state, Mapping) and isinstance(state.get(AVERAGE), Mapping)
 
 
@@ -96,11 +102,7 @@ def _alone(value: Any) -> Any:
 
 def _copy(checkpoint: dict[str, Any]) -> Any:
     """A copy that later steps do not change. torch copies no tensor with a graph, such as a kept loss."""
-    return deepcopy(tree_map(_without_graph, checkpoint))
-
-
-def _without_graph(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return deepcopy(tree_map(detached, checkpoint))
 
 
 # Read
@@ -108,9 +110,8 @@ def _without_graph(value: Any) -> Any:
 
 def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
-    for state in checkpoint.get("callbacks", {}).values():
-        if _has_average(state):
-            state[AVERAGE] = _completed(model, state[AVERAGE], view_of(model).base_values)
+    for state in _with_averages(checkpoint).values():
+        state[AVERAGE] = _completed(model, state[AVERAGE], base_values(view_of(model)))
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
@@ -126,7 +127,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     digests_there = fitting[0]["digests"]
     for name, now, there in zip(base_tensors(view), digests_now, digests_there, strict=True):
         if now != there:
-            view.record.rounded_base[name] = now, there
+            view.record.base.row(name).rounding = Change(now, there)
     return True
 
 
@@ -158,31 +159,30 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     if KEY not in checkpoint:
         _load_base(model, state)
         return
-    stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
-    put(model, stored, Way(call=_CALL, reads_base=False))  # the stage or the end of fit has just read it
+    load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
     if whole:
         _complete_states(model, checkpoint)
 
 
+def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
+    """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
+    put(model, stored, Way(call=_CALL, reads_base=False))
+
+
 def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
-    base = {name: value.detach().clone() for name, value in view_of(model).base_values.items()}
-    for key in ("state_dict", MOVED):
-        if key in checkpoint:
-            checkpoint[key] = _completed(model, checkpoint[key], base)
+    base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
+    for key, state in only(checkpoint, ("state_dict", MOVED)).items():
+        checkpoint[key] = _completed(model, state, base)
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
-    values: dict[str, Any] = {**base}
-    for name, value in state.items():
-        if value is not None:
-            values[plain_name(name)] = value
-    completed = {}
-    for name in model.state_dict(keep_vars=True):
-        if plain_name(name) in values:
-            completed[name] = values.pop(plain_name(name))
-    return {**completed, **values}
+    given = {plain_name(name): value for name, value in state.items() if value is not None}
+    values = {**base, **given}
+    names_in_model = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
+    present = {name: values[plain] for plain, name in names_in_model.items() if plain in values}
+    return {**present, **without(values, names_in_model)}
 
 
 # A full checkpoint
@@ -190,8 +190,8 @@ def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Te
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a full state into the base, and initialise the adapters again."""
-    refuse_in_block(model, _CALL)
-    state = {plain_name(name): value for name, value in state.items()}
+    check_start(model, _CALL)
+    state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
         for layer in View(model).layers.values():
@@ -201,7 +201,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.changed = {}
+    record.base.forget_changes()
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -223,7 +223,7 @@ def _state_of_base(model: nn.Module) -> dict[str, Any]:
 
 def _differences(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What is missing in a state, is unexpected, or has another shape, in words."""
-    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong = [f"{name} is missing" for name in not_in(expected, state)]
     for name, value in state.items():
         if name not in expected:
             wrong.append(f"{name} is unexpected")

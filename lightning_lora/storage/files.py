@@ -32,7 +32,9 @@ from lightning_lora.storage.load.put import Reader, Way, put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import where
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.values import is_tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -68,7 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     state = _tensors_in(_state_of(view), view.title)
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    if any(map(is_dtensor, view.parameters.values())):
+    if where(view.parameters, is_dtensor):
         _write_in_first_process(path, stored)
     else:
         own.write_adapter_file(path, stored)
@@ -76,7 +78,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 def _tensors_in(state: Mapping[str, Any], title: str) -> dict[str, Tensor]:
     """The tensors in a state. Warn of what else is in it."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = where(state, is_tensor)
     odd = state.keys() - tensors.keys()
     if odd:
         warn(

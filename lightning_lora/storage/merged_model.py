@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.model.merge import tied_weights
-from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.state import check_not_diverged
+from lightning_lora.tensors.named import beginning_with
 from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import reshard
 
@@ -81,7 +83,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
     """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
-    untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
+    untied = [weight.layer for weight in view.merged if weight.was_tied]
     untied += tied_weights(view)
     if is_folder and untied:
         _refuse_to_tie_again(view, untied)
@@ -244,4 +246,4 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 def _below(state: Mapping[str, Any], module: str, *_: Any, **__: Any) -> dict[str, Any]:
     """The values of a module, by the names in it."""
     start = f"{module}." if module else ""
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    return beginning_with(start, state)

@@ -16,9 +16,10 @@ from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
+from lightning_lora.tensors.named import names_by, only, renamed, where, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.values import detached, replace_values
 
 
 def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
@@ -35,7 +36,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
         check_as_merged(view)
         state = plain_module(view.model).state_dict()
         return _noted(view, state), {}
-    changed = _by_plain_names(changed or {})
+    changed = renamed(changed or {}, plain_name)
     _refuse_spread(view, changed)
     check_weights(view)
     check_mergeable(view)
@@ -44,13 +45,10 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     return _noted(view, _state_with(view, changed, merged)), lost
 
 
-def _by_plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {plain_name(name): value for name, value in state.items()}
-
-
 def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are in no process as a whole."""
-    if any(is_dtensor(changed.get(name, parameter)) for name, parameter in view.parameters.items()):
+    present = {**view.parameters, **changed}
+    if where(only(present, view.parameters), is_dtensor):
         title = type(plain_module(view.model)).__name__
         raise AdapterStateError(
             f"{title} is spread over processes. Call save_adapter(model, path) in each, then "
@@ -60,7 +58,7 @@ def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
 
 def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Tensor]) -> Any:
     """The model's state dict without adapters, with other values."""
-    new_values = {name: value for name, value in {**changed, **merged}.items() if name not in view.adapters}
+    new_values = without({**changed, **merged}, view.adapters)
     adapters = {id(parameter) for parameter in view.adapters.values()}  # a hook may have given them other names
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
@@ -69,7 +67,7 @@ def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Ten
         if id(value) in adapters:
             del state[name]
         else:
-            state[name] = _detached(new_value)
+            state[name] = detached(new_value)
     absent = merged.keys() & new_values.keys()
     if absent:
         raise AdapterStateError(
@@ -78,10 +76,6 @@ def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Ten
         )
     state.update(new_values)
     return state
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:
@@ -135,11 +129,8 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
     """All names under which the weights of each module are used: also those of a layer that is tied to it."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in view.modules.items():
-        owner = vars(module).get("lora_tied_to", (module,))[0]
-        names.setdefault(owner, []).append(name)
-    return names
+    owners = {name: vars(module).get("lora_tied_to", (module,))[0] for name, module in view.modules.items()}
+    return names_by(owners)
 
 
 # The base again
@@ -147,12 +138,12 @@ def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
 
 def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
     """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
-    merged = _by_plain_names(merged)
+    merged = renamed(merged, plain_name)
     if not _fit(view, changed) or not _can_be_taken_out(view) or not view.is_fresh():
         return False
     if not _has_weights(view, merged):
         return False
-    with _showing(view, {name: changed[name] for name in view.adapters}), torch.no_grad():
+    with _showing(view, only(changed, view.adapters)), torch.no_grad():
         for layer in view.layers.values():
             for name in layer.lora_weights():
                 weight = own_parameter(layer, name)
@@ -174,12 +165,13 @@ def _can_be_taken_out(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
     if any(layer.lora_settings.use_dora for layer in view.layers.values()):
         return False
-    return not any(is_dtensor(parameter) or _is_narrow(parameter) for parameter in view.base.values())
+    return not where(view.base, _is_narrow_or_spread)
 
 
-def _is_narrow(parameter: Tensor) -> bool:
-    """Whether it is less precise than float32."""
-    return parameter.is_floating_point() and parameter.element_size() < 4
+def _is_narrow_or_spread(parameter: Tensor) -> bool:
+    """Whether it is less precise than float32, or spread over processes."""
+    is_narrow = parameter.is_floating_point() and parameter.element_size() < 4
+    return is_narrow or is_dtensor(parameter)
 
 
 def _has_weights(view: View, merged: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.named import renamed
 from lightning_lora.tensors.names import is_inside, join
 
 Value = TypeVar("Value")
@@ -33,9 +34,13 @@ class Renaming:
         """Return the file's name for a name in the model."""
         return _exchange(name, self.here, self.there)
 
+    def names_here(self, names: Iterable[str]) -> list[str]:
+        """Return the model's names for names in the file."""
+        return [self.name_here(name) for name in names]
+
     def with_names_here(self, named: Mapping[str, Value]) -> dict[str, Value]:
         """Return what a file holds by name, by the model's names."""
-        return {self.name_here(name): value for name, value in named.items()}
+        return renamed(named, self.name_here)
 
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""
@@ -197,10 +202,7 @@ class _Targets:
 
 def _others_than(usual: float, numbers: Mapping[str, float]) -> Any:
     """A pattern for the names with another number. None: there are none."""
-    pattern = dict[str, Any]()
-    for name, number in numbers.items():
-        if number != usual:
-            pattern[_exactly(name)] = number
+    pattern = {_exactly(name): number for name, number in numbers.items() if number != usual}
     return pattern or None
 
 

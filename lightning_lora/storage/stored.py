@@ -13,11 +13,13 @@ from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigErr
 from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.attach import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import inside, not_in, only, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
@@ -57,9 +59,9 @@ class StoredAdapters:
         return cls(
             config=config,
             state=state,
-            layers={layer.name: layer for layer in layers},
+            layers=_by_name(layers),
             base=base,
-            changed=[name for name in state if name in view.frozen],
+            changed=list(only(state, view.frozen)),
             random=list(random_weights(view)),
             saved=_saved_entries(view, config),
             root=root_of(view.model),
@@ -69,11 +71,10 @@ class StoredAdapters:
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
-        layers = [StoredLayer.from_dict(layer) for layer in description["layers"]]
-        layers_by_name = {layer.name: layer for layer in layers}
+        layers = _by_name(map(StoredLayer.from_dict, description["layers"]))
         config = stored_config(description)
-        plain = {name: description[name] for name in _AS_THEY_ARE if name in description}
-        return cls(config, state, layers_by_name, source=str(source), **plain)
+        as_they_are = only(description, _AS_THEY_ARE)
+        return cls(config, state, layers, source=str(source), **as_they_are)
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
@@ -88,7 +89,8 @@ class StoredAdapters:
     @property
     def filled(self) -> list[str]:
         """The buffers that hooks of the module filled: they belong to the run, and to no base."""
-        return [name for name in self.random if name in self.state and name not in self.changed]
+        besides_weights = not_in(self.random, self.changed)
+        return [name for name in besides_weights if name in self.state]
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
@@ -99,25 +101,22 @@ class StoredAdapters:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        broken = []
-        for name, value in self.state.items():
-            if is_dense(value) and not value.isfinite().all():
-                broken.append(name)
+        tensors = where(self.state, is_dense)
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
-    if not config.modules_to_save:
-        return {}
     modules = [name for name in view.modules if config.is_saved(name)]
-    entries = {}
-    for module in modules:
-        if not is_in_any(owner_of(module), modules):
-            inside = f"{module}."
-            entries[module] = [name for name in (*view.parameters, *view.buffers) if name.startswith(inside)]
-    return entries
+    outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
+    names = [*view.parameters, *view.buffers]
+    return {module: inside(names, [module]) for module in outermost}
+
+
+def _by_name(layers: Iterable[StoredLayer]) -> dict[str, StoredLayer]:
+    return {layer.name: layer for layer in layers}
 
 
 def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:
@@ -160,8 +159,8 @@ _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of la
 
 def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     """Return one number for all names and tensors, and for their description."""
-    said = {name: value for name, value in about.items() if name != "checksum"}
-    tensors = _with_values(state)
+    said = without(about, ["checksum"])
+    tensors = dict(sorted(where(state, _has_values).items()))
     kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
     text = json.dumps([said, kinds], sort_keys=True).encode()
     total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
@@ -170,13 +169,9 @@ def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     return total
 
 
-def _with_values(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state that have values, in the order of their names."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor) and not value.is_meta:
-            tensors[name] = value
-    return {name: tensors[name] for name in sorted(tensors)}
+def _has_values(value: object) -> bool:
+    """Whether a value is a tensor that is not on the meta device."""
+    return isinstance(value, Tensor) and not value.is_meta
 
 
 def check_checksum(state: Mapping[str, Any], description: object, path: object) -> None:

@@ -51,7 +51,7 @@ def full_tensors(values: _Value) -> _Value:
     return gathered
 
 
-def distributed_as(values: Tensor, like: Tensor) -> Tensor:
+def distributed_as(values: Tensor, like: Tensor | None) -> Tensor:
     """Return full values, distributed as ``like`` is, without communication. A DTensor is returned unchanged."""
     if not is_dtensor(like) or is_dtensor(values):
         return values

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from lightning_lora.private import version_of
 from lightning_lora.tensors.digests import consists_of_others, digest, inner_tensors
 from lightning_lora.tensors.shards import is_dtensor, to_local
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor: a state may hold others."""
+    return isinstance(value, Tensor)
+
+
+def detached(value: Any) -> Any:
+    """Return a tensor without its graph, or another value as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

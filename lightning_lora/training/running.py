@@ -12,9 +12,9 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import callbacks_of, share_base
-from lightning_lora.training.float32_steps import Float32Steps
-from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.rates import follow
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.places import check_frozen
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding, leave_unfed
 from lightning_lora.training.steps.gradients import Gradients

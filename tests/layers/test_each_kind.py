@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from tests.support.layers import FLOATS, LAYERS, PLANE, adapted
 from tests.support.models import randomise
 from tests.support.parameters import shapes

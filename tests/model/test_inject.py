@@ -1,6 +1,7 @@
 """An injection is done whole or not at all, and a call that fails leaves the model as it was."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model.trainer_only import TRAINER_ONLY
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state
@@ -25,6 +27,25 @@ def test_another_start_on_an_adapted_model_is_refused() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     with unchanged(model), pytest.raises(ll.AdapterMismatchError, match="adapted already"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
+
+
+WITHOUT_TRAINER = {  # every argument that only a Trainer can serve
+    "init": "init='lora_ga' starts from training data, which a Trainer has: use LoRACallback(init='lora_ga')",
+    "init_batches": "init_batches=4 is a number of batches of training data, which a Trainer has",
+}
+VALUES: dict[str, Any] = {"init": "lora_ga", "init_batches": 4}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TRAINER)
+def test_what_only_a_trainer_can_serve_is_refused(name: str) -> None:
+    config = ll.LoRAConfig(**{name: VALUES[name]})
+    with unchanged(model := LitTiny()), pytest.raises(ll.ConfigError, match=re.escape(WITHOUT_TRAINER[name])):
+        ll.inject_adapters(model, config)
+    ll.LoRACallback(**{name: VALUES[name]})
+
+
+def test_the_table_of_what_needs_a_trainer_is_complete() -> None:
+    assert [each.name for each in TRAINER_ONLY] == list(WITHOUT_TRAINER)
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])

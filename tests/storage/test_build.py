@@ -56,6 +56,8 @@ def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
 
 
 class Strict(LitTiny):
+    """A module that says how strictly it is loaded."""
+
     def __init__(self, strict: bool = True) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -72,21 +74,34 @@ def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool
     assert "load_state_dict" not in vars(again)
 
 
+def written_by_trainer(path: Path, model: LitTiny, *, save: Any, weights_only: bool) -> Path:
+    t = trainer(path.parent, [lora(save=save)])
+    t.fit(model, data())
+    t.save_checkpoint(path, weights_only=weights_only)
+    return path
+
+
+def asks_for_the_callback(caught: list[warnings.WarningMessage]) -> bool:
+    """Whether Lightning warned that the file was written with our callback."""
+    for each in caught:
+        said = str(each.message)
+        if "add the following callbacks" in said and "lightning_lora.LoRACallback" in said:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("save", ["adapters", "model"])
+@pytest.mark.parametrize(("save", "needs_callback"), [("adapters", True), ("model", False)])
 def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
-    tmp_path: Path, monkeypatch: Any, weights_only: bool, save: str
+    tmp_path: Path, monkeypatch: Any, weights_only: bool, save: str, needs_callback: bool
 ) -> None:
-    path = tmp_path / "a.ckpt"
-    trainer(tmp_path, [lora(save=save)]).fit(model := Strict(False), data())
-    model.trainer.save_checkpoint(path, weights_only=weights_only)
+    model = Strict(False)
+    path = written_by_trainer(tmp_path / "a.ckpt", model, save=save, weights_only=weights_only)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path).test(Strict(False), data(), ckpt_path=path, verbose=False)
-    said = [str(each.message) for each in caught]
-    asks = any("add the following callbacks" in each and "lightning_lora.LoRACallback" in each for each in said)
-    assert asks is (save == "adapters")  # a whole model needs none
+    assert asks_for_the_callback(caught) is needs_callback
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*many workers|.*treespec")
@@ -113,33 +128,42 @@ def test_what_a_hook_changes_is_loaded(tmp_path: Path) -> None:
     assert_state(again, state(model) | {"head.bias": torch.zeros(4)})
 
 
+class LoadsItself(LitTiny):
+    """A module that loads its base while it is built, and again in configure_model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = state(self)
+        for p in self.parameters():
+            p.data.zero_()
+        self.load_state_dict(own)
+
+    def configure_model(self) -> None:
+        self.load_state_dict(state(LitTiny()))
+
+
 def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
-    class LoadsItself(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            own = state(self)
-            for p in self.parameters():
-                p.data.zero_()
-            self.load_state_dict(own)
-
-        def configure_model(self) -> None:
-            self.load_state_dict(state(LitTiny()))
-
     model = LoadsItself()
-    assert_same_state(load_from_checkpoint(LoadsItself, written(tmp_path, model)), model)
+    path = written(tmp_path, model)
+    assert_same_state(load_from_checkpoint(LoadsItself, path), model)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
-@pytest.mark.parametrize("named", [{}, {"_class_path": f"{__name__}.Strict"}], ids=["the class", "a subclass"])
-def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [(Strict, {}), (L.LightningModule, {"_class_path": f"{__name__}.Strict"})],
+    ids=["the class", "a subclass"],
+)
+def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, asked: Any, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
     how = {
         "strict": False,
-        **named,
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        **named,
     }
-    path = written(tmp_path, model := Strict(strict=False))
+    model = Strict(strict=False)
+    path = written(tmp_path, model)
     edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))
-    built = load_from_checkpoint(L.LightningModule if named else Strict, path)
+    built = load_from_checkpoint(asked, path)
     assert type(built) is Strict
     assert_same_state(built, model)

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_lora as ll
 from tests.support.cases import At, StopError, files_hold_adapters_alone, stop
+from tests.support.compared import assert_holds
 from tests.support.models import LitTiny, X, best, data, lora, trainer
+from tests.support.parameters import chosen
 from tests.support.storage import fitted
 from tests.training.test_compiled import Compiled
 
@@ -49,36 +51,50 @@ def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_
 
 def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_path: Path) -> None:
     """As those of a recurrent layer are on a GPU: torch would write the larger one."""
-    model = LitTiny()
-    model.head.weight.data = torch.randn(1 << 20)[: model.head.weight.numel()].view_as(model.head.weight)
     path = tmp_path / "a.ckpt"
+    model = LitTiny()
+    weight = model.head.weight
+    larger = torch.randn(1 << 20)
+    weight.data = larger[: weight.numel()].view_as(weight)
     fitted(path, model, weights_only=True)
     assert path.stat().st_size < 20_000
-    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], model.head.weight)
+    written = torch.load(path, weights_only=True)["state_dict"]
+    assert torch.equal(written["head.weight"], weight)
+
+
+class Clears(L.Callback):
+    """Expects the whole state of the module, and clears it."""
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        assert list(checkpoint["state_dict"]) == list(pl_module.state_dict())
+        for value in checkpoint["state_dict"].values():
+            value.zero_()
 
 
 @pytest.mark.parametrize("cls", [LitTiny, Compiled])
 def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_path: Path, cls: type[LitTiny]) -> None:
-    class Clears(L.Callback):
-        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-            assert list(checkpoint["state_dict"]) == list(pl_module.state_dict())
-            for value in checkpoint["state_dict"].values():
-                value.zero_()
-
-    model = fitted(tmp_path / "a.ckpt", cls())
+    path = tmp_path / "a.ckpt"
+    model = fitted(path, cls())
     again = cls()
     t = trainer(tmp_path, [lora(), Clears()], max_epochs=1, enable_checkpointing=False)
-    t.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
-    for name in ("embed.weight", "head.weight"):
-        assert torch.equal(again.state_dict()[name], model.state_dict()[name])
+    t.fit(again, data(), ckpt_path=path)
+    expected = chosen(model.state_dict(), ["embed.weight", "head.weight"])
+    assert_holds(again.state_dict(), expected)
+
+
+def loss_of(t: L.Trainer, model: LitTiny, **options: Any) -> float:
+    """The loss of a test."""
+    (found,) = t.test(model, data(), verbose=False, **options)
+    return found["test_loss"]
 
 
 def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain = fitted(tmp_path / "full.ckpt", plain=True, max_epochs=3)
+    full = tmp_path / "full.ckpt"
+    plain = fitted(full, plain=True, max_epochs=3)
     model = LitTiny()
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
     with caplog.at_level("INFO"):
-        t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
+        t.fit(model, data(), ckpt_path=full)
     assert t.global_step == 4
     assert "full.ckpt holds a full model and no adapters" in caplog.text
     assert torch.equal(model.q_proj.weight, plain.q_proj.weight)
@@ -86,11 +102,11 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path, caplog: pytest.Log
     t.save_checkpoint(tmp_path / "lora.ckpt")
     with ll.disable_adapters(model):
         assert torch.equal(model(X), plain(X))
-    loss = trainer(tmp_path).test(plain, data(), verbose=False)[0]["test_loss"]
+    loss = loss_of(trainer(tmp_path), plain)
     ll.load_adapter(plain, tmp_path / "lora.ckpt")
     assert torch.equal(plain(X), model(X))
-    tested = trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
-    assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
+    found = loss_of(trainer(tmp_path, [lora()]), model, ckpt_path=full)
+    assert found == pytest.approx(loss)  # the full file's own function: trained adapters give way
 
 
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

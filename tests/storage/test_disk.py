@@ -54,7 +54,9 @@ pytestmark = forks
 # Killed
 
 
-class AtSave(L.Callback):  # do something when the Trainer begins to write its n-th file
+class AtSave(L.Callback):
+    """Do something when the Trainer begins to write its n-th file."""
+
     def __init__(self, n: int, do: Callable[[], object]) -> None:
         self.n = n
         self.do = do
@@ -65,7 +67,9 @@ class AtSave(L.Callback):  # do something when the Trainer begins to write its n
             self.do()
 
 
-class Dies(L.Callback):  # die after two epochs, if not before
+class Dies(L.Callback):
+    """Die after two epochs, if not before."""
+
     epochs = 0
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -91,23 +95,32 @@ def run(folder: Path, *callbacks: L.Callback) -> dict[str, Tensor]:
     return state(model)
 
 
+def run_and_die(folder: Path, moments: random.Random) -> None:
+    """Let a run die at any moment."""
+    work = partial(run, folder, Dies())
+    assert fork(work, seconds=moments.uniform(0.02, 0.5)) == signal.SIGPROF
+
+
+def run_and_die_as_it_saves(folder: Path, moments: random.Random) -> None:
+    """Let a run die in the middle of a file."""
+    die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
+    work = partial(run, folder, AtSave(moments.randint(1, 4), die))
+    assert fork(work) == signal.SIGXFSZ
+
+
 @pytest.mark.processes
 @exact
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
+    end = tmp_path / "end.pt"
     moments = random.Random(11)
-    for kill in range(6):
-        if kill % 3 == 1:
-            die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
-            ended = fork(partial(run, killed, AtSave(moments.randint(1, 4), die)))
-            assert ended == signal.SIGXFSZ
-        else:
-            assert fork(partial(run, killed, Dies()), seconds=moments.uniform(0.02, 0.5)) == signal.SIGPROF
+    for kill in [run_and_die, run_and_die_as_it_saves, run_and_die] * 2:
+        kill(killed, moments)
         for path in newest(killed):
             load_adapter(LitTiny(), path)  # every file with a final name is whole
     assert len(newest(killed)) > 2
-    assert fork(lambda: torch.save(run(killed), tmp_path / "end.pt")) == 0
-    assert_same_tensors(torch.load(tmp_path / "end.pt", weights_only=True), run(tmp_path / "through"))
+    assert fork(lambda: torch.save(run(killed), end)) == 0
+    assert_same_tensors(torch.load(end, weights_only=True), run(tmp_path / "through"))
 
 
 def part_disks(crossing: Callable[[], None]) -> None:
@@ -122,8 +135,8 @@ def part_disks(crossing: Callable[[], None]) -> None:
 
         return moved
 
-    for name in ("rename", "replace"):
-        setattr(os, name, apart(getattr(os, name)))
+    os.rename = apart(os.rename)
+    os.replace = apart(os.replace)
 
 
 def save_checkpoint(model: LitTiny, path: Path) -> None:
@@ -136,32 +149,27 @@ def name_for(save: Any) -> str:
     return "a.safetensors" if save is save_adapter else "a.ckpt"
 
 
+def is_model(found: LitTiny, expected: LitTiny) -> bool:
+    return same(state(found), state(expected))
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("save", "moment"),
-    [(save_adapter, "writing"), (save_checkpoint, "writing"), (save_checkpoint, "moving")],
-)
-def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
+@pytest.mark.parametrize("save", [save_adapter, save_checkpoint])
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any) -> None:
     path = tmp_path / name_for(save)
     old = adapted(1)
-    new = adapted(2)
     save(old, path)
     size = path.stat().st_size
     for at in (0, 1, size // 2, size - 1):
-        die = partial(limit, at, signal.SIG_DFL)
 
-        def work(die: Any = die) -> None:
-            part_disks(die)
-            if moment == "writing":
-                die()
-            save(new, path)
+        def work(at: int = at) -> None:
+            limit(at, signal.SIG_DFL)
+            save(adapted(2), path)
 
-        ended = fork(work)
-        assert ended == signal.SIGXFSZ if moment == "writing" else ended in (0, signal.SIGXFSZ)
+        assert fork(work) == signal.SIGXFSZ
         model = LitTiny()
         load_adapter(model, path)
-        assert same(state(model), state(old)) or (ended == 0 and same(state(model), state(new)))
-        save(old, path)
+        assert is_model(model, old)
 
 
 # No room
@@ -287,13 +295,34 @@ def test_what_another_machine_left_is_cleared_an_hour_later(tmp_path: Path, rena
     assert not left.exists()
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    for name in (".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, 0))
-    before = contents(tmp_path)
+@pytest.mark.processes
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed_as_it_is_moved(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    old = adapted(1)
+    new = adapted(2)
+    save_checkpoint(old, path)
+    size = path.stat().st_size
+    for at in (0, 1, size // 2, size - 1):
+
+        def work(at: int = at) -> None:
+            part_disks(partial(limit, at, signal.SIG_DFL))
+            save_checkpoint(new, path)
+
+        ended = fork(work)
+        assert ended in (0, signal.SIGXFSZ)
+        model = LitTiny()
+        load_adapter(model, path)
+        assert is_model(model, old) or (ended == 0 and is_model(model, new))
+        save_checkpoint(old, path)
+
+
+@pytest.mark.parametrize("name", [".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"])
+def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
+    other = tmp_path / name
+    other.touch()
+    os.utime(other, (0, 0))
     save_adapter(adapted(), tmp_path / "a.safetensors")
-    assert before.items() <= contents(tmp_path).items()
+    assert contents(tmp_path)[name] == b""
 
 
 # Replaced
@@ -310,7 +339,8 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
                 new = shutil.copyfile(other, path.with_suffix(".new"))
                 new.replace(path)
 
-    (thread := Thread(target=work)).start()
+    thread = Thread(target=work)
+    thread.start()
     yield
     is_over.set()
     thread.join()
@@ -318,14 +348,15 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
 
 def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     """What is read comes from one open file. Two looks at one path would see the header of another file."""
-    ranks = {2: tmp_path / "2.safetensors", 5: tmp_path / "5.safetensors"}
     path = tmp_path / "a.safetensors"
-    for r, file in ranks.items():
-        save_adapter(as_trained(LitTiny(), r=r), file)
-    shutil.copyfile(ranks[2], path)
-    with replacing(path, list(ranks.values())):
+    low = tmp_path / "2.safetensors"
+    high = tmp_path / "5.safetensors"
+    save_adapter(as_trained(LitTiny(), r=2), low)
+    save_adapter(as_trained(LitTiny(), r=5), high)
+    shutil.copyfile(low, path)
+    with replacing(path, [low, high]):
         for _ in range(1000):
-            assert read_adapter_file(path).config.r in ranks
+            assert read_adapter_file(path).config.r in (2, 5)
 
 
 def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:

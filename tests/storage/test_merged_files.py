@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import three
-from tests.support.compared import assert_state
+from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, state, trainer
+from tests.support.parameters import nan_at
 from tests.support.storage import trained
 
 
@@ -38,15 +38,17 @@ class Adds(LitTiny):
 
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_merged: bool) -> None:
+    file = tmp_path / "a.ckpt"
     model = as_trained(Adds(width=6))
     expected = merged(model)
     output = model(X)
     if is_merged:
         ll.merge_adapters(model)
     with unchanged(model):
-        ll.save_merged(model, file := tmp_path / "a.ckpt")
+        ll.save_merged(model, file)
     stored = torch.load(file, weights_only=True)
-    assert not any("lora" in name for name in (*stored, *stored["state_dict"]))
+    for name in (*stored, *stored["state_dict"]):
+        assert "lora" not in name
     plain = Adds.load_from_checkpoint(file)
     assert_state(plain, expected)
     assert plain.hparams == model.hparams
@@ -70,14 +72,17 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_tensors_are_those_of_a_merge(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
-    (tmp_path / "other").touch()
-    with unchanged(model := build()):
-        ll.save_merged(model, tmp_path / "a.safetensors")
-    stored = load_file(tmp_path / "a.safetensors")
+    file = tmp_path / "a.safetensors"
+    other = tmp_path / "other"
+    other.touch()
+    model = build()
+    with unchanged(model):
+        ll.save_merged(model, file)
+    stored = load_file(file)
     expected = merged(model)
     assert stored.keys() == expected.keys()
-    assert all(torch.equal(stored[name], expected[name]) for name in stored)
-    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
+    assert_holds(stored, expected)
+    assert file.stat().st_mode == other.stat().st_mode  # others may read it
 
 
 def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
@@ -90,15 +95,13 @@ def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
     assert_state(again, merged(model))
 
 
-@pytest.mark.parametrize("target", ["lm_head", "q_proj"])
-def test_a_tied_weight_is_written_once_unless_it_has_an_update(tmp_path: Path, target: str) -> None:
-    model = as_trained(TinyLM(), r=2, target_modules=[target])
-    is_own = target == "lm_head"
-    with pytest.warns(ll.LoRAWarning, match="they are two weights now") if is_own else nullcontext():
-        ll.save_merged(model, tmp_path / "a.safetensors")
-    assert {"lm_head.weight", "embed.weight"}.issubset(load_file(tmp_path / "a.safetensors")) == is_own
-    again = TinyLM(tied=not is_own)
-    load_model(again, tmp_path / "a.safetensors")
+def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    model = as_trained(TinyLM(), r=2, target_modules=["q_proj"])
+    ll.save_merged(model, file)
+    assert len({"lm_head.weight", "embed.weight"} & load_file(file).keys()) == 1
+    again = TinyLM()
+    load_model(again, file)
     torch.testing.assert_close(again(X), model(X))
     assert model.lm_head.weight is model.embed.weight
 
@@ -131,8 +134,21 @@ def disabled() -> nn.Module:
     return model
 
 
+def test_a_tied_weight_with_an_update_is_written_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    model = as_trained(TinyLM(), r=2, target_modules=["lm_head"])
+    with pytest.warns(ll.LoRAWarning, match="they are two weights now"):
+        ll.save_merged(model, file)
+    assert load_file(file).keys() >= {"lm_head.weight", "embed.weight"}
+    again = TinyLM(tied=False)
+    load_model(again, file)
+    torch.testing.assert_close(again(X), model(X))
+    assert model.lm_head.weight is model.embed.weight
+
+
 def diverged_head() -> nn.Module:
-    (model := trained()).head.bias.data[0] = torch.nan
+    model = trained()
+    nan_at(model.head.bias, 0)
     with pytest.raises(ll.AdapterStateError, match=r"head\.bias.* hold NaN"):
         ll.save_adapter(model, "never.safetensors")
     return model
@@ -206,21 +222,14 @@ class Own(nn.Sequential):
         torch.save(self.state_dict(), folder / "model.bin")
 
 
-def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     model = as_trained(Own(nn.Linear(4, 4)))
-    for name in ("merged", "merged.safetensors"):
-        with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
-            ll.save_merged(model, f"memory://bucket/{name}")
-        ll.save_merged(model, f"file://{tmp_path}/{name}")
-    ll.export_peft(model, f"file://{tmp_path}/peft")
     with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
-        ll.export_peft(model, "memory://bucket/peft")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "merged",
-        "merged.safetensors",
-        "peft",
-    }
+        ll.save_merged(model, f"memory://bucket/{name}")
+    ll.save_merged(model, f"file://{tmp_path}/{name}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
@@ -231,25 +240,39 @@ def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
     assert "state_dict" not in vars(model) | vars(model[0])
 
 
-def test_readers_of_adapters_say_what_the_file_is(tmp_path: Path) -> None:
+def test_urls_of_exports_are_folders_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = as_trained(Own(nn.Linear(4, 4)))
+    ll.export_peft(model, f"file://{tmp_path}/peft")
+    with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
+        ll.export_peft(model, "memory://bucket/peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A folder of files of a whole model."""
     model = trained()
-    for file in ("merged.ckpt", "merged.safetensors"):
-        ll.save_merged(model, tmp_path / file)
+    ll.save_merged(model, tmp_path / "merged.ckpt")
+    ll.save_merged(model, tmp_path / "merged.safetensors")
     torch.save(LitTiny().state_dict(), tmp_path / "state.pt")
-    for name, says in (
-        ("merged.ckpt", "load_from_checkpoint"),
-        ("merged.safetensors", "load_model"),
-        ("state.pt", ""),
-    ):
-        for load in (
-            partial(ll.load_adapter, LitTiny()),
-            partial(ll.load_from_checkpoint, LitTiny),
-        ):
-            with pytest.raises(ll.AdapterFileError, match=rf"6 tensors.*no adapters.*a whole model.*{says}"):
-                load(tmp_path / name)
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    with pytest.raises(
-        ll.AdapterFileError,
-        match=r"If save_merged wrote it, .*safetensors.torch.load_model",
-    ):
-        t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("merged.ckpt", "load_from_checkpoint"), ("merged.safetensors", "load_model"), ("state.pt", "")],
+)
+def test_readers_of_adapters_say_what_the_file_is(whole: Path, name: str, says: str) -> None:
+    message = rf"6 tensors.*no adapters.*a whole model.*{says}"
+    with pytest.raises(ll.AdapterFileError, match=message):
+        ll.load_adapter(LitTiny(), whole / name)
+    with pytest.raises(ll.AdapterFileError, match=message):
+        ll.load_from_checkpoint(LitTiny, whole / name)
+
+
+def test_a_trainer_says_what_loads_a_merged_file(whole: Path) -> None:
+    t = trainer(whole, [lora()], max_epochs=1)
+    message = r"If save_merged wrote it, .*safetensors.torch.load_model"
+    with pytest.raises(ll.AdapterFileError, match=message):
+        t.fit(LitTiny(), data(), ckpt_path=whole / "merged.safetensors")

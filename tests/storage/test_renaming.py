@@ -12,6 +12,7 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support.cases import At
 from tests.support.models import WIDTH, Around, LitTiny, TinyLM, as_trained, is_plain
+from tests.support.parameters import add_to, trainable
 from tests.support.storage import fitted, restores, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
@@ -27,36 +28,37 @@ def nested() -> nn.Module:
     return nn.ModuleDict({"inner": nn.ModuleDict({"q": nn.Linear(4, 4)}), "q": nn.Linear(4, 4)})
 
 
-def test_targets_and_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
+def layers_in(path: Path) -> list[Any]:
+    """The adapted layers that the file makes of a nested model, in its order."""
+    loaded = nested()
+    ll.load_adapter(loaded, path)
+    return list(View(loaded).layers.items())
+
+
+def test_targets_belong_to_names_in_full(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     saved(file, Around(nested()), r=2, target_modules=["model.q"])
-    loaded = nested()
-    ll.load_adapter(loaded, file)
-    assert list(View(loaded).layers) == ["q"]  # not 'inner.q'
-    patterns: dict[str, Any] = {
-        "rank_pattern": {"model.q": 1},
-        "alpha_pattern": {"model.q": 5},
-    }
-    saved(file, Around(nested()), r=2, alpha=3, **patterns)
-    loaded = nested()
-    ll.load_adapter(loaded, file)
-    settings = [layer.lora_settings for layer in View(loaded).layers.values()]
-    assert [(each.r, each.scaling) for each in settings] == [
-        (2, 1.5),
-        (1, 5.0),
-    ]  # of 'inner.q' and of 'q'
+    ((name, _),) = layers_in(file)
+    assert name == "q"  # not 'inner.q'
+
+
+def test_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    model = Around(nested())
+    saved(file, model, r=2, alpha=3, rank_pattern={"model.q": 1}, alpha_pattern={"model.q": 5})
+    (_, inner), (_, outer) = layers_in(file)
+    assert inner.lora_settings.r == 2
+    assert inner.lora_settings.scaling == 1.5
+    assert outer.lora_settings.r == 1
+    assert outer.lora_settings.scaling == 5.0
 
 
 def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> None:
     there = Around(base())
     loaded = base()
+    callback = ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)
     changes = At(1, lambda _, model: model.get_parameter("model.embed.weight").data.add_(1))
-    fitted(
-        tmp_path / "a.ckpt",
-        there,
-        ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False),
-        changes,
-    )
+    fitted(tmp_path / "a.ckpt", there, callback, changes)
     ll.load_adapter(loaded, tmp_path / "a.ckpt")
     assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
@@ -111,41 +113,54 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def plain(around: Any) -> nn.Module:
+    """The model, or another around it."""
+    if around is None:
+        return Nested()
+    return around(Nested())
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("around", "outward"), [(Around, True), (Around, False), (nn.Sequential, False)])
-def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
-    there, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
-    as_trained(there, r=2, **config)
-    with torch.no_grad():
-        for p in View(there).trained.values():
-            p.add_(1)
+@pytest.mark.parametrize(("of_the_file", "here"), [(None, Around), (Around, None), (nn.Sequential, None)])
+def test_a_file_loads_onto_the_model_inside_and_around(
+    tmp_path: Path, config: Any, of_the_file: Any, here: Any
+) -> None:
+    there = as_trained(plain(of_the_file), r=2, **config)
+    loaded = plain(here)
+    for p in View(there).trained.values():
+        add_to(p, 1)
     ll.save_adapter(there, tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match="taken for the same model"):
         ll.load_adapter(loaded, tmp_path / "a.safetensors")
     x = torch.randn(3, WIDTH)
     assert torch.equal(loaded(x), there(x))
-    trained = [[p.shape for p in model.parameters() if p.requires_grad] for model in (there, loaded)]
-    assert trained[0] == trained[1]
+    found = [p.shape for p in trainable(loaded)]
+    assert found == [p.shape for p in trainable(there)]
     ll.save_adapter(loaded, tmp_path / "b.safetensors")
-    restores(tmp_path / "b.safetensors", loaded, around(Nested()) if outward else Nested())
+    restores(tmp_path / "b.safetensors", loaded, plain(here))
 
 
-@pytest.mark.parametrize(("argument", "name"), [("modules_to_save", "head"), ("target_parameters", "experts.w")])
-def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: Path, argument: str, name: str) -> None:
-    class Twice(Nested):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(WIDTH, WIDTH)
-            self.experts = Experts()
+class Twice(Nested):
+    """The model with a head and experts beside its encoder, too."""
 
-    config: dict[str, Any] = {"target_modules": ["q"], argument: [f"model.{name}"]}
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.experts = Experts()
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "part"),
+    [("modules_to_save", "model.head", "head"), ("target_parameters", "model.experts.w", "experts")],
+)
+def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(
+    tmp_path: Path, argument: str, name: str, part: str
+) -> None:
+    config: dict[str, Any] = {"target_modules": ["q"], argument: [name]}
     path = tmp_path / "a.safetensors"
     saved(path, Around(Twice()), r=2, **config)
     loaded = Twice()
-    with pytest.raises(
-        ll.AdapterMismatchError,
-        match=rf"missing 'encoder\.{name.partition('.')[0]}.* Build the mod",
-    ):
+    with pytest.raises(ll.AdapterMismatchError, match=rf"missing 'encoder\.{part}.* Build the mod"):
         ll.load_adapter(loaded, path)
     assert is_plain(loaded)
 

@@ -16,12 +16,16 @@ from tests.support.storage import fitted
 
 
 class Scheduled(LitTiny):
+    """A module with a scheduler of its learning rate."""
+
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
-class Keeps(L.Callback):  # a callback with a state and an entry of its own
+class Keeps(L.Callback):
+    """A callback with a state and an entry of its own."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"mine": [1, 2.5, "a", None, (True,)], "average": torch.arange(3.0)}
 
@@ -41,15 +45,25 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "a.ckpt"
 
 
+def group_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The one group of the one optimizer."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    (group,) = optimizer["param_groups"]
+    return group
+
+
 def test_what_is_edited_is_what_the_resumed_run_reads(written: Path, tmp_path: Path) -> None:
     def edit(checkpoint: dict[str, Any]) -> None:
-        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 1e-4
-        checkpoint.update(lr_schedulers=[], more=checkpoint.pop("noted"))
+        group_of(checkpoint)["lr"] = 1e-4
+        checkpoint["lr_schedulers"] = []
+        checkpoint["more"] = checkpoint.pop("noted")
 
+    file = edited(written, tmp_path / "a.ckpt", edit)
     t = trainer(tmp_path, callbacks(), max_epochs=2)
-    t.fit(LitTiny(), data(), data(), ckpt_path=edited(written, tmp_path / "a.ckpt", edit))
+    t.fit(LitTiny(), data(), data(), ckpt_path=file)
     assert t.global_step == 8
-    assert t.optimizers[0].param_groups[0]["lr"] == 1e-4
+    (group,) = t.optimizers[0].param_groups
+    assert group["lr"] == 1e-4
 
 
 BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -63,13 +77,17 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
 def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, change: Any) -> None:
     path = edited(written, tmp_path / "a.ckpt", change)
-    with unchanged(model := Scheduled()), pytest.raises(LoRAError):
-        trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
+    model = Scheduled()
+    t = trainer(tmp_path, callbacks(), max_epochs=2)
+    with unchanged(model), pytest.raises(LoRAError):
+        t.fit(model, data(), data(), ckpt_path=path)
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
-    fitted(tmp_path / "light.ckpt", LitTiny(), lora(), weights_only=True)
+    file = tmp_path / "light.ckpt"
+    fitted(file, LitTiny(), lora(), weights_only=True)
     model = LitTiny()
+    t = trainer(tmp_path, [lora()], max_epochs=2)
     with unchanged(model), pytest.raises(AdapterFileError, match="save_weights_only=True"):
-        trainer(tmp_path, [lora()], max_epochs=2).fit(model, data(), ckpt_path=tmp_path / "light.ckpt")
-    trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "light.ckpt", verbose=False)
+        t.fit(model, data(), ckpt_path=file)
+    trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=file, verbose=False)

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lightning_lora as ll
 from tests.storage.test_merged_files import merged
-from tests.support.compared import assert_same_tensors
+from tests.support.compared import assert_all_refused, assert_holds, assert_same_tensors
 from tests.support.faults import unchanged
 from tests.support.models import (
     Around,
@@ -30,6 +30,7 @@ from tests.support.models import (
     state,
     trainer,
 )
+from tests.support.parameters import nan_at, trainable
 from tests.support.storage import refused
 
 says = pytest.warns(
@@ -81,9 +82,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, config: dict[str, Any]) -> None:
     lit = adapted(**config)
-    for p in lit.parameters():
-        if p.requires_grad:
-            p.data.add_(0.1)
+    for p in trainable(lit):
+        p.data.add_(0.1)
     with says as said, unchanged(lit):
         lit.model.save_pretrained(tmp_path)
     assert len(said) == 1
@@ -91,8 +91,12 @@ def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, c
     check(tmp_path, lit.model)
 
 
-def attributes(model: nn.Module) -> dict[str, Any]:
-    return {name: vars(module).keys() & {"save_pretrained", "state_dict"} for name, module in model.named_modules()}
+def attributes(model: nn.Module) -> dict[str, set[str]]:
+    """What each module has of its own that writes it."""
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = vars(module).keys() & {"save_pretrained", "state_dict"}
+    return found
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
@@ -114,12 +118,13 @@ def test_a_plain_model_writes_by_itself_again(tmp_path: Path, is_merged: bool) -
 @quiet
 def test_the_base_is_written_while_it_is_shown(tmp_path: Path) -> None:
     lit = adapted(modules_to_save=["ln_f"])
+    base = LitGPT2().model
     lit.model.transformer.ln_f.weight.data.add_(1)
     with ll.disable_adapters(lit):
         lit.model.save_pretrained(tmp_path / "base")
         lit.model.save_pretrained(tmp_path / "given", state_dict=lit.model.state_dict())
-    for folder in ("base", "given"):
-        check(tmp_path / folder, LitGPT2().model)
+    check(tmp_path / "base", base)
+    check(tmp_path / "given", base)
     lit.model.save_pretrained(tmp_path / "adapted")
     check(tmp_path / "adapted", lit.model)
 
@@ -135,12 +140,10 @@ COPIED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
 def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     lit = adapted()
-    lit.model = other = copied(lit.model)
+    other = copied(lit.model)
+    lit.model = other
     randomise(lit, seed=5)
-    with (
-        torch.inference_mode(),
-        torch.autocast("cpu"),
-    ):  # as a callback may in an evaluation
+    with torch.inference_mode(), torch.autocast("cpu"):  # as a callback may in an evaluation
         other.save_pretrained(tmp_path)
     check(tmp_path, other)
     ll.save_merged(lit, tmp_path / "gpt2-1.0")
@@ -163,48 +166,57 @@ class Saves(LitGPT2):  # writes a folder beside each checkpoint, as lightning-ir
         self.model.save_pretrained(folder)
 
 
+TWO_PROCESSES = {"strategy": "ddp_fork", "devices": 2}
+
+
 @quiet
 @pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.processes)])
-def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, devices: int) -> None:
+@pytest.mark.parametrize("options", [{}, pytest.param(TWO_PROCESSES, marks=pytest.mark.processes)], ids=["1", "2"])
+def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, options: dict[str, Any]) -> None:
     module = Saves(tmp_path / "folder")
-    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if devices > 1 else {}
     callback = ll.LoRACallback(r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], merge=False)
     ll.inject_adapters(module, callback.config)
-    trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options).fit(module, data())
-    names = torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"].keys()
-    assert not any(name.endswith("c_attn.weight") for name in names)
+    t = trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options)
+    t.fit(module, data())
+    for name in torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"]:
+        assert not name.endswith("c_attn.weight")
     check(tmp_path / "folder", module.model)
-    assert not same(state(GPT2LMHeadModel.from_pretrained(tmp_path / "folder")), state(LitGPT2().model))
+    written = GPT2LMHeadModel.from_pretrained(tmp_path / "folder")
+    assert not same(state(written), state(LitGPT2().model))
 
 
 @quiet
 def test_options_of_the_library_act_as_ever(tmp_path: Path) -> None:
-    model, plain = adapted().model, LitGPT2().model
+    model = adapted().model
+    plain = LitGPT2().model
     model.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     check(tmp_path / "parts", model)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not list((tmp_path / "other").glob("config.json"))
-    assert inspect.signature(copy.deepcopy(model).save_pretrained) == inspect.signature(plain.save_pretrained)
+    signature = inspect.signature(copy.deepcopy(model).save_pretrained)
+    assert signature == inspect.signature(plain.save_pretrained)
+
+
+def adapters_among(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(tmp_path: Path) -> None:
     model = adapted().model
+    base = LitGPT2().model
     lit = adapted()
     randomise(lit, seed=7)
     other = lit.model
-    norm = lit.model.transformer.ln_f.weight.data
-    adapters = {name: p for name, p in other.named_parameters() if "lora_" in name}
     with unchanged(model), says:
-        model.save_pretrained(tmp_path / "adapters", state_dict=adapters)
+        model.save_pretrained(tmp_path / "adapters", state_dict=adapters_among(other))
     check(tmp_path / "adapters", other)
-    norm.add_(1)
+    other.transformer.ln_f.weight.data.add_(1)
     with unchanged(model), says:
         model.save_pretrained(tmp_path / "whole", state_dict=other.state_dict())
     check(tmp_path / "whole", other)
-    model.save_pretrained(tmp_path / "own", state_dict=LitGPT2().model.state_dict())
-    check(tmp_path / "own", LitGPT2().model)
+    model.save_pretrained(tmp_path / "own", state_dict=base.state_dict())
+    check(tmp_path / "own", base)
 
 
 def test_a_save_around_another_one_says_it_once(tmp_path: Path) -> None:
@@ -217,13 +229,21 @@ def test_a_save_around_another_one_says_it_once(tmp_path: Path) -> None:
     check(tmp_path / "merged", module.model)
 
 
-class Hub(nn.Module, PyTorchModelHubMixin):  # a model of huggingface_hub's kind, which asks safetensors to write it
+class Hub(nn.Module, PyTorchModelHubMixin):
+    """A model of huggingface_hub's kind, which asks safetensors to write it."""
+
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(width, width), nn.MultiheadAttention(width, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[1](*[self.net[0](x)] * 3)[0]
+        x = self.net[0](x)
+        output, _ = self.net[1](x, x, x)
+        return output
+
+
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(tensors.items()))
 
 
 @quiet
@@ -233,43 +253,42 @@ def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = Hub.from_pretrained(tmp_path, strict=True)
     torch.testing.assert_close(again(x), model.eval()(x))
-    assert_same_tensors(
-        dict(sorted(load_file(tmp_path / "model.safetensors").items())),
-        dict(sorted(merged(model).items())),
-    )
+    written = load_file(tmp_path / "model.safetensors")
+    assert_same_tensors(in_order(written), in_order(merged(model)))
 
 
-def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_head_that_must_stay_tied_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     lit = adapted(target_modules=["lm_head"])
     folder = tmp_path / "a"
-    saves: list[Callable[[Path], object]] = [
-        lit.model.save_pretrained,
-        partial(lit.model.save_pretrained, state_dict=lit.model.state_dict()),
-        partial(ll.save_merged, lit),
+    saves: list[Callable[[Any], object]] = [
+        lambda lit: lit.model.save_pretrained(folder),
+        lambda lit: lit.model.save_pretrained(folder, state_dict=lit.model.state_dict()),
+        lambda lit: ll.save_merged(lit, folder),
     ]
-    for save in saves:
-        with refused(lit, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"):
-            save(folder)
-    broken = adapted()
-    outside = LitGPT2()
-    next(p for p in broken.parameters() if p.requires_grad).data.fill_(torch.nan)
-    with pytest.raises(ll.AdapterStateError, match="NaN"):
-        broken.model.save_pretrained(folder)
-    outside.head = nn.Linear(8, 2)
-    with refused(
-        adapted(outside, modules_to_save=["head"]),
-        ll.AdapterFileError,
-        "'head.bias' were trained outside",
-    ):
-        ll.save_merged(outside, folder)
+    assert_all_refused(lit, saves, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False")
     assert not list(tmp_path.iterdir())
     lit.model.config.tie_word_embeddings = False
     folder.mkdir()
     with pytest.warns(ll.LoRAWarning, match="they are two weights now"):
         ll.save_merged(lit, folder)
     check(folder, lit.model)
-    with refused(plain := adapted(), ll.AdapterFileError, "not an empty folder"):
+    plain = adapted()
+    with refused(plain, ll.AdapterFileError, "not an empty folder"):
         ll.save_merged(plain, folder)
+
+
+def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    broken = adapted()
+    nan_at(trainable(broken)[0])
+    with pytest.raises(ll.AdapterStateError, match="NaN"):
+        broken.model.save_pretrained(folder)
+    outside = LitGPT2()
+    outside.head = nn.Linear(8, 2)
+    adapted(outside, modules_to_save=["head"])
+    with refused(outside, ll.AdapterFileError, "'head.bias' were trained outside"):
+        ll.save_merged(outside, folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
@@ -279,7 +298,7 @@ def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
     with says:
         model.save_pretrained(tmp_path, True, model.state_dict())  # the directory, is_main_process, state_dict
     held = load_file(tmp_path / "model.safetensors")
-    assert not any("lora" in name for name in held)
-    assert all(torch.equal(held[name], value) for name, value in plain.state_dict().items() if name in held)
+    assert held.keys() < plain.state_dict().keys()  # which has a tied head, too
+    assert_holds(plain.state_dict(), held)
     with pytest.raises(TypeError, match="multiple values"):
         model.save_pretrained(tmp_path, True, model.state_dict(), state_dict={})

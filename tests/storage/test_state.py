@@ -10,17 +10,26 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.compared import assert_same_tensors
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, unties
+from tests.support.parameters import cloned
 from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
+
+CHANGED_IN_TRAINING = {
+    "q_proj.lora_A",
+    "q_proj.lora_B",
+    "v_proj.lora_A",
+    "v_proj.lora_B",
+    "q_proj.bias",
+    "head.weight",
+    "head.bias",
+}
 
 
 def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) -> None:
     model = trained()
     before = ll.adapter_state_dict(model)
-    assert set(before) == {
-        "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
-    }  # fmt: skip
+    assert before.keys() == CHANGED_IN_TRAINING
     ll.merge_adapters(model)
     assert_same_tensors(ll.adapter_state_dict(model), before)
     ll.save_adapter(model, file)
@@ -52,15 +61,20 @@ STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, message: str) -> None:
     bad = dict(ll.adapter_state_dict(trained()))
     change(bad)
-    with refused(model := as_trained(LitTiny(), **CONFIG.to_dict()), ll.AdapterMismatchError, message):
+    model = as_trained(LitTiny(), **CONFIG.to_dict())
+    with refused(model, ll.AdapterMismatchError, message):
         ll.load_adapter_state_dict(model, bad)
 
 
-def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_path: Path) -> None:
-    class Slim(LitTiny):
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+class Slim(LitTiny):
+    """A module that leaves all but its head out of its state."""
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        whole = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in whole.items() if "head" in name}
+
+
+def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_path: Path) -> None:
     model = saved(tmp_path / "a.safetensors", Slim(), **CONFIG.to_dict())
     again = LitTiny()
     ll.load_adapter(again, tmp_path / "a.safetensors")
@@ -72,12 +86,12 @@ def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_
     base = TinyLM()
     model = as_trained(deepcopy(base), target_modules=["lm_head"], modules_to_save=["embed"])
     model.embed.weight.data.add_(1)
-    live = {name: value.clone() for name, value in ll.adapter_state_dict(model).items()}
+    live = cloned(ll.adapter_state_dict(model))
     ll.merge_adapters(model)
     assert not torch.equal(model.lm_head.weight, model.embed.weight)
     merged = ll.adapter_state_dict(model)
     assert merged.keys() == live.keys()
-    assert all(torch.equal(value, merged[name]) for name, value in live.items())
+    assert_holds(merged, live)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.unmerge_adapters(model)
     again = restores(tmp_path / "a.safetensors", model, base)
@@ -92,10 +106,8 @@ def test_a_layer_with_the_scaling_of_another_model_is_not_written(tmp_path: Path
     ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=4))
     write(model, tmp_path / "own.safetensors")
     model.q_proj = other.q_proj
-    with pytest.raises(
-        ll.AdapterStateError,
-        match="'q_proj' of LitTiny have another rank or scaling than its config",
-    ):
+    message = "'q_proj' of LitTiny have another rank or scaling than its config"
+    with pytest.raises(ll.AdapterStateError, match=message):
         write(model, tmp_path / "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
 
@@ -132,23 +144,22 @@ class Masked(Normed):
 NORMED: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
 
 
-def test_statistics_that_are_not_finite_are_not_written_or_loaded(tmp_path: Path) -> None:
-    class Overflows(Normed):
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.norm(torch.full((3, 8), torch.nan))  # as in a step that a scaler skips
+class Overflows(Normed):
+    """A module whose statistics become NaN, as in a step that a scaler skips."""
 
-    model = fitted(tmp_path / "a.ckpt", Overflows(), lora(**NORMED, merge=False))
-    with pytest.raises(
-        ll.AdapterStateError,
-        match=r"'norm\.running_mean', 'norm\.running_var' of Overflows hold NaN",
-    ):
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.norm(torch.full((3, 8), torch.nan))
+
+
+def test_statistics_that_are_not_finite_are_not_written_or_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    model = fitted(path, Overflows(), lora(**NORMED, merge=False))
+    of_the_model = r"'norm\.running_mean', 'norm\.running_var' of Overflows hold NaN"
+    with pytest.raises(ll.AdapterStateError, match=of_the_model):
         ll.save_adapter(model, tmp_path / "a.safetensors")
-    with refused(
-        plain := Normed(),
-        ll.AdapterFileError,
-        "'norm.running_mean', 'norm.running_var' hold NaN",
-    ):
-        ll.load_adapter(plain, tmp_path / "a.ckpt")
+    plain = Normed()
+    with refused(plain, ll.AdapterFileError, "'norm.running_mean', 'norm.running_var' hold NaN"):
+        ll.load_adapter(plain, path)
 
 
 def test_infinite_values_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:

@@ -20,26 +20,25 @@ HEAD = {"head.weight", "head.bias"}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 
 
-class NewHead(LitTiny):  # a pretrained model whose head is random, in each process and each time another one
+class NewHead(LitTiny):
+    """A pretrained model whose head is random, in each process and each time another one."""
+
     def __init__(self) -> None:
         super().__init__(width=64)
-        for layer in (self.embed, self.q_proj, self.v_proj):
-            aged(layer)
+        aged(self.embed)
+        aged(self.q_proj)
+        aged(self.v_proj)
         self.head.reset_parameters()
 
 
 def callback(**kwargs: Any) -> ll.LoRACallback:
-    return ll.LoRACallback(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs))
+    return ll.LoRACallback(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **kwargs})
 
 
 def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any) -> LitTiny:
-    return fits.fit(
-        folder,
-        callback,
-        best(folder, filename="{epoch}", save_top_k=-1),
-        model=model,
-        **options,
-    )[0]
+    saves = best(folder, filename="{epoch}", save_top_k=-1)
+    fits.fit(folder, callback, saves, model=model, **options)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -50,10 +49,12 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
     model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
     last = tmp_path / "epoch=1.ckpt"
     first = tmp_path / "epoch=0.ckpt"
-    tested = trainer(tmp_path).test(model, data(), verbose=False)
-    (found,) = trainer(tmp_path, [ll.LoRACallback()]).test(NewHead(), data(), ckpt_path=last, verbose=False)
-    assert found == pytest.approx(tested[0])
-    torch.testing.assert_close(ll.load_from_checkpoint(NewHead, last, merge=True)(X), model(X))
+    (expected,) = trainer(tmp_path).test(model, data(), verbose=False)
+    t = trainer(tmp_path, [ll.LoRACallback()])
+    (found,) = t.test(NewHead(), data(), ckpt_path=last, verbose=False)
+    assert found == pytest.approx(expected)
+    merged = ll.load_from_checkpoint(NewHead, last, merge=True)
+    torch.testing.assert_close(merged(X), model(X))
     again = fit(tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first)
     assert_same_state(again, model)
     assert {*tensors(tmp_path / "again" / "epoch=1.ckpt")} >= HEAD
@@ -76,7 +77,8 @@ def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
 
 
 def test_a_state_without_a_file_holds_the_head_too() -> None:
-    model, other = (as_trained(NewHead(), r=2, target_modules=["q_proj"]) for _ in range(2))
+    model = as_trained(NewHead(), r=2, target_modules=["q_proj"])
+    other = as_trained(NewHead(), r=2, target_modules=["q_proj"])
     ll.load_adapter_state_dict(other, ll.adapter_state_dict(model))
     assert torch.equal(other(X), model(X))
 

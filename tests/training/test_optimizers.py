@@ -171,7 +171,13 @@ class Grouped(LitTiny):
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", ["by names", "first half"])
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    resumes_to_the_bit(tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2)
+    resumes_to_the_bit(
+        tmp_path,
+        partial(Grouped, habit),
+        lora,
+        strategy="ddp_fork",
+        devices=2,
+    )
 
 
 @pytest.mark.parametrize("habit", HABITS)
@@ -252,7 +258,13 @@ class Chosen(LitTiny):
 @pytest.mark.parametrize(
     ("first", "second", "of_first", "of_second"),
     [
-        pytest.param(first_network, second_network, Q, [*V, *HEAD], id="a network each"),
+        pytest.param(
+            first_network,
+            second_network,
+            Q,
+            [*V, *HEAD],
+            id="a network each",
+        ),
         pytest.param(is_base, is_base, TRAINED, TRAINED, id="both hold the base"),
         pytest.param(
             is_base,

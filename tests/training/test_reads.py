@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,96 @@ import lightning_lora as ll
 from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from tests.support.cases import StopError
-from tests.support.models import WIDTH, WORDS, LitTiny, data, same, state, trainer
+from tests.support.checks import assert_same_tensors, lines_with, messages_of
+from tests.support.models import WIDTH, WORDS, LitTiny, data, state, trainer
 
-READS: dict[str, Any] = {
-    "transposed": lambda x, weight: x @ weight.T,
-    "multiplied": F.linear,
-    "normalized": lambda x, weight: F.normalize(x, dim=-1) @ F.normalize(weight, dim=-1).T,
-}
 ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}
 
 
 class Words(LitTiny):
-    """A model that predicts the word that it reads, in several ways."""
+    """A model that predicts the word that it reads, by a layer."""
 
-    def __init__(self, way: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.way = way
-        if way not in (*READS, "all rows"):
-            self.out = nn.Linear(WIDTH, WORDS, bias=False)
-        if way == "a tied layer":
-            self.out.weight = self.embed.weight
+        self.out = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def features(self, index: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(self.embed(index)))
 
     def forward(self, index: Tensor) -> Tensor:
-        x, weight = torch.tanh(self.q_proj(self.embed(index))), self.embed.weight
-        if self.way == "all rows":  # with their updates
-            return x @ self.embed(torch.arange(WORDS)).T
-        if self.way == "looked at":  # for a size, and for a number that is logged
-            x = x * weight.shape[1] ** 0.5
-            self.log("norm", weight.norm())
-        return READS[self.way](x, weight) if self.way in READS else self.out(x)
+        return self.out(self.features(index))
+
+
+class Transposed(Words):
+    """It reads the weight of its embedding by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.out
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.words_of(self.features(index), self.embed.weight)
+
+    def words_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+
+class Multiplied(Transposed):
+    def words_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class Normalized(Transposed):
+    def words_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        directions = F.normalize(weight, dim=-1)
+        return F.normalize(x, dim=-1) @ directions.T
+
+
+class TiedLayer(Words):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out.weight = self.embed.weight
+
+
+class LooksAt(Words):
+    """It reads a weight for a size, and for a number that is logged."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        weight = self.embed.weight
+        self.log("norm", weight.norm())
+        scale = weight.shape[1] ** 0.5
+        return self.out(self.features(index) * scale)
+
+
+class AllRows(Transposed):
+    """It reads all rows with their updates."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = self.embed(torch.arange(WORDS))
+        return self.features(index) @ rows.T
 
 
 def said(folder: Path, model: Any, **options: Any) -> list[str]:
     """What a fit says of reads."""
+    callback = ll.LoRACallback(**{"r": 2, "target_modules": "all", **options})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callback = ll.LoRACallback(**{"r": 2, "target_modules": "all", **options})
-        trainer(folder, [callback], max_epochs=2).fit(Words(model) if isinstance(model, str) else model, data())
-    return [str(each.message) for each in caught if "reads the weight" in str(each.message)]
+        trainer(folder, [callback], max_epochs=2).fit(model, data())
+    return lines_with("reads the weight", messages_of(caught))
 
 
 @pytest.mark.parametrize("options", [{}, ROWS])
-@pytest.mark.parametrize("way", READS)
-def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, way: str, options: Any) -> None:
-    (message,) = said(tmp_path, way, **options)
-    assert "the weight of 'embed' of Words itself" in message
-    assert not said(tmp_path, way, target_modules="all", exclude_modules=["embed"])  # it is right there
+@pytest.mark.parametrize("kind", [Transposed, Multiplied, Normalized])
+def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, kind: Any, options: Any) -> None:
+    (message,) = said(tmp_path, kind(), **options)
+    assert f"the weight of 'embed' of {kind.__name__} itself" in message
+    assert said(tmp_path, kind(), target_modules="all", exclude_modules=["embed"]) == []  # it is right there
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, ROWS])
-@pytest.mark.parametrize("way", ["a tied layer", "a layer", "looked at", "all rows"])
-def test_layers_and_looks_are_no_reads(tmp_path: Path, way: str, options: Any) -> None:
-    assert not said(tmp_path, way, **options)
+@pytest.mark.parametrize("kind", [TiedLayer, Words, LooksAt, AllRows])
+def test_layers_and_looks_are_no_reads(tmp_path: Path, kind: Any, options: Any) -> None:
+    assert said(tmp_path, kind(), **options) == []
 
 
 # Every kind of layer, and every way to read it
@@ -86,130 +125,227 @@ class Kinds(LitTiny):
         self.read = read
 
     def forward(self, index: Tensor) -> Tensor:
-        x = torch.tanh(self.q_proj(self.embed(index))) + self.v_proj(self.embed(index))
-        x = self.rnn(self.attention(x, x, x)[0])[0]
-        return self.head(self.conv(x.T[None])[0].T)
+        x = self.embed(index)
+        x = torch.tanh(self.q_proj(x)) + self.v_proj(x)
+        attended, _ = self.attention(x, x, x)
+        x, _ = self.rnn(attended)
+        convolved = self.conv(x.T[None])[0].T
+        return self.head(convolved)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        return loss if self.read is None else loss + self.read(self)
+        if self.read is None:
+            return loss
+        return loss + self.read(self)
 
 
 def orthogonal(weight: Tensor) -> Tensor:
-    return (weight.T @ weight - torch.eye(weight.shape[1])).norm()
+    identity = torch.eye(weight.shape[1])
+    return (weight.T @ weight - identity).norm()
 
 
-def recomputed(model: Kinds, reentrant: bool) -> Tensor:
+def a_penalty(model: Kinds) -> Tensor:
+    return orthogonal(model.q_proj.weight)
+
+
+def a_decay_by_name(model: Kinds) -> Any:
+    decayed = dict(model.named_parameters())["conv.weight"]
+    return decayed.square().sum()
+
+
+def a_list_of_all(model: Kinds) -> Tensor:
+    return torch.cat([p.flatten() for p in model.parameters()]).norm()
+
+
+def inside(model: Kinds) -> Any:
+    of_attention = model.attention.out_proj.weight.abs().sum()
+    return of_attention + model.rnn.weight_hh_l0.norm()  # type: ignore[operator]
+
+
+def rows(model: Kinds) -> Any:
+    return sum(row.norm() for row in model.v_proj.weight)
+
+
+def a_row_of_an_embedding(model: Kinds) -> Tensor:
+    return model.embed.weight[2].norm()
+
+
+def recomputed(model: Kinds, reentrant: bool = False) -> Tensor:
     def inner(x: Tensor) -> Tensor:
         return F.linear(model.q_proj(x), model.q_proj.weight).mean()
 
     return checkpoint(inner, torch.ones(3, WIDTH), use_reentrant=reentrant)  # type: ignore[no-any-return]
 
 
-WAYS: dict[str, tuple[Any, str]] = {  # what is read, and whose it is
-    "a penalty": (lambda m: orthogonal(m.q_proj.weight), "'q_proj'"),
-    "a decay by name": (
-        lambda m: sum(p.square().sum() for name, p in m.named_parameters() if name.startswith("conv.w")), "'conv'"
-    ),
-    "a list of all": (lambda m: torch.cat([p.flatten() for p in m.parameters()]).norm(), "'q_proj', 'v_proj', 'head'"),
-    "inside": (lambda m: m.attention.out_proj.weight.abs().sum() + m.rnn.weight_hh_l0.norm(), "'attention', 'rnn'"),
-    "rows": (lambda m: sum(row.norm() for row in m.v_proj.weight), "'v_proj'"),
-    "an embedding's row": (lambda m: m.embed.weight[2].norm(), "'embed'"),
-    "recomputed": (lambda m: recomputed(m, reentrant=False), "'q_proj'"),
-    "recomputed, reentrant": (lambda m: recomputed(m, reentrant=True), "'q_proj'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_read_a_weight_is_named_once(tmp_path: Path, way: str) -> None:
-    read, names = WAYS[way]
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (a_penalty, "'q_proj'"),
+        (a_decay_by_name, "'conv'"),
+        (a_list_of_all, "'q_proj', 'v_proj', 'head'"),
+        (inside, "'attention', 'rnn'"),
+        (rows, "'v_proj'"),
+        (a_row_of_an_embedding, "'embed'"),
+        (recomputed, "'q_proj'"),
+        pytest.param(partial(recomputed, reentrant=True), "'q_proj'", id="recomputed, reentrant"),
+    ],
+)
+def test_every_way_to_read_a_weight_is_named_once(tmp_path: Path, read: Any, names: str) -> None:
     (message,) = said(tmp_path, Kinds(read))
-    assert names in message and "modules_to_save=[" in message and "exclude_modules=[" in message
+    assert names in message
+    assert "modules_to_save=[" in message
+    assert "exclude_modules=[" in message
 
 
 @pytest.mark.parametrize("advice", ["modules_to_save", "exclude_modules"])
 def test_what_the_message_says_ends_it(tmp_path: Path, advice: str) -> None:
-    assert not said(tmp_path, Kinds(WAYS["a penalty"][0]), **{advice: ["q_proj"]})
+    assert said(tmp_path, Kinds(a_penalty), **{advice: ["q_proj"]}) == []
+
+
+def add_the_mean(layer: nn.Module, _: Any, output: Tensor) -> Any:
+    return output + layer.weight.mean()  # type: ignore[operator,union-attr]
+
+
+def add_the_mean_without_gradient(layer: nn.Module, _: Any, output: Tensor) -> Any:
+    return output + layer.weight.mean().detach()  # type: ignore[operator,union-attr]
 
 
 def test_a_forward_hook_that_reads_the_weight_of_its_layer_is_named(tmp_path: Path) -> None:
     model = Kinds()
-    model.conv.register_forward_hook(lambda layer, _, output: output + layer.weight.mean())
-    model.head.register_forward_hook(lambda layer, _, output: output + layer.weight.mean().detach())
+    model.conv.register_forward_hook(add_the_mean)
+    model.head.register_forward_hook(add_the_mean_without_gradient)
     (message,) = said(tmp_path, model)
     assert "'conv' of Kinds" in message
 
 
+class CallsBackward(Kinds):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        (optimizer,) = self.trainer.optimizers
+        loss = self.loss(batch) + orthogonal(self.q_proj.weight)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
 def test_a_step_that_calls_backward_itself_is_looked_at_too(tmp_path: Path) -> None:
-    class ByHand(Kinds):
-        automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            (optimizer,) = self.trainer.optimizers
-            (self.loss(batch) + orthogonal(self.q_proj.weight)).backward()
-            optimizer.step()
-
-    (message,) = said(tmp_path, ByHand())
-    assert "'q_proj' of ByHand" in message
+    (message,) = said(tmp_path, CallsBackward())
+    assert "'q_proj' of CallsBackward" in message
 
 
-LOOKS: dict[str, Any] = {
-    "none": None,
-    "logged": lambda m: m.log("norm", m.q_proj.weight.norm()) or 0.0,
-    "without a gradient": lambda m: m.q_proj.weight.detach().norm() + m.conv.weight.data.sum(),
-    "copied": lambda m: vars(m).update(kept=copy.deepcopy(m.conv)) or 0.0,
-    "written": lambda m: m.embed.weight.data.clamp_(-9, 9) is None or 0.0,
-    "in a set": lambda m: float(m.q_proj.weight in {p for p in m.parameters() if not p.requires_grad}),
-    "with its update": lambda m: m.q_proj.lora_effective_weight("weight").norm(),
-    "of a norm": lambda m: nn.functional.layer_norm(torch.ones(2, WIDTH), [WIDTH]).sum(),
-}
+# What is no read
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_what_no_loss_depends_on_is_not_named(tmp_path: Path, look: str) -> None:
-    model = Kinds(LOOKS[look])
-    assert not said(tmp_path, model)
-    if look == "copied":
-        assert {type(p) for p in model.kept.parameters()} == {nn.Parameter}
+def logged(model: Kinds) -> float:
+    model.log("norm", model.q_proj.weight.norm())
+    return 0.0
+
+
+def without_a_gradient(model: Kinds) -> Tensor:
+    return model.q_proj.weight.detach().norm() + model.conv.weight.data.sum()
+
+
+def written(model: Kinds) -> float:
+    model.embed.weight.data.clamp_(-9, 9)
+    return 0.0
+
+
+def in_a_set(model: Kinds) -> float:
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    return float(model.q_proj.weight in frozen)
+
+
+def with_its_update(model: Any) -> Any:
+    return model.q_proj.lora_effective_weight("weight").norm()
+
+
+def of_a_norm(model: Kinds) -> Tensor:
+    return nn.functional.layer_norm(torch.ones(2, WIDTH), [WIDTH]).sum()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [None, logged, without_a_gradient, written, in_a_set, with_its_update, of_a_norm],
+)
+def test_what_no_loss_depends_on_is_not_named(tmp_path: Path, look: Any) -> None:
+    assert said(tmp_path, Kinds(look)) == []
+
+
+def test_a_copy_of_a_layer_is_no_read_and_has_parameters_of_torch(tmp_path: Path) -> None:
+    def copied(model: Kinds) -> float:
+        vars(model)["kept"] = copy.deepcopy(model.conv)
+        return 0.0
+
+    model = Kinds(copied)
+    assert said(tmp_path, model) == []
+    kinds = {type(p) for p in vars(model)["kept"].parameters()}
+    assert kinds == {nn.Parameter}
+
+
+class CallsNoLayer(LitTiny):
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.v_proj(self.embed(index))
+        return self.head(F.linear(x, self.q_proj.weight))
 
 
 def test_layers_that_nothing_calls_have_another_warning(tmp_path: Path) -> None:
-    class ByHand(LitTiny):
-        def forward(self, index: Tensor) -> Tensor:
-            return self.head(F.linear(self.v_proj(self.embed(index)), self.q_proj.weight))
-
+    callback = ll.LoRACallback(r=2, target_modules=["q_proj", "v_proj"])
     with pytest.warns(ll.LoRAWarning) as caught:
-        trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj", "v_proj"])]).fit(ByHand(), data())
-    (message,) = {str(each.message) for each in caught if isinstance(each.message, ll.LoRAWarning)}
-    assert "'q_proj' received no gradient" in message and "target_parameters" in message
+        trainer(tmp_path, [callback]).fit(CallsNoLayer(), data())
+    (message,) = set(messages_of(caught, ll.LoRAWarning))
+    assert "'q_proj' received no gradient" in message
+    assert "target_parameters" in message
 
 
 # It changes nothing
 
 
+def state_after_a_fit(
+    folder: Path,
+    read: Any,
+    arguments: Any,
+    options: Any,
+) -> dict[str, Tensor]:
+    torch.manual_seed(4)
+    callback = ll.LoRACallback(r=2, target_modules="all", merge=False, **arguments)
+    model = Kinds(read)
+    trainer(folder, [callback], **options).fit(model, data())
+    return state(model)
+
+
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "autocast"])
-@pytest.mark.parametrize("arguments", [{"dropout": 0.2}, {"use_dora": True, "exclude_modules": ["rnn", "attention"]}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dropout": 0.2},
+        {"use_dora": True, "exclude_modules": ["rnn", "attention"]},
+    ],
+)
 @pytest.mark.filterwarnings("ignore:A training step reads", "ignore:Attribute 'read' removed from hparams")
-@pytest.mark.parametrize("way", ["none", "a penalty", "recomputed"])
+@pytest.mark.parametrize("read", [None, a_penalty, recomputed])
 def test_a_fit_that_was_watched_has_the_bits_of_one_that_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, arguments: Any, options: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Any,
+    arguments: Any,
+    options: Any,
 ) -> None:
-    states = []
-    for watched in (True, False):
-        if not watched:
-            monkeypatch.setattr(ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext())
-        torch.manual_seed(4)
-        callback = ll.LoRACallback(r=2, target_modules="all", merge=False, **arguments)
-        trainer(tmp_path, [callback], **options).fit(model := Kinds(WAYS[way][0] if way in WAYS else None), data())
-        states.append(state(model))
-    assert same(*states)
+    watched = state_after_a_fit(tmp_path, read, arguments, options)
+    monkeypatch.setattr(ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext())
+    unwatched = state_after_a_fit(tmp_path, read, arguments, options)
+    assert_same_tensors(watched, unwatched)
 
 
-def left(model: nn.Module) -> list[str]:
-    """What a look at the first batch has left behind."""
-    found = [name for name, p in model.named_parameters() if type(p) is not nn.Parameter]
-    found += [name for name, p in model.named_parameters() if any("lora" in key for key in vars(p))]
-    return found + [name for name, each in model.named_modules() if vars(each).keys() & {"forward", "weight"}]
+def left_behind(model: nn.Module) -> list[str]:
+    """What a look at the first batch has left."""
+    found = []
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or lines_with("lora", vars(p)):
+            found.append(name)
+    for name, module in model.named_modules():
+        if vars(module).keys() & {"forward", "weight"}:
+            found.append(name)
+    return found
 
 
 class Looks(Kinds):
@@ -217,10 +353,12 @@ class Looks(Kinds):
 
     def __init__(self, fails: str = "") -> None:
         super().__init__()
-        self.fails, self.seen = fails, dict[str, bool]()
+        self.fails = fails
+        self.seen: dict[str, bool] = {}
 
     def note(self, hook: str) -> None:
-        self.seen.setdefault(hook, bool(left(self)))
+        if hook not in self.seen:
+            self.seen[hook] = bool(left_behind(self))
         if hook == self.fails:
             raise StopError
 
@@ -242,23 +380,26 @@ class Looks(Kinds):
 
 
 def test_nothing_of_a_look_is_there_outside_of_the_first_step(tmp_path: Path) -> None:
-    trainer(tmp_path, [ll.LoRACallback(r=2, target_modules="all", merge=False)]).fit(model := Looks(), data())
+    model = Looks()
+    callback = ll.LoRACallback(r=2, target_modules="all", merge=False)
+    trainer(tmp_path, [callback]).fit(model, data())
     there = {hook for hook, is_there in model.seen.items() if is_there}
-    assert there == {"training_step 0", "on_before_backward"} and "training_step 1" in model.seen and not left(model)
+    assert there == {"training_step 0", "on_before_backward"}
+    assert "training_step 1" in model.seen
+    assert left_behind(model) == []
 
 
 @pytest.mark.parametrize("fails", ["training_step 0", "on_before_backward"])
 def test_nothing_of_a_look_is_left_by_a_step_that_fails(tmp_path: Path, fails: str) -> None:
+    model = Looks(fails)
+    callback = ll.LoRACallback(r=2, target_modules="all")
     with pytest.raises(StopError):
-        trainer(tmp_path, [ll.LoRACallback(r=2, target_modules="all")]).fit(model := Looks(fails), data())
-    assert model.seen[fails] and not left(model)
+        trainer(tmp_path, [callback]).fit(model, data())
+    assert model.seen[fails]
+    assert left_behind(model) == []
 
 
-def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(tmp_path: Path) -> None:
-    """torch leaves what it compiles among the names of that file."""
-    torch.compile(Passes(), backend="eager")(torch.ones(2))
-    assert any(name.startswith("__compiled_fn") for name in globals())
-    assert said(tmp_path, "transposed")
+# What is compiled
 
 
 class Passes(nn.Module):
@@ -266,9 +407,17 @@ class Passes(nn.Module):
         return x + 1
 
 
+def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(tmp_path: Path) -> None:
+    """torch leaves what it compiles among the names of that file."""
+    torch.compile(Passes(), backend="eager")(torch.ones(2))
+    assert lines_with("__compiled_fn", globals())
+    assert said(tmp_path, Transposed())
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_what_a_step_compiles_sees_nothing_of_a_look(tmp_path: Path, fullgraph: bool) -> None:
-    graphs, types = list[Any](), set[type]()
+    graphs: list[Any] = []
+    types: set[type] = set()
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
@@ -276,12 +425,14 @@ def test_what_a_step_compiles_sees_nothing_of_a_look(tmp_path: Path, fullgraph: 
         return graph.forward
 
     class Compiles(LitTiny):
+        compiled: Any = None
+
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            self.own = vars(self).get("own") or torch.compile(self.loss, backend=backend, fullgraph=fullgraph)
-            return self.own(batch)
+            if self.compiled is None:
+                self.compiled = torch.compile(self.loss, backend=backend, fullgraph=fullgraph)
+            return self.compiled(batch)
 
     torch._dynamo.reset()
-    fitted = Compiles()
-    vars(fitted)["own"] = None
-    assert not said(tmp_path, fitted)
-    assert len(graphs) == 1 and WatchedWeight not in types
+    assert said(tmp_path, Compiles()) == []
+    assert len(graphs) == 1
+    assert WatchedWeight not in types

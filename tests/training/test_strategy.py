@@ -84,7 +84,12 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
             assert t.global_step == 12
         else:
             again = LitTiny()
-            outcome(trainer(tmp_path, [lora()]), "validate", again, ckpt_path=file)
+            outcome(
+                trainer(tmp_path, [lora()]),
+                "validate",
+                again,
+                ckpt_path=file,
+            )
         assert base_is_whole(again)
     assert base_is_whole(model)
 
@@ -167,7 +172,12 @@ def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -
     assert sorted(tensors(file)) == sorted(TRAINED)
     torch.testing.assert_close(model(X), expected(X))
     new = cls()
-    outcome(trainer(tmp_path, [lora()]), "test", new, ckpt_path=file)
+    outcome(
+        trainer(tmp_path, [lora()]),
+        "test",
+        new,
+        ckpt_path=file,
+    )
     torch.testing.assert_close(new(X), expected(X))
 
 
@@ -350,7 +360,12 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
     if again:
         fit(tmp_path, lora(), **shared)
     for callbacks in ([], [lora()], []):
-        _, t = fit(tmp_path, *callbacks, max_epochs=1, **shared)
+        _, t = fit(
+            tmp_path,
+            *callbacks,
+            max_epochs=1,
+            **shared,
+        )
         calls.clear()
         t.save_checkpoint(tmp_path / "a.ckpt")
         assert calls == [2, 1]

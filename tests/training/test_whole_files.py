@@ -1,7 +1,6 @@
 """With ``save="model"``, any code reads the files, and a run goes on from them."""
 
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, stop
+from tests.support.checks import assert_same_tensors, copied, messages_of
 from tests.support.fits import WritesLater, loaded, outcome
-from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, state, trainer
 from tests.support.versions import needs_averaging
 from tests.training.test_compiled import Compiled
 
@@ -31,18 +31,48 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def state_in(path: Path) -> dict[str, Any]:
+    """The state of the module that a file holds."""
+    found: dict[str, Any] = read(path)["state_dict"]
+    return found
+
+
 def merged_at(path: Path) -> dict[str, Any]:
     """The state of a base with the adapters of a file merged, by this package."""
-    ll.load_adapter(model := LitTiny(), path)
+    model = loaded(path)
     ll.merge_adapters(model)
     ll.remove_adapters(model)
     return state(model)
 
 
+def plain_of(given: dict[str, Any]) -> LitTiny:
+    """A module with this state, by torch."""
+    model = LitTiny()
+    model.load_state_dict(given)
+    return model
+
+
+def fit(folder: Path, *callbacks: L.Callback, **options: Any) -> LitTiny:
+    """A fit whose last file is ``last.ckpt``, and whose best one is ``best.ckpt``."""
+    saves = best(folder, filename="best", save_last=True)
+    model, _ = fits.fit(
+        folder,
+        *callbacks,
+        saves,
+        **options,
+    )
+    return model
+
+
+def saves_at(step: int, file: Path, **options: Any) -> L.Callback:
+    """Write a file before a step."""
+    return At(step, lambda t, _: t.save_checkpoint(file, **options))
+
+
 def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> None:
     callbacks = [
-        At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt")),
-        At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)),
+        saves_at(2, tmp_path / "during.ckpt"),
+        saves_at(3, tmp_path / "light.ckpt", weights_only=True),
         At(7, stop),
         best(tmp_path, save_last=True),
         ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
@@ -53,137 +83,194 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
     files = sorted(tmp_path.rglob("*.ckpt"))
     assert len(files) == 6
     for file in files:
-        checkpoint = read(file)
-        assert same(checkpoint["state_dict"], merged_at(file)), file
-        assert sorted(checkpoint["lightning_lora"]["adapters"]) == sorted(TRAINED)
-        assert same(state(LitTiny.load_from_checkpoint(file)), checkpoint["state_dict"])
+        assert_same_tensors(state_in(file), merged_at(file))
+        assert sorted(read(file)["lightning_lora"]["adapters"]) == sorted(TRAINED)
+        by_lightning = LitTiny.load_from_checkpoint(file)
+        assert_same_tensors(state(by_lightning), state_in(file))
 
 
-def fit(folder: Path, *callbacks: L.Callback, **options: Any) -> LitTiny:
-    """A fit whose last file is ``last.ckpt``, and whose best one is ``best.ckpt``."""
-    saves = best(folder, filename="best", save_last=True)
-    model: LitTiny = fits.fit(folder, *callbacks, saves, **options)[0]
-    return model
+# What other code loads
 
 
-def first(folder: Path) -> L.Callback:
-    """Write another file than the last one."""
-    return At(4, lambda t, _: t.save_checkpoint(folder / "first.ckpt"))
-
-
-@pytest.mark.parametrize(("merge", "later"), [("last", True), (False, False)])
+@pytest.mark.parametrize(
+    ("merge", "plugins"),
+    [
+        ("last", [WritesLater()]),
+        (False, None),
+    ],
+)
 def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
-    tmp_path: Path, merge: Any, later: bool
+    tmp_path: Path, merge: Any, plugins: Any
 ) -> None:
-    model = fit(tmp_path, whole(merge=merge), first(tmp_path), plugins=[WritesLater()] if later else None)
-    best = loaded(tmp_path / "first.ckpt")
-    assert not torch.allclose(best(X), model(X))
-    model.load_state_dict(read(tmp_path / "first.ckpt")["state_dict"])
-    torch.testing.assert_close(model(X), best(X))
+    file = tmp_path / "first.ckpt"
+    model = fit(
+        tmp_path,
+        whole(merge=merge),
+        saves_at(4, file),
+        plugins=plugins,
+    )
+    first = loaded(file)
+    assert not torch.allclose(first(X), model(X))
+    model.load_state_dict(state_in(file))
+    torch.testing.assert_close(model(X), first(X))
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    assert same(ll.adapter_state_dict(loaded(tmp_path / "a.safetensors")), ll.adapter_state_dict(best))
+    from_file = loaded(tmp_path / "a.safetensors")
+    assert_same_tensors(ll.adapter_state_dict(from_file), ll.adapter_state_dict(first))
     ll.export_peft(model, tmp_path / "peft")
     ll.unmerge_adapters(model)
-    assert same(state(model), state(best))
+    assert_same_tensors(state(model), state(first))
+
+
+State = dict[str, Any]
+
+
+def states_that_do_not_fit(
+    folder: Path,
+) -> list[tuple[State, dict[str, Any], State]]:
+    """Whole states, each with arguments of a fit that they do not fit, and the last state of their run."""
+    fit(folder, whole(), saves_at(4, folder / "first.ckpt"))
+    averaged = state_in(folder / "first.ckpt")
+    last = state_in(folder / "last.ckpt")
+    for name, value in averaged.items():  # as code that averages files does: the notes on them stay
+        value.add_(last[name]).div_(2)
+    without_the_notes = copied(last)
+    return [
+        (averaged, {}, last),
+        (last, {"r": 4}, last),
+        (without_the_notes, {}, last),
+    ]
 
 
 def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_path: Path) -> None:
-    fit(tmp_path, whole(), first(tmp_path))
-    file, other = (read(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("first", "last"))
-    for name, value in file.items():
-        value.add_(other[name]).div_(2)  # as code that averages files does: the notes on them stay
-    copied = {name: value.clone() for name, value in other.items()}  # without the notes
-    for given, arguments in ((file, {}), (other, {"r": 4}), (copied, {})):
-        for merge in ("last", False):
-            model = fit(tmp_path / "again", whole(merge=merge, **arguments), max_epochs=1)
-            with nullcontext() if merge else pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*begin anew"):
-                model.load_state_dict(given, strict=bool(merge))
-            assert same(state(model), given) if merge else torch.equal(model(X), plain_of(given)(X))
-            if merge:
-                with pytest.raises(ll.AdapterStateError, match="were changed since"):
-                    ll.unmerge_adapters(model)
-                model.load_state_dict(other)
-                assert same(state(model), other)
+    for given, arguments, last in states_that_do_not_fit(tmp_path):
+        model = fit(
+            tmp_path / "again",
+            whole(merge="last", **arguments),
+            max_epochs=1,
+        )
+        model.load_state_dict(given)
+        assert_same_tensors(state(model), given)
+        with pytest.raises(ll.AdapterStateError, match="were changed since"):
+            ll.unmerge_adapters(model)
+        model.load_state_dict(last)
+        assert_same_tensors(state(model), last)
 
 
-def plain_of(given: dict[str, Any]) -> LitTiny:
-    model = LitTiny()
-    model.load_state_dict(given)
-    return model
+def test_adapters_that_are_there_begin_anew_on_a_whole_state_that_does_not_fit(tmp_path: Path) -> None:
+    for given, arguments, _ in states_that_do_not_fit(tmp_path):
+        model = fit(
+            tmp_path / "again",
+            whole(merge=False, **arguments),
+            max_epochs=1,
+        )
+        with pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*begin anew"):
+            model.load_state_dict(given, strict=False)
+        assert torch.equal(model(X), plain_of(given)(X))
 
 
 @pytest.mark.parametrize("averages", [False, pytest.param(True, marks=needs_averaging)])
 def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(tmp_path: Path, averages: bool) -> None:
-    model = fit(tmp_path, whole(), *([bundled.EMAWeightAveraging(decay=0.5)] if averages else []))
-    model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
+    callbacks: list[L.Callback] = [whole()]
+    if averages:
+        callbacks.append(bundled.EMAWeightAveraging(decay=0.5))
+    model = fit(tmp_path, *callbacks)
+    other = {name: value + 1 for name, value in state_in(tmp_path / "best.ckpt").items()}
+    model.load_state_dict(other)
     with pytest.warns(ll.LoRAWarning, match="were replaced"):
         model.trainer.save_checkpoint(tmp_path / "after.ckpt")
-    assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
+    assert_same_tensors(state_in(tmp_path / "after.ckpt"), state(model))
+
+
+def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    model = fit(tmp_path, whole())
+    given = state_in(file)
+    merged = plain_of(given)
+    ll.unmerge_adapters(model)
+    model.load_state_dict(given)
+    torch.testing.assert_close(model(X), merged(X))
+    with pytest.raises(ll.BaseMismatchError, match="If this model is merged, load its base"):
+        ll.load_adapter(plain_of(given), file)
+    for config in (ll.LoRAConfig(r=2), lora().config):  # another fine-tune, or a like one
+        fresh = LitTiny()
+        ll.inject_adapters(fresh, config)
+        fresh.load_state_dict(given, strict=False)  # on the merged model
+        assert torch.equal(fresh(X), merged(X))
+        assert View(fresh).is_fresh()
+
+
+def test_only_the_whole_module_can_tell_a_merged_layer_from_another_base(tmp_path: Path) -> None:
+    fit(tmp_path, whole())
+    given = state_in(tmp_path / "last.ckpt")
+    part = {"weight": given["q_proj.weight"], "bias": given["q_proj.bias"]}
+    model = fit(tmp_path, whole(merge=False))
+    with pytest.warns(ll.LoRAWarning, match="below trained adapters.*these count twice"):
+        model.q_proj.load_state_dict(part)
+
+
+# Runs that go on, averages and processes
 
 
 @pytest.mark.parametrize(("written", "resumed"), [("adapters", "model"), ("model", "adapters")])
 def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
     unbroken = fit(tmp_path / "a", lora(dropout=0.3))
     fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
-    model = fit(tmp_path / "b", lora(dropout=0.3, save=resumed), ckpt_path=tmp_path / "b" / "last.ckpt")
-    for _ in range(2):  # merged, and unmerged
-        assert same(state(model), state(unbroken))
-        ll.unmerge_adapters(model)
-        ll.unmerge_adapters(unbroken)
+    file = tmp_path / "b" / "last.ckpt"
+    model = fit(
+        tmp_path / "b",
+        lora(dropout=0.3, save=resumed),
+        ckpt_path=file,
+    )
+    assert_same_tensors(state(model), state(unbroken))
+    ll.unmerge_adapters(model)
+    ll.unmerge_adapters(unbroken)
+    assert_same_tensors(state(model), state(unbroken))
+
+
+def averaged_and_resumed(folder: Path, save: str) -> LitTiny:
+    """The module after a run with an average, which went on from its first file."""
+    fit(
+        folder,
+        lora(save=save),
+        bundled.EMAWeightAveraging(decay=0.5),
+        max_epochs=1,
+    )
+    file = folder / "last.ckpt"
+    if save == "model":
+        assert_same_tensors(state_in(file), merged_at(file))
+    return fit(
+        folder,
+        lora(save=save),
+        bundled.EMAWeightAveraging(decay=0.5),
+        ckpt_path=file,
+    )
 
 
 @needs_averaging
 def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(tmp_path: Path) -> None:
-    states = {}
-    for save in ("adapters", "model"):
-        folder = tmp_path / save
-        fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), max_epochs=1)
-        file = folder / "last.ckpt"
-        if save == "model":
-            assert same(read(file)["state_dict"], merged_at(file))
-        states[save] = state(fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=file))
-    assert same(states["adapters"], states["model"])
+    of_adapters = averaged_and_resumed(tmp_path / "adapters", "adapters")
+    of_model = averaged_and_resumed(tmp_path / "model", "model")
+    assert_same_tensors(state(of_model), state(of_adapters))
 
 
 def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
     fit(tmp_path / "one", whole(), max_epochs=1)
     fit(tmp_path / "two", whole(), max_epochs=1, strategy="ddp_fork", devices=2)
-    one, two = (read(tmp_path / name / "last.ckpt") for name in ("one", "two"))
-    assert same(two["state_dict"], merged_at(tmp_path / "two" / "last.ckpt"))
-    assert list(one["state_dict"]) == list(two["state_dict"])
-
-
-def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
-    model = fit(tmp_path, whole())
-    file = read(tmp_path / "last.ckpt")
-    again = plain_of(file["state_dict"])
-    ll.unmerge_adapters(model)
-    model.load_state_dict(file["state_dict"])
-    torch.testing.assert_close(model(X), again(X))
-    with pytest.raises(ll.BaseMismatchError, match="If this model is merged, load its base"):
-        ll.load_adapter(again, tmp_path / "last.ckpt")
-    for config in (ll.LoRAConfig(r=2), lora().config):  # another fine-tune, or a like one
-        ll.inject_adapters(fresh := LitTiny(), config)
-        fresh.load_state_dict(file["state_dict"], strict=False)  # on the merged model
-        assert torch.equal(fresh(X), again(X)) and View(fresh).is_fresh()
-    model = fit(tmp_path, whole(merge=False))
-    part = {name: file["state_dict"][f"q_proj.{name}"] for name in ("weight", "bias")}
-    with pytest.warns(ll.LoRAWarning, match="below trained adapters.*these count twice"):
-        model.q_proj.load_state_dict(part)  # only the whole module can tell a merged layer from another base
+    of_one = tmp_path / "one" / "last.ckpt"
+    of_two = tmp_path / "two" / "last.ckpt"
+    assert_same_tensors(state_in(of_two), merged_at(of_two))
+    assert list(state_in(of_one)) == list(state_in(of_two))
 
 
 def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
     model = fit(tmp_path, whole(use_dora=True))
     other = LitTiny()
     nn.init.ones_(other.embed.weight)  # not its base: it need not be there
-    tested = outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", other, ckpt_path=tmp_path / "last.ckpt")
-    torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
-    assert same(state(other), state(model))
-
-
-class Renames(LitTiny):  # whose own state dict has other names
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {f"mine.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+    t = trainer(tmp_path, [ll.LoRACallback()])
+    tested = outcome(t, "test", other, ckpt_path=tmp_path / "last.ckpt")
+    expected = outcome(trainer(tmp_path), "test", model)
+    torch.testing.assert_close(tested, expected)
+    assert_same_tensors(state(other), state(model))
 
 
 def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path: Path, caplog: Any) -> None:
@@ -191,15 +278,26 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path:
     fit(tmp_path / "b", whole(init="pissa"), max_epochs=1)
     file = tmp_path / "b" / "last.ckpt"
     for save in ("adapters", "model"):
-        built, again = LitTiny.load_from_checkpoint(file), tmp_path / save / "last.ckpt"
-        model = fit(tmp_path / save, lora(init="pissa", save=save), model=built, ckpt_path=file)
-        assert "holds the merged weights" in caplog.text and "up to rounding" in caplog.text
+        built = LitTiny.load_from_checkpoint(file)
+        model = fit(
+            tmp_path / save,
+            lora(init="pissa", save=save),
+            model=built,
+            ckpt_path=file,
+        )
+        assert "holds the merged weights" in caplog.text
+        assert "up to rounding" in caplog.text
         torch.testing.assert_close(state(model), state(unbroken))
-        torch.testing.assert_close(loaded(again)(X), model(X))  # on the base
+        again = tmp_path / save / "last.ckpt"
+        on_the_base = loaded(again)
+        torch.testing.assert_close(on_the_base(X), model(X))
         assert again.stat().st_size < 40_000
-    built, other = LitTiny.load_from_checkpoint(again), LitTiny.load_from_checkpoint(again)
-    tested = outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", built, ckpt_path=again)
-    torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
+    built = LitTiny.load_from_checkpoint(again)
+    t = trainer(tmp_path, [ll.LoRACallback()])
+    tested = outcome(t, "test", built, ckpt_path=again)
+    expected = outcome(trainer(tmp_path), "test", model)
+    torch.testing.assert_close(tested, expected)
+    other = LitTiny.load_from_checkpoint(again)
     other.embed.weight.data[0, 0] += 1
     with pytest.raises(ll.BaseMismatchError):
         fit(tmp_path / "c", whole(init="pissa"), model=other, ckpt_path=again)
@@ -207,7 +305,10 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path:
 
 def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None:
     fit(tmp_path, whole(), model=Compiled(), max_epochs=1)
-    Compiled().load_state_dict(read(tmp_path / "last.ckpt")["state_dict"])
+    Compiled().load_state_dict(state_in(tmp_path / "last.ckpt"))
+
+
+# What is refused, and what is said
 
 
 class Tied(LitTiny):
@@ -216,10 +317,22 @@ class Tied(LitTiny):
         self.net = TinyLM()
 
 
+class Renames(LitTiny):
+    """A module whose own state dict has other names."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        usual = super().state_dict(*args, **kwargs)
+        return {f"mine.{name}": value for name, value in usual.items()}
+
+
 def quantised() -> LitTiny:
     bnb = pytest.importorskip("bitsandbytes")
     model = LitTiny(width=64)
-    model.q_proj = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu")
+    model.q_proj = bnb.nn.Linear4bit(
+        64,
+        64,
+        compute_dtype=torch.float32,
+    ).to("cpu")
     return model
 
 
@@ -231,9 +344,18 @@ def quantised() -> LitTiny:
         (Renames, {}, "own state_dict does not hold 'q_proj.weight'"),
     ],
 )
-def test_what_could_not_be_read_rightly_is_refused(tmp_path: Path, make: Any, arguments: Any, match: str) -> None:
+def test_what_could_not_be_read_rightly_is_refused(
+    tmp_path: Path,
+    make: Any,
+    arguments: Any,
+    match: str,
+) -> None:
+    adapters = ll.LoRACallback(r=2, save="model", **arguments)
     with pytest.raises(ll.ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
-        fits.fit(tmp_path, ll.LoRACallback(r=2, save="model", **arguments), model=make())
+        fits.fit(tmp_path, adapters, model=make())
+
+
+def test_another_value_of_save_is_refused() -> None:
     with pytest.raises(ll.ConfigError, match="save='all' is not valid"):
         ll.LoRACallback(save="all")  # type: ignore[arg-type]
 
@@ -241,5 +363,11 @@ def test_what_could_not_be_read_rightly_is_refused(tmp_path: Path, make: Any, ar
 def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        fit(tmp_path, whole(merge=False), model=LitTiny(lr=1e-4), precision="bf16-true")
-    assert [str(w.message)[:20] for w in caught if w.category is ll.MergePrecisionWarning] == ['With save="model", f']
+        fit(
+            tmp_path,
+            whole(merge=False),
+            model=LitTiny(lr=1e-4),
+            precision="bf16-true",
+        )
+    (said,) = messages_of(caught, ll.MergePrecisionWarning)
+    assert said.startswith('With save="model", f')

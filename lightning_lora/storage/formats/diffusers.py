@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
 from lightning_lora.storage.formats.peft import peft_config as peft
@@ -22,7 +24,8 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import named_modules, starts_of, submodule
+from lightning_lora.tensors.named import without
+from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, submodule
 
 # The members of a pipeline
 
@@ -45,11 +48,9 @@ def _member_name(model: nn.Module | None, root: str) -> str | None:
 def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
     places = dict[str, str]()
-    for name, module in modules.items():
-        is_in_a_member = not set(places.values()).isdisjoint(starts_of(name))
-        if not name or is_in_a_member:
-            continue
-        member = _member_name(module, name)
+    for name, module in without(modules, [""]).items():
+        is_in_a_member = is_in_any(name, places.values())
+        member = None if is_in_a_member else _member_name(module, name)
         if member is not None and (member not in places or name.endswith(member)):
             places[member] = name
     return places
@@ -85,9 +86,7 @@ def _split(source: Source) -> list[StoredAdapters]:
     """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
     roots = _roots_of_members(source)
     parts = [_part_below(root, source.stored) for root in roots]
-    outside = set(source.stored.state)
-    for part in parts:
-        outside -= part.state.keys()
+    outside = set(source.stored.state).difference(*[part.state for part in parts])
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
@@ -101,9 +100,8 @@ def _roots_of_members(source: Source) -> list[str]:
     root = source.stored.root
     if _member_name(source.inner, root) is not None:
         return [root]
-    with_adapters = dict[str, None]()  # in the order of the layers
-    for name in source.stored.layers:
-        with_adapters.update(dict.fromkeys(starts_of(name)))
+    starts = map(starts_of, source.stored.layers)
+    with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
     modules = with_adapters if source.model is None else named_modules(source.model)
     roots = [name for name in _members_in(modules).values() if name in with_adapters]
     return roots or [root]

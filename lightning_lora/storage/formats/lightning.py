@@ -5,6 +5,7 @@ from typing import Any, TypeGuard
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.stored import KEY, check_checksum
+from lightning_lora.tensors.named import not_in, without
 
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
@@ -17,7 +18,7 @@ _OF_THE_RUN = (*_RESUMED, "callbacks", "epoch", "global_step", MOVED, "averaging
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     """Refuse a checkpoint from which a fit cannot go on."""
-    missing = [name for name in _RESUMED if name not in checkpoint]
+    missing = not_in(_RESUMED, checkpoint)
     if missing:
         raise AdapterFileError(
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
@@ -70,6 +71,6 @@ def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a full checkpoint as the base of a fine-tune: without the state of the run that wrote it."""
-    base = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
+    base = without(checkpoint, _OF_THE_RUN)
     anew = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
     return {**base, **anew}

@@ -17,7 +17,8 @@ from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
-from lightning_lora.tensors.names import state_dict
+from lightning_lora.tensors.named import without
+from lightning_lora.tensors.state_dicts import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
 _SHOWN = "shown"  # the item that names the base's tensors which only a module's hook sees
@@ -142,7 +143,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     if found is not None:
         format, _ = found
         return _needs_its_model(format)
-    names = [str(name) for name in _state_in(contents) if name != HEADER]
+    names = list(map(str, without(_state_in(contents), [HEADER])))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -229,5 +230,4 @@ def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) ->
         return
     shown = description.pop(_SHOWN, None)
     if isinstance(shown, set):
-        left = {name: value for name, value in state.items() if name not in shown}
-        checkpoint["state_dict"] = left
+        checkpoint["state_dict"] = without(state, shown)

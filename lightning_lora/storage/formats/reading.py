@@ -12,12 +12,13 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
+from lightning_lora.model.base_values import base_value
 from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.named import inside, joined, not_in, only, without
+from lightning_lora.tensors.names import is_bias, join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
@@ -38,10 +39,7 @@ class Update:
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        ranks = list[int]()
-        for matrix, factors in self._by_matrix():
-            a, _ = factors
-            ranks.append(matrix.rank(a.shape[-2]))
+        ranks = [matrix.rank(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks, default=self.layer.r)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -50,11 +48,7 @@ class Update:
         if self.magnitude is not None:
             name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
             in_layer[name] = self.magnitude.flatten()
-        in_model = dict[str, Tensor]()
-        for name, value in in_layer.items():
-            full_name = join(self.layer.name, name)
-            in_model[full_name] = value.contiguous()
-        return in_model
+        return {join(self.layer.name, name): value.contiguous() for name, value in in_layer.items()}
 
     def _rows_or_factors(self) -> dict[str, Tensor]:
         """What adds to the weights, by name in the layer."""
@@ -155,7 +149,7 @@ def place_of(
             "modules instead of the whole model."
         )
     if not found:
-        missing = [name for name in names if name not in known]
+        missing = not_in(names, known)
         raise AdapterMismatchError(
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
@@ -184,10 +178,9 @@ def adapters_of(
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
     _check_copies(view, rest, adapted_weights)
-    others = {name: value for name, value in rest.items() if name not in adapted_weights}
+    others = without(rest, adapted_weights)
     trained = _find_trained(view, others, saved)
-    changing = trained.names.union(view.buffers)
-    state = {name: value for name, value in others.items() if name in changing}
+    state = only(others, trained.names.union(view.buffers))
     _check_ties(view, state)
     layers = list[StoredLayer]()
     for update in updates:
@@ -208,15 +201,14 @@ def _adapted_weights(updates: Iterable[Update]) -> set[str]:
     """The names of the weights that have an update."""
     names = set[str]()
     for update in updates:
-        for weight in update.layer.shapes:
-            names.add(join(update.layer.name, weight))
+        names.update(joined(update.layer.name, update.layer.shapes))
     return names
 
 
 def _check_copies(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
     """Refuse a file whose copies of adapted weights are not those of the model."""
-    for name, value in rest.items():
-        if name in adapted_weights and not is_the_base(view, name, value):
+    for name, value in only(rest, adapted_weights).items():
+        if not is_the_base(view, name, value):
             shape = tuple(view.base[name].shape)
             raise BaseMismatchError(
                 f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "
@@ -264,12 +256,12 @@ def _find_trained(
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _whole_modules(view, entries, saved)
     if saved is None:
-        modules = [module for module in modules if _below(changed, [module])]
-    inside = _below(entries, modules)
-    others = {name for name in entries if name in view.base and name not in inside}
-    biases = {name for name in others if "bias" in name.rpartition(".")[2]}
-    parameters = [name for name in changed if name in others and name not in biases]
-    names = inside.union(parameters, biases)
+        modules = [module for module in modules if inside(changed, [module])]
+    names_in_modules = set(inside(entries, modules))
+    others = without(only(entries, view.base), names_in_modules)
+    biases = {name for name in others if is_bias(name)}
+    parameters = list(without(only(others, changed), biases))
+    names = names_in_modules.union(parameters, biases)
     return _TrainedInFull(modules, parameters, biases, names)
 
 
@@ -296,19 +288,9 @@ def _count_below(names: Iterable[str]) -> Counter[str]:
     """The number of these tensors in each module, the modules inside it included."""
     count = Counter[str]()
     for name in names:
-        count.update(_modules_around(name))
+        modules_around = starts_of(name)[:-1]
+        count.update(modules_around)
     return count
-
-
-def _below(names: Iterable[str], modules: Iterable[str]) -> set[str]:
-    """Those of the names that lie in one of the modules."""
-    wanted = set(modules)
-    return {name for name in names if wanted.intersection(_modules_around(name))}
-
-
-def _modules_around(name: str) -> list[str]:
-    """The modules in which a tensor lies, the outermost first."""
-    return starts_of(name)[:-1]
 
 
 def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:

@@ -40,10 +40,8 @@ def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader]
 def find_unread_format(names: Iterable[str]) -> Format | None:
     """Return the format of a file that is not read, by the names of its tensors."""
     names = list(names)
-    for format in FORMATS:
-        if format.is_told_by(names):
-            return format
-    return None
+    told = [format for format in FORMATS if format.is_told_by(names)]
+    return told[0] if told else None
 
 
 # Folders
@@ -52,10 +50,9 @@ def find_unread_format(names: Iterable[str]) -> Format | None:
 def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return the file with adapters in a folder, and its format."""
     for format in FORMATS:
-        for name in format.files:
-            file = folder / name
-            if file.is_file():
-                return format, file
+        file = format.file_in(folder)
+        if file is not None:
+            return format, file
     return None
 
 

@@ -19,7 +19,8 @@ from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import is_inside, join, named_modules, starts_of, submodule
+from lightning_lora.tensors.named import modules_around, not_in, without
+from lightning_lora.tensors.names import is_inside, join, named_modules, submodule
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Source:
         """All entries of modules that are trained whole, unchanged ones too."""
         present = self._present()
         names = list(chain.from_iterable(self.stored.saved.values()))
-        missing = [name for name in names if name not in present]
+        missing = not_in(names, present)
         if missing:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
@@ -74,15 +75,13 @@ def source_of(
         _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
-    random = set(stored.random)
-    state = {name: value for name, value in stored.state.items() if name not in random}
+    state = without(stored.state, set(stored.random))
     return Source(replace(stored, state=state), model)
 
 
 def _check_root(root: str, stored: StoredAdapters) -> None:
     """Refuse a name of no module around adapted layers."""
-    around = set(chain.from_iterable(map(starts_of, stored.layers)))
-    if root and root not in around:
+    if root and root not in modules_around(stored.layers):
         raise ConfigError(
             f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
             f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
@@ -92,7 +91,7 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
     """Warn of values that are not the base's, and not of training: the reader gets none of them."""
     outside = {name for name in stored.filled if not is_inside(name, stored.root)}  # the reader has not these buffers
-    lost = [name for name in stored.random if name not in outside]
+    lost = not_in(stored.random, outside)
     if lost:
         warn(
             f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "
@@ -128,9 +127,7 @@ def weight_updates(source: Source) -> list[WeightUpdate]:
     for layer in source.stored.layers.values():
         if layer.tokens:
             continue
-        for weight in layer.shapes:
-            update = _update_of(source, layer, weight)
-            updates.append(update)
+        updates += [_update_of(source, layer, weight) for weight in layer.shapes]
     return updates
 
 

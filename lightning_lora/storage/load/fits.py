@@ -10,13 +10,16 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_check import check_base
 from lightning_lora.storage.state import diverged, required, without_base
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
-from lightning_lora.tensors.names import state_dict
+from lightning_lora.tensors.named import not_in, only, where, without
+from lightning_lora.tensors.state_dicts import state_dict
+from lightning_lora.tensors.values import is_tensor
 
 
 def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_base: bool) -> None:
@@ -26,8 +29,7 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_
     is_converted = False
     if stored.base:
         is_converted = _check_base(view, stored, anew=reads_base, refuse=refuses_base)
-    filled = set(stored.filled)  # they may have another shape
-    compared = {name: value for name, value in stored.state.items() if name not in filled}
+    compared = without(stored.state, stored.filled)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
     _check_finite(view, stored.state)
     _check_layers(view, stored)
@@ -84,10 +86,8 @@ def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: Adap
 def _as_trained(view: View, config: LoRAConfig) -> str:
     """What to do: take the arguments of the training that are others here, or the module."""
     here = view.config.to_dict()
-    different = []
-    for name, value in config.to_dict().items():
-        if value != here[name]:
-            different.append(f"{name}={value!r}, not {here[name]!r}")
+    there = config.to_dict()
+    different = [f"{name}={there[name]!r}, not {here[name]!r}" for name in there if there[name] != here[name]]
     if not different:
         return "Build the module as it was built for training."
     return f"Use the arguments of the training: {'; '.join(different)}."
@@ -122,20 +122,12 @@ def _wrong_names(
     view: View, state: Mapping[str, Any], *, random: Collection[str], changed: Collection[str] = ()
 ) -> str:
     """What is missing or unexpected in a state, if anything: all that trains must be there. Changed tensors may be."""
-    needed = [*required(view)]
-    needed += [name for name in changed if name in view.base]
-    missing = [name for name in dict.fromkeys(needed) if name not in state]
-    known = {*needed, *view.buffers, *view.kept}
-    unexpected = [name for name in state if name not in known]
+    needed = {**required(view), **only(view.base, changed)}
+    unexpected = not_in(state, {*needed, *view.buffers, *kept_tensors(view)})
     if unexpected:  # what modules' own code adds may be there too
-        known.update(without_base(view, state_dict(view.model), random))
-        unexpected = [name for name in unexpected if name not in known]
-    found = []
-    if missing:
-        found.append(f"missing {listed(missing)}")
-    if unexpected:
-        found.append(f"unexpected {listed(unexpected)}")
-    return " and ".join(found)
+        unexpected = not_in(unexpected, without_base(view, state_dict(view.model), random))
+    wrong = {"missing": not_in(needed, state), "unexpected": unexpected}
+    return " and ".join(f"{what} {listed(names)}" for what, names in where(wrong, bool).items())
 
 
 # The base
@@ -143,13 +135,14 @@ def _wrong_names(
 
 def _check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
     """Refuse another base. Return whether this one is converted."""
-    shapes = {name: value.shape for name, value in stored.state.items() if isinstance(value, Tensor)}
+    tensors = where(stored.state, is_tensor)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return check_base(view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse)
 
 
 def _check_changed(view: View, state: Mapping[str, Any]) -> None:
     """Refuse a file without the values of weights that have changed since."""
-    lost = sorted(view.record.changed.keys() - state.keys())
+    lost = sorted(set(view.record.base.changed) - state.keys())
     if lost:
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
@@ -163,9 +156,7 @@ def _check_changed(view: View, state: Mapping[str, Any]) -> None:
 def _check_tensors(view: View, state: Mapping[str, Any], *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
     present = {**view.base, **view.buffers, **required(view)}
-    for name, value in state.items():
-        if name not in present:  # a module's own code judges it
-            continue
+    for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapters
         _check_shape(name, value, present[name], is_adapter=is_adapter)
         may_be_rounded = is_converted and not is_adapter

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 from lightning_lora.errors import AdapterMismatchError, listed, warn
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.renaming import find_renamings, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import not_in
 from lightning_lora.tensors.names import is_inside, owner_of
 
 
@@ -20,8 +22,7 @@ def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
 def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters by a model's names, if these differ by one prefix."""
     found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
-    names = [*view.parameters, *view.buffers]
-    if len(found) == 1 and all(is_inside(name, found[0].here) for name in names):
+    if len(found) == 1 and _is_all_inside(view, found[0].here):
         return _renamed(view, replace(stored, renaming=found[0]))
     places = [renaming.here for renaming in found if renaming.here]
     if places:
@@ -30,6 +31,12 @@ def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
             f"the file onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
         )
     return stored
+
+
+def _is_all_inside(view: View, prefix: str) -> bool:
+    """Whether all weights of a model have this prefix."""
+    names = [*view.parameters, *view.buffers]
+    return all(is_inside(name, prefix) for name in names)
 
 
 def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -41,8 +48,8 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
         stored,
         config=renamed_config(stored.config, stored.layers.values(), renaming, view),
         state=renaming.with_names_here(stored.state),
-        changed=[renaming.name_here(name) for name in stored.changed],
-        random=[renaming.name_here(name) for name in stored.random],
+        changed=renaming.names_here(stored.changed),
+        random=renaming.names_here(stored.random),
     )
 
 
@@ -71,12 +78,12 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
 def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
     """The modules of a file that a model lacks."""
     owners = dict.fromkeys(map(owner_of, stored.state))
-    return [owner for owner in owners if owner not in view.modules]
+    return not_in(owners, view.modules)
 
 
 def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
     """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
-    unknown = [name for name in stored.state if name not in view.parameters and name not in view.buffers]
-    saved = [name for name in unknown if stored.config.is_saved(name)]
-    filled = [name for name in stored.filled if name in unknown and owner_of(name) in view.modules]
+    present = {*view.parameters, *view.buffers}
+    saved = [name for name in not_in(stored.state, present) if stored.config.is_saved(name)]
+    filled = [name for name in not_in(stored.filled, present) if owner_of(name) in view.modules]
     return [*saved, *filled]

@@ -19,7 +19,9 @@ from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import inside, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
-from lightning_lora.training.optimizers import groups_were_edited, held_by, no_place
+from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.places import no_place
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
 _WHAT_TRAINS = ""  # stands among the networks that have run for what trains

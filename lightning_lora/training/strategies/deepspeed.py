@@ -11,10 +11,10 @@ from torch import nn
 from lightning_lora.errors import StrategyError
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
-from lightning_lora.training.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.compatibility import refuse_strategy
-from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state, partitions_of
 from lightning_lora.training.strategies.strategy import LateStrategyMethods, State

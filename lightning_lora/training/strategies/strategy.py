@@ -11,10 +11,11 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.view import View, keep_frozen, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
@@ -32,11 +33,11 @@ from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import is_in_any
 from lightning_lora.training import compatibility
-from lightning_lora.training.building import build_optimizers, showing_trainable_base
-from lightning_lora.training.float32_steps import states_in_float32
-from lightning_lora.training.optimizer_states import states_fit
-from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import hide_groups
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.float32_steps import states_in_float32
+from lightning_lora.training.optimizers.optimizer_states import states_fit
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss

@@ -10,6 +10,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze
 from lightning_lora.model.user_flags import note_frozen
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.training.optimizers.groups import groups_of
 
 
 @contextmanager
@@ -36,19 +37,18 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         if not any(name in str(error) for name in view.adapters):
             raise
         first_error = error
+    with _plain(view), suppress(Exception):
+        built = build()
+        if all(group["params"] for group in groups_of(strategy.optimizers)):  # an empty one is for adapters
+            return built
+    raise first_error
+
+
+@contextmanager
+def _plain(view: View) -> Iterator[None]:
+    """Take the adapters off for the time of a ``with`` block."""
     adapters = detach_adapters(view)
-    is_built = False
     try:
-        with suppress(Exception):
-            built = build()
-            is_built = not _has_empty_group(strategy.optimizers)  # otherwise, one of its groups is for adapters
+        yield
     finally:
-        attach_adapters(View(strategy.lightning_module), adapters)
-    if not is_built:
-        raise first_error
-    return built
-
-
-def _has_empty_group(optimizers: Any) -> bool:
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return any(not group["params"] for group in groups)
+        attach_adapters(View(view.model), adapters)

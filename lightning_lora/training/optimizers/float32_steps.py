@@ -18,6 +18,7 @@ from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.early_optimizers import steps_are_in_float32
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.training.optimizers.groups import held_by
 
 KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and so in files, with its values in float32
 
@@ -35,15 +36,11 @@ class Float32Steps:
     def __init__(self, model: nn.Module) -> None:
         view = view_of(model)
         found = float16_weights(view)
-        if spread := [name for name, p in found.items() if is_dtensor(p)]:
-            raise OptimizerError(
-                f"{listed(spread)} of {view.title} would train in full in float16, in which Adam ends in NaN, and are "
-                'spread over processes. Use precision="bf16-true", or leave them out of modules_to_save and bias.'
-            )
+        _refuse_spread(view.title, found)
         self._weights = set(found.values())
-        self._between = dict[nn.Parameter, Tensor]()  # float32 values, while a step computes its loss again
-        self._shown = dict[nn.Parameter, Optimizer]()
-        self._hooks = dict[Optimizer, RemovableHandle]()
+        self._between: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
+        self._shown: dict[nn.Parameter, Optimizer] = {}
+        self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
         self._while_open.enter_context(steps_are_in_float32(view.model))
 
@@ -54,18 +51,25 @@ class Float32Steps:
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
-        for p in self._weights.intersection(_held_by(optimizer)) - self._shown.keys():
-            kept = self._between.pop(p, None)
-            if kept is None:
-                kept = optimizer.state.get(p, {}).pop(KEY, None)  # a state of its own begins empty
-            _convert(p, _as_float32(p, kept))
+        for p in self._weights.intersection(held_by([optimizer])) - self._shown.keys():
+            _convert(p, _as_float32(p, self._pop_values(optimizer, p)))
             self._shown[p] = optimizer
         if self._shown and optimizer not in self._hooks:
             self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
 
+    def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
+        """The float32 values of a step that goes on, or of the last one. A state of its own begins empty."""
+        if p in self._between:
+            return self._between.pop(p)
+        state = optimizer.state.get(p, {})
+        values: Tensor | None = state.pop(KEY, None)
+        return values
+
     def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
-        for p in [p for p, each in self._shown.items() if each is optimizer]:
-            optimizer.state[p][KEY] = self._hide(p)
+        """Keep the float32 values in the optimizer's state."""
+        for p, shown_to in list(self._shown.items()):
+            if shown_to is optimizer:
+                optimizer.state[p][KEY] = self._hide(p)
 
     def pause_step(self) -> None:
         """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it, others may be left out."""
@@ -73,6 +77,7 @@ class Float32Steps:
             self._between[p] = self._hide(p)
 
     def _hide(self, p: nn.Parameter) -> Tensor:
+        """Make a weight float16 again. Return its float32 values."""
         values = p.data
         _convert(p, values.half())
         del self._shown[p]
@@ -87,13 +92,25 @@ class Float32Steps:
         self._while_open.close()
 
 
+def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
+    """Refuse weights that are spread over processes: their values cannot be replaced."""
+    spread = [name for name, p in weights.items() if is_dtensor(p)]
+    if spread:
+        raise OptimizerError(
+            f"{listed(spread)} of {title} would train in full in float16, in which Adam ends in NaN, and are "
+            'spread over processes. Use precision="bf16-true", or leave them out of modules_to_save and bias.'
+        )
+
+
 @contextmanager
 def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
     """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
-    held = {p for each in optimizers if isinstance(each, Optimizer) for p in _held_by(each)}
-    weights = [p for p in float16_weights(view_of(model)).values() if p in held and not is_dtensor(p)]
-    for p in weights:
-        _convert(p, p.data.float())
+    held = held_by(each for each in optimizers if isinstance(each, Optimizer))
+    weights = []
+    for p in float16_weights(view_of(model)).values():
+        if p in held and not is_dtensor(p):
+            weights.append(p)
+            _convert(p, p.data.float())
     try:
         yield
     finally:
@@ -101,21 +118,18 @@ def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[N
             _convert(p, p.data.half())
 
 
-def _as_float32(p: nn.Parameter, kept: Tensor | None) -> Tensor:
+def _as_float32(p: nn.Parameter, values: Tensor | None) -> Tensor:
     """A weight's values in float32. Where other code has written it since the last step, its new values count."""
-    if kept is None:
+    if values is None:
         return p.data.float()
-    kept = kept.to(p.device)
-    return torch.where(kept.half() == p.data, kept, p.data.float())
+    values = values.to(p.device)
+    return torch.where(values.half() == p.data, values, p.data.float())
 
 
 def _convert(p: nn.Parameter, values: Tensor) -> None:
     """Replace a weight's values by those of another dtype. Its gradient follows."""
-    gradient, p.grad = p.grad, None
+    gradient = p.grad
+    p.grad = None
     p.data = values
-    p.grad = None if gradient is None else gradient.to(values.dtype)
-
-
-def _held_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    if gradient is not None:
+        p.grad = gradient.to(values.dtype)

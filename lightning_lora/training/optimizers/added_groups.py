@@ -1,6 +1,6 @@
 """Parameter groups that code adds in the middle of a fit, as gradual unfreezing does."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.training.optimizers.groups import Group, held_by
 
 
 @contextmanager
@@ -43,22 +44,18 @@ def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None
     type(optimizer).add_param_group(optimizer, group)
 
 
-def _leave_out(view: View, optimizer: Optimizer, group: dict[str, Any]) -> None:
+def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
     """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
-    held = {p for each in optimizer.param_groups for p in each["params"]}
+    held = held_by([optimizer])
     added = {_parameter_of(item) for item in group["params"]}
-    trained = {**view.adapters, **view.trained}
-    twice = {name: p for name, p in trained.items() if p in added and p in held}
-    busy = dict.fromkeys(map(owner_of, twice))
-    for name, layer in view.layers.items():
-        if not held.isdisjoint(layer.lora_trained()) and not added.isdisjoint(view.weights_of(name)):
-            busy[name] = None
+    twice = _named_among({**view.adapters, **view.trained}, held & added)
+    busy = [*map(owner_of, twice), *_layers_that_train(view, held, added)]
     if not busy:
         return
-    frozen = {name: p for name, p in view.frozen.items() if p in added}
+    frozen = _named_among(view.frozen, added)
     left_out = {*twice.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
-    _tell(busy, frozen)
+    _tell(dict.fromkeys(busy), frozen)
 
 
 def _parameter_of(item: Any) -> Any:
@@ -66,8 +63,25 @@ def _parameter_of(item: Any) -> Any:
     return item[1] if isinstance(item, tuple) else item
 
 
+def _named_among(named: Mapping[str, nn.Parameter], parameters: Collection[Any]) -> dict[str, nn.Parameter]:
+    """Those of some named parameters that are among others."""
+    return {name: p for name, p in named.items() if p in parameters}
+
+
+def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
+    """Layers whose weights are added, and whose adapters the optimizer trains in their place."""
+    found = []
+    for name, layer in view.layers.items():
+        if not held.isdisjoint(layer.lora_trained()) and not added.isdisjoint(view.weights_of(name)):
+            found.append(name)
+    return found
+
+
 def _tell(busy: Collection[str], frozen: Collection[str]) -> None:
-    stays = f" Frozen weights stay frozen: {listed(frozen)}. To train some, use modules_to_save." if frozen else ""
+    """Say what was left out of an added group."""
+    stays = ""
+    if frozen:
+        stays = f" Frozen weights stay frozen: {listed(frozen)}. To train some, use modules_to_save."
     rank_zero_info(
         f"A parameter group was added in training. What trains in {listed(busy)} has its group already, and is left "
         f"out of the new one.{stays}"

@@ -1,0 +1,29 @@
+"""Layers that the user has frozen since their adapters learned: these train on."""
+
+from collections.abc import Collection, Set
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.settle import layers_that_have_learned
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import joined, without
+
+
+class FrozenSince(Guard):
+    """Names such layers, unless all are frozen: then somebody means the base."""
+
+    def networks_settled(self, view: View, resting: Collection[str], frozen_since: Set[str]) -> None:
+        """Look at the layers that train on."""
+        train_on = without(layers_that_have_learned(view), resting)
+        frozen = [name for name, layer in train_on.items() if frozen_since >= _weights_below(name, layer)]
+        if frozen and len(frozen) < len(view.layers):
+            warn(
+                f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
+                "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and "
+                "fit."
+            )
+
+
+def _weights_below(name: str, layer: LoRALayer) -> set[str]:
+    return set(joined(name, layer.lora_weights()))

@@ -1,0 +1,137 @@
+"""One adapter of a LoRASweep, through all its fits, and its callback in each of them."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_lora.callback import LoRACallback
+from lightning_lora.errors import ConfigError, listed
+from lightning_lora.model.inject import remove_adapters
+from lightning_lora.model.record import find_record
+from lightning_lora.training.compatibility import kinds_of
+from lightning_lora.training.returned_records import returns_state_only
+
+Fit = Callable[[Any, str | None], object]
+"""The user's function of a callback and a ``ckpt_path``."""
+
+
+class Run:
+    """One adapter, through all its fits."""
+
+    def __init__(self, name: str, arguments: dict[str, Any], directory: Path, monitor: str) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.monitor = monitor
+        self.file = directory / f"{name}.ckpt"
+        self.metrics: list[float] = []  # one of each validation
+        self.dropped: int | None = None  # the epoch after which it ends
+        self.has_ended = False
+        self.epochs = 0  # that it has trained
+
+    def result(self, varied: Iterable[str]) -> dict[str, Any]:
+        """Return what the sweep says of it."""
+        arguments = {name: self.arguments[name] for name in varied}
+        return {"name": self.name, **arguments, "metrics": self.metrics, "dropped": self.dropped}
+
+    def go_on(self, fit: Fit, *, stops: bool) -> None:
+        """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
+        callback = _Callback(self, {**self.arguments, "merge": False}, stops=stops)
+        with isolate_rng():  # each begins with the same random numbers, or with those in its file
+            try:
+                fit(callback, str(self.file) if self.epochs else None)
+            finally:
+                if callback.module is not None and find_record(callback.module):
+                    remove_adapters(callback.module)
+        has_validated = len(self.metrics) > callback.known
+        if not self.metrics or not (has_validated or self.has_ended):
+            raise ConfigError(
+                "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
+                "validation has run."
+            )
+
+    def merge(self, fit: Fit) -> bool:
+        """Merge what is in its file into the module. Return False if no fit has run."""
+        callback = _Callback(self, self.arguments, stops=False)
+        fit(callback, str(self.file))
+        return callback.module is not None
+
+
+class _Callback(LoRACallback):
+    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it."""
+
+    def __init__(self, run: Run, arguments: dict[str, Any], *, stops: bool) -> None:
+        super().__init__(**arguments)
+        self.run = run.name
+        self.progress = run
+        self.stops = stops
+        self.known = len(run.metrics)
+        self.module: LightningModule | None = None
+        self.most: int | None = None  # epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _check(trainer, pl_module)
+            self.module = pl_module
+            self.most = trainer.fit_loop.max_epochs
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.merge or self.progress.has_ended:  # it ended, perhaps before the last epoch
+            trainer.fit_loop.max_epochs = self.progress.epochs
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        trainer.fit_loop.max_epochs = self.most
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.progress.epochs and not trainer.global_step:
+            raise ConfigError(
+                "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
+            )
+        super().on_train_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        found = trainer.callback_metrics
+        monitor = self.progress.monitor
+        if monitor not in found:
+            raise ConfigError(
+                f"monitor={monitor!r} is not logged in validation. Found: {listed(found)}. "
+                f"Log it in validation_step: self.log({monitor!r}, ...)."
+            )
+        value = float(found[monitor])
+        self.progress.metrics.append(trainer.strategy.broadcast(value))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stops and len(self.progress.metrics) > self.known:
+            trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        run = self.progress
+        run.epochs = trainer.current_epoch
+        run.has_ended = trainer.current_epoch == self.most or trainer.should_stop or not self.stops
+        trainer.fit_loop.max_epochs = self.most
+        trainer.save_checkpoint(run.file, weights_only=False)
+
+
+def _check(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse what does not work with a sweep."""
+    averages = kinds_of(trainer) & {"WeightAveraging", "StochasticWeightAveraging"}
+    refused = {
+        "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
+        "a module with adapters (if merged, call unmerge_adapters(model); then remove_adapters(model))": (
+            find_record(pl_module) is not None
+        ),
+        "callbacks that average weights": bool(averages),
+        "max_steps (use max_epochs)": trainer.max_steps != -1,
+        "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),  # type: ignore[attr-defined]
+    }
+    found = [what for what, is_there in refused.items() if is_there]
+    if found:
+        raise ConfigError(f"LoRASweep does not work with {', '.join(found)}.")

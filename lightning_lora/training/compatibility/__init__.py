@@ -1,0 +1,22 @@
+"""What else a Trainer may have beside adapters: each kind of thing has a file, and its functions are listed here."""
+
+from lightning_lora.training.compatibility.averages import copy_adapted, drop_averages, share_base
+from lightning_lora.training.compatibility.bars import end_bar, tell_of_interrupt
+from lightning_lora.training.compatibility.callbacks import (
+    callbacks_of,
+    check_callbacks,
+    kinds_of,
+    monitored_checkpoint,
+    shows_summary,
+    states_are_read,
+)
+from lightning_lora.training.compatibility.module_hooks import has_own, loads_in_hooks
+from lightning_lora.training.compatibility.our_callbacks import (
+    SET_BY_LIGHTNING,
+    came_too_late,
+    forget_module,
+    join_other_package,
+    needs_an_object,
+)
+from lightning_lora.training.compatibility.precisions import keeping_adapters
+from lightning_lora.training.compatibility.sharding import refuse_strategy

@@ -1,0 +1,155 @@
+"""Callbacks that keep an average of the module: StochasticWeightAveraging and WeightAveraging, as EMA."""
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
+
+from lightning_lora.layers.norms import FrozenNorm
+from lightning_lora.model.view import View, view_of
+from lightning_lora.private import AVERAGE, AVERAGES_WITH
+from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.values import replace_values
+
+
+def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
+    """Let averages begin from the module as it is now: they copied it before it was adapted, or had all its layers."""
+    names = named_parameters(pl_module).keys()
+    for average in _averages(callbacks):  # their setup would call configure_model, which may replace layers
+        average.leave_out_frozen_norms()
+        if anew or named_parameters(average.copy).keys() != names:
+            average.begin_from(pl_module)
+
+
+def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
+    """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
+    frozen = view_of(pl_module).frozen
+    for average in _averages(callbacks):
+        for name, weight in View(average.copy).base.items():
+            if name in frozen and weight.device == frozen[name].device:  # an average may be on another device
+                replace_values(weight, frozen[name].data)
+        average.leave_equal_tensors()
+
+
+def drop_averages(callbacks: list[Callback]) -> None:
+    """Drop the average of a finished fit. Its callback would put it into a module that is only tested."""
+    for average in _averages(callbacks):
+        average.drop()
+
+
+def _averages(callbacks: Iterable[Callback]) -> Iterator["_Average"]:
+    """The averages that callbacks keep."""
+    for callback in callbacks:
+        model = vars(callback).get(AVERAGE)
+        if isinstance(model, AveragedModel):
+            yield _TorchAverage(callback, model)
+        elif isinstance(model, nn.Module):
+            yield _Average(callback, model)
+
+
+@dataclass(frozen=True)
+class _Average:
+    """An average that is a copy of the module, as that of StochasticWeightAveraging, and its callback."""
+
+    callback: Any
+    model: Any
+
+    @property
+    def copy(self) -> nn.Module:
+        """The copy of the module."""
+        copy: nn.Module = self.model
+        return copy
+
+    def begin_from(self, pl_module: LightningModule) -> None:
+        """Begin again with a copy of the module."""
+        vars(self.callback)[AVERAGE] = deepcopy(pl_module)
+
+    def leave_out_frozen_norms(self) -> None:
+        """Hide frozen norms from SWA. It would estimate their statistics again in one more epoch."""
+        kind = type(self.callback)
+        if hasattr(kind, "reset_batch_norm_and_save_state"):
+            reset = partial(kind.reset_batch_norm_and_save_state, self.callback)
+            self.callback.reset_batch_norm_and_save_state = partial(_without_frozen_norms, reset)
+            finds = kind.pl_module_contains_batch_norm
+            self.callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, finds)
+
+    def leave_equal_tensors(self) -> None:
+        """Average only tensors that differ."""
+        average = getattr(self.callback, AVERAGES_WITH)
+        setattr(self.callback, AVERAGES_WITH, _only_changed(average))
+
+    def drop(self) -> None:
+        """Drop nothing: SWA does nothing outside of fit."""
+
+
+class _TorchAverage(_Average):
+    """An average in torch's AveragedModel, as that of WeightAveraging."""
+
+    @property
+    def copy(self) -> nn.Module:
+        """The copy of the module."""
+        copy: nn.Module = self.model.module
+        return copy
+
+    def begin_from(self, pl_module: LightningModule) -> None:
+        """Begin again with a copy of the module, on the average's device."""
+        self.model.module = deepcopy(pl_module).to(self.model.n_averaged.device)
+
+    def leave_equal_tensors(self) -> None:
+        """Average only tensors that differ."""
+        if not self.model.avg_fn and not self.model.multi_avg_fn:
+            self._set_default()
+        if self.model.avg_fn:
+            self.model.avg_fn = _only_changed(self.model.avg_fn)
+        else:
+            self.model.multi_avg_fn = _only_changed(self.model.multi_avg_fn)
+
+    def _set_default(self) -> None:
+        """Set what torch averages with by default. On CPU, the one for lists of tensors takes only float32."""
+        is_on_cpu = next(self.copy.parameters()).device.type == "cpu"
+        if is_on_cpu:
+            self.model.avg_fn = get_swa_avg_fn()
+        else:
+            self.model.multi_avg_fn = get_swa_multi_avg_fn()
+
+    def drop(self) -> None:
+        """Forget the average."""
+        vars(self.callback)[AVERAGE] = None
+
+
+def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModule) -> Any:
+    """Call a method of SWA with a module that has no frozen norms."""
+    moving = [module for module in pl_module.modules() if not isinstance(module, FrozenNorm)]
+    return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))
+
+
+# How tensors are averaged
+
+
+def _only_changed(average: Any) -> Any:
+    """A function that averages only tensors that differ."""
+    is_one_already = getattr(average, "func", None) is _average_changed
+    return average if is_one_already else partial(_average_changed, average)
+
+
+def _average_changed(average: Callable[..., Any], averaged: Any, current: Any, count: Any) -> Any:
+    """Average two tensors, or two lists of them, where they are not equal: arithmetic would lose -0.0 and infinity."""
+    if isinstance(averaged, Tensor):
+        return averaged if _is_same(averaged, current) else average(averaged, current, count)
+    pairs = [pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)]
+    if not pairs:
+        return None
+    averaged, current = zip(*pairs, strict=True)
+    return average(list(averaged), list(current), count)
+
+
+def _is_same(averaged: Tensor, current: Tensor) -> bool:
+    """Whether two tensors are one, or equal."""
+    return averaged.data_ptr() == current.data_ptr() or torch.equal(averaged, current)

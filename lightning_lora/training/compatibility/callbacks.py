@@ -1,0 +1,78 @@
+"""The other callbacks of a Trainer: those that do not work with adapters, and what we ask of the others."""
+
+from collections.abc import Iterable
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.tensors.inplace import class_names
+
+_REFUSED = {
+    "BaseFinetuning": "unfreezes base weights in training, but LoRACallback keeps them frozen. Use only one of the "
+    "two. To train modules in full beside the adapters, list them in modules_to_save.",
+    "ModelPruning": "masks base weights in training, but LoRACallback does not change them. Use only one of the "
+    "two. Prune the model before fit, or after it, when the updates are merged.",
+}
+"""Callbacks that no fit with adapters can have, and why."""
+
+_COPIES = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
+_REFUSED_IF_SHARDED = {**_REFUSED, "WeightAveraging": _COPIES, "StochasticWeightAveraging": _COPIES}
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer."""
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
+
+
+def kinds_of(trainer: Trainer) -> set[str]:
+    """Return the names of all classes that a Trainer's callbacks have."""
+    return set[str]().union(*map(class_names, callbacks_of(trainer)))
+
+
+def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
+    """Refuse callbacks that do not work with adapters."""
+    ours = [callback for callback in callbacks if _is_ours(callback)]
+    if len(ours) > 1:
+        raise ConfigError(
+            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
+            "name, or use LoRASweep."
+        )
+    if stage == "fit":
+        refused = _REFUSED_IF_SHARDED if is_sharded else _REFUSED
+        _refuse(callbacks, refused)
+
+
+def _refuse(callbacks: Iterable[Callback], refused: dict[str, str]) -> None:
+    """Refuse callbacks of some classes."""
+    for callback in callbacks:
+        for kind in class_names(callback) & refused.keys():
+            raise ConfigError(f"{type(callback).__name__} {refused[kind]}")
+
+
+def _is_ours(callback: Callback) -> bool:
+    """Whether this is a LoRACallback, or of a class made from it."""
+    return any(kind.__module__ == "lightning_lora.callback" for kind in type(callback).__mro__)
+
+
+def shows_summary(trainer: Trainer) -> bool:
+    """Whether a Trainer shows a summary of its module."""
+    return any("ModelSummary" in kind for kind in kinds_of(trainer))
+
+
+def monitored_checkpoint(trainer: Trainer) -> Callback | None:
+    """Return the first ModelCheckpoint with a monitor. It decides which file is best."""
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "monitor", None):
+            return callback
+    return None
+
+
+def states_are_read(callbacks: list[Callback]) -> bool:
+    """Whether other callbacks read checkpoints: they may need the model's full state."""
+    return any(_reads_states(callback) for callback in callbacks if not _is_ours(callback))
+
+
+def _reads_states(callback: Callback) -> bool:
+    """Whether a callback does something when a checkpoint is loaded."""
+    kinds = [kind.__name__ for kind in type(callback).__mro__ if "on_load_checkpoint" in vars(kind)]
+    return not set(kinds) <= {"Callback"}  # that of either Lightning package, which does nothing

@@ -1,0 +1,52 @@
+"""How our own callbacks live in a Trainer, of either Lightning package."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from lightning.pytorch import Callback
+
+from lightning_lora.errors import ConfigError
+
+SET_BY_LIGHTNING = ("log", "log_dict")
+"""What a run of a Trainer sets on each callback: methods of its module."""
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def join_other_package(kind: type[Callback]) -> None:
+    """Make ``kind`` a subclass of ``pytorch_lightning.Callback`` too, as that requires. Only if it is in use."""
+    other = sys.modules.get("pytorch_lightning")
+    if other is not None and not issubclass(kind, other.Callback):
+        kind.__bases__ = (*kind.__bases__, other.Callback)
+
+
+def needs_an_object(hook: _Hook) -> _Hook:
+    """Let a hook say what to write if a Trainer has the callback's class: ``callbacks=[LoRACallback]``."""
+    name = hook.__qualname__.partition(".")[0]
+
+    @wraps(hook)
+    def checked(callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(callback, Callback):  # it is the Trainer, which Lightning passes first
+            raise ConfigError(
+                f"The Trainer has the class {name} among its callbacks. Expected an instance. Write {name}(), with "
+                f"parentheses: Trainer(callbacks=[{name}()])."
+            )
+        return hook(callback, *args, **kwargs)
+
+    return cast(_Hook, checked)
+
+
+def came_too_late() -> ConfigError:
+    """Return the error of a callback that was added to a Trainer after its set-up."""
+    return ConfigError(
+        "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
+        "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
+    )
+
+
+def forget_module(callback: Callback) -> None:
+    """Let go of the module that a Trainer has run with this callback. The next run sets its own again."""
+    for name in SET_BY_LIGHTNING:
+        vars(callback).pop(name, None)

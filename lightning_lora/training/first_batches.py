@@ -1,0 +1,72 @@
+"""The first batches of a fit before it begins: its loaders stay where they are."""
+
+from collections.abc import Generator
+from copy import copy, deepcopy
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.private import LOADER_STATE, before_transfer, loader_of
+
+
+def refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) -> LoRAError:
+    """Return the error of a fit in which no batch can run before the first step."""
+    what = f"init={config.init!r} runs training_step on some batches before training"
+    return kind(f"{what}. That is not possible here: {why}. Use an init that needs no data.")
+
+
+def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> Generator[Any, None, None]:
+    """Yield the fit's first batches, from copies of its loaders."""
+    loader = copy(loader_of(trainer.fit_loop))
+    loader.flattened = [_begun_anew(each, config) for each in loader.flattened]
+    try:
+        for batch, *_ in loader:
+            batch = before_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
+            yield trainer.strategy.batch_to_device(batch)
+    finally:
+        loader.reset()  # ends its workers
+
+
+# Iterators whose copies have a place of their own
+_STARTS_ANEW: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+
+
+def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
+    """A copy of a loader that shares its data alone."""
+    if hasattr(loader, "__next__") and not isinstance(loader, _STARTS_ANEW):
+        _check_iterator(loader, config)
+    again = copy(loader)
+    if isinstance(loader, DataLoader):
+        _share_data_alone(again, config)
+    return again
+
+
+def _check_iterator(loader: Any, config: LoRAConfig) -> None:
+    """Refuse an iterator whose copy would take its batches. Another goes on behind those that it gives."""
+    kind = type(loader)
+    if kind.__module__ in ("builtins", "itertools"):
+        raise refusal(config, f"the data are a {kind.__name__}, which can be read once (a DataLoader: twice)")
+    _tell_of_one_reading(loader, config)
+
+
+def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
+    """Give a copied DataLoader its own workers, samplers and random numbers."""
+    dataset = again.dataset
+    attributes = vars(again)
+    attributes[LOADER_STATE] = None
+    shared = {id(dataset): dataset}  # and one generator for all of these, if it is one
+    for name in ("generator", "sampler", "batch_sampler"):
+        attributes[name] = deepcopy(attributes[name], shared)
+    if isinstance(dataset, IterableDataset):
+        attributes["dataset"] = copy(dataset)
+        _tell_of_one_reading(dataset, config)
+
+
+def _tell_of_one_reading(data: object, config: LoRAConfig) -> None:
+    """Say that these batches are not read again."""
+    kind = type(data).__name__
+    rank_zero_info(f"init={config.init!r}: a {kind} that is read only once goes on after these batches.")

@@ -1,0 +1,75 @@
+"""What we write into an optimizer's groups, and what stood there before: it may come again in another fit."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import named_parameters
+from lightning_lora.training.optimizers.groups import Params, held_by
+from lightning_lora.training.optimizers.groups_behind import split
+from lightning_lora.training.optimizers.scales import Scales
+
+
+class _Written(NamedTuple):
+    """The groups of an optimizer as the user built them, and as we have left them."""
+
+    built: list[Params]
+    left: list[Params]
+
+
+_WRITTEN = "_lora_edited"
+"""An optimizer's attribute: what we have written. LightningCLI returns the same optimizer in every fit.
+
+So it lives as long as the optimizer, even if parameters refer to that. torch copies and pickles optimizers without it.
+"""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An optimizer, its groups as they were built, and as they are to be."""
+
+    optimizer: Optimizer
+    built: list[Params]
+    groups: list[Params]
+
+    def write(self, view: View, scales: Scales) -> None:
+        """Write the groups into the optimizer. Adapters with other rates get groups behind them."""
+        _write(view, self.optimizer, split(self.optimizer, self.groups, scales))
+        vars(self.optimizer)[_WRITTEN] = _Written(self.built, self.groups)
+
+
+def built_groups(optimizer: Optimizer) -> list[Params]:
+    """Return the groups as they were built. If other code edited them since: as they are now."""
+    now = [list(group["params"]) for group in optimizer.param_groups]
+    written = vars(optimizer).get(_WRITTEN, _Written(now, now))
+    is_as_left = list(map(set, written.left)) == list(map(set, now))
+    return written.built if is_as_left else now
+
+
+def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
+    """Write other parameters into the groups of an optimizer that :func:`train_adapters` has edited before."""
+    _write(view, optimizer, groups)
+    written: _Written = vars(optimizer)[_WRITTEN]
+    vars(optimizer)[_WRITTEN] = _Written(written.built, groups)
+
+
+def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
+    """Write parameters into the groups, in place: LBFGS and schedulers keep references to these lists."""
+    names = {p: name for name, p in named_parameters(view.model).items()}
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"][:] = parameters
+        if "param_names" in group:
+            group["param_names"] = [names.get(p, "") for p in parameters]
+    _forget_states_of_others(optimizer)
+
+
+def _forget_states_of_others(optimizer: Optimizer) -> None:
+    """Drop the states of parameters that an optimizer no longer holds."""
+    held = held_by([optimizer])
+    state = cast(dict[Any, Any], optimizer.state)
+    for key in list(state):
+        if isinstance(key, nn.Parameter) and key not in held:
+            del state[key]

@@ -1,0 +1,215 @@
+"""Learning rates of adapters that are multiples of the module's: their groups follow behind the module's groups."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.errors import OptimizerError
+from lightning_lora.training.optimizers.groups import Group, Params, parameters_in, settings_of
+from lightning_lora.training.optimizers.scales import AdapterScale, Scales
+from lightning_lora.training.optimizers.watched_steps import WatchedSteps
+
+_SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_ALIKE = ("momentum", "betas", "weight_decay")
+
+
+class _Followed(NamedTuple):
+    """The module's group that a group behind follows."""
+
+    number: int
+    scale: float
+
+
+@dataclass
+class _Behind:
+    """The groups of adapters behind the module's groups of one optimizer."""
+
+    place: slice
+    follows: list[_Followed]  # one for each group
+    hooks: list[RemovableHandle]
+    hidden: list[Group] = field(default_factory=list)  # the groups, in a scheduler's step
+    steps: WatchedSteps = field(default_factory=WatchedSteps)
+
+    def pairs(self, groups: list[Group]) -> Iterator[tuple[Group, _Followed]]:
+        """Yield each of an optimizer's groups that is behind, and what it follows."""
+        yield from zip(groups[self.place], self.follows, strict=False)  # DeepSpeed steps one group at a time
+
+
+_BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
+"""What an optimizer has behind the module's groups."""
+
+
+# Split, and undo it
+
+
+def check_splits(optimizer: Optimizer, groups: list[Params], scales: Scales) -> None:
+    """Refuse an optimizer that cannot have several rates."""
+    is_unscaled = scales.keys().isdisjoint(parameters_in(groups))
+    if is_unscaled or _has_rates(optimizer):
+        return
+    raise OptimizerError(
+        f"{type(optimizer).__name__} takes no learning rate for each group of parameters, so lr_scale cannot act. "
+        "Leave lr_scale out, or use another optimizer."
+    )
+
+
+def _has_rates(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has a learning rate for each of its groups."""
+    rates = settings_of(optimizer.param_groups, "lr")
+    return not isinstance(optimizer, LBFGS) and all(rate is not None for rate in rates)
+
+
+def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Params]:
+    """Add a group for each group's adapters of one scale. Return the parameters that each group is to have."""
+    of_module: list[Params] = []
+    of_adapters: list[Params] = []
+    follows: list[_Followed] = []
+    for number, parameters in enumerate(groups):
+        of_module.append([p for p in parameters if p not in scales])
+        for (title, scale), adapters in _by_scale(parameters, scales).items():
+            optimizer.param_groups.append(_group_behind(optimizer, number, title))
+            of_adapters.append(adapters)
+            follows.append(_Followed(number, scale))
+    split_groups = of_module + of_adapters
+    if of_adapters:
+        place = slice(len(of_module), len(split_groups))
+        _BEHIND[optimizer] = _Behind(place, follows, _register_hooks(optimizer))
+        follow(optimizer)
+    return split_groups
+
+
+def _by_scale(parameters: Params, scales: Scales) -> dict[AdapterScale, Params]:
+    """The adapters among these parameters, by their scale."""
+    adapters: dict[AdapterScale, Params] = {}
+    for p in parameters:
+        if p in scales:
+            adapters.setdefault(scales[p], []).append(p)
+    return adapters
+
+
+def _group_behind(optimizer: Optimizer, number: int, title: str) -> Group:
+    """A group like one of the module's, still empty. LearningRateMonitor refuses equal names."""
+    group = optimizer.param_groups[number]
+    name = group.get("name", f"pg{number + 1}")
+    return deepcopy({**group, "params": [], "name": f"{name}-{title}"})
+
+
+def _register_hooks(optimizer: Optimizer) -> list[RemovableHandle]:
+    """Watch the optimizer's steps, and what it loads."""
+    return [
+        optimizer.register_load_state_dict_pre_hook(_check_stored),
+        optimizer.register_step_pre_hook(_begin_step),
+        optimizer.register_step_post_hook(_end_step),
+    ]
+
+
+def unsplit(optimizer: Optimizer) -> None:
+    """Undo a split: a module may return the same optimizer in its next fit."""
+    behind = _BEHIND.pop(optimizer, None)
+    if behind is None:
+        return
+    groups = optimizer.param_groups
+    for group, followed in behind.pairs(groups):
+        groups[followed.number]["params"].extend(group["params"])
+    del groups[behind.place]
+    for hook in behind.hooks:
+        hook.remove()
+
+
+# Rates
+
+
+def is_split(optimizer: Optimizer) -> bool:
+    """Whether adapters have groups of their own behind the module's."""
+    return optimizer in _BEHIND
+
+
+def follow(*optimizers: Any) -> None:
+    """Give the groups behind the rates of those that they follow, scaled. A tensor stays the same one."""
+    for each in optimizers:
+        optimizer = each if each in _BEHIND else getattr(each, "optimizer", each)  # DeepSpeed's has it inside
+        if optimizer in _BEHIND:
+            groups = optimizer.param_groups
+            for group, followed in _BEHIND[optimizer].pairs(groups):
+                _follow_group(group, groups[followed.number], followed.scale)
+
+
+def _follow_group(group: Group, of_module: Group, scale: float) -> None:
+    """Give one group the rates of the one that it follows."""
+    for key, value in of_module.items():
+        if key in _ALIKE:
+            group[key] = value
+        elif key in _SCALED:
+            _set_rate(group, key, value * scale)
+
+
+def _set_rate(group: Group, key: str, rate: Any) -> None:
+    """Set a rate. A tensor, which a captured graph reads, stays the same one."""
+    if isinstance(group.get(key), Tensor):
+        group[key].copy_(rate)
+    else:
+        group[key] = rate
+
+
+def hide_behind(optimizer: Optimizer) -> bool:
+    """Hide the groups behind from a scheduler. Return False if there are none, or none that is not hidden."""
+    behind = _BEHIND.get(optimizer)
+    if behind is None or behind.hidden:
+        return False
+    groups = optimizer.param_groups
+    behind.hidden = groups[behind.place]
+    del groups[behind.place]
+    return True
+
+
+def show_behind(optimizer: Optimizer) -> None:
+    """Put back what a scheduler does not see, with rates as it has set them."""
+    behind = _BEHIND[optimizer]
+    start = behind.place.start
+    optimizer.param_groups[start:start] = behind.hidden
+    behind.hidden = []
+    follow(optimizer)
+
+
+# In the optimizer's own methods
+
+
+def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the states of A for B: the sizes may be the same."""
+    place = _BEHIND[optimizer].place
+    stored = settings_of(state["param_groups"][place], "name")
+    here = settings_of(optimizer.param_groups[place], "name")
+    if stored != here:
+        raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
+
+
+def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Follow what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
+    show_behind(optimizer)  # a scheduler may call us
+    behind = _BEHIND[optimizer]
+    behind.steps.begin(optimizer, optimizer.param_groups[behind.place])
+    closure = kwargs.get("closure")
+    if closure:
+        return args, {**kwargs, "closure": partial(_with_closure, closure, optimizer)}
+    behind.steps.note_gradients()
+    return None
+
+
+def _with_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+    """Run the closure of a step. Its hooks may write rates too."""
+    loss = closure()
+    follow(optimizer)
+    _BEHIND[optimizer].steps.note_gradients()
+    return loss
+
+
+def _end_step(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse an optimizer that never trains the groups behind."""
+    _BEHIND[optimizer].steps.end(optimizer)

@@ -1,0 +1,106 @@
+"""States of optimizers in a file that are those of optimizers of another class."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import listed
+from lightning_lora.training.optimizers.groups import Group
+
+_NOT_SETTINGS = {"params", "param_names", "name"}
+_BY_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+
+
+@contextmanager
+def states_fit(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Load states inside the ``with`` block. Refuse those of other classes; the optimizers are then as before.
+
+    torch would load them: an optimizer takes its settings from them too, and fails in a step if one is missing.
+    """
+    loading = []
+    for optimizer, stored in zip(optimizers, states, strict=False):
+        if isinstance(optimizer, Optimizer):
+            loading.append(_begin(optimizer, stored))
+    try:
+        yield
+        for each in loading:
+            each.check_settings()
+    except Exception as error:
+        for each in loading:
+            each.undo()
+        for each in loading:
+            each.explain(error)
+        raise
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """An optimizer that loads a state, and what it held before."""
+
+    optimizer: Optimizer
+    stored: dict[str, Any]
+    groups: list[Group]
+    state: dict[Any, Any]
+
+    def check_settings(self) -> None:
+        """Refuse groups that have lost settings."""
+        for before, now in zip(self.groups, self.optimizer.param_groups, strict=False):
+            lost = _settings(before) - _settings(now)
+            if lost:
+                raise ValueError(f"it lacks the settings {listed(sorted(lost))} of {type(self.optimizer).__name__}")
+
+    def undo(self) -> None:
+        """Give the optimizer what it held before."""
+        self.optimizer.param_groups[:] = self.groups
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+
+    def explain(self, error: Exception) -> None:
+        """Raise an error that says of which class the state is, if it is of another one."""
+        settings = _settings(_first_group(self.stored))
+        if settings == _settings(self.optimizer.param_groups[0]):
+            return
+        here = type(self.optimizer).__name__
+        classes = classes_with(settings)
+        if classes and here not in classes:
+            theirs = " or ".join(classes)
+            raise ValueError(f"it has the state of {theirs}, and configure_optimizers returns {here}") from error
+
+
+def _begin(optimizer: Optimizer, stored: dict[str, Any]) -> _Loading:
+    """Note what an optimizer holds before it loads a state."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    return _Loading(optimizer, stored, groups, dict(optimizer.state))
+
+
+def _first_group(stored: dict[str, Any]) -> Group:
+    """The first group of a state, or an empty one: files may lack groups."""
+    groups: list[Group] = stored.get("param_groups") or [{}]
+    return groups[0]
+
+
+def classes_with(settings: set[str]) -> list[str]:
+    """Return the names of torch's optimizers whose parameter groups have these settings."""
+    found: list[str] = []
+    for name, make in vars(torch.optim).items():
+        if _is_optimizer_class(make):
+            sample = make([nn.Parameter(torch.zeros(1, 1))], lr=0.1)
+            if _settings(sample.param_groups[0]) == settings:
+                found.append(name)
+    return found
+
+
+def _is_optimizer_class(kind: object) -> bool:
+    """Whether this is the class of a kind of optimizer, not that of all."""
+    return inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+
+
+def _settings(group: Group) -> set[str]:
+    """The names of a group's settings that its class has given it."""
+    return group.keys() - _NOT_SETTINGS - _BY_SCHEDULERS

@@ -1,0 +1,97 @@
+"""Whether each parameter that trains has a place in an optimizer, and no frozen one has."""
+
+from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.names import is_in_any, named_parameters, owner_of
+from lightning_lora.training.optimizers.edits import Edit
+from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
+
+
+def place_rest(view: View, edits: Iterable[Edit], rests: Sequence[str]) -> None:
+    """Place trained parameters without optimizer in the only group, or refuse. ``rests`` are meant to have none."""
+    groups: list[Params] = []
+    for edit in edits:
+        groups += edit.groups
+    rest = _without_place(view, parameters_in(groups), networks_around(rests))
+    if len(groups) == 1:
+        groups[0].extend(rest.values())
+        _tell_of_only_group(view, rest)
+        return
+    below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
+    unplaced = [name for name in rest if not is_in_any(name, below)]
+    if unplaced:
+        raise no_place(view.title, unplaced, len(groups))
+
+
+def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that train and that no group holds. In ``idle`` networks, they are meant to have none."""
+    rest = {}
+    for name, p in named_parameters(view.model).items():
+        if p.requires_grad and p not in placed and not is_in_any(name, idle):
+            rest[name] = p
+    return rest
+
+
+def _tell_of_only_group(view: View, rest: Iterable[str]) -> None:
+    """Say what trains in the only group though no optimizer held it."""
+    told = [name for name in rest if not is_in_any(name, view.adapter.networks.below)]
+    if told:
+        rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
+
+
+def no_place(title: str, names: list[str], groups: int) -> OptimizerError:
+    """Return the error of trained parameters that no group holds, nor their weights."""
+    if not groups:
+        return OptimizerError(
+            f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
+            "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
+            "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
+        )
+    return OptimizerError(
+        f"No optimizer trains {listed(names)}: none of the {groups} parameter groups holds them. Give an optimizer "
+        f"{title}.parameters(), or set exclude_modules={networks_around(map(owner_of, names))}."
+    )
+
+
+def check_emptied(view: View, number: int, edit: Edit) -> None:
+    """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
+    if any(edit.groups):
+        return
+    held = parameters_in(edit.built)
+    flags_before = view.record.base.flags_before()
+    lost = [name for name, p in view.base.items() if p in held and flags_before.get(name)]
+    if not lost:
+        return
+    networks = networks_around(owner_of(name) or name for name in lost)
+    title = f"Optimizer {number} of {view.title} ({type(edit.optimizer).__name__})"
+    raise OptimizerError(
+        f"{title} would train nothing: it holds only frozen weights of {listed(networks)}, whose adapters, if any, "
+        f"are in another one. Adapt layers (target_modules), set modules_to_save={networks}, or leave it out."
+    )
+
+
+def networks_around(modules: Iterable[str]) -> list[str]:
+    """Return the one module around all of these, or else each of them."""
+    names = list(dict.fromkeys(modules))
+    components = [name.split(".") for name in names]
+    shared = ".".join(commonprefix(components))  # noqa: RUF071  # of lists, not of paths
+    return [shared] if shared else names
+
+
+def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
+    """Refuse frozen weights that were added to an optimizer after its set-up."""
+    if all(frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
+        return
+    added = frozen & held_by([optimizer])
+    names = [name for name, p in view_of(model).frozen.items() if p in added]
+    raise OptimizerError(
+        f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
+        "their modules in modules_to_save to train them, or remove the code or the callback that adds them."
+    )

@@ -1,0 +1,118 @@
+"""Make optimizers train the adapters instead of the base."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import listed
+from lightning_lora.model.settle import settle
+from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.training.optimizers.edits import Edit, built_groups
+from lightning_lora.training.optimizers.groups import Params, parameters_in
+from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
+from lightning_lora.training.optimizers.places import check_emptied, place_rest
+from lightning_lora.training.optimizers.scales import Scale, scales_in
+
+
+def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
+    """Replace base weights in the groups by adapters. Check all optimizers before the first is changed."""
+    for optimizer in optimizers:
+        unsplit(optimizer)
+    rests = _let_rest(model, optimizers)
+    view = view_of(model)
+    scales = scales_in(view, lr_scale)
+    edits = _plan(view, optimizers)
+    place_rest(view, edits, rests)
+    for number, edit in enumerate(edits):
+        check_emptied(view, number, edit)
+        check_splits(edit.optimizer, edit.groups, scales)
+    for edit in edits:
+        edit.write(view, scales)
+
+
+def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
+    """Take adapters off networks that stand still. Return layers whose adapters have learned, and train no more."""
+    unheld = _unheld(view_of(model), optimizers)
+    rests = settle(model, unheld)
+    if rests:
+        rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
+    return rests
+
+
+def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
+    held = _built_by(optimizers)
+    adapted: set[nn.Parameter] = set()
+    for name, layer in view.layers.items():
+        weights = view.weights_of(name)
+        adapted |= weights
+        if not held.isdisjoint(layer.lora_trained()):
+            held |= weights
+    if held.isdisjoint(adapted):
+        return set()
+    return set(view.base.values()) - held
+
+
+def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """The parameters in the groups as they were built."""
+    groups = chain.from_iterable(map(built_groups, optimizers))
+    return parameters_in(groups)
+
+
+def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
+    """The groups that each optimizer is to have. Their number stays."""
+    places = _Places(_followers(view), _built_by(optimizers))
+    edits = []
+    for optimizer in optimizers:
+        built = built_groups(optimizer)
+        edits.append(Edit(optimizer, built, places.in_groups(built)))
+    return edits
+
+
+def _followers(view: View) -> dict[nn.Parameter, Params]:
+    """The adapters' parameters that take the place of each weight in the optimizers."""
+    followers = defaultdict[nn.Parameter, Params](list)
+    for layer in view.layers.values():
+        if layer.lora_settings.follows:  # another network, which is trained
+            continue
+        for name, about in layer.lora_roles().items():
+            if about.role.trains:
+                weight = own_parameter(layer, about.matrix.weight)
+                followers[weight].append(own_parameter(layer, name))
+    return dict(followers)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where adapters stand: in place of the weights that they follow, or where the user has put them (``chosen``)."""
+
+    followers: dict[nn.Parameter, Params]
+    chosen: set[nn.Parameter]
+
+    def in_groups(self, groups: list[Params]) -> list[Params]:
+        """Return one optimizer's groups with adapters. Files keep the order."""
+        placed: set[nn.Parameter] = set()
+        edited = []
+        for group in groups:
+            new = [p for p in self._in_group(group) if p not in placed]
+            placed.update(new)
+            edited.append(new)
+        return edited
+
+    def _in_group(self, group: Params) -> list[nn.Parameter]:
+        """What trains in one group, each once: its own parameters that are not frozen, and adapters."""
+        elsewhere = self.chosen.difference(group)
+        followed = {p: self.followers.get(p, []) for p in group}
+        following = parameters_in(followed.values())
+        found: dict[nn.Parameter, None] = {}
+        for parameter, adapters in followed.items():
+            found.update(dict.fromkeys(p for p in adapters if p not in elsewhere))
+            if parameter.requires_grad and parameter not in following:
+                found[parameter] = None
+        return list(found)

@@ -1,0 +1,68 @@
+"""Whether an optimizer trains the groups that were added to it: one that keeps its own list of groups never does."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import OptimizerError
+from lightning_lora.tensors.shards import to_local
+from lightning_lora.training.optimizers.groups import Group
+
+
+class _Before(NamedTuple):
+    """A parameter, and its value before a step."""
+
+    parameter: nn.Parameter
+    value: Tensor
+
+
+class WatchedSteps:
+    """Watches an optimizer's steps until one has trained a parameter of the added groups."""
+
+    def __init__(self) -> None:
+        self._before: list[_Before] = []  # in a step, until one has trained
+        self._has_trained = False  # whether a step has changed a parameter, or kept a state for it
+        self._is_due = False  # whether one has had a gradient, which a step may end without
+
+    def begin(self, optimizer: Optimizer, groups: Iterable[Group]) -> None:
+        """Before a step, keep copies of what these groups hold, unless their rate is zero."""
+        may_skip = hasattr(optimizer, "found_inf")  # by which a GradScaler may skip the step
+        if self._has_trained or may_skip:
+            return
+        for group in groups:
+            if group["lr"] > 0:
+                self._before += [_Before(p, to_local(p).detach().clone()) for p in group["params"]]
+
+    def note_gradients(self) -> None:
+        """Note whether a parameter has a gradient to learn from."""
+        if any(_can_learn(each.parameter) for each in self._before):
+            self._is_due = True
+
+    def end(self, optimizer: Optimizer) -> None:
+        """After a step, refuse an optimizer that has trained nothing of these groups."""
+        self.note_gradients()
+        if any(_was_trained(optimizer, each) for each in self._before):
+            self._has_trained = True
+        self._before.clear()
+        if self._is_due and not self._has_trained:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
+                "lr_scale adds. Leave lr_scale out, or use another optimizer."
+            )
+
+
+def _can_learn(p: nn.Parameter) -> bool:
+    """Whether a parameter has a gradient that is finite and not zero."""
+    if p.grad is None:
+        return False
+    return bool(0 < to_local(p.grad).norm() < math.inf)
+
+
+def _was_trained(optimizer: Optimizer, before: _Before) -> bool:
+    """Whether a step has changed a parameter, or kept a state for it."""
+    p = before.parameter
+    return p in optimizer.state or not torch.equal(to_local(p), before.value)
