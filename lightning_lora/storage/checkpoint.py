@@ -27,8 +27,8 @@ from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
-from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
 from lightning_lora.tensors.values import detached
 
 # Write

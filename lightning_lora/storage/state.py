@@ -13,8 +13,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.named import among, joined, only, renamed, without
 from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
-from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.tensors.values import same_bits
 
 _NOTE_START = "this file holds only adapters"

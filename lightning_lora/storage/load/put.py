@@ -25,7 +25,7 @@ from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
 from lightning_lora.tensors.names import is_bias, join, own_parameter
-from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
