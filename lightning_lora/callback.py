@@ -16,7 +16,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.as_adapted import check_same, check_weights
 from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.trainer_only import refuse_trainer_only
@@ -122,7 +123,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
         if unwanted:
             attach.detach_adapters(view, unwanted)
             view.look_again(config)
-        attach.check_same(view, choices)
+        check_same(view, choices)
         if finds:
             Guards().layers_chosen(view, _to_be_adapted(choices))
         adapters = _new_adapters(_to_be_adapted(choices))
@@ -283,7 +284,7 @@ def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
 def _restore_base(model: nn.Module) -> None:
     """Take the adapters off, and give the base its values and what trained before."""
     view = View(model)
-    attach.check_weights(view)
+    check_weights(view)
     with attach.undone_on_error(view), ExitStack() as undo:
         restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)

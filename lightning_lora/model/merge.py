@@ -13,6 +13,7 @@ from lightning_lora.base.base_tensors import MergedTensor
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
+from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import check_start, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
@@ -156,7 +157,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return :func:`tied_weights`."""
-    attach.check_weights(view)
+    check_weights(view)
     tied = check_mergeable(view)
     Guards().merge_begins(view)
     return tied
@@ -248,7 +249,7 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
 
 def check_mergeable(view: View) -> dict[str, list[str]]:
     """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
-    attach.check_as_adapted(view)
+    check_as_adapted(view)
     _refuse(
         view,
         quantised_layers(view),

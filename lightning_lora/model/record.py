@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import Base, MergedTensor
+from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import reshard

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.blocks import is_in_block, open_block
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
+from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.model.attach import inference_path
-from lightning_lora.model.blocks import is_in_block, open_block
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of

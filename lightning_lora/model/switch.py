@@ -16,6 +16,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of
@@ -149,7 +150,7 @@ def check_switchable(view: View) -> None:
 def move_to_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
-    attach.check_weights(view)
+    check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     _check_still_there(view, state, present.keys())
     _follow_kinds(view, state)

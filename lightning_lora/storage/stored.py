@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.attach import check_as_adapted, check_weights
+from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
