@@ -79,7 +79,7 @@ def _check_arguments(model: object, config: object) -> None:
         about = (
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
-        if type(config).__module__.startswith("peft."):
+        if _is_pefts(config):
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = records.find_record(model)
@@ -152,9 +152,13 @@ def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig
     return config if excludes_any else replace(config, exclude_modules=None)
 
 
+def _is_pefts(thing: object) -> bool:
+    return type(thing).__module__.startswith("peft.")
+
+
 def _refuse_pefts(view: View) -> None:
     """Refuse a model with PEFT's adapters."""
-    pefts = [name for name, module in view.modules.items() if type(module).__module__.startswith("peft.")]
+    pefts = where(view.modules, _is_pefts)
     if pefts:
         raise AdapterStateError(
             f"{view.title} has PEFT's adapters: {listed(pefts)}. Call PEFT's merge_and_unload() first."

@@ -138,7 +138,7 @@ class Record:
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
     if find_record(model) is not None:
-        load = import_module("lightning_lora.storage.load.state_dicts")  # it lies above: by name, when called
+        load = import_module("lightning_lora.storage.load.from_state_dicts")  # it lies above: by name, when called
         load.before_load(model, state, prefix, notes)
 
 

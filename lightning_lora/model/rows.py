@@ -142,9 +142,9 @@ def _by_layer(used: Mapping[str, Mapping[str, Adapter]]) -> dict[str, dict[Name,
 # What differs besides the adapters
 
 
-def _values_besides_adapters(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
+def _values_besides_adapters(view: View, names: Collection[str]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
-    states = [view.record.adapters[name] for name in names]
+    states = list(only(view.record.adapters, names).values())
     tensor_names = dict.fromkeys(chain.from_iterable(state.originals for state in states))
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     found: dict[nn.Module, Values] = {}

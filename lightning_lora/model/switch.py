@@ -185,7 +185,11 @@ def _follow_kinds(view: View, state: AdapterState) -> None:
 
 def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was resting."""
-    resized = [name for name, adapter in state.resting.items() if is_resized(view.modules[name], adapter)]
+    resized = [
+        name
+        for name, adapter in state.resting.items()
+        if is_resized(view.modules[name], adapter.kind, adapter.matrices)
+    ]
     if resized:
         raise AdapterStateError(
             f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "

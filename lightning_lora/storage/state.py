@@ -13,8 +13,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.named import among, joined, only, renamed, without
 from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
-from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.tensors.values import same_bits
 
 _NOTE_START = "this file holds only adapters"
@@ -86,8 +86,9 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     values = _frozen_that_may_differ(view, noted)
     values.update(_not_frozen(view, state))
     kept: dict[str, Any] = {name: tensor.detach() for name, tensor in required(view).items()}
+    originals = without(view.adapter.originals, view.trained)
     for name, value in values.items():
-        if name in noted or not _is_of_base(view, name, value):
+        if name in noted or not _is_of_base(value, originals.get(name)):
             kept[name] = value
     for name, parameter in view.trained.items():
         is_tied_and_merged = name in values and view.parameters[name] is not parameter
@@ -110,12 +111,9 @@ def _not_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
-def _is_of_base(view: View, name: str, value: object) -> bool:
+def _is_of_base(value: object, original: Tensor | None) -> bool:
     """Whether something that does not train still has the value that is kept of the base."""
-    original = view.adapter.originals.get(name)
-    if original is None or name in view.trained:
-        return False
-    if not isinstance(value, Tensor) or is_dtensor(value):
+    if original is None or not isinstance(value, Tensor) or is_dtensor(value):
         return False
     return same_bits(value.detach(), original)
 

@@ -109,6 +109,8 @@ class StoredAdapters:
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
+    if not config.modules_to_save:
+        return {}
     modules = [name for name in view.modules if config.is_saved(name)]
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]

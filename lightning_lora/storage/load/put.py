@@ -1,7 +1,7 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
 All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
-(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``state_dicts.py``), also those that torch
+(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``from_state_dicts.py``), also those that torch
 loads.
 """
 
@@ -25,7 +25,7 @@ from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
 from lightning_lora.tensors.names import is_bias, join, own_parameter
-from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
