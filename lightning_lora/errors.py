@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -15,6 +15,11 @@ def shortened(texts: Iterable[str], most: int = 5) -> str:
     """Return the first of some texts, and the number of the others."""
     texts = list(texts)
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def pairs_of(originals: Mapping[str, str]) -> str:
+    """Return copies with their originals: ``'a' of 'b', 'c' of 'd'``."""
+    return ", ".join(f"{copy!r} of {original!r}" for copy, original in originals.items())
 
 
 class LoRAError(Exception):

@@ -121,10 +121,9 @@ def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
 def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
-    merged = view.record.merged
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
-        bases = merged[name].bases if name in merged else {}
+        bases = {merged.weight: merged.base for merged in view.merged if merged.layer == name}
         layers[name] = MeasuredLayer(view.modules[name], adapter, bases)
     return layers
 

@@ -4,9 +4,10 @@ from collections.abc import Collection, Set
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.settle import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, where, without
+from lightning_lora.tensors.named import joined, without
 
 
 class FrozenSince(Guard):
@@ -14,7 +15,7 @@ class FrozenSince(Guard):
 
     def networks_settled(self, view: View, resting: Collection[str], frozen_since: Set[str]) -> None:
         """Look at the layers that train on."""
-        train_on = without(where(view.layers, _has_learned), resting)
+        train_on = without(layers_that_have_learned(view), resting)
         frozen = [name for name, layer in train_on.items() if frozen_since >= _weights_below(name, layer)]
         if frozen and len(frozen) < len(view.layers):
             warn(
@@ -22,10 +23,6 @@ class FrozenSince(Guard):
                 "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and "
                 "fit."
             )
-
-
-def _has_learned(layer: LoRALayer) -> bool:
-    return not layer.lora_is_fresh()
 
 
 def _weights_below(name: str, layer: LoRALayer) -> set[str]:

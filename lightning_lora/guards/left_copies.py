@@ -1,10 +1,8 @@
 """Frozen copies without adapters that other code moves towards a network with adapters: they do not follow updates."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from lightning_lora.errors import warn
+from lightning_lora.errors import pairs_of, warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.private import version_of
@@ -30,10 +28,15 @@ class LeftCopies(Guard):
         """Name those that were moved, or written into."""
         if self.has_spoken:
             return
-        moved = [copy for copy in self.copies.originals if self._is_moved(view, copy)]
+        originals = self.copies.originals
+        moved = {copy: original for copy, original in originals.items() if self._is_moved(view, copy)}
         if moved:
             self.has_spoken = True
-            warn(self._about_moved(view.title, moved))
+            warn(
+                f"Code moves copies in {view.title} that have no adapters: {pairs_of(moved)}. They do not follow what "
+                "the originals learn, unless your code adds the updates. Let them have adapters too, which then "
+                "follow: take them out of exclude_modules, or into target_modules."
+            )
 
     def _is_moved(self, view: View, copy: str) -> bool:
         return bool(self.copies.moved_weights(view, copy)) or self._is_written(view, copy)
@@ -46,14 +49,6 @@ class LeftCopies(Guard):
         written = {name for name, version in self.versions.items() if version != _version(view.base.get(name))}
         written_in_copy = inside(written, [copy])
         return any(self.copies.name_in_original(name, copy) not in written for name in written_in_copy)
-
-    def _about_moved(self, title: str, moved: Sequence[str]) -> str:
-        pairs = [f"{copy!r} of {self.copies.originals[copy]!r}" for copy in moved]
-        return (
-            f"Code moves copies in {title} that have no adapters: {', '.join(pairs)}. They do not follow what the "
-            "originals learn, unless your code adds the updates. Let them have adapters too, which then follow: "
-            "take them out of exclude_modules, or into target_modules."
-        )
 
 
 def _version(weight: Tensor | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import warn
+from lightning_lora.errors import pairs_of, warn
 from lightning_lora.model.settle import left_still
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -27,8 +27,8 @@ class NetworksBeside(Guard):
 
 
 def _about_copies(view: View) -> str:
-    pairs = [f"{copy!r} of {original!r}" for copy, original in view.adapter.networks.copies.items()]
     return (
-        f"Copies in {view.title}: {', '.join(pairs)}. A copy gets the same adapters, for other code to move. If that "
-        "uses lerp_, frozen weights stay as they are; other formulas round them, and files hold them whole."
+        f"Copies in {view.title}: {pairs_of(view.adapter.networks.copies)}. A copy gets the same adapters, for other "
+        "code to move. If that uses lerp_, frozen weights stay as they are; other formulas round them, and files hold "
+        "them whole."
     )

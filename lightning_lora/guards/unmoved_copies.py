@@ -2,10 +2,11 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.layers import LoRALayer
+from lightning_lora.errors import pairs_of
+from lightning_lora.model.settle import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import modules_around, where
+from lightning_lora.tensors.named import modules_around
 
 
 class UnmovedCopies(Guard):
@@ -13,19 +14,12 @@ class UnmovedCopies(Guard):
 
     def training_ended(self, view: View) -> None:
         """Look at which adapters have moved."""
-        moved = modules_around(where(view.layers, _has_learned))
-        unmoved = []
-        for copy, original in view.adapter.networks.copies.items():
-            if original in moved and copy not in moved:
-                unmoved.append(f"{copy!r} of {original!r}")
+        moved = modules_around(layers_that_have_learned(view))
+        copies = view.adapter.networks.copies
+        unmoved = {copy: original for copy, original in copies.items() if original in moved and copy not in moved}
         if unmoved:
             rank_zero_info(
-                f"Copies in {view.title} that no code has moved: {', '.join(unmoved)}. They compute what they did "
+                f"Copies in {view.title} that no code has moved: {pairs_of(unmoved)}. They compute what they did "
                 "before. If one is an average that has begun, its code may look for parameters by the names they had "
                 "before the fit, as ema_pytorch does: make it in on_fit_start."
             )
-
-
-def _has_learned(layer: LoRALayer) -> bool:
-    """Whether a layer's update is not zero."""
-    return not layer.lora_is_fresh()

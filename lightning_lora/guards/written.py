@@ -32,7 +32,7 @@ class Written(Guard):
     def _note(self, view: View, name: str) -> None:
         weight = view.base[name]
         self.seen[name] = Seen(weight)
-        reading = view.record.read.get(name)
+        reading = view.record.base.row(name).reading
         if reading is not None and reading.seen.is_unchanged(weight):
             self.digests[name] = reading.number
 
@@ -53,8 +53,8 @@ class Written(Guard):
         if weight not in self.seen:
             return False
         before = self.digests.get(weight)
-        now, _ = view.record.changed.get(weight, (before, None))
-        if before is not None and now != before:
+        change = view.record.base.row(weight).change
+        if before is not None and change is not None and change.now != before:
             return True
         return not self.seen[weight].is_alike(view.base[weight])
 

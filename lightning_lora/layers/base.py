@@ -136,13 +136,12 @@ class LoRALayer(AdapterOnLayer):
             dtype = about.dtype(p.dtype, self.lora_settings)
             if p.dtype == dtype:
                 continue
-            data = before[name].data
-            grad = before[name].grad
             p.grad = None
-            values = p.data if data.is_meta else data
+            was = before[name]
+            values = p.data if was.data.is_meta else was.data
             replace_values(p, values.to(p.device, dtype))
-            if grad is not None:
-                p.grad = grad.to(p.device, dtype)
+            if was.grad is not None:
+                p.grad = was.grad.to(p.device, dtype)
 
     def _lora_is_on_meta(self) -> bool:
         """Whether a parameter of the adapter has no values."""
@@ -187,8 +186,8 @@ class LoRALayer(AdapterOnLayer):
 
     def _lora_warn_of_base(self, state_dict: Any, prefix: str) -> None:
         """Warn of weights below an adapter that is trained: always in the same words, so Python does it once."""
-        holds_weights = any(prefix + name in state_dict for name in self.lora_weights())
-        if holds_weights and not self.lora_is_fresh():
+        weights = {prefix + name for name in self.lora_weights()}
+        if not weights.isdisjoint(state_dict) and not self.lora_is_fresh():
             warn(
                 "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
                 "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."

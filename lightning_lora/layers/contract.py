@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import TargetError
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters, weights_of
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import held_parameter, own_parameter
 
@@ -188,10 +188,14 @@ class Adapter:
     matrices: tuple[AdaptedMatrix, ...]
     parameters: dict[str, nn.Parameter]  # by name in the layer
     init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
-    bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
     step: Step = field(default_factory=Step)
 
     @property
     def roles(self) -> Roles:
         """What each parameter is, by name in the layer."""
         return adapter_parameters(self.matrices, self.settings)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the weights that have updates, in the layer."""
+        return weights_of(self.matrices)

@@ -78,12 +78,10 @@ class _Start:
         how = settings.initialisation
         if how.from_weight is None:
             self.draw(matrix)
-        if how.from_weight is not None or settings.use_dora:
-            base = self.read_base(matrix)
-            if how.from_weight is not None:
-                self.take_from_weight(matrix, base, how.from_weight)
-            if settings.use_dora:
-                self.note(matrix, Role.MAGNITUDE, row_norms(base))
+        else:
+            self.take_from_weight(matrix, how.from_weight)
+        if settings.use_dora:
+            self.note(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
         if how.is_difference:
             keep_start(matrix, self.values)
 
@@ -106,10 +104,10 @@ class _Start:
             draw(b, a)
 
     @torch.no_grad()
-    def take_from_weight(self, matrix: AdaptedMatrix, base: Tensor, from_weight: FromWeight) -> None:
+    def take_from_weight(self, matrix: AdaptedMatrix, from_weight: FromWeight) -> None:
         """Compute both factors from the rows of the weight that they update."""
         settings = self.adapter.settings
-        rows = base.narrow(-2, matrix.first, matrix.writes)
+        rows = self.read_base(matrix).narrow(-2, matrix.first, matrix.writes)
         if rows.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
             rows = torch.zeros_like(rows)
         factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))

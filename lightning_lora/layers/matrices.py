@@ -148,6 +148,16 @@ class AdapterParameter(NamedTuple):
 Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by name in the layer
 
 
+def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
+    """Return the weights of these matrices, each once: several matrices may be rows of one."""
+    return tuple(dict.fromkeys(matrix.weight for matrix in matrices))
+
+
+def rows_of_weight(matrices: Iterable[AdaptedMatrix], weight: str) -> list[AdaptedMatrix]:
+    """Return those of the matrices that are this weight, or rows of it."""
+    return [matrix for matrix in matrices if matrix.weight == weight]
+
+
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
     """Return an adapter's parameters by their names in the layer."""
     parameters = {}
@@ -171,7 +181,7 @@ def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
     r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
-    its_matrices = [matrix for matrix in matrices if matrix.weight == weight]
+    its_matrices = rows_of_weight(matrices, weight)
     updates = [matrix_factors(matrix, settings, tensor) for matrix in its_matrices]
     if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]

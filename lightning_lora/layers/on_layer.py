@@ -1,6 +1,6 @@
 """An adapter on its layer: its parameters, how it begins, whether it has learned, and how it comes off."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings,
 from lightning_lora.layers.weights import UpdatedWeights
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import to_local
 from lightning_lora.tensors.values import replace_values, set_requires_grad
@@ -80,27 +81,20 @@ class AdapterOnLayer(UpdatedWeights):
             has_factors = not matrix.tokens
             if has_factors and not _is_zero(matrix, self.lora_settings, values):
                 return False
-        for name, initial_digest in self.lora_init_digests.items():
-            is_of_adapter = name in values  # magnitudes and rows; the others are weights of the base
-            if is_of_adapter and digest(values[name].float()) != initial_digest:
-                return False
-        return True
+        of_adapter = only(self.lora_init_digests, values)  # of magnitudes and rows; the others are weights of the base
+        return of_adapter == {name: digest(values[name].float()) for name in of_adapter}
 
     def lora_begin_anew(self) -> None:
         """Start an untrained adapter again if the weights that it starts from changed."""
-        has_no_values = self._lora_weight(self.lora_matrices[0].weight).is_meta
-        if has_no_values or not self.lora_init_digests:
+        if not self.lora_init_digests or self._lora_weight(self.lora_matrices[0].weight).is_meta:
             return
         if self.lora_is_fresh() and self._lora_base_has_changed():
             self.lora_initialise()
 
     def _lora_base_has_changed(self) -> bool:
         """Whether a weight that the adapter starts from has other values since. Collective if it is distributed."""
-        for name in self.lora_weights():
-            initial_digest = self.lora_init_digests.get(name)
-            if initial_digest is not None and digest(own_parameter(self, name)) != initial_digest:
-                return True
-        return False
+        of_base = only(self.lora_init_digests, self.lora_weights())
+        return of_base != {name: digest(own_parameter(self, name)) for name in of_base}
 
     # Coming off
 
@@ -125,7 +119,7 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_is_resized(self) -> bool:
         """Whether a weight has another shape than at the injection. Packed weights never have."""
-        return is_resized(self, self.lora_adapter())
+        return is_resized(self, self.overlaid[0], self.lora_matrices)
 
 
 def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]) -> bool:
@@ -148,13 +142,13 @@ def put_on(layer: nn.Module, adapter: Adapter) -> None:
     vars(layer).update(attributes_of(adapter))
 
 
-def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
-    """Whether a weight of a layer no longer fits an adapter. Packed weights always do."""
-    if adapter.kind.lora_is_quantised(layer):
+def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -> bool:
+    """Whether a weight of a layer no longer fits an adapter of this kind. Packed weights always do."""
+    if kind.lora_is_quantised(layer):
         return False
-    for matrix in adapter.matrices:
+    for matrix in matrices:
         weight: Tensor = attrgetter(matrix.weight)(layer)
-        shape = adapter.kind.lora_as_matrix(weight).shape[-2:]
+        shape = kind.lora_as_matrix(weight).shape[-2:]
         if shape != (matrix.rows or matrix.writes, matrix.reads):
             return True
     return False

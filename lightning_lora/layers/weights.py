@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.contract import LayerKind, Step
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, weight_factors
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, rows_of_weight, weight_factors, weights_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
 
@@ -25,8 +25,7 @@ class UpdatedWeights(LayerKind):
 
     def lora_weights(self) -> tuple[str, ...]:
         """Return the names of the weights that have updates."""
-        names = [matrix.weight for matrix in self.lora_matrices]
-        return tuple(dict.fromkeys(names))  # several matrices may be rows of one weight
+        return weights_of(self.lora_matrices)
 
     def lora_dropout(self) -> float:
         """Return the probability of dropping an input of A now: zero in evaluation."""
@@ -103,8 +102,8 @@ class UpdatedWeights(LayerKind):
         return lambda name: without_dtensor(getattr(self, name))
 
     def _lora_scaling(self, name: str) -> float:
-        matrices = [matrix for matrix in self.lora_matrices if matrix.weight == name]
-        return matrices[0].scale(self.lora_settings.scaling)
+        first, *_ = rows_of_weight(self.lora_matrices, name)
+        return first.scale(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
         """A weight without its update. Read as an attribute: replicas of a module have no parameters."""

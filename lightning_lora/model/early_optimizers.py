@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.layers import Adapter, LoRALayer
-from lightning_lora.model.record import AdapterState
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import among, joined, only, where
 
@@ -118,7 +118,7 @@ def _resting_parameters(view: View) -> set[Tensor]:
     """All parameters of the adapters that rest, and what trains in full with them."""
     found = set[Tensor]()
     for state in _resting_adapters(view):
-        found.update(state.own.values())
+        found.update(state.resting_tensors.values())
         found.update(_parameters_of(state.resting.values()))
     return found
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import (
+    by_owner,
     grouped,
     inside,
     joined,
     modules_around,
+    of_type,
+    only,
     outermost_outside,
     outside,
     where,
@@ -75,20 +78,28 @@ class _LayersSeen:
 
     def add(self, name: str, weights: Weights) -> None:
         """Look at one more layer."""
-        layer = self.view.modules[name]
-        has_few_values = _has_few_values(weights)
-        if not has_few_values:
-            self.values += _number_of_values(weights)
+        if _has_few_values(weights):
+            self._add_small(name, weights)
+        else:
+            self._add_large(name, weights)
+
+    def _add_small(self, name: str, weights: Weights) -> None:
+        is_linear = isinstance(self.view.modules[name], nn.Linear)
+        if is_linear and self._is_meant(name, weights) and _looks_fresh(self.view, name, weights):
+            self.unsure.append(name)
+
+    def _add_large(self, name: str, weights: Weights) -> None:
+        self.values += _number_of_values(weights)
         if not _looks_fresh(self.view, name, weights):
             return
-        if not has_few_values:
-            self.fresh_values += _number_of_values(weights)
-        if not self.view.frozen_by_user.isdisjoint(joined(name, weights)):  # it is random on purpose
-            return
-        if has_few_values and isinstance(layer, nn.Linear):
-            self.unsure.append(name)
-        elif not has_few_values and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
+        self.fresh_values += _number_of_values(weights)
+        changes_slowly = isinstance(self.view.modules[name], nn.Embedding | nn.EmbeddingBag)
+        if self._is_meant(name, weights) and not changes_slowly:
             self.fresh[name] = weights
+
+    def _is_meant(self, name: str, weights: Weights) -> bool:
+        """Whether the user has not frozen it: then it would be random on purpose."""
+        return self.view.frozen_by_user.isdisjoint(joined(name, weights))
 
     def add_trained(self, name: str, weights: Weights) -> None:
         """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""
@@ -111,7 +122,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         if found is None:
             found = find_fresh(view)
         view.adapter.random = _random_in_any_process(view, found)
-    names = (*view.adapter.random, *view.record.filled)
+    names = (*view.adapter.random, *view.record.base.filled)
     return tuple(dict.fromkeys(names))
 
 
@@ -128,7 +139,7 @@ def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
 
 def _small_linear_layers(view: View) -> list[str]:
     """The linear layers that are too small to judge."""
-    return [name for name in _small(view) if isinstance(view.modules[name], nn.Linear)]
+    return list(only(of_type(view.modules, nn.Linear), _small(view)))
 
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
@@ -250,8 +261,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
 
 def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
     """The base's parameters by the module that holds them."""
-    by_owner = grouped(view.base, owner_of)
-    return {owner: [view.base[name] for name in names] for owner, names in by_owner.items()}
+    return by_owner(view.base)
 
 
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
@@ -263,7 +273,7 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> di
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
     small = where(_parameters_by_owner(view), _are_small)
-    return {name for name in small if adapter_for(view.modules[name])}
+    return set(where(only(view.modules, small), adapter_for))
 
 
 def _are_small(parameters: Iterable[nn.Parameter]) -> bool:

@@ -2,18 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import MergedTensor
 from lightning_lora.errors import AdapterStateError, listed, warn
-from lightning_lora.layers import Adapter, LoRATokens
+from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
-from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import Merge, Record, find_record, forget_record, record_of
+from lightning_lora.model.record import check_start, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
@@ -59,8 +61,8 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
         >>> model[0], list(model.state_dict())
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
-    lost, untied = merge(model) if keep_base else _merge_for_good(view_of(model))
-    Guards().merged(type(model).__name__, lost, untied)
+    done = merge(model) if keep_base else _merge_for_good(model)
+    Guards().merged(type(model).__name__, done.lost, done.untied)
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -76,7 +78,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
-    record_of(model)
+    check_start(model, "unmerge_adapters")
     _restore(View(model))
 
 
@@ -95,52 +97,67 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 # Merge
 
 
-def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
-    """Merge as :func:`merge_adapters`. Return what rounding took of each layer's update, and the untied layers."""
-    view = view_of(model)
+@dataclass
+class Merged:
+    """What a merge has done."""
+
+    lost: dict[str, float] = field(default_factory=dict)  # the largest share of an update that rounding lost, by layer
+    untied: list[str] = field(default_factory=list)  # the layers whose weight was tied to another one's
+
+
+def merge(model: nn.Module) -> Merged:
+    """Merge as :func:`merge_adapters` does, and let the caller say what was lost."""
+    view = view_of(model, "merge_adapters")
     if view.is_merged:
-        return {}, []
+        return Merged()
     tied = _check(view)
-    lost, bases = dict[str, float](), dict[str, dict[str, Tensor]]()
+    done = Merged(untied=list(tied))
+    bases: dict[str, Tensor] = {}
     with ExitStack() as undo:
         undo.callback(attach.freeze, view)
         undo.callback(view.look_again)
-        for name in view.layers:
-            lost[name], bases[name] = _merge_layer(view, name, tied.get(name, ()), undo)
+        for name, layer in view.layers.items():
+            merged, done.lost[name] = _merged_weights(layer)
+            for weight, values in merged.items():
+                is_tied = weight in tied.get(name, ())
+                bases[join(name, weight)] = _keep_base(view, name, weight, undo, is_tied=is_tied)
+                _set_weight(layer, weight, values, is_tied=is_tied)
         attach.weights_have_changed(view)
         view.look_again()  # tied weights have new parameters
         attach.unfreeze(view)
         seen = _see(view, bases)
         adapters = attach.detach_adapters(view)
         undo.pop_all()
-    for name, adapter in adapters.items():
-        adapter.bases = bases[name]
-    view.record.merge = Merge(adapters, *seen)
-    return lost, list(tied)
+    view.record.was_merged(adapters, seen)
+    return done
 
 
-def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
+def _merge_for_good(model: nn.Module) -> Merged:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
-    lost, tied = dict[str, float](), dict[str, list[str]]()
-    if not view.is_merged:
-        tied = _check(view)
-        for name, layer in view.layers.items():
-            lost[name], _ = _merge_layer(view, name, tied.get(name, ()))
-            layer.lora_weights_changed()
-            layer.lora_detach()
-            view.adapter.layers = tuple(filter(name.__ne__, view.adapter.layers))
-        torch.clear_autocast_cache()
-        view.look_again()
-        attach.unfreeze(view)
-        attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
+    view = view_of(model, "merge_adapters")
+    if view.is_merged:
+        forget_record(view.model)
+        return Merged()
+    tied = _check(view)
+    done = Merged(untied=list(tied))
+    for name, layer in view.layers.items():
+        merged, done.lost[name] = _merged_weights(layer)
+        for weight, values in merged.items():
+            _set_weight(layer, weight, values, is_tied=weight in tied.get(name, ()))
+        layer.lora_weights_changed()
+        layer.lora_detach()
+        view.adapter.layers = tuple(other for other in view.adapter.layers if other != name)
+    torch.clear_autocast_cache()
+    view.look_again()
+    attach.unfreeze(view)
+    attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
     forget_record(view.model)
-    return lost, list(tied)
+    return done
 
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return :func:`tied_weights`."""
-    refuse_in_block(view.model, "merge_adapters")
-    attach.check_weights(view)
+    check_weights(view)
     tied = check_mergeable(view)
     Guards().merge_begins(view)
     return tied
@@ -148,42 +165,58 @@ def _check(view: View) -> dict[str, list[str]]:
 
 def tied_weights(view: View) -> dict[str, list[str]]:
     """Return the weights that another layer uses too, by layer. Layers without such are left out."""
-    uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
+    uses: Counter[int] = Counter()
+    for module in set(view.modules.values()):
+        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
     tied = {}
     for name, layer in view.layers.items():
-        weights = () if isinstance(layer, LoRATokens) else layer.lora_weights()  # all uses of its weight get its rows
-        if shared := [weight for weight in weights if uses[id(own_parameter(layer, weight))] > 1]:
+        if isinstance(layer, LoRATokens):  # all uses of its weight get its rows
+            continue
+        shared = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
+        if shared:
             tied[name] = shared
     return tied
 
 
-def _merge_layer(
-    view: View, name: str, tied: Collection[str], undo: ExitStack | None = None
-) -> tuple[float, dict[str, Tensor]]:
-    """Set a layer's weights to ``W + ΔW``. For weights in ``tied`` it gets new parameters.
-
-    Return the largest share of an update that is lost to rounding, and the base's values: with ``undo``, they are kept.
-    """
-    layer, values, shares, bases = view.layers[name], {}, [], dict[str, Tensor]()
+def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
+    """A layer's merged weights, all before one is set, and the largest share of an update that rounding lost."""
+    merged = dict[str, Tensor]()
+    shares = []
     with torch.inference_mode(False), torch.no_grad():
-        for weight in layer.lora_weights():  # compute all first, so that an error changes nothing
-            values[weight], share = layer.lora_merged_weight(weight)
+        for weight in layer.lora_weights():
+            merged[weight], share = layer.lora_merged_weight(weight)
             shares.append(share)
-        for weight, merged in values.items():
-            own = own_parameter(layer, weight)
-            base: Tensor = own
-            if weight in tied:
-                if undo is not None:
-                    undo.callback(set_parameter, layer, weight, own)
-                set_parameter(layer, weight, nn.Parameter(merged, own.requires_grad))
-            else:
-                if undo is not None:
-                    base = set_aside(own)  # saves GPU memory
-                    undo.callback(_put_back, own, base, own.device)
-                    view.record.base_was_copied(join(name, weight), own, base)
-                replace_values(own, merged)
-            bases[weight] = base
-    return max(shares, key=lambda share: (not share < math.inf, share)), bases
+    return merged, max(shares, key=_overflow_first)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _keep_base(view: View, layer: str, weight: str, undo: ExitStack, *, is_tied: bool) -> Tensor:
+    """Return the base's values of a weight, before it is merged: of a tied one, the parameter itself."""
+    parameter = own_parameter(view.layers[layer], weight)
+    if is_tied:
+        undo.callback(set_parameter, view.layers[layer], weight, parameter)
+        return parameter
+    base = set_aside(parameter)  # saves GPU memory
+    undo.callback(_put_back, parameter, base, parameter.device)
+    view.record.base.was_copied(join(layer, weight), parameter, base)
+    return base
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _set_weight(layer: LoRALayer, weight: str, merged: Tensor, *, is_tied: bool) -> None:
+    """Set a layer's weight to ``W + ΔW``. In place of a tied one, it gets a parameter of its own."""
+    parameter = own_parameter(layer, weight)
+    if is_tied:
+        set_parameter(layer, weight, nn.Parameter(merged, parameter.requires_grad))
+    else:
+        replace_values(parameter, merged)
+
+
+def _overflow_first(share: float) -> tuple[bool, float]:
+    """By which shares are compared: one that is infinite or NaN, by values that a dtype cannot hold, is the largest."""
+    return not share < math.inf, share
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
@@ -191,46 +224,59 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
     replace_values(tensor, values.to(device))
 
 
-def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
-    """Look at all weights after a merge, as a :class:`Merge` holds them."""
-    names = [(join(layer, weight), base) for layer, values in bases.items() for weight, base in values.items()]
-    known = {id(view.parameters[name]) for name, _ in names} | set(map(id, view.adapters.values()))
-    others = {}
-    for name, p in view.parameters.items():
-        if id(p) not in known:  # a shared layer has several names
-            others[name] = Seen(p, None if p.is_meta or is_dtensor(p) else view.record.digests({name: p})[name])
+def _see(view: View, bases: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
+    """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
+    seen = dict[str, MergedTensor]()
+    known = {id(view.parameters[name]) for name in bases}
+    known.update(map(id, view.adapters.values()))
+    for name, parameter in view.parameters.items():
+        if id(parameter) not in known:  # a shared layer has several names
+            seen[name] = MergedTensor(Seen(parameter, _known_digest(view, name, parameter)))
     present = set(map(id, view.parameters.values()))
-    merged, tied = {}, {}
-    for name, base in names:
-        merged[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-        if id(base) in present:
-            tied[name] = Seen(base)
-    return merged, tied, others
+    for name, base in bases.items():
+        merged = Seen(view.parameters[name])  # its digest is computed only if it is asked for
+        tied_seen = Seen(base) if id(base) in present else None
+        seen[name] = MergedTensor(merged, base, tied_seen)
+    return seen
+
+
+def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
+    """The digest of a parameter of the base, read again only if it has changed. None: of spread or absent values."""
+    if parameter.is_meta or is_dtensor(parameter):
+        return None
+    return view.record.base.digests({name: parameter})[name]
 
 
 def check_mergeable(view: View) -> dict[str, list[str]]:
     """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
-    attach.check_as_adapted(view)
-    used = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
-    empty = [name for name, weights in used.items() if any(weight.is_meta for weight in weights)]
+    check_as_adapted(view)
+    _refuse(
+        view,
+        quantised_layers(view),
+        "are quantised: no update can be merged into them. Keep the adapters; or inject_adapters(full, config), "
+        "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
+    )
+    used = {}
+    for name, layer in view.layers.items():
+        used[name] = [own_parameter(layer, weight) for weight in layer.lora_weights()]
+    _refuse(
+        view,
+        [name for name, weights in used.items() if any(weight.is_meta for weight in weights)],
+        "have no values yet (they are on the meta device). Load them first.",
+    )
     tied = tied_weights(view)
-    spread = [name for name in tied if any(map(is_dtensor, used[name]))]
-    for names, why in (
-        (
-            quantised_layers(view),
-            "are quantised: no update can be merged into them. Keep the adapters; or inject_adapters(full, config), "
-            "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
-        ),
-        (empty, "have no values yet (they are on the meta device). Load them first."),
-        (
-            spread,
-            "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
-            "the adapters, and merge them into the model on one device.",
-        ),
-    ):
-        if names:
-            raise AdapterStateError(f"The weights of {listed(names)} in {view.title} {why}")
+    _refuse(
+        view,
+        [name for name in tied if any(map(is_dtensor, used[name]))],
+        "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
+        "the adapters, and merge them into the model on one device.",
+    )
     return tied
+
+
+def _refuse(view: View, layers: Collection[str], why: str) -> None:
+    if layers:
+        raise AdapterStateError(f"The weights of {listed(layers)} in {view.title} {why}")
 
 
 def quantised_layers(view: View) -> list[str]:
@@ -244,9 +290,9 @@ def quantised_layers(view: View) -> list[str]:
 def unmerge_or_forget(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
     record = find_record(model)
-    if record is None or record.merge is None:
+    if record is None or not record.is_merged:
         return False
-    record_of(model)  # refuses a model whose adapters are disabled
+    check_start(model, "unmerge_adapters")
     view = View(model)
     if not is_as_merged(view):
         forget_record(model)
@@ -261,37 +307,40 @@ def unmerge_or_forget(model: nn.Module) -> bool:
 
 def _restore(view: View) -> None:
     """Undo a merge, if there was one."""
-    check_as_merged(view)
-    record = view.record
-    if record.merge is None:
+    if not view.is_merged:
         return
-    adapters, weights = record.merged, record.merge.weights
+    check_as_merged(view)
+    adapters = view.record.merged
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for name, adapter in adapters.items():
-            layer = view.modules[name]
-            attach.move_to_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
-            _show_base(record, name, layer, adapter, undo)
-        record.was_unmerged(view.parameters)
+        for layer, adapter in adapters.items():
+            _move_to_layer(view, layer, adapter, undo)
+            for weight, base in view.record.base.merged_bases(layer, adapter.weights).items():
+                _show_base(view, layer, weight, base, undo)
+        view.record.was_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)
         view.begin_anew()  # it may have been converted
         undo.pop_all()
-    for adapter in adapters.values():
-        adapter.bases = {}
 
 
-def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
-    """Set a layer's weights to the base's values again. They keep their current device and dtype."""
-    for weight, base in adapter.bases.items():
-        shown = own_parameter(layer, weight)
-        undo.callback(_put_back, shown, set_aside(shown), shown.device)
-        if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
-            undo.callback(set_parameter, layer, weight, shown)
-            undo.callback(replace_values, base, base.data)
-            replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
-            set_requires_grad(base, shown.requires_grad)
-            set_parameter(layer, weight, base)
-        else:
-            replace_values(shown, base.to(shown))
-            record.base_was_copied(join(name, weight), base, shown)
+def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
+    """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
+    merged = view.record.base.merged_tensor(join(layer, adapter.weights[0]))
+    attach.move_to_layer(view.modules[layer], adapter, merged.seen.dtype, undo)
+
+
+def _show_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:
+    """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
+    module = view.modules[layer]
+    shown = own_parameter(module, weight)
+    undo.callback(_put_back, shown, set_aside(shown), shown.device)
+    if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
+        undo.callback(set_parameter, module, weight, shown)
+        undo.callback(replace_values, base, base.data)
+        replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
+        set_requires_grad(base, shown.requires_grad)
+        set_parameter(module, weight, base)
+    else:
+        replace_values(shown, base.to(shown))
+        view.record.base.was_copied(join(layer, weight), base, shown)

@@ -1,21 +1,25 @@
 """Switch between the adapters on one base, and show the base itself."""
 
 import difflib
-from collections.abc import Set
+from collections.abc import Collection, Iterable, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.base_tensors import PutAside
+from lightning_lora.base.states import SWITCH
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
+from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.record import AdapterState, Record, find_record, record_of
+from lightning_lora.model.record import Record, check_start, find_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -24,17 +28,19 @@ from lightning_lora.tensors.values import replace_values, set_aside, set_require
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
-    record = find_record(model) or record_of(model)
+    record = record_of(model, "set_adapter")
     check_known(record, name, model)
     before, active = record.shown, record.adapter.name
-    if name is None and before is not None:
+    if name == before:
+        return Shown(model, name, before, active)
+    if name is None:
         view = view_of(model)
         check_as_merged(view)
         _show_base(view)
-    elif name in record.others:
-        exchange(View(model), record.others[name])
-    elif name != before:
+    elif name == active:
         _show_adapter(View(model))
+    else:
+        exchange(View(model), record.others[name])
     return Shown(model, name, before, active)
 
 
@@ -51,11 +57,12 @@ class Shown(AbstractContextManager[None]):
         set_adapter(self.model, self.name)
 
     def __exit__(self, *_: object) -> None:
-        record = find_record(self.model)  # all may be removed in the block
-        if record and self.before is None and self.active in record.others:
+        record = find_record(self.model)
+        if record is None:  # all were removed in the block
+            return
+        if self.before is None and self.active in record.others:
             set_adapter(self.model, self.active)
-        if record:
-            set_adapter(self.model, self.before)
+        set_adapter(self.model, self.before)
 
     def __repr__(self) -> str:
         shown = "its base" if self.name is None else f"its adapter {self.name!r}"
@@ -105,17 +112,26 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     check_known(record, name, model)
     if name in record.others:
         return record.others[name].resting
-    return record.merged or {layer: each.lora_adapter() for layer, each in View(model).layers.items()}
+    if record.is_merged:
+        return record.merged
+    return {layer_name: layer.lora_adapter() for layer_name, layer in View(model).layers.items()}
 
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
     if name is not None and name not in list(record.adapters):  # it may be of any type
-        near = difflib.get_close_matches(str(name), record.adapters)
-        hint = f" Did you mean {listed(near)}?" if near else " The base is None." * (name == "__base__")
+        title = type(plain_module(model)).__name__
         raise AdapterStateError(
-            f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}.{hint}"
+            f"{title} has no adapter {name!r}. It has {listed(record.adapters)}.{_hint(name, record)}"
         )
+
+
+def _hint(name: object, record: Record) -> str:
+    """What may have been meant by a name that no adapter has."""
+    near = difflib.get_close_matches(str(name), record.adapters)
+    if near:
+        return f" Did you mean {listed(near)}?"
+    return " The base is None." if name == "__base__" else ""
 
 
 # Another adapter
@@ -123,29 +139,24 @@ def check_known(record: Record, name: str | None, model: nn.Module) -> None:
 
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
-    title = view.title
-    if view.is_merged:
-        raise AdapterStateError(
-            f"The adapter {view.adapter.name!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
-            "before another one is used."
-        )
+    check_start(view.model, SWITCH)
     if any(map(is_dtensor, view.parameters.values())):
         raise AdapterStateError(
-            f"The parameters of {title} are sharded over processes, where only set_adapter(model, None) is possible. "
-            "Switch before the model is sharded."
+            f"The parameters of {view.title} are sharded over processes, where only set_adapter(model, None) is "
+            "possible. Switch before the model is sharded."
         )
 
 
 def move_to_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
-    attach.check_weights(view)
+    check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     _check_still_there(view, state, present.keys())
     _follow_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for name, tensor in state.own.items():
+        for name, tensor in state.resting_tensors.items():
             attach.move_to(tensor, present[name].device, present[name].dtype)
         for name, adapter in state.resting.items():
             attach.move_to_layer(view.modules[name], adapter, None, undo)
@@ -154,9 +165,9 @@ def move_to_model(view: View, state: AdapterState) -> None:
 
 def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> None:
     """Refuse a model that has lost what a resting adapter is for."""
-    needed = list(state.own)
+    needed = list(state.resting_tensors)
     for name, adapter in state.resting.items():
-        needed += [join(name, matrix.weight) for matrix in adapter.matrices]
+        needed += [join(name, weight) for weight in adapter.weights]
     absent = [name for name in dict.fromkeys(needed) if name not in present]
     if absent:
         raise AdapterStateError(
@@ -174,7 +185,11 @@ def _follow_kinds(view: View, state: AdapterState) -> None:
 
 def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was resting."""
-    resized = [name for name, adapter in state.resting.items() if is_resized(view.modules[name], adapter)]
+    resized = [
+        name
+        for name, adapter in state.resting.items()
+        if is_resized(view.modules[name], adapter.kind, adapter.matrices)
+    ]
     if resized:
         raise AdapterStateError(
             f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "
@@ -191,27 +206,34 @@ def exchange(view: View, coming: AdapterState) -> None:
     view.check_present()
     if view.record.is_disabled:
         _show_adapter(view)
-    record, own = view.record, view.kept
+    resting_tensors = kept_tensors(view)
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view, coming.resting)
     view.look_again(coming.config)
-    for inner in chain.from_iterable(map(nn.Module.modules, view.saved)):
-        set_frozen(inner, False)
+    _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
     attach.weights_have_changed(view)
-    record.was_switched(resting, own, coming)
+    view.record.was_switched(resting, resting_tensors, coming)
+
+
+def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for inner in module.modules():
+            set_frozen(inner, False)
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The adapter's own tensors by name. Where only the active one has its own, the base's."""
-    put, made = dict(coming.own), dict[int, Tensor]()
-    for name, tensor in view.kept.items():
-        if name not in put:
-            if id(tensor) not in made:  # a tied one has several names
-                made[id(tensor)] = _base_of(tensor, view.adapter.originals[name])
-            put[name] = made[id(tensor)]
+    put = dict(coming.resting_tensors)
+    made = dict[int, Tensor]()  # a tied one has several names
+    for name, tensor in kept_tensors(view).items():
+        if name in put:
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = _base_of(tensor, view.adapter.originals[name])
+        put[name] = made[id(tensor)]
     return put
 
 
@@ -225,7 +247,9 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
     """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
-    names, record, undo = adapters(model), find_record(model), ExitStack()
+    names = adapters(model)
+    record = find_record(model)
+    undo = ExitStack()
     if record is not None and record.is_disabled:
         undo.callback(set_adapter, model, None)
     if config is None or name in names:
@@ -243,41 +267,66 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> E
 @torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
 def _show_base(view: View) -> None:
     """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
-    record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
-    for name, tensor in view.kept.items():
-        original = view.adapter.originals[name].to(tensor, copy=True)
-        if not original.is_meta and name not in record.filled:  # the model was adapted before it had values
-            values[id(tensor)] = tensor, original
-    for weight in view.merged:
-        _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
-        values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
-    for name, seen in {**record.merge.weights, **record.merge.others}.items() if record.merge else ():
-        if is_dtensor(view.parameters.get(name)):
-            seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
-    aside = dict[str, tuple[Tensor, bool]]()
+    values = _values_to_show(view)
+    _note_merged_digests(view)
     names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
-    for key, (tensor, base) in values.items():
-        if key in names:
-            aside[names[key]] = set_aside(tensor) if is_dtensor(tensor) else tensor.data, tensor.requires_grad
+    for tensor, base in values:
+        name = names.get(id(tensor))
+        if name is not None:
+            put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+            view.record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
             set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
             replace_values(tensor, base)
-    for layer in view.layers.values():
-        layer.lora_enabled = False
-    torch.clear_autocast_cache()  # it may hold copies of the other values
-    record.is_disabled, record.aside = True, aside
+    _enable(view, has_effect=False)
+    view.record.base_is_shown()
+
+
+def _values_to_show(view: View) -> Collection[tuple[Tensor, Tensor]]:
+    """The tensors that may have other values than the base, and copies of the base's. A shared one is there once."""
+    values = dict[int, tuple[Tensor, Tensor]]()
+    for name, tensor in kept_tensors(view).items():
+        original = view.adapter.originals[name]
+        has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
+        if has_base_value and not view.record.base.row(name).is_filled:
+            values[id(tensor)] = tensor, original.to(tensor, copy=True)
+    for merged in view.merged:
+        _, base = values.get(id(merged.base), (None, merged.base))  # a tied weight's other use may have trained
+        values[id(merged.shown)] = merged.shown, base.detach().to(merged.shown)
+    return values.values()
+
+
+def _note_merged_digests(view: View) -> None:
+    """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
+    for name, row in view.record.base.rows.items():
+        if row.merged is not None and is_dtensor(view.parameters.get(name)):
+            row.merged.seen.digest()
 
 
 @torch.inference_mode(False)
 def _show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
+    put_aside = _put_aside(view)
+    moved = {tensor: aside.values.to(tensor) for tensor, aside in put_aside.items()}  # may have been converted since
+    for tensor, values in moved.items():
+        replace_values(tensor, values)
+        set_requires_grad(tensor, put_aside[tensor].required_grad)
+    _enable(view, has_effect=True)
+    view.record.adapter_is_shown()
+
+
+def _put_aside(view: View) -> dict[Tensor, PutAside]:
+    """What made room for the base's values, by the tensors that show these."""
     present: dict[str, Tensor] = {**view.buffers, **view.parameters}
-    aside = {name: each for name, each in view.record.aside.items() if name in present}
-    moved = [values.to(present[name]) for name, (values, _) in aside.items()]  # it may have been converted since
-    for (name, (_, trains)), values in zip(aside.items(), moved, strict=True):
-        replace_values(present[name], values)
-        set_requires_grad(present[name], trains)
+    put_aside = dict[Tensor, PutAside]()
+    for name, row in view.record.base.rows.items():
+        if row.put_aside is not None and name in present:
+            put_aside[present[name]] = row.put_aside
+    return put_aside
+
+
+def _enable(view: View, *, has_effect: bool) -> None:
+    """Turn the updates of all layers on or off."""
     for layer in view.layers.values():
-        layer.lora_enabled = True
-    torch.clear_autocast_cache()
-    view.record.is_disabled, view.record.aside = False, {}
+        layer.lora_enabled = has_effect
+    torch.clear_autocast_cache()  # it may hold copies of the other values

@@ -46,28 +46,28 @@ def _has_trainable_parameters(layer: LoRALayer) -> bool:
 
 def _note_thawed(view: View) -> None:
     """A weight of the base that requires a gradient was thawed."""
-    flags = view.record.requires_grad
+    base = view.record.base
     trainable = where(view.frozen, _requires_grad)
-    thawed = dict.fromkeys(only(trainable, flags), True)
-    view.record.were_set(thawed)
-    flags |= thawed
+    thawed = only(trainable, base.flags_before())
+    base.note_set_since(thawed, frozen=False)
+    base.note_required_grad(thawed, flag=True)
 
 
 def _note_copied(view: View) -> None:
     """Of a network that was copied with its adapters, all trained: its base was frozen by us."""
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
     weights = inside(view.base, copied.keys())
-    view.record.requires_grad |= dict.fromkeys(weights, True)
+    view.record.base.note_required_grad(weights, flag=True)
 
 
 def _note_frozen_since(view: View) -> None:
     """An adapter that has learned, and trains no more, was frozen."""
     if not view.adapter.is_trained:
         return
-    trained_before = where(view.record.requires_grad, bool)
+    trained_before = where(view.record.base.flags_before(), bool)
     for name, layer in _frozen_layers(view).items():
         weights = trained_before.keys() & joined(name, layer.lora_weights())
-        view.record.were_set(dict.fromkeys(weights, False))
+        view.record.base.note_set_since(weights, frozen=True)
 
 
 def note_frozen(view: View) -> None:
@@ -76,7 +76,7 @@ def note_frozen(view: View) -> None:
         return
     frozen = _frozen_layers(view)
     weights = [weight for weight in view.base if owner_of(weight) in frozen]
-    view.record.requires_grad |= dict.fromkeys(weights, False)
+    view.record.base.note_required_grad(weights, flag=False)
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:

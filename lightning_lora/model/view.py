@@ -1,25 +1,23 @@
-"""A model's layers, adapters and base, by name."""
+"""A model's layers, adapters and base, by name, and which of them train."""
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
 from functools import cached_property
-from io import BytesIO
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.states import USE
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.record import AdapterState, Record, find_record, record_of, records_in
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, weights_of
+from lightning_lora.model.record import Record, find_record, record_of, records_in
 from lightning_lora.networks.roles import Networks
-from lightning_lora.private import EXTRA_STATE, NOT_STORED
-from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.inplace import class_names
+from lightning_lora.private import NOT_STORED
+from lightning_lora.tensors.named import among, below, first_names, joined, only, outside, where, without
 from lightning_lora.tensors.names import (
-    is_in_any,
+    is_bias,
     join,
     named_modules,
     own_parameter,
@@ -28,15 +26,25 @@ from lightning_lora.tensors.names import (
     plain_module,
 )
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import replace_values, same_bits
 
 
 class MergedWeight(NamedTuple):
     """A weight with an update merged into it."""
 
     layer: str
+    weight: str  # its name in the layer
     shown: nn.Parameter
     base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return join(self.layer, self.weight)
+
+    @property
+    def was_tied(self) -> bool:
+        """Whether another layer uses the base's weight too."""
+        return isinstance(self.base, nn.Parameter)
 
 
 class View:
@@ -78,7 +86,10 @@ class View:
     @property
     def config(self) -> LoRAConfig:
         """The configuration of the adapters."""
-        return self._config or self.adapter.config.excluding("|".join(map(re.escape, self.adapter.networks.left)))
+        if self._config:
+            return self._config
+        left_out = map(re.escape, self.adapter.networks.left)
+        return self.adapter.config.excluding("|".join(left_out))
 
     @property
     def is_adapted(self) -> bool:
@@ -95,34 +106,38 @@ class View:
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
         """The adapted layers: a shared one under its first name, and none in a merged model."""
-        layers: dict[LoRALayer, str] = {}
-        for name, module in self.modules.items():
-            if isinstance(module, LoRALayer):
-                layers.setdefault(module, name)
-        return {name: layer for layer, name in layers.items()}
+        adapted = {name: module for name, module in self.modules.items() if isinstance(module, LoRALayer)}
+        return first_names(adapted)
 
     @cached_property
     def recorded(self) -> set[str]:
         """The layers that a record knows of: not those that other code has copied with their adapters since."""
-        records = records_in(self.modules)
-        return {join(prefix, name) for prefix, record in records.items() for name in record.adapter.layers}
+        recorded = set[str]()
+        for prefix, record in records_in(self.modules).items():
+            recorded.update(joined(prefix, record.adapter.layers))
+        return recorded
 
     @cached_property
     def matrices(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
         """The adapted matrices of each layer, merged or not."""
-        merged = self.record.merged if self.is_merged else {}
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
-        return matrices | {name: adapter.matrices for name, adapter in merged.items()}
+        if self.is_merged:
+            for name, adapter in self.record.merged.items():
+                matrices[name] = adapter.matrices
+        return matrices
 
     @cached_property
     def adapted_weights(self) -> list[str]:
         """The names of the weights that have an update, merged or not."""
-        names = (join(name, matrix.weight) for name, matrices in self.matrices.items() for matrix in matrices)
-        return list(dict.fromkeys(names))  # several matrices may be rows of one weight
+        names = []
+        for layer, matrices in self.matrices.items():
+            names += joined(layer, weights_of(matrices))
+        return names
 
     def weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
-        return {self.base[join(layer, weight)] for weight in self.layers[layer].lora_weights()}
+        names = joined(layer, self.layers[layer].lora_weights())
+        return {self.base[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:
         """Return the number of values of these parameters of the base. Tied ones count once."""
@@ -135,7 +150,7 @@ class View:
         config = self.config
         return [module for name, module in self.modules.items() if config.is_saved(name)]
 
-    # Parameters
+    # Tensors
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -145,28 +160,58 @@ class View:
     @cached_property
     def adapters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapters, merged or not."""
+        adapters = dict[str, nn.Parameter]()
         if self.is_merged:
-            factors = {name: adapter.parameters for name, adapter in self.record.merged.items()}
+            for name, adapter in self.record.merged.items():
+                adapters.update(below(name, adapter.parameters))
         else:
-            factors = {name: layer.lora_parameters() for name, layer in self.layers.items()}
-        return {join(name, factor): p for name, named in factors.items() for factor, p in named.items()}
+            for name, layer in self.layers.items():
+                adapters.update(below(name, layer.lora_parameters()))
+        return adapters
 
     @cached_property
     def merged(self) -> list[MergedWeight]:
         """The weights with an update merged into them."""
+        if not self.is_merged:
+            return []
         found = []
-        for name, adapter in self.record.merged.items() if self.is_merged else ():
-            layer = self.modules[name]
-            for weight, base in adapter.bases.items():
-                found.append(MergedWeight(name, own_parameter(layer, weight), base))
+        for layer, adapter in self.record.merged.items():
+            for weight, base in self.record.base.merged_bases(layer, adapter.weights).items():
+                shown = own_parameter(self.modules[layer], weight)
+                found.append(MergedWeight(layer, weight, shown, base))
         return found
 
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {id(weight.shown): weight.base for weight in self.merged if isinstance(weight.base, nn.Parameter)}
+        tied = {id(merged.shown): merged.base for merged in self.merged if isinstance(merged.base, nn.Parameter)}
         adapters = set(map(id, self.adapters.values()))
-        return {name: tied.get(id(p), p) for name, p in self.parameters.items() if id(p) not in adapters}
+        base = dict[str, nn.Parameter]()
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in adapters:
+                base[name] = tied.get(id(parameter), parameter)
+        return base
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers: those in a state dict."""
+        buffers = dict[str, Tensor]()
+        for prefix, module in self.modules.items():
+            not_stored = getattr(module, NOT_STORED)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in not_stored:
+                    buffers[join(prefix, name)] = buffer
+        return buffers
+
+    @cached_property
+    def entries(self) -> dict[str, Tensor]:
+        """The extra state dict entries of quantised layers."""
+        entries = dict[str, Tensor]()
+        for prefix, module in self.modules.items():
+            entries.update(below(prefix, quantised_entries(module)))
+        return entries
+
+    # What trains
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -174,101 +219,55 @@ class View:
         config = self.config
         if not config.modules_to_save and config.bias == "none":
             return {}
-        trained = {id(p) for module in self.saved for p in module.parameters()}
-        trained |= {id(p) for name, p in self.base.items() if config.is_saved(name)}
-        trained |= set(map(id, self._biases(config.bias)))
+        meant = self._saved_parameters() | self._trained_biases()
         networks = self.adapter.networks if self.is_adapted else Networks()
         idle = (*networks.copies, *networks.still)
-        return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, idle)}
+        trained = among(self.base, meant)
+        return only(trained, set(outside(trained, idle)))
 
-    def _biases(self, bias: str) -> Iterator[nn.Parameter]:
-        """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
-        if bias == "all":
-            yield from (p for name, p in self.base.items() if "bias" in name.rpartition(".")[2])
-        if bias == "lora_only":
-            for owner in set(map(owner_of, self.adapted_weights)):
-                held = self.modules[owner]._parameters
-                yield from (p for name, p in held.items() if p is not None and "bias" in name)
+    def _saved_parameters(self) -> set[nn.Parameter]:
+        """The parameters that ``modules_to_save`` means."""
+        saved = set[nn.Parameter]()
+        for module in self.saved:
+            saved.update(module.parameters())
+        names = filter(self.config.is_saved, self.base)
+        saved.update(self.base[name] for name in names)
+        return saved
+
+    def _trained_biases(self) -> set[nn.Parameter]:
+        """The biases that train. ``"lora_only"``: those of adapted layers, also inside an attention."""
+        if self.config.bias == "none":
+            return set()
+        holders = set(map(owner_of, self.adapted_weights))
+        biases = set[nn.Parameter]()
+        for name, parameter in self.base.items():
+            if is_bias(name) and (self.config.bias == "all" or owner_of(name) in holders):
+                biases.add(parameter)
+        return biases
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
         """The base's parameters that do not train."""
-        return {name: p for name, p in self.base.items() if name not in self.trained}
+        return without(self.base, self.trained)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
+        flags_before = self._flags_before()
+        can_train = where(self.base, _is_plain_float)
+        frozen = set[str]()
+        for name in can_train:
+            if not flags_before.get(name, self.parameters[name].requires_grad):
+                frozen.add(name)
+        return frozen if frozen != can_train.keys() else set()
+
+    def _flags_before(self) -> dict[str, bool]:
+        """Whether parameters required a gradient before the adapters came, by the model's own record in doubt."""
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags |= {join(prefix, name): flag for name, flag in record.requires_grad.items()}
-        base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
-        plain = [name for name, p in base.items() if p.is_floating_point()]
-        frozen = {name for name in plain if not flags.get(name, self.parameters[name].requires_grad)}
-        return frozen if len(frozen) < len(plain) else set()
-
-    # Values
-
-    @cached_property
-    def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers: those in a state dict."""
-        found = {}
-        for prefix, module in self.modules.items():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in getattr(module, NOT_STORED):
-                    found[join(prefix, name)] = buffer
-        return found
-
-    @cached_property
-    def entries(self) -> dict[str, Tensor]:
-        """The extra state dict entries of quantised layers."""
-        entries = {prefix: quantised_entries(module) for prefix, module in self.modules.items()}
-        return {join(prefix, name): value for prefix, named in entries.items() for name, value in named.items()}
-
-    @property
-    def extra(self) -> dict[str, int]:
-        """The digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
-        found = {}
-        for name, module in self.modules.items():
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                with suppress(Exception):  # of code for any objects: these are not compared
-                    torch.save(module.get_extra_state(), file := BytesIO())
-                    found[join(name, EXTRA_STATE)] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
-        return found
-
-    @property
-    def kept(self) -> dict[str, Tensor]:
-        """The tensors whose base values are in the record."""
-        present = {**self.base, **self.buffers}
-        return {name: present[name] for name in self.adapter.originals if name in present}
-
-    @property
-    def frozen_values(self) -> dict[str, Tensor]:
-        """The values of the frozen parameters without updates, by name."""
-        below = {}
-        for weight in self.merged:
-            below[id(weight.shown)] = weight.base.to(weight.shown.dtype)  # it may have been converted since
-        return {name: below.get(id(p), p) for name, p in self.frozen.items()}
-
-    @property
-    def base_values(self) -> dict[str, Tensor]:
-        """The values of what does not train: frozen weights without updates, and buffers as they were before."""
-        values = self.frozen_values
-        for name, tensor in self.kept.items():
-            if name not in self.trained:
-                values[name] = self.adapter.originals[name].to(tensor.dtype)
-        return {**values, **self.entries}
-
-    def check_present(self) -> None:
-        """Refuse a model in which layers have lost their adapters."""
-        present = [name for name in self.adapter.layers if name in self.modules]
-        merged = self.record.merged
-        lost = [name for name in present if not isinstance(self.modules[name], LoRALayer) and name not in merged]
-        if lost:
-            raise AdapterStateError(
-                f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "
-                "module that shares them. Call unmerge_adapters on that one, or inject_adapters for new adapters."
-            )
+                flags.update(below(prefix, record.base.flags_before()))
+        return flags
 
     def is_fresh(self) -> bool:
         """Whether all updates are still zero."""
@@ -279,62 +278,29 @@ class View:
         for layer in self.layers.values():
             layer.lora_begin_anew()
 
+    def check_present(self) -> None:
+        """Refuse a model in which layers have lost their adapters."""
+        lost = []
+        for name in self.adapter.layers:
+            is_adapted = isinstance(self.modules.get(name), LoRALayer)
+            if name in self.modules and name not in self.record.merged and not is_adapted:
+                lost.append(name)
+        if lost:
+            raise AdapterStateError(
+                f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "
+                "module that shares them. Call unmerge_adapters on that one, or inject_adapters for new adapters."
+            )
 
-def view_of(model: nn.Module) -> View:
+
+def _is_plain_float(parameter: nn.Parameter) -> bool:
+    """Whether a parameter could train by itself: not one of integers, or of a quantised class."""
+    is_plain = type(parameter) is nn.Parameter or is_dtensor(parameter)
+    return is_plain and parameter.is_floating_point()
+
+
+def view_of(model: nn.Module, call: str = USE) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
-    record_of(model)
+    record_of(model, call)
     view = View(model)
     view.check_present()
     return view
-
-
-# The base's values of what training may change
-
-
-def keep_originals(view: View) -> None:
-    """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
-    changing = {**view.trained, **view.buffers}
-    changing |= {name: view.base[name] for name in view.adapter.originals if name in view.base}  # replaced by a file's
-    view.adapter.keep_originals(changing, view.extra)
-
-
-def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
-    known = view.adapter.originals.keys() | view.record.changed.keys()
-    view.adapter.set_base_values({name: view.base[name] for name in names if name not in known})
-
-
-def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
-    """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
-    originals, present = view.adapter.originals, view.kept
-    for name in names:
-        original, tensor = originals[name], present[name].data
-        if original.is_meta or same_bits(tensor, original):
-            continue
-        if tensor.shape == original.shape:
-            undo.callback(tensor.copy_, tensor.clone())
-            tensor.copy_(original)
-        else:  # a buffer that has grown
-            undo.callback(replace_values, present[name], tensor)
-            replace_values(present[name], original.to(tensor, copy=True))
-
-
-# The one model inside a LightningModule
-
-_MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
-
-
-def root_of(model: nn.Module) -> str:
-    """Return the name of the one model inside: of transformers or diffusers, or the only one, or ``""``."""
-    outermost: list[str] = []
-    for name, module in named_modules(model).items():
-        inside = any(not other or name.startswith(f"{other}.") for other in outermost)
-        if class_names(module) & _MODELS and not inside:
-            outermost.append(name)
-    if outermost:
-        return outermost[0] if len(outermost) == 1 else ""
-    plain = plain_module(model)
-    if "LightningModule" not in class_names(plain) or any(True for _ in plain.parameters(recurse=False)):
-        return ""
-    holders = [name for name, child in plain.named_children() if any(True for _ in child.parameters())]
-    return holders[0] if len(holders) == 1 else ""

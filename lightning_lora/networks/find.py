@@ -7,8 +7,7 @@ from types import MappingProxyType
 from torch import nn
 
 from lightning_lora.networks.roles import Modules, Networks, Parameters
-from lightning_lora.tensors.named import grouped, modules_around, only, outermost_outside, outside, where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.named import by_owner, modules_around, only, outermost_outside, outside, where, without
 
 HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
@@ -37,7 +36,8 @@ def find_networks(
     """
     matrices = _matrices_of(base, beside)
     frozen = outside(where(only(matrices, layers), set(still).issuperset), copies)
-    training = _without_embeddings(where(matrices, still.isdisjoint), modules)
+    embeddings = where(modules, _is_embedding)
+    training = list(without(where(matrices, still.isdisjoint), embeddings))
     something_trains = training or beside
     if not frozen or not something_trains:
         return Networks(copies=copies)
@@ -52,17 +52,16 @@ def find_networks(
 
 def _matrices_of(base: Parameters, beside: Collection[str]) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those ``beside``."""
-    names = outside(where(base, _is_matrix), beside)
-    by_module = grouped(names, owner_of)
-    return {module: [base[name] for name in its_names] for module, its_names in by_module.items()}
+    matrices = where(base, _is_matrix)
+    return by_owner(only(matrices, set(outside(matrices, beside))))
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1
 
 
-def _without_embeddings(names: Iterable[str], modules: Modules) -> list[str]:
-    return [name for name in names if not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag)]
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import BaseMismatchError, listed, warn
-from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.digests import digests_as
+from lightning_lora.tensors.named import only, without
 
 Shapes = Mapping[str, Sequence[int]]  # of the trained tensors in a file, by name
 
@@ -55,12 +56,11 @@ def check_base(
 
 def _is_stored(here: Fingerprint, fingerprints_of_run: Sequence[Fingerprint], stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
-    without_halves = [{key: each[key] for key in here} for each in stored]
+    without_halves = [only(each, here) for each in stored]
     if here in without_halves:
         return True
-    if here not in fingerprints_of_run:
-        return False
-    return any(each in without_halves for each in fingerprints_of_run)
+    is_of_this_run = here in fingerprints_of_run
+    return is_of_this_run and any(each in without_halves for each in fingerprints_of_run)
 
 
 def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
@@ -185,12 +185,13 @@ def _compare_with_model(
     halves: Mapping[str, Any] = stored.get("rounded", no_halves)
     quantised = quantised_names(view)
     is_same_form = have_one_form(stored, here) and _same_are_quantised(names_there, halves, quantised)
+    digests = dict(zip(tensors, here["digests"], strict=True))
     compared = list[BaseTensor]()
-    for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
-        if name not in random:
-            halves_here = partial(_halves_of, view, name, tensor, exact)
-            is_quantised = name in quantised
-            compared.append(BaseTensor(names_there[name], name, tensor, exact, halves_here, is_quantised))
+    for name, tensor in without(tensors, random).items():
+        halves_here = partial(_halves_of, view, name, tensor, digests[name])
+        compared.append(
+            BaseTensor(names_there[name], name, tensor, digests[name], halves_here, is_packed=name in quantised)
+        )
     found = compare({**stored, "rounded": halves}, compared, is_same_form=is_same_form)
     found.differ = _names_only_there(halves, names_there.values()) + found.differ
     found.quantised = [name for name in found.quantised if name in view.parameters]
@@ -199,11 +200,8 @@ def _compare_with_model(
 
 def _same_are_quantised(names_there: Mapping[str, str], halves: Mapping[str, Any], quantised: set[str]) -> bool:
     """Whether the same tensors are quantised here and there."""
-    for name, name_there in names_there.items():
-        is_quantised_there = halves[name_there] is None
-        if is_quantised_there != (name in quantised):
-            return False
-    return True
+    quantised_there = {name for name, name_there in names_there.items() if halves[name_there] is None}
+    return quantised_there == quantised & names_there.keys()
 
 
 def _names_only_there(halves: Mapping[str, Any], names: Collection[str]) -> list[str]:
@@ -214,10 +212,10 @@ def _names_only_there(halves: Mapping[str, Any], names: Collection[str]) -> list
 
 def _halves_of(view: View, name: str, tensor: Tensor, exact: int) -> list[int]:
     """A base tensor's digests in half precision. The list is empty if the run has changed its values."""
-    record = view.record
-    if name in record.changed:
-        return record.half_digests.get(exact, [])
-    return record.halves(exact, tensor)
+    base = view.record.base
+    if base.row(name).change is not None:
+        return base.half_digests.get(exact, [])
+    return base.halves(exact, tensor)
 
 
 # What is said

@@ -9,24 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
-from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.base_values import base_values
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.record import record_of
+from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
+from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import Way, put
-from lightning_lora.storage.load.state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
-from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
+from lightning_lora.tensors.values import detached
 
 # Write
 
@@ -36,7 +39,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
     small = _with_small_states(view, checkpoint)
-    if any(map(is_dtensor, view.parameters.values())):
+    if where(view.parameters, is_dtensor):
         small = full_tensors(small)
     if written_later:
         small = _copy(small)
@@ -99,11 +102,7 @@ def _alone(value: Any) -> Any:
 
 def _copy(checkpoint: dict[str, Any]) -> Any:
     """A copy that later steps do not change. torch copies no tensor with a graph, such as a kept loss."""
-    return deepcopy(tree_map(_without_graph, checkpoint))
-
-
-def _without_graph(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return deepcopy(tree_map(detached, checkpoint))
 
 
 # Read
@@ -112,7 +111,7 @@ def _without_graph(value: Any) -> Any:
 def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for state in _with_averages(checkpoint).values():
-        state[AVERAGE] = _completed(model, state[AVERAGE], view_of(model).base_values)
+        state[AVERAGE] = _completed(model, state[AVERAGE], base_values(view_of(model)))
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
@@ -128,7 +127,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     digests_there = fitting[0]["digests"]
     for name, now, there in zip(base_tensors(view), digests_now, digests_there, strict=True):
         if now != there:
-            view.record.rounded_base[name] = now, there
+            view.record.base.row(name).rounding = Change(now, there)
     return True
 
 
@@ -160,15 +159,19 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     if KEY not in checkpoint:
         _load_base(model, state)
         return
-    stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
-    put(model, stored, Way(call=_CALL, reads_base=False))  # the stage or the end of fit has just read it
+    load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
     if whole:
         _complete_states(model, checkpoint)
 
 
+def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
+    """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
+    put(model, stored, Way(call=_CALL, reads_base=False))
+
+
 def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
-    base = {name: value.detach().clone() for name, value in view_of(model).base_values.items()}
+    base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
     for key, state in only(checkpoint, ("state_dict", MOVED)).items():
         checkpoint[key] = _completed(model, state, base)
 
@@ -187,7 +190,7 @@ def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Te
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a full state into the base, and initialise the adapters again."""
-    refuse_in_block(model, _CALL)
+    check_start(model, _CALL)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
@@ -198,7 +201,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.changed = {}
+    record.base.forget_changes()
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

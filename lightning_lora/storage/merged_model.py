@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.model.merge import tied_weights
-from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
@@ -82,7 +83,7 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
     """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
-    untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
+    untied = [weight.layer for weight in view.merged if weight.was_tied]
     untied += tied_weights(view)
     if is_folder and untied:
         _refuse_to_tie_again(view, untied)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
@@ -19,7 +19,7 @@ from lightning_lora.private import STATE_NOTES
 from lightning_lora.tensors.named import names_by, only, renamed, where, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.values import detached, replace_values
 
 
 def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
@@ -67,7 +67,7 @@ def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Ten
         if id(value) in adapters:
             del state[name]
         else:
-            state[name] = _detached(new_value)
+            state[name] = detached(new_value)
     absent = merged.keys() & new_values.keys()
     if absent:
         raise AdapterStateError(
@@ -76,10 +76,6 @@ def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Ten
         )
     state.update(new_values)
     return state
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.model.base_values import extra_digests, frozen_values
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.tensors.names import join, plain_name, state_dict
+from lightning_lora.tensors.named import among, joined, only, renamed, without
+from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
@@ -59,8 +62,8 @@ def adapter_state(view: View) -> dict[str, Any]:
 
 def without_extra(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
-    same = dict(view.adapter.extra.items() & view.extra.items())
-    return {name: value for name, value in state.items() if name not in same}
+    unchanged = view.adapter.extra.items() & extra_digests(view).items()
+    return without(state, dict(unchanged))
 
 
 def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,29 +82,46 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
-    record, trained = view.record, view.trained
-    originals = {name: value for name, value in record.adapter.originals.items() if name not in trained}
-    adapters = set(map(id, view.adapters.values()))
-    aliases = {name for name, p in view.parameters.items() if id(p) in adapters and name not in view.adapters}
-    dropped = {*view.frozen, *view.entries, *aliases}
-    noted = {*record.changed, *random}
-    held: dict[str, Any] = {n: p.detach() for n, p in view.frozen_values.items() if n in noted or n in originals}
-    held |= {name: view.buffers[name].detach() for name in record.changed if name in view.buffers}
-    held |= {plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}
-    kept: dict[str, Any] = {name: p.detach() for name, p in required(view).items()}
-    for name, value in held.items():
-        is_own = isinstance(value, Tensor) and not is_dtensor(value)
-        if not (name in originals and name not in noted and is_own and same_bits(value.detach(), originals[name])):
+    noted = {*view.record.base.changed, *random}
+    values = _frozen_that_may_differ(view, noted)
+    values.update(_not_frozen(view, state))
+    kept: dict[str, Any] = {name: tensor.detach() for name, tensor in required(view).items()}
+    originals = without(view.adapter.originals, view.trained)
+    for name, value in values.items():
+        if name in noted or not _is_of_base(value, originals.get(name)):
             kept[name] = value
-    for name in trained:
-        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
-            kept[name] = trained[name].detach()
+    for name, parameter in view.trained.items():
+        is_tied_and_merged = name in values and view.parameters[name] is not parameter
+        if is_tied_and_merged:  # its other use trains
+            kept[name] = parameter.detach()
     return kept
+
+
+def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Any]:
+    """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
+    frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
+    changed_buffers = only(view.buffers, view.record.base.changed)
+    return {name: tensor.detach() for name, tensor in {**frozen, **changed_buffers}.items()}
+
+
+def _not_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
+    adapters_by_all_names = among(view.parameters, set(view.adapters.values()))
+    other_names = adapters_by_all_names.keys() - view.adapters.keys()
+    return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
+
+
+def _is_of_base(value: object, original: Tensor | None) -> bool:
+    """Whether something that does not train still has the value that is kept of the base."""
+    if original is None or not isinstance(value, Tensor) or is_dtensor(value):
+        return False
+    return same_bits(value.detach(), original)
 
 
 def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
-    if broken := diverged(view, {**view.parameters, **view.buffers}):
+    broken = diverged(view, {**view.parameters, **view.buffers})
+    if broken:
         raise AdapterStateError(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."
@@ -110,20 +130,21 @@ def check_not_diverged(view: View) -> None:
 
 def diverged(view: View, values: Mapping[str, Any]) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
-    if view.is_adapted:
-        names, originals = [*required(view), *_statistics(view)], view.adapter.originals
-    else:  # a part of an adapted module is saved by itself
-        names, originals = [*view.adapters], {}
+    names = [*view.adapters]
+    originals = dict[str, Tensor]()
+    if view.is_adapted:  # otherwise a part of an adapted module is saved by itself
+        names += [*view.trained, *_statistics(view)]
+        originals = view.adapter.originals
     return [name for name in names if name in values and not _is_sound(values[name], originals.get(name))]
 
 
 def _statistics(view: View) -> list[str]:
     """The running statistics of norms. A step that is skipped for its overflow, as in 16-mixed, spoils them alone."""
-    found = list[str]()
+    names = []
     for name, module in view.modules.items():
         if isinstance(module, NormBase):
-            found += [join(name, leaf) for leaf in ("running_mean", "running_var") if leaf in module._buffers]
-    return found
+            names += joined(name, only(module._buffers, ("running_mean", "running_var")))
+    return names
 
 
 def _is_sound(value: Tensor | None, original: Tensor | None) -> bool:

@@ -163,10 +163,9 @@ def _of_merged(view: View, name: str, adapter: Adapter) -> StoredLayer:
 def _parameters_before_merge(view: View) -> dict[str, Tensor]:
     """The parameters by name. A weight that was tied, and was merged, is the one that its other use still has."""
     parameters = dict[str, Tensor](view.parameters)
-    for name, merged in view.record.merged.items():
-        for weight, base in merged.bases.items():
-            if isinstance(base, nn.Parameter):
-                parameters[join(name, weight)] = base
+    for merged in view.merged:
+        if merged.was_tied:
+            parameters[merged.name] = merged.base
     return parameters
 
 

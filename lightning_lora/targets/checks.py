@@ -5,11 +5,12 @@ from itertools import chain
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
+from lightning_lora.layers.matrices import weights_of
 from lightning_lora.patterns import matches_pattern
 from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
@@ -38,7 +39,7 @@ def check_not_lazy(names: Names) -> None:
 
 
 def _is_lazy(tensor: object) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
+    return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
 # Layers that cannot be adapted
@@ -159,8 +160,7 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
     parameters: dict[str, str] = {}
     for name, choice in choices.items():
         if choice.kind is LoRAParameters:
-            weights = [matrix.weight for matrix in choice.matrices]
-            parameters |= dict.fromkeys(joined(name, weights), name)
+            parameters |= dict.fromkeys(joined(name, weights_of(choice.matrices)), name)
         else:
             layers[name] = name
     _check_keys(names, "rank_pattern", config.rank_pattern, {**layers, **parameters})
@@ -173,7 +173,7 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     if keys is None:
         return
     matched = {key: _matched_by(key, adapted) for key in keys}
-    unmatched = [key for key, layers in matched.items() if not layers]
+    unmatched = list(without(matched, where(matched, bool)))
     if unmatched:
         _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
         _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
@@ -183,16 +183,15 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
 
 def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
     """The layers and parameters that a key means, by their own names or by those of their modules."""
-    names = {name for name in adapted if matches_pattern(key, name)}
-    names_by_module = {name for name, module in adapted.items() if matches_pattern(key, module)}
-    return names | names_by_module
+    modules = _matching(key, set(adapted.values()))
+    return {*_matching(key, adapted), *among(adapted, modules)}
 
 
 def _check_not_of_others(
     names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, where: str
 ) -> None:
     """Refuse keys that match what is not adapted."""
-    idle = [key for key in keys if _matches_any(key, others)]
+    idle = [key for key in keys if _matching(key, others)]
     if idle:
         raise TargetError(
             f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
@@ -200,8 +199,9 @@ def _check_not_of_others(
         )
 
 
-def _matches_any(key: str, names: Iterable[str]) -> bool:
-    return any(matches_pattern(key, name) for name in names)
+def _matching(key: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that a key means."""
+    return [name for name in names if matches_pattern(key, name)]
 
 
 def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:
@@ -235,13 +235,12 @@ def check_factor_names(choices: Mapping[str, Choice]) -> None:
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
-        unfit = [name for name, choice in choices.items() if not _fits_dora(choice)]
-        where = "linear, embedding and convolution layers without target_slices"
-        _refuse_unfit("use_dora=True", where, unfit, choices)
+        unfit = without(choices, where(choices, _fits_dora))
+        _refuse_unfit("use_dora=True", "linear, embedding and convolution layers without target_slices", unfit)
     if INITIALISATIONS[config.init].from_weight:
-        unfit = [name for name, choice in choices.items() if not _can_start_from_weight(choice)]
-        where = "layers other than embeddings, where it would change unseen tokens"
-        _refuse_unfit(f"init={config.init!r}", where, unfit, choices)
+        unfit = without(choices, where(choices, _can_start_from_weight))
+        what = f"init={config.init!r}"
+        _refuse_unfit(what, "layers other than embeddings, where it would change unseen tokens", unfit)
 
 
 def _fits_dora(choice: Choice) -> bool:
@@ -254,12 +253,12 @@ def _can_start_from_weight(choice: Choice) -> bool:
     return trains_rows or choice.kind.lora_drops_input
 
 
-def _refuse_unfit(what: str, where: str, unfit: list[str], choices: Mapping[str, Choice]) -> None:
+def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:
     if unfit:
-        layers = [f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit]
+        layers = [f"{name!r} ({type(choice.layer).__name__})" for name, choice in unfit.items()]
         raise TargetError(
-            f"{what} is for {where}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
-            f"exclude_modules={unfit[:_SHOWN]}."
+            f"{what} is for {fitting}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
+            f"exclude_modules={list(unfit)[:_SHOWN]}."
         )
 
 

@@ -11,7 +11,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
-from lightning_lora.tensors.named import among, first_names, without
+from lightning_lora.tensors.named import among, first_names, of_type, without
 from lightning_lora.tensors.names import named_modules, owner_of, parameters_of, plain_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,7 +92,7 @@ class Names:
 
     def of_type(self, kind: type[Module]) -> dict[str, Module]:
         """Return the modules of a class, and of its subclasses."""
-        return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
+        return of_type(self.modules, kind)
 
     def embeddings(self) -> list[str]:
         """Return the modules of torch's own kind of embedding."""

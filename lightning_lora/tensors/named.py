@@ -3,10 +3,11 @@
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import TypeVar
 
-from lightning_lora.tensors.names import is_in_any, join, starts_of
+from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
 
 Thing = TypeVar("Thing")
 Key = TypeVar("Key")
+Kind = TypeVar("Kind")
 
 
 # Some of them
@@ -18,8 +19,13 @@ def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[
 
 
 def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
-    """Return those that are some of these things."""
+    """Return those that are some of these things: of tensors, a set."""
     return {name: thing for name, thing in named.items() if thing in things}
+
+
+def of_type(named: Mapping[str, object], kind: type[Kind]) -> dict[str, Kind]:
+    """Return the instances of a class, and of its subclasses."""
+    return {name: thing for name, thing in named.items() if isinstance(thing, kind)}
 
 
 def only(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:
@@ -95,6 +101,12 @@ def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[K
     for thing in things:
         groups.setdefault(group_of(thing), []).append(thing)
     return groups
+
+
+def by_owner(tensors: Mapping[str, Thing]) -> dict[str, list[Thing]]:
+    """Return tensors by the names of the modules that hold them."""
+    by_module = grouped(tensors, owner_of)
+    return {module: [tensors[name] for name in names] for module, names in by_module.items()}
 
 
 def names_by(named: Mapping[str, Key]) -> dict[Key, list[str]]:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED
-from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
 _WRAPPED = (COMPILED, CHECKPOINTED)
 
@@ -142,54 +141,3 @@ def set_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
     """Replace the parameter or buffer that ``module`` holds under ``name``."""
     owner, _, leaf = name.rpartition(".")
     setattr(submodule(module, owner), leaf, parameter)
-
-
-def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
-    """Return the state dict of ``model``, with plain names."""
-    return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
-
-
-_KEEP_THEIR_PARTS = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
-
-
-def loads_in_own_way(module: nn.Module) -> bool:
-    """Whether code of a user loads this module's state. It may read entries by name, and build parts of the module."""
-    return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
-
-
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
-    present = model.state_dict(keep_vars=True)
-    names_in_model = {plain_name(name): name for name in present}
-    loaded: dict[str, Any] = {}
-    for plain, value in state.items():
-        name = names_in_model.get(plain, plain)
-        target = present.get(name)
-        if target is not None and is_dtensor(target):
-            value = distributed_as(value, target)
-        loaded[name] = value
-    for plain in _read_in_own_way(model):
-        name = names_in_model.get(plain, plain)
-        if name in present:
-            loaded.setdefault(name, present[name])
-    shared = _under_all_names(present, loaded)
-    model.load_state_dict({**shared, **loaded}, strict=strict)
-
-
-def _read_in_own_way(model: nn.Module) -> list[str]:
-    """The entries of modules that load in their own way: each may read any of its own."""
-    names = []
-    for prefix, module in named_modules(model).items():
-        if loads_in_own_way(module):
-            names += [join(prefix, name) for name in (*module._parameters.keys(), *module._buffers.keys())]
-    return names
-
-
-def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The loaded values, under every name that their tensors have in the model: a tied one has several."""
-    value_by_tensor: dict[int, Any] = {}
-    for name, value in loaded.items():
-        tensor = present.get(name)
-        if isinstance(tensor, Tensor):
-            value_by_tensor[id(tensor)] = value
-    return {name: value_by_tensor[id(tensor)] for name, tensor in present.items() if id(tensor) in value_by_tensor}

@@ -17,6 +17,11 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
 
+def detached(value: Any) -> Any:
+    """Return a tensor without its graph, or another value as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Return a copy in CPU memory. A tensor without values stays on the meta device."""
     return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

@@ -1,7 +1,5 @@
 """The merge at the end of a fit: what it needs, and which adapters are merged."""
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -17,10 +15,10 @@ from lightning_lora.errors import (
 from lightning_lora.model.merge import check_mergeable, merge_adapters, quantised_layers, tied_weights
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
-from lightning_lora.storage.checkpoint import load_checkpoint_state
+from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.names import state_dict
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
 from lightning_lora.training.returned_records import returns_state_only
@@ -125,8 +123,7 @@ def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
     """Load the best file's adapters in all processes, or none. Return a text that says which are on the model."""
     path = trainer.strategy.broadcast(getattr(monitored_checkpoint(trainer), "best_model_path", ""))
     try:
-        checkpoint = _read_in_all_processes(trainer, path)
-        load_checkpoint_state(pl_module, checkpoint)
+        load_stored(pl_module, _read_in_all_processes(trainer, path))
     except (OSError, LoRAError) as failure:
         warn(
             f"merge='best' could not load a best checkpoint ({failure}). The last adapters are merged instead.",
@@ -137,22 +134,22 @@ def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
     return f"the best adapters ({path})"
 
 
-def _read_in_all_processes(trainer: Trainer, path: str) -> dict[str, Any]:
+def _read_in_all_processes(trainer: Trainer, path: str) -> StoredAdapters:
     """Read a file of adapters in all processes, or fail in all."""
-    checkpoint: dict[str, Any] = {}
+    stored: StoredAdapters | None = None
     failure: Exception = AdapterFileError("another process could not read it")
     try:
-        checkpoint = _read(path)
+        stored = _read(path)
     except (OSError, LoRAError) as error:
         failure = error
-    if not trainer.strategy.reduce_boolean_decision(bool(checkpoint)):
+    is_read_everywhere = trainer.strategy.reduce_boolean_decision(stored is not None)
+    if stored is None or not is_read_everywhere:
         raise failure
-    return checkpoint
+    return stored
 
 
-def _read(path: str) -> dict[str, Any]:
-    """A file of adapters as a checkpoint."""
+def _read(path: str) -> StoredAdapters:
+    """The adapters in a file. Its hyperparameters may be objects of any class."""
     if not path:
         raise FileNotFoundError("ModelCheckpoint wrote none")
-    stored = read_adapter_file(path)  # its hyperparameters may be objects of any class
-    return {"state_dict": stored.state, KEY: stored.description()}
+    return read_adapter_file(path)

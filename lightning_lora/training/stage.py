@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.merged import check_own
@@ -170,7 +171,7 @@ class Stage:
         view = view_of(pl_module)
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
-        for name, tensor in view.kept.items():
+        for name, tensor in kept_tensors(view).items():
             if self.before is None or self.before.has_changed(name, tensor):
                 view.adapter.set_base_values({name: tensor})
         return True
@@ -189,7 +190,7 @@ class Stage:
         if not self.adapts(pl_module, for_file=stored is not None):
             return
         self.inject(pl_module, stored)
-        view_of(pl_module).record.buffers_were_filled(self.filled)
+        view_of(pl_module).record.base.buffers_were_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)

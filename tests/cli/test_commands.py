@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
@@ -30,26 +30,51 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "a.safetensors")
 
 
-def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(file: str, capsys: Any) -> None:
+def assert_in_all(parts: list[str], text: str) -> None:
+    """Expect all these parts in a text."""
+    for part in parts:
+        assert part in text
+
+
+def says(capsys: Any) -> str:
+    """What a command wrote of its errors, on one line."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(tensors.items()))
+
+
+def update_of(layer: Any) -> Tensor:
+    """s B A."""
+    return layer.lora_settings.scaling * layer.lora_B @ layer.lora_A
+
+
+SHOWN = [
+    "q_proj",
+    "v_proj",
+    "Linear",
+    "head.weight [4, 8]",
+    "4 frozen tensors",
+    "modules_to_save=['head']",
+]
+
+
+def test_inspect_shows_what_a_file_holds_as_tables(file: str, capsys: Any) -> None:
     assert main(["inspect", file]) == 0
-    shown = capsys.readouterr().out
-    for text in (
-        "q_proj",
-        "v_proj",
-        "Linear",
-        "head.weight [4, 8]",
-        "4 frozen tensors",
-        "modules_to_save=['head']",
-    ):
-        assert text in shown
+    assert_in_all(SHOWN, capsys.readouterr().out)
+
+
+def test_inspect_shows_what_a_file_holds_as_json(file: str, capsys: Any) -> None:
     assert main(["inspect", file, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    model = adapted()
-    delta: Any = 4 * model.q_proj.lora_B @ model.q_proj.lora_A  # type: ignore[operator]
-    assert [layer["name"] for layer in found["layers"]] == ["q_proj", "v_proj"]
-    assert found["layers"][0]["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
-    assert 1 <= found["layers"][0]["effective_rank"] <= 2
-    assert found["layers"][0]["scaling"] == 4
+    delta = update_of(adapted().q_proj)
+    q, v = found["layers"]
+    assert q["name"] == "q_proj"
+    assert v["name"] == "v_proj"
+    assert q["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+    assert 1 <= q["effective_rank"] <= 2
+    assert q["scaling"] == 4
     assert found["beside"].keys() == {"head.weight", "head.bias"}
     assert found["format"] == 3
 
@@ -62,29 +87,27 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert "Merged 2 weights into" in capsys.readouterr().out
     model = adapted()
     ll.merge_adapters(model)
-    assert_same_tensors(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
+    assert_same_tensors(in_order(load_file(out)), in_order(model.state_dict()))
     save_file(LitTiny().bfloat16().state_dict(), base)
     assert main(["merge", str(base), file, str(out)]) == 0
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert error.startswith("warning: 4 tensors in")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: 4 tensors in")
     assert main(["merge", str(base), file, str(tmp_path / "merged.bin")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("warning: 4 tensors in")
-    assert error.splitlines()[-1].startswith("error: ")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("warning: 4 tensors in")
+    assert lines[-1].startswith("error: ")
 
 
-def test_an_error_is_the_last_line_below_the_usage_and_a_code(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("name", "says"), [("none", "does not exist."), ("text", "is no archive of torch")])
+def test_an_error_is_the_last_line_below_the_usage_and_a_code(
+    tmp_path: Path, capsys: Any, name: str, says: str
+) -> None:
     (tmp_path / "text").write_text("no file of tensors")
-    for name, says in (("none", "does not exist."), ("text", "is no archive of torch")):
-        assert main(["inspect", str(tmp_path / name)]) == 1
-        usage, error = capsys.readouterr().err.splitlines()
-        assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")
-        assert error.startswith("error: ")
-        assert says in error
-    with pytest.raises(SystemExit) as done:
-        main(["nothing"])
-    assert done.value.code == 2
+    assert main(["inspect", str(tmp_path / name)]) == 1
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: lightning-lora inspect [-h] [--json] file")
+    assert error.startswith("error: ")
+    assert says in error
 
 
 def test_a_module_and_a_pipe(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,36 +121,48 @@ def test_a_module_and_a_pipe(file: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not done.value.code
 
 
+def test_an_unknown_command_is_an_error_of_usage() -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["nothing"])
+    assert done.value.code == 2
+
+
 def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: Any) -> None:
-    one = saved(tmp_path / "one.safetensors", LitTiny(), target_modules=["q_proj"])
-    paths = [str(tmp_path / "one.safetensors")] * 2
+    path = tmp_path / "one.safetensors"
+    one = saved(path, LitTiny(), target_modules=["q_proj"])
     out = str(tmp_path / "sum.safetensors")
-    assert main(["combine", *paths, "--weights", "1", "-3", "--out", out]) == 0
+    assert main(["combine", str(path), str(path), "--weights", "1", "-3", "--out", out]) == 0
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
     both = LitTiny()
     ll.load_adapter(both, out)
-    updates = [model.q_proj.lora_settings.scaling * model.q_proj.lora_B @ model.q_proj.lora_A for model in (one, both)]
-    torch.testing.assert_close(updates[1], -2 * updates[0])
+    torch.testing.assert_close(update_of(both.q_proj), -2 * update_of(one.q_proj))
 
 
 def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
     model = saved(tmp_path / "a.safetensors", LitTiny(), rank_pattern={"v_proj": 1})
-    arguments = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft")]
+    folder = tmp_path / "peft"
+    index = torch.arange(4)
+    arguments = ["export", str(tmp_path / "a.safetensors"), str(folder)]
     assert main([*arguments, "--uniform"]) == 0
     assert "Wrote files for peft into" in capsys.readouterr().out
-    assert '"rank_pattern": {}' in (tmp_path / "peft" / "adapter_config.json").read_text()
-    there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
-    torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
+    assert '"rank_pattern": {}' in (folder / "adapter_config.json").read_text()
+    there = peft.PeftModel.from_pretrained(LitTiny(), folder)
+    torch.testing.assert_close(there(index), model(index), rtol=1e-5, atol=1e-6)
     assert main([*arguments, "--root", "none"]) == 1
 
 
+def block() -> nn.Module:
+    return nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
+
+
 def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path: Path, capsys: Any) -> None:
-    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)}) for _ in range(4))
-    saved(tmp_path / "a.safetensors", model, r=4, alpha=None, rank_pattern={r"1\.query": 2})
-    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
-    shown = capsys.readouterr().out
-    assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)", "alpha=None"))
+    path = tmp_path / "a.safetensors"
+    model = nn.ModuleList([block(), block(), block(), block()])
+    saved(path, model, r=4, alpha=None, rank_pattern={r"1\.query": 2})
+    assert main(["inspect", str(path)]) == 0
+    rows = ["0,2-3.query (×3)", "1.query ", "*.value (×4)", "alpha=None"]
+    assert_in_all(rows, capsys.readouterr().out)
 
 
 def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,29 +194,33 @@ BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize(("says", "change"), BROKEN.items(), ids=BROKEN)
-def test_what_no_command_can_use_is_refused(file: str, tmp_path: Path, capsys: Any, says: str, change: Any) -> None:
+@pytest.mark.parametrize("command", ["inspect", "combine", "merge"])
+@pytest.mark.parametrize(("message", "change"), BROKEN.items(), ids=BROKEN)
+def test_what_no_command_can_use_is_refused(
+    file: str, tmp_path: Path, capsys: Any, message: str, change: Any, command: str
+) -> None:
     rewrite(Path(file), change)
-    save_file(LitTiny().state_dict(), base := tmp_path / "base.safetensors")
-    out = tmp_path / "out.safetensors"
-    combine = ["combine", file, file, "--out", str(out)]
-    merge = ["merge", str(base), file, str(out)]
-    for command in (["inspect", file], combine, merge):
-        assert main(command) == 1
-        assert says in " ".join(capsys.readouterr().err.split())
-    assert not out.exists()
+    base = str(tmp_path / "base.safetensors")
+    out = str(tmp_path / "out.safetensors")
+    save_file(LitTiny().state_dict(), base)
+    arguments = {
+        "inspect": [file],
+        "combine": [file, file, "--out", out],
+        "merge": [base, file, out],
+    }
+    assert main([command, *arguments[command]]) == 1
+    assert message in says(capsys)
+    assert not Path(out).exists()
 
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ll.export_peft(adapted(), folder := tmp_path / "peft")
-    for arguments in (
-        ["inspect", str(folder)],
-        ["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"],
-    ):
-        assert main(arguments) == 1
-        says = " ".join(capsys.readouterr().err.split())
-        assert "holds adapters of PEFT" in says
-        assert "save_adapter(model, 'adapter.safetensors')" in says
+    folder = tmp_path / "peft"
+    ll.export_peft(adapted(), folder)
+    advice = ["holds adapters of PEFT", "save_adapter(model, 'adapter.safetensors')"]
+    assert main(["inspect", str(folder)]) == 1
+    assert_in_all(advice, says(capsys))
+    assert main(["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"]) == 1
+    assert_in_all(advice, says(capsys))
 
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"
@@ -191,7 +230,7 @@ def shows_as_text(command: list[str], capsys: Any) -> None:
     """Expect a command to print these characters so that no terminal obeys them."""
     main(command)
     shown = "".join(capsys.readouterr())
-    assert all(each.isprintable() for each in shown.replace("\n", ""))
+    assert shown.replace("\n", "").isprintable()
     assert r"\x1b[31mred\x1b]0" in re.sub(r"[\s│┃]", "", shown)
 
 
@@ -235,10 +274,8 @@ def test_help_is_what_the_command_says_of_itself(command: str, capsys: Any) -> N
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--version"])
-    assert (done.value.code, capsys.readouterr().out) == (
-        0,
-        f"lightning-lora {ll.__version__}\n",
-    )
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"lightning-lora {ll.__version__}\n"
 
 
 def test_an_error_without_words_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:

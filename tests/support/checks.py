@@ -80,3 +80,8 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
 def copied(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of each tensor."""
     return {name: value.detach().clone() for name, value in values.items()}
+
+
+def messages_of(caught: Iterable[Any], category: type[Warning] = Warning) -> list[str]:
+    """What warnings of a class say, of those that were caught."""
+    return [str(each.message) for each in caught if issubclass(each.category, category)]

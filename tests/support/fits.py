@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import lightning.pytorch.callbacks as bundled
@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import StopError, trained
-from tests.support.models import LitTiny, data, lora, same, state, trainer
+from tests.support.checks import assert_same_tensors, parameters_that_train
+from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.versions import keeps_random
 
 
@@ -27,7 +28,8 @@ class Stateful:
     """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
 
     def __init__(self) -> None:
-        self.batches, self.at = list(data()), 0
+        self.batches = list(data())
+        self.at = 0
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -60,14 +62,28 @@ class Steps(L.Callback):
 
 
 def fit(
-    folder: Path, *callbacks: L.Callback, model: Any = None, train: Any = None, ckpt_path: Any = None, **options: Any
+    folder: Path,
+    *callbacks: L.Callback,
+    model: Any = None,
+    train: Any = None,
+    ckpt_path: Any = None,
+    **options: Any,
 ) -> tuple[Any, L.Trainer]:
     """Fit a module, or one of a class, or a LitTiny, with these callbacks; return it and its Trainer."""
-    torch.manual_seed(5 if ckpt_path is None else 6)  # a run that goes on does not find the numbers by chance
-    model = (model or LitTiny)() if model is None or isinstance(model, type) else model
+    torch.manual_seed(5)
+    if ckpt_path is not None:
+        torch.manual_seed(6)  # a run that goes on does not find the numbers by chance
+    if model is None:
+        model = LitTiny
+    if isinstance(model, type):
+        model = model()
+    if train is None:
+        train = data()
+    val = None
+    if is_overridden("validation_step", model):
+        val = data()
     t = trainer(folder, callbacks, **options)
-    val = data() if is_overridden("validation_step", model) else None
-    t.fit(model, data() if train is None else train, val, ckpt_path=ckpt_path)
+    t.fit(model, train, val, ckpt_path=ckpt_path)
     return model, t
 
 
@@ -81,26 +97,43 @@ def resumes_to_the_bit(
     **options: Any,
 ) -> Any:
     """Fit, and again from the first run's file ``at``, to the same bits. Return that module. Each run has a folder."""
-    models = build(), build()
-    file = folder / "through" / f"{at}.ckpt"
-    for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
-        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving or {})
+    unit, _, _ = at.partition("=")
+
+    def run(model: Any, name: str, ckpt_path: Path | None) -> None:
+        saves = ModelCheckpoint(folder / name, f"{{{unit}}}", save_top_k=-1, **(saving or {}))
         callbacks = [each() for each in make]
-        fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
-    assert same(state(models[1]), state(models[0]))
-    return models[1]
+        fit(
+            folder,
+            *callbacks,
+            saves,
+            model=model,
+            train=train(),
+            ckpt_path=ckpt_path,
+            **options,
+        )
+
+    through = build()
+    resumed = build()
+    run(through, "through", None)
+    run(resumed, "resumed", folder / "through" / f"{at}.ckpt")
+    assert_same_tensors(state(resumed), state(through))
+    return resumed
 
 
 def beside(companion: L.Callback, first: bool, **options: Any) -> list[L.Callback]:
     """The two callbacks in either order."""
-    return [companion, lora(**options)] if first else [lora(**options), companion]
+    if first:
+        return [companion, lora(**options)]
+    return [lora(**options), companion]
 
 
 def outcome(t: L.Trainer, stage: str, model: LitTiny, **options: Any) -> Tensor:
     """What a stage gives: predictions, or its only number."""
     if stage == "predict":
-        return torch.cat(t.predict(model, data(), **options))  # type: ignore[arg-type]
-    (numbers,) = getattr(t, stage)(model, data(), verbose=False, **options)
+        predictions: Any = t.predict(model, data(), **options)
+        return torch.cat(predictions)
+    run = getattr(t, stage)
+    (numbers,) = run(model, data(), verbose=False, **options)
     return torch.tensor(list(numbers.values()))
 
 
@@ -116,11 +149,19 @@ either_order = pytest.mark.parametrize("first", [False, True], ids=["after", "be
 
 
 def trainable(model: LitTiny) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return parameters_that_train(model)
 
 
 def adam(parameters: Any) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer holds."""
+    found: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        found += group["params"]
+    return found
 
 
 def by_hand(
@@ -131,20 +172,22 @@ def by_hand(
     clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
 ) -> None:
     """Train three epochs in plain torch."""
+
+    def step(chunk: list[Any]) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            for batch in chunk:
+                loss = model.loss(batch) / every
+                loss.backward()  # type: ignore[no-untyped-call]
+            clip(parameters_in(optimizer))
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+
     batches = list(data())
     for _ in range(3):
         for first in range(0, len(batches), every):
-            chunk = batches[first : first + every]
-
-            def closure(chunk: Any = chunk) -> Tensor:
-                optimizer.zero_grad()
-                for batch in chunk:
-                    value = model.loss(batch) / every
-                    value.backward()
-                clip([p for group in optimizer.param_groups for p in group["params"]])
-                return value
-
-            optimizer.step(closure)  # type: ignore[arg-type]
+            step(batches[first : first + every])
 
 
 def adapted() -> LitTiny:
@@ -165,7 +208,11 @@ class Notes(Logger):
         self.metrics: list[dict[str, float]] = []
 
     def log_hyperparams(self, params: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        changed = [key for each in self.seen for key, value in each.items() if params.get(key, value) != value]
+        changed = []
+        for earlier in self.seen:
+            for key, value in earlier.items():
+                if params.get(key, value) != value:
+                    changed.append(key)
         if changed:
             raise ValueError(f"{changed} cannot be changed")
         self.seen.append(dict(params))
@@ -189,9 +236,10 @@ class KeepsStates(L.Callback):
 
     def same(self) -> dict[str, Tensor]:
         """The state, which is the same in both."""
-        first, second = (torch.load(file, weights_only=True) for file in self.files)
-        assert same(first, second)
-        return first
+        first = torch.load(self.files[0], weights_only=True)
+        second = torch.load(self.files[1], weights_only=True)
+        assert_same_tensors(second, first)
+        return first  # type: ignore[no-any-return]
 
 
 class WritesLater(TorchCheckpointIO):
@@ -223,25 +271,66 @@ if keeps_random:  # Lightning 2.6
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([each[name] for each in states]).mean(0) for name in states[0]}
+    found = {}
+    for name in states[0]:
+        values = [each[name] for each in states]
+        found[name] = torch.stack(values).mean(0)
+    return found
 
 
 def moving(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    average = states[0]
+    average = dict(states[0])
     for each in states[1:]:
-        average = {name: 0.9 * value + 0.1 * each[name] for name, value in average.items()}
+        for name, value in each.items():
+            average[name] = 0.9 * average[name] + 0.1 * value
     return average
 
 
-# The companion; the average at the end of four epochs of four steps; what validation sees after the first
-AVERAGES: dict[str, tuple[Callable[[], L.Callback], Callable[[Any], Any], Callable[[Any], Any]]] = {}
+States = Sequence[dict[str, Tensor]]
+"""What trains after each of the steps of a fit."""
+
+
+def swa() -> L.Callback:
+    return StochasticWeightAveraging(0.1, swa_epoch_start=2)
+
+
+def swa_at_the_end(after: States) -> dict[str, Tensor]:
+    """The mean of what there is as each epoch from the second on begins."""
+    return mean(after[3:12:4])
+
+
+def last_of_first_epoch(after: States) -> dict[str, Tensor]:
+    """What a validation sees of SWA, which moves to the average when all is over."""
+    return after[3]
+
+
+def mean_of_first_epoch(after: States) -> dict[str, Tensor]:
+    return mean(after[:4])
+
+
+def ema() -> L.Callback:
+    return bundled.EMAWeightAveraging(decay=0.9)
+
+
+def ema_of_first_epoch(after: States) -> dict[str, Tensor]:
+    return moving(after[:4])
+
+
+class Average(NamedTuple):
+    """A callback, and what it gives."""
+
+    make: Callable[[], L.Callback]
+    at_the_end: Callable[[States], dict[str, Tensor]]
+    """After four epochs of four steps."""
+
+    seen_first: Callable[[States], dict[str, Tensor]]
+    """By the validation after the first epoch."""
+
+
+AVERAGES: dict[str, Average] = {}
 if Version(torch.__version__) >= Version("2.6"):  # the state of its schedule could not be loaded safely before
-    AVERAGES["swa"] = (
-        lambda: StochasticWeightAveraging(0.1, swa_epoch_start=2),
-        lambda after: mean(after[3:12:4]),  # as each epoch from the second on begins
-        lambda after: after[3],  # it moves to the average when all is over
-    )
+    AVERAGES["swa"] = Average(swa, swa_at_the_end, last_of_first_epoch)
 if hasattr(bundled, "WeightAveraging"):
-    AVERAGES["mean"] = (bundled.WeightAveraging, mean, lambda after: mean(after[:4]))
+    AVERAGES["mean"] = Average(bundled.WeightAveraging, mean, mean_of_first_epoch)
 if hasattr(bundled, "EMAWeightAveraging"):
-    AVERAGES["ema"] = (lambda: bundled.EMAWeightAveraging(decay=0.9), moving, lambda after: moving(after[:4]))
+    AVERAGES["ema"] = Average(ema, moving, ema_of_first_epoch)

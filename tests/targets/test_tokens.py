@@ -1,5 +1,6 @@
 """What ``trainable_token_indices`` means, and what it refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_lora import (
 )
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
+from tests.support.compared import assert_all_refused
 from tests.support.models import Around, TinyLM, randomise
 from tests.support.ranks import alone
 
@@ -42,6 +44,8 @@ class Model(nn.Module):
 
 
 class Asks(Model):
+    """A model whose input embedding is not to be asked for."""
+
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError
 
@@ -56,27 +60,21 @@ class Holder(nn.Module):
 
 
 def rows(model: nn.Module, given: Any, **config: Any) -> dict[str, tuple[int, ...]]:
+    """The rows that train, by the names of their embeddings."""
     inject_adapters(model, LoRAConfig(**{"r": 2, "trainable_token_indices": given, **config}))
-    return {name: matrix.tokens for name, (matrix, *_) in View(model).matrices.items() if matrix.tokens}
+    found = {}
+    for name, (matrix, *_) in View(model).matrices.items():
+        if matrix.tokens:
+            found[name] = matrix.tokens
+    return found
 
 
-def test_a_list_means_the_input_embedding_and_a_dict_names_embeddings() -> None:
+def test_a_list_means_the_input_embedding() -> None:
     assert rows(Model(), [9, 0]) == {"words": (0, 9)}  # in order
     assert rows(Around(Model()), range(2, 4)) == {"model.words": (2, 3)}
-    assert rows(nn.ModuleDict({"a": Model(), "b": Model()}), [1]) == {
-        "a.words": (1,),
-        "b.words": (1,),
-    }
     assert rows(Asks(), [1]) == {"embed_tokens": (1,)}
-    assert rows(Around(Model()), {"other": [7], "model.words": {1}}) == {
-        "model.words": (1,),
-        "model.other": (7,),
-    }
-    assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
-    how: dict[str, Any] = {"target_modules": "all", "exclude_modules": ["embed"]}
-    assert rows(TinyLM(), {"embed": [1]}, **how) == {"embed": (1,)}  # words leave it to its rows
-    pair = nn.ModuleDict({"embed": nn.Embedding(4, 4), "x": nn.ModuleDict({"embed": nn.Embedding(4, 4)})})
-    assert rows(pair, {"embed": [1]}) == {"embed": (1,)}  # a whole name means no end of another
+    both = nn.ModuleDict({"a": Model(), "b": Model()})
+    assert rows(both, [1]) == {"a.words": (1,), "b.words": (1,)}
 
 
 @pytest.mark.parametrize(
@@ -134,37 +132,43 @@ def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[s
         rows(build(), given, **config)
 
 
+def test_a_dict_names_embeddings() -> None:
+    found = rows(Around(Model()), {"other": [7], "model.words": {1}})
+    assert found == {"model.words": (1,), "model.other": (7,)}
+    assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
+    found = rows(TinyLM(), {"embed": [1]}, target_modules="all", exclude_modules=["embed"])
+    assert found == {"embed": (1,)}  # words leave it to its rows
+
+
+def test_a_whole_name_means_no_end_of_another() -> None:
+    inner = nn.ModuleDict({"embed": nn.Embedding(4, 4)})
+    pair = nn.ModuleDict({"embed": nn.Embedding(4, 4), "x": inner})
+    assert rows(pair, {"embed": [1]}) == {"embed": (1,)}
+
+
+def resize(embedding: nn.Embedding, size: int) -> None:
+    """As transformers does it."""
+    embedding.weight.data = torch.randn(size, 4)
+    embedding.num_embeddings = size
+
+
 @pytest.mark.parametrize(
     "how",
     [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}],
 )
-def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Path, how: dict[str, Any]) -> None:
+def test_a_resized_embedding_is_adapted_anew(tmp_path: Path, how: dict[str, Any]) -> None:
     model = Model()
     config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
     inject_adapters(model, config)
     others = {name: p for name, p in model.named_parameters() if "words" not in name}
-    model.words.weight.data = torch.randn(11, 4)  # as transformers does it
-    model.words.num_embeddings = 11
+    resize(model.words, 11)
     inject_adapters(model, config)
     assert model(torch.tensor([10, 1])).isfinite().all()
-    assert all(model.get_parameter(name) is p for name, p in others.items())
+    for name, p in others.items():
+        assert model.get_parameter(name) is p
     save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already"):
         rows(model, [1, 3])
-    randomise(model)
-    model.words.weight.data = torch.randn(12, 4)
-    for act in (
-        lambda: inject_adapters(model, config),
-        lambda: save_adapter(model, tmp_path / "b.safetensors"),
-        lambda: merge_adapters(model),
-    ):
-        with pytest.raises(AdapterStateError, match="'words' of Model was resized after inject_adapters"):
-            act()
-    remove_adapters(model)
-    inject_adapters(model, config)
-    merge_adapters(model)
-    assert len(model.words.weight) == 12
-    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators")  # of older versions of torch
@@ -174,3 +178,26 @@ def test_a_sharded_embedding_is_refused() -> None:
         model.embed.weight = nn.Parameter(dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh))
         with pytest.raises(TargetError, match="'embed' does not fit: its weight is sharded"):
             rows(model, {"embed": [1]})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}],
+)
+def test_a_resized_embedding_that_has_trained_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    model = Model()
+    config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
+    inject_adapters(model, config)
+    randomise(model)
+    resize(model.words, 12)
+    calls: list[Callable[[nn.Module], Any]] = [
+        lambda model: inject_adapters(model, config),
+        lambda model: save_adapter(model, tmp_path / "b.safetensors"),
+        merge_adapters,
+    ]
+    assert_all_refused(model, calls, AdapterStateError, "'words' of Model was resized after inject_adapters")
+    assert not list(tmp_path.iterdir())
+    remove_adapters(model)
+    inject_adapters(model, config)
+    merge_adapters(model)
+    assert len(model.words.weight) == 12

@@ -61,7 +61,15 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their frozen weights have" in said
     (listed,) = re.findall(r"modules_to_save=(\['head'\])", said)
-    assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=literal_eval(listed)) == []
+    assert (
+        fit(
+            tmp_path,
+            new_head(),
+            **TARGETS,
+            modules_to_save=literal_eval(listed),
+        )
+        == []
+    )
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
     assert "modules_to_save=['embed', 'head']" in said
 
@@ -379,7 +387,15 @@ def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_th
     assert literal_eval(listed) == parameters
     model = kind()
     before = state(model)
-    assert fit(tmp_path, model, **options, target_parameters=literal_eval(listed)) == []
+    assert (
+        fit(
+            tmp_path,
+            model,
+            **options,
+            target_parameters=literal_eval(listed),
+        )
+        == []
+    )
     after = state(model)
     for name in lines_with("lin.weight", before):
         assert not torch.equal(after[name], before[name]), name

@@ -10,20 +10,36 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
-from tests.training.test_known_modules import Checkpointed, Net, fitted
+from tests.support.checks import parameters_that_train
+from tests.training.test_known_modules import Checkpointed, Net, fitted, mean_square
 
-OWN_GRAD, OWN_CHECKPOINT = torch.autograd.grad, torch.utils.checkpoint.CheckpointFunction  # before any fit
+# Before any fit
+OWN_GRAD = torch.autograd.grad
+OWN_CHECKPOINT = torch.utils.checkpoint.CheckpointFunction
 
 
-class Adaptive(Net):  # of VQGAN: a weight of the loss is a gradient of the last layer
+class Adaptive(Net):
+    """Of VQGAN: a weight of the loss is a gradient of the last layer."""
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        output, last = self.net(batch), self.net[-1].weight
-        loss, other = (output - batch.flip(1)).square().mean(), output.mean()
-        sizes = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (loss, other)]
-        return loss + other * (sizes[0] / sizes[1]).detach()
+        output = self.net(batch)
+        loss = mean_square(output - batch.flip(1))
+        other = output.mean()
+        share = self.size_of_gradient(loss) / self.size_of_gradient(other)
+        return loss + other * share.detach()
+
+    def size_of_gradient(self, loss: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(
+            loss,
+            self.net[-1].weight,
+            retain_graph=True,
+        )
+        return gradient.norm()
 
 
-class Swallows(Adaptive):  # as VQGAN does, which expects torch's error in validations alone
+class Swallows(Adaptive):
+    """As VQGAN does, which expects torch's error in validations alone."""
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         try:
             return super().training_step(batch, batch_idx)
@@ -39,30 +55,49 @@ def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path, 
     fitted(tmp_path, model(), modules_to_save=["net.1"])
 
 
-class Meta(Net):  # MAML: an inner step over weights that were noted in __init__
-    def __init__(self, noted: bool = True) -> None:
+class Meta(Net):
+    """MAML: an inner step over weights that were noted in __init__."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.fast, self.noted = list(self.net.parameters()), noted
+        self.noted = list(self.net.parameters())
+
+    def fast(self) -> Any:
+        return self.noted
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        fast: Any = self.fast if self.noted else (p for p in self.net.parameters() if p.requires_grad)
-        self.inner = torch.autograd.grad(loss, fast, create_graph=True, allow_unused=True)
+        self.inner = torch.autograd.grad(
+            loss,
+            self.fast(),
+            create_graph=True,
+            allow_unused=True,
+        )
         return loss
+
+
+class MetaOfAdapters(Meta):
+    """An inner step over what trains."""
+
+    def fast(self) -> Any:
+        return parameters_that_train(self.net)
 
 
 def test_an_inner_loop_over_frozen_weights_ends_in_an_error_and_over_adapters_it_runs(tmp_path: Path) -> None:
     with pytest.raises(ll.TargetError, match=r"'net.0.weight'.* of Meta.*p.requires_grad") as caught:
         fitted(tmp_path, Meta())
     assert "does not require grad" in str(caught.value.__cause__)  # torch's own
-    model = fitted(tmp_path, Meta(noted=False))
-    assert len(model.inner) == 4 and all(each.any() for each in model.inner)
+    model = fitted(tmp_path, MetaOfAdapters())
+    assert len(model.inner) == 4
+    for gradient in model.inner:
+        assert gradient.any()
 
 
-class AsksForAll(Meta):  # parameters() is a generator, of which nothing is left when torch refuses
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.fast = self.net.parameters()  # type: ignore[assignment]
-        return super().training_step(batch, batch_idx)
+class AsksForAll(Meta):
+    """parameters() is a generator, of which nothing is left when torch refuses."""
+
+    def fast(self) -> Any:
+        return self.net.parameters()
 
 
 def test_weights_that_a_generator_names_are_named_too(tmp_path: Path) -> None:
@@ -70,18 +105,24 @@ def test_weights_that_a_generator_names_are_named_too(tmp_path: Path) -> None:
         fitted(tmp_path, AsksForAll())
 
 
+class AsksForItsInput(Net):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return torch.autograd.grad(loss, batch)
+
+
 def test_an_error_that_is_about_other_tensors_is_torchs_own(tmp_path: Path) -> None:
-    class Other(Net):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            return torch.autograd.grad(super().training_step(batch, batch_idx), batch)
-
     with pytest.raises(RuntimeError, match="does not require grad"):
-        fitted(tmp_path, Other())
+        fitted(tmp_path, AsksForItsInput())
 
 
-class Late(Checkpointed):  # its own checkpoint is first used after the first step
+class Late(Checkpointed):
+    """Its own checkpoint is first used after the first step."""
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) if batch_idx else Net.training_step(self, batch, batch_idx)
+        if batch_idx == 0:
+            return Net.training_step(self, batch, batch_idx)
+        return super().training_step(batch, batch_idx)
 
 
 def test_a_checkpoint_that_comes_after_the_first_step_ends_in_an_error_that_says_what_to_use(tmp_path: Path) -> None:
@@ -89,19 +130,30 @@ def test_a_checkpoint_that_comes_after_the_first_step_ends_in_an_error_that_says
         fitted(tmp_path, Late())
 
 
-class Watches(Net):  # notes whose functions its hooks and steps see
+class Watches(Net):
+    """Notes whose functions its hooks and steps see."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = set[Any]()
 
     def note(self) -> None:
-        self.seen |= {torch.autograd.grad, torch.utils.checkpoint.CheckpointFunction}
+        self.seen.add(torch.autograd.grad)
+        self.seen.add(torch.utils.checkpoint.CheckpointFunction)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         assert torch.autograd.grad is OWN_GRAD
-        return (checkpoint(self.net, batch, use_reentrant=True) - batch.flip(1)).square().mean()
+        output: Any = checkpoint(self.net, batch, use_reentrant=True)
+        return mean_square(output - batch.flip(1))
 
-    on_train_batch_start = on_train_batch_end = on_train_epoch_end = lambda self, *_: self.note()
+    def on_train_batch_start(self, *_: Any) -> None:  # type: ignore[override]
+        self.note()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.note()
+
+    def on_train_epoch_end(self) -> None:
+        self.note()
 
 
 class Stops(Net):
@@ -120,7 +172,8 @@ def test_torchs_functions_are_its_own_around_each_step_and_after_every_ending(tm
     assert model.seen == {OWN_GRAD, OWN_CHECKPOINT}
     with pytest.raises((RuntimeError, SystemExit)):
         fitted(tmp_path, Stops(error))
-    assert torch.autograd.grad is OWN_GRAD and torch.utils.checkpoint.CheckpointFunction is OWN_CHECKPOINT
+    assert torch.autograd.grad is OWN_GRAD
+    assert torch.utils.checkpoint.CheckpointFunction is OWN_CHECKPOINT
 
 
 def test_a_checkpoint_of_another_library_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Other callbacks and options mean what they always mean, and tuners leave no trace but what they found."""
 
 from collections.abc import Callable
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +16,83 @@ from torch.optim import Optimizer
 from lightning_lora import inject_adapters
 from lightning_lora.model.record import find_record
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
+from tests.support.checks import assert_holds_tensors, assert_same_tensors, flags_of
 from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, resumes_to_the_bit, trainable
-from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, X, data, is_plain, lora, state, trainer
 from tests.support.versions import exact
 
+
+def clip(parameters: Any) -> Any:
+    return nn.utils.clip_grad_norm_(parameters, 0.1)
+
+
+def sgd(parameters: Any) -> Optimizer:
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+def lbfgs(parameters: Any) -> Optimizer:
+    """Calls its closure several times in a step, and Lightning accumulates and clips in each."""
+    return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+
+
 # What the Trainer has, and how a plain loop does it
-TRAINING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "plain": ({}, {}),
-    "accumulate": ({"accumulate_grad_batches": 3}, {"every": 3}),
-    "clip": ({"gradient_clip_val": 0.1}, {"clip": lambda p: nn.utils.clip_grad_norm_(p, 0.1)}),
-}
-OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
-    "adam": adam,
-    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, line_search_fn="strong_wolfe"),
-}
-
-
-# LBFGS calls its closure several times in a step, and Lightning accumulates and clips in each
 @pytest.mark.parametrize(
-    ("optimizer", "training"),
-    [*(("adam", training) for training in TRAINING), ("sgd", "clip"), ("lbfgs", "plain")],
+    ("make", "options", "loop"),
+    [
+        (adam, {}, {}),
+        (adam, {"accumulate_grad_batches": 3}, {"every": 3}),
+        (adam, {"gradient_clip_val": 0.1}, {"clip": clip}),
+        (sgd, {"gradient_clip_val": 0.1}, {"clip": clip}),
+        (lbfgs, {}, {}),
+    ],
 )
-def test_training_is_that_of_a_plain_loop_over_the_adapters(tmp_path: Path, optimizer: str, training: str) -> None:
-    options, loop = TRAINING[training]
+def test_training_is_that_of_a_plain_loop_over_the_adapters(
+    tmp_path: Path,
+    make: Callable[[Any], Optimizer],
+    options: Any,
+    loop: Any,
+) -> None:
     expected = adapted()
-    by_hand(OPTIMIZERS[optimizer](trainable(expected)), expected, **loop)
+    by_hand(make(trainable(expected)), expected, **loop)
 
     def build() -> LitTiny:
         model = LitTiny()
-        model.configure_optimizers = lambda: OPTIMIZERS[optimizer](model.parameters())  # type: ignore[method-assign]
+        model.configure_optimizers = lambda: make(model.parameters())  # type: ignore[method-assign]
         return model
 
-    found = resumes_to_the_bit(tmp_path, build, lambda: lora(merge=False), at="epoch=1", max_epochs=3, **options)
-    assert same(state(found), state(expected)) and base_is_whole(found)
-    a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
+    found = resumes_to_the_bit(
+        tmp_path,
+        build,
+        partial(lora, merge=False),
+        at="epoch=1",
+        max_epochs=3,
+        **options,
+    )
+    assert_same_tensors(state(found), state(expected))
+    assert base_is_whole(found)
     assert files_hold_adapters_alone(tmp_path)
+    through = torch.load(tmp_path / "through" / "epoch=2.ckpt", weights_only=True)
+    resumed = torch.load(tmp_path / "resumed" / "epoch=2.ckpt", weights_only=True)
     for key in ("optimizer_states", "lr_schedulers", "lightning_lora"):
-        assert same_parts(a[key], b[key]), key
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"barebones": True, "default_root_dir": None},
-    {"detect_anomaly": True, "inference_mode": False},
-    {"precision": "bf16-mixed"},
-]
+        assert same_parts(resumed[key], through[key]), key
 
 
 @pytest.mark.filterwarnings("ignore:.*barebones=True:UserWarning")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"barebones": True, "default_root_dir": None},
+        {"detect_anomaly": True, "inference_mode": False},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=str,
+)
 def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"max_epochs": 3, "enable_checkpointing": False, **options}
-    by_hand, _ = fit(tmp_path, model=adapted(), **options)  # Lightning itself, on a module that is adapted already
+    by_lightning, _ = fit(tmp_path, model=adapted(), **options)  # on a module that is adapted already
     model, t = fit(tmp_path, lora(), **options)
-    assert is_plain(model) and same_parts(trained(model), trained(by_hand))
+    assert is_plain(model)
+    assert same_parts(trained(model), trained(by_lightning))
     if "barebones" not in options:
         t.save_checkpoint(tmp_path / "after.ckpt")
         assert files_hold_adapters_alone(tmp_path)
@@ -79,7 +102,9 @@ def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path
 # Tuners leave no trace but what they found
 
 
-class OwnData(LitTiny):  # with loaders of its own, whose batch size is to be found
+class OwnData(LitTiny):
+    """A module with loaders of its own, whose batch size is to be found."""
+
     def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
         super().__init__(lr=lr)
         self.save_hyperparameters()
@@ -90,34 +115,73 @@ class OwnData(LitTiny):  # with loaders of its own, whose batch size is to be fo
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
+def plain(folder: Path) -> OwnData:
+    return OwnData()
+
+
+def with_adapters(folder: Path) -> OwnData:
+    model = OwnData()
+    inject_adapters(model, lora().config)
+    return model
+
+
+def merged(folder: Path) -> OwnData:
+    model = with_adapters(folder)
+    fit(folder, lora(), model=model, enable_checkpointing=False)
+    return model
+
+
+def lr_find(model: LitTiny, t: L.Trainer) -> None:
+    Tuner(t).lr_find(model, num_training=14, early_stop_threshold=None)
+
+
+def scale_in_fit(model: LitTiny, t: L.Trainer) -> None:
+    Tuner(t).scale_batch_size(model, method="fit", max_trials=2, steps_per_trial=1)
+
+
+def scale_in_validate(model: LitTiny, t: L.Trainer) -> None:
+    Tuner(t).scale_batch_size(model, method="validate", max_trials=2, steps_per_trial=1)
+
+
+def scale_in_predict(model: LitTiny, t: L.Trainer) -> None:
+    Tuner(t).scale_batch_size(model, method="predict", max_trials=2, steps_per_trial=1)
+
+
+def classes_of(model: LitTiny) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
 @pytest.mark.parametrize(
-    ("method", "came"),
+    ("tune", "build"),
     [
-        *product(["lr_find", "fit"], ["plain", "merged"]),
-        ("fit", "adapted"),
-        ("validate", "plain"),
-        ("predict", "merged"),
+        (lr_find, merged),
+        (scale_in_fit, merged),
+        (scale_in_fit, with_adapters),
+        (scale_in_validate, plain),
+        (scale_in_predict, merged),
     ],
 )
-def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, method: Any, came: str) -> None:
+def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, tune: Any, build: Any) -> None:
+    model = build(tmp_path)
+    before, output = state(model), model(X)
+    classes, flags = classes_of(model), flags_of(model)
+    tune(model, trainer(tmp_path, [lora()], enable_checkpointing=False))
+    assert torch.equal(model(X), output)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert classes_of(model) == classes
+    assert_same_tensors(state(model), before)
+    assert flags_of(model) == flags
+    assert find_record(model) is None or base_is_whole(model)
+
+
+@pytest.mark.parametrize("tune", [lr_find, scale_in_fit])
+def test_tuning_of_a_fit_may_leave_fresh_adapters_for_the_fit_that_is_to_come(tmp_path: Path, tune: Any) -> None:
     model = OwnData()
-    if came != "plain":
-        inject_adapters(model, lora().config)
-    if came == "merged":
-        fit(tmp_path, lora(), model=model, enable_checkpointing=False)
-    t = trainer(tmp_path, [lora()], enable_checkpointing=False)
-    before, kinds = state(model), [type(module) for module in model.modules()]
-    flags, output = [p.requires_grad for p in model.parameters()], model(X)
-    if method == "lr_find":
-        Tuner(t).lr_find(model, num_training=14, early_stop_threshold=None)
-    else:
-        Tuner(t).scale_batch_size(model, method=method, max_trials=2, steps_per_trial=1)
-    assert torch.equal(model(X), output) and not list(tmp_path.rglob("*.ckpt"))
-    if came == "plain" and method in ("lr_find", "fit"):  # it may have fresh adapters now, for the fit that is to come
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    else:
-        assert [type(module) for module in model.modules()] == kinds and same(state(model), before)
-        assert [p.requires_grad for p in model.parameters()] == flags
+    before, output = state(model), model(X)
+    tune(model, trainer(tmp_path, [lora()], enable_checkpointing=False))
+    assert torch.equal(model(X), output)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert_holds_tensors(state(model), before)
     assert find_record(model) is None or base_is_whole(model)
 
 
@@ -129,25 +193,45 @@ def finds_batch_size() -> L.Callback:
     return BatchSizeFinder(max_trials=3, steps_per_trial=2)
 
 
+LR_WITH_AN_AVERAGE = [(finds_lr, "lr", average) for average in list(AVERAGES)[-1:]]
+"""With one of the averages that this version of Lightning has, if there is any."""
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
 @exact
 @pytest.mark.parametrize(
     ("finder", "name", "average"),
     [
         (finds_lr, "lr", None),
         (finds_batch_size, "batch_size", None),
-        *((finds_lr, "lr", average) for average in list(AVERAGES)[-1:]),
+        *LR_WITH_AN_AVERAGE,
     ],
 )
-def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: Any, name: str, average: Any) -> None:
-    found, plain = OwnData(), OwnData()
-    for model, callbacks in ((found, [finder()]), (plain, [])):
+def test_fit_with_a_finder_is_fit_with_what_it_finds(
+    tmp_path: Path,
+    finder: Any,
+    name: str,
+    average: Any,
+) -> None:
+    def fitted(model: OwnData, folder: Path, *callbacks: L.Callback) -> OwnData:
         torch.manual_seed(5)
-        callbacks.append(ModelCheckpoint(tmp_path / str(model is found), "{step}", save_top_k=-1))
-        if average:
-            callbacks.append(AVERAGES[average][0]())
-        trainer(tmp_path, [lora(), *callbacks]).fit(model)
-        plain.hparams[name] = found.hparams[name]
-    assert found.hparams[name] != OwnData().hparams[name] and is_plain(found)
-    assert same(state(found), state(plain)) and same(trained(found), trained(plain)) and base_is_whole(found)
-    names = [[file.name for file in sorted((tmp_path / str(each)).iterdir())] for each in (True, False)]
-    assert files_hold_adapters_alone(tmp_path) and names[0] == names[1] and not list(tmp_path.glob(".*"))
+        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1)
+        averages = [AVERAGES[average][0]()] if average else []
+        trainer(tmp_path, [lora(), *callbacks, saves, *averages]).fit(model)
+        return model
+
+    found = fitted(OwnData(), tmp_path / "found", finder())
+    told = OwnData()
+    told.hparams[name] = found.hparams[name]
+    fitted(told, tmp_path / "told")
+    assert found.hparams[name] != OwnData().hparams[name]
+    assert is_plain(found)
+    assert_same_tensors(state(found), state(told))
+    assert_same_tensors(trained(found), trained(told))
+    assert base_is_whole(found)
+    assert files_hold_adapters_alone(tmp_path)
+    assert names_in(tmp_path / "found") == names_in(tmp_path / "told")
+    assert not list(tmp_path.glob(".*"))

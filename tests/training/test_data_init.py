@@ -168,7 +168,13 @@ def directions(x: Tensor) -> Tensor:
     ],
 )
 def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: int, run: dict[str, Any]) -> None:
-    found = begun(tmp_path, Deep(), numbers(), init="eva", run=run)
+    found = begun(
+        tmp_path,
+        Deep(),
+        numbers(),
+        init="eva",
+        run=run,
+    )
     x = torch.cat([batch[0] for batch in islice(numbers(), most)])
     for name, layer in Deep().layers.named_children():
         if isinstance(layer, nn.Linear):
@@ -400,13 +406,23 @@ def test_a_second_fit_goes_on(tmp_path: Path, init: Any) -> None:
     adapters = ll.LoRACallback(r=3, merge=False, init=init)
     fit(tmp_path, adapters, model=model)
     trained = state(model)
-    second = begun(tmp_path, model, data(), init=init)
+    second = begun(
+        tmp_path,
+        model,
+        data(),
+        init=init,
+    )
     assert_same_tensors(second.state, trained)
 
 
 @for_each_init
 def test_a_fit_after_a_tuner_starts(tmp_path: Path, init: Any) -> None:
-    alone = begun(tmp_path, LitTiny(), data(), init=init)
+    alone = begun(
+        tmp_path,
+        LitTiny(),
+        data(),
+        init=init,
+    )
     model, found = LitTiny(), Begun()
     torch.manual_seed(5)
     adapters = ll.LoRACallback(r=3, merge=False, init=init)
@@ -504,7 +520,12 @@ def test_a_step_that_cannot_run_alone_is_refused(
 ) -> None:
     model = kind()
     with pytest.raises(ll.ConfigError, match=rf"init='{init}' .*{says}"):
-        fit(tmp_path, ll.LoRACallback(init=init), model=model, train=numbers())
+        fit(
+            tmp_path,
+            ll.LoRACallback(init=init),
+            model=model,
+            train=numbers(),
+        )
     assert is_plain(model)
 
 
@@ -772,7 +793,12 @@ def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tm
     loader.dataset.tensors[0][5] = math.nan  # type: ignore[attr-defined]
     before = state(model)
     statistics = state(model.teacher[0])
-    found = begun(tmp_path, model, loader, init=init)
+    found = begun(
+        tmp_path,
+        model,
+        loader,
+        init=init,
+    )
     assert found.state["layers.0.lora_A"].isfinite().all()
     assert_holds_tensors(found.state, before)
     assert not found.should_stop

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp3
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.for_strategy import overlay_strategy
+from tests.support.checks import lines_with
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
@@ -23,31 +24,74 @@ from tests.support.sharded_fits import State, assert_same, differing, fit, messa
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
 
 
-def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], **options: Any) -> State:
+def of_zero(
+    kind: str,
+    folder: Path,
+    *args: Any,
+    zero: dict[str, Any],
+    **options: Any,
+) -> State:
     """A fit with these options of DeepSpeed."""
-    return fit(kind, folder, *args, strategy=CpuDeepSpeed(**{"stage": 2, **zero}), **options)
+    strategy = CpuDeepSpeed(**{"stage": 2, **zero})
+    return fit(
+        kind,
+        folder,
+        *args,
+        strategy=strategy,
+        **options,
+    )
 
 
-def trained(folder: Path, *args: Any, **options: Any) -> list[State]:
-    return run_ranks(of_zero, "run", folder, *args, **{"zero": {}, **options})
+def trained(
+    folder: Path,
+    *args: Any,
+    zero: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[State]:
+    """What each process has after a fit."""
+    return run_ranks(
+        of_zero,
+        "run",
+        folder,
+        *args,
+        zero=zero or {},
+        **options,
+    )
 
 
-def resumed(folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], **options: Any) -> list[State]:
-    return trained(folder / "again", build, kwargs, path_of(folder, "run", 0), **options)
+def resumed(
+    folder: Path,
+    build: Callable[[], LitNet],
+    kwargs: dict[str, Any],
+    **options: Any,
+) -> list[State]:
+    """What each process has after a fit that goes on from the first file of another one."""
+    first = path_of(folder, "run", 0)
+    return trained(
+        folder / "again",
+        build,
+        kwargs,
+        first,
+        **options,
+    )
 
 
 def of_ddp(folder: Path, *args: Any, **options: Any) -> State:
     return run_ranks(fit, "ddp", folder, *args, **options)[0]
 
 
-class Groups(LitNet):  # groups of which one has no weight that trains, each with a rate of its own
+class Groups(LitNet):
+    """Groups of which one has no weight that trains, each with a rate of its own."""
+
     def configure_optimizers(self) -> Any:
         assert self.model is not None
         head = set(self.model.head.parameters())
         body = [p for p in self.parameters() if p not in head]
+        vectors = [p for p in body if p.dim() < 2]
+        matrices = [p for p in body if p.dim() >= 2]
         groups = [
-            {"params": [p for p in body if p.dim() < 2], "weight_decay": 0.0, "lr": 1e-4},
-            {"params": [p for p in body if p.dim() >= 2]},
+            {"params": vectors, "weight_decay": 0.0, "lr": 1e-4},
+            {"params": matrices},
             {"params": [*head], "lr": 3e-2},
         ]
         optimizer = torch.optim.AdamW(groups, lr=1e-2)
@@ -56,35 +100,65 @@ class Groups(LitNet):  # groups of which one has no weight that trains, each wit
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class InConfig(LitNet):  # the optimizer is DeepSpeed's
+class InConfig(LitNet):
+    """The optimizer is DeepSpeed's."""
+
     def configure_optimizers(self) -> Any:
         raise NotImplementedError
 
 
-class WarmsUp(LitNet):  # writes one rate to all groups by hand
+class WarmsUp(LitNet):
+    """Writes one rate to all groups by hand."""
+
     def on_train_batch_start(self, *_: Any) -> None:
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = 1e-3
 
 
-ADAM = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+ADAM = {
+    "zero_optimization": {"stage": 2},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 1e-2, "torch_adam": True},
+    },
+}
+SCALED = {"lr_scale": 3, "modules_to_save": ["head"]}
 
 
 @pytest.mark.parametrize(
-    ("build", "zero", "kwargs"),
+    ("build", "under_ddp", "zero", "kwargs"),
     [
-        (Groups, {"stage": 2}, {"lr_scale": 3, "modules_to_save": ["head"]}),
-        (WarmsUp, {"stage": 2}, {"lr_scale": 3, "modules_to_save": ["head"]}),
-        (LitNet, {"offload_optimizer": True}, {}),
-        (InConfig, {"config": ADAM}, {}),
+        pytest.param(Groups, Groups, {"stage": 2}, SCALED, id="groups, scaled"),
+        pytest.param(WarmsUp, WarmsUp, {"stage": 2}, SCALED, id="by hand, scaled"),
+        pytest.param(LitNet, LitNet, {"offload_optimizer": True}, {}, id="offload"),
+        pytest.param(InConfig, LitNet, {"config": ADAM}, {}, id="config"),
     ],
-    ids=["groups, scaled", "by hand, scaled", "offload", "config"],
 )
-def test_optimizers_in_all_forms_are_those_of_ddp(tmp_path: Path, build: Any, zero: Any, kwargs: Any) -> None:
-    expected = of_ddp(tmp_path, LitNet if build is InConfig else build, kwargs)
-    assert_same(trained(tmp_path, build, kwargs, zero=zero)[0], expected)
-    assert differing(path_of(tmp_path, "run", 1), path_of(tmp_path, "ddp", 1)) == []
-    assert_same(resumed(tmp_path, build, kwargs, zero=zero)[1], expected)
+def test_optimizers_in_all_forms_are_those_of_ddp(
+    tmp_path: Path,
+    build: Any,
+    under_ddp: Any,
+    zero: Any,
+    kwargs: Any,
+) -> None:
+    expected = of_ddp(tmp_path, under_ddp, kwargs)
+    found = trained(
+        tmp_path,
+        build,
+        kwargs,
+        zero=zero,
+    )
+    assert_same(found[0], expected)
+    file = path_of(tmp_path, "run", 1)
+    file_of_ddp = path_of(tmp_path, "ddp", 1)
+    assert differing(file, file_of_ddp) == []
+    again = resumed(
+        tmp_path,
+        build,
+        kwargs,
+        zero=zero,
+    )
+    assert_same(again[1], expected)
 
 
 def test_the_optimizer_of_a_configuration_takes_no_scale(tmp_path: Path) -> None:
@@ -107,11 +181,32 @@ NARROW = {"autocast_adapter_dtype": False}
         ("16-mixed", {"stage": 2, "initial_scale_power": 20, "loss_scale_window": 2}, NARROW, torch.float16),
     ],
 )
-def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any) -> None:
-    expected = trained(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[0]
+def test_half_precision_resumes_to_its_bits(
+    tmp_path: Path,
+    precision: Any,
+    zero: Any,
+    kwargs: Any,
+    dtype: Any,
+) -> None:
+    expected = trained(
+        tmp_path,
+        LitNet,
+        kwargs,
+        precision=precision,
+        zero=zero,
+    )[0]
     assert expected["model.layers.0.q.lora_A"].dtype == dtype
-    assert_same(resumed(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[1], expected)
-    assert not differing(path_of(tmp_path / "again", "run", 1), path_of(tmp_path, "run", 1), "optimizer")
+    again = resumed(
+        tmp_path,
+        LitNet,
+        kwargs,
+        precision=precision,
+        zero=zero,
+    )
+    assert_same(again[1], expected)
+    last = path_of(tmp_path, "run", 1)
+    last_again = path_of(tmp_path / "again", "run", 1)
+    assert differing(last_again, last, "optimizer") == []
 
 
 @pytest.mark.parametrize(
@@ -121,43 +216,73 @@ def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero
         ("bf16-true", {**NARROW, "use_dora": True, "bias": "all"}, "autocast_adapter_dtype=False and use_dora=False"),
     ],
 )
-def test_two_dtypes_in_half_precision_are_refused(tmp_path: Path, precision: Any, kwargs: Any, remedy: str) -> None:
+def test_two_dtypes_in_half_precision_are_refused(
+    tmp_path: Path,
+    precision: Any,
+    kwargs: Any,
+    remedy: str,
+) -> None:
     with pytest.raises(RankError, match=f"StrategyError: In half precision, .*{remedy}"):
         trained(tmp_path, LitNet, kwargs, precision=precision)
 
 
 def test_arguments_come_from_the_file(tmp_path: Path) -> None:
-    written, given = {"r": 3, "exclude_modules": ["head"], "bias": "all"}, LoRACallback(exclude_modules=["head"])
-    expected = trained(tmp_path, LitNet, {**written, "merge": "last"})[0]
-    options = {"callback": given, "zero": {"reduce_bucket_size": 500}, "path": path_of(tmp_path, "run", 0)}
-    assert_same(trained(tmp_path / "again", **options)[0], expected)
+    written = {"r": 3, "exclude_modules": ["head"], "bias": "all", "merge": "last"}
+    expected = trained(tmp_path, LitNet, written)[0]
+    found = trained(
+        tmp_path / "again",
+        callback=LoRACallback(exclude_modules=["head"]),
+        zero={"reduce_bucket_size": 500},
+        path=path_of(tmp_path, "run", 0),
+    )
+    assert_same(found[0], expected)
 
 
-def fits_again(folder: Path, kinds: list[str], size: int) -> tuple[State, State, State]:
-    """Two fits of one module, with the states that are saved after the first, and after an evaluation."""
+def optimizer_in(file: Path) -> State:
+    """What a checkpoint holds of its optimizer."""
+    leaves = read(file)
+    return {name: leaves[name] for name in lines_with("optimizer", leaves)}
+
+
+def strategy_of(kind: str) -> dict[str, Any]:
+    """Options of a Trainer: none for "ddp"."""
+    if kind == "ddp":
+        return {}
+    stage = int(kind[-1])
+    # So small that the engine sends in each step
+    return {"strategy": CpuDeepSpeed(stage=stage, reduce_bucket_size=3000)}
+
+
+def fits_again(folder: Path, kinds: list[str]) -> tuple[State, State, State]:
+    """Two fits of one module, with the states that are saved after the second, and after an evaluation."""
     L.seed_everything(1, verbose=False)
+    fitted, evaluated = folder / f"{kinds}-a.ckpt", folder / f"{kinds}-b.ckpt"
     module = LitNet()
-    saved = []
     for kind in kinds:
-        zero = {} if kind == "ddp" else {"strategy": CpuDeepSpeed(stage=int(kind[-1]), reduce_bucket_size=size)}
-        t = trainer_of("ddp", folder, [lora()], **zero)
+        t = trainer_of(
+            "ddp",
+            folder,
+            [lora()],
+            **strategy_of(kind),
+        )
         t.fit(module, data(), data())
-        t.save_checkpoint(folder / f"{kinds}-a.ckpt")
+        t.save_checkpoint(fitted)
         t.validate(module, data(), verbose=False)
-        t.save_checkpoint(folder / f"{kinds}-b.ckpt")
-        saved = [read(folder / f"{kinds}-{name}.ckpt") for name in "ab"]
-    return whole_state(module), *({name: v for name, v in each.items() if "optimizer" in name} for each in saved)
+        t.save_checkpoint(evaluated)
+    return whole_state(module), optimizer_in(fitted), optimizer_in(evaluated)
 
 
 @pytest.mark.parametrize("kinds", [["zero1", "zero1"], ["zero2", "ddp"]])
 def test_next_fit_is_not_touched_by_the_engine_of_the_last(tmp_path: Path, kinds: list[str]) -> None:
-    expected = run_ranks(fits_again, tmp_path, ["ddp", "ddp"], 0)[0]
-    found = run_ranks(fits_again, tmp_path, kinds, 3000)[0]  # so small that the engine sends in each step
+    expected = run_ranks(fits_again, tmp_path, ["ddp", "ddp"])[0]
+    found = run_ranks(fits_again, tmp_path, kinds)[0]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-class Reused(LitNet):  # returns the same optimizer in each fit
+class Reused(LitNet):
+    """Returns the same optimizer in each fit."""
+
     def configure_optimizers(self) -> Any:
         if "kept" not in vars(self):
             vars(self)["kept"] = super().configure_optimizers()
@@ -185,13 +310,15 @@ def folder_of_deepspeed(folder: Path) -> None:
 
 
 def refused(folder: Path, path: Path) -> str:
-    return message_of(trainer_of("zero2", folder, [lora()]).fit, LitNet(), data(), ckpt_path=path)
+    t = trainer_of("zero2", folder, [lora()])
+    return message_of(t.fit, LitNet(), data(), ckpt_path=path)
 
 
 def test_folder_of_deepspeed_is_refused_with_the_way_to_a_file(tmp_path: Path) -> None:
     run_ranks(folder_of_deepspeed, tmp_path)
     for message in run_ranks(refused, tmp_path, tmp_path / "deep"):
-        assert message.startswith("AdapterFileError") and "convert_zero_checkpoint_to_fp32_state_dict" in message
+        assert message.startswith("AdapterFileError")
+        assert "convert_zero_checkpoint_to_fp32_state_dict" in message
     convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "deep", tmp_path / "full.ckpt")
     trained(tmp_path, path=tmp_path / "full.ckpt")
 
@@ -199,6 +326,8 @@ def test_folder_of_deepspeed_is_refused_with_the_way_to_a_file(tmp_path: Path) -
 def test_stage_3_is_refused_by_its_name_and_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    for strategy in (StrategyRegistry.get("deepspeed_stage_3_offload"), DeepSpeedStrategy(config=file)):
+    by_name = StrategyRegistry.get("deepspeed_stage_3_offload")
+    by_file = DeepSpeedStrategy(config=file)
+    for strategy in (by_name, by_file):
         with pytest.raises(StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"):
             overlay_strategy(strategy, Stage(LoRAConfig()))

@@ -12,28 +12,38 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import StopError
+from tests.support.checks import assert_same_tensors
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state
+from tests.support.models import WIDTH, LitTiny, X, data, randomise, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
 
-class Loaded(nn.Module):  # a model in eval mode, as from_pretrained returns it, with dropout and a norm of its own
+class Loaded(nn.Module):
+    """A model in eval mode, as from_pretrained returns it, with dropout and a norm of its own."""
+
     def __init__(self) -> None:
         super().__init__()
         inner = LitTiny()
-        self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
-        self.norm, self.dropout = nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)
+        self.embed = inner.embed
+        self.q_proj = inner.q_proj
+        self.v_proj = inner.v_proj
+        self.head = inner.head
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.dropout = nn.Dropout(0.5)
         self.eval()
 
     def forward(self, index: Tensor) -> Tensor:
         return self.head(self.hidden(self.embed(index)))
 
     def hidden(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.q_proj(x).tanh() + self.v_proj(x)))
+        features = torch.tanh(self.q_proj(x)) + self.v_proj(x)
+        return self.dropout(self.norm(features))
 
 
-class Lit(LitTiny):  # a module around it, which notes in which hooks two passes differ, and the modes
+class Lit(LitTiny):
+    """A module around it, which notes in which hooks two passes differ, and the modes."""
+
     def __init__(self) -> None:
         super().__init__()
         del self.embed, self.q_proj, self.v_proj, self.head
@@ -44,9 +54,13 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
     def forward(self, index: Tensor) -> Tensor:
         return self.model(index)
 
+    @torch.no_grad()
     def note(self, hook: str, batch: list[Tensor]) -> None:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            self.acts.setdefault(hook, set()).add(not torch.equal(self(batch[0]), self(batch[0])))
+        with torch.random.fork_rng(devices=[]):
+            first = self(batch[0])
+            second = self(batch[0])
+        self.acts.setdefault(hook, set())
+        self.acts[hook].add(not torch.equal(first, second))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("train", batch)
@@ -55,7 +69,10 @@ class Lit(LitTiny):  # a module around it, which notes in which hooks two passes
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        self.note("sanity" if self.trainer.sanity_checking else "validate", batch)
+        if self.trainer.sanity_checking:
+            self.note("sanity", batch)
+        else:
+            self.note("validate", batch)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         super().test_step(batch, batch_idx)
@@ -71,66 +88,96 @@ def modes(module: nn.Module) -> dict[str, bool]:
 
 
 def lora(**options: Any) -> LoRACallback:
-    return LoRACallback(**{"r": 2, "dropout": 0.9, "merge": False, "target_modules": ["q_proj", "v_proj"], **options})
+    defaults = {"r": 2, "dropout": 0.9, "merge": False, "target_modules": ["q_proj", "v_proj"]}
+    return LoRACallback(**{**defaults, **options})
 
 
-def adapted(cls: type[Lit] = Lit, **options: Any) -> Any:
+def is_deterministic(model: Any) -> bool:
+    """Whether two passes give the same."""
+    return torch.equal(model(X), model(X))
+
+
+def adapted(cls: type[Lit] = Lit) -> Any:
     """A module whose update is not zero any more."""
     model = cls()
-    inject_adapters(model, lora(**options).config)
+    inject_adapters(model, lora().config)
     randomise(model, scale=1)
     return model
 
 
-class Evaluates(L.Callback):  # evaluates the module after each step, listed before ours
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        assert torch.equal(pl_module.model(X), pl_module.model(X))
+class Evaluates(L.Callback):
+    """Evaluates the module after each step, listed before ours."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
+        assert is_deterministic(pl_module.model)
 
 
 @pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str)
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
     before = modes(model)
-    _, t = fit(tmp_path, Evaluates(), lora(), model=model, **options)
+    _, t = fit(
+        tmp_path,
+        Evaluates(),
+        lora(),
+        model=model,
+        **options,
+    )
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
-    expected = {"train": {True}} | {hook: {False} for hook in ("sanity", "validate", "test", "predict")}
+    assert model.acts == {
+        "train": {True},
+        "sanity": {False},
+        "validate": {False},
+        "test": {False},
+        "predict": {False},
+    }
+    assert model.modes == [before] * 8
+    assert modes(model) == before
+    assert is_deterministic(model)
 
-    assert model.acts == expected and len(model.modes) == 8
-    assert modes(model) == before and all(each == before for each in model.modes)
-    assert torch.equal(model(X), model(X))
+
+class Fails(Lit):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        raise StopError
 
 
 def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
-    class Fails(Lit):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            raise StopError
-
     model = adapted(Fails)
     with pytest.raises(StopError):
         fit(tmp_path, lora(), model=model)
-    assert torch.equal(model(X), model(X))
+    assert is_deterministic(model)
 
 
-class Manual(Lit):  # that steps by hand, twice in each training step
+class Manual(Lit):
+    """A module that steps by hand, twice in each training step."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
         for _ in range(2):
-            self.optimizers().zero_grad()  # type: ignore[union-attr]
-            self.manual_backward(super().training_step(batch, batch_idx))
-            self.optimizers().step()  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            optimizer.step()
 
 
-class Recomputed(Lit):  # that computes layers again in the backward pass
+class Recomputed(Lit):
+    """A module that computes layers again in the backward pass."""
+
     def forward(self, index: Tensor) -> Tensor:
-        return self.model.head(checkpoint(self.model.hidden, self.model.embed(index), use_reentrant=True))
+        x = self.model.embed(index)
+        hidden = checkpoint(self.model.hidden, x, use_reentrant=True)
+        return self.model.head(hidden)
 
 
-class Backbone(Lit):  # that keeps its model in eval mode, as is usual for a frozen one
+class Backbone(Lit):
+    """A module that keeps its model in eval mode, as is usual for a frozen one."""
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.model.eval()
 
@@ -140,7 +187,9 @@ class Backbone(Lit):  # that keeps its model in eval mode, as is usual for a fro
         return self
 
 
-class Compiled(Lit):  # whose model is compiled
+class Compiled(Lit):
+    """A module whose model is compiled."""
+
     def __init__(self) -> None:
         super().__init__()
         self.model = torch.compile(self.model, backend="eager")  # type: ignore[assignment]
@@ -149,20 +198,30 @@ class Compiled(Lit):  # whose model is compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
-    model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(cls))
+    model, _ = fit(
+        tmp_path,
+        Evaluates(),
+        lora(),
+        model=adapted(cls),
+    )
     assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: Path) -> None:
-    states = [state(fit(tmp_path, lora(merge="last"), model=cls())[0]) for cls in (Lit, Recomputed)]
-    assert same(*states)
+    plain, _ = fit(tmp_path, lora(merge="last"), model=Lit())
+    model, _ = fit(tmp_path, lora(merge="last"), model=Recomputed())
+    assert_same_tensors(state(model), state(plain))
 
 
-class Labels(Lit):  # that predicts labels for itself, and copies its network in a step, as a mean teacher does
+class Labels(Lit):
+    """A module that predicts labels for itself, and copies its network in a step, as a mean teacher does."""
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.__dict__["teacher"] = teacher = copy.deepcopy(self.model)
-        assert torch.equal(teacher(X), teacher(X)) and not torch.equal(self.model(X), self.model(X))
+        teacher = copy.deepcopy(self.model)
+        vars(self)["teacher"] = teacher  # which is no module of this one
+        assert is_deterministic(teacher)
+        assert not is_deterministic(self.model)
         loss = super().training_step(batch, batch_idx)
         self.model.eval()  # until the next step
         self.note("labels", batch)
@@ -170,7 +229,11 @@ class Labels(Lit):  # that predicts labels for itself, and copies its network in
 
 
 def test_copies_and_the_model_in_eval_mode_evaluate_without_it(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(), model=adapted(Labels))
-    assert model.acts["labels"] == {False} and model.acts["train"] == {True}
-    teacher = vars(model)["teacher"]
-    assert torch.equal(teacher(X), teacher(X))
+    model, _ = fit(
+        tmp_path,
+        lora(),
+        model=adapted(Labels),
+    )
+    assert model.acts["labels"] == {False}
+    assert model.acts["train"] == {True}
+    assert is_deterministic(vars(model)["teacher"])

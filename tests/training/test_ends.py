@@ -1,6 +1,7 @@
 """How a fit ends that has nothing left to train, never had anything, or is interrupted."""
 
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from lightning_lora.training import merging
 from tests.support.cases import At, StopError, stop
-from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.support.checks import assert_same_tensors, names_that_train
+from tests.support.models import LitTiny, X, data, is_plain, lora, state, trainer
 
 FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
-STARTS = ["plain", "adapted", "rests", "base", "merged"]
+NO_BATCHES: dict[str, Any] = {"limit_train_batches": 0}
 
 
 def started(start: str) -> LitTiny:
     """A plain model; or with an adapter that is active, is so beside another one, is off, or is merged."""
+    torch.manual_seed(3)  # the same adapters each time
     model = LitTiny()
     if start == "plain":
         return model
@@ -40,10 +43,12 @@ def started(start: str) -> LitTiny:
 
 
 def about(model: LitTiny) -> tuple[Any, ...]:
-    """What a model is, and computes."""
-    names, record = ll.adapters(model), find_record(model)
-    shown = record and (record.shown, record.is_merged)
-    return names, shown, is_plain(model), [p.requires_grad for p in model.parameters()]
+    """What a model is: its adapters, what of them is shown, its classes, and what trains."""
+    shown = None
+    record = find_record(model)
+    if record is not None:
+        shown = (record.shown, record.is_merged)
+    return ll.adapters(model), shown, is_plain(model), names_that_train(model)
 
 
 def all_values(model: LitTiny) -> dict[str, Tensor]:
@@ -52,8 +57,12 @@ def all_values(model: LitTiny) -> dict[str, Tensor]:
     values = {}
     for name in ll.adapters(model):
         with ll.set_adapter(model, name):
-            values |= {f"{name}: {key}": value for key, value in state(model).items()}
+            for key, value in state(model).items():
+                values[f"{name}: {key}"] = value
     return values
+
+
+# Runs that have nothing left to train
 
 
 @pytest.mark.parametrize(
@@ -71,40 +80,74 @@ def all_values(model: LitTiny) -> dict[str, Tensor]:
     ],
 )
 def test_a_finished_run_that_is_run_again_ends_as_it_did(
-    tmp_path: Path, start: str, arguments: Any, options: Any
+    tmp_path: Path,
+    start: str,
+    arguments: Any,
+    options: Any,
 ) -> None:
-    def run(model: LitTiny, **until: int) -> LitTiny:
+    def run(model: LitTiny, path: Path | None = None, **until: int) -> LitTiny:
         saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
-        path = tmp_path / "last.ckpt"
-        t = trainer(tmp_path, [lora(**arguments), saves], **(options | until))
-        t.fit(model, data(), data(), ckpt_path=path if path.exists() else None)
+        t = trainer(
+            tmp_path,
+            [lora(**arguments), saves],
+            **options,
+            **until,
+        )
+        t.fit(model, data(), data(), ckpt_path=path)
         return model
 
+    file = tmp_path / "last.ckpt"
+    steps = 4 if options is FORKED else 8
     finished = run(started(start), max_epochs=2)
-    before, output = about(finished), finished(X)
-    limits: list[dict[str, int]] = [{"max_epochs": 2}, {"max_epochs": 9, "max_steps": 4 if options else 8}]
-    for model in (*(run(started(start), **limit) for limit in limits), run(finished, max_epochs=2)):
-        assert about(model) == before and torch.equal(model(X), output)
-    assert same(all_values(model), all_values(finished))
+    before = about(finished)
+    output = finished(X)
+    again = run(started(start), file, max_epochs=2)
+    until_a_step = run(
+        started(start),
+        file,
+        max_epochs=9,
+        max_steps=steps,
+    )
+    run(finished, file, max_epochs=2)
+    for model in (again, until_a_step, finished):
+        assert about(model) == before
+        assert torch.equal(model(X), output)
+    values = all_values(finished)
+    assert_same_tensors(all_values(again), values)
+    assert_same_tensors(all_values(until_a_step), values)
 
 
-NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("plain", {"merge": "last"}, {"max_epochs": 0}),
-    ("plain", {"merge": False}, {"max_steps": 0}),
-    *((start, {"name": "b"}, {"limit_train_batches": 0}) for start in STARTS),
-    ("base", {}, {"limit_train_batches": 0}),
-    ("merged", {"save": "model"}, {"limit_train_batches": 0, **FORKED}),
-]
-
-
-@pytest.mark.parametrize(("start", "arguments", "options"), NONE)
+@pytest.mark.parametrize(
+    ("start", "arguments", "options"),
+    [
+        ("plain", {"merge": "last"}, {"max_epochs": 0}),
+        ("plain", {"merge": False}, {"max_steps": 0}),
+        ("plain", {"name": "b"}, NO_BATCHES),
+        ("adapted", {"name": "b"}, NO_BATCHES),
+        ("rests", {"name": "b"}, NO_BATCHES),
+        ("base", {"name": "b"}, NO_BATCHES),
+        ("merged", {"name": "b"}, NO_BATCHES),
+        ("base", {}, NO_BATCHES),
+        ("merged", {"save": "model"}, NO_BATCHES | FORKED),
+    ],
+)
 def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
-    tmp_path: Path, start: str, arguments: Any, options: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    start: str,
+    arguments: Any,
+    options: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = started(start)
-    before, values = about(model), state(model)
-    trainer(tmp_path, [lora(**arguments)], **options).fit(model, data(), data())
-    assert about(model) == before and same(state(model), values)
+    before = about(model)
+    values = state(model)
+    trainer(tmp_path, [lora(**arguments)], **options).fit(
+        model,
+        data(),
+        data(),
+    )
+    assert about(model) == before
+    assert_same_tensors(state(model), values)
     if "devices" not in options:  # those of other processes are not caught
         assert "This fit trained nothing: LitTiny stays as it was before." in caplog.text
         assert "merged" not in caplog.text
@@ -117,8 +160,9 @@ class ReadsNothing(L.Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_rank:
-            merging.read_adapter_file = Mock(side_effect=FileNotFoundError("no such file"))  # type: ignore[attr-defined]
+        if trainer.global_rank == 1:
+            missing = FileNotFoundError("no such file")
+            merging.read_adapter_file = Mock(side_effect=missing)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
@@ -129,66 +173,108 @@ class ReadsNothing(L.Callback):
 def test_all_processes_merge_the_best_adapters_or_none(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # not the last
     callbacks = [lora(merge="best"), saves, ReadsNothing(tmp_path)]
-    trainer(tmp_path, callbacks, **FORKED).fit(LitTiny(), data(), data())
-    assert same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)))
+    trainer(tmp_path, callbacks, **FORKED).fit(
+        LitTiny(),
+        data(),
+        data(),
+    )
+    first = torch.load(tmp_path / "0.pt", weights_only=True)
+    second = torch.load(tmp_path / "1.pt", weights_only=True)
+    assert_same_tensors(second, first)
+
+
+# Interrupts
 
 
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    said = "Interrupted after step 5: LitTiny has its adapters as trained until then. fit goes on with them; merge_ad"
-    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from the first one on
-    for action, expected in ((interrupt, 1), (stop, 0)):  # an error shows itself
-        caplog.clear()
-        model = LitTiny()
-        with suppress(SystemExit, StopError):
-            trainer(tmp_path, [lora(), At(5, action)]).fit(model, data(), data())
-        assert caplog.text.count(said) == expected and not is_plain(model)
-    caplog.clear()
-    plain = LitTiny()
-    plain.configure_optimizers = interrupt  # type: ignore[method-assign]  # before training: it is as it came
-    with suppress(SystemExit):
-        trainer(tmp_path, [lora()]).fit(plain, data(), data())
-    assert is_plain(plain) and "Interrupted" not in caplog.text
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Give back what handles an interrupt: Lightning ignores it from the first one on."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
     signal.signal(signal.SIGINT, before)
 
 
-class Deletes(LitTiny):  # adapted layers, in its last epoch
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(("action", "times"), [(interrupt, 1), (stop, 0)])  # an error shows itself
+def test_an_interrupted_fit_says_where_the_adapters_are(
+    tmp_path: Path,
+    action: Any,
+    times: int,
+    caplog: Any,
+) -> None:
+    said = "Interrupted after step 5: LitTiny has its adapters as trained until then. fit goes on with them; merge_ad"
+    model = LitTiny()
+    with suppress(SystemExit, StopError):
+        trainer(tmp_path, [lora(), At(5, action)]).fit(
+            model,
+            data(),
+            data(),
+        )
+    assert caplog.text.count(said) == times
+    assert not is_plain(model)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_fit_that_is_interrupted_before_training_gives_the_module_back(tmp_path: Path, caplog: Any) -> None:
+    model = LitTiny()
+    model.configure_optimizers = interrupt  # type: ignore[method-assign]
+    with suppress(SystemExit):
+        trainer(tmp_path, [lora()]).fit(model, data(), data())
+    assert is_plain(model)
+    assert "Interrupted" not in caplog.text
+
+
+# Modules that change their adapted layers in a fit
+
+
+class Deletes(LitTiny):
+    """Deletes adapted layers in its last epoch."""
+
     def __init__(self, *names: str) -> None:
         super().__init__()
         self.names = names
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.embed(index)
-        return self.head(sum((getattr(self, name)(x) for name in ("q_proj", "v_proj") if hasattr(self, name)), x))
+        features = x
+        if hasattr(self, "q_proj"):
+            features = features + self.q_proj(x)
+        if hasattr(self, "v_proj"):
+            features = features + self.v_proj(x)
+        return self.head(features)
 
     def on_train_epoch_end(self) -> None:
-        for name in self.names if self.current_epoch == 1 else ():
-            delattr(self, name)
+        if self.current_epoch == 1:
+            for name in self.names:
+                delattr(self, name)
 
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_fit_that_has_lost_all_its_adapters_is_an_error_that_names_them(tmp_path: Path, merge: Any) -> None:
+    model = Deletes("q_proj", "v_proj")
     with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of Deletes had adapters .* and are gone"):
-        trainer(tmp_path, [lora(merge=merge)]).fit(Deletes("q_proj", "v_proj"), data())
+        trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
 
 
 def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_others(tmp_path: Path, caplog: Any) -> None:
-    with (
-        pytest.warns(ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"),
-        caplog.at_level("INFO"),
-    ):
-        trainer(tmp_path, [lora()]).fit(model := Deletes("q_proj"), data())
-    assert is_plain(model) and "merged the last adapters into 1 layer." in caplog.text
+    caplog.set_level("INFO")
+    model = Deletes("q_proj")
+    with pytest.warns(ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"):
+        trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+    assert "merged the last adapters into 1 layer." in caplog.text
+
+
+class Merges(LitTiny):
+    def on_train_end(self) -> None:
+        ll.merge_adapters(self)
 
 
 def test_a_fit_in_which_the_module_has_merged_itself_counts_its_layers(tmp_path: Path, caplog: Any) -> None:
-    class Merges(LitTiny):
-        def on_train_end(self) -> None:
-            ll.merge_adapters(self)
-
-    with caplog.at_level("INFO"):
-        trainer(tmp_path, [lora()]).fit(Merges(), data())
+    caplog.set_level("INFO")
+    trainer(tmp_path, [lora()]).fit(Merges(), data())
     assert "into 2 layers." in caplog.text

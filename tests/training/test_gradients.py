@@ -116,7 +116,14 @@ def train_without_files(
     **options: Any,
 ) -> None:
     adapters = lora(merge=False)
-    train(folder, adapters, *callbacks, model=model, enable_checkpointing=False, **options)
+    train(
+        folder,
+        adapters,
+        *callbacks,
+        model=model,
+        enable_checkpointing=False,
+        **options,
+    )
 
 
 def test_a_fit_within_a_fit_of_another_module_leaves_both_trained(tmp_path: Path) -> None:
@@ -238,7 +245,12 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(
     options: Any,
     moves_v: bool,
 ) -> None:
-    found = state_of_two_processes(tmp_path, kind(), accumulated, **options)
+    found = state_of_two_processes(
+        tmp_path,
+        kind(),
+        accumulated,
+        **options,
+    )
     # This searches the graph in each step
     searched = state_of_two_processes(tmp_path, kind(), accumulated, find_unused_parameters=True)
     assert found["q_proj.lora_B"].any()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, X, data, same, state, trainer
+from tests.support.checks import assert_same_tensors
+from tests.support.models import LitTiny, X, data, state, trainer
 
 
 class Collector(nn.Module):
@@ -26,19 +27,29 @@ class Collector(nn.Module):
         self.number += 1
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        self.saved = nn.ModuleList(copy.deepcopy(self.core) for _ in range(state[f"{prefix}number"]))
+        self.saved = nn.ModuleList()
+        for _ in range(state[f"{prefix}number"]):
+            self.saved.append(copy.deepcopy(self.core))
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor) -> Any:
         if self.training or not self.saved:
             return self.core(x)
-        return torch.stack([each(x) for each in self.saved]).mean(0)
+        outputs = [member(x) for member in self.saved]
+        return torch.stack(outputs).mean(0)
 
 
 class Grows(LitTiny):
+    """A module whose ensemble grows by one after each epoch but the first."""
+
     def __init__(self) -> None:
         super().__init__()
-        core = nn.Sequential(self.embed, self.q_proj, nn.Tanh(), self.head)
+        core = nn.Sequential(
+            self.embed,
+            self.q_proj,
+            nn.Tanh(),
+            self.head,
+        )
         del self.embed, self.q_proj, self.v_proj, self.head
         self.model = Collector(core)
 
@@ -53,11 +64,18 @@ class Grows(LitTiny):
         return torch.optim.Adam(self.model.core.parameters(), lr=0.05)
 
 
-def run(folder: Path, epochs: int, *, resume: Path | None = None, save: Path | None = None) -> Grows:
+def run(
+    folder: Path,
+    epochs: int,
+    *,
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> Grows:
     torch.manual_seed(3)
     callback = ll.LoRACallback(r=2, modules_to_save=["3"], merge=False)
     t = trainer(folder, [callback], max_epochs=epochs, enable_checkpointing=False)
-    t.fit(model := Grows(), data(), ckpt_path=resume)
+    model = Grows()
+    t.fit(model, data(), ckpt_path=resume)
     if save is not None:
         t.save_checkpoint(save)
     return model
@@ -65,28 +83,45 @@ def run(folder: Path, epochs: int, *, resume: Path | None = None, save: Path | N
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_module_that_grows_resumes_to_the_bit(tmp_path: Path, epochs: int) -> None:
+    file = tmp_path / "a.ckpt"
     whole = run(tmp_path, 4)
-    run(tmp_path, epochs, save=tmp_path / "a.ckpt")
-    again = run(tmp_path, 4, resume=tmp_path / "a.ckpt")
-    assert len(again.model.saved) == 3 and same(state(again), state(whole))
+    run(tmp_path, epochs, save=file)
+    again = run(tmp_path, 4, resume=file)
+    assert len(again.model.saved) == 3
+    assert_same_tensors(state(again), state(whole))
 
 
 def test_a_module_that_grew_is_evaluated_and_loaded_from_its_file(tmp_path: Path) -> None:
-    expected = run(tmp_path, 3, save=tmp_path / "a.ckpt").eval()(X)
-    trainer(tmp_path, [ll.LoRACallback()]).test(tested := Grows(), data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    loaded = ll.load_from_checkpoint(Grows, tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    fitted = run(tmp_path, 3, save=file).eval()
+    tested = Grows()
+    trainer(tmp_path, [ll.LoRACallback()]).test(
+        tested,
+        data(),
+        ckpt_path=file,
+        verbose=False,
+    )
+    loaded = ll.load_from_checkpoint(Grows, file)
     for model in (tested, loaded):
+        model.eval()
         assert len(model.model.saved) == 2
-        torch.testing.assert_close(model.eval()(X), expected)
+        torch.testing.assert_close(model(X), fitted(X))
 
 
 def test_a_file_that_fits_no_longer_leaves_the_values_as_they_are(tmp_path: Path) -> None:
-    run(tmp_path, 3, save=tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    run(tmp_path, 3, save=file)
     other = Grows()
+    projection = other.model.core[1]
     with torch.no_grad():
-        other.model.core[1].weight.add_(1)
-    before = other.model.core[1].weight.clone()
-    t = trainer(tmp_path, [ll.LoRACallback(r=2, modules_to_save=["3"])], max_epochs=4)
+        projection.weight.add_(1)
+    before = projection.weight.clone()
+    t = trainer(
+        tmp_path,
+        [ll.LoRACallback(r=2, modules_to_save=["3"])],
+        max_epochs=4,
+    )
     with pytest.raises(ll.BaseMismatchError):
-        t.fit(other, data(), ckpt_path=tmp_path / "a.ckpt")
-    assert other.model.number == 0 and torch.equal(other.model.core[1].weight, before)
+        t.fit(other, data(), ckpt_path=file)
+    assert other.model.number == 0
+    assert torch.equal(projection.weight, before)

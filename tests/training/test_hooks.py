@@ -239,7 +239,12 @@ class Statistics(LitTiny):
 
 
 def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) -> None:
-    through = resumes_to_the_bit(tmp_path, Statistics, partial(lora, merge=False), max_epochs=2)
+    through = resumes_to_the_bit(
+        tmp_path,
+        Statistics,
+        partial(lora, merge=False),
+        max_epochs=2,
+    )
     file = tmp_path / "through" / "epoch=1.ckpt"
     by_evaluation = evaluated(Statistics(), file)
     by_loading = ll.load_from_checkpoint(Statistics, file)
@@ -413,7 +418,14 @@ def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(tmp_path: Pat
     assert is_plain(model)
 
 
-@pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("adapters", False), ("model", "last")])
+@pytest.mark.parametrize(
+    ("save", "merge"),
+    [
+        ("adapters", "last"),
+        ("adapters", False),
+        ("model", "last"),
+    ],
+)
 def test_layers_that_a_hook_makes_anew_get_the_files_adapters(tmp_path: Path, save: str, merge: Any) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     model, t = fit(

@@ -17,9 +17,10 @@ import torch
 from tests.support import launched
 from tests.support import train as training
 from tests.support.cases import files_hold_adapters_alone, held
+from tests.support.checks import assert_same_tensors
 from tests.support.faults import FORK, fork
 from tests.support.fits import loaded, outcome
-from tests.support.models import TRAINED, LitTiny, X, same, trainer
+from tests.support.models import TRAINED, LitTiny, X, trainer
 from tests.support.ranks import free_port
 from tests.support.versions import exact, keeps_random
 
@@ -30,17 +31,35 @@ LIMIT = 300.0
 """Seconds for one launcher."""
 
 
-class Command:  # a new process, with the variables that a launcher sets
+KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR")
+
+
+def environment_with(variables: dict[str, str]) -> dict[str, str]:
+    """The variables of a new process: those of every process, these, and nothing that another launcher has set."""
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in KEPT_VARIABLES:
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    return environment | variables
+
+
+class Command:
+    """A new process, with the variables that a launcher sets."""
+
     def __init__(self, *command: str, **variables: str) -> None:
         self.command = command
-        self.environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        self.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # and nothing that another one has set
-        self.environment |= variables
+        self.environment = environment_with(variables)
 
     def start(self, log: Path) -> None:
         with log.open("wb") as file:
-            how: dict[str, Any] = {"stdout": file, "stderr": file, "start_new_session": True}
-            self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=self.environment, **how)
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
 
     def code(self) -> int | None:
         return self.process.poll()
@@ -51,7 +70,9 @@ class Command:  # a new process, with the variables that a launcher sets
         self.process.wait()
 
 
-class Program(Command):  # a fork that does what python -m tests.support.launched does, which need not import all anew
+class Program(Command):
+    """A fork that does what python -m tests.support.launched does, which need not import all anew."""
+
     def start(self, log: Path) -> None:
         self.fork = FORK.Process(target=self.work, args=(log,))
         self.fork.start()
@@ -63,7 +84,8 @@ class Program(Command):  # a fork that does what python -m tests.support.launche
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        sys.stdout = sys.__stdout__
+        sys.stderr = sys.__stderr__
         launched.main(*self.command)
 
     def code(self) -> int | None:
@@ -80,16 +102,25 @@ def run(folder: Path, commands: Sequence[Command]) -> None:
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     for command, log in zip(commands, logs, strict=True):
         command.start(log)
-    over = time.monotonic() + LIMIT
     try:
-        while None in (codes := [command.code() for command in commands]) and not any(codes):
-            if time.monotonic() > over:
-                break
-            time.sleep(0.05)
+        codes = codes_at_the_end(commands)
     finally:
         for command in commands:
             command.end()
-    assert not any(codes) and None not in codes, "\n".join(log.read_text() for log in logs)
+    printed = "\n".join(log.read_text() for log in logs)
+    assert codes == [0] * len(commands), printed
+
+
+def codes_at_the_end(commands: Sequence[Command]) -> list[int | None]:
+    """What each gives when all have ended, when one has failed, or when there is no more time."""
+    over = time.monotonic() + LIMIT
+    while True:
+        codes = [command.code() for command in commands]
+        have_ended = None not in codes
+        has_failed = any(codes)
+        if have_ended or has_failed or time.monotonic() > over:
+            return codes
+        time.sleep(0.05)
 
 
 Launcher = Callable[[Path], list[Command]]
@@ -104,15 +135,25 @@ def lightning(folder: Path) -> list[Command]:
 
 
 def slurm(folder: Path, *options: str) -> list[Command]:
-    job = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NAME": "fit",
-        "SLURM_NODELIST": "localhost",
-        "MASTER_PORT": str(free_port()),
-    }
-    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-    ranks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
-    return [Program(str(folder), *options, **job, **rank) for rank in ranks]
+    port = str(free_port())
+
+    def task(number: str) -> Command:
+        return Program(
+            str(folder),
+            *options,
+            SLURM_JOB_ID="4711",
+            SLURM_JOB_NAME="fit",
+            SLURM_NODELIST="localhost",
+            MASTER_PORT=port,
+            SLURM_NTASKS="2",
+            SLURM_NTASKS_PER_NODE="2",
+            SLURM_NNODES="1",
+            SLURM_NODEID="0",
+            SLURM_PROCID=number,
+            SLURM_LOCALID=number,
+        )
+
+    return [task("0"), task("1")]
 
 
 def ray(folder: Path) -> list[Command]:
@@ -144,29 +185,40 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(forked: Path) -> None:
-    assert not torch.equal(weights(forked / "through.pt")["q_proj.weight"], LitTiny().q_proj.weight)
+    through = weights(forked / "through.pt")
+    assert not torch.equal(through["q_proj.weight"], LitTiny().q_proj.weight)
     assert files_hold_adapters_alone(forked)
-    assert not keeps_random or same(weights(forked / "resumed.pt"), weights(forked / "through.pt"))
+    if keeps_random:
+        assert_same_tensors(weights(forked / "resumed.pt"), through)
 
 
-WRITTEN = ("through.pt", "through/epoch=0.ckpt", "through/epoch=1.ckpt", "resumed.pt", "resumed/epoch=1.ckpt")
+WRITTEN = (
+    "through.pt",
+    "through/epoch=0.ckpt",
+    "through/epoch=1.ckpt",
+    "resumed.pt",
+    "resumed/epoch=1.ckpt",
+)
 
 
-def differing(a: Path, b: Path) -> list[str]:
-    """Which of the weights and files are not the same to the byte."""
-    return [name for name in WRITTEN if (a / name).read_bytes() != (b / name).read_bytes()]
+def assert_same_bytes(found: Path, expected: Path) -> None:
+    """The weights and files are the same to the byte."""
+    for name in WRITTEN:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("launcher", [lightning, slurm])
 def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
-    assert differing(result(results, launcher), forked) == []
+    given = result(results, launcher)
+    assert_same_bytes(given, forked)
 
 
 def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forked: Path) -> None:
     pytest.importorskip("ray.train.lightning")
     given = result(results, ray)
-    assert differing(given, forked) == []
-    assert len(list(given.glob("reported/**/checkpoint.ckpt"))) == 3  # one for each epoch
+    assert_same_bytes(given, forked)
+    reported = list(given.glob("reported/**/checkpoint.ckpt"))
+    assert len(reported) == 3  # one for each epoch
     assert files_hold_adapters_alone(given / "reported")
 
 
@@ -176,8 +228,9 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
         return slurm(folder, "--requeue")
 
     given = result(results, requeued, requeued)
-    assert same(weights(given / "through.pt"), weights(forked / "through.pt"))
-    assert (given / "hpc_ckpt_1.ckpt").exists() and files_hold_adapters_alone(given)
+    assert_same_tensors(weights(given / "through.pt"), weights(forked / "through.pt"))
+    assert (given / "hpc_ckpt_1.ckpt").exists()
+    assert files_hold_adapters_alone(given)
 
 
 # Killed and resumed
@@ -201,34 +254,42 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return held(weights(path))
 
 
-CLASSES = ["Embedding", "Linear", "Linear", "Linear"]
+def assert_is_plain(result: dict[str, Any]) -> None:
+    """The main process has a module of plain layers."""
+    assert result["classes"][1:] == ["Embedding", "Linear", "Linear", "Linear"]
 
 
-def came_back(result: dict[str, Any], file: Path) -> bool:
-    """Whether the main process has a plain module with the adapters of a file merged."""
+def assert_came_back(result: dict[str, Any], file: Path) -> None:
+    """The main process has a plain module with the adapters of a file merged."""
     merged = LitTiny()
     merged.load_state_dict(result["state"])
-    torch.testing.assert_close(merged(X), loaded(file).eval()(X))
-    return result["classes"][1:] == CLASSES
+    adapted = loaded(file).eval()
+    torch.testing.assert_close(merged(X), adapted(X))
+    assert_is_plain(result)
 
 
 def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path) -> None:
     through, killed = tmp_path / "through", tmp_path / "killed"
     expected = train(through)
     failing(killed, kill_at=5)  # in the third epoch
-    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    assert {path.name for path in killed.glob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt"}
     resumed = train(killed, resumes=True, tests=True)
-    assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
-    assert same(resumed["state"], expected["state"]) and came_back(resumed, killed / "epoch=3.ckpt")
-    files = {path.name: set(adapters(path)) for path in killed.glob("*.ckpt")}
-    assert {"after.ckpt", "again.ckpt"} <= files.keys() and all(names == {*TRAINED} for names in files.values())
+    last = killed / "epoch=3.ckpt"
+    assert_same_tensors(adapters(last), adapters(through / "epoch=3.ckpt"))
+    assert_same_tensors(resumed["state"], expected["state"])
+    assert_came_back(resumed, last)
+    assert (killed / "after.ckpt").exists()
+    assert (killed / "again.ckpt").exists()
+    for file in killed.glob("*.ckpt"):
+        assert set(adapters(file)) == set(TRAINED)
     loss = outcome(trainer(killed), "test", loaded(resumed["best"]))
     assert resumed["tested"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
-    result = train(tmp_path / "best", "ddp_spawn", merge="best")
-    assert came_back(result, result["best"])
-    assert train(tmp_path / "wide", module=training.Wide, merge="best")["classes"][1:] == CLASSES
+    of_best = train(tmp_path / "best", "ddp_spawn", merge="best")
+    assert_came_back(of_best, of_best["best"])
+    of_wide = train(tmp_path / "wide", module=training.Wide, merge="best")
+    assert_is_plain(of_wide)
     assert "merge=False would lose the adapters" in failing(tmp_path / "none", merge=False)
     assert "is tied, and a merge changes one use" in failing(tmp_path / "tied", module=training.Tied)

@@ -20,7 +20,9 @@ class Fails(L.Callback):
         raise StopError
 
 
-class NotesItsOptimizer(LitTiny):  # on each of its weights
+class NotesItsOptimizer(LitTiny):
+    """Notes it on each of its weights."""
+
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         for p in self.parameters():
@@ -57,14 +59,22 @@ def tune(model: LitTiny, t: L.Trainer) -> None:
     Tuner(t).lr_find(model, data(), num_training=3)
 
 
-def remain(run: Callable[[LitTiny, L.Trainer], None], folder: Path, *callbacks: L.Callback, kind: Any = LitTiny) -> Any:
-    """Whether the module and the Trainer of a run are still in memory after it."""
-    model, t = kind(), trainer(folder, callbacks, max_epochs=1)
+def assert_nothing_remains(
+    run: Callable[[LitTiny, L.Trainer], None],
+    folder: Path,
+    *callbacks: L.Callback,
+    kind: type[LitTiny] = LitTiny,
+) -> None:
+    """Neither the module nor the Trainer of a run is in memory after it."""
+    model = kind()
+    t = trainer(folder, callbacks, max_epochs=1)
     run(model, t)
-    kept = weakref.ref(model), weakref.ref(t)
+    weak_model = weakref.ref(model)
+    weak_trainer = weakref.ref(t)
     del model, t
     gc.collect()
-    return tuple(each() is not None for each in kept)
+    assert weak_model() is None
+    assert weak_trainer() is None
 
 
 RUNS = [fit, fit_an_adapted_one, fail, evaluate, evaluate_after_a_fit, tune]
@@ -73,11 +83,18 @@ RUNS = [fit, fit_an_adapted_one, fail, evaluate, evaluate_after_a_fit, tune]
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_callback_in_a_variable_keeps_neither_module_nor_trainer(tmp_path: Path, run: Any, merge: Any) -> None:
-    callbacks = lora(merge=merge), *([LoRAMonitor()] if run is fit else [])
-    assert remain(run, tmp_path, *callbacks) == (False, False)
-    assert remain(fit, tmp_path, *callbacks) == (False, False)  # it serves again
+    callbacks: list[L.Callback] = [lora(merge=merge)]
+    if run is fit:
+        callbacks.append(LoRAMonitor())
+    assert_nothing_remains(run, tmp_path, *callbacks)
+    assert_nothing_remains(fit, tmp_path, *callbacks)  # it serves again
 
 
 @pytest.mark.parametrize("lr_scale", [1, 10])
 def test_nothing_of_the_process_keeps_a_module_whose_weights_note_its_optimizer(tmp_path: Path, lr_scale: Any) -> None:
-    assert remain(fit, tmp_path, lora(lr_scale=lr_scale), kind=NotesItsOptimizer) == (False, False)
+    assert_nothing_remains(
+        fit,
+        tmp_path,
+        lora(lr_scale=lr_scale),
+        kind=NotesItsOptimizer,
+    )

@@ -259,7 +259,12 @@ def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
     caplog: Any,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        module = fit(tmp_path, kind(optimized), target_modules=target_modules, bias="all")
+        module = fit(
+            tmp_path,
+            kind(optimized),
+            target_modules=target_modules,
+            bias="all",
+        )
     assert_same_values(kind().vgg, module.vgg)
     in_net = [f"net.{name}" for name in linear_layers(module.net)]
     assert adapted_layers(module) == in_net

@@ -19,7 +19,7 @@ from lightning_lora.training.optimizers.edits import groups_were_edited
 from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.optimizers.optimizer_states import states_fit
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.strategies.deepspeed import Partition, full_state, local_state
+from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
 from tests.support.checks import (
     assert_all_have_moved,
     assert_same_tensors,
@@ -176,7 +176,13 @@ class Grouped(LitTiny):
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", ["by names", "first half"])
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    resumes_to_the_bit(tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2)
+    resumes_to_the_bit(
+        tmp_path,
+        partial(Grouped, habit),
+        lora,
+        strategy="ddp_fork",
+        devices=2,
+    )
 
 
 @pytest.mark.parametrize("habit", HABITS)
@@ -257,7 +263,13 @@ class Chosen(LitTiny):
 @pytest.mark.parametrize(
     ("first", "second", "of_first", "of_second"),
     [
-        pytest.param(first_network, second_network, Q, [*V, *HEAD], id="a network each"),
+        pytest.param(
+            first_network,
+            second_network,
+            Q,
+            [*V, *HEAD],
+            id="a network each",
+        ),
         pytest.param(is_base, is_base, TRAINED, TRAINED, id="both hold the base"),
         pytest.param(
             is_base,

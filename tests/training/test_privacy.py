@@ -1,6 +1,7 @@
 """Opacus finds the gradient that each sample gives the adapters, and a Trainer makes its private steps."""
 
 import runpy
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,33 @@ pytestmark = [
 ]
 
 BATCH = 5
-X = torch.randint(10, (BATCH, 4), generator=torch.Generator().manual_seed(0))
+X = torch.randint(
+    10,
+    (BATCH, 4),
+    generator=torch.Generator().manual_seed(0),
+)
 Y = torch.arange(BATCH) % 3
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.inner, self.outer = nn.Embedding(10, 8), nn.Linear(8, 8), Conv1D(6, 8)
+        self.embed = nn.Embedding(10, 8)
+        self.inner = nn.Linear(8, 8)
+        self.outer = Conv1D(6, 8)
         self.head = nn.Linear(6, 3)
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.outer(torch.tanh(self.inner(self.embed(index)))))).mean(1)
+        x = torch.tanh(self.inner(self.embed(index)))
+        x = torch.tanh(self.outer(x))
+        return self.head(x).mean(1)
 
 
 def adapted(**arguments: Any) -> nn.Module:
     torch.manual_seed(0)
     model = Net()
-    inject_adapters(model, LoRAConfig(**{"r": 2, "alpha": 6, "modules_to_save": ["head"], **arguments}))
+    arguments = {"r": 2, "alpha": 6, "modules_to_save": ["head"], **arguments}
+    inject_adapters(model, LoRAConfig(**arguments))
     randomise(model, scale=0.5)
     return model
 
@@ -55,12 +65,27 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def one_by_one(model: nn.Module) -> dict[str, Tensor]:
     """The gradients of each sample, in a batch of its own."""
-    found = []
+    found: dict[str, list[Tensor]] = defaultdict(list)
     for x, y in zip(X, Y, strict=True):
         model.zero_grad()
-        F.cross_entropy(model(x[None]), y[None]).backward()
-        found.append({name: p.grad for name, p in trained(model).items()})
-    return {name: torch.stack([each[name] for each in found]) for name in found[0]}  # type: ignore[misc]
+        loss = F.cross_entropy(model(x[None]), y[None])
+        loss.backward()
+        for name, p in trained(model).items():
+            assert p.grad is not None
+            found[name].append(p.grad)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+def found_by_opacus(model: nn.Module, mode: str) -> dict[str, Tensor]:
+    """What opacus finds in one batch of all: a gradient of each sample, or its norm in the mode "ghost"."""
+    output = prepare_module(model, mode)(X)
+    F.cross_entropy(output, Y).backward()
+    attribute = "_norm_sample" if mode == "ghost" else "grad_sample"
+    return {name: getattr(p, attribute) for name, p in trained(model).items()}
+
+
+def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.flatten(1).norm(dim=1) for name, value in gradients.items()}
 
 
 def tell_opacus() -> None:
@@ -92,13 +117,14 @@ def samplers() -> Iterator[None]:
 def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: dict[str, Any], is_told: bool) -> None:
     if is_told:
         tell_opacus()
-    expected, model = one_by_one(adapted(**arguments)), adapted(**arguments)
-    F.cross_entropy(prepare_module(model, mode)(X), Y).backward()
-    found = {name: p._norm_sample if mode == "ghost" else p.grad_sample for name, p in trained(model).items()}
+    expected = one_by_one(adapted(**arguments))
     if mode == "ghost":
-        expected = {name: value.flatten(1).norm(dim=1) for name, value in expected.items()}
+        expected = norms(expected)
+    model = adapted(**arguments)
+    found = found_by_opacus(model, mode)
     torch.testing.assert_close(found, expected)
-    assert hasattr(model.inner, "ft_compute_sample_grad") is (not is_told or mode == "functorch")
+    uses_functorch = mode == "functorch" or not is_told
+    assert hasattr(model.inner, "ft_compute_sample_grad") is uses_functorch
 
 
 def test_code_of_the_page_runs_and_what_was_spent_is_in_its_files(
@@ -106,11 +132,14 @@ def test_code_of_the_page_runs_and_what_was_spent_is_in_its_files(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     known = runpy.run_path(str(program(tmp_path, "privacy")))
-    path, spent = known["trainer"].checkpoint_callback.best_model_path, known["privacy"].engine.accountant.history
-    assert spent == [(1.0, 0.125, 8)] and 0 < known["trainer"].callback_metrics["epsilon"] < 10
+    path = known["trainer"].checkpoint_callback.best_model_path
+    assert known["privacy"].engine.accountant.history == [(1.0, 0.125, 8)]
+    assert 0 < known["trainer"].callback_metrics["epsilon"] < 10
     again = known["Privacy"](1.0, 1.0, 1e-5)
-    module, loader = known["MyModule"](), known["loader"]
-    trainer(tmp_path, [LoRACallback(), again], max_epochs=2).fit(module, loader, ckpt_path=path)
+    module = known["MyModule"]()
+    resumed = trainer(tmp_path, [LoRACallback(), again], max_epochs=2)
+    resumed.fit(module, known["loader"], ckpt_path=path)
     assert again.engine.accountant.history == [(1.0, 0.125, 16)]
+    drawn_otherwise = trainer(tmp_path, [known["lora"], again])
     with pytest.raises(TypeError, match="needs a DPDataLoader"):
-        trainer(tmp_path, [known["lora"], again]).fit(module)  # drawn in another way
+        drawn_otherwise.fit(module)

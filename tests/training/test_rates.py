@@ -97,7 +97,13 @@ def rates_in(
     """The rates after each step of a fit, which has one epoch if nothing else is said."""
     rates = Rates()
     options.setdefault("max_epochs", 1)
-    fit(folder, *callbacks, rates, model=model, **options)
+    fit(
+        folder,
+        *callbacks,
+        rates,
+        model=model,
+        **options,
+    )
     return rates.seen
 
 
@@ -254,7 +260,12 @@ BIAS = {"q_proj.bias": 0.1}
 )
 def test_each_parameter_moves_at_its_rate(tmp_path: Path, options: Any, expected: Rated) -> None:
     adapters = lora(merge=False, **options)
-    seen = rates_in(tmp_path, Plain, adapters, Moves())
+    seen = rates_in(
+        tmp_path,
+        Plain,
+        adapters,
+        Moves(),
+    )
     assert_rates(seen, [expected] * 4, rel=1e-12)
 
 
@@ -406,7 +417,12 @@ class KeepsNoam(Keeps):
     ],
 )
 def test_schedulers_of_any_class_see_the_modules_groups_alone(tmp_path: Path, kind: Any, checks: Any) -> None:
-    seen = rates_in(tmp_path, kind(), scaled(), *checks)
+    seen = rates_in(
+        tmp_path,
+        kind(),
+        scaled(),
+        *checks,
+    )
     for step, rates in enumerate(seen, 1):
         scale = 0.5**step
         assert rates == pytest.approx(rate_of(scale, scale, 0.1 * scale))
@@ -432,7 +448,12 @@ class WarmsUp(Plain):
 
 
 def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(tmp_path: Path) -> None:
-    seen = rates_in(tmp_path, WarmsUp, scaled(), Moves())
+    seen = rates_in(
+        tmp_path,
+        WarmsUp,
+        scaled(),
+        Moves(),
+    )
     one = rate_of(0.1, 0.1, 0.01)
     two = rate_of(0.2, 0.2, 0.02)
     assert_rates(seen, [one, two, one, two])
@@ -595,7 +616,12 @@ def test_a_run_resumes_to_the_bit(
 
 def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
-    _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
+    _, t = fit(
+        tmp_path,
+        scaled(),
+        model=Plain,
+        max_epochs=1,
+    )
     t.save_checkpoint(file)
     rates = Rates()
     fit(
@@ -611,7 +637,12 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: P
     assert_rates([rates.first, *rates.seen], [expected] * 5)
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
-            fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
+            fit(
+                tmp_path,
+                scaled(lr_scale=other),
+                model=Plain,
+                ckpt_path=file,
+            )
 
 
 def test_groups_of_the_same_sizes_are_refused_by_name(tmp_path: Path) -> None:

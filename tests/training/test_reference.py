@@ -1,7 +1,6 @@
 """The base as a reference: a training step reads it from the adapted model, with the bits of a second model."""
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,44 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import disable_adapters, load_adapter, save_adapter, set_adapter
 from tests.support.cases import trained
+from tests.support.checks import assert_same_tensors
 from tests.support.fits import fit
-from tests.support.models import LitTiny, as_trained, data, lora, same, state
+from tests.support.models import LitTiny, as_trained, data, lora, state
 from tests.training.test_compiled import counted
 
 
-class Tiny(LitTiny):  # stays close to its base, which is a second model, or its own without adapters
-    comes_first, has_gradients = True, False
+class Tiny(LitTiny):
+    """A module that stays close to its base, which is a second model, or its own without adapters."""
 
-    def __init__(self, second: bool, *, reentrant: Any = None, backend: Any = None, **how: bool) -> None:
+    def __init__(
+        self,
+        second: bool,
+        *,
+        comes_first: bool = True,
+        has_gradients: bool = False,
+        reentrant: bool | None = None,
+        backend: Any = None,
+    ) -> None:
         super().__init__()
-        vars(self).update(how)
-        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
-        if backend:
+        self.comes_first = comes_first
+        self.has_gradients = has_gradients
+        self.reentrant = reentrant
+        self.drop = nn.Dropout(0.2)
+        if backend is not None:
             self.q_proj = torch.compile(self.q_proj, backend=backend)
-        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []  # in a list: no module of this one
+        self.second: list[Any] = []  # in a list: no module of this one
+        if second:
+            self.second.append(copy.deepcopy(self).requires_grad_(False))
 
     def inner(self, x: Tensor) -> Tensor:
         return torch.tanh(self.q_proj(x)) + self.v_proj(x)
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.drop(self.embed(index))
-        again = partial(checkpoint, use_reentrant=self.reentrant)
-        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
+        if self.reentrant is None:
+            return self.head(self.inner(x))
+        features = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.head(features)
 
     def reference(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.has_gradients):
@@ -48,35 +62,67 @@ class Tiny(LitTiny):  # stays close to its base, which is a second model, or its
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         x, labels = batch
         if self.comes_first:
-            reference, now = self.reference(x), self(x)
+            reference = self.reference(x)
+            now = self(x)
         else:
-            now, reference = self(x), self.reference(x)
-        anchor = F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
-        return F.cross_entropy(now, labels) + anchor
+            now = self(x)
+            reference = self.reference(x)
+        return F.cross_entropy(now, labels) + self.distance(now, reference)
+
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
+        return F.kl_div(
+            now.log_softmax(-1),
+            reference.log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
 
 
-class Noted(L.Callback):  # keeps the losses, and what trains after each step
+class Noted(L.Callback):
+    """Keeps the losses, and what trains after each step."""
+
     def __init__(self) -> None:
-        self.seen = list[Any]()
+        self.losses: list[Tensor] = []
+        self.after: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.seen.append((outputs["loss"].detach().clone(), trained(pl_module)))
-
-
-def both(folder: Path, build: Any, kwargs: Any, **options: Any) -> list[Any]:
-    """What two fits noted: with a second model, and with the base in the first."""
-    found = Noted(), Noted()
-    for notes, second in zip(found, (True, False), strict=True):
-        fit(folder, lora(dropout=0.1, **kwargs), notes, model=build(second), limit_val_batches=0, **options)
-    return [notes.seen for notes in found]
-
-
-def assert_same(one: Any, other: Any) -> None:
-    torch.testing.assert_close(other, one, rtol=0, atol=0)
-    assert not torch.equal(one[0][0], one[-1][0])  # it has trained
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        *_: Any,
+    ) -> None:
+        self.losses.append(outputs["loss"].detach().clone())
+        self.after.append(trained(pl_module))
 
 
-NONE, BOTH = {"modules_to_save": None, "exclude_modules": ["head"]}, {"modules_to_save": ["head", "embed"]}
+def noted(
+    folder: Path,
+    model: Any,
+    kwargs: Any,
+    **options: Any,
+) -> Noted:
+    """What a fit gives in each step."""
+    notes = Noted()
+    fit(
+        folder,
+        lora(dropout=0.1, **kwargs),
+        notes,
+        model=model,
+        limit_val_batches=0,
+        **options,
+    )
+    return notes
+
+
+def assert_same_fits(found: Noted, expected: Noted) -> None:
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=0)
+    torch.testing.assert_close(found.after, expected.after, rtol=0, atol=0)
+    assert not torch.equal(found.losses[0], found.losses[-1])  # it has trained
+
+
+NONE = {"modules_to_save": None, "exclude_modules": ["head"]}
+BOTH = {"modules_to_save": ["head", "embed"]}
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of torch
 
@@ -94,15 +140,37 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
     ],
     ids=str,
 )
-def test_it_has_the_bits_of_a_second_model(tmp_path: Path, how: dict[str, Any], kwargs: Any, precision: Any) -> None:
-    assert_same(*both(tmp_path, partial(Tiny, **how), kwargs, precision=precision))
+def test_it_has_the_bits_of_a_second_model(
+    tmp_path: Path,
+    how: dict[str, Any],
+    kwargs: Any,
+    precision: Any,
+) -> None:
+    of_two = noted(
+        tmp_path,
+        Tiny(True, **how),
+        kwargs,
+        precision=precision,
+    )
+    of_one = noted(
+        tmp_path,
+        Tiny(False, **how),
+        kwargs,
+        precision=precision,
+    )
+    assert_same_fits(of_one, of_two)
 
 
-class Beside(Tiny):  # whose reference is another adapter, beside the one that trains
-    drops = True
+class Beside(Tiny):
+    """Its reference is another adapter, beside the one that trains."""
+
+    def __init__(self, second: bool, *, comes_first: bool, drops: bool) -> None:
+        super().__init__(second, comes_first=comes_first)
+        self.drops = drops
 
     def on_train_start(self) -> None:
-        for module in (self, *self.second):
+        self.train(self.drops)
+        for module in self.second:
             module.train(self.drops)
 
     def reference(self, x: Tensor) -> Tensor:
@@ -116,37 +184,46 @@ class Beside(Tiny):  # whose reference is another adapter, beside the one that t
 def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool, drops: bool) -> None:
     file = tmp_path / "a.safetensors"
     save_adapter(as_trained(LitTiny(), modules_to_save=["head"], dropout=0.1), file)
-
-    def build(second: bool) -> Beside:
-        model = Beside(second, comes_first=comes_first, drops=drops)
-        for each in model.second:
-            load_adapter(each, file)
-        for name in ("own",) if second else ("own", "other"):
-            load_adapter(model, file, name=name)
-        return model
-
-    assert_same(*both(tmp_path, build, {"name": "own"}))
+    two = Beside(True, comes_first=comes_first, drops=drops)
+    load_adapter(two.second[0], file)
+    load_adapter(two, file, name="own")
+    one = Beside(False, comes_first=comes_first, drops=drops)
+    load_adapter(one, file, name="own")
+    load_adapter(one, file, name="other")
+    of_two = noted(tmp_path, two, {"name": "own"})
+    of_one = noted(tmp_path, one, {"name": "own"})
+    assert_same_fits(of_one, of_two)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore:Attribute 'backend' removed:UserWarning")
 def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_reference(tmp_path: Path) -> None:
     torch._dynamo.reset()
     backend, graphs = counted()
-    fit(tmp_path, lora(), model=Tiny(False, backend=backend), limit_val_batches=0, max_epochs=3)
+    model = Tiny(False, backend=backend)
+    fit(tmp_path, lora(), model=model, limit_val_batches=0, max_epochs=3)
     assert len(graphs) == 2
 
 
-class Evaluated(Tiny):  # compares itself with the base, where Lightning evaluates in inference mode
+class Evaluated(Tiny):
+    """Compares itself with the base, where Lightning evaluates in inference mode."""
+
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("val_loss", F.mse_loss(self(batch[0]), self.reference(batch[0])))
+        now = self(batch[0])
+        reference = self.reference(batch[0])
+        self.log("val_loss", F.mse_loss(now, reference))
 
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_what_an_evaluation_compared_with_the_base_trains_on(tmp_path: Path, merge: Any) -> None:
-    through, evaluated = Evaluated(False), Evaluated(False)
-    for model in (through, evaluated):
-        _, t = fit(tmp_path, lora(merge=merge, **BOTH), model=model)
-        if model is evaluated:
-            t.validate(model, data(), verbose=False)
-        fit(tmp_path, lora(merge=merge, **BOTH), model=model)
-    assert same(state(evaluated), state(through))
+    through = Evaluated(False)
+    fit(tmp_path, lora(merge=merge, **BOTH), model=through)
+    fit(tmp_path, lora(merge=merge, **BOTH), model=through)
+    evaluated = Evaluated(False)
+    _, t = fit(
+        tmp_path,
+        lora(merge=merge, **BOTH),
+        model=evaluated,
+    )
+    t.validate(evaluated, data(), verbose=False)
+    fit(tmp_path, lora(merge=merge, **BOTH), model=evaluated)
+    assert_same_tensors(state(evaluated), state(through))

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAWarning, MergePrecisionWarning
+from lightning_lora import LoRACallback, LoRAWarning, MergePrecisionWarning
 from tests.support.cases import held
+from tests.support.checks import assert_same_tensors, messages_of
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
@@ -23,43 +23,81 @@ def shuffled(**options: Any) -> DataLoader[Any]:
     return DataLoader(data().dataset, batch_size=4, shuffle=True, **options)
 
 
-class WarmsUp(LitTiny):  # that asks for the number of steps, so that Lightning starts the data loaders early
+def dropping(**arguments: Any) -> LoRACallback:
+    """Adapters with dropout, which draws random numbers in each step."""
+    return lora(dropout=0.3, **arguments)
+
+
+class WarmsUp(LitTiny):
+    """A module that asks for the number of steps, so that Lightning starts the data loaders early."""
+
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
         optimizer = super().configure_optimizers()
-        scheduler = LambdaLR(optimizer, lambda step: min(1.0, 2 * (step + 1) / steps))
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        def scale(step: int) -> float:
+            return min(1.0, 2 * (step + 1) / steps)
+
+        schedule = LambdaLR(optimizer, scale)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class Seeds(LitTiny):  # that seeds the generators itself, after the hooks of all callbacks
+class Seeds(LitTiny):
+    """A module that seeds the generators itself, after the hooks of all callbacks."""
+
     def on_fit_start(self) -> None:
         torch.manual_seed(1)
 
 
 @exact
-@pytest.mark.parametrize(("cls", "workers"), [(LitTiny, 1), (WarmsUp, 0), (WarmsUp, 1), (Seeds, 0)])
+@pytest.mark.parametrize(
+    ("cls", "workers"),
+    [
+        (LitTiny, 1),
+        (WarmsUp, 0),
+        (WarmsUp, 1),
+        (Seeds, 0),
+    ],
+)
 def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path, cls: Any, workers: int) -> None:
-    make, train = partial(lora, dropout=0.3), partial(shuffled, num_workers=workers)
-    resumes_to_the_bit(tmp_path, cls, make, train=train, max_epochs=3)
+    train = partial(shuffled, num_workers=workers)
+    resumes_to_the_bit(tmp_path, cls, dropping, train=train, max_epochs=3)
 
 
 @exact
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2, "max_epochs": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": 3, "val_check_interval": 2},
+        {"max_epochs": 5, "check_val_every_n_epoch": 2},
+    ],
+)
 def test_run_resumed_from_the_end_of_a_validation_ends_with_the_same_bits(tmp_path: Path, options: Any) -> None:
-    make, options = (
-        partial(lora, dropout=0.3),
-        {"max_epochs": 3, "saving": {"save_on_train_epoch_end": False}, **options},
+    resumes_to_the_bit(
+        tmp_path,
+        LitTiny,
+        dropping,
+        at="epoch=1",
+        train=shuffled,
+        saving={"save_on_train_epoch_end": False},
+        **options,
     )
-    resumes_to_the_bit(tmp_path, LitTiny, make, at="epoch=1", train=shuffled, **options)
 
 
 @pytest.mark.processes
 @exact
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int) -> None:
-    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
-    train = partial(shuffled, num_workers=workers)
-    resumes_to_the_bit(tmp_path, WarmsUp, partial(lora, dropout=0.3), train=train, **options)
+    resumes_to_the_bit(
+        tmp_path,
+        WarmsUp,
+        dropping,
+        train=partial(shuffled, num_workers=workers),
+        strategy="ddp_fork",
+        devices=2,
+        max_epochs=3,
+    )
 
 
 @exact
@@ -72,64 +110,126 @@ def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int
         (11, WarmsUp, {}),
     ],
 )
-def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int, cls: Any, arguments: Any) -> None:
-    options = {"at": f"step={step}", "saving": {"every_n_train_steps": 1}, "max_epochs": 3}
-    make = partial(lora, merge=False, dropout=0.3, **arguments)
-    resumes_to_the_bit(tmp_path, cls, make, train=Stateful, **options)
+def test_run_resumed_at_any_step_ends_with_the_same_bits(
+    tmp_path: Path,
+    step: int,
+    cls: Any,
+    arguments: Any,
+) -> None:
+    resumes_to_the_bit(
+        tmp_path,
+        cls,
+        partial(dropping, merge=False, **arguments),
+        at=f"step={step}",
+        train=Stateful,
+        saving={"every_n_train_steps": 1},
+        max_epochs=3,
+    )
 
 
 @exact
 def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_first(tmp_path: Path) -> None:
-    def run(folder: str, file: str | None = None) -> Any:
-        saves = ModelCheckpoint(tmp_path / folder, "{step}", save_top_k=-1, every_n_train_steps=1)
-        path = file and tmp_path / f"{file}.ckpt"
-        options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3, "limit_val_batches": 0}
-        model, _ = fit(tmp_path, lora(), saves, train=Stateful(), ckpt_path=path, **options)
+    def run(folder: Path, file: Path | None = None) -> Any:
+        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        model, _ = fit(
+            tmp_path,
+            lora(),
+            saves,
+            train=Stateful(),
+            ckpt_path=file,
+            accumulate_grad_batches=2,
+            max_epochs=3,
+            limit_val_batches=0,
+        )
         return state(model)
 
-    through = run("through")
-    assert same(run("resumed", "through/step=1"), through)
-    assert same(run("again", "resumed/step=3"), through)
-    assert not same(run("wrong", "resumed/step=1"), through)  # written again, by Lightning, within an accumulation
+    first, second = tmp_path / "through", tmp_path / "resumed"
+    through = run(first)
+    assert_same_tensors(run(second, first / "step=1.ckpt"), through)
+    assert_same_tensors(run(tmp_path / "again", second / "step=3.ckpt"), through)
+    wrong = run(tmp_path / "wrong", second / "step=1.ckpt")  # written again, by Lightning, within an accumulation
+    assert not same(wrong, through)
+
+
+class Stores(L.Callback):
+    """Stores other random states."""
+
+    def __init__(self, states: Any) -> None:
+        self.states = states
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightning_lora_random"] = self.states
 
 
 @pytest.mark.parametrize(
-    "states", [None, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}]
+    "states",
+    [
+        None,
+        {"cpu": 1},
+        {"cpu": torch.zeros(1, 3)},
+        {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)},
+    ],
 )
 def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: Any) -> None:
-    stores = bundled.LambdaCallback(on_save_checkpoint=lambda t, m, file: file.update(lightning_lora_random=states))
-    _, t = fit(tmp_path, lora(dropout=0.3), stores, train=shuffled(), max_epochs=1)
-    t.save_checkpoint(tmp_path / "odd.ckpt")
-    _, t = fit(tmp_path, lora(dropout=0.3), train=shuffled(), ckpt_path=tmp_path / "odd.ckpt")
+    file = tmp_path / "odd.ckpt"
+    _, t = fit(
+        tmp_path,
+        dropping(),
+        Stores(states),
+        train=shuffled(),
+        max_epochs=1,
+    )
+    t.save_checkpoint(file)
+    _, t = fit(
+        tmp_path,
+        dropping(),
+        train=shuffled(),
+        ckpt_path=file,
+    )
     assert t.global_step == 8
 
 
 @exact
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
 def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precision: Any) -> None:
-    make = partial(lora, dropout=0.3)
-    through = resumes_to_the_bit(tmp_path, LitTiny, make, max_epochs=2, precision=precision)
+    through = resumes_to_the_bit(
+        tmp_path,
+        LitTiny,
+        dropping,
+        max_epochs=2,
+        precision=precision,
+    )
     assert is_plain(through)
     path = tmp_path / "through" / "epoch=1.ckpt"
-    stored = torch.load(path, weights_only=True)
+    stored = held(torch.load(path, weights_only=True))
     wide = torch.float64 if precision == "64-true" else torch.float32
-    assert {stored["state_dict"][name].dtype for name in ADAPTERS} == {wide}
-    assert sorted(held(stored)) == sorted(TRAINED)
-    t = trainer(tmp_path, [make()], precision=precision)
-    assert outcome(t, "test", through, ckpt_path=path) == outcome(t, "test", LitTiny(), ckpt_path=path)
+    for name in ADAPTERS:
+        assert stored[name].dtype == wide
+    assert sorted(stored) == sorted(TRAINED)
+    t = trainer(tmp_path, [dropping()], precision=precision)
+    of_module = outcome(t, "test", through, ckpt_path=path)
+    of_new_one = outcome(t, "test", LitTiny(), ckpt_path=path)
+    assert of_module == of_new_one
 
 
 def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None:
     with pytest.warns(MergePrecisionWarning) as caught:
-        model, t = fit(tmp_path, lora(), model=LitTiny(lr=1e-7), precision="bf16-true")
-    assert len([w for w in caught if issubclass(w.category, LoRAWarning)]) == 1
+        model, t = fit(
+            tmp_path,
+            lora(),
+            model=LitTiny(lr=1e-7),
+            precision="bf16-true",
+        )
+    assert len(messages_of(caught, LoRAWarning)) == 1
     t.validate(model, data(), verbose=False)  # merges again, and an unexpected warning is an error here
 
 
 # Files of any CheckpointIO
 
 
-class Counts(L.Callback):  # a callback whose state is the object that it goes on changing
+class Counts(L.Callback):
+    """A callback whose state is the object that it goes on changing."""
+
     def __init__(self) -> None:
         self.seen = {"steps": [torch.zeros(8)]}
 
@@ -144,7 +244,9 @@ class Counts(L.Callback):  # a callback whose state is the object that it goes o
         self.seen = state_dict
 
 
-class Moves(LitTiny):  # a buffer that is the base's until the second epoch
+class Moves(LitTiny):
+    """A buffer that is the base's until the second epoch."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("moved", torch.zeros(()))
@@ -156,14 +258,25 @@ class Moves(LitTiny):  # a buffer that is the base's until the second epoch
 
 @pytest.mark.parametrize("save", ["adapters", "model"])
 def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, save: str) -> None:
-    def run(folder: str, plugins: list[Any], **options: Any) -> tuple[Any, dict[str, Any]]:
-        counts, saves = Counts(), best(tmp_path / folder, save_top_k=-1)
-        callbacks = lora(merge=False, save=save), counts, saves
-        model, _ = fit(tmp_path, *callbacks, model=Moves, plugins=plugins, **options)
-        return counts.seen, state(model)
+    def run(folder: Path, counts: Counts, **options: Any) -> Any:
+        saves = best(folder, save_top_k=-1)
+        adapters = lora(merge=False, save=save)
+        model, _ = fit(
+            tmp_path,
+            adapters,
+            counts,
+            saves,
+            model=Moves,
+            **options,
+        )
+        return model
 
-    seen, whole = run("a", [WritesLater()])
+    counts, counts_again = Counts(), Counts()
+    whole = run(tmp_path / "a", counts, plugins=[WritesLater()])
     file = tmp_path / "a" / "best-epoch=0.ckpt"
-    assert save == "adapters" or torch.load(file, weights_only=True)["state_dict"]["moved"] == 0
-    resumed_seen, resumed = run("b", [], ckpt_path=file)
-    assert repr(resumed_seen) == repr(seen) and same(resumed, whole)
+    if save == "model":
+        stored = torch.load(file, weights_only=True)["state_dict"]
+        assert stored["moved"] == 0
+    resumed = run(tmp_path / "b", counts_again, ckpt_path=file)
+    assert repr(counts_again.seen) == repr(counts.seen)
+    assert_same_tensors(state(resumed), state(whole))

@@ -188,7 +188,13 @@ def test_processes_train_and_store_what_ddp_does(
     kwargs: Any,
     options: Any,
 ) -> None:
-    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    expected = fit_in_processes(
+        "ddp",
+        tmp_path,
+        build,
+        kwargs,
+        **options,
+    )[0]
     for found in fit_in_processes(
         kind,
         tmp_path,
@@ -227,7 +233,13 @@ def test_processes_train_what_ddp_does_up_to_rounding(
     options: Any,
     near: Any,
 ) -> None:
-    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    expected = fit_in_processes(
+        "ddp",
+        tmp_path,
+        build,
+        kwargs,
+        **options,
+    )[0]
     for found in fit_in_processes(
         kind,
         tmp_path,
@@ -263,7 +275,12 @@ def test_run_resumes_to_the_same_bits(
     build: Any,
     kwargs: Any,
 ) -> None:
-    whole = fit_in_processes(written, tmp_path, build, kwargs)[0]
+    whole = fit_in_processes(
+        written,
+        tmp_path,
+        build,
+        kwargs,
+    )[0]
     if resumed == "ddp":  # which knows nothing of how the model was built
         build = LitNet
         whole = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in whole.items()}
@@ -358,7 +375,12 @@ def whole_life(kind: str, folder: Path) -> Life:
     L.seed_everything(1, verbose=False)
     module = LitNet()
     best = ModelCheckpoint(folder / kind, monitor="loss", filename="best")
-    t = trainer_of(kind, folder, [lora(merge="best"), best], enable_checkpointing=True)
+    t = trainer_of(
+        kind,
+        folder,
+        [lora(merge="best"), best],
+        enable_checkpointing=True,
+    )
     t.fit(module, data(), data())
     merged = whole_state(module)
     classes = {type(inner).__name__ for inner in module.modules()}

@@ -69,7 +69,13 @@ class Numbers:
         for name in asked:
             now = name
             path = self.files["path"] if name == "path" else name
-            self.check_one(t, model, now, shape, ckpt_path=path)
+            self.check_one(
+                t,
+                model,
+                now,
+                shape,
+                ckpt_path=path,
+            )
         self.check_one(t, model, now, shape)
         assert files_hold_adapters_alone(self.folder)
 
@@ -81,7 +87,12 @@ class Numbers:
         shape: bool | None,
         ckpt_path: str | None = None,
     ) -> None:
-        found = outcome(t, self.stage, model, ckpt_path=ckpt_path)
+        found = outcome(
+            t,
+            self.stage,
+            model,
+            ckpt_path=ckpt_path,
+        )
         torch.testing.assert_close(found, self.expected[now])
         if shape is not None:
             assert is_plain(model) is shape
@@ -356,7 +367,12 @@ def test_no_file_is_written_with_an_adapted_weight_that_is_computed(tmp_path: Pa
     model = LitTiny()
     act_in(model, "on_train_epoch_end", compute)
     with pytest.raises(ll.AdapterStateError, match=COMPUTED):
-        fit(tmp_path, lora(), best(tmp_path), model=model)
+        fit(
+            tmp_path,
+            lora(),
+            best(tmp_path),
+            model=model,
+        )
     by_own_loop = LitTiny()
     ll.inject_adapters(by_own_loop, ll.LoRAConfig(r=2))
     compute(by_own_loop)
@@ -599,7 +615,14 @@ def looks(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("stage", "trial"), [("validate", 1), ("test", False), ("predict", False)])
+@pytest.mark.parametrize(
+    ("stage", "trial"),
+    [
+        ("validate", 1),
+        ("test", False),
+        ("predict", False),
+    ],
+)
 def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any) -> None:
     model = half_frozen()
     plain = trainer(tmp_path, fast_dev_run=trial)

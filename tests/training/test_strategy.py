@@ -1,6 +1,8 @@
 """The strategy loads and saves adapters at the right moments."""
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +19,7 @@ from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
-from lightning_lora.training.strategies.for_strategy import overlay_strategy
+from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.checks import assert_holds_tensors, assert_same_tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
@@ -82,7 +84,12 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
             assert t.global_step == 12
         else:
             again = LitTiny()
-            outcome(trainer(tmp_path, [lora()]), "validate", again, ckpt_path=file)
+            outcome(
+                trainer(tmp_path, [lora()]),
+                "validate",
+                again,
+                ckpt_path=file,
+            )
         assert base_is_whole(again)
     assert base_is_whole(model)
 
@@ -165,7 +172,12 @@ def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -
     assert sorted(tensors(file)) == sorted(TRAINED)
     torch.testing.assert_close(model(X), expected(X))
     new = cls()
-    outcome(trainer(tmp_path, [lora()]), "test", new, ckpt_path=file)
+    outcome(
+        trainer(tmp_path, [lora()]),
+        "test",
+        new,
+        ckpt_path=file,
+    )
     torch.testing.assert_close(new(X), expected(X))
 
 
@@ -348,13 +360,26 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
     if again:
         fit(tmp_path, lora(), **shared)
     for callbacks in ([], [lora()], []):
-        _, t = fit(tmp_path, *callbacks, max_epochs=1, **shared)
+        _, t = fit(
+            tmp_path,
+            *callbacks,
+            max_epochs=1,
+            **shared,
+        )
         calls.clear()
         t.save_checkpoint(tmp_path / "a.ckpt")
         assert calls == [2, 1]
 
 
 # Strategies that shard the model in another way are refused by name
+
+
+def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, lora(), max_epochs=1)
+    for copied in (deepcopy(t.strategy), pickle.loads(pickle.dumps(t.strategy))):
+        assert methods_of(copied) is None and copied.training_step.__self__ is copied
+        methods = overlay_strategy(copied, Stage(LoRAConfig()))
+        assert methods.strategy is copied and not methods.is_by_other_code("training_step")
 
 
 class RestoresLate(SingleDeviceStrategy):

@@ -15,7 +15,7 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, stop
-from tests.support.checks import assert_same_tensors, copied
+from tests.support.checks import assert_same_tensors, copied, messages_of
 from tests.support.fits import WritesLater, loaded, outcome
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, state, trainer
 from tests.support.versions import needs_averaging
@@ -92,7 +92,13 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
 # What other code loads
 
 
-@pytest.mark.parametrize(("merge", "plugins"), [("last", [WritesLater()]), (False, None)])
+@pytest.mark.parametrize(
+    ("merge", "plugins"),
+    [
+        ("last", [WritesLater()]),
+        (False, None),
+    ],
+)
 def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
     tmp_path: Path, merge: Any, plugins: Any
 ) -> None:
@@ -115,9 +121,12 @@ def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_
     assert_same_tensors(state(model), state(first))
 
 
+State = dict[str, Any]
+
+
 def states_that_do_not_fit(
     folder: Path,
-) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+) -> list[tuple[State, dict[str, Any], State]]:
     """Whole states, each with arguments of a fit that they do not fit, and the last state of their run."""
     fit(folder, whole(), saves_at(4, folder / "first.ckpt"))
     averaged = state_in(folder / "first.ckpt")
@@ -360,5 +369,5 @@ def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
             model=LitTiny(lr=1e-4),
             precision="bf16-true",
         )
-    (said,) = [str(each.message) for each in caught if each.category is ll.MergePrecisionWarning]
+    (said,) = messages_of(caught, ll.MergePrecisionWarning)
     assert said.startswith('With save="model", f')

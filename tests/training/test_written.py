@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.cases import StopError
+from tests.support.checks import lines_with, messages_of
 from tests.support.fits import AVERAGES, fit
 from tests.support.models import LitTiny, lora
 
 NO_SAVES: dict[str, Any] = {"enable_checkpointing": False}
 
 
-def normalise(weight: Tensor) -> None:  # SwAV's prototypes
-    with torch.no_grad():
-        weight.copy_(F.normalize(weight.clone()))
+@torch.no_grad()
+def normalise(weight: Tensor) -> None:
+    """What is done to SwAV's prototypes."""
+    weight.copy_(F.normalize(weight.clone()))
 
 
 def mask(weight: Tensor) -> None:
@@ -34,19 +36,30 @@ def clamp(weight: Tensor) -> None:
     weight.data.clamp_(-0.1, 0.1)
 
 
-WRITES: dict[str, Any] = {"normalise": normalise, "mask": mask, "clamp": clamp, "nothing": lambda _: None}
-
-
 class Writes(LitTiny):
     """A module whose step writes into a weight."""
 
-    def __init__(self, write: str) -> None:
-        super().__init__()
-        self.write = write
-
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        WRITES[self.write](self.v_proj.weight)
+        self.write(self.v_proj.weight)
         return super().training_step(batch, batch_idx)
+
+    def write(self, weight: Tensor) -> None:
+        pass
+
+
+class Normalises(Writes):
+    def write(self, weight: Tensor) -> None:
+        normalise(weight)
+
+
+class Masks(Writes):
+    def write(self, weight: Tensor) -> None:
+        mask(weight)
+
+
+class Clamps(Writes):
+    def write(self, weight: Tensor) -> None:
+        clamp(weight)
 
 
 class Notes(L.Callback):
@@ -61,34 +74,83 @@ class Notes(L.Callback):
 
 
 def about_writes(caught: list[Any]) -> list[str]:
-    return [str(each.message) for each in caught if "has written into" in str(each.message)]
+    return lines_with("has written into", messages_of(caught))
 
 
-def said(folder: Path, model: Any, *callbacks: L.Callback, notes: Any = None, **options: Any) -> list[str]:
+def said(
+    folder: Path,
+    model: Any,
+    *callbacks: L.Callback,
+    **options: Any,
+) -> list[str]:
+    """What a fit says of writes."""
+    notes = Notes()
+    return said_to(
+        notes,
+        folder,
+        model,
+        *callbacks,
+        **options,
+    )
+
+
+def said_to(
+    notes: Notes,
+    folder: Path,
+    model: Any,
+    *callbacks: L.Callback,
+    **options: Any,
+) -> list[str]:
+    """The same, of a fit in which is noted when it was said."""
+    if not callbacks:
+        callbacks = (lora(),)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        notes = notes or Notes()
         notes.caught = caught
-        fit(folder, *(callbacks or [lora()]), notes, model=model, **options)
+        fit(
+            folder,
+            *callbacks,
+            notes,
+            model=model,
+            **options,
+        )
     return about_writes(caught)
 
 
-@pytest.mark.parametrize("write", ["normalise", "mask", "clamp"])
-def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(tmp_path: Path, write: str) -> None:
-    (message,) = said(tmp_path, Writes(write), notes=(notes := Notes()), **NO_SAVES)
-    assert "the weight of 'v_proj' of Writes" in message and set(notes.said) == {0}
-    assert "modules_to_save=['v_proj']" in message and "exclude_modules=['v_proj']" in message
+@pytest.mark.parametrize("kind", [Normalises, Masks, Clamps])
+def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(tmp_path: Path, kind: Any) -> None:
+    notes = Notes()
+    (message,) = said_to(
+        notes,
+        tmp_path,
+        kind(),
+        **NO_SAVES,
+    )
+    assert f"the weight of 'v_proj' of {kind.__name__}" in message
+    assert set(notes.said) == {0}
+    assert "modules_to_save=['v_proj']" in message
+    assert "exclude_modules=['v_proj']" in message
 
 
 def test_it_is_named_at_the_first_save(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
-    (message,) = said(tmp_path, Writes("clamp"), lora(), saves, notes=(notes := Notes()))
-    assert "'v_proj'" in message and notes.said == [0, 0, 0, 1, 1, 1, 1, 1]
+    notes = Notes()
+    (message,) = said_to(
+        notes,
+        tmp_path,
+        Clamps(),
+        lora(),
+        saves,
+    )
+    assert "'v_proj'" in message
+    assert notes.said == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("advice", ["modules_to_save", "exclude_modules"])
 def test_what_the_message_says_ends_it(tmp_path: Path, advice: str) -> None:
-    assert not said(tmp_path, Writes("clamp"), ll.LoRACallback(r=2, **{advice: ["v_proj"]}), **NO_SAVES)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {advice: ["v_proj"]}
+    callback = ll.LoRACallback(r=2, **arguments)
+    assert said(tmp_path, Clamps(), callback, **NO_SAVES) == []
 
 
 class Once(LitTiny):
@@ -101,7 +163,8 @@ class Once(LitTiny):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.global_step == 3:
             self.wide.weight.data.view(-1)[1] += 1
-        return super().training_step(batch, batch_idx) + self.wide(self.embed(batch[0])).mean()
+        of_wide = self.wide(self.embed(batch[0])).mean()
+        return super().training_step(batch, batch_idx) + of_wide
 
 
 def test_a_single_value_is_noticed_when_the_fit_ends(tmp_path: Path) -> None:
@@ -129,18 +192,22 @@ class Others(LitTiny):
         return super().training_step(batch, batch_idx)
 
 
-class Loads(LitTiny):
-    """Its own hooks load the base late."""
+@torch.no_grad()
+def load(model: nn.Module) -> None:
+    """Give a base other weights."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.add_(0.25)
 
-    def __init__(self, hook: str) -> None:
-        super().__init__()
-        setattr(self, hook, self.load)
 
-    def load(self) -> None:
-        with torch.no_grad():
-            for p in self.parameters():
-                if not p.requires_grad:
-                    p.add_(0.25)
+class LoadsAsTheFitStarts(LitTiny):
+    def on_fit_start(self) -> None:
+        load(self)
+
+
+class LoadsAsTrainingStarts(LitTiny):
+    def on_train_start(self) -> None:
+        load(self)
 
 
 class Follows(LitTiny):
@@ -153,32 +220,51 @@ class Follows(LitTiny):
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.embed(index)
-        return super().forward(index) + self.head(self.net(x) - self.copied(x).detach())
+        difference = self.net(x) - self.copied(x).detach()
+        return super().forward(index) + self.head(difference)
 
+    @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        with torch.no_grad():
-            for p, copied in zip(self.net.parameters(), self.copied.parameters(), strict=True):
-                copied.mul_(0.7).add_(p, alpha=0.3)
+        for p, copied in zip(
+            self.net.parameters(),
+            self.copied.parameters(),
+            strict=True,
+        ):
+            copied.mul_(0.7).add_(p, alpha=0.3)
 
 
-@pytest.mark.parametrize(
-    "build", [LitTiny, Others, lambda: Loads("on_fit_start"), lambda: Loads("on_train_start"), Follows]
-)
-def test_other_changes_are_not_named(tmp_path: Path, build: Any) -> None:
-    assert not said(tmp_path, build())
+@pytest.mark.parametrize("kind", [LitTiny, Others, LoadsAsTheFitStarts, LoadsAsTrainingStarts, Follows])
+def test_other_changes_are_not_named(tmp_path: Path, kind: Any) -> None:
+    assert said(tmp_path, kind()) == []
 
 
 @pytest.mark.parametrize("companion", AVERAGES)
 def test_averages_write_into_no_adapted_weight(tmp_path: Path, companion: str) -> None:
-    assert not said(tmp_path, LitTiny(), lora(), AVERAGES[companion][0](), max_epochs=4)
+    average = AVERAGES[companion][0]()
+    assert said(tmp_path, LitTiny(), lora(), average, max_epochs=4) == []
 
 
 def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    assert said(tmp_path, Writes("clamp"), lora(), saves)
-    for write, count in (("nothing", 0), ("normalise", 1)):
-        model = Writes(write)
-        assert len(said(tmp_path, model, ckpt_path=tmp_path / "epoch=0.ckpt", **NO_SAVES)) == count
+    assert said(tmp_path, Clamps(), lora(), saves)
+    file = tmp_path / "epoch=0.ckpt"
+    assert said(tmp_path, Writes(), ckpt_path=file, **NO_SAVES) == []
+    assert (
+        len(
+            said(
+                tmp_path,
+                Normalises(),
+                ckpt_path=file,
+                **NO_SAVES,
+            )
+        )
+        == 1
+    )
+
+
+class Stops(LitTiny):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise StopError
 
 
 def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path) -> None:
@@ -187,10 +273,7 @@ def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path) 
         with contextlib.suppress(StopError):
             fit(tmp_path, callback, model=model, **NO_SAVES)
         steps = callback._stage.first_steps
-        notes = [note for guard in steps.guards.guards for note in vars(guard).values()]
-        assert not any(getattr(note, "originals", note) for note in (*notes, steps._copies))
-
-
-class Stops(LitTiny):
-    def on_train_batch_end(self, *_: Any) -> None:
-        raise StopError
+        assert not steps._copies.originals
+        for guard in steps.guards.guards:
+            for note in vars(guard).values():
+                assert not getattr(note, "originals", note)

@@ -1,9 +1,7 @@
 """Compiled code: it would be compiled once more for the first batch, so nothing is watched there."""
 
 import sys
-from collections.abc import Iterable
 from types import FunctionType
-from typing import Any
 
 from torch import nn
 
@@ -15,13 +13,12 @@ _PACKAGES_WITHOUT = {"torch", "builtins", "lightning", "pytorch_lightning", "lig
 
 def is_compiled(model: nn.Module) -> bool:
     """Return whether code of a model is compiled: a module, an attribute, or a function beside a module's class."""
-    modules = list(model.modules())
-    if any(_holds_compiled_code(module) for module in modules):
-        return True
-    classes = _classes_of(modules)
-    names_of_files = {cls.__module__ for cls in classes}
-    files = [sys.modules[name] for name in names_of_files if name in sys.modules]
-    return any(_defines_compiled_code(each) for each in (*classes, *files))
+    classes: set[type] = set()
+    for module in model.modules():
+        if _holds_compiled_code(module):
+            return True
+        classes.update(type(module).__mro__)
+    return any(_defines_compiled_code(cls) for cls in classes if _package_of(cls) not in _PACKAGES_WITHOUT)
 
 
 def _holds_compiled_code(module: nn.Module) -> bool:
@@ -32,20 +29,20 @@ def _holds_compiled_code(module: nn.Module) -> bool:
     return bool(where(attributes, _is_compiled_function))
 
 
-def _classes_of(modules: Iterable[nn.Module]) -> set[type]:
-    """The classes of these modules, without those of torch and Lightning."""
-    classes: set[type] = set()
-    for module in modules:
-        for cls in type(module).__mro__:
-            if cls.__module__.partition(".")[0] not in _PACKAGES_WITHOUT:
-                classes.add(cls)
-    return classes
+def _package_of(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
-def _defines_compiled_code(place: Any) -> bool:
-    """Whether a class or a file defines a compiled function."""
-    compiled = where(dict(vars(place)), _is_compiled_function)
-    return not all(name.startswith(private.COMPILED_RESULT) for name in compiled)
+def _defines_compiled_code(cls: type) -> bool:
+    """Whether a class defines a compiled function, or the file around it."""
+    file = sys.modules.get(cls.__module__, cls)
+    defined = [*vars(cls).items(), *vars(file).items()]
+    return any(_is_compiled_function(value) and not _is_result(name) for name, value in defined)
+
+
+def _is_result(name: str) -> bool:
+    """Whether torch has put a function into a file itself: the result of a compilation."""
+    return name.startswith(private.COMPILED_RESULT)
 
 
 def _is_compiled_function(value: object) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
 from lightning_lora.storage.formats.peft import peft_config as peft
@@ -22,7 +24,8 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import named_modules, starts_of, submodule
+from lightning_lora.tensors.named import among, without
+from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, submodule
 
 # The members of a pipeline
 
@@ -45,11 +48,9 @@ def _member_name(model: nn.Module | None, root: str) -> str | None:
 def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
     places = dict[str, str]()
-    for name, module in modules.items():
-        is_in_a_member = not set(places.values()).isdisjoint(starts_of(name))
-        if not name or is_in_a_member:
-            continue
-        member = _member_name(module, name)
+    for name, module in without(modules, [""]).items():
+        is_in_a_member = is_in_any(name, places.values())
+        member = None if is_in_a_member else _member_name(module, name)
         if member is not None and (member not in places or name.endswith(member)):
             places[member] = name
     return places
@@ -84,9 +85,11 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
 def _split(source: Source) -> list[StoredAdapters]:
     """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
     roots = _roots_of_members(source)
-    parts = [_part_below(root, source.stored) for root in roots]
     outside = set(source.stored.state)
-    for part in parts:
+    parts = list[StoredAdapters]()
+    for root in roots:
+        part = _part_below(root, source.stored)
+        parts.append(part)
         outside -= part.state.keys()
     if outside:
         raise ExportError(
@@ -101,12 +104,11 @@ def _roots_of_members(source: Source) -> list[str]:
     root = source.stored.root
     if _member_name(source.inner, root) is not None:
         return [root]
-    with_adapters = dict[str, None]()  # in the order of the layers
-    for name in source.stored.layers:
-        with_adapters.update(dict.fromkeys(starts_of(name)))
+    starts = map(starts_of, source.stored.layers)
+    with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
     modules = with_adapters if source.model is None else named_modules(source.model)
-    roots = [name for name in _members_in(modules).values() if name in with_adapters]
-    return roots or [root]
+    members = _members_in(modules)
+    return list(among(members, with_adapters).values()) or [root]
 
 
 def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:
@@ -244,17 +246,17 @@ def _member(
     return member_tensors, peft.config_of({"peft_type": "LORA", **config}, path)
 
 
+def _is_magnitude(name: str) -> bool:
+    key = peft.peft_key(name)
+    return key is not None and key.what == "magnitude"
+
+
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration with which the scaling of each layer is one."""
     ranks = dict[str, int]()
-    use_dora = False
     for name, value in tensors.items():
         key = peft.peft_key(name)
-        if key is None:
-            continue
-        if key.what == "magnitude":
-            use_dora = True
-        elif key.what == "A" and value.dim():
+        if key is not None and key.what == "A" and value.dim():
             ranks[key.wrapped] = len(value)
     if not ranks:  # a damaged file, which is refused with the name of a layer
         return {}
@@ -264,7 +266,7 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "use_dora": use_dora,
+        "use_dora": any(map(_is_magnitude, tensors)),
         "target_modules": list(ranks),
     }
 

@@ -12,16 +12,19 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.patterns import matches_pattern
 from lightning_lora.storage.formats.format import Asked, Format, Reader
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
+from lightning_lora.tensors.named import of_type
 
-_KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
+_KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 
 
 @dataclass
@@ -55,12 +58,10 @@ def _state_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-    state = dict[str, Tensor]()
-    for name, value in contents.items():
-        if isinstance(name, str) and isinstance(value, Tensor):
-            state[name] = value
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    tensors = of_type(contents, Tensor)
+    state = {name: value for name, value in tensors.items() if isinstance(name, str)}
+    if len(entries_inside("module", state)) == len(state):
+        return Renaming(there="module").with_names_here(state)
     return state
 
 
@@ -119,7 +120,7 @@ class _Layers:
         kind = adapter_for(module)
         a, b = factors
         are_matrices = a.dim() == b.dim() == 2
-        if kind is None or kind not in _KINDS or not are_matrices:
+        if kind not in _KINDS or not are_matrices:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise AdapterMismatchError(
                 f"The file has factors {shapes} for {name!r}, a {type(module).__name__} in this model. Of loralib's, "

@@ -12,8 +12,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
+from lightning_lora.model.base_values import base_value
 from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import base_value
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer

@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_check import check_base
@@ -17,7 +18,7 @@ from lightning_lora.storage.state import diverged, required, without_base
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
 from lightning_lora.tensors.named import not_in, only, where, without
-from lightning_lora.tensors.names import state_dict
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.values import is_tensor
 
 
@@ -122,7 +123,7 @@ def _wrong_names(
 ) -> str:
     """What is missing or unexpected in a state, if anything: all that trains must be there. Changed tensors may be."""
     needed = {**required(view), **only(view.base, changed)}
-    unexpected = not_in(state, {*needed, *view.buffers, *view.kept})
+    unexpected = not_in(state, {*needed, *view.buffers, *kept_tensors(view)})
     if unexpected:  # what modules' own code adds may be there too
         unexpected = not_in(unexpected, without_base(view, state_dict(view.model), random))
     wrong = {"missing": not_in(needed, state), "unexpected": unexpected}
@@ -141,7 +142,7 @@ def _check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool)
 
 def _check_changed(view: View, state: Mapping[str, Any]) -> None:
     """Refuse a file without the values of weights that have changed since."""
-    lost = sorted(view.record.changed.keys() - state.keys())
+    lost = sorted(set(view.record.base.changed) - state.keys())
     if lost:
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "

@@ -1,7 +1,7 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
 All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
-(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``state_dicts.py``), also those that torch
+(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``from_state_dicts.py``), also those that torch
 loads.
 """
 
@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.model.attach import undone_on_error
-from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
-from lightning_lora.model.record import AdapterState, find_record, keep_record, record_of
+from lightning_lora.model.record import check_start, find_record, keep_record, record_of
 from lightning_lora.model.switch import activate, set_adapter
-from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
-from lightning_lora.storage.fingerprint import base_value
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
-from lightning_lora.tensors.names import is_bias, join, load_state_dict, own_parameter, state_dict
+from lightning_lora.tensors.names import is_bias, join, own_parameter
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
@@ -36,9 +37,7 @@ class Way:
     """What differs between the ways in."""
 
     call: str  # the user's call, as an error names it
-    adapts: bool = (
-        False  # the model may be plain: it is adapted as the file says. One that is merged is not merged again
-    )
+    adapts: bool = False  # whether a plain model is adapted first. One that was merged then stays unmerged
     name: str | None = None  # of the adapter. None: the active one
     is_described: bool = True  # otherwise there is a state alone, and nothing says how it was trained
     refuses_base: bool = True  # otherwise another base is only named
@@ -50,8 +49,7 @@ def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
 
     Beside the active adapter, one of another name is loaded, and rests.
     """
-    refuse_in_block(model, way.call)
-    record = find_record(model)
+    record = check_start(model, way.call)
     if record is not None and way.name is not None and way.name != record.adapter.name:
         _put_beside(model, record.adapter, way.name, stored, way)
         return
@@ -147,23 +145,25 @@ def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[st
 
 # Write
 
+WRITTEN = "lightning_lora_written"  # in torch's notes on what is written here: it is no news for the model's hook
+
 
 def _note_description(view: View, stored: StoredAdapters) -> None:
     """Note what a file of this package says of frozen weights and buffers."""
     if stored.base:
         view.adapter.random = tuple(stored.random)
-        view.record.buffers_were_filled(stored.filled)
+        view.record.base.buffers_were_filled(stored.filled)
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
-        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state))
+        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state), note=WRITTEN)
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
-        load_state_dict(view.model, state)
-        view.record.values_were_loaded(view.base_values)
+        load_state_dict(view.model, state, note=WRITTEN)
+        view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 
 
@@ -176,7 +176,7 @@ def _copy_of_what_changes(view: View, state: Mapping[str, Any]) -> dict[str, Ten
 
 def _write_filled_buffers(view: View, state: Mapping[str, Any], undo: ExitStack) -> None:
     """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
-    for name, value in only(state, view.record.filled).items():
+    for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
         dtype = buffer.dtype
         if dtype.itemsize > 2:

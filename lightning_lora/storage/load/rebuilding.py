@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.tensors.names import loads_in_own_way, named_modules, starts_of, state_dict
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.names import named_modules, starts_of
+from lightning_lora.tensors.plain_states import loads_in_own_way, state_dict
+from lightning_lora.tensors.values import is_tensor, replace_values
 
 
 def rebuild_modules(model: nn.Module, state: Mapping[str, Any], layers: Iterable[str]) -> None:
@@ -31,10 +33,9 @@ def rebuild_modules(model: nn.Module, state: Mapping[str, Any], layers: Iterable
 
 def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The name of the outermost module around a layer that loads a state in its own way."""
-    for name in starts_of(layer):
-        if name in modules and loads_in_own_way(modules[name]):
-            return name
-    return None
+    around = only(modules, starts_of(layer))  # the outermost first
+    builders = list(where(around, loads_in_own_way))
+    return builders[0] if builders else None
 
 
 def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
@@ -46,12 +47,11 @@ def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
 @contextmanager
 def _values_kept(module: nn.Module) -> Iterator[None]:
     """Give a module its own values back."""
-    values = []
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            values.append((tensor, tensor.detach().clone()))
+    held: dict[str, Any] = {**module._parameters, **module._buffers}
+    tensors = where(held, is_tensor)  # None stands for one that is not there
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
         yield
     finally:
-        for tensor, value in values:
-            replace_values(tensor, value)
+        for name, tensor in tensors.items():
+            replace_values(tensor, values[name])

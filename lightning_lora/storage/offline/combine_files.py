@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from lightning_lora.storage.offline.layers import besides, matrix_updates, read_
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.names import join, owner_of
+from lightning_lora.tensors.named import below, only
+from lightning_lora.tensors.names import owner_of
 
 
 def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequence[float], r: int | None = None) -> int:
@@ -51,7 +53,7 @@ def combined(
     _check_numbers(weights, r)
     first = files[0]
     layers = dict[str, StoredLayer]()
-    state = {name: first.state[name] for name in first.filled}
+    state = only(first.state, first.filled)
     for name, layer in _layers_of_all(files).items():
         updates = _summed_updates(files, weights, name, r)
         highest_rank = max(map(_rank_of, updates.values()))
@@ -95,8 +97,6 @@ def _summed_updates(
     """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
     sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)
     for file, weight in zip(files, weights, strict=True):
-        if name not in file.layers:
-            continue
         for matrix, update in matrix_updates(file, name).items():
             sums[matrix].add(update, weight)
     return {matrix: weighted_sum.factors(matrix, r) for matrix, weighted_sum in sums.items()}
@@ -104,12 +104,11 @@ def _summed_updates(
 
 def _named_factors(name: str, updates: dict[AdaptedMatrix, Factors], r: int) -> dict[str, Tensor]:
     """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
-    state = dict[str, Tensor]()
+    named = dict[str, Tensor]()
     for matrix, update in updates.items():
-        factors = with_rank(update, matrix.rank(r))
-        for parameter, factor in matrix.named(factors).items():
-            state[join(name, parameter)] = factor.contiguous()
-    return state
+        a, b = with_rank(update, matrix.rank(r))
+        named |= matrix.named((a.contiguous(), b.contiguous()))
+    return below(name, named)
 
 
 def _rank_of(update: Factors) -> int:
@@ -119,11 +118,8 @@ def _rank_of(update: Factors) -> int:
 
 def _owners_in_base(stored: StoredAdapters) -> set[str]:
     """The modules that hold the tensors of a base."""
-    owners = set[str]()
-    for fingerprint in stored.base:
-        for tensor in fingerprint.get("rounded", ()):
-            owners.add(owner_of(tensor))
-    return owners
+    tensors = [fingerprint.get("rounded", ()) for fingerprint in stored.base]
+    return set(map(owner_of, chain.from_iterable(tensors)))
 
 
 # Checks
@@ -133,7 +129,7 @@ def _check_numbers(weights: Sequence[float], r: int | None) -> None:
     """Refuse weights and a rank with which no sum can be computed."""
     are_finite = all(map(math.isfinite, weights))
     is_rank = r is None or (isinstance(r, int) and r > 0)
-    if not are_finite or not is_rank:
+    if not (are_finite and is_rank):
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
 
 

@@ -13,6 +13,7 @@ from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, matrix_fact
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
+from lightning_lora.tensors.named import without
 from lightning_lora.tensors.names import join
 
 
@@ -31,23 +32,22 @@ def read_layers(path: str | Path) -> StoredAdapters:
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters: trained modules, biases, buffers; not what is the run's alone."""
-    others = stored.adapter_names().union(stored.filled)
-    return {name: value for name, value in stored.state.items() if name not in others}
+    return without(stored.state, stored.adapter_names().union(stored.filled))
 
 
 def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
-    layer = stored.layers[name]
-    settings = layer.settings(stored.config)
+    layer = stored.layers.get(name)
     updates = dict[AdaptedMatrix, Factors]()
+    if layer is None or layer.tokens:  # such rows are no update: the base's are not in the file
+        return updates
+    settings = layer.settings(stored.config)
 
     def parameter_of_layer(parameter: str) -> Tensor:
         value: Tensor = stored.state[join(name, parameter)]
         return value
 
     for matrix in layer.matrices:
-        if matrix.tokens:  # these rows are no update: the base's are not in the file
-            continue
         a, b = matrix_factors(matrix, settings, parameter_of_layer)
         scale = matrix.scale(layer.scaling)
         updates[bare(matrix)] = a, b * scale

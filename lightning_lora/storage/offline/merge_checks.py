@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.model.record import HALVES
 from lightning_lora.storage.base_check import BaseTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
+from lightning_lora.tensors.named import among, of_type, only, where, without
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -24,7 +25,7 @@ def check_plan(plan: MergePlan) -> None:
 
 def check_tensors_alone(plan: MergePlan) -> None:
     """Refuse what modules keep besides tensors (``get_extra_state``): only a checkpoint has a place for it."""
-    odd = [name for name, value in plan.replaced.items() if not isinstance(value, Tensor)]
+    odd = without(plan.replaced, of_type(plan.replaced, Tensor))
     if odd:
         raise AdapterFileError(
             f"{listed(odd)} in {plan.source} are not tensors (get_extra_state), and safetensors holds no "
@@ -39,13 +40,9 @@ def _check_adapted_weights(plan: MergePlan) -> None:
     """Refuse a base without the adapted weights, and updates that would reach other layers."""
     wrong = list[str]()
     for place, adapted in plan.adapted.items():
-        expected = f"{place} {list(adapted.shape)}"
-        if not plan.is_in_base(place):
-            wrong.append(f"{expected}, absent")
-            continue
-        value = plan.files.get(place)
-        if not _takes_update(value, adapted):
-            wrong.append(f"{expected}, {value.dtype} {list(value.shape)}")
+        found = _found_in_place(plan, place, adapted)
+        if found is not None:
+            wrong.append(f"{place} {list(adapted.shape)}, {found}")
     if wrong:
         raise AdapterMismatchError(
             f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
@@ -59,9 +56,14 @@ def _check_adapted_weights(plan: MergePlan) -> None:
         )
 
 
-def _takes_update(value: Tensor, adapted: AdaptedWeight) -> bool:
-    """Whether an update can be added to this tensor of the base."""
-    return is_dense(value) and value.is_floating_point() and value.shape == adapted.shape
+def _found_in_place(plan: MergePlan, place: str, adapted: AdaptedWeight) -> str | None:
+    """What the base has in place of a weight to which the update can be added, or None."""
+    if not plan.is_in_base(place):
+        return "absent"
+    value = plan.files.get(place)
+    if is_dense(value) and value.is_floating_point() and value.shape == adapted.shape:
+        return None
+    return f"{value.dtype} {list(value.shape)}"
 
 
 # The tensors that the base of the training had
@@ -88,9 +90,8 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     halves = fingerprint["rounded"]
     places = {name: plan.name_in_base(name) for name in halves}
     digests = dict(zip(places, fingerprint["digests"], strict=True))
-    present = [name for name, place in places.items() if plan.is_in_base(place)]
-    present_digests = {digests[name] for name in present}
-    absent = [name for name in _expected_tensors(plan, halves) if digests[name] not in present_digests]
+    present_digests = only(digests, where(places, plan.is_in_base)).values()
+    absent = without(only(digests, _expected_tensors(plan, halves)), among(digests, set(present_digests)))
     if not absent:
         return []
     explained = {*places.values(), *plan.adapted, *plan.replaced}
@@ -98,21 +99,16 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     other_digests = _digests_of(plan, other_places)
     lost = list[str]()
     for name in absent:
-        has_other_name = not other_digests.isdisjoint({digests[name], *halves[name]})
-        if not has_other_name or _is_misspelt(places[name], other_places):
+        has_no_other_name = other_digests.isdisjoint({digests[name], *halves[name]})
+        if has_no_other_name or _is_misspelt(places[name], other_places):
             lost.append(name)
     return lost
 
 
-def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> list[str]:
+def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> set[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-    left_out = plan.not_of_the_base
-    expected = list[str]()
-    for name, half_digests in halves.items():
-        is_weight = bool(half_digests)  # None: quantised. Empty: integers, which other versions may not store
-        if is_weight and name not in left_out and plan.has_place(name):
-            expected.append(name)
-    return expected
+    weights = where(halves, bool)  # None: quantised. Empty: integers, which other versions may not store
+    return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
 
 
 def _digests_of(plan: MergePlan, places: Iterable[str]) -> set[int]:
@@ -134,10 +130,8 @@ def _is_misspelt(name: str, others: Iterable[str]) -> bool:
 
 
 def _differ_in_one_character(one: str, other: str) -> bool:
-    if len(one) != len(other):
-        return False
-    differing = [a for a, b in zip(one, other, strict=True) if a != b]
-    return len(differing) == 1
+    differing = [a for a, b in zip(one, other, strict=False) if a != b]
+    return len(differing) == 1 and len(one) == len(other)
 
 
 # The values that the base of the training had
@@ -173,11 +167,10 @@ def _count_of_differences(found: Comparison) -> int:
 
 def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
-    left_out = plan.not_of_the_base
-    for name, half_digests in halves.items():
+    for name, half_digests in without(halves, plan.not_of_the_base).items():
         place = plan.name_in_base(name)
         is_quantised = half_digests is None
-        if is_quantised or name in left_out or not plan.is_in_base(place):
+        if is_quantised or not plan.is_in_base(place):
             continue
         value = _without_trained_rows(plan, place)
         digests_in_halves = partial(digests_as, value, HALVES)

@@ -1,6 +1,6 @@
 """Which tensors of a base a file of adapters changes, and how: what a merge of files begins with."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.layers import besides
 from lightning_lora.storage.offline.tensor_files import TensorFiles
-from lightning_lora.storage.renaming import Renaming, find_renamings
+from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.named import among, joined, only, without
 from lightning_lora.tensors.names import is_inside, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
@@ -63,7 +64,7 @@ class MergePlan:
 
     def names_in(self, file: Path) -> list[str]:
         """Return the merged tensors that are written in the place of one file of the base."""
-        return [name for name, place in self.file_of.items() if place == file]
+        return list(among(self.file_of, [file]))
 
     @property
     def fingerprints(self) -> list[Mapping[str, Any]]:
@@ -86,25 +87,17 @@ class MergePlan:
                 adapted[place] = AdaptedWeight(layer, "weight")
         return adapted
 
-    def _other_places_of_rows(self, layer: StoredLayer) -> Iterator[str]:
+    def _other_places_of_rows(self, layer: StoredLayer) -> list[str]:
         """Where the base holds an embedding of trained rows again, such as that of a tied head."""
-        if not layer.tokens:
-            return
-        for name in layer.tied.get("weight", ()):
-            place = self.name_in_base(name)
-            if self.is_in_base(place):
-                yield place
+        others = layer.tied.get("weight", ()) if layer.tokens else ()
+        places = map(self.name_in_base, others)
+        return [place for place in places if self.is_in_base(place)]
 
     def _find_replaced(self) -> dict[str, Any]:
         """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
-        replaced = dict[str, Any]()
-        for name, value in besides(self.stored).items():
-            replaced[self.name_in_base(name)] = value
-        for name in self.stored.filled:
-            place = self.name_in_base(name)
-            if self.is_in_base(place):
-                replaced[place] = self.stored.state[name]
-        return replaced
+        in_base = [name for name in self.stored.filled if self.is_in_base(self.name_in_base(name))]
+        replaced = {**besides(self.stored), **only(self.stored.state, in_base)}
+        return {self.name_in_base(name): value for name, value in replaced.items()}
 
     def _find_files(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
@@ -119,7 +112,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
     """How names in the adapters' file become names in the base: one prefix may come off, or be added."""
     weights = list[str]()
     for layer in stored.layers.values():
-        weights += [join(layer.name, weight) for weight in layer.shapes]
+        weights += joined(layer.name, layer.shapes)
     fitting = find_renamings(weights, files.file_of, root_there=stored.root)
     if len(fitting) > 1:
         places = sorted(renaming.name_here(weights[0]) for renaming in fitting)
@@ -128,7 +121,8 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
             f"{listed(places)}. Pass a base that holds the model once."
         )
     renaming = fitting[0] if fitting else Renaming()  # what is absent then is named later
-    outside = [name for name in besides(stored) if not is_inside(name, renaming.there)]
+    others = besides(stored)
+    outside = without(others, entries_inside(renaming.there, others))
     if outside:
         raise AdapterMismatchError(
             f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "

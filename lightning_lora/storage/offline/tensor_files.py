@@ -14,6 +14,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
+from lightning_lora.tensors.named import among, of_type, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
@@ -86,9 +87,7 @@ class TensorFiles:
             loaded = load_plain(self.path, mmap=True)
         self.checkpoint = _dict_or_empty(loaded)
         self.entries = _dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))
-        for name, value in self.entries.items():
-            if isinstance(value, Tensor):
-                self.file_of[name] = self.path
+        self.file_of = dict.fromkeys(of_type(self.entries, Tensor), self.path)
 
     def _find_in_folder(self) -> None:
         """Find the file of each tensor: an index names most of them."""
@@ -96,8 +95,7 @@ class TensorFiles:
         undivided = self.path / _UNDIVIDED
         if index.is_file():
             self.index = _read_index(index)
-            for name, file in self.index["weight_map"].items():
-                self.file_of[name] = self.path / file
+            self.file_of = {name: self.path / file for name, file in self.index["weight_map"].items()}
             for file in self.files:
                 self._add_file(file)
         elif undivided.is_file():
@@ -110,16 +108,15 @@ class TensorFiles:
 
     def _add_file(self, file: Path) -> None:
         """Add the tensors of one file. It must hold those that the index names in it."""
-        names = dict.fromkeys(self._open(file).keys())
-        expected = [name for name, place in self.file_of.items() if place == file]
-        absent = [name for name in expected if name not in names]
+        names = dict.fromkeys(self._open(file).keys(), file)
+        expected = among(self.file_of, [file])
+        absent = without(expected, names)
         if absent:
             raise AdapterFileError(
                 f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
                 "all files of the base, of one version."
             )
-        for name in names:
-            self.file_of.setdefault(name, file)  # an index may leave tensors out
+        self.file_of |= without(names, self.file_of)  # an index may leave tensors out
 
 
 def _dict_or_empty(value: Any) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     if any(edit.groups):
         return
     held = parameters_in(edit.built)
-    lost = [name for name, p in view.base.items() if p in held and view.record.requires_grad.get(name)]
+    flags_before = view.record.base.flags_before()
+    lost = [name for name, p in view.base.items() if p in held and flags_before.get(name)]
     if not lost:
         return
     networks = networks_around(owner_of(name) or name for name in lost)

@@ -91,7 +91,7 @@ def _names_of(view: View, asked: Collection[object]) -> list[str]:
     if not asked:
         return []
     ids = {id(value) for value in asked}
-    flags = view.record.requires_grad
+    flags = view.record.base.flags_before()
     frozen = [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad]
     return [name for name in frozen if flags.get(name)]
 

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import AdapterStateError, TargetError, listed
-from lightning_lora.model.attach import check_weights
+from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_of
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import outside
@@ -147,9 +147,8 @@ class Gradients:
             return copies_among(view, idle)
         copies = begin_alike(view, idle)
         if copies:
-            pairs = [f"{name!r} of {original!r}" for name, original in copies.items()]
             rank_zero_info(
-                f"Copies in {view.title} that have received no gradient yet: {', '.join(pairs)}. They begin with the "
+                f"Copies in {view.title} that have received no gradient yet: {pairs_of(copies)}. They begin with the "
                 "same adapters, for other code to move, or to train in other batches."
             )
         return copies

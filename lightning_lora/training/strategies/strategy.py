@@ -11,10 +11,11 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.view import View, keep_frozen, view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint

@@ -99,13 +99,19 @@ class Block(Attending):  # layers inside of a module with parameters
 
 
 class Recurrent(nn.Module):
+    """A recurrent layer, and a head for what it puts out."""
+
     def __init__(self, kind: Any = nn.LSTM, **kwargs: Any) -> None:
         super().__init__()
         self.rnn = kind(3, WIDTH, **kwargs)
-        self.head = nn.Linear(kwargs.get("proj_size", WIDTH) * (1 + kwargs.get("bidirectional", False)), 4)
+        width = kwargs.get("proj_size", WIDTH)
+        if kwargs.get("bidirectional"):
+            width *= 2
+        self.head = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0])
+        output, _ = self.rnn(x)
+        return self.head(output)
 
 
 def around(experts: nn.Module) -> nn.Module:
@@ -146,29 +152,44 @@ MODELS: list[tuple[Callable[[], nn.Module], Tensor, list[dict[str, Any]]]] = [
     ),
     (partial(Recurrent, nn.RNN), SHORT, [{"r": 30, "alpha": 7, "init": "pissa"}]),
 ]
-CASES = [(make, inputs, config) for make, inputs, configs in MODELS for config in configs]
+
+
+def cases() -> list[tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]]:
+    """Each model with each of its configurations."""
+    found = []
+    for make, inputs, configs in MODELS:
+        for config in configs:
+            found.append((make, inputs, config))
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize(("make", "inputs", "config"), CASES)
+@pytest.mark.parametrize(("make", "inputs", "config"), cases())
 def test_outputs_in_peft_are_those_here(make: Any, inputs: Tensor, config: dict[str, Any], tmp_path: Path) -> None:
-    how = LoRAConfig(**{"r": 2, "target_modules": "all"} | config)
+    how = LoRAConfig(**{"r": 2, "target_modules": "all", **config})
     check_read(make(), how, lambda model: model(inputs), tmp_path)
 
 
-@pytest.mark.parametrize(("bits", "r"), [(4, 100), (8, 2)])
-def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
+def quantised(bits: int) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
-    wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
-    layer = wide if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    base = nn.Sequential(nn.Embedding(WORDS, 64), layer, nn.Linear(64, 3)).to("cpu")  # which quantises it
-    config = LoRAConfig(r=r, alpha=r, target_modules="all", rank_pattern={"1": 3} if r == 2 else None)
+    if bits == 4:
+        return bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    return bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+
+
+@pytest.mark.parametrize(("bits", "r", "ranks"), [(4, 100, None), (8, 2, {"1": 3})])
+def test_quantised_layers(bits: int, r: int, ranks: dict[str, int] | None, tmp_path: Path) -> None:
+    layers = [nn.Embedding(WORDS, 64), quantised(bits), nn.Linear(64, 3)]
+    base = nn.Sequential(*layers).to("cpu")  # which quantises it
+    config = LoRAConfig(r=r, alpha=r, target_modules="all", rank_pattern=ranks)
     model = trained(base, config)
     save_adapter(model, tmp_path / "adapter.safetensors")
-    for i, source in enumerate((model, tmp_path / "adapter.safetensors")):
-        export_peft(source, tmp_path / str(i))
-        with torch.no_grad():  # in train mode: for eval mode, bitsandbytes rounds four-bit weights once more
-            check_equal(read(base, tmp_path / str(i)).train()(INDEX), model.train()(INDEX))
+    export_peft(model, tmp_path / "of the model")
+    export_peft(tmp_path / "adapter.safetensors", tmp_path / "of the file")
+    with torch.no_grad():  # in train mode: for eval mode, bitsandbytes rounds four-bit weights once more
+        expected = model.train()(INDEX)
+        check_equal(read(base, tmp_path / "of the model").train()(INDEX), expected)
+        check_equal(read(base, tmp_path / "of the file").train()(INDEX), expected)
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -177,21 +198,29 @@ def test_half_precision(tmp_path: Path) -> None:
     model = trained(Mixed().bfloat16(), config, scale=0.01)
     export_peft(model, tmp_path / "peft")
     b, a = load_file(tmp_path / "peft" / "adapter_model.safetensors").values()
-    assert a.dtype is b.dtype is torch.float32
-    state = adapter_state_dict(model)
-    own, own0, start, start0 = (state[f"linear.lora_{letter}"].double() for letter in ("B", "B0", "A", "A0"))
+    assert a.dtype is torch.float32
+    assert b.dtype is torch.float32
     a, b = sorted((a.double(), b.double()), key=len)
-    check_equal(b @ a, own @ start - own0 @ start0)
+    state = {name: value.double() for name, value in adapter_state_dict(model).items()}
+    now = state["linear.lora_B"] @ state["linear.lora_A"]
+    start = state["linear.lora_B0"] @ state["linear.lora_A0"]
+    check_equal(b @ a, now - start)
+
+
+def exported_config(source: Any, folder: Path, **how: Any) -> dict[str, Any]:
+    """What is written of a configuration."""
+    export_peft(source, folder, **how)
+    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def test_names_are_exact(tmp_path: Path) -> None:
     """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
-    base = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    inner = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    base = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": inner})
     model = trained(base, LoRAConfig(r=2, target_modules="q"))
     save_adapter(model, tmp_path / "a.safetensors")
-    for source in (model, tmp_path / "a.safetensors"):
-        export_peft(source, tmp_path / "peft")
-        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"] == "q"
+    assert exported_config(model, tmp_path / "peft")["target_modules"] == "q"
+    assert exported_config(tmp_path / "a.safetensors", tmp_path / "peft")["target_modules"] == "q"
 
 
 @pytest.mark.parametrize("name", ["embed", "lm_head"])
@@ -200,12 +229,11 @@ def test_a_tied_weight_is_adapted_in_one_use_and_named(name: str, tmp_path: Path
     base = TinyLM().eval()
     model = trained(base, LoRAConfig(r=2, target_modules=[name, "q_proj"]))
     save_adapter(model, tmp_path / "adapter.safetensors")
-    for source in (model, tmp_path / "adapter.safetensors"):
-        with pytest.warns(
-            LoRAWarning,
-            match=rf"weights of '{name}' are also .* merge_and_unload\(\).* save_merged",
-        ):
-            export_peft(source, tmp_path / "peft")
+    message = rf"weights of '{name}' are also .* merge_and_unload\(\).* save_merged"
+    with pytest.warns(LoRAWarning, match=message):
+        export_peft(model, tmp_path / "peft")
+    with pytest.warns(LoRAWarning, match=message):
+        export_peft(tmp_path / "adapter.safetensors", tmp_path / "peft")
     with torch.no_grad():
         check_equal(read(base, tmp_path / "peft")(INDEX), model(INDEX))
         merged = read(base, tmp_path / "peft", merged=True)(INDEX)
@@ -213,7 +241,8 @@ def test_a_tied_weight_is_adapted_in_one_use_and_named(name: str, tmp_path: Path
 
 
 def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
-    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2).eval()
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
     model = trained(base, LoRAConfig(r=2, target_modules="all", target_slices={"self_attn": ["q", "v"]}))
     with pytest.warns(LoRAWarning, match=r"'layers.0', 'layers.1' are .* merge_and_unload"):
         export_peft(model, tmp_path / "peft")
@@ -223,20 +252,19 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
 
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
-    patterns: dict[str, Any] = {
-        "rank_pattern": {"linear": 7},
-        "alpha_pattern": {"embed": 9},
-    }
-    model = trained(Mixed(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
-    export_peft(model, tmp_path / "peft", uniform=True)
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (
-        {},
-        {},
-        False,
+    how = LoRAConfig(
+        r=2,
+        alpha=3,
+        use_rslora=True,
+        target_modules="all",
+        rank_pattern={"linear": 7},
+        alpha_pattern={"embed": 9},
     )
+    model = trained(Mixed(), how)
+    config = exported_config(model, tmp_path / "peft", uniform=True)
+    assert config["rank_pattern"] == {}
+    assert config["alpha_pattern"] == {}
+    assert config["use_rslora"] is False
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert {min(value.shape[:2]) for value in tensors.values()} == {
-        7,
-        3,
-    }  # the head has 3 rows
+    ranks = {min(value.shape[:2]) for value in tensors.values()}
+    assert ranks == {7, 3}  # the head has 3 rows

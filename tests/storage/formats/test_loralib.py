@@ -12,13 +12,16 @@ from transformers import GPT2Config, GPT2Model
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support.models import Around
+from tests.support.parameters import add_to
 from tests.support.peft_reading import built, gap
 from tests.support.storage import refused, saved
 
 INDEX = torch.arange(12).view(2, 6)
 
 
-class Plain(nn.Module):  # a layer of each kind that loralib adapts
+class Plain(nn.Module):
+    """A layer of each kind that loralib adapts."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(12, 8)
@@ -27,10 +30,13 @@ class Plain(nn.Module):  # a layer of each kind that loralib adapts
         self.head = nn.Linear(24, 3)
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.c_attn(torch.tanh(self.linear(self.embed(index))))))
+        x = torch.tanh(self.linear(self.embed(index)))
+        return self.head(torch.tanh(self.c_attn(x)))
 
 
-class Theirs(Plain):  # the same, of loralib's layers
+class Theirs(Plain):
+    """The same, of loralib's layers."""
+
     def __init__(self, enabled: tuple[bool, ...] = (True, False, True), r: int = 2) -> None:
         super().__init__()
         self.embed = loralib.Embedding(12, 8, r=r, lora_alpha=6)
@@ -53,39 +59,48 @@ def trained(model: nn.Module, base: nn.Module) -> Any:
 SLICES = {"c_attn": ["q", "v"]}
 
 
-@pytest.mark.parametrize(("enabled", "r"), [((True, False, True), 16), ((False, True, False), 2)])
-def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...], r: int) -> None:
+@pytest.mark.parametrize(
+    ("enabled", "slices", "r"),
+    [((True, False, True), ["q", "v"], 16), ((False, True, False), ["k"], 2)],
+)
+def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: Any, slices: list[str], r: int) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
     loaded = built(Plain)
     around = Around(built(Plain)).eval()
-    slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
     for model in (loaded, around):
-        ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
+        ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices={"c_attn": slices})
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_biases_and_heads_come_along_from_code_that_wraps_them_too(tmp_path: Path, bias: str) -> None:
+def as_it_is(held: dict[str, Tensor]) -> dict[str, Any]:
+    return held
+
+
+def wrapped(held: dict[str, Tensor]) -> dict[str, Any]:
+    """As training loops write a model inside DistributedDataParallel."""
+    return {"model_state_dict": {f"module.{name}": value for name, value in held.items()}}
+
+
+@pytest.mark.parametrize("write", [as_it_is, wrapped])
+@pytest.mark.parametrize(("bias", "added"), [("none", 0), ("lora_only", 1)])
+def test_biases_and_heads_come_along_from_code_that_wraps_them_too(
+    tmp_path: Path, bias: str, added: int, write: Any
+) -> None:
     theirs = trained(Theirs(), built(Plain))
-    with torch.no_grad():
-        for p in (theirs.head.weight, theirs.head.bias):
-            p.add_(1)
-        theirs.linear.bias.add_(bias != "none")
+    add_to(theirs.head.weight, 1)
+    add_to(theirs.head.bias, 1)
+    add_to(theirs.linear.bias, added)
     held = loralib.lora_state_dict(theirs, bias=bias)
-    held |= {name: value for name, value in theirs.state_dict().items() if name.startswith("head.")}
-    for state in (
-        held,
-        {"model_state_dict": {f"module.{name}": value for name, value in held.items()}},
-    ):
-        torch.save(state, tmp_path / "a.pt")
-        model = built(Plain)
-        ll.load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
-        assert gap(model(INDEX), theirs(INDEX)) < 1e-5
-        assert (View(model).config.modules_to_save, View(model).config.bias) == (
-            ("head",),
-            bias,
-        )
+    held["head.weight"] = theirs.head.weight.data
+    held["head.bias"] = theirs.head.bias.data
+    torch.save(write(held), tmp_path / "a.pt")
+    model = built(Plain)
+    ll.load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
+    assert gap(model(INDEX), theirs(INDEX)) < 1e-5
+    config = View(model).config
+    assert config.modules_to_save == ("head",)
+    assert config.bias == bias
 
 
 def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
@@ -102,15 +117,13 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     assert gap(model(INDEX), expected(INDEX)) < 1e-5
 
 
-def test_alpha_of_other_files_is_in_them(tmp_path: Path) -> None:
-    ll.export_peft(saved(tmp_path / "a.safetensors", built(Plain)), tmp_path / "peft")
-    for name in ("a.safetensors", "peft"):
-        with refused(
-            fresh := built(Plain),
-            ll.ConfigError,
-            r"are for files of loralib.*Leave them out",
-        ):
-            ll.load_adapter(fresh, tmp_path / name, alpha=16)
+@pytest.mark.parametrize("name", ["a.safetensors", "peft"])
+def test_alpha_of_other_files_is_in_them(tmp_path: Path, name: str) -> None:
+    model = saved(tmp_path / "a.safetensors", built(Plain))
+    ll.export_peft(model, tmp_path / "peft")
+    fresh = built(Plain)
+    with refused(fresh, ll.ConfigError, r"are for files of loralib.*Leave them out"):
+        ll.load_adapter(fresh, tmp_path / name, alpha=16)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
@@ -141,9 +154,8 @@ CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("change", "arguments", "error", "match"), CASES)
 def test_what_does_not_fit(tmp_path: Path, change: Any, arguments: Any, error: type[Exception], match: str) -> None:
-    torch.save(
-        {**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change},
-        tmp_path / "a.bin",
-    )
-    with refused(model := built(Plain), error, match):
+    theirs = trained(Theirs(), built(Plain))
+    torch.save({**loralib.lora_state_dict(theirs), **change}, tmp_path / "a.bin")
+    model = built(Plain)
+    with refused(model, error, match):
         ll.load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})

@@ -1,5 +1,6 @@
 """Rows of tokens in files: PEFT's both ways, and the commands that need no model."""
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
@@ -17,6 +18,7 @@ from lightning_lora.storage.offline.merge_files import merge_files
 from tests.storage.formats.test_export_models import run, tiny
 from tests.support.compared import assert_same_tensors
 from tests.support.models import Around, TinyLM, as_trained
+from tests.support.parameters import base_keys, chosen
 from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
 from tests.support.storage import refused
@@ -28,6 +30,17 @@ MODELS: dict[str, tuple[str, str, list[str]]] = {
     "t5, four uses": ("T5", "ForConditionalGeneration", ["q", "v"]),
     "gemma, a scaled embedding": ("Gemma3Text", "Model", ["q_proj"]),
 }
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def assert_same_rows(here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
+    """Expect the same tensors, but for the order of rows, which is that of the tokens here."""
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        expected = there[name].flip(0) if "token" in name else there[name]
+        assert torch.equal(value, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
@@ -42,14 +55,12 @@ def test_files_of_peft_are_read_and_written_as_they_are(
     model = make()
     ll.load_adapter(model, tmp_path / "there")
     assert gap(run(model), run(peft)) < 1e-6
-    for source, folder in ((model, "here"), (tmp_path / "own.safetensors", "from a file")):
-        ll.save_adapter(model, tmp_path / "own.safetensors")
-        ll.export_peft(source, tmp_path / folder)
-        there, here = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("there", folder))
-        assert there.keys() == here.keys()
-        for name, value in here.items():
-            assert torch.equal(value, there[name].flip(0) if "token" in name else there[name])  # in the order of rows
-        again = read(make(), tmp_path / folder)
+    ll.save_adapter(model, tmp_path / "own.safetensors")
+    ll.export_peft(model, tmp_path / "here")
+    ll.export_peft(tmp_path / "own.safetensors", tmp_path / "from a file")
+    for folder in (tmp_path / "here", tmp_path / "from a file"):
+        assert_same_rows(load_file(folder / WEIGHTS), load_file(tmp_path / "there" / WEIGHTS))
+        again = read(make(), folder)
         assert gap(run(again), run(model)) < 1e-6
     ll.merge_adapters(model)
     assert gap(run(model), run(peft.merge_and_unload())) < 1e-6
@@ -58,7 +69,8 @@ def test_files_of_peft_are_read_and_written_as_they_are(
 def tied(bias: bool = False, told: bool = True) -> Any:
     model: Any = TinyLM()
     model.config = SimpleNamespace(tie_word_embeddings=told)
-    model.lm_head.bias = nn.Parameter(torch.ones(20)) if bias else None
+    if bias:
+        model.lm_head.bias = nn.Parameter(torch.ones(20))
     return model
 
 
@@ -84,67 +96,79 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
         ll.export_peft(model, tmp_path / "here")
 
 
+def rows(*numbers: int) -> dict[str, Any]:
+    """A configuration that trains these rows."""
+    return {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": list(numbers)}}
+
+
 def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
-    there, here = ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1, row]}} for row in (2, 3))
-    write_peft(tmp_path, TinyLM(tied=False), **there)
+    write_peft(tmp_path, TinyLM(tied=False), **rows(1, 2))
     model = TinyLM(tied=False)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, **here))
-    with refused(
-        model,
-        ll.AdapterMismatchError,
-        r"other rows .* trainable_token_indices={'embed': \[1, 2",
-    ):
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **rows(1, 3)))
+    message = r"other rows .* trainable_token_indices={'embed': \[1, 2"
+    with refused(model, ll.AdapterMismatchError, message):
         ll.load_adapter(model, tmp_path)
 
 
-def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path) -> None:
-    options: list[dict[str, Any]] = [
-        {},
-        {"uniform": True},
-        {"format": "diffusers", "root": ""},
-    ]
-    for how in options:
-        config = ll.LoRAConfig(target_modules=["q_proj"] if how else [], trainable_token_indices={"embed": [1]})
-        model = TinyLM(tied=False)
-        ll.inject_adapters(model, config)
-        with pytest.raises(ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"):
-            ll.export_peft(model, tmp_path / "here", **how)
+@pytest.mark.parametrize(
+    ("targets", "how"),
+    [
+        ([], {}),
+        (["q_proj"], {"uniform": True}),
+        (["q_proj"], {"format": "diffusers", "root": ""}),
+    ],
+)
+def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path, targets: list[str], how: dict[str, Any]) -> None:
+    config = ll.LoRAConfig(target_modules=targets, trainable_token_indices={"embed": [1]})
+    model = TinyLM(tied=False)
+    ll.inject_adapters(model, config)
+    with pytest.raises(ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"):
+        ll.export_peft(model, tmp_path / "here", **how)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """A file of adapters with rows of a tied embedding."""
+    model = as_trained(TinyLM(), trainable_token_indices={"embed": TOKENS})
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
 
 
 @pytest.mark.parametrize("names", [["embed.weight"], ["embed.weight", "lm_head.weight"]])
-def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, names: list[str], capsys: Any) -> None:
+def test_files_are_merged_without_the_model(tmp_path: Path, names: list[str]) -> None:
     base = tmp_path / "base.safetensors"
     file = tmp_path / "a.safetensors"
     model = as_trained(TinyLM(), trainable_token_indices={"embed": TOKENS})
     ll.save_adapter(model, file)
-    held = {name: value for name, value in model.state_dict().items() if "lora" not in name}
-    drawn = held["embed.weight"].index_fill(0, torch.tensor(TOKENS), 9.0)
-    plain = {name: value for name, value in held.items() if name not in ("embed.weight", "lm_head.weight")}
-    plain |= {name: drawn.clone() for name in names}
+    plain = chosen(model.state_dict(), base_keys(model))
+    drawn = plain["embed.weight"].index_fill(0, torch.tensor(TOKENS), 9.0)
+    del plain["embed.weight"], plain["lm_head.weight"]
+    for name in names:
+        plain[name] = drawn.clone()
     save_file(plain, base)
     merge_files(base, file, tmp_path / "whole.safetensors")
     ll.merge_adapters(model)
     whole = load_file(tmp_path / "whole.safetensors")
-    merged = model.state_dict()
-    assert_same_tensors(whole, {name: merged[name] for name in whole})
     assert whole.keys() == plain.keys()
-    save_file(plain | {"embed.weight": plain["embed.weight"] + 1}, base)
+    assert_same_tensors(whole, chosen(model.state_dict(), whole))
+    save_file({**plain, "embed.weight": drawn + 1}, base)
     with pytest.raises(ll.BaseMismatchError, match=r"such as 'embed.weight'"):
         merge_files(base, file, tmp_path / "other.safetensors")
-    assert main(["inspect", str(file)]) == 0
+
+
+def test_files_with_rows_are_shown_and_not_added_up(tmp_path: Path, rows_file: Path, capsys: Any) -> None:
+    assert main(["inspect", str(rows_file)]) == 0
     assert "Rows of embed train: 2." in capsys.readouterr().out
     with pytest.raises(ll.AdapterMismatchError, match="trains single rows of 'embed'"):
-        combine_files([file, file], tmp_path / "sum.safetensors", (1.0, 1.0))
+        combine_files([rows_file, rows_file], tmp_path / "sum.safetensors", (1.0, 1.0))
 
 
 def test_a_file_says_its_names_in_a_model_around_another(tmp_path: Path) -> None:
-    module = as_trained(Around(TinyLM(tied=False)), init="pissa", trainable_token_indices={"embed": TOKENS})
-    ll.save_adapter(module, tmp_path / "a.safetensors")
     inner: Any = TinyLM(tied=False)
-    inner.load_state_dict(
-        {name.removeprefix("model."): v for name, v in module.state_dict().items() if "lora" not in name}
-    )
+    plain = deepcopy(inner)
+    module = as_trained(Around(inner), init="pissa", trainable_token_indices={"embed": TOKENS})
+    ll.save_adapter(module, tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match="begin with 'model'"):
-        ll.load_adapter(inner, tmp_path / "a.safetensors")
-    assert torch.equal(inner(INDEX), module(INDEX))
-    assert inner.embed.lora_matrices[0].tokens == (5, 18)
+        ll.load_adapter(plain, tmp_path / "a.safetensors")
+    assert torch.equal(plain(INDEX), module(INDEX))
+    assert plain.embed.lora_matrices[0].tokens == (5, 18)

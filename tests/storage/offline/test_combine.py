@@ -105,17 +105,22 @@ def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
     torch.testing.assert_close(gap, torch.linalg.svdvals(whole)[1:].norm())
 
 
+@pytest.mark.parametrize(
+    ("number", "weights", "says"),
+    [(1, (1.0,), "at least two"), (2, (1.0, 1.0, 1.0), "3 weights")],
+)
+def test_other_numbers_of_files_or_weights_are_refused(tmp_path: Path, number: int, weights: Any, says: str) -> None:
+    paths, _ = saved(tmp_path, [LINEAR, LINEAR])
+    with pytest.raises(ll.ConfigError, match=says):
+        combine_files(paths[:number], tmp_path / "sum.safetensors", weights)
+
+
 def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
-    paths, _ = saved(tmp_path, [LINEAR] * 2)
+    paths, _ = saved(tmp_path, [LINEAR, LINEAR])
     out = tmp_path / "sum.safetensors"
-    other = paths[1]
-    for given, weights, says in (
-        (paths[:1], (1.0,), "at least two"),
-        (paths, (1.0,) * 3, "3 weights"),
-    ):
-        with pytest.raises(ll.ConfigError, match=says):
-            combine_files(given, out, weights)
-    ll.save_adapter(as_trained(copy.deepcopy(BASE), **LINEAR, modules_to_save=["embed"]), other)
+    _, other = paths
+    whole = as_trained(copy.deepcopy(BASE), **LINEAR, modules_to_save=["embed"])
+    ll.save_adapter(whole, other)
     with pytest.raises(ll.AdapterMismatchError, match=r"also holds 'embed.weight', .*trained in full"):
         combine_files(paths, out, (1.0, 1.0))
     model = copy.deepcopy(BASE)

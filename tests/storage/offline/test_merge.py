@@ -21,6 +21,7 @@ from tests.storage.offline.test_combine import Several
 from tests.support.cases import At
 from tests.support.compared import assert_same_state, assert_same_tensors
 from tests.support.models import Around, LitTiny, TinyLM, lora, randomise, same, state
+from tests.support.parameters import cloned
 from tests.support.storage import fitted, saved
 
 
@@ -47,12 +48,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+def converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) for name, value in tensors.items()}
+
+
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(tensors.items()))
+
+
 def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     """Write a base and adapters with random values."""
-    save_file(
-        {name: value.clone() for name, value in model.state_dict().items()},
-        folder / "base.safetensors",
-    )
+    save_file(cloned(model.state_dict()), folder / "base.safetensors")
     ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, **config}))
     randomise(model)
     for p in View(model).trained.values():
@@ -61,8 +71,9 @@ def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
 
 
 def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
-    merge_files(folder / "base.safetensors", folder / adapter, folder / "merged.safetensors")
-    return dict(sorted(load_file(folder / "merged.safetensors").items()))
+    out = folder / "merged.safetensors"
+    merge_files(folder / "base.safetensors", folder / adapter, out)
+    return in_order(load_file(out))
 
 
 def refused(
@@ -80,12 +91,14 @@ def refused(
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_merged_file_has_the_bits_of_the_merged_model(tmp_path: Path, config: dict[str, Any]) -> None:
-    save_files(tmp_path, model := Mixed(), **{"modules_to_save": ["norm"], **config})
+    model = Mixed()
+    save_files(tmp_path, model, **{"modules_to_save": ["norm"], **config})
     ll.merge_adapters(model)
     found = merged(tmp_path)
-    expected = dict(sorted(state(model).items()))
+    expected = in_order(state(model))
     assert_same_tensors(found, expected)
-    assert [value.dtype for value in found.values()] == [expected[name].dtype for name in found]
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
 
 
 def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
@@ -99,25 +112,27 @@ def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_merged_into_one_that_lightning_reads(tmp_path: Path) -> None:
-    fitted(tmp_path / "base.ckpt", pretrained := LitTiny(), plain=True)
+    out = tmp_path / "merged.ckpt"
+    pretrained = LitTiny()
+    fitted(tmp_path / "base.ckpt", pretrained, plain=True)
     fitted(tmp_path / "a.ckpt", pretrained)
-    merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "merged.ckpt")
+    merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", out)
     ll.merge_adapters(pretrained)
-    found = LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt")
+    found = LitTiny.load_from_checkpoint(out)
     assert_same_state(found, pretrained)
     assert not same(state(found), state(LitTiny()))
-    assert torch.load(tmp_path / "merged.ckpt", weights_only=True).keys().isdisjoint({"lightning_lora", "callbacks"})
+    entries = torch.load(out, weights_only=True)
+    assert "lightning_lora" not in entries
+    assert "callbacks" not in entries
 
 
 def test_a_new_head_is_added(tmp_path: Path) -> None:
-    save_files(tmp_path, model := Mixed(), target_modules=["linear"], modules_to_save=["head"])
-    base = load_file(tmp_path / "base.safetensors")
-    save_file(
-        {n: v for n, v in base.items() if not n.startswith("head")},
-        tmp_path / "base.safetensors",
-    )
+    path = tmp_path / "base.safetensors"
+    model = Mixed()
+    save_files(tmp_path, model, target_modules=["linear"], modules_to_save=["head"])
+    save_file(without(load_file(path), "head.weight", "head.bias"), path)
     ll.merge_adapters(model)
-    assert_same_tensors(merged(tmp_path), dict(sorted(state(model).items())))
+    assert_same_tensors(merged(tmp_path), in_order(state(model)))
 
 
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
@@ -130,50 +145,63 @@ def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
-@pytest.mark.parametrize("narrower", [True, False])
-def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: Path, narrower: bool) -> None:
-    there, here = (torch.float32, torch.bfloat16) if narrower else (torch.bfloat16, torch.float32)
-    save_files(tmp_path, model := TinyLM(tied=False).to(there), alpha=None)
-    base = {name: value.to(here) for name, value in load_file(tmp_path / "base.safetensors").items()}
-    save_file(base, tmp_path / "base.safetensors")
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_the_same_base_in_another_precision_is_merged_with_a_warning(
+    tmp_path: Path, there: torch.dtype, here: torch.dtype
+) -> None:
+    path = tmp_path / "base.safetensors"
+    model: Any = TinyLM(tied=False).to(there)
+    save_files(tmp_path, model, alpha=None)
+    base = converted(load_file(path), here)
+    save_file(base, path)
     with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
-        found = merged(tmp_path)
-    assert found["q_proj.weight"].dtype is here
-    assert not torch.equal(found["q_proj.weight"], base["q_proj.weight"])
-    delta = (model.q_proj.lora_B @ model.q_proj.lora_A).float()  # type: ignore[operator]
-    torch.testing.assert_close(found["q_proj.weight"], (base["q_proj.weight"].float() + delta).to(here))
+        found = merged(tmp_path)["q_proj.weight"]
+    plain = base["q_proj.weight"]
+    assert found.dtype is here
+    assert not torch.equal(found, plain)
+    delta = (model.q_proj.lora_B @ model.q_proj.lora_A).float()
+    torch.testing.assert_close(found, (plain.float() + delta).to(here))
 
 
-OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
+OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] = [
     (
         "embed.weight",
         lambda weight: weight + 1,
+        ll.BaseMismatchError,
         "another base: 1 .* such as 'embed.weight'",
     ),
     (
         "linear.weight",
         lambda weight: weight[:4].clone(),
+        ll.AdapterMismatchError,
         r"linear.weight \[8, 8\], torch.float32 \[4, 8\]",
     ),
     (
         "linear.weight",
         lambda weight: weight.to(torch.float8_e4m3fn),
+        ll.AdapterMismatchError,
         "float8_e4m3fn .* float32, bfloat16",
     ),
-    ("linear.weight", lambda weight: weight.to(torch.int8), "torch.int8"),
+    (
+        "linear.weight",
+        lambda weight: weight.to(torch.int8),
+        ll.AdapterMismatchError,
+        "torch.int8",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "says"), OTHER_BASES)
-def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, says: str) -> None:
+@pytest.mark.parametrize(("name", "change", "error", "says"), OTHER_BASES)
+def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: Any, says: str) -> None:
+    path = tmp_path / "base.safetensors"
     save_files(tmp_path, Mixed(), target_modules=["linear"])
-    base = load_file(tmp_path / "base.safetensors")
-    save_file({**base, name: change(base[name])}, tmp_path / "base.safetensors")
-    refused(
-        tmp_path,
-        ll.AdapterMismatchError if name == "linear.weight" else ll.BaseMismatchError,
-        says,
-    )
+    base = load_file(path)
+    base[name] = change(base[name])
+    save_file(base, path)
+    refused(tmp_path, error, says)
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
@@ -194,40 +222,42 @@ class Two(nn.Module):
             self.c = self.b
 
 
+LACKS = "lacks 'b.weight', which the base of the adapters"
+
+
 def test_a_base_that_lacks_a_tensor_of_the_trainings_is_refused(tmp_path: Path) -> None:
-    save_files(tmp_path, Two(), target_modules=["a"])
     path = tmp_path / "base.safetensors"
-    base = load_file(path)
-    save_file({name: value for name, value in base.items() if name != "b.weight"}, path)
-    refused(tmp_path, ll.BaseMismatchError, "lacks 'b.weight', which the base of the adapters")
-    save_file(base, path)
+    save_files(tmp_path, Two(), target_modules=["a"])
+    save_file(without(load_file(path), "b.weight"), path)
+    refused(tmp_path, ll.BaseMismatchError, LACKS)
+
+
+def test_a_base_with_a_damaged_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    save_files(tmp_path, Two(), target_modules=["a"])
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(b"b.weight")] ^= 4
     path.write_bytes(damaged)
     assert "f.weight" in load_file(path)
-    refused(tmp_path, ll.BaseMismatchError, "lacks 'b.weight', which the base of the adapters")
+    refused(tmp_path, ll.BaseMismatchError, LACKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(tmp_path: Path, dtype: torch.dtype) -> None:
     """As files of BERT have gamma, which transformers reads as weight."""
+    path = tmp_path / "base.safetensors"
     save_files(tmp_path, Two(), target_modules=["a"])
-    base = {name: value.to(dtype) for name, value in load_file(tmp_path / "base.safetensors").items()}
-    save_file(
-        {name.replace("b.weight", "b.gamma"): value for name, value in base.items()},
-        tmp_path / "base.safetensors",
-    )
-    assert torch.equal(merged(tmp_path)["b.gamma"], base["b.weight"])
+    base = converted(load_file(path), dtype)
+    weight = base.pop("b.weight")
+    save_file({**base, "b.gamma": weight}, path)
+    assert torch.equal(merged(tmp_path)["b.gamma"], weight)
 
 
 def test_a_tied_tensor_may_be_there_under_one_of_its_names(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
     save_files(tmp_path, Two(is_tied=True), target_modules=["a"])
-    base = load_file(tmp_path / "base.safetensors")
-    save_file(
-        {name: value for name, value in base.items() if name[0] != "c"},
-        tmp_path / "base.safetensors",
-    )
+    save_file(without(load_file(path), "c.weight", "c.bias"), path)
     assert merged(tmp_path).keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
 
 
@@ -236,11 +266,10 @@ BITS: dict[str, bytes] = {"a hyperparameter": b"gain", "a name": b"b.weight"}
 
 @pytest.mark.parametrize("place", BITS.values(), ids=BITS)
 def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(tmp_path: Path, place: bytes) -> None:
+    path = tmp_path / "base.ckpt"
     save_files(tmp_path, Two(), target_modules=["a"])
-    torch.save(
-        {"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}},
-        path := tmp_path / "base.ckpt",
-    )
+    checkpoint = {"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}}
+    torch.save(checkpoint, path)
     contents = bytearray(path.read_bytes())
     contents[contents.index(place)] ^= 1
     path.write_bytes(contents)
@@ -257,11 +286,15 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, ll.AdapterFileError, "no weights", base="list.pt", out="merged.ckpt")
 
 
+def prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": value.clone() for name, value in tensors.items()}
+
+
 def test_a_base_that_holds_the_model_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
     save_files(tmp_path, nn.Sequential(nn.Linear(8, 8)))
-    net = load_file(tmp_path / "base.safetensors")
-    both = {f"{part}.{name}": value.clone() for part in ("ema", "net") for name, value in net.items()}
-    save_file(both, tmp_path / "base.safetensors")
+    net = load_file(path)
+    save_file(prefixed("ema", net) | prefixed("net", net), path)
     refused(tmp_path, ll.AdapterMismatchError, r"several places: 'ema.0.weight', 'net.0.weight'")
 
 
@@ -293,14 +326,16 @@ def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: Path) -> None:
-    save_files(tmp_path, model := TinyLM(tied=False).half())
+    adapter = tmp_path / "adapter.safetensors"
+    model: Any = TinyLM(tied=False).half()
+    save_files(tmp_path, model)
     randomise(model, scale=1e-3)
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.save_adapter(model, adapter)
     with pytest.warns(ll.MergePrecisionWarning, match="in 2 of 2 layers.*into the base in float32"):
         merged(tmp_path)
     (tmp_path / "merged.safetensors").unlink()
-    nn.init.constant_(model.q_proj.lora_B, 1e9)  # type: ignore[arg-type]
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    nn.init.constant_(model.q_proj.lora_B, 1e9)
+    ll.save_adapter(model, adapter)
     refused(tmp_path, ll.AdapterMismatchError, "values overflow")
 
 

@@ -15,6 +15,7 @@ from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.tensors.named import of_type, where, without
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -69,10 +70,7 @@ def base_name(name: str) -> str:
 def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and the other ones by expressions for exactly these names."""
     ((most, _),) = Counter(values.values()).most_common(1)
-    others = dict[str, Any]()
-    for name, value in values.items():
-        if value != most:
-            others[f"^{re.escape(name)}"] = value
+    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
     return most, others
 
 
@@ -88,7 +86,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
     if not _has_updates(contents):
         return False
-    names = [str(name) for name in contents if name != HEADER]
+    names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})
     if _config_beside(path) is not None:
         has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
@@ -99,9 +97,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
 def _has_updates(names: Iterable[object]) -> bool:
     """Whether these are names of PEFT's. ComfyUI has the same ends."""
     for name in names:
-        if not isinstance(name, str) or name.startswith("diffusion_model."):
-            continue
-        if peft_key(name) is not None:
+        if isinstance(name, str) and peft_key(name) is not None and not name.startswith("diffusion_model."):
             return True
     return False
 
@@ -109,19 +105,20 @@ def _has_updates(names: Iterable[object]) -> bool:
 def _config_beside(path: Any) -> Path | None:
     """PEFT's configuration in the folder of a file on this machine, if it is there."""
     local = local_path(path)
-    if local is None:
-        return None
-    config = local.parent / PEFT_CONFIG
-    return config if config.is_file() else None
+    if local is not None and (local.parent / PEFT_CONFIG).is_file():
+        return local.parent / PEFT_CONFIG
+    return None
 
 
 def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
     """Return all but the header of a file. Refuse what is no tensor."""
     tensors = dict(contents)
     tensors.pop(HEADER, None)
-    odd = [str(name) for name in tensors if not isinstance(tensors[name], Tensor)]
+    odd = without(tensors, of_type(tensors, Tensor))
     if odd:
-        raise AdapterFileError(f"{path} holds {listed(odd)}, which are no tensors. Use the file as it was written.")
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
+        )
     return tensors
 
 
@@ -137,9 +134,7 @@ class PeftConfig(NamedTuple):
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
-        if self.config.is_excluded(name):
-            return False
-        return self._is_target(name) and self._is_of_layers(name)
+        return self._is_target(name) and self._is_of_layers(name) and not self.config.is_excluded(name)
 
     def _is_target(self, name: str) -> bool:
         """Whether ``target_modules`` names a module."""
@@ -193,11 +188,8 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    given = dict[str, Any]()
-    for theirs, ours in _OURS.items():
-        value = fields.get(theirs)
-        if value not in (None, [], ""):
-            given[ours] = value
+    said = {ours: fields.get(theirs) for theirs, ours in _OURS.items()}
+    given = {name: value for name, value in said.items() if value not in (None, [], "")}
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
     except ConfigError as error:
@@ -219,8 +211,7 @@ def _check_fields(fields: Mapping[str, Any], source: object) -> None:
 
 def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
     """Warn of fields that are set, and that are of no version that is known."""
-    known = {*_OURS, *_OTHERS}
-    unknown = [name for name in fields if fields[name] and name not in known]
+    unknown = without(where(fields, bool), {*_OURS, *_OTHERS})
     if unknown:
         warn(
             f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "

@@ -94,10 +94,7 @@ def _embedding(layer: StoredLayer) -> str | None:
 def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
     """Return why PEFT computes something else with rows of this layer, or None."""
     uses = _uses_of_weight(modules, name)
-    biased = list[str]()
-    for use in uses:
-        if getattr(modules[use], "bias", None) is not None:
-            biased.append(use)
+    biased = [use for use in uses if getattr(modules[use], "bias", None) is not None]
     if biased:
         return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
     if len(uses) > 1 and not _says_tied(modules):
@@ -108,10 +105,7 @@ def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
 def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> list[str]:
     """The layers that have the weight of this one, each by its last name."""
     weight = held_parameter(modules[name], "weight")
-    names = dict[nn.Module, str]()
-    for other, module in modules.items():
-        if held_parameter(module, "weight") is weight:
-            names[module] = other
+    names = {module: other for other, module in modules.items() if held_parameter(module, "weight") is weight}
     return list(names.values())
 
 
@@ -160,8 +154,9 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
 
 def _attention(layer: StoredLayer) -> str | None:
     """Why PEFT does not support an attention."""
-    is_plain = layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}
-    return None if is_plain else "PEFT does not support an attention with kdim or vdim."
+    if layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}:
+        return None
+    return "PEFT does not support an attention with kdim or vdim."
 
 
 # Parameters

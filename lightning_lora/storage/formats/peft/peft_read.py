@@ -15,7 +15,8 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
+from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.format import Asked, Reader
 from lightning_lora.storage.formats.peft.peft_complete import PeftFile, Tensors, check_complete
 from lightning_lora.storage.formats.peft.peft_config import (
@@ -34,6 +35,7 @@ from lightning_lora.storage.formats.reading import Update, adapters_of, check_sh
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
+from lightning_lora.tensors.named import grouped, names_by, only, where, without
 from lightning_lora.tensors.names import join
 
 
@@ -61,7 +63,7 @@ def read_updates(
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
-    layers = [base_name(wrapped) for wrapped in adapters]
+    layers = list(map(base_name, adapters))
     place = place_of(view, layers, others.keys(), root)
     updates = _Layers(view, peft, place).updates(adapters)
     rest = place.with_names_here(others)
@@ -119,17 +121,23 @@ def _is_copy(key: str, tensors: Mapping[str, Any]) -> bool:
 
 def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
     """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
-    odd = list[str]()
-    for name, tensors in adapters.items():
-        has_magnitude = "magnitude" in tensors
-        if "A" in tensors and has_magnitude != use_dora:
-            odd.append(name)
+    with_factors = where(adapters, _has_factors)
+    with_magnitude = where(with_factors, _has_magnitude)
+    odd = without(with_factors, with_magnitude) if use_dora else with_magnitude
     if odd:
         found = "no" if use_dora else "a"
         raise AdapterFileError(
             f"{PEFT_CONFIG} says use_dora={use_dora}, and {path} holds {found} "
             f"lora_magnitude_vector for {listed(odd)}. Use the configuration and the tensors of one training."
         )
+
+
+def _has_factors(tensors: Tensors) -> bool:
+    return "A" in tensors
+
+
+def _has_magnitude(tensors: Tensors) -> bool:
+    return "magnitude" in tensors
 
 
 # The layers
@@ -149,12 +157,13 @@ class _Layers:
 
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
         """Return the updates of the layers."""
-        by_layer: dict[str, dict[str, Tensors]] = {}
-        for wrapped, tensors in adapters.items():
-            layer = self._layer_of(wrapped)
-            by_layer.setdefault(layer, {})[wrapped] = tensors
-        updates = [self._update(layer, wrapped) for layer, wrapped in by_layer.items()]
-        return [update for update in updates if update.layer.matrices]  # an attention's may all be zero
+        by_layer = grouped(adapters, self._layer_of)
+        updates = list[Update]()
+        for layer, wrapped in by_layer.items():
+            update = self._update(layer, only(adapters, wrapped))
+            if update.layer.matrices:  # an attention's may all be zero
+                updates.append(update)
+        return updates
 
     def _layer_of(self, wrapped: str) -> str:
         """The layer that has the update of what PEFT wraps: an attention has that of its output projection too."""
@@ -252,11 +261,8 @@ class _Layers:
         """The parameters of a module that ``target_parameters`` names, without our adapter's."""
         module = self._module(there)
         of_adapter = module.lora_roles() if isinstance(module, LoRALayer) else {}
-        named = list[str]()
-        for name in module._parameters:
-            if name not in of_adapter and self.peft.names_parameter(f"{there}.{name}"):
-                named.append(name)
-        return named
+        parameters = without(module._parameters, of_adapter)
+        return [name for name in parameters if self.peft.names_parameter(f"{there}.{name}")]
 
     def _tokens(self, there: str, tensors: Tensors) -> Update:
         """The rows as they are: PEFT's name says delta, but they are whole."""
@@ -326,7 +332,7 @@ class _Layers:
         if not self._is_difference:
             return
         weight = self.view.base[join(layer.name, matrix.weight)]
-        uses = [name for name, p in self.view.base.items() if p is weight]
+        uses = names_by(self.view.base)[weight]
         if len(uses) > 1:
             raise AdapterMismatchError(
                 f"{listed(uses)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "

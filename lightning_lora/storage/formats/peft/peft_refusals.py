@@ -11,10 +11,11 @@ from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not, why_not_rows
-from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import is_inside, join, named_modules, owner_of, starts_of
+from lightning_lora.tensors.named import joined, names_by, only, without
+from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
 
 Modules = Mapping[str, nn.Module]  # those that the reader has, by their names there; of a file, none are known
 
@@ -39,12 +40,8 @@ def check_exportable(stored: StoredAdapters, modules: Modules, saved: Collection
 
 def refused_layers(stored: StoredAdapters, modules: Modules) -> dict[str, list[str]]:
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
-    wrong: dict[str, list[str]] = {}
-    for layer in stored.layers.values():
-        why = _why_refused(layer, stored, modules)
-        if why is not None:
-            wrong.setdefault(why, []).append(layer.name)
-    return wrong
+    reasons = {layer.name: _why_refused(layer, stored, modules) for layer in stored.layers.values()}
+    return {why: names for why, names in names_by(reasons).items() if why is not None}
 
 
 def _why_refused(layer: StoredLayer, stored: StoredAdapters, modules: Modules) -> str | None:
@@ -148,24 +145,17 @@ def without_zeros(stored: StoredAdapters, modules: Modules) -> StoredAdapters:
     if not zeros or len(zeros) == len(stored.layers):
         return stored
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
-    layers = dict(stored.layers)
-    state = dict(stored.state)
-    for name in zeros:
-        layer = layers.pop(name)
-        for parameter in layer.parameters(config).values():
-            del state[parameter]
-    return replace(stored, layers=layers, state=state)
+    left_out = replace(stored, layers=only(stored.layers, zeros))
+    state = without(stored.state, left_out.adapter_names())
+    return replace(stored, layers=without(stored.layers, zeros), state=state)
 
 
 def _has_zero_b(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
     """Whether each B of a layer is zero. Single rows have none."""
     if layer.tokens:
         return False
-    for matrix in layer.matrices:
-        name = join(layer.name, matrix.parameter(Role.B))
-        if state[name].any():
-            return False
-    return True
+    in_layer = [matrix.parameter(Role.B) for matrix in layer.matrices]
+    return not any(state[name].any() for name in joined(layer.name, in_layer))
 
 
 # What trains in full
@@ -173,28 +163,26 @@ def _has_zero_b(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
     """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
-    if model is None or not stored.saved:
+    if model is None:
         return stored
     modules = named_modules(model, remove_duplicate=False)
     entries = chain.from_iterable(stored.saved.values())
-    whole = {modules[owner_of(name)] for name in entries}
-    trained = set[nn.Parameter]()
-    for module in whole:
-        trained.update(module.parameters(recurse=False))
+    owners_of_saved = set(map(owner_of, entries))
+    whole = set(only(modules, owners_of_saved).values())
+    trained = {parameter for module in whole for parameter in module.parameters(recurse=False)}
     saved = dict(stored.saved)
-    for owner in dict.fromkeys(map(owner_of, stored.state)):
-        if owner not in modules or owner in stored.layers or modules[owner] in whole:
-            continue
+    owners = dict.fromkeys(map(owner_of, stored.state))
+    for owner in without(only(owners, modules), stored.layers):
         module = modules[owner]
-        if not trained.isdisjoint(module.parameters(recurse=False)):
-            saved[owner] = [f"{owner}.{name}" for name in module.state_dict()]
+        if module not in whole and not trained.isdisjoint(module.parameters(recurse=False)):
+            saved[owner] = joined(owner, module.state_dict())
     return replace(stored, saved=saved)
 
 
 def _check_modules_to_save(stored: StoredAdapters, modules: Modules) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
     names_there = {module: _name_there(module, stored) for module in stored.saved}
-    others = [name for name in modules if name not in names_there.values()]
+    others = without(modules, names_there.values())
     for module, name in names_there.items():
         around = _adapted_around(module, stored)
         if around:
@@ -212,15 +200,14 @@ def _check_modules_to_save(stored: StoredAdapters, modules: Modules) -> None:
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
     """Refuse what PEFT's file cannot hold. It has adapters, biases and whole modules, all inside of the root."""
-    outside = [name for name in stored.state if not is_inside(name, stored.root)]
+    outside = without(stored.state, entries_inside(stored.root, stored.state))
     if outside:
         raise ExportError(
             f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
             'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
         )
-    biases = [name for name in stored.state if is_bias(name, stored) and name not in stored.changed]
-    has_place = stored.adapter_names().union(saved, biases)
-    left = [name for name in stored.state if name not in has_place]
+    others = without(stored.state, stored.adapter_names().union(saved))
+    left = [name for name in others if name in stored.changed or not is_bias(name, stored)]
     if left:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "

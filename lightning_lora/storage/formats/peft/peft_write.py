@@ -20,6 +20,7 @@ from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, 
 from lightning_lora.storage.formats.writing import Source, WeightUpdate, weight_updates, with_scaling, write_files
 from lightning_lora.storage.renaming import Renaming, list_or_expression
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.named import of_type, only, where
 from lightning_lora.tensors.names import join, starts_of
 
 
@@ -246,16 +247,16 @@ def _pretrained(model: nn.Module | None) -> dict[str, Any]:
 
 def _layers_with_rows(source: Source) -> list[StoredLayer]:
     """The embeddings of which single rows train."""
-    return [layer for layer in source.stored.layers.values() if layer.tokens]
+    return list(where(source.stored.layers, _has_rows).values())
+
+
+def _has_rows(layer: StoredLayer) -> bool:
+    return bool(layer.tokens)
 
 
 def _tokens(source: Source) -> dict[str, list[int]]:
     """The rows that train, by embedding."""
-    rows = dict[str, list[int]]()
-    for layer in _layers_with_rows(source):
-        name = source.name_there(layer.name)
-        rows[name] = list(layer.tokens)
-    return rows
+    return {source.name_there(layer.name): list(layer.tokens) for layer in _layers_with_rows(source)}
 
 
 # Readers that compute something else
@@ -263,12 +264,9 @@ def _tokens(source: Source) -> dict[str, list[int]]:
 
 def _warn_of_merges(source: Source) -> None:
     """Warn where PEFT's model, merged or not, computes something else."""
-    tied, others = list[str](), list[str]()
-    for layer in source.stored.layers.values():
-        if layer.tied and not layer.tokens:
-            tied.append(layer.name)
-            others += chain.from_iterable(layer.tied.values())
+    tied = where(source.stored.layers, _is_tied)
     if tied:
+        others = [name for layer in tied.values() for name in chain.from_iterable(layer.tied.values())]
         warn(
             f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
             "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
@@ -281,14 +279,17 @@ def _warn_of_merges(source: Source) -> None:
         )
 
 
+def _is_tied(layer: StoredLayer) -> bool:
+    """Whether an update of a layer's weights would reach other layers. Rows of tokens belong to all of them."""
+    return bool(layer.tied) and not layer.tokens
+
+
 def _encoder_layers(source: Source) -> list[str]:
     """The names of the transformer layers around adapted ones."""
     names = dict[str, None]()
     for layer in source.stored.layers.values():
-        for above in starts_of(source.name_there(layer.name))[:-1]:
-            if isinstance(source.modules.get(above), nn.TransformerEncoderLayer):
-                names[above] = None
-    return list(names)
+        names |= dict.fromkeys(starts_of(source.name_there(layer.name))[:-1])
+    return list(only(names, of_type(source.modules, nn.TransformerEncoderLayer)))
 
 
 def _warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:

@@ -1,0 +1,90 @@
+"""What a model remembers of one adapter. Another adapter on the same base is another object."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError
+from lightning_lora.layers import Adapter
+from lightning_lora.networks.roles import Networks
+from lightning_lora.tensors.values import copy_to_host
+
+
+@dataclass
+class AdapterState:
+    """What a model remembers of one adapter."""
+
+    config: LoRAConfig
+    name: str = "default"
+    layers: tuple[str, ...] = ()
+    """The layers that have it, or had it."""
+
+    networks: Networks = field(default_factory=Networks)
+    """What it was for, as found when it was added."""
+
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
+    persistent buffers, and frozen weights for which a file had other values. Each adapter has its own: the module's
+    hooks may load or fill other values before the fit of another one."""
+
+    extra: dict[str, int] = field(default_factory=dict)
+    """The digests of what modules kept besides tensors before it was trained."""
+
+    random: tuple[str, ...] | None = None
+    """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
+
+    is_trained: bool = False
+    """Whether a Trainer has begun to train it, or it was loaded."""
+
+    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
+
+    resting: dict[str, Adapter] = field(default_factory=dict)
+    """While another one is active: this one, off its layers, by their names."""
+
+    resting_tensors: dict[str, Tensor] = field(default_factory=dict)
+    """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
+
+    sum_of: dict[str, float] | None = None
+    """The adapters that it shows, added up with these weights. It cannot be trained."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
+
+    def snapshot(self) -> "AdapterState":
+        """Return a copy that later events do not change. Tensors are not copied."""
+        return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))
+
+    def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
+        """It rests, and shows others from now on."""
+        self.sum_of = dict(weights)
+        for adapter in self.resting.values():
+            adapter.settings = replace(adapter.settings, follows=True)
+            for parameter in adapter.parameters.values():
+                parameter.requires_grad_(False)
+
+    def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
+        """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
+        if not self.is_trained:
+            self.extra = extra
+        earlier = self.originals
+        self.originals = {}
+        for name, tensor in values.items():
+            original = earlier.get(name)
+            if original is None or original.shape != tensor.shape:
+                original = copy_to_host(tensor)
+            self.originals[name] = original
+
+    def set_base_values(self, values: Mapping[str, Tensor]) -> None:
+        """These are the base's values, whatever the model holds now."""
+        for name, value in values.items():
+            self.originals[name] = copy_to_host(value)
+
+    def base_was_loaded(self, values: Mapping[str, Tensor]) -> None:
+        """Other code loads a new base, with these values."""
+        self.random = None
+        self.set_base_values({name: value for name, value in values.items() if name in self.originals})

@@ -1,0 +1,92 @@
+"""The states of a model: how it goes from one to another, and from which each call may start."""
+
+from enum import Enum
+
+
+class State(Enum):
+    """What a model shows. Without adapters, it has no record."""
+
+    PLAIN = "plain"
+    ADAPTED = "adapted"
+    BASE_SHOWN = "adapted, and shows its base"
+    MERGED = "merged"
+    MERGED_BASE_SHOWN = "merged, and shows its base"
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the updates are in the weights, or have made room there for the base's values."""
+        return self in (State.MERGED, State.MERGED_BASE_SHOWN)
+
+    @property
+    def shows_base(self) -> bool:
+        """Whether the adapters, or merged updates, have no effect now."""
+        return self in (State.BASE_SHOWN, State.MERGED_BASE_SHOWN)
+
+
+FOLLOWING = {
+    State.PLAIN: {State.ADAPTED},  # inject_adapters, load_adapter
+    State.ADAPTED: {State.MERGED, State.BASE_SHOWN},  # merge_adapters; set_adapter(model, None), disable_adapters
+    State.BASE_SHOWN: {State.ADAPTED},  # set_adapter
+    State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},  # unmerge_adapters; set_adapter(model, None)
+    State.MERGED_BASE_SHOWN: {State.MERGED},  # set_adapter
+}
+"""The states that follow each state. From each one, remove_adapters and whatever loses the adapters lead to a plain
+model, whose record is dropped. A merged model that is adapted anew gets a new record."""
+
+
+# From which states a call may start
+
+_SHOWS_ADAPTERS = frozenset({State.ADAPTED, State.MERGED})
+_HAS_ADAPTERS = frozenset(State) - {State.PLAIN}
+_MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
+
+USE = "use adapters"  # what reads or writes them besides: files, checkpoints, a Trainer's hooks
+SWITCH = "switch"  # to the adapter of another name, in set_adapter and others; also for rows of a batch
+
+STARTS = {
+    "inject_adapters": _MAY_BE_PLAIN,
+    "load_adapter": _MAY_BE_PLAIN,
+    "load_adapter_state_dict": _SHOWS_ADAPTERS,
+    "load_state_dict": _SHOWS_ADAPTERS,
+    "To load a checkpoint": _SHOWS_ADAPTERS,
+    "merge_adapters": _SHOWS_ADAPTERS,
+    "unmerge_adapters": _SHOWS_ADAPTERS,
+    "remove_adapters": _HAS_ADAPTERS,
+    "set_adapter": _HAS_ADAPTERS,
+    "adapter_names": _SHOWS_ADAPTERS,
+    "combine_adapters": _HAS_ADAPTERS,
+    "A sum of adapters": _HAS_ADAPTERS,
+    SWITCH: frozenset({State.ADAPTED, State.BASE_SHOWN}),
+    USE: _SHOWS_ADAPTERS,
+}
+"""By the call, as messages name it. In a block of ``adapter_names``, no call may start that changes adapters
+(:data:`CHANGING`); ``inject_adapters`` may if it finds nothing to do."""
+
+CHANGING = {
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_state_dict",
+    "To load a checkpoint",
+    "merge_adapters",
+    "remove_adapters",
+    "combine_adapters",
+    "A sum of adapters",
+}
+
+
+def refusal(call: str, state: State, title: str, adapter: str) -> str:
+    """Return why a call may not start from a state of the model ``title``, whose active adapter is ``adapter``."""
+    if state is State.PLAIN:
+        return (
+            f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
+            "trained, pass that model (after a fit: trainer.lightning_module)."
+        )
+    if state.is_merged and State.MERGED not in STARTS[call]:
+        return (
+            f"The adapter {adapter!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
+            "before another one is used."
+        )
+    return (
+        f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In a block of "
+        "disable_adapters: do this after it.)"
+    )

@@ -1,0 +1,96 @@
+"""The base's values of everything in a model: as they are there, or kept while training changes them."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from io import BytesIO
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.model.view import View
+from lightning_lora.private import EXTRA_STATE
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import only, without
+from lightning_lora.tensors.names import join
+from lightning_lora.tensors.values import replace_values, same_bits
+
+
+def kept_tensors(view: View) -> dict[str, Tensor]:
+    """Return the model's tensors whose base values the active adapter keeps."""
+    present: dict[str, Tensor] = {**view.base, **view.buffers}
+    kept = dict[str, Tensor]()
+    for name in view.adapter.originals:
+        if name in present:
+            kept[name] = present[name]
+    return kept
+
+
+def frozen_values(view: View) -> dict[str, Tensor]:
+    """Return the values of the frozen parameters without updates."""
+    below = dict[int, Tensor]()
+    for merged in view.merged:
+        below[id(merged.shown)] = merged.base.to(merged.shown.dtype)  # it may have been converted since
+    return {name: below.get(id(parameter), parameter) for name, parameter in view.frozen.items()}
+
+
+def base_values(view: View) -> dict[str, Tensor]:
+    """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
+    values = frozen_values(view)
+    for name, tensor in without(kept_tensors(view), view.trained).items():
+        values[name] = view.adapter.originals[name].to(tensor.dtype)
+    return {**values, **view.entries}
+
+
+def base_value(view: View, name: str) -> Tensor:
+    """Return the base's value of a parameter or buffer."""
+    if view.is_adapted and name in view.adapter.originals:
+        return view.adapter.originals[name]
+    present = view.base if name in view.base else view.buffers
+    return present[name].detach()
+
+
+def extra_digests(view: View) -> dict[str, int]:
+    """Return the digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
+    found = {}
+    for name, module in view.modules.items():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            with suppress(Exception):  # of code for any objects: these are not compared
+                file = BytesIO()
+                torch.save(module.get_extra_state(), file)
+                found[join(name, EXTRA_STATE)] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+    return found
+
+
+# Before training changes them, and after
+
+
+def keep_originals(view: View) -> None:
+    """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
+    changing = {**view.trained, **view.buffers}
+    changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
+    view.adapter.keep_originals(changing, extra_digests(view))
+
+
+def keep_frozen(view: View, names: Iterable[str]) -> None:
+    """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
+    are_known = {*view.adapter.originals, *view.record.base.changed}
+    view.adapter.set_base_values(only(view.base, set(names) - are_known))
+
+
+def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
+    """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
+    present = kept_tensors(view)
+    for name in names:
+        _restore(present[name], view.adapter.originals[name], undo)
+
+
+def _restore(tensor: Tensor, original: Tensor, undo: ExitStack) -> None:
+    values = tensor.data
+    if original.is_meta or same_bits(values, original):
+        return
+    if values.shape == original.shape:
+        undo.callback(values.copy_, values.clone())
+        values.copy_(original)
+    else:  # a buffer that has grown
+        undo.callback(replace_values, tensor, values)
+        replace_values(tensor, original.to(values, copy=True))

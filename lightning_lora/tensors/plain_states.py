@@ -1,0 +1,66 @@
+"""State dicts with plain names, of tied and distributed tensors too."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.private import STATE_NOTES
+from lightning_lora.tensors.named import among, joined, of_type, only, where
+from lightning_lora.tensors.names import named_modules, plain_name
+from lightning_lora.tensors.shards import distributed_as
+
+
+def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """Return the state dict of ``model``, with plain names."""
+    return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
+
+
+_KEEP_THEIR_PARTS = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+
+
+def loads_in_own_way(module: nn.Module) -> bool:
+    """Whether code of a user loads this module's state. It may read entries by name, and build parts of the module."""
+    return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, note: str = "") -> None:
+    """Load a state dict with plain names, full tensors into DTensors too.
+
+    Args:
+        model: The model.
+        state: The state dict.
+        strict: Whether all entries must be there.
+        note: What hooks of the model find in torch's notes on the state dict.
+    """
+    present = model.state_dict(keep_vars=True)
+    names_in_model = {plain_name(name): name for name in present}
+    loaded: dict[str, Any] = {}
+    for plain, value in state.items():
+        name = names_in_model.get(plain, plain)
+        loaded[name] = distributed_as(value, present.get(name))
+    read_in_own_way = {names_in_model.get(plain, plain) for plain in _read_in_own_way(model)}
+    loaded = {**only(present, read_in_own_way), **loaded}
+    shared = _under_all_names(present, loaded)
+    noted: Any = OrderedDict({**shared, **loaded})
+    if note:
+        setattr(noted, STATE_NOTES, {"": {note: True}})
+    model.load_state_dict(noted, strict=strict)
+
+
+def _read_in_own_way(model: nn.Module) -> list[str]:
+    """The entries of modules that load in their own way: each may read any of its own."""
+    names: list[str] = []
+    for prefix, module in where(named_modules(model), loads_in_own_way).items():
+        names += joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
+    return names
+
+
+def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The loaded values, under every name that their tensors have in the model: a tied one has several."""
+    value_by_tensor: dict[Tensor, Any] = {}
+    tensors = of_type(present, Tensor)
+    for name, value in only(loaded, tensors).items():
+        value_by_tensor[tensors[name]] = value
+    return {name: value_by_tensor[tensor] for name, tensor in among(tensors, value_by_tensor).items()}
