@@ -20,7 +20,6 @@ ELSEWHERE = {
     "layer_replication": "repeat the layers in your model first",
     **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
     **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
-    **dict.fromkeys(("merge", "save", "lr_scale", "name"), "it is an argument of LoRACallback"),
     "loraplus_lr_ratio": "LoRACallback(lr_scale={'A': 1, 'B': 16}) stands for loraplus_lr_ratio=16",
     **dict.fromkeys(("config", "peft_config"), "pass its arguments themselves, such as r=8, alpha=16"),
     **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
@@ -36,6 +35,10 @@ ELSEWHERE = {
 """Arguments of PEFT's LoraConfig and others that have another name here, or none, and what to do."""
 
 
+_EXPLAINED: dict[str, Collection[str]] = {}
+"""The arguments of each class whose errors are explained here, by the name of the class."""
+
+
 def explains_arguments(cls: _Class) -> _Class:
     """Let errors on unknown arguments name the right one.
 
@@ -43,6 +46,7 @@ def explains_arguments(cls: _Class) -> _Class:
     """
     init = cls.__init__  # type: ignore[misc]  # of this very class
     names = list(inspect.signature(init).parameters)[1:]  # without self
+    _EXPLAINED[cls.__name__] = names
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +72,9 @@ def _hint(cls: type, name: str, names: Collection[str]) -> str:
             return ELSEWHERE[elsewhere]
     if short in names:
         return f"it is {short} here"
+    for other, theirs in _EXPLAINED.items():
+        if short in theirs:
+            return f"it is an argument of {other}"
     near = difflib.get_close_matches(short, names, n=2)
     if near:
         return f"nearest names: {', '.join(near)}"

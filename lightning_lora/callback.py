@@ -16,10 +16,9 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.record import find_record
-from lightning_lora.model.settle import follow_copied
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
@@ -188,8 +187,7 @@ class LoRACallback(Callback):
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy = overlay_strategy(trainer.strategy, self._stage)
-        adapts_late = self._strategy.adapts_late
-        compatibility.check_callbacks(self._stage.callbacks, stage, is_sharded=adapts_late)
+        compatibility.check_callbacks(self._stage.callbacks, stage, is_sharded=self._strategy.adapts_late)
         if View(pl_module).layers:
             self._stage.came = "adapted"
         if self._stage.is_fit:
@@ -200,7 +198,7 @@ class LoRACallback(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        if not adapts_late:  # otherwise, configure_model would shard the adapters
+        if not self._strategy.adapts_late:  # otherwise, configure_model would shard the adapters
             self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
@@ -218,9 +216,8 @@ class LoRACallback(Callback):
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse arguments that this fit cannot serve."""
-        was_adapted = self._stage.came == "adapted"
         switches = self._stage.wants_another(pl_module)
-        check_merge_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
+        check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
@@ -231,10 +228,9 @@ class LoRACallback(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if not self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
-            return
-        with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
-            self._stage.inject(pl_module)
+        if self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
+            with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
+                self._stage.inject(pl_module)
 
     # Fit
 
@@ -279,7 +275,8 @@ class LoRACallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
-        self._take_late_base(pl_module)
+        if self._stage.take_base(pl_module):  # hooks may have loaded it late
+            self._strategy.note_base(anew=False)
         # Not before: the module's own on_fit_start may load or reset weights
         advise(pl_module, self._stage.guards, aloud=trainer.is_global_zero)
         base = base_digests(pl_module)
@@ -287,29 +284,11 @@ class LoRACallback(Callback):
         if is_new:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()
-        self._note_trained_layers(trainer, pl_module)
-        compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
-        running = Running(trainer, pl_module, self._stage)
-        self._running = self._training.enter_context(closing(running))
-        running.begin(self._strategy.gradients(), is_new=is_new, base=base)
+        self._running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
+        self._running.begin(self._strategy, is_new=is_new, base=base)
         if self._stage.resumed is not None:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
-
-    def _take_late_base(self, pl_module: LightningModule) -> None:
-        """Take a base that hooks have loaded since the set-up."""
-        if self._stage.take_base(pl_module):
-            self._strategy.note_base(anew=False)
-
-    def _note_trained_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which layers train, with what came since the set-up."""
-        view = view_of(pl_module)
-        view.begin_anew()  # hooks may have loaded the base late
-        follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
-        view.adapter.layers = tuple(view.layers)
-        view.adapter.is_trained = True
-        if trainer.is_global_zero:
-            self._stage.guards.adapters_ready(view)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what hooks made new."""
@@ -370,8 +349,7 @@ class LoRACallback(Callback):
         self._stage.guards.fit_ended(View(pl_module), trainer.optimizers, trainer.global_step)
         note_changed(pl_module)
         self._stage.say_what_was_written(pl_module, is_aloud=trainer.is_global_zero)
-        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set outside of the class
-        if self.merge and not is_trial:
+        if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merge_trained(trainer, pl_module, self.merge)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

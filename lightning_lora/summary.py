@@ -22,8 +22,8 @@ from lightning_lora.storage.state import without_base
 from lightning_lora.tables import LayerName, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import owner_of, submodule
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.state_dicts import state_dict
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _USUAL = (nn.Parameter, Tensor)

@@ -143,11 +143,24 @@ class Base:
         """Return the base's values of the weights of a merged layer, by their names in it."""
         bases = dict[str, Tensor]()
         for weight in weights:
-            merged = self.row(join(layer, weight)).merged
-            assert merged is not None
-            assert merged.base is not None
-            bases[weight] = merged.base
+            base = self.merged_tensor(join(layer, weight)).base
+            assert base is not None
+            bases[weight] = base
         return bases
+
+    def merged_tensor(self, name: str) -> MergedTensor:
+        """Return a parameter of a merged model as the merge left it."""
+        merged = self.rows[name].merged
+        assert merged is not None
+        return merged
+
+    def beside_merged(self) -> dict[str, MergedTensor]:
+        """Return the parameters of a merged model that have no update in them."""
+        others = dict[str, MergedTensor]()
+        for name, row in self.rows.items():
+            if row.merged is not None and row.merged.base is None:
+                others[name] = row.merged
+        return others
 
     def note_required_grad(self, names: Iterable[str], *, flag: bool) -> None:
         """The user means these weights: they count as if they had required a gradient before, or not."""
@@ -230,6 +243,14 @@ class Base:
             assert reading is not None
             found[name] = reading.number
         return found
+
+    def digests_before_changes(self, digests_now: Mapping[str, int]) -> list[int]:
+        """Return the digests of the base's values of tensors, by those of the values that they have now."""
+        numbers = []
+        for name, number in digests_now.items():
+            row = self.rows.get(name)
+            numbers.append(number if row is None else row.base_digest(number))
+        return numbers
 
     def _to_be_read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those that have changed since they were read, in any process, or were not read. Collective for shards."""

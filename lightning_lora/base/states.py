@@ -34,37 +34,54 @@ FOLLOWING = {
 model, whose record is dropped. A merged model that is adapted anew gets a new record."""
 
 
-# From which states calls may start
+# From which states a call may start
 
 _SHOWS_ADAPTERS = frozenset({State.ADAPTED, State.MERGED})
 _HAS_ADAPTERS = frozenset(State) - {State.PLAIN}
-_CAN_SWITCH = frozenset({State.ADAPTED, State.BASE_SHOWN})
+_MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
+
+USE = "use adapters"  # what reads or writes them besides: files, checkpoints, a Trainer's hooks
+SWITCH = "switch"  # to the adapter of another name, in set_adapter and others; also for rows of a batch
 
 STARTS = {
-    "inject_adapters": _SHOWS_ADAPTERS | {State.PLAIN},
-    "remove_adapters": _HAS_ADAPTERS,
+    "inject_adapters": _MAY_BE_PLAIN,
+    "load_adapter": _MAY_BE_PLAIN,
+    "load_adapter_state_dict": _SHOWS_ADAPTERS,
+    "load_state_dict": _SHOWS_ADAPTERS,
+    "To load a checkpoint": _SHOWS_ADAPTERS,
     "merge_adapters": _SHOWS_ADAPTERS,
     "unmerge_adapters": _SHOWS_ADAPTERS,
-    "set_adapter": _HAS_ADAPTERS,  # to the base, back from it, or to the active one
-    "another adapter": _CAN_SWITCH,  # to the adapter of another name, also for the rows of a batch
+    "remove_adapters": _HAS_ADAPTERS,
+    "set_adapter": _HAS_ADAPTERS,
     "adapter_names": _SHOWS_ADAPTERS,
     "combine_adapters": _HAS_ADAPTERS,
-    "load_adapter_state_dict": _SHOWS_ADAPTERS,
-    "view_of": _SHOWS_ADAPTERS,  # what reads or writes adapters: files, checkpoints, a Trainer's hooks
+    "A sum of adapters": _HAS_ADAPTERS,
+    SWITCH: frozenset({State.ADAPTED, State.BASE_SHOWN}),
+    USE: _SHOWS_ADAPTERS,
+}
+"""By the call, as messages name it. In a block of ``adapter_names``, no call may start that changes adapters
+(:data:`CHANGING`); ``inject_adapters`` may if it finds nothing to do."""
+
+CHANGING = {
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_state_dict",
+    "To load a checkpoint",
+    "merge_adapters",
+    "remove_adapters",
+    "combine_adapters",
+    "A sum of adapters",
 }
 
 
-def refusal(call: str, state: State, title: str, adapter: str) -> str | None:
-    """Return why a call may not start, if so. ``adapter`` is the active one of the model ``title``."""
-    starts = STARTS[call]
-    if state in starts:
-        return None
+def refusal(call: str, state: State, title: str, adapter: str) -> str:
+    """Return why a call may not start from a state of the model ``title``, whose active adapter is ``adapter``."""
     if state is State.PLAIN:
         return (
             f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
             "trained, pass that model (after a fit: trainer.lightning_module)."
         )
-    if state.is_merged and State.MERGED not in starts:
+    if state.is_merged and State.MERGED not in STARTS[call]:
         return (
             f"The adapter {adapter!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
             "before another one is used."

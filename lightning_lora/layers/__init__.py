@@ -20,6 +20,7 @@ from lightning_lora.layers.matrices import (
     adapter_parameters,
     matrix_factors,
     weight_factors,
+    weights_of,
 )
 from lightning_lora.layers.on_layer import attributes_of, is_resized, put_on
 from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack

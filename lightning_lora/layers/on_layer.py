@@ -1,6 +1,6 @@
 """An adapter on its layer: its parameters, how it begins, whether it has learned, and how it comes off."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -119,7 +119,7 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_is_resized(self) -> bool:
         """Whether a weight has another shape than at the injection. Packed weights never have."""
-        return is_resized(self, self.lora_adapter())
+        return is_resized(self, self.overlaid[0], self.lora_matrices)
 
 
 def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]) -> bool:
@@ -142,13 +142,13 @@ def put_on(layer: nn.Module, adapter: Adapter) -> None:
     vars(layer).update(attributes_of(adapter))
 
 
-def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
-    """Whether a weight of a layer no longer fits an adapter. Packed weights always do."""
-    if adapter.kind.lora_is_quantised(layer):
+def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -> bool:
+    """Whether a weight of a layer no longer fits an adapter of this kind. Packed weights always do."""
+    if kind.lora_is_quantised(layer):
         return False
-    for matrix in adapter.matrices:
+    for matrix in matrices:
         weight: Tensor = attrgetter(matrix.weight)(layer)
-        shape = adapter.kind.lora_as_matrix(weight).shape[-2:]
+        shape = kind.lora_as_matrix(weight).shape[-2:]
         if shape != (matrix.rows or matrix.writes, matrix.reads):
             return True
     return False

@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from lightning_lora.model.view import View
 from lightning_lora.private import EXTRA_STATE
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import replace_values, same_bits
 
 
 def kept_tensors(view: View) -> dict[str, Tensor]:
     """Return the model's tensors whose base values the active adapter keeps."""
-    present = {**view.base, **view.buffers}
-    return {name: present[name] for name in view.adapter.originals if name in present}
+    present: dict[str, Tensor] = {**view.base, **view.buffers}
+    kept = dict[str, Tensor]()
+    for name in view.adapter.originals:
+        if name in present:
+            kept[name] = present[name]
+    return kept
 
 
 def frozen_values(view: View) -> dict[str, Tensor]:
@@ -31,9 +36,8 @@ def frozen_values(view: View) -> dict[str, Tensor]:
 def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
-    for name, tensor in kept_tensors(view).items():
-        if name not in view.trained:
-            values[name] = view.adapter.originals[name].to(tensor.dtype)
+    for name, tensor in without(kept_tensors(view), view.trained).items():
+        values[name] = view.adapter.originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
 
@@ -63,16 +67,14 @@ def extra_digests(view: View) -> dict[str, int]:
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trained, **view.buffers}
-    for name in view.adapter.originals:
-        if name in view.base:  # replaced by a file's
-            changing[name] = view.base[name]
+    changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
-    has_known_values = {*view.adapter.originals, *view.record.base.changed}
-    view.adapter.set_base_values({name: view.base[name] for name in names if name not in has_known_values})
+    are_known = {*view.adapter.originals, *view.record.base.changed}
+    view.adapter.set_base_values(only(view.base, set(names) - are_known))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:

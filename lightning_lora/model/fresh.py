@@ -78,20 +78,28 @@ class _LayersSeen:
 
     def add(self, name: str, weights: Weights) -> None:
         """Look at one more layer."""
-        layer = self.view.modules[name]
-        has_few_values = _has_few_values(weights)
-        if not has_few_values:
-            self.values += _number_of_values(weights)
+        if _has_few_values(weights):
+            self._add_small(name, weights)
+        else:
+            self._add_large(name, weights)
+
+    def _add_small(self, name: str, weights: Weights) -> None:
+        is_linear = isinstance(self.view.modules[name], nn.Linear)
+        if is_linear and self._is_meant(name, weights) and _looks_fresh(self.view, name, weights):
+            self.unsure.append(name)
+
+    def _add_large(self, name: str, weights: Weights) -> None:
+        self.values += _number_of_values(weights)
         if not _looks_fresh(self.view, name, weights):
             return
-        if not has_few_values:
-            self.fresh_values += _number_of_values(weights)
-        if not self.view.frozen_by_user.isdisjoint(joined(name, weights)):  # it is random on purpose
-            return
-        if has_few_values and isinstance(layer, nn.Linear):
-            self.unsure.append(name)
-        elif not has_few_values and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):  # these change slowly
+        self.fresh_values += _number_of_values(weights)
+        changes_slowly = isinstance(self.view.modules[name], nn.Embedding | nn.EmbeddingBag)
+        if self._is_meant(name, weights) and not changes_slowly:
             self.fresh[name] = weights
+
+    def _is_meant(self, name: str, weights: Weights) -> bool:
+        """Whether the user has not frozen it: then it would be random on purpose."""
+        return self.view.frozen_by_user.isdisjoint(joined(name, weights))
 
     def add_trained(self, name: str, weights: Weights) -> None:
         """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""

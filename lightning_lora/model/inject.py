@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
+from lightning_lora.model.as_adapted import check_same, check_weights
 from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
 from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
 from lightning_lora.model.trainer_only import refuse_trainer_only
@@ -78,7 +79,7 @@ def _check_arguments(model: object, config: object) -> None:
         about = (
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
-        if type(config).__module__.startswith("peft."):
+        if _is_pefts(config):
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = records.find_record(model)
@@ -91,10 +92,10 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
     finds = not networks_are_known
-    if records.find_record(model) is None:
+    record = records.check_start(model, "inject_adapters")
+    if record is None:
         refuse_in_block(model, "inject_adapters")
         return _inject(model, config, name, finds=finds)
-    record = records.record_of(model)  # raises an error if the base is shown
     if name not in record.adapters:
         refuse_in_block(model, "inject_adapters")
     if not record.is_merged:
@@ -122,7 +123,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
         if unwanted:
             attach.detach_adapters(view, unwanted)
             view.look_again(config)
-        attach.check_same(view, choices)
+        check_same(view, choices)
         if finds:
             Guards().layers_chosen(view, _to_be_adapted(choices))
         adapters = _new_adapters(_to_be_adapted(choices))
@@ -151,9 +152,13 @@ def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig
     return config if excludes_any else replace(config, exclude_modules=None)
 
 
+def _is_pefts(thing: object) -> bool:
+    return type(thing).__module__.startswith("peft.")
+
+
 def _refuse_pefts(view: View) -> None:
     """Refuse a model with PEFT's adapters."""
-    pefts = [name for name, module in view.modules.items() if type(module).__module__.startswith("peft.")]
+    pefts = where(view.modules, _is_pefts)
     if pefts:
         raise AdapterStateError(
             f"{view.title} has PEFT's adapters: {listed(pefts)}. Call PEFT's merge_and_unload() first."
@@ -254,9 +259,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = records.find_record(model) or records.record_of(model)  # which raises an error if there is none
+    record = records.record_of(model, "remove_adapters")
     check_known(record, name, model)
-    refuse_in_block(model, "remove_adapters")
     if name is not None and record.others:
         _remove_one(model, record, name)
         return
@@ -280,7 +284,7 @@ def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
 def _restore_base(model: nn.Module) -> None:
     """Take the adapters off, and give the base its values and what trained before."""
     view = View(model)
-    attach.check_weights(view)
+    check_weights(view)
     with attach.undone_on_error(view), ExitStack() as undo:
         restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)

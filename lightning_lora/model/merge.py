@@ -13,9 +13,9 @@ from lightning_lora.base.base_tensors import MergedTensor
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
-from lightning_lora.model.blocks import refuse_in_block
+from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import find_record, forget_record, record_for, record_of
+from lightning_lora.model.record import check_start, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
@@ -78,7 +78,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
-    record_for(model, "unmerge_adapters")
+    check_start(model, "unmerge_adapters")
     _restore(View(model))
 
 
@@ -157,8 +157,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return :func:`tied_weights`."""
-    refuse_in_block(view.model, "merge_adapters")
-    attach.check_weights(view)
+    check_weights(view)
     tied = check_mergeable(view)
     Guards().merge_begins(view)
     return tied
@@ -250,7 +249,7 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
 
 def check_mergeable(view: View) -> dict[str, list[str]]:
     """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
-    attach.check_as_adapted(view)
+    check_as_adapted(view)
     _refuse(
         view,
         quantised_layers(view),
@@ -293,7 +292,7 @@ def unmerge_or_forget(model: nn.Module) -> bool:
     record = find_record(model)
     if record is None or not record.is_merged:
         return False
-    record_of(model)  # refuses a model that shows its base
+    check_start(model, "unmerge_adapters")
     view = View(model)
     if not is_as_merged(view):
         forget_record(model)
@@ -327,8 +326,7 @@ def _restore(view: View) -> None:
 
 def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
-    merged = view.record.base.rows[join(layer, adapter.weights[0])].merged
-    assert merged is not None
+    merged = view.record.base.merged_tensor(join(layer, adapter.weights[0]))
     attach.move_to_layer(view.modules[layer], adapter, merged.seen.dtype, undo)
 
 

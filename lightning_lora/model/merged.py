@@ -5,8 +5,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_lora.base.base_tensors import MergedTensor
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, put_on
 from lightning_lora.model.view import View
@@ -47,10 +48,8 @@ def check_own(view: View) -> None:
 
 def _is_as_merged_here(view: View) -> bool:
     """Whether the weights are as merged. Of spread ones, those of this process are."""
-    for name, row in view.record.base.rows.items():
-        if row.merged is None or row.merged.base is not None:
-            continue
-        if name not in view.parameters or not row.merged.seen.is_alike(view.parameters[name]):
+    for name, others in view.record.base.beside_merged().items():
+        if name not in view.parameters or not others.seen.is_alike(view.parameters[name]):
             return False
     return all(_is_layer_as_merged(view, name, adapter) for name, adapter in view.record.merged.items())
 
@@ -61,24 +60,30 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     are_still = True
     for weight in adapter.weights:
         name = join(layer, weight)
-        merged = view.record.base.rows[name].merged
-        assert merged is not None
         if name not in view.parameters:  # prune or weight_norm computes it
             return False
-        shown = view.parameters[name]
-        weights[weight] = shown
-        if merged.tied_seen is not None and merged.base is not None:
-            if not _is_in_use(view, merged.base, shown):
-                return False
-            are_still = are_still and merged.tied_seen.is_still(merged.base)
-        are_still = are_still and merged.seen.is_still(shown)
+        merged = view.record.base.merged_tensor(name)
+        weights[weight] = view.parameters[name]
+        if not _is_tie_present(view, merged, weights[weight]):
+            return False
+        are_still = are_still and _is_still(merged, weights[weight])
     return are_still or _is_merged_anew(view, layer, adapter, weights)
 
 
-def _is_in_use(view: View, tied: Tensor, shown: nn.Parameter) -> bool:
-    """Whether another layer still uses the base's parameter of a tied weight, on the same device in the same dtype."""
+def _is_tie_present(view: View, merged: MergedTensor, shown: nn.Parameter) -> bool:
+    """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
+    tied = merged.base
+    if merged.tied_seen is None or tied is None:
+        return True
     is_present = any(tied is parameter for parameter in view.parameters.values())
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
+
+
+def _is_still(merged: MergedTensor, shown: nn.Parameter) -> bool:
+    """Whether a merged weight, and its other use if it was tied, have the values that the merge left."""
+    if merged.tied_seen is not None and merged.base is not None and not merged.tied_seen.is_still(merged.base):
+        return False
+    return merged.seen.is_still(shown)
 
 
 def _is_merged_anew(view: View, layer: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> bool:
@@ -104,6 +109,5 @@ def _show_base_as_merged(view: View, layer: str, adapter: Adapter, weights: Mapp
         replace_values(parameter, parameter.data.to(device))
     bases = view.record.base.merged_bases(layer, adapter.weights)
     for name, weight in weights.items():
-        merged = view.record.base.rows[join(layer, name)].merged
-        assert merged is not None
+        merged = view.record.base.merged_tensor(join(layer, name))
         replace_values(weight, bases[name].data.to(weight.device, merged.seen.dtype))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import Base, MergedTensor
-from lightning_lora.base.states import FOLLOWING, State, refusal
+from lightning_lora.base.blocks import refuse_in_block
+from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
@@ -137,7 +138,7 @@ class Record:
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
     if find_record(model) is not None:
-        load = import_module("lightning_lora.storage.load.state_dicts")  # it lies above: by name, when called
+        load = import_module("lightning_lora.storage.load.from_state_dicts")  # it lies above: by name, when called
         load.before_load(model, state, prefix, notes)
 
 
@@ -215,21 +216,28 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
     return records_in(modules)
 
 
-def record_of(model: nn.Module) -> Record:
-    """Return the record of ``model``. Raise an error if it has no adapters, or shows its base."""
-    return record_for(model, "view_of")
+# From which states a call may start
 
 
-def record_for(model: nn.Module, call: str) -> Record:
-    """Return the record of an adapted model from which a call may start (:data:`.STARTS`). Else raise an error."""
+def check_start(model: nn.Module, call: str) -> Record | None:
+    """Refuse a call that may not start now (:data:`.STARTS`). Return the record of ``model``; None if it is plain."""
+    if call in CHANGING:
+        refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model)
+    state = State.PLAIN if record is None else record.state
+    if state in STARTS[call]:
+        return record
     title = type(plain_module(model)).__name__
-    if record is None:
-        for name in _inner_records(model):
-            raise AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
-        raise AdapterStateError(refusal(call, State.PLAIN, title, ""))
-    why = refusal(call, record.state, title, record.adapter.name)
-    if why is not None:
-        raise AdapterStateError(why)
+    if record is not None:
+        raise AdapterStateError(refusal(call, state, title, record.adapter.name))
+    for name in _inner_records(model):
+        raise AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
+    raise AdapterStateError(refusal(call, state, title, ""))
+
+
+def record_of(model: nn.Module, call: str = USE) -> Record:
+    """Return the record of an adapted model from which a call may start. Otherwise, raise an error."""
+    record = check_start(model, call)
+    assert record is not None
     return record

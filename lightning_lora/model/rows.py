@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.blocks import is_in_block, open_block
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
+from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.model.attach import inference_path
-from lightning_lora.model.blocks import is_in_block, open_block
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
 from lightning_lora.model.view import View, view_of
@@ -66,7 +66,7 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
         ...     (model(x) == base).all(dim=1)
         tensor([ True,  True, False])
     """
-    record = record_of(model)
+    record = record_of(model, "adapter_names")
     names = tuple(names)
     for name in names:
         check_known(record, name, model)
@@ -142,9 +142,9 @@ def _by_layer(used: Mapping[str, Mapping[str, Adapter]]) -> dict[str, dict[Name,
 # What differs besides the adapters
 
 
-def _values_besides_adapters(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
+def _values_besides_adapters(view: View, names: Collection[str]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
-    states = [view.record.adapters[name] for name in names]
+    states = list(only(view.record.adapters, names).values())
     tensor_names = dict.fromkeys(chain.from_iterable(state.originals for state in states))
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     found: dict[nn.Module, Values] = {}

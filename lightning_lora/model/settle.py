@@ -16,7 +16,7 @@ from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import inside, modules_around, only, outside, where, without
+from lightning_lora.tensors.named import among, inside, modules_around, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 
@@ -61,21 +61,27 @@ def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], 
 
 
 def _copies_that_are_left(view: View, known: Networks) -> dict[str, str]:
-    return {copy: original for copy, original in known.copies.items() if {copy, original} <= view.modules.keys()}
+    copies = only(known.copies, view.modules)
+    return among(copies, view.modules)
 
 
 def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not known.still:
         return ()
-    frozen_before = {name for name, trained in view.record.base.flags_before().items() if not trained}
+    flags = view.record.base.flags_before()
+    frozen_before = without(flags, where(flags, bool))
     thawed = without(view.base, frozen_before)
     return tuple(network for network in known.still if not inside(thawed, [network]))
 
 
 def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
     """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
-    return [name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)]
+    return list(where(kinds, _adapts_whole_layers))
+
+
+def _adapts_whole_layers(kind: type) -> bool:
+    return not issubclass(kind, LoRAParameters | LoRATokens)
 
 
 def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
@@ -88,7 +94,7 @@ def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
 
 def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
     """Return the layers whose updates are not zero."""
-    return {name: layer for name, layer in view.layers.items() if not layer.lora_is_fresh()}
+    return without(view.layers, where(view.layers, LoRALayer.lora_is_fresh))
 
 
 def _named_beside(view: View) -> list[str]:
@@ -127,7 +133,7 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
     trained_before = where(view.record.base.flags_before(), bool)
-    training = [name for name, parameter in only(view.base, trained_before).items() if parameter not in still]
+    training = without(only(view.base, trained_before), among(view.base, still))
     return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 
 
@@ -179,10 +185,9 @@ def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     """
     copies = copies_among(view, idle)
     networks = Networks(copies=copies)
-    for name, layer in only(view.layers, idle).items():
-        original = _original_layer(view, networks, name)
-        if original is not None:
-            layer.lora_begin_as(original)
+    originals = _original_layers(view, networks)
+    for name, layer in only(view.layers, idle & originals.keys()).items():
+        layer.lora_begin_as(originals[name])
     return copies
 
 
@@ -197,14 +202,15 @@ def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
 
 def follow_originals(view: View) -> None:
     """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
+    originals = _original_layers(view, view.adapter.networks)
     for name, layer in view.layers.items():
-        original = _original_layer(view, view.adapter.networks, name)
         may_learn_itself = not view.adapter.is_trained and layer.lora_is_fresh()  # one that has learned may rest
-        if original is not None or (layer.lora_settings.follows and may_learn_itself):
-            layer.lora_follow(original)
+        if name in originals or (layer.lora_settings.follows and may_learn_itself):
+            layer.lora_follow(originals.get(name))
 
 
-def _original_layer(view: View, networks: Networks, layer: str) -> LoRALayer | None:
-    """The adapted layer that a layer of a copy follows."""
-    original = networks.original_of(layer)
-    return None if original is None else view.layers.get(original)
+def _original_layers(view: View, networks: Networks) -> dict[str, LoRALayer]:
+    """The adapted layers that layers of copies follow, by the names of these."""
+    originals = networks.originals_of(view.layers)
+    adapted = among(originals, view.layers)
+    return {name: view.layers[original] for name, original in adapted.items()}

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import PutAside
+from lightning_lora.base.states import SWITCH
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.record import Record, find_record, record_for, record_of
+from lightning_lora.model.record import Record, check_start, find_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -26,7 +28,7 @@ from lightning_lora.tensors.values import replace_values, set_aside, set_require
 
 def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
-    record = record_for(model, "set_adapter")
+    record = record_of(model, "set_adapter")
     check_known(record, name, model)
     before, active = record.shown, record.adapter.name
     if name == before:
@@ -137,7 +139,7 @@ def _hint(name: object, record: Record) -> str:
 
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
-    record_for(view.model, "another adapter")
+    check_start(view.model, SWITCH)
     if any(map(is_dtensor, view.parameters.values())):
         raise AdapterStateError(
             f"The parameters of {view.title} are sharded over processes, where only set_adapter(model, None) is "
@@ -148,7 +150,7 @@ def check_switchable(view: View) -> None:
 def move_to_model(view: View, state: AdapterState) -> None:
     """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
-    attach.check_weights(view)
+    check_weights(view)
     present: dict[str, Tensor] = {**view.parameters, **view.buffers}
     _check_still_there(view, state, present.keys())
     _follow_kinds(view, state)
@@ -183,7 +185,11 @@ def _follow_kinds(view: View, state: AdapterState) -> None:
 
 def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was resting."""
-    resized = [name for name, adapter in state.resting.items() if is_resized(view.modules[name], adapter)]
+    resized = [
+        name
+        for name, adapter in state.resting.items()
+        if is_resized(view.modules[name], adapter.kind, adapter.matrices)
+    ]
     if resized:
         raise AdapterStateError(
             f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "

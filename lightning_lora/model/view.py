@@ -1,21 +1,23 @@
 """A model's layers, adapters and base, by name, and which of them train."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.states import USE
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.record import Record, find_record, record_for, records_in
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, weights_of
+from lightning_lora.model.record import Record, find_record, record_of, records_in
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
+from lightning_lora.tensors.named import among, below, first_names, joined, only, outside, where, without
 from lightning_lora.tensors.names import (
-    is_in_any,
+    is_bias,
     join,
     named_modules,
     own_parameter,
@@ -104,18 +106,15 @@ class View:
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
         """The adapted layers: a shared one under its first name, and none in a merged model."""
-        first_names: dict[LoRALayer, str] = {}
-        for name, module in self.modules.items():
-            if isinstance(module, LoRALayer):
-                first_names.setdefault(module, name)
-        return {name: layer for layer, name in first_names.items()}
+        adapted = {name: module for name, module in self.modules.items() if isinstance(module, LoRALayer)}
+        return first_names(adapted)
 
     @cached_property
     def recorded(self) -> set[str]:
         """The layers that a record knows of: not those that other code has copied with their adapters since."""
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
-            recorded.update(join(prefix, name) for name in record.adapter.layers)
+            recorded.update(joined(prefix, record.adapter.layers))
         return recorded
 
     @cached_property
@@ -130,14 +129,15 @@ class View:
     @cached_property
     def adapted_weights(self) -> list[str]:
         """The names of the weights that have an update, merged or not."""
-        names = dict[str, None]()  # several matrices may be rows of one weight
+        names = []
         for layer, matrices in self.matrices.items():
-            names.update({join(layer, matrix.weight): None for matrix in matrices})
-        return list(names)
+            names += joined(layer, weights_of(matrices))
+        return names
 
     def weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
-        return {self.base[join(layer, weight)] for weight in self.layers[layer].lora_weights()}
+        names = joined(layer, self.layers[layer].lora_weights())
+        return {self.base[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:
         """Return the number of values of these parameters of the base. Tied ones count once."""
@@ -163,10 +163,10 @@ class View:
         adapters = dict[str, nn.Parameter]()
         if self.is_merged:
             for name, adapter in self.record.merged.items():
-                _add_inside(adapters, name, adapter.parameters)
+                adapters.update(below(name, adapter.parameters))
         else:
             for name, layer in self.layers.items():
-                _add_inside(adapters, name, layer.lora_parameters())
+                adapters.update(below(name, layer.lora_parameters()))
         return adapters
 
     @cached_property
@@ -197,8 +197,9 @@ class View:
         """The persistent buffers: those in a state dict."""
         buffers = dict[str, Tensor]()
         for prefix, module in self.modules.items():
+            not_stored = getattr(module, NOT_STORED)
             for name, buffer in module._buffers.items():
-                if buffer is not None and name not in getattr(module, NOT_STORED):
+                if buffer is not None and name not in not_stored:
                     buffers[join(prefix, name)] = buffer
         return buffers
 
@@ -207,7 +208,7 @@ class View:
         """The extra state dict entries of quantised layers."""
         entries = dict[str, Tensor]()
         for prefix, module in self.modules.items():
-            _add_inside(entries, prefix, quantised_entries(module))
+            entries.update(below(prefix, quantised_entries(module)))
         return entries
 
     # What trains
@@ -221,59 +222,51 @@ class View:
         meant = self._saved_parameters() | self._trained_biases()
         networks = self.adapter.networks if self.is_adapted else Networks()
         idle = (*networks.copies, *networks.still)
-        trained = dict[str, nn.Parameter]()
-        for name, parameter in self.base.items():
-            if id(parameter) in meant and not is_in_any(name, idle):
-                trained[name] = parameter
-        return trained
+        trained = among(self.base, meant)
+        return only(trained, set(outside(trained, idle)))
 
-    def _saved_parameters(self) -> set[int]:
-        """The ids of the parameters that ``modules_to_save`` means."""
-        saved = set[int]()
+    def _saved_parameters(self) -> set[nn.Parameter]:
+        """The parameters that ``modules_to_save`` means."""
+        saved = set[nn.Parameter]()
         for module in self.saved:
-            saved.update(map(id, module.parameters()))
-        config = self.config
-        saved.update(id(parameter) for name, parameter in self.base.items() if config.is_saved(name))
+            saved.update(module.parameters())
+        names = filter(self.config.is_saved, self.base)
+        saved.update(self.base[name] for name in names)
         return saved
 
-    def _trained_biases(self) -> set[int]:
-        """The ids of the biases that train. ``"lora_only"``: those of adapted layers, also inside an attention."""
-        biases = set[int]()
-        if self.config.bias == "all":
-            biases.update(id(parameter) for name, parameter in self.base.items() if _is_bias(name))
-        if self.config.bias == "lora_only":
-            for owner in set(map(owner_of, self.adapted_weights)):
-                for name, parameter in self.modules[owner]._parameters.items():
-                    if parameter is not None and _is_bias(name):
-                        biases.add(id(parameter))
+    def _trained_biases(self) -> set[nn.Parameter]:
+        """The biases that train. ``"lora_only"``: those of adapted layers, also inside an attention."""
+        if self.config.bias == "none":
+            return set()
+        holders = set(map(owner_of, self.adapted_weights))
+        biases = set[nn.Parameter]()
+        for name, parameter in self.base.items():
+            if is_bias(name) and (self.config.bias == "all" or owner_of(name) in holders):
+                biases.add(parameter)
         return biases
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
         """The base's parameters that do not train."""
-        return {name: parameter for name, parameter in self.base.items() if name not in self.trained}
+        return without(self.base, self.trained)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
         flags_before = self._flags_before()
-        can_train = 0
+        can_train = where(self.base, _is_plain_float)
         frozen = set[str]()
-        for name, parameter in self.base.items():
-            is_plain = type(parameter) is nn.Parameter or is_dtensor(parameter)
-            if not is_plain or not parameter.is_floating_point():
-                continue
-            can_train += 1
+        for name in can_train:
             if not flags_before.get(name, self.parameters[name].requires_grad):
                 frozen.add(name)
-        return frozen if len(frozen) < can_train else set()
+        return frozen if frozen != can_train.keys() else set()
 
     def _flags_before(self) -> dict[str, bool]:
         """Whether parameters required a gradient before the adapters came, by the model's own record in doubt."""
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update({join(prefix, name): flag for name, flag in record.base.flags_before().items()})
+                flags.update(below(prefix, record.base.flags_before()))
         return flags
 
     def is_fresh(self) -> bool:
@@ -289,8 +282,8 @@ class View:
         """Refuse a model in which layers have lost their adapters."""
         lost = []
         for name in self.adapter.layers:
-            is_present = name in self.modules and name not in self.record.merged
-            if is_present and not isinstance(self.modules[name], LoRALayer):
+            is_adapted = isinstance(self.modules.get(name), LoRALayer)
+            if name in self.modules and name not in self.record.merged and not is_adapted:
                 lost.append(name)
         if lost:
             raise AdapterStateError(
@@ -299,19 +292,15 @@ class View:
             )
 
 
-def _add_inside(found: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Add the tensors of a module by their names in the model."""
-    for name, tensor in tensors.items():
-        found[join(prefix, name)] = tensor
+def _is_plain_float(parameter: nn.Parameter) -> bool:
+    """Whether a parameter could train by itself: not one of integers, or of a quantised class."""
+    is_plain = type(parameter) is nn.Parameter or is_dtensor(parameter)
+    return is_plain and parameter.is_floating_point()
 
 
-def _is_bias(name: str) -> bool:
-    return "bias" in name.rpartition(".")[2]
-
-
-def view_of(model: nn.Module, call: str = "view_of") -> View:
+def view_of(model: nn.Module, call: str = USE) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
-    record_for(model, call)
+    record_of(model, call)
     view = View(model)
     view.check_present()
     return view

@@ -3,36 +3,35 @@
 from torch import nn
 
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import named_modules, plain_module
+from lightning_lora.tensors.names import is_in_any, named_modules, plain_module
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
 
 def root_of(model: nn.Module) -> str:
     """Return the name of the one model inside: of transformers or diffusers, or the only one, or ``""``."""
-    outermost = _outermost_models(model)
-    if len(outermost) == 1:
-        return outermost[0]
-    if outermost:
-        return ""
+    candidates = _outermost_models(model)
+    if not candidates:
+        candidates = _parts_of_lightning_module(model)
+    return candidates[0] if len(candidates) == 1 else ""
+
+
+def _parts_of_lightning_module(model: nn.Module) -> list[str]:
+    """The children of a LightningModule that hold all of its parameters. Of another module, none."""
     module = plain_module(model)
     if "LightningModule" not in class_names(module) or _has_parameters(module, recurse=False):
-        return ""
-    holders = [name for name, child in module.named_children() if _has_parameters(child)]
-    return holders[0] if len(holders) == 1 else ""
+        return []
+    return [name for name, child in module.named_children() if _has_parameters(child)]
 
 
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
     outermost: list[str] = []
     for name, module in named_modules(model).items():
-        if class_names(module) & _MODELS and not _is_inside_any(name, outermost):
+        is_inside = "" in outermost or is_in_any(name, outermost)
+        if not is_inside and class_names(module) & _MODELS:
             outermost.append(name)
     return outermost
-
-
-def _is_inside_any(name: str, models: list[str]) -> bool:
-    return any(not model or name.startswith(f"{model}.") for model in models)
 
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:

@@ -1,12 +1,11 @@
 """What the networks of a module are for."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from lightning_lora.tensors.named import outside
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import among, inside, outside, without
 
 Modules = Mapping[str, nn.Module]
 Parameters = Mapping[str, nn.Parameter]
@@ -29,13 +28,14 @@ class Networks:
     def fitting(self, layers: Set[str]) -> "Networks":
         """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
         adapted = outside(sorted(layers), self.still)
-        with_adapted_original = {None, *adapted}  # None: of a layer that follows no other
-        bare = [name for name in adapted if self.original_of(name) not in with_adapted_original]
-        return replace(self, bare=tuple(bare))
+        originals = self.originals_of(adapted)
+        bare = without(originals, among(originals, set(adapted)))
+        return replace(self, bare=tuple(sorted(bare)))
 
-    def original_of(self, layer: str) -> str | None:
-        """Return the layer that a layer of a copy follows."""
+    def originals_of(self, layers: Iterable[str]) -> dict[str, str]:
+        """Return the layers that those of copies follow. The other ones follow none."""
+        originals: dict[str, str] = {}
         for copy, original in self.copies.items():
-            if is_in_any(layer, [copy]):
-                return original + layer.removeprefix(copy)
-        return None
+            for name in inside(layers, [copy]):
+                originals.setdefault(name, original + name.removeprefix(copy))
+        return originals

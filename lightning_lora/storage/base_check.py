@@ -1,19 +1,17 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
+from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.digests import digests_as
+from lightning_lora.tensors.named import only, without
 
 Shapes = Mapping[str, Sequence[int]]  # of the trained tensors in a file, by name
 
@@ -55,12 +53,11 @@ def check_base(
 
 def _is_stored(here: Fingerprint, fingerprints_of_run: Sequence[Fingerprint], stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
-    without_halves = [{key: each[key] for key in here} for each in stored]
+    without_halves = [only(each, here) for each in stored]
     if here in without_halves:
         return True
-    if here not in fingerprints_of_run:
-        return False
-    return any(each in without_halves for each in fingerprints_of_run)
+    is_of_this_run = here in fingerprints_of_run
+    return is_of_this_run and any(each in without_halves for each in fingerprints_of_run)
 
 
 def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
@@ -72,105 +69,6 @@ def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
 
 
 # The comparison of tensors
-
-
-@dataclass
-class BaseTensor:
-    """A tensor of a base, to be compared with its digests in a fingerprint."""
-
-    name: str  # its name in the fingerprint
-    title: str  # its name in the base at hand
-    tensor: Tensor
-    exact: int  # the digest of its bits
-    halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
-    is_packed: bool = False  # whether it is quantised
-
-
-@dataclass
-class Comparison:
-    """What a comparison of a base with a fingerprint has found: names of tensors, and how many are the same."""
-
-    differ: list[str] = field(default_factory=list)  # also those that only one of them has
-    converted: list[str] = field(default_factory=list)  # the same in another precision
-    equal: int = 0  # converted or not
-    quantised: list[str] = field(default_factory=list)  # not compared
-    is_same_form: bool = False  # whether the base has the same form, so that all bits must be the same
-
-    @property
-    def is_same(self) -> bool:
-        """Whether it is the same base."""
-        return not self.differ and self.equal > 0
-
-    @property
-    def has_same_bits(self) -> bool:
-        """Whether all tensors of the same base were compared, and none is converted."""
-        return not self.converted and not self.quantised
-
-
-def compare(stored: Fingerprint, tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
-    """Compare a base with one fingerprint, tensor by tensor."""
-    there = _BaseThere(stored)
-    found = Comparison(is_same_form=is_same_form)
-    for tensor in tensors:
-        is_quantised = tensor.is_packed or there.is_quantised(tensor.name)
-        if is_quantised and not is_same_form:
-            found.quantised.append(tensor.title)
-        elif there.has_same_bits(tensor):
-            found.equal += 1
-        elif there.has_converted(tensor):
-            found.equal += 1
-            found.converted.append(tensor.title)
-        else:
-            found.differ.append(tensor.title)
-    return found
-
-
-class _BaseThere:
-    """The base that a fingerprint was taken of, by the names of its tensors."""
-
-    def __init__(self, stored: Fingerprint) -> None:
-        """Read a fingerprint that says which names it has."""
-        self.halves: Mapping[str, Sequence[int] | None] = stored["rounded"]
-        self.digests: dict[str, int] = dict(zip(self.halves, stored["digests"], strict=True))
-        self.floating_dtypes = _floating_dtypes(stored["dtypes"])
-
-    def is_quantised(self, name: str) -> bool:
-        """Whether a tensor there is quantised."""
-        return name in self.halves and self.halves[name] is None
-
-    def has_same_bits(self, here: BaseTensor) -> bool:
-        """Whether a tensor is there, bit by bit."""
-        return self.digests.get(here.name) == here.exact
-
-    def has_converted(self, here: BaseTensor) -> bool:
-        """Whether one of two tensors is the other, converted to another floating-point dtype."""
-        tensor = here.tensor
-        if here.name not in self.digests:
-            return False
-        dtypes = [dtype for dtype in self.floating_dtypes if dtype != tensor.dtype]
-        if not dtypes or not tensor.is_floating_point() or tensor.is_meta:
-            return False
-        if self._becomes(here):
-            return True
-        digest_there = self.digests[here.name]
-        others = [dtype for dtype in dtypes if dtype not in HALVES]
-        may_be_half = len(others) < len(dtypes)
-        if may_be_half and digest_there in here.halves():
-            return True
-        return digest_there in digests_as(tensor, others)
-
-    def _becomes(self, here: BaseTensor) -> bool:
-        """Whether the tensor there, converted to half precision, is the one here."""
-        halves = self.halves[here.name]
-        if not halves or here.tensor.dtype not in HALVES:
-            return False
-        return here.exact == halves[HALVES.index(here.tensor.dtype)]
-
-
-def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
-    """The floating-point dtypes with these names. A later torch has more."""
-    dtypes = [getattr(torch, name) for name in names if hasattr(torch, name)]
-    return [dtype for dtype in dtypes if dtype.is_floating_point]
 
 
 def _compare_with_model(
@@ -185,12 +83,13 @@ def _compare_with_model(
     halves: Mapping[str, Any] = stored.get("rounded", no_halves)
     quantised = quantised_names(view)
     is_same_form = have_one_form(stored, here) and _same_are_quantised(names_there, halves, quantised)
-    compared = list[BaseTensor]()
-    for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
-        if name not in random:
-            halves_here = partial(_halves_of, view, name, tensor, exact)
-            is_quantised = name in quantised
-            compared.append(BaseTensor(names_there[name], name, tensor, exact, halves_here, is_quantised))
+    digests = dict(zip(tensors, here["digests"], strict=True))
+    compared = list[ComparedTensor]()
+    for name, tensor in without(tensors, random).items():
+        halves_here = partial(_halves_of, view, name, tensor, digests[name])
+        compared.append(
+            ComparedTensor(names_there[name], name, tensor, digests[name], halves_here, is_packed=name in quantised)
+        )
     found = compare({**stored, "rounded": halves}, compared, is_same_form=is_same_form)
     found.differ = _names_only_there(halves, names_there.values()) + found.differ
     found.quantised = [name for name in found.quantised if name in view.parameters]
@@ -199,11 +98,8 @@ def _compare_with_model(
 
 def _same_are_quantised(names_there: Mapping[str, str], halves: Mapping[str, Any], quantised: set[str]) -> bool:
     """Whether the same tensors are quantised here and there."""
-    for name, name_there in names_there.items():
-        is_quantised_there = halves[name_there] is None
-        if is_quantised_there != (name in quantised):
-            return False
-    return True
+    quantised_there = {name for name, name_there in names_there.items() if halves[name_there] is None}
+    return quantised_there == quantised & names_there.keys()
 
 
 def _names_only_there(halves: Mapping[str, Any], names: Collection[str]) -> list[str]:

@@ -12,24 +12,23 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.record import record_of
+from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
+from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import Way, put
-from lightning_lora.storage.load.state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
-from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
 from lightning_lora.tensors.values import detached
 
 # Write
@@ -191,7 +190,7 @@ def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Te
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a full state into the base, and initialise the adapters again."""
-    refuse_in_block(model, _CALL)
+    check_start(model, _CALL)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):

@@ -16,6 +16,7 @@ from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import among, joined, where, without
 from lightning_lora.tensors.names import join
 
 Fingerprint = Mapping[str, Any]  # its layout, dtypes and digests; in files also "rounded", by the names of tensors
@@ -31,11 +32,10 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     """
     tensors = base_tensors(view)
     digests = _digests_of_present_values(view, tensors, anew=anew)
-    rows = view.record.base.rows
     return {
         "layout": _layout(tensors, renaming),
         "dtypes": dtypes_of(tensors),
-        "digests": [rows[name].base_digest(number) if name in rows else number for name, number in digests.items()],
+        "digests": view.record.base.digests_before_changes(digests),
     }
 
 
@@ -98,31 +98,29 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
     """
     left_out = _rescaled_embeddings(view) | _repacked_scales(view)
-    tensors = {name: value for name, value in base_values(view).items() if name not in left_out}
+    tensors = without(base_values(view), left_out)
     return {**tensors, **_with_zero_rows(tensors, rows_of(view))}
 
 
 def _rescaled_embeddings(view: View) -> set[str]:
     """All names of the weights that embeddings with ``max_norm`` rescale."""
-    rescaled = set[int]()
+    rescaled = set[Tensor]()
     for module in view.modules.values():
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            rescaled.add(id(module.weight))
-    return {name for name, parameter in view.base.items() if id(parameter) in rescaled}
+            rescaled.add(module.weight)
+    return set(among(view.base, rescaled))
 
 
 def _repacked_scales(view: View) -> set[str]:
     """The names of the entries of layers that bitsandbytes may pack in another way."""
-    repacked = {name: module for name, module in view.modules.items() if repacks(module)}
-    return _names_of_entries(repacked)
+    return _names_of_entries(where(view.modules, repacks))
 
 
 def _names_of_entries(modules: Mapping[str, nn.Module]) -> set[str]:
     """The names of the extra state dict entries of quantised layers."""
     names = set[str]()
     for prefix, module in modules.items():
-        for entry in quantised_entries(module):
-            names.add(join(prefix, entry))
+        names.update(joined(prefix, quantised_entries(module)))
     return names
 
 
@@ -141,17 +139,12 @@ def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> di
 
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
-    tokens = dict[int, tuple[int, ...]]()
-    for layer, matrices in view.matrices.items():
-        matrix = matrices[0]
+    rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
+    for layer, (matrix, *_) in view.matrices.items():
         weight = view.base.get(join(layer, matrix.weight))
-        tokens[id(weight)] = matrix.tokens
-    rows = dict[str, tuple[int, ...]]()
-    for name, parameter in view.base.items():
-        tokens_of_weight = tokens.get(id(parameter))
-        if tokens_of_weight:
-            rows[name] = tokens_of_weight
-    return rows
+        rows_by_weight[weight] = matrix.tokens
+    rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base.items()}
+    return where(rows, bool)
 
 
 def quantised_names(view: View) -> set[str]:
@@ -235,21 +228,17 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
 
 def _convertible_tensors(tensors: Tensors, left_out: set[str]) -> dict[str, Tensor]:
     """The tensors that have values in half precision, but for those that are left out."""
-    convertible = dict[str, Tensor]()
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and name not in left_out:
-            convertible[name] = tensor
-    return convertible
+    return where(without(tensors, left_out), _is_convertible)
+
+
+def _is_convertible(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta
 
 
 def _remembered_halves(base: Base, digests: Mapping[str, int], quantised: set[str]) -> Halves:
     """The digests in half precision that are known without a look at the tensors."""
-    halves = Halves()
-    for name, number in digests.items():
-        if name in quantised:
-            halves[name] = None
-        else:
-            halves[name] = base.half_digests.get(number, [])
+    halves: Halves = {name: base.half_digests.get(number, []) for name, number in digests.items()}
+    halves.update(dict.fromkeys(quantised & halves.keys()))
     return halves
 
 

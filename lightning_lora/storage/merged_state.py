@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View

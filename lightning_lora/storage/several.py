@@ -12,8 +12,7 @@ from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
-from lightning_lora.model.blocks import refuse_in_block
-from lightning_lora.model.record import Record, find_record, record_of
+from lightning_lora.model.record import Record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.load.put import Way, put
 from lightning_lora.storage.offline.combine_files import combined
@@ -71,9 +70,9 @@ def set_adapter(
 def _named_several(model: nn.Module, name: object) -> Mapping[str, float] | None:
     """The weights of the adapters whose sum is meant. None: one adapter is, or the base."""
     if isinstance(name, str):
-        state = _record(model).adapters.get(name)
+        state = record_of(model, "set_adapter").adapters.get(name)
         return None if state is None else state.sum_of
-    _record(model)
+    record_of(model, "set_adapter")
     if isinstance(name, Mapping):
         return name
     return Counter(name) if isinstance(name, Iterable) else None
@@ -81,8 +80,7 @@ def _named_several(model: nn.Module, name: object) -> Mapping[str, float] | None
 
 def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
     """Make the sum of several adapters, and switch to it."""
-    refuse_in_block(model, "A sum of adapters")
-    record = _record(model)
+    record = record_of(model, "A sum of adapters")
     before = record.shown
     active = record.adapter.name
     stored = _sum(model, weights, None)
@@ -148,8 +146,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
         >>> adapters(model)
         ('fr', 'de', 'both')
     """
-    record = _record(model)
-    refuse_in_block(model, "combine_adapters")
+    record = record_of(model, "combine_adapters")
     AdapterState(record.adapter.config, name)  # checks the name
     if name in record.adapters:
         raise AdapterStateError(
@@ -157,12 +154,6 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
             f"remove_adapters(model, {name!r}) first."
         )
     _add(model, _sum(model, weights, r), name)
-
-
-def _record(model: nn.Module) -> Record:
-    """The record of a model, also while it shows its base. Refuse a model without adapters."""
-    record = find_record(model)
-    return record_of(model) if record is None else record
 
 
 def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:
@@ -180,7 +171,7 @@ def _are_numbers(weights: object) -> bool:
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
     """Let it rest beside the active one, also if the base is shown."""
-    active = _record(model).adapter.name
+    active = record_of(model, "set_adapter").adapter.name
     with switch.set_adapter(model, active):
         put(model, stored, Way(call="load_adapter", adapts=True, name=name))
 

@@ -11,9 +11,10 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.tensors.names import join, plain_name
+from lightning_lora.tensors.named import among, joined, only, renamed, without
+from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
-from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.tensors.values import same_bits
 
 _NOTE_START = "this file holds only adapters"
@@ -62,8 +63,7 @@ def adapter_state(view: View) -> dict[str, Any]:
 def without_extra(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
     unchanged = view.adapter.extra.items() & extra_digests(view).items()
-    names = {name for name, _ in unchanged}
-    return {name: value for name, value in state.items() if name not in names}
+    return without(state, dict(unchanged))
 
 
 def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +86,9 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     values = _frozen_that_may_differ(view, noted)
     values.update(_not_frozen(view, state))
     kept: dict[str, Any] = {name: tensor.detach() for name, tensor in required(view).items()}
+    originals = without(view.adapter.originals, view.trained)
     for name, value in values.items():
-        if name in noted or not _is_of_base(view, name, value):
+        if name in noted or not _is_of_base(value, originals.get(name)):
             kept[name] = value
     for name, parameter in view.trained.items():
         is_tied_and_merged = name in values and view.parameters[name] is not parameter
@@ -98,34 +99,21 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Any]:
     """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
-    originals = view.adapter.originals
-    values = dict[str, Any]()
-    for name, parameter in frozen_values(view).items():
-        if name in noted or name in originals:
-            values[name] = parameter.detach()
-    for name in view.record.base.changed:
-        if name in view.buffers:
-            values[name] = view.buffers[name].detach()
-    return values
+    frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
+    changed_buffers = only(view.buffers, view.record.base.changed)
+    return {name: tensor.detach() for name, tensor in {**frozen, **changed_buffers}.items()}
 
 
 def _not_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    adapters = set(map(id, view.adapters.values()))
-    dropped = {*view.frozen, *view.entries}
-    for name, parameter in view.parameters.items():
-        if id(parameter) in adapters and name not in view.adapters:
-            dropped.add(name)
-    by_plain_name = {plain_name(name): value for name, value in state.items()}
-    return {name: value for name, value in by_plain_name.items() if name not in dropped}
+    adapters_by_all_names = among(view.parameters, set(view.adapters.values()))
+    other_names = adapters_by_all_names.keys() - view.adapters.keys()
+    return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
-def _is_of_base(view: View, name: str, value: object) -> bool:
+def _is_of_base(value: object, original: Tensor | None) -> bool:
     """Whether something that does not train still has the value that is kept of the base."""
-    original = view.adapter.originals.get(name)
-    if original is None or name in view.trained:
-        return False
-    if not isinstance(value, Tensor) or is_dtensor(value):
+    if original is None or not isinstance(value, Tensor) or is_dtensor(value):
         return False
     return same_bits(value.detach(), original)
 
@@ -155,7 +143,7 @@ def _statistics(view: View) -> list[str]:
     names = []
     for name, module in view.modules.items():
         if isinstance(module, NormBase):
-            names += [join(name, leaf) for leaf in ("running_mean", "running_var") if leaf in module._buffers]
+            names += joined(name, only(module._buffers, ("running_mean", "running_var")))
     return names
 
 

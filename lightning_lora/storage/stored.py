@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.attach import check_as_adapted, check_weights
+from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
@@ -109,6 +109,8 @@ class StoredAdapters:
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
+    if not config.modules_to_save:
+        return {}
     modules = [name for name in view.modules if config.is_saved(name)]
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]

@@ -1,14 +1,14 @@
 """Which layers and parameters can be adapted, and why others cannot."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
-from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
+from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
 from lightning_lora.tensors.named import below, joined, where, without
 from lightning_lora.tensors.names import named_modules, own_parameter, owner_of
 
@@ -63,7 +63,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
     matrices = kind.lora_matrices_of(layer)
-    if not any(matrix.largest_rank for matrix in matrices):
+    if not _have_numbers(matrices):
         return "it has no weights"
     for matrix in matrices:
         dtype = kind.lora_dtype(layer, own_parameter(layer, matrix.weight))
@@ -90,7 +90,11 @@ def has_matrices(layer: nn.Module) -> bool:
     kind = adapter_for(layer)
     if kind is None or is_computed(layer):
         return False
-    return any(matrix.largest_rank for matrix in kind.lora_matrices_of(layer))
+    return _have_numbers(kind.lora_matrices_of(layer))
+
+
+def _have_numbers(matrices: Iterable[AdaptedMatrix]) -> bool:
+    return any(matrix.largest_rank for matrix in matrices)
 
 
 # Parameters that a module reads by itself
@@ -126,5 +130,8 @@ def class_of(layer: nn.Module) -> str:
 
 def supported_types() -> str:
     """Return the names of all types that can be adapted."""
-    full_names = [kind if isinstance(kind, str) else kind.__name__ for kind in ADAPTERS]
-    return ", ".join(full_name.rpartition(".")[2] for full_name in full_names)
+    class_names = []
+    for kind in ADAPTERS:
+        full_name = kind if isinstance(kind, str) else kind.__name__
+        class_names.append(full_name.rpartition(".")[2])
+    return ", ".join(class_names)

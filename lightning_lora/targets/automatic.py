@@ -7,6 +7,7 @@ from torch import nn
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.patterns import matches
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
+from lightning_lora.tensors.named import among, only
 from lightning_lora.tensors.names import held_parameter, is_inside, owner_of
 
 
@@ -38,9 +39,9 @@ def _output_heads(names: Names) -> set[Any]:
 def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
     """The embeddings, and layers that are tied to one."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
-    weights = {module: held_parameter(module, "weight") for module in names.modules.values()}
-    of_embeddings = {weights[names.modules[name]] for name in names.embeddings()} - {None}
-    return [module for module, weight in weights.items() if weight in of_embeddings]
+    weights = {name: held_parameter(module, "weight") for name, module in names.modules.items()}
+    of_embeddings = set(only(weights, names.embeddings()).values()) - {None}
+    return list(only(names.modules, among(weights, of_embeddings)).values())
 
 
 def _heads_that_models_name(names: Names) -> list[object]:

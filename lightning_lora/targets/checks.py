@@ -173,7 +173,7 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     if keys is None:
         return
     matched = {key: _matched_by(key, adapted) for key in keys}
-    unmatched = [key for key, layers in matched.items() if not layers]
+    unmatched = list(without(matched, where(matched, bool)))
     if unmatched:
         _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
         _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
@@ -235,13 +235,12 @@ def check_factor_names(choices: Mapping[str, Choice]) -> None:
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
-        unfit = [name for name, choice in choices.items() if not _fits_dora(choice)]
-        where = "linear, embedding and convolution layers without target_slices"
-        _refuse_unfit("use_dora=True", where, unfit, choices)
+        unfit = without(choices, where(choices, _fits_dora))
+        _refuse_unfit("use_dora=True", "linear, embedding and convolution layers without target_slices", unfit)
     if INITIALISATIONS[config.init].from_weight:
-        unfit = [name for name, choice in choices.items() if not _can_start_from_weight(choice)]
-        where = "layers other than embeddings, where it would change unseen tokens"
-        _refuse_unfit(f"init={config.init!r}", where, unfit, choices)
+        unfit = without(choices, where(choices, _can_start_from_weight))
+        what = f"init={config.init!r}"
+        _refuse_unfit(what, "layers other than embeddings, where it would change unseen tokens", unfit)
 
 
 def _fits_dora(choice: Choice) -> bool:
@@ -254,12 +253,12 @@ def _can_start_from_weight(choice: Choice) -> bool:
     return trains_rows or choice.kind.lora_drops_input
 
 
-def _refuse_unfit(what: str, where: str, unfit: list[str], choices: Mapping[str, Choice]) -> None:
+def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:
     if unfit:
-        layers = [f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit]
+        layers = [f"{name!r} ({type(choice.layer).__name__})" for name, choice in unfit.items()]
         raise TargetError(
-            f"{what} is for {where}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
-            f"exclude_modules={unfit[:_SHOWN]}."
+            f"{what} is for {fitting}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
+            f"exclude_modules={list(unfit)[:_SHOWN]}."
         )
 
 

@@ -14,6 +14,7 @@ from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
+from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import owner_of, starts_of, submodule
 
 Matrices = tuple[AdaptedMatrix, ...]
@@ -108,15 +109,15 @@ def _targets(names: Names, config: LoRAConfig) -> set[nn.Module]:
     """The modules that ``target_modules`` names, supported or not."""
     targets = config.target_modules
     if targets in AUTOMATIC:
-        found = set(automatic_targets(names, str(targets)).values())
-        fitting = {layer for layer in found if has_matrices(layer)}
+        found = automatic_targets(names, str(targets))
+        fitting = where(found, has_matrices)
     else:
-        found = {names.modules[name] for name in names.find("target_modules", targets)}
-        fitting = {layer for layer in found if adapter_for(layer)}
+        found = only(names.modules, set(names.find("target_modules", targets)))
+        fitting = where(found, adapter_for)
     # a word leaves out computed and empty weights, an expression containers and norms: unless there is nothing else
     if fitting and isinstance(targets, str):
-        return fitting
-    return found
+        found = fitting
+    return set(found.values())
 
 
 # target_parameters

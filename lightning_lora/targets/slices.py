@@ -7,6 +7,7 @@ from torch import nn
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.lookup import Names
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import starts_of
 
 Rows = dict[str, tuple[int, int]]
@@ -30,7 +31,7 @@ def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, s
     unknown = [part for part in slices if part not in parts]
     if unknown:
         raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
-    return tuple(matrix for part, matrix in parts.items() if part in slices)
+    return tuple(only(parts, slices).values())
 
 
 def _named_matrices(name: str, matrices: Matrices, slices: Slices) -> Parts:

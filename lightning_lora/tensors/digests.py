@@ -1,5 +1,6 @@
 """Hashes of tensors, to tell their contents apart."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,17 +78,14 @@ def _digest_of_integers(integers: Tensor) -> int:
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
-    found: list[int] = []
+    found = [0] * len(tensors)
     spread: dict[Any, list[tuple[int, Tensor]]] = {}  # by their placement: shards, and their places in the list
     for place, tensor in enumerate(tensors):
-        if is_dtensor(tensor) and not is_one_run(tensor):
-            tensor = full_tensor(tensor)
-        if is_dtensor(tensor):
+        if is_dtensor(tensor) and is_one_run(tensor):
             placement = (tensor.device_mesh, split_dims(tensor))
             spread.setdefault(placement, []).append((place, tensor))
-            found.append(0)  # until the message comes
         else:
-            found.append(digest(_converted(tensor, dtype)))
+            found[place] = digest(_converted(full_tensor(tensor), dtype))
     for (mesh, dims), shards in spread.items():
         sums = _sums_over_processes([tensor for _, tensor in shards], dtype, mesh, dims)
         for (place, tensor), total in zip(shards, sums, strict=True):
@@ -139,8 +137,8 @@ def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     is_plain = tensor.layout is torch.strided and not consists_of_others(tensor)
     if not is_plain or tensor.numel() == 0:
         return [digest(tensor.to(dtype)) for dtype in dtypes]
-    sums: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in dtypes}
-    counts = dict.fromkeys(dtypes, 0)
+    sums = defaultdict[torch.dtype, list[Tensor]](list)
+    counts = Counter[torch.dtype]()
     for chunk in tensor.detach().contiguous().reshape(-1).split(_CHUNK):
         for dtype in dtypes:
             integers = _integers(chunk.to(dtype))

@@ -19,7 +19,7 @@ def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[
 
 
 def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
-    """Return those that are some of these things."""
+    """Return those that are some of these things: of tensors, a set."""
     return {name: thing for name, thing in named.items() if thing in things}
 
 

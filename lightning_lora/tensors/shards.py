@@ -13,8 +13,8 @@ from lightning_lora.private import local_offsets, tree_map
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, sharded or replicated."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # imported by whoever made one
-    return kind is not None and isinstance(tensor, kind)
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # imported by whoever made one
+    return isinstance(tensor, kind)
 
 
 def to_local(tensor: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     device: str = spread[0].device_mesh.device_type
     found = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return [flag == 1 for flag in found.tolist()]
+    return list(map(bool, found.tolist()))
 
 
 def reshard(model: nn.Module) -> None:

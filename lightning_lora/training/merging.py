@@ -18,8 +18,8 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.state_dicts import state_dict
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
 from lightning_lora.training.returned_records import returns_state_only
 

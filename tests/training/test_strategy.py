@@ -1,6 +1,8 @@
 """The strategy loads and saves adapters at the right moments."""
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +19,7 @@ from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
-from lightning_lora.training.strategies.for_strategy import overlay_strategy
+from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.checks import assert_holds_tensors, assert_same_tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
@@ -370,6 +372,14 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
 
 
 # Strategies that shard the model in another way are refused by name
+
+
+def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, lora(), max_epochs=1)
+    for copied in (deepcopy(t.strategy), pickle.loads(pickle.dumps(t.strategy))):
+        assert methods_of(copied) is None and copied.training_step.__self__ is copied
+        methods = overlay_strategy(copied, Stage(LoRAConfig()))
+        assert methods.strategy is copied and not methods.is_by_other_code("training_step")
 
 
 class RestoresLate(SingleDeviceStrategy):

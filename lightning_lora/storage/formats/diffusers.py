@@ -24,7 +24,7 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.named import among, without
 from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, submodule
 
 # The members of a pipeline
@@ -85,8 +85,12 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
 def _split(source: Source) -> list[StoredAdapters]:
     """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
     roots = _roots_of_members(source)
-    parts = [_part_below(root, source.stored) for root in roots]
-    outside = set(source.stored.state).difference(*[part.state for part in parts])
+    outside = set(source.stored.state)
+    parts = list[StoredAdapters]()
+    for root in roots:
+        part = _part_below(root, source.stored)
+        parts.append(part)
+        outside -= part.state.keys()
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
@@ -103,8 +107,8 @@ def _roots_of_members(source: Source) -> list[str]:
     starts = map(starts_of, source.stored.layers)
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
     modules = with_adapters if source.model is None else named_modules(source.model)
-    roots = [name for name in _members_in(modules).values() if name in with_adapters]
-    return roots or [root]
+    members = _members_in(modules)
+    return list(among(members, with_adapters).values()) or [root]
 
 
 def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:
@@ -242,17 +246,17 @@ def _member(
     return member_tensors, peft.config_of({"peft_type": "LORA", **config}, path)
 
 
+def _is_magnitude(name: str) -> bool:
+    key = peft.peft_key(name)
+    return key is not None and key.what == "magnitude"
+
+
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration with which the scaling of each layer is one."""
     ranks = dict[str, int]()
-    use_dora = False
     for name, value in tensors.items():
         key = peft.peft_key(name)
-        if key is None:
-            continue
-        if key.what == "magnitude":
-            use_dora = True
-        elif key.what == "A" and value.dim():
+        if key is not None and key.what == "A" and value.dim():
             ranks[key.wrapped] = len(value)
     if not ranks:  # a damaged file, which is refused with the name of a layer
         return {}
@@ -262,7 +266,7 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "use_dora": use_dora,
+        "use_dora": any(map(_is_magnitude, tensors)),
         "target_modules": list(ranks),
     }
 

@@ -86,8 +86,10 @@ def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAd
 
 def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
     """Refuse slices of layers that the file does not have."""
-    patterns = settings.target_slices or {}
-    unused = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in layers)]
+    unused = list[str]()
+    for pattern in settings.target_slices or {}:
+        if not any(matches_pattern(pattern, name) for name in layers):
+            unused.append(pattern)
     if unused:
         raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(layers)}.")
 

@@ -18,7 +18,7 @@ from lightning_lora.storage.formats.registry import file_in, find_format, find_u
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.named import without
-from lightning_lora.tensors.state_dicts import state_dict
+from lightning_lora.tensors.plain_states import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
 _SHOWN = "shown"  # the item that names the base's tensors which only a module's hook sees

@@ -40,8 +40,10 @@ def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader]
 def find_unread_format(names: Iterable[str]) -> Format | None:
     """Return the format of a file that is not read, by the names of its tensors."""
     names = list(names)
-    told = [format for format in FORMATS if format.is_told_by(names)]
-    return told[0] if told else None
+    for format in FORMATS:
+        if format.is_told_by(names):
+            return format
+    return None
 
 
 # Folders
@@ -50,8 +52,7 @@ def find_unread_format(names: Iterable[str]) -> Format | None:
 def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return the file with adapters in a folder, and its format."""
     for format in FORMATS:
-        file = format.file_in(folder)
-        if file is not None:
+        for file in format.files_in(folder):
             return format, file
     return None
 

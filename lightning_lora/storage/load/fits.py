@@ -18,7 +18,7 @@ from lightning_lora.storage.state import diverged, required, without_base
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
 from lightning_lora.tensors.named import not_in, only, where, without
-from lightning_lora.tensors.state_dicts import state_dict
+from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.values import is_tensor
 
 

@@ -1,7 +1,7 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
 All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
-(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``state_dicts.py``), also those that torch
+(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``from_state_dicts.py``), also those that torch
 loads.
 """
 
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
-from lightning_lora.model.blocks import refuse_in_block
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
-from lightning_lora.model.record import find_record, keep_record, record_of
+from lightning_lora.model.record import check_start, find_record, keep_record, record_of
 from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only, where
 from lightning_lora.tensors.names import is_bias, join, own_parameter
-from lightning_lora.tensors.state_dicts import load_state_dict, state_dict
+from lightning_lora.tensors.plain_states import load_state_dict, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 Reader = Callable[[View], StoredAdapters]
@@ -50,8 +49,7 @@ def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
 
     Beside the active adapter, one of another name is loaded, and rests.
     """
-    refuse_in_block(model, way.call)
-    record = find_record(model)
+    record = check_start(model, way.call)
     if record is not None and way.name is not None and way.name != record.adapter.name:
         _put_beside(model, record.adapter, way.name, stored, way)
         return

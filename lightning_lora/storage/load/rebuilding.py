@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import named_modules, starts_of
-from lightning_lora.tensors.state_dicts import loads_in_own_way, state_dict
+from lightning_lora.tensors.plain_states import loads_in_own_way, state_dict
 from lightning_lora.tensors.values import is_tensor, replace_values
 
 

@@ -19,7 +19,7 @@ from lightning_lora.storage.offline.layers import besides, matrix_updates, read_
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.named import below
+from lightning_lora.tensors.named import below, only
 from lightning_lora.tensors.names import owner_of
 
 
@@ -53,7 +53,7 @@ def combined(
     _check_numbers(weights, r)
     first = files[0]
     layers = dict[str, StoredLayer]()
-    state = {name: first.state[name] for name in first.filled}
+    state = only(first.state, first.filled)
     for name, layer in _layers_of_all(files).items():
         updates = _summed_updates(files, weights, name, r)
         highest_rank = max(map(_rank_of, updates.values()))

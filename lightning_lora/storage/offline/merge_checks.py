@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.storage.base_check import BaseTensor, Comparison, compare
+from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
-from lightning_lora.tensors.named import of_type, where, without
+from lightning_lora.tensors.named import among, of_type, only, where, without
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -90,9 +90,8 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     halves = fingerprint["rounded"]
     places = {name: plan.name_in_base(name) for name in halves}
     digests = dict(zip(places, fingerprint["digests"], strict=True))
-    present = [name for name, place in places.items() if plan.is_in_base(place)]
-    present_digests = {digests[name] for name in present}
-    absent = [name for name in _expected_tensors(plan, halves) if digests[name] not in present_digests]
+    present_digests = only(digests, where(places, plan.is_in_base)).values()
+    absent = without(only(digests, _expected_tensors(plan, halves)), among(digests, set(present_digests)))
     if not absent:
         return []
     explained = {*places.values(), *plan.adapted, *plan.replaced}
@@ -106,10 +105,10 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     return lost
 
 
-def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> list[str]:
+def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> set[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
     weights = where(halves, bool)  # None: quantised. Empty: integers, which other versions may not store
-    return [name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)]
+    return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
 
 
 def _digests_of(plan: MergePlan, places: Iterable[str]) -> set[int]:
@@ -166,7 +165,7 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[BaseTensor]:
+def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
         place = plan.name_in_base(name)
@@ -175,7 +174,7 @@ def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[Ba
             continue
         value = _without_trained_rows(plan, place)
         digests_in_halves = partial(digests_as, value, HALVES)
-        yield BaseTensor(name, place, value, digest(value), digests_in_halves)
+        yield ComparedTensor(name, place, value, digest(value), digests_in_halves)
 
 
 def _without_trained_rows(plan: MergePlan, place: str) -> Tensor:

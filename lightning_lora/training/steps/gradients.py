@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_of
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import outside

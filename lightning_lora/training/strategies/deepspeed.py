@@ -160,7 +160,7 @@ class DeepSpeedMethods(LateStrategyMethods):
         for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
             for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
-                partition.local.detach().copy_(partition.local_of(dict(enumerate(values))))
+                partition.local.detach().copy_(partition.local_of(values))
             if _SCALE in state and hasattr(optimizer, "loss_scaler"):
                 vars(optimizer.loss_scaler).update(state[_SCALE])
 

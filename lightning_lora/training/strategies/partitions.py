@@ -1,6 +1,6 @@
 """DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -42,8 +42,12 @@ class Partition:
             all_values.append(values)
         return all_values
 
-    def local_of(self, all_values: Mapping[int, Tensor]) -> Tensor:
-        """Return this process's shard of the values of the parameters with these numbers. The others' are zero."""
+    def local_of(self, all_values: Iterable[Tensor]) -> Tensor:
+        """Return this process's shard of the values of all parameters."""
+        return self._local_of(dict(enumerate(all_values)))
+
+    def _local_of(self, all_values: Mapping[int, Tensor]) -> Tensor:
+        """The same, of the parameters with these numbers. The others' values are zero."""
         shard = torch.zeros_like(self.local)
         for number, values in all_values.items():
             here, piece = self._shared(number, values, shard)
@@ -86,7 +90,7 @@ class Partition:
     def _local_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
         if all(self._has_shape_of(number, value) for number, value in values.items()):
-            return self.local_of(values)
+            return self._local_of(values)
         for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")

@@ -17,7 +17,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import named_parameters, set_parameter
-from lightning_lora.tensors.state_dicts import load_state_dict
+from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import LateStrategyMethods, State

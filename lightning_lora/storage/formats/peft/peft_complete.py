@@ -12,7 +12,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PEFT_CONFIG, PeftConfig, base_name
 from lightning_lora.storage.formats.peft.peft_layers import has_layer
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.tensors.named import joined, modules_around, only, without
+from lightning_lora.tensors.named import joined, modules_around, only, where, without
 from lightning_lora.tensors.names import owner_of, starts_of
 
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
@@ -74,9 +74,16 @@ def _modules_of(file: PeftFile, view: View) -> list[str]:
 
 def _missing_rows(file: PeftFile) -> list[str]:
     """The embeddings whose rows train, and are not in the file."""
-    with_rows = [base_name(wrapped) for wrapped, tensors in file.adapters.items() if "tokens" in tensors]
-    missing = [end for end in file.peft.tokens if not any(name.endswith(end) for name in with_rows)]
-    return [f"{end}: rows" for end in missing]
+    with_rows = list(map(base_name, where(file.adapters, _has_rows)))
+    missing = list[str]()
+    for end in file.peft.tokens:
+        if not any(name.endswith(end) for name in with_rows):
+            missing.append(f"{end}: rows")
+    return missing
+
+
+def _has_rows(tensors: Tensors) -> bool:
+    return "tokens" in tensors
 
 
 def _modules_with_tensors(file: PeftFile) -> set[str]:

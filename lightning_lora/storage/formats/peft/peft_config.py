@@ -86,7 +86,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
     if not _has_updates(contents):
         return False
-    names = [str(name) for name in contents if name != HEADER]
+    names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})
     if _config_beside(path) is not None:
         has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)

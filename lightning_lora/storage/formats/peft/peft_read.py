@@ -63,7 +63,7 @@ def read_updates(
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
-    layers = [base_name(wrapped) for wrapped in adapters]
+    layers = list(map(base_name, adapters))
     place = place_of(view, layers, others.keys(), root)
     updates = _Layers(view, peft, place).updates(adapters)
     rest = place.with_names_here(others)
@@ -158,8 +158,12 @@ class _Layers:
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
         """Return the updates of the layers."""
         by_layer = grouped(adapters, self._layer_of)
-        updates = [self._update(layer, only(adapters, wrapped)) for layer, wrapped in by_layer.items()]
-        return [update for update in updates if update.layer.matrices]  # an attention's may all be zero
+        updates = list[Update]()
+        for layer, wrapped in by_layer.items():
+            update = self._update(layer, only(adapters, wrapped))
+            if update.layer.matrices:  # an attention's may all be zero
+                updates.append(update)
+        return updates
 
     def _layer_of(self, wrapped: str) -> str:
         """The layer that has the update of what PEFT wraps: an attention has that of its output projection too."""

@@ -145,8 +145,8 @@ def without_zeros(stored: StoredAdapters, modules: Modules) -> StoredAdapters:
     if not zeros or len(zeros) == len(stored.layers):
         return stored
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
-    left_out = [stored.layers[name].parameters(config).values() for name in zeros]
-    state = without(stored.state, set(chain.from_iterable(left_out)))
+    left_out = replace(stored, layers=only(stored.layers, zeros))
+    state = without(stored.state, left_out.adapter_names())
     return replace(stored, layers=without(stored.layers, zeros), state=state)
 
 
@@ -206,8 +206,8 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
             f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
             'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
         )
-    biases = [name for name in stored.state if is_bias(name, stored) and name not in stored.changed]
-    left = without(stored.state, stored.adapter_names().union(saved, biases))
+    others = without(stored.state, stored.adapter_names().union(saved))
+    left = [name for name in others if name in stored.changed or not is_bias(name, stored)]
     if left:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "

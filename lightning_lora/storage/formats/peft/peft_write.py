@@ -247,7 +247,11 @@ def _pretrained(model: nn.Module | None) -> dict[str, Any]:
 
 def _layers_with_rows(source: Source) -> list[StoredLayer]:
     """The embeddings of which single rows train."""
-    return [layer for layer in source.stored.layers.values() if layer.tokens]
+    return list(where(source.stored.layers, _has_rows).values())
+
+
+def _has_rows(layer: StoredLayer) -> bool:
+    return bool(layer.tokens)
 
 
 def _tokens(source: Source) -> dict[str, list[int]]:

@@ -15,8 +15,9 @@ _OPEN: WeakSet[nn.Module] = WeakSet()
 
 def open_block(modules: Collection[nn.Module]) -> ExitStack:
     """Note that a block runs these modules. Return what ends it: modules of a block around this one stay open."""
-    opened, block = [module for module in modules if module not in _OPEN], ExitStack()
+    opened = set(modules).difference(_OPEN)
     _OPEN.update(opened)
+    block = ExitStack()
     block.callback(_OPEN.difference_update, opened)
     return block
 

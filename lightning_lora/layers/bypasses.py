@@ -1,0 +1,82 @@
+"""What bypasses adapted layers: inference paths of modules around them, and ``save_pretrained`` of other libraries."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import signature
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.quantized import repacks, unpack
+
+_SWITCHED = "_lora_switched"  # the attribute of a module that stores the original value of its switch
+
+
+class _Saves:
+    """``save_pretrained`` of one model, an attribute of it. A copy or a pickle of the model gets its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = ref(model)  # no cycle: a model that nothing uses frees its memory at once
+        self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        files = import_module("lightning_lora.storage.merged_model")  # it lies above this room: by name, when called
+        return files.save_pretrained(self.model(), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _Saves, (self.model(),)
+
+
+class InferencePath(NamedTuple):
+    """A shortcut of a module for inference: the attribute that switches it, and its value for off."""
+
+    switch: str
+    off: Any
+
+
+def switch_bypasses(modules: Mapping[str, nn.Module]) -> None:
+    """Turn off what would bypass adapted layers. Turn it on again if no layer is adapted any more."""
+    any_adapted = any(isinstance(module, LoRALayer) for module in modules.values())
+    for module in modules.values():
+        path = inference_path(module)
+        has_saves = hasattr(type(module), "save_pretrained")
+        if path is None and not has_saves:
+            continue
+        is_around = any(isinstance(inner, LoRALayer) for inner in module.modules())
+        if has_saves:
+            _switch_saves(module, is_around=is_around)
+        if path is not None:
+            _switch_path(module, path, is_off=is_around or (any_adapted and repacks(module)))
+
+
+def _switch_saves(module: nn.Module, *, is_around: bool) -> None:
+    """Let a model with adapters write what it computes."""
+    attributes = vars(module)
+    if is_around:
+        attributes.setdefault("save_pretrained", _Saves(module))
+    elif isinstance(attributes.get("save_pretrained"), _Saves):
+        del attributes["save_pretrained"]
+
+
+def _switch_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> None:
+    """Turn an inference path off, or on again as it was."""
+    attributes = vars(module)
+    if is_off:
+        unpack(module)
+        attributes.setdefault(_SWITCHED, getattr(module, path.switch))  # a second time, it is off already
+        setattr(module, path.switch, path.off)
+    elif _SWITCHED in attributes:
+        setattr(module, path.switch, attributes.pop(_SWITCHED))
+
+
+def inference_path(module: nn.Module) -> InferencePath | None:
+    """Return a module's inference path, which would bypass adapted layers."""
+    if isinstance(module, nn.TransformerEncoderLayer):  # in eval mode, it reads the weights of its layers itself
+        return InferencePath("activation_relu_or_gelu", 0)
+    if isinstance(module, nn.TransformerEncoder):  # it packs padded batches, which layers without that path cannot read
+        return InferencePath("use_nested_tensor", off=False)
+    if repacks(module):  # bitsandbytes repacks weights for some processors, and passes no gradient through them
+        return InferencePath("support_avx512bf16_for_cpu", off=False)
+    return None

@@ -1,0 +1,130 @@
+"""Whether a model is as it was adapted: its layers, and the configuration that is asked for now."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings
+from lightning_lora.model.record import records_in
+from lightning_lora.model.view import View
+from lightning_lora.targets.choice import Choice
+from lightning_lora.tensors.inplace import is_overlaid
+from lightning_lora.tensors.named import where
+from lightning_lora.tensors.names import held_parameter, join, submodule
+
+
+def check_weights(view: View) -> None:
+    """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
+    computed = where(view.layers, _has_computed_weights)
+    if computed:
+        raise AdapterStateError(
+            f"Since it was adapted, the weight of {listed(computed)} of {view.title} is computed, so no update can be "
+            "stored, merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before the "
+            "adapters come: before inject_adapters, or in the module's __init__. Or leave the layer out: "
+            "exclude_modules."
+        )
+
+
+def _has_computed_weights(layer: LoRALayer) -> bool:
+    """Whether other code has replaced the class or the weights of an adapted layer."""
+    present = dict(layer.named_parameters(remove_duplicate=False))
+    return not is_overlaid(layer) or not present.keys() >= set(layer.lora_weights())
+
+
+def check_as_adapted(view: View) -> None:
+    """Refuse layers that were resized, tied or untied since they were adapted."""
+    owners = {id(layer.weight): layer for layer in view.layers.values() if isinstance(layer, LoRATokens)}
+    for name, module in view.modules.items():
+        if isinstance(module, LoRALayer) and module.lora_is_resized():
+            raise AdapterStateError(_changed_since(view, name, "resized"))
+        owner = owners.get(id(held_parameter(module, "weight")), module)
+        known_owner = vars(module).get("lora_tied_to", (module,))[0]
+        if owner is not known_owner:
+            what = "tied to an embedding whose rows train, or untied,"
+            raise AdapterStateError(_changed_since(view, name, what))
+
+
+def _changed_since(view: View, layer: str, what: str) -> str:
+    """What is said of a layer that was changed since it was adapted."""
+    return (
+        f"{layer!r} of {view.title} was {what} after inject_adapters. Call inject_adapters(model, "
+        "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
+    )
+
+
+def check_same(view: View, choices: Mapping[str, Choice]) -> None:
+    """Refuse a selection of layers that is not that of the adapters at hand."""
+    for name, layer in view.layers.items():
+        if name not in choices:
+            raise AdapterMismatchError(
+                f"Layer {name!r} of {view.title} is adapted already, but this configuration does not target it. "
+                f"Target it too, or {_instead(view)}."
+            )
+        if layer.lora_is_resized():
+            check_as_adapted(view)
+        _check_same_layer(view, name, choices[name])
+    for prefix, record in records_in(view.modules).items():
+        has_adapters = not record.is_merged and record.adapter.layers
+        if has_adapters and record.adapter.config != view.config:
+            _check_same_trained(view, prefix)
+
+
+def _instead(view: View) -> str:
+    """What to do in place of adapting layers in another way."""
+    name = f", {view.adapter.name!r}" if view.is_adapted else ""
+    return f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
+
+
+def _check_same_layer(view: View, name: str, choice: Choice) -> None:
+    """Refuse other settings or matrices for an adapted layer."""
+    layer = view.layers[name]
+    here = _about(layer.lora_settings, layer.lora_matrices)
+    wanted = _about(choice.settings, choice.matrices)
+    different = [key for key in {**here, **wanted} if here.get(key) != wanted.get(key)]
+    if different:
+        raise AdapterMismatchError(
+            f"Layer {name!r} of {view.title} is adapted already (or was, in the fit that it remembers), with "
+            f"{_named(here, different)}, not {_named(wanted, different)}. Use the same, or {_instead(view)} (after "
+            "unmerge_adapters(model) if the updates are merged)."
+        )
+
+
+def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
+    """Some of these values, in a message."""
+    return ", ".join(f"{key}={values.get(key)}" for key in keys)
+
+
+def _check_same_trained(view: View, prefix: str) -> None:
+    """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
+    trained_there = {join(prefix, name) for name in View(submodule(view.model, prefix)).trained}
+    inside = f"{prefix}." if prefix else ""
+    trained_here = {name for name in view.trained if name.startswith(inside)}
+    if trained_there != trained_here:
+        raise AdapterMismatchError(
+            f"{view.title} is adapted already, and trains {listed(trained_there) or 'nothing'} beside its adapters, "
+            f"not {listed(trained_here) or 'nothing'}. Use the same modules_to_save and bias, another name=..., or "
+            "remove_adapters."
+        )
+
+
+_NAMES_IN_MESSAGES = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}  # in the user's words
+
+
+def _about(settings: Settings, matrices: Iterable[AdaptedMatrix]) -> dict[str, Any]:
+    """An adapter's settings and matrices, in users' words."""
+    about = dict[str, Any]()
+    for name, value in asdict(settings).items():
+        if name != "follows":
+            about[_NAMES_IN_MESSAGES.get(name, name)] = value
+    if not settings.is_difference:
+        del about["init"]  # otherwise it makes no difference later
+    about["matrices"] = [_about_matrix(matrix) for matrix in matrices]
+    return about
+
+
+def _about_matrix(matrix: AdaptedMatrix) -> tuple[Any, ...]:
+    """What a matrix is, and what it has of its own."""
+    about = (matrix.name or matrix.weight, matrix.first, matrix.reads, matrix.writes)
+    own_values = [value for value in (matrix.r, matrix.scaling, matrix.tokens) if value]
+    return (*about, *own_values)

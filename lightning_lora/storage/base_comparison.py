@@ -1,0 +1,110 @@
+"""The comparison of a base with a fingerprint, tensor by tensor: the same bits, or converted to another precision."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_lora.base.base_tensors import HALVES
+from lightning_lora.storage.fingerprint import Fingerprint
+from lightning_lora.tensors.digests import digests_as
+
+
+@dataclass
+class ComparedTensor:
+    """A tensor of a base, to be compared with its digests in a fingerprint."""
+
+    name: str  # its name in the fingerprint
+    title: str  # its name in the base at hand
+    tensor: Tensor
+    exact: int  # the digest of its bits
+    halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
+    is_packed: bool = False  # whether it is quantised
+
+
+@dataclass
+class Comparison:
+    """What a comparison of a base with a fingerprint has found: names of tensors, and how many are the same."""
+
+    differ: list[str] = field(default_factory=list)  # also those that only one of them has
+    converted: list[str] = field(default_factory=list)  # the same in another precision
+    equal: int = 0  # converted or not
+    quantised: list[str] = field(default_factory=list)  # not compared
+    is_same_form: bool = False  # whether the base has the same form, so that all bits must be the same
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it is the same base."""
+        return not self.differ and self.equal > 0
+
+    @property
+    def has_same_bits(self) -> bool:
+        """Whether all tensors of the same base were compared, and none is converted."""
+        return not self.converted and not self.quantised
+
+
+def compare(stored: Fingerprint, tensors: Iterable[ComparedTensor], *, is_same_form: bool = False) -> Comparison:
+    """Compare a base with one fingerprint, tensor by tensor."""
+    there = _BaseThere(stored)
+    found = Comparison(is_same_form=is_same_form)
+    for tensor in tensors:
+        is_quantised = tensor.is_packed or there.is_quantised(tensor.name)
+        if is_quantised and not is_same_form:
+            found.quantised.append(tensor.title)
+        elif there.has_same_bits(tensor):
+            found.equal += 1
+        elif there.has_converted(tensor):
+            found.equal += 1
+            found.converted.append(tensor.title)
+        else:
+            found.differ.append(tensor.title)
+    return found
+
+
+class _BaseThere:
+    """The base that a fingerprint was taken of, by the names of its tensors."""
+
+    def __init__(self, stored: Fingerprint) -> None:
+        """Read a fingerprint that says which names it has."""
+        self.halves: Mapping[str, Sequence[int] | None] = stored["rounded"]
+        self.digests: dict[str, int] = dict(zip(self.halves, stored["digests"], strict=True))
+        self.floating_dtypes = _floating_dtypes(stored["dtypes"])
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor there is quantised."""
+        return name in self.halves and self.halves[name] is None
+
+    def has_same_bits(self, here: ComparedTensor) -> bool:
+        """Whether a tensor is there, bit by bit."""
+        return self.digests.get(here.name) == here.exact
+
+    def has_converted(self, here: ComparedTensor) -> bool:
+        """Whether one of two tensors is the other, converted to another floating-point dtype."""
+        tensor = here.tensor
+        if here.name not in self.digests:
+            return False
+        dtypes = [dtype for dtype in self.floating_dtypes if dtype != tensor.dtype]
+        if not dtypes or not tensor.is_floating_point() or tensor.is_meta:
+            return False
+        if self._becomes(here):
+            return True
+        digest_there = self.digests[here.name]
+        others = [dtype for dtype in dtypes if dtype not in HALVES]
+        may_be_half = len(others) < len(dtypes)
+        if may_be_half and digest_there in here.halves():
+            return True
+        return digest_there in digests_as(tensor, others)
+
+    def _becomes(self, here: ComparedTensor) -> bool:
+        """Whether the tensor there, converted to half precision, is the one here."""
+        halves = self.halves[here.name]
+        if not halves or here.tensor.dtype not in HALVES:
+            return False
+        return here.exact == halves[HALVES.index(here.tensor.dtype)]
+
+
+def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
+    """The floating-point dtypes with these names. A later torch has more."""
+    dtypes = [getattr(torch, name) for name in names if hasattr(torch, name)]
+    return [dtype for dtype in dtypes if dtype.is_floating_point]
