@@ -175,8 +175,9 @@ class View:
         if not self.is_merged:
             return []
         found = []
-        for layer, adapter in self.record.merged.items():
-            for weight, base in self.record.base.merged_bases(layer, adapter.weights).items():
+        record = self.record
+        for layer, adapter in record.merged.items():
+            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
         return found
@@ -281,9 +282,10 @@ class View:
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
         lost = []
+        merged = self.record.merged
         for name in self.adapter.layers:
             is_adapted = isinstance(self.modules.get(name), LoRALayer)
-            if name in self.modules and name not in self.record.merged and not is_adapted:
+            if name in self.modules and name not in merged and not is_adapted:
                 lost.append(name)
         if lost:
             raise AdapterStateError(
