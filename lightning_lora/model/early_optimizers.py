@@ -47,7 +47,8 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
         _check_dtypes(view, optimizer, held)
         if dist.is_available() and dist.is_initialized():  # there, each process may hold only its share
             continue
-        _check_frozen(view, optimizer, held, frozen)
+        if frozen:
+            _check_frozen(view, optimizer, held, frozen)
         if not has_gradients:
             _check_active(view, optimizer, held)
     _CHECKED.add(optimizer)
