@@ -36,8 +36,9 @@ def frozen_values(view: View) -> dict[str, Tensor]:
 def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
+    originals = view.adapter.originals
     for name, tensor in without(kept_tensors(view), view.trained).items():
-        values[name] = view.adapter.originals[name].to(tensor.dtype)
+        values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
 
@@ -80,8 +81,9 @@ def keep_frozen(view: View, names: Iterable[str]) -> None:
 def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
     """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
     present = kept_tensors(view)
+    originals = view.adapter.originals
     for name in names:
-        _restore(present[name], view.adapter.originals[name], undo)
+        _restore(present[name], originals[name], undo)
 
 
 def _restore(tensor: Tensor, original: Tensor, undo: ExitStack) -> None:

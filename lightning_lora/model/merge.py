@@ -310,13 +310,14 @@ def _restore(view: View) -> None:
     if not view.is_merged:
         return
     check_as_merged(view)
-    adapters = view.record.merged
+    record = view.record
+    adapters = record.merged
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
-            for weight, base in view.record.base.merged_bases(layer, adapter.weights).items():
+            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
                 _show_base(view, layer, weight, base, undo)
-        view.record.was_unmerged(view.parameters)
+        record.was_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)

@@ -148,6 +148,12 @@ def find_record(model: nn.Module) -> Record | None:
     return record
 
 
+def state_of(model: nn.Module) -> State:
+    """Return the state of ``model``."""
+    record = find_record(model)
+    return State.PLAIN if record is None else record.state
+
+
 def records_in(modules: Mapping[str, nn.Module]) -> dict[str, Record]:
     """Return the records of these modules by name. A module inside a model has one if it was adapted on its own."""
     found: dict[str, Record] = {}
@@ -225,7 +231,7 @@ def check_start(model: nn.Module, call: str) -> Record | None:
         refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model)
-    state = State.PLAIN if record is None else record.state
+    state = state_of(model)
     if state in STARTS[call]:
         return record
     title = type(plain_module(model)).__name__

@@ -227,12 +227,13 @@ def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The adapter's own tensors by name. Where only the active one has its own, the base's."""
     put = dict(coming.resting_tensors)
+    originals = view.adapter.originals
     made = dict[int, Tensor]()  # a tied one has several names
     for name, tensor in kept_tensors(view).items():
         if name in put:
             continue
         if id(tensor) not in made:
-            made[id(tensor)] = _base_of(tensor, view.adapter.originals[name])
+            made[id(tensor)] = _base_of(tensor, originals[name])
         put[name] = made[id(tensor)]
     return put
 
@@ -270,24 +271,26 @@ def _show_base(view: View) -> None:
     values = _values_to_show(view)
     _note_merged_digests(view)
     names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
+    record = view.record
     for tensor, base in values:
         name = names.get(id(tensor))
         if name is not None:
             put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
-            view.record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
+            record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
             set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
             replace_values(tensor, base)
     _enable(view, has_effect=False)
-    view.record.base_is_shown()
+    record.base_is_shown()
 
 
 def _values_to_show(view: View) -> Collection[tuple[Tensor, Tensor]]:
     """The tensors that may have other values than the base, and copies of the base's. A shared one is there once."""
     values = dict[int, tuple[Tensor, Tensor]]()
+    record = view.record
     for name, tensor in kept_tensors(view).items():
-        original = view.adapter.originals[name]
+        original = record.adapter.originals[name]
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
-        if has_base_value and not view.record.base.row(name).is_filled:
+        if has_base_value and not record.base.row(name).is_filled:
             values[id(tensor)] = tensor, original.to(tensor, copy=True)
     for merged in view.merged:
         _, base = values.get(id(merged.base), (None, merged.base))  # a tied weight's other use may have trained

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.states import USE
+from lightning_lora.base.states import USE, State
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, weights_of
-from lightning_lora.model.record import Record, find_record, record_of, records_in
+from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.named import among, below, first_names, joined, only, outside, where, without
@@ -94,12 +94,12 @@ class View:
     @property
     def is_adapted(self) -> bool:
         """Whether the model has adapters, merged or not."""
-        return find_record(self.model) is not None
+        return state_of(self.model) is not State.PLAIN
 
     @property
     def is_merged(self) -> bool:
         """Whether the updates are merged into the weights."""
-        return self.is_adapted and self.record.is_merged
+        return state_of(self.model).is_merged
 
     # Modules
 
@@ -175,8 +175,9 @@ class View:
         if not self.is_merged:
             return []
         found = []
-        for layer, adapter in self.record.merged.items():
-            for weight, base in self.record.base.merged_bases(layer, adapter.weights).items():
+        record = self.record
+        for layer, adapter in record.merged.items():
+            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
         return found
@@ -281,9 +282,10 @@ class View:
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
         lost = []
+        merged = self.record.merged
         for name in self.adapter.layers:
             is_adapted = isinstance(self.modules.get(name), LoRALayer)
-            if name in self.modules and name not in self.record.merged and not is_adapted:
+            if name in self.modules and name not in merged and not is_adapted:
                 lost.append(name)
         if lost:
             raise AdapterStateError(

@@ -10,7 +10,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.base.states import FOLLOWING, STARTS, SWITCH, USE, State
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.record import check_start, find_record
+from lightning_lora.model.record import check_start, state_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 
@@ -32,11 +32,6 @@ def model_in(state: State) -> nn.Module:
     if state.shows_base:
         ll.set_adapter(model, None)
     return model
-
-
-def state_of(model: nn.Module) -> State:
-    record = find_record(model)
-    return State.PLAIN if record is None else record.state
 
 
 def adapted() -> nn.Module:

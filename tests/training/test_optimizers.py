@@ -13,7 +13,12 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import OptimizerError, remove_adapters, unmerge_adapters
+from lightning_lora import LoRAConfig, OptimizerError, inject_adapters, remove_adapters, unmerge_adapters
+from lightning_lora.model.view import view_of
+from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.optimizer_states import states_fit
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
 from tests.support.checks import (
     assert_all_have_moved,
@@ -621,3 +626,32 @@ def test_a_part_follows_what_is_not_itself_rounded() -> None:
     part = torch.tensor([1.001, 9.0])
     Partition([parameter], part, [(0, 0, 2)]).follow()
     assert torch.equal(part, torch.tensor([1.001, 3.0]))
+
+
+def test_states_of_another_class_leave_all_optimizers_as_they_were() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    adamw, sgd = torch.optim.AdamW(first.parameters()), torch.optim.SGD(second.parameters(), lr=0.1)
+    stored = [torch.optim.SGD(each.parameters(), lr=0.5).state_dict() for each in (first, second)]
+
+    def load() -> None:
+        with states_fit([adamw, sgd], stored):
+            adamw.load_state_dict(stored[0])
+            sgd.load_state_dict(stored[1])
+
+    with pytest.raises(ValueError, match="it has the state of SGD, and configure_optimizers returns AdamW"):
+        load()
+    assert adamw.param_groups[0]["lr"] == 1e-3 and sgd.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("lr_scale", [1, 4, {"A": 2, "B": 8}])
+def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_next_fit(lr_scale: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        inject_adapters(model, LoRAConfig(r=2))
+        train_adapters(model, [optimizer], lr_scale)
+        assert held_by([optimizer]) == {p for p in model.parameters() if p.requires_grad}
+        of_first = set(model[0].parameters())
+        left = [[p for p in group["params"] if p not in of_first] for group in optimizer.param_groups]
+        groups_were_edited(view_of(model), optimizer, left)
+        remove_adapters(model)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.training.optimizers.groups import Params, held_by
-from lightning_lora.training.optimizers.groups_behind import split
+from lightning_lora.training.optimizers.groups_behind import groups_without_split, split
 from lightning_lora.training.optimizers.scales import Scales
 
 
@@ -53,7 +53,7 @@ def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -
     """Write other parameters into the groups of an optimizer that :func:`train_adapters` has edited before."""
     _write(view, optimizer, groups)
     written: _Written = vars(optimizer)[_WRITTEN]
-    vars(optimizer)[_WRITTEN] = _Written(written.built, groups)
+    vars(optimizer)[_WRITTEN] = _Written(written.built, groups_without_split(optimizer))
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:

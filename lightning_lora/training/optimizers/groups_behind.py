@@ -123,6 +123,18 @@ def unsplit(optimizer: Optimizer) -> None:
         hook.remove()
 
 
+def groups_without_split(optimizer: Optimizer) -> list[Params]:
+    """Return the parameters of each of the module's groups as :func:`unsplit` will leave them."""
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    behind = _BEHIND.get(optimizer)
+    if behind is None:
+        return groups
+    for parameters, followed in zip(groups[behind.place], behind.follows, strict=True):
+        groups[followed.number] += parameters
+    del groups[behind.place]
+    return groups
+
+
 # Rates
 
 

@@ -1,7 +1,7 @@
 """Files of tools that this package does not read are called what they are, in the console too."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.__main__ import main
+from lightning_lora.storage.formats.registry import WRITTEN
 from tests.support.models import as_trained
 
 ONE = torch.ones(2, 4)
@@ -63,3 +64,8 @@ def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypa
     assert torch.equal(other[0].lora_A, model[0].lora_A)
     with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")
+
+
+def test_the_type_of_format_names_all_that_are_written() -> None:
+    (words,) = [get_args(each) for name, each in get_type_hints(ll.export_peft).items() if name == "format"]
+    assert words == tuple(WRITTEN)
