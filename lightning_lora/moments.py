@@ -1,8 +1,8 @@
 """The moments of a fine-tune at which guards look. What the rest of the package knows of them is in this file."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lightning_lora.model.fresh import Fresh
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+Seen = ParamSpec("Seen")
 
 
 class Guard:
@@ -104,89 +106,71 @@ class Guards(Guard):
         """End the fit: let go of what guards have noted of the model."""
         self.guards = []
 
-    def _at(self, moment: str) -> list[Guard]:
-        """Those that look at a moment: the others would do nothing."""
-        return [guard for guard in self.guards if getattr(type(guard), moment) is not getattr(Guard, moment)]
+    def _pass_on(self, moment: Callable[Concatenate[Guard, Seen], None], *seen: Seen.args, **also: Seen.kwargs) -> None:
+        """Let each guard look at a moment: those that need it have a method of its name."""
+        for guard in self.guards:
+            getattr(guard, moment.__name__)(*seen, **also)
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
-        for guard in self._at("layers_chosen"):
-            guard.layers_chosen(view, new)
+        self._pass_on(Guard.layers_chosen, view, new)
 
     def injected(self, view: "View") -> None:
-        for guard in self._at("injected"):
-            guard.injected(view)
+        self._pass_on(Guard.injected, view)
 
     def networks_settled(self, view: "View", resting: Collection[str], frozen_since: Set[str]) -> None:
-        for guard in self._at("networks_settled"):
-            guard.networks_settled(view, resting, frozen_since)
+        self._pass_on(Guard.networks_settled, view, resting, frozen_since)
 
     def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
-        for guard in self._at("optimizers_built"):
-            guard.optimizers_built(view, optimizers, is_scaled=is_scaled)
+        self._pass_on(Guard.optimizers_built, view, optimizers, is_scaled=is_scaled)
 
     def training_begins(self, view: "View") -> None:
-        for guard in self._at("training_begins"):
-            guard.training_begins(view)
+        self._pass_on(Guard.training_begins, view)
 
     def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
-        for guard in self._at("new_adapters_begin"):
-            guard.new_adapters_begin(view, fresh)
+        self._pass_on(Guard.new_adapters_begin, view, fresh)
 
     def adapters_ready(self, view: "View") -> None:
-        for guard in self._at("adapters_ready"):
-            guard.adapters_ready(view)
+        self._pass_on(Guard.adapters_ready, view)
 
     def base_made_new(self, view: "View", fresh: "Fresh") -> None:
-        for guard in self._at("base_made_new"):
-            guard.base_made_new(view, fresh)
+        self._pass_on(Guard.base_made_new, view, fresh)
 
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
-        for guard in self._at("first_step_begins"):
-            guard.first_step_begins(view, copies)
+        self._pass_on(Guard.first_step_begins, view, copies)
 
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as running:
-            for guard in self._at("first_batch_runs"):
+            for guard in self.guards:
                 running.enter_context(guard.first_batch_runs(model))
             yield
 
     def backward_begins_without_adapters(self, view: "View") -> None:
-        for guard in self._at("backward_begins_without_adapters"):
-            guard.backward_begins_without_adapters(view)
+        self._pass_on(Guard.backward_begins_without_adapters, view)
 
     def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
-        for guard in self._at("optimizer_begins"):
-            guard.optimizer_begins(view, unreached)
+        self._pass_on(Guard.optimizer_begins, view, unreached)
 
     def first_batch_ended(self, model: nn.Module) -> None:
-        for guard in self._at("first_batch_ended"):
-            guard.first_batch_ended(model)
+        self._pass_on(Guard.first_batch_ended, model)
 
     def base_compared(self, view: "View") -> None:
-        for guard in self._at("base_compared"):
-            guard.base_compared(view)
+        self._pass_on(Guard.base_compared, view)
 
     def training_ended(self, view: "View") -> None:
-        for guard in self._at("training_ended"):
-            guard.training_ended(view)
+        self._pass_on(Guard.training_ended, view)
 
     def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
-        for guard in self._at("fit_ended"):
-            guard.fit_ended(view, optimizers, steps)
+        self._pass_on(Guard.fit_ended, view, optimizers, steps)
 
     def merge_begins(self, view: "View") -> None:
-        for guard in self._at("merge_begins"):
-            guard.merge_begins(view)
+        self._pass_on(Guard.merge_begins, view)
 
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-        for guard in self._at("merged"):
-            guard.merged(title, lost, untied)
+        self._pass_on(Guard.merged, title, lost, untied)
 
     def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
-        for guard in self._at("merged_in_checkpoint"):
-            guard.merged_in_checkpoint(title, lost)
+        self._pass_on(Guard.merged_in_checkpoint, title, lost)
 
     def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
-        for guard in self._at("merged_offline"):
-            guard.merged_offline(base, lost)
+        self._pass_on(Guard.merged_offline, base, lost)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.values import is_tensor
 
 
 class AveragesByName(Guard):
@@ -52,9 +54,7 @@ class _Dict:
 def _dicts_in(model: nn.Module) -> Iterator[_Dict]:
     """Dicts of at least two tensors among the module's attributes, and among those of its plain objects."""
     of_lightning = vars(LightningModule()).keys()
-    for name, value in vars(model).items():
-        if name in of_lightning:
-            continue
+    for name, value in without(vars(model), of_lightning).items():
         for place, each in _with_attributes(name, value):
             if _is_dict_of_tensors(each):
                 yield _Dict(place, each)
@@ -72,7 +72,7 @@ def _with_attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _is_dict_of_tensors(value: object) -> bool:
     if not isinstance(value, dict) or len(value) < 2:
         return False
-    return all(isinstance(each, Tensor) for each in value.values())
+    return all(map(is_tensor, value.values()))
 
 
 class _Shapes:
@@ -92,11 +92,11 @@ class _Shapes:
 
     def have_all(self, tensors: Mapping[Any, Tensor]) -> bool:
         """Whether the parameters have all of these."""
-        return all(self.have(name, tensor) for name, tensor in tensors.items())
+        return all(starmap(self.have, tensors.items()))
 
     def have_any(self, tensors: Mapping[Any, Tensor]) -> bool:
         """Whether the parameters have one of these."""
-        return any(self.have(name, tensor) for name, tensor in tensors.items())
+        return any(starmap(self.have, tensors.items()))
 
 
 def _endings(name: str) -> Iterable[str]:

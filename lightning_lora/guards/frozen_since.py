@@ -3,7 +3,6 @@
 from collections.abc import Collection, Set
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.layers import LoRALayer
 from lightning_lora.model.settle import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -15,15 +14,13 @@ class FrozenSince(Guard):
 
     def networks_settled(self, view: View, resting: Collection[str], frozen_since: Set[str]) -> None:
         """Look at the layers that train on."""
-        train_on = without(layers_that_have_learned(view), resting)
-        frozen = [name for name, layer in train_on.items() if frozen_since >= _weights_below(name, layer)]
+        frozen = []
+        for name, layer in without(layers_that_have_learned(view), resting).items():
+            if frozen_since >= set(joined(name, layer.lora_weights())):
+                frozen.append(name)
         if frozen and len(frozen) < len(view.layers):
             warn(
                 f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
                 "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and "
                 "fit."
             )
-
-
-def _weights_below(name: str, layer: LoRALayer) -> set[str]:
-    return set(joined(name, layer.lora_weights()))

@@ -40,7 +40,7 @@ class Hooked(Guard):
 def _has_hooked_weight(layer: LoRALayer) -> bool:
     """Whether a weight that has an update has a gradient hook."""
     weights = [own_parameter(layer, name) for name in layer.lora_weights()]
-    return any(has_gradient_hooks(weight) for weight in weights)
+    return any(map(has_gradient_hooks, weights))
 
 
 def _about_hooks(title: str, names: list[str]) -> str:

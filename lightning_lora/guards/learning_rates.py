@@ -1,14 +1,17 @@
 """Learning rates that are low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
 
 from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.inplace import class_names
+from lightning_lora.tensors.named import where
 from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_layer
 
 _LOW = 1e-4
@@ -21,13 +24,8 @@ class LearningRates(Guard):
 
     def optimizers_built(self, view: View, optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
         """Look at the rates. Who has set ``lr_scale`` means low ones."""
-        like_adam: list[Optimizer] = []
-        others: list[Optimizer] = []
-        for optimizer in optimizers:
-            if _is_like_adam(optimizer):
-                like_adam.append(optimizer)
-            else:
-                others.append(optimizer)
+        like_adam = list(filter(_is_like_adam, optimizers))
+        others = list(filterfalse(_is_like_adam, optimizers))
         _tell_of_high_rate(view, like_adam, is_scaled=is_scaled)
         if not is_scaled:
             _tell_of_low_rates(view, like_adam)
@@ -78,12 +76,16 @@ def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
 def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
     rates = rates_by_layer(view, optimizers)
-    return {layer: rate for layer, rate in rates.items() if 0 < rate <= _LOW}
+    return where(rates, _is_low)
+
+
+def _is_low(rate: float) -> bool:
+    return 0 < rate <= _LOW
 
 
 def _where(view: View, low: Iterable[str]) -> str:
     """Where the rate is low: layers are named if it is not low in others."""
-    trained = {name for name, layer in view.layers.items() if layer.lora_trained()}
-    if trained == set(low):
+    trained = where(view.layers, LoRALayer.lora_trained)
+    if trained.keys() == set(low):
         return ""
     return f" in {listed(low)}"

@@ -22,14 +22,16 @@ class LeftCopies(Guard):
         """Note which weights were written before."""
         self.copies = copies
         if copies.originals:
-            self.versions = {name: _version(weight) for name, weight in view.base.items()}
+            self.versions = _versions_of(view)
 
     def base_compared(self, view: View) -> None:
         """Name those that were moved, or written into."""
         if self.has_spoken:
             return
-        originals = self.copies.originals
-        moved = {copy: original for copy, original in originals.items() if self._is_moved(view, copy)}
+        moved = {}
+        for copy, original in self.copies.originals.items():
+            if self.copies.moved_weights(view, copy) or self._is_written(view, copy):
+                moved[copy] = original
         if moved:
             self.has_spoken = True
             warn(
@@ -38,21 +40,24 @@ class LeftCopies(Guard):
                 "follow: take them out of exclude_modules, or into target_modules."
             )
 
-    def _is_moved(self, view: View, copy: str) -> bool:
-        return bool(self.copies.moved_weights(view, copy)) or self._is_written(view, copy)
-
     def _is_written(self, view: View, copy: str) -> bool:
         """Whether code has written into a copy, perhaps its own values again: those of its original are frozen.
 
         What loads the weights of the whole model writes into the original too.
         """
-        written = {name for name, version in self.versions.items() if version != _version(view.base.get(name))}
+        written = dict(self.versions.items() - _versions_of(view).items())
         written_in_copy = inside(written, [copy])
-        return any(self.copies.name_in_original(name, copy) not in written for name in written_in_copy)
+        in_original = [self.copies.name_in_original(name, copy) for name in written_in_copy]
+        return not written.keys() >= set(in_original)
 
 
-def _version(weight: Tensor | None) -> int | None:
-    """How often a weight was written in place, where torch counts that."""
-    if weight is None or weight.is_inference():
+def _versions_of(view: View) -> dict[str, int | None]:
+    """How often each weight was written in place."""
+    return {name: _version(weight) for name, weight in view.base.items()}
+
+
+def _version(weight: Tensor) -> int | None:
+    """The same of one weight. torch does not count it in inference mode."""
+    if weight.is_inference():
         return None
     return version_of(weight)

@@ -15,8 +15,8 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import grouped, outside
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.named import among, grouped, only, outside, where, without
+from lightning_lora.tensors.names import owner_of
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
@@ -30,10 +30,11 @@ class LeftOut(Guard):
         if word not in AUTOMATIC:
             return
         left = left_alone(view)
-        is_most = left.share > MOST_SHARE
-        if is_most and left.classes:
-            warn_in_each_fit(_about_left_alone(view, left))
-        computed = _computed(view, "all" if is_most else str(word))
+        if left.share > MOST_SHARE:
+            word = "all"
+            if left.classes:
+                warn_in_each_fit(_about_left_alone(view, left))
+        computed = _computed(view, str(word))
         if computed:
             warn_in_each_fit(_about_computed(view, computed))
 
@@ -56,15 +57,15 @@ def left_alone(view: View) -> LeftAlone:
     """
     if view.config.target_modules not in AUTOMATIC:
         return LeftAlone({}, 0)
-    adapted = {view.base[name] for name in view.adapted_weights}
+    adapted = set(only(view.base, set(view.adapted_weights)).values())
     meant = _meant(view, adapted)
     size_of_meant = max(view.size_of(meant), 1)
     left = [name for name in meant if _is_left_alone(view, name, adapted)]
     by_class = grouped(left, lambda name: _class_of_owner(view, name))
     sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
     classes: dict[str, str] = {}
-    for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        if sizes[layer_class] > _LEAST_SHARE * size_of_meant and layer_class != COMPUTED:
+    for layer_class in sorted(without(sizes, [COMPUTED]), key=sizes.__getitem__, reverse=True):
+        if sizes[layer_class] > _LEAST_SHARE * size_of_meant:
             classes.update(dict.fromkeys(by_class[layer_class], layer_class))
     return LeftAlone(classes, sum(sizes.values()) / size_of_meant)
 
@@ -72,7 +73,8 @@ def left_alone(view: View) -> LeftAlone:
 def _meant(view: View, adapted: Set[nn.Parameter]) -> list[str]:
     """The parameters that targets could mean: not those that the user froze or excluded, unless they are adapted."""
     by_user = view.frozen_by_user.union(excluded_names(view))
-    return [name for name, p in view.base.items() if p in adapted or not is_in_any(name, by_user)]
+    left_to_targets = {*outside(view.base, by_user), *among(view.base, adapted)}
+    return list(only(view.base, left_to_targets))
 
 
 def _is_left_alone(view: View, name: str, adapted: Set[nn.Parameter]) -> bool:
@@ -156,7 +158,7 @@ def _computed(view: View, word: str) -> list[str]:
     saved = names.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
     expected = {*excluded_names(view), *saved, *networks.still, *networks.copies}
-    computed = {layer for layer in automatic_targets(names, word).values() if is_computed(layer)}
+    computed = set(where(automatic_targets(names, word), is_computed).values())
     return outside(names.first_names(computed), expected)
 
 

@@ -5,7 +5,7 @@ from lightning_lora.guards.wording import to_save, warn_in_each_fit
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import modules_around, only, outermost_outside, outside
+from lightning_lora.tensors.named import modules_around, not_in, only, outermost_outside, outside, where
 from lightning_lora.tensors.names import owner_of
 
 
@@ -14,7 +14,7 @@ class LeftTrainable(Guard):
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Name those that do not look untrained: another guard names these."""
-        left = [name for name in left_trainable(view) if name not in fresh.random]
+        left = not_in(left_trainable(view), fresh.random)
         if left:
             warn_in_each_fit(
                 f"You have frozen most of {view.title}, but not {listed(left)}. Now these are frozen too, "
@@ -47,4 +47,4 @@ def _frozen_by_user(view: View) -> list[str]:
 def _weights_left_trainable(view: View) -> list[str]:
     """The weights that required a gradient before the adapters came, and do not train now."""
     flags = only(view.record.base.flags_before(), view.frozen)
-    return [name for name, was_trainable in flags.items() if was_trainable]
+    return list(where(flags, bool))

@@ -57,7 +57,7 @@ def _name_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
 
 def _are_excluded(view: View, weights: Iterable[str]) -> bool:
     """Whether ``exclude_modules`` names all layers of these weights that could be adapted."""
-    layers = {owner_of(weight) for weight in weights}
+    layers = set(map(owner_of, weights))
     remaining = outside(layers, set(excluded_names(view)))
     return not any(adapter_for(view.modules[name]) for name in remaining)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_lora.errors import MergePrecisionWarning, warn
 from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import where
 
 _MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is lost; in bfloat16, 0.1 to 0.2 is common
 
@@ -44,7 +45,11 @@ class Rounded(Guard):
 
 def _much(lost: Mapping[str, float]) -> dict[str, float]:
     """The layers whose update has lost a large share."""
-    return {name: share for name, share in lost.items() if _MUCH < share < math.inf}
+    return where(lost, _is_much)
+
+
+def _is_much(share: float) -> bool:
+    return _MUCH < share < math.inf
 
 
 def _about_lost(title: str, much: Mapping[str, float], layers: int) -> str:

@@ -10,7 +10,7 @@ from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.fingerprint import rows_of
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import owner_of
 
 
@@ -29,7 +29,7 @@ class TokenHeads(Guard):
 
 def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
     """Linear layers without updates that have as many rows as one of these weights."""
-    lengths = {len(view.base[weight]) for weight in weights_with_rows}
+    lengths = set(map(len, only(view.base, weights_with_rows).values()))
     without_updates = without(view.frozen, {*weights_with_rows, *view.adapted_weights})
     for name, weight in without_updates.items():
         head = owner_of(name)

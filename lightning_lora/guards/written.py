@@ -9,7 +9,7 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined
+from lightning_lora.tensors.named import joined, only, where
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
@@ -24,10 +24,9 @@ class Written(Guard):
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note the weights below adapters: what hooks load before is the base. What follows is moved by other code."""
-        for name, layer in view.layers.items():
-            if not layer.lora_settings.follows:
-                for weight in _weights_below(view, name, layer):
-                    self._note(view, weight)
+        for name, layer in where(view.layers, _moves_by_itself).items():
+            for weight in _weights_below(view, name, layer):
+                self._note(view, weight)
 
     def _note(self, view: View, name: str) -> None:
         weight = view.base[name]
@@ -40,30 +39,33 @@ class Written(Guard):
         """Compare the weights with what was noted."""
         if self.has_spoken:
             return
-        names = [name for name, layer in view.layers.items() if self._is_layer_written(view, name, layer)]
-        if names:
+        written = []
+        for name, layer in view.layers.items():
+            if any(self._is_written(view, weight) for weight in _weights_below(view, name, layer)):
+                written.append(name)
+        if written:
             self.has_spoken = True
-            warn(_about_written(view.title, names))
-
-    def _is_layer_written(self, view: View, name: str, layer: LoRALayer) -> bool:
-        return any(self._is_written(view, weight) for weight in _weights_below(view, name, layer))
+            warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
         """Whether a quick look at a weight, or the digest that the record has noted, shows other values."""
         if weight not in self.seen:
             return False
-        before = self.digests.get(weight)
         change = view.record.base.row(weight).change
-        if before is not None and change is not None and change.now != before:
+        if change is not None and change.now != self.digests.get(weight, change.now):
             return True
         return not self.seen[weight].is_alike(view.base[weight])
+
+
+def _moves_by_itself(layer: LoRALayer) -> bool:
+    return not layer.lora_settings.follows
 
 
 def _weights_below(view: View, name: str, layer: LoRALayer) -> list[str]:
     """The weights of an adapted layer. A quantised one may change the layout of its own."""
     if layer.lora_is_quantised(layer):
         return []
-    return [weight for weight in joined(name, layer.lora_weights()) if weight in view.base]
+    return list(only(view.base, joined(name, layer.lora_weights())))
 
 
 def _about_written(title: str, names: list[str]) -> str:

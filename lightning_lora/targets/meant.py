@@ -59,12 +59,14 @@ def wildcards(argument: str, given: str | Sequence[str], missing: Iterable[str],
     if not expressions:
         return ""
     if isinstance(given, str):
-        starred = '"*" is no wildcard in an expression; ".*" is. ' if "*" in given else ""
-        return f'{starred}Perhaps write {argument}=r"{expressions[given]}".'
-    instead = _instead_of_entries(argument, given, expressions, names)
-    if any("*" in entry for entry in expressions):
-        return f'"*" is no wildcard in a name. {instead}'
-    return instead
+        advice = f'Perhaps write {argument}=r"{expressions[given]}".'
+        about_star = '"*" is no wildcard in an expression; ".*" is. '
+    else:
+        advice = _instead_of_entries(argument, given, expressions, names)
+        about_star = '"*" is no wildcard in a name. '
+    if "*" in "".join(expressions):
+        return about_star + advice
+    return advice
 
 
 def _instead_of_entries(

@@ -18,7 +18,7 @@ def is_compiled(model: nn.Module) -> bool:
         if _holds_compiled_code(module):
             return True
         classes.update(type(module).__mro__)
-    return any(_defines_compiled_code(cls) for cls in classes if _package_of(cls) not in _PACKAGES_WITHOUT)
+    return any(map(_defines_compiled_code, classes))
 
 
 def _holds_compiled_code(module: nn.Module) -> bool:
@@ -29,15 +29,14 @@ def _holds_compiled_code(module: nn.Module) -> bool:
     return bool(where(attributes, _is_compiled_function))
 
 
-def _package_of(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
-
-
 def _defines_compiled_code(cls: type) -> bool:
-    """Whether a class defines a compiled function, or the file around it."""
+    """Whether a class defines a compiled function, or the file around it. Those of some packages do not."""
+    package, *_ = cls.__module__.split(".")
+    if package in _PACKAGES_WITHOUT:
+        return False
     file = sys.modules.get(cls.__module__, cls)
-    defined = [*vars(cls).items(), *vars(file).items()]
-    return any(_is_compiled_function(value) and not _is_result(name) for name, value in defined)
+    compiled = [*where(vars(cls), _is_compiled_function), *where(dict(vars(file)), _is_compiled_function)]
+    return not all(map(_is_result, compiled))
 
 
 def _is_result(name: str) -> bool:

@@ -21,7 +21,7 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, only, where, without
+from lightning_lora.tensors.named import among, joined, only, where, without
 from lightning_lora.tensors.names import owner_of
 
 
@@ -54,7 +54,7 @@ class ReadByHand(Guard):
     def first_batch_ended(self, model: nn.Module) -> None:
         """Name what was found, but no layer that nothing calls: its adapter is dead, and another guard says so."""
         called = {forward.layer for forward in self.forwards if forward.was_called}
-        names = [name for name, layer in self.layers.items() if name in self.found and layer in called]
+        names = list(among(only(self.layers, self.found), called))
         self.watched, self.layers, self.forwards = {}, {}, []  # lets go of the weights
         if names:
             warn(_about_reads(type(model).__name__, names))
@@ -66,7 +66,7 @@ class ReadByHand(Guard):
         view = View(model)
         self.layers = view.layers
         self.watched = watched_weights(view)
-        self.forwards = [OwnForward(module) for module in _readers(view, self.watched)]
+        self.forwards = list(map(OwnForward, _readers(view, self.watched)))
 
     def _set_on(self) -> None:
         self.is_on = True
@@ -107,9 +107,8 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
     candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
     found = {}
     for name, layer in where(view.layers, _trains).items():
-        for weight in joined(name, layer.lora_weights()):
-            if weight in candidates:  # otherwise, it may be computed now
-                found[candidates[weight]] = name
+        weights = only(candidates, joined(name, layer.lora_weights()))  # others may be computed now
+        found.update(dict.fromkeys(weights.values(), name))
     return found
 
 
@@ -126,7 +125,7 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
     """The modules that may read watched weights: adapted layers, and layers that are tied to them."""
     if not watched:
         return []
-    owners = {owner_of(name) for name, p in view.parameters.items() if p in watched}
+    owners = set(map(owner_of, among(view.parameters, watched)))
     readers = where(only(view.modules, owners), _is_leaf)
     each_once: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *readers.values()))
     return list(each_once)

@@ -6,7 +6,8 @@ and can do without. Any other code gets torch's error, and what to do about it.
 
 import inspect
 from collections.abc import Collection, Iterator, Set
-from types import TracebackType
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.graphs import nodes_behind
+from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import owner_of
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
@@ -32,7 +34,7 @@ class OwnCheckpoints:
     """
 
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
-        self.frozen = {p for p in frozen if _may_have_gradient(p)}
+        self.frozen = set(filter(_may_have_gradient, frozen))
         self.were_found = False
         self.losses = 0
 
@@ -48,7 +50,7 @@ class OwnCheckpoints:
     def _detach_weights_of(self, node: Any) -> None:
         """Put detached weights in place of the frozen ones that a function has noted on its context: this node."""
         for name, noted in list(vars(node).items()):
-            if any(self._is_frozen(value) for value in tree_leaves(noted)):
+            if any(map(self._is_frozen, tree_leaves(noted))):
                 self.were_found = True
                 setattr(node, name, tree_map(self._detached, noted))
 
@@ -90,19 +92,35 @@ def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
     if not asked:
         return []
-    ids = {id(value) for value in asked}
-    flags = view.record.base.flags_before()
-    frozen = [name for name, p in view.frozen.items() if id(p) in ids and not p.requires_grad]
-    return [name for name in frozen if flags.get(name)]
+    ids = set(map(id, asked))
+    trained_before = where(view.record.base.flags_before(), bool)
+    candidates = where(only(view.frozen, trained_before), _is_still_frozen)
+    return [name for name, p in candidates.items() if id(p) in ids]
+
+
+def _is_still_frozen(p: nn.Parameter) -> bool:
+    return not p.requires_grad
 
 
 def _asked_for(error: BaseException) -> list[object]:
-    """The tensors of which torch refused the gradients. The step's own code may have met that error before."""
-    for each in _chain(error):
-        values = _arguments_of_grad(each)
-        if values is not None:
-            return values
+    """The tensors of which torch refused the gradients: what its ``torch.autograd.grad`` was asked for.
+
+    The step's own code may have met that error before.
+    """
+    code = inspect.unwrap(torch.autograd.grad).__code__
+    for frame in _frames_behind(error):
+        if frame.f_code is code:
+            values = frame.f_locals
+            return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
     return []
+
+
+def _frames_behind(error: BaseException) -> Iterator[FrameType]:
+    """Go through the calls in which torch's errors were raised, among an error and those from which it came."""
+    for each in _chain(error):
+        if isinstance(each, RuntimeError):
+            for frame, _ in walk_tb(each.__traceback__):
+                yield frame
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -113,21 +131,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__
-
-
-def _arguments_of_grad(error: BaseException) -> list[object] | None:
-    """What the first call of ``torch.autograd.grad`` in an error's traceback asked for, if torch refused it."""
-    if not isinstance(error, RuntimeError):
-        return None
-    code = inspect.unwrap(torch.autograd.grad).__code__
-    for frame in _frames_of(error.__traceback__):
-        if frame.f_code is code:
-            values = frame.f_locals
-            return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
-    return None
-
-
-def _frames_of(traceback: TracebackType | None) -> Iterator[Any]:
-    while traceback is not None:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next

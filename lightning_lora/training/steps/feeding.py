@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -17,10 +17,11 @@ from lightning_lora.model.settle import leave_alone, left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import inside, only, outside, where, without
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.named import among, inside, only, outside, where, without
+from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.optimizers.edits import groups_were_edited
-from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.groups import groups_of, held_by
 from lightning_lora.training.optimizers.places import no_place
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
@@ -43,24 +44,16 @@ class Feeding:
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.below:
             self.below[network] = set()
+            for name in inside(view.layers, [network]):
+                self._watch_layer(network, view.layers[name])
         if self.below:
-            self._watch_networks(view)
             for module in _modules_that_train(view, self.below) or _modules_without_adapters(view):
                 self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
 
-    def _watch_networks(self, view: View) -> None:
-        """Note when layers of the networks run."""
-        for name, layer in view.layers.items():
-            network = self._network_of(name)
-            if network is not None:
-                self.below[network].update(map(id, layer.lora_trained()))
-                self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
-
-    def _network_of(self, layer: str) -> str | None:
-        for network in self.below:
-            if is_in_any(layer, [network]):
-                return network
-        return None
+    def _watch_layer(self, network: str, layer: LoRALayer) -> None:
+        """Note when a layer of a network runs."""
+        self.below[network].update(map(id, layer.lora_trained()))
+        self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
 
     def _note_network(self, network: str, *_: Any) -> None:
         if self.trainer.training:  # in a validation of the fit, all may run
@@ -98,14 +91,14 @@ def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]
 
 def _modules_without_adapters(view: View) -> set[nn.Module]:
     """The modules with weights that the user has not frozen, and that have no adapter."""
-    owners = {owner_of(name) for name in without(view.base, view.frozen_by_user)}
+    owners = set(map(owner_of, without(view.base, view.frozen_by_user)))
     return set(only(view.modules, owners - view.layers.keys()).values())
 
 
 def _leaves_behind(values: Iterable[object]) -> set[int]:
     """The ids of the parameters from which these were computed."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    found = {id(tensor) for tensor in tensors}
+    tensors = list(filter(is_tensor, values))
+    found = set(map(id, tensors))
     for node in nodes_behind(tensors):
         found.add(id(getattr(node, "variable", None)))
         if issubclass(getattr(type(node), NODE_FUNCTION, object), CHECKPOINT_FUNCTION):
@@ -149,17 +142,14 @@ def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: boo
     to_judge = list(feeding.below)
     if not copied:
         to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
-    alone = []
-    fed = []
+    is_agreed = strategy.reduce_boolean_decision
+    alone_by_flag: dict[bool, list[str]] = {True: [], False: []}
     for name in to_judge:
-        if not strategy.reduce_boolean_decision(feeding.have_both_run(name)):
-            continue
-        if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)):
-            alone.append(name)
-        else:
-            fed.append(name)
-        del feeding.below[name]
-    return alone, fed
+        if is_agreed(feeding.have_both_run(name)):
+            feeds_nothing = bool(is_agreed(feeding.feeds_nothing(name)))
+            alone_by_flag[feeds_nothing].append(name)
+            del feeding.below[name]
+    return alone_by_flag[True], alone_by_flag[False]
 
 
 def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
@@ -175,10 +165,10 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
-    held = held_by(optimizers)
-    unplaced = [name for name in inside(view.adapters, fed) if view.adapters[name] not in held]
+    placed = among(view.adapters, held_by(optimizers))
+    unplaced = inside(without(view.adapters, placed), fed)
     if unplaced:
-        raise no_place(view.title, unplaced, sum(len(optimizer.param_groups) for optimizer in optimizers))
+        raise no_place(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
 def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:

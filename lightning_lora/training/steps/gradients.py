@@ -1,6 +1,8 @@
 """Gradients of adapters and frozen weights in a run's steps."""
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Sequence, Set
+from itertools import compress
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,8 +16,9 @@ from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import outside
+from lightning_lora.tensors.named import among, outside
 from lightning_lora.tensors.shards import agreed, to_local
+from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.steps.asked import OwnCheckpoints
 
 
@@ -37,7 +40,8 @@ class Gradients:
         joined: Sequence[nn.Parameter] = (),
     ) -> None:
         self.model = model
-        self.ddp = wrapped if isinstance(wrapped, DistributedDataParallel) and _needs_all_gradients(wrapped) else None
+        self.wrapped: Any = wrapped
+        self.fills_gradients = _waits_for_all_gradients(wrapped)
         self.frozen = set(view_of(model).frozen.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
         self.was_thawed = False
@@ -45,7 +49,7 @@ class Gradients:
         self.begins = True  # whether its fit loaded no adapters
         self.optimizers: list[Optimizer] = []  # those that have made a step
         self.copied = copied
-        self.notes = notes or self.ddp is not None
+        self.notes = notes or self.fills_gradients
         self.trained: dict[int, nn.Parameter] = {}  # by their ids
         self.reached: set[int] = set()  # those with a gradient since the last backward pass
         self.ever_reached: set[int] = set()
@@ -77,7 +81,7 @@ class Gradients:
         self.has_begun = True
         self._keep_frozen()
         self.ever_reached |= self.reached
-        if self.ddp is not None and self.ddp.require_backward_grad_sync:
+        if self.fills_gradients and self.wrapped.require_backward_grad_sync:
             idle = [p for key, p in self.trained.items() if key not in self.reached]
             if idle:
                 _give_zero_gradients(idle)
@@ -96,7 +100,7 @@ class Gradients:
                 p.grad = None
 
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
-        names = [name for name, p in view_of(self.model).frozen.items() if p in thawed]
+        names = among(view_of(self.model).frozen, thawed)
         rank_zero_info(
             f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
             "these too, name their modules in modules_to_save."
@@ -121,18 +125,13 @@ class Gradients:
         view = view_of(self.model)
         check_weights(view)  # hooks may compute them since training began
         unreached = _layers_with(view, missed)
-        copies = self._copies(view, held)
+        copies = self._copies(view, held.keys())
         return outside(unreached, copies)
 
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
         """The parameters that an optimizer trains, perhaps copies of them, by their ids."""
-        if self.copied:
-            return {id(p): p for p in self.copied}
-        held = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                held[id(p)] = p
-        return held
+        held = self.copied or held_by([optimizer])
+        return {id(p): p for p in held}
 
     def _without_gradient(self, parameters: dict[int, nn.Parameter]) -> set[int]:
         """Those of these parameters, by their ids, that have received no gradient."""
@@ -140,7 +139,7 @@ class Gradients:
             return parameters.keys() - self.ever_reached - self.reached
         return {key for key, p in parameters.items() if p.grad is None}
 
-    def _copies(self, view: View, held: Collection[int]) -> dict[str, str]:
+    def _copies(self, view: View, held: Set[int]) -> dict[str, str]:
         """Networks that copy others, and have no gradient yet. In a fit that begins, they get the same adapters."""
         idle = _layers_that_stay(view, _layers_with(view, held))
         if self.copied is not None or not self.begins:
@@ -160,21 +159,27 @@ class Gradients:
             hook.remove()
 
 
-def _needs_all_gradients(ddp: DistributedDataParallel) -> bool:
-    """Whether DDP waits for a gradient of each parameter."""
-    return not ddp.find_unused_parameters and not ddp.static_graph
+def _waits_for_all_gradients(wrapped: object) -> bool:
+    """Whether a module is one of DDP's, which waits for a gradient of each parameter."""
+    if not isinstance(wrapped, DistributedDataParallel):
+        return False
+    return not (wrapped.find_unused_parameters or wrapped.static_graph)
 
 
-def _layers_with(view: View, parameters: Collection[int]) -> list[str]:
+def _layers_with(view: View, parameters: Set[int]) -> list[str]:
     """The layers with a trained parameter among these, which are given by their ids."""
-    return [name for name, layer in view.layers.items() if any(id(p) in parameters for p in layer.lora_trained())]
+    layers = []
+    for name, layer in view.layers.items():
+        if not parameters.isdisjoint(map(id, layer.lora_trained())):
+            layers.append(name)
+    return layers
 
 
 def _layers_that_stay(view: View, layers: Sequence[str]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
-    move = [any(_moves(p) for p in view.layers[name].lora_trained()) for name in layers]
+    move = [any(map(_moves, view.layers[name].lora_trained())) for name in layers]
     move_anywhere = agreed(move, list(view.adapters.values()))
-    return {name for name, moves in zip(layers, move_anywhere, strict=True) if not moves}
+    return set(layers).difference(compress(layers, move_anywhere))
 
 
 def _moves(parameter: nn.Parameter) -> bool:
@@ -186,11 +191,11 @@ def _moves(parameter: nn.Parameter) -> bool:
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
     """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
-    frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
-    for p, _ in frozen:
+    frozen = {p: p.grad for p in parameters if not p.requires_grad}
+    for p in frozen:
         p.requires_grad_()
-    torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
-    for p, grad in frozen:
+    torch.autograd.backward(parameters, list(map(torch.zeros_like, parameters)))
+    for p, grad in frozen.items():
         p.requires_grad_(False)
         p.grad = grad
 

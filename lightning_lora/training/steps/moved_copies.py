@@ -8,12 +8,12 @@ them. A reference model, which is such a copy too, is never moved: that tells th
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
-from lightning_lora.tensors.named import inside, modules_around
+from lightning_lora.tensors.named import among, inside, modules_around, only, where, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, samples
@@ -51,8 +51,11 @@ class FrozenCopies:
 
     def moved_weights(self, view: View, copy: str) -> list[str]:
         """Return the weights of a copy that have changed since."""
-        noted = [name for name in inside(self._before, [copy]) if name in view.base]
-        return [name for name in noted if not self._before[name].seen.is_alike(view.base[name])]
+        moved = []
+        for name in inside(only(view.base, self._before), [copy]):
+            if not self._before[name].seen.is_alike(view.base[name]):
+                moved.append(name)
+        return moved
 
     def name_in_original(self, name: str, copy: str) -> str:
         """Return the name of a copy's parameter in its original."""
@@ -64,28 +67,31 @@ class FrozenCopies:
         if not wanted or wanted[0].shape != view.base[name].shape:
             return False
         now = samples(view.base[name])
-        ends = [self._before[name].some_values, *map(samples, wanted)]
-        return _are_between(now, torch.stack([end.to(now) for end in ends]).double())
+        ends = [self._before[name].some_values]
+        ends += map(samples, wanted)
+        alike = [end.to(now) for end in ends]
+        return _are_between(now, torch.stack(alike).double())
 
 
 def _are_between(values: Tensor, ends: Tensor) -> bool:
     """Whether each value lies between the smallest and the largest of its ends, up to rounding."""
     rounding = 8 * torch.finfo(values.dtype).eps * ends.abs().amax(0)
-    is_inside = (ends.amin(0) - rounding <= values) & (values <= ends.amax(0) + rounding)
-    return bool(is_inside.all())
+    least = ends.amin(0) - rounding
+    most = ends.amax(0) + rounding
+    return bool(((least <= values) & (values <= most)).all())
 
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
     """A weight of an adapted network as it is, and with its update if it has one."""
-    weight = view.base.get(name)
-    if weight is None:
+    if name not in view.base:
         return []
+    weights = [view.base[name].detach()]
     layer = view.layers.get(owner_of(name))
     leaf = name.rpartition(".")[2]
-    if layer is None or leaf not in layer.lora_weights():
-        return [weight.detach()]
-    with torch.no_grad():
-        return [weight.detach(), layer.lora_effective_weight(leaf)]
+    if layer is not None and leaf in layer.lora_weights():
+        with torch.no_grad():
+            weights.append(layer.lora_effective_weight(leaf))
+    return weights
 
 
 def _moved_away(view: View, copy: str, original: str, weight: str) -> AdapterStateError:
@@ -103,11 +109,15 @@ def _moved_away(view: View, copy: str, original: str, weight: str) -> AdapterSta
 
 def _copies_without_adapters(view: View) -> dict[str, str]:
     """Frozen copies in which no layer is adapted, and the adapted networks that they copy."""
-    if any(is_dtensor(p) for p in view.base.values()):  # each process would judge by its shard
+    if any(map(is_dtensor, view.base.values())):  # each process would judge by its shard
         return {}
     adapted = modules_around(view.layers)
     busy = adapted | modules_around(map(owner_of, view.trained))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
-    owners_of_matrices = {owner_of(name) for name, p in view.base.items() if p.dim() > 1}
+    owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
-    return {copy: original for copy, original in found.items() if original in adapted and copy not in adapted}
+    return without(among(found, adapted), adapted)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 1

@@ -43,8 +43,8 @@ class _RequiringGradients(CHECKPOINT_FUNCTION):
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and not _requires_any_grad(inputs) and not _shows_any_base():
-            inputs = tuple(_requiring_grad(value) for value in inputs)
+        if torch.is_grad_enabled() and not _requires_any_grad(inputs) and not any(map(_shows_base, _RUNNING)):
+            inputs = tuple(map(_requiring_grad, inputs))
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
 
 
@@ -59,10 +59,7 @@ def _requiring_grad(value: Any) -> Any:
     return value
 
 
-def _shows_any_base() -> bool:
-    """Whether adapters are disabled in one of the models whose steps run."""
-    for model in _RUNNING:
-        record = find_record(model)
-        if record is not None and record.is_disabled:
-            return True
-    return False
+def _shows_base(model: nn.Module) -> bool:
+    """Whether adapters are disabled in a model whose step runs."""
+    record = find_record(model)
+    return record is not None and record.is_disabled
