@@ -34,7 +34,7 @@ class LearningRates(Guard):
 
 def _is_like_adam(optimizer: Optimizer) -> bool:
     """Whether an optimizer's usual rates are known: it is an Adam."""
-    return any("Adam" in name for name in class_names(optimizer))
+    return "Adam" in " ".join(class_names(optimizer))
 
 
 def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:

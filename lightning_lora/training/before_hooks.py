@@ -6,7 +6,8 @@ from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, owner_of
+from lightning_lora.tensors.named import joined, of_type, only, where
+from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import Seen
 
 
@@ -17,12 +18,11 @@ class BeforeHooks:
         self._modules = set(view.modules)
         self._buffers = _digests_of_buffers(view)
         self._with_base_value: dict[str, Seen] = {}
-        tensors = {**view.parameters, **view.buffers}
+        with_base_value = set[str]()
         for prefix, record in records_in(view.modules).items():
-            for name, original in record.adapter.originals.items():
-                whole_name = join(prefix, name)
-                if not original.is_meta and whole_name in tensors:
-                    self._with_base_value[whole_name] = Seen(tensors[whole_name])
+            with_base_value.update(joined(prefix, where(record.adapter.originals, _has_values)))
+        for name, tensor in only({**view.parameters, **view.buffers}, with_base_value).items():
+            self._with_base_value[name] = Seen(tensor)
 
     def filled_buffers(self, view: View) -> set[str]:
         """Return the buffers that the hooks have filled, in modules that were there before."""
@@ -40,9 +40,13 @@ class BeforeHooks:
 
 def _digests_of_buffers(view: View) -> dict[str, int]:
     """The digests of all buffers but the statistics of norms, which are the base's."""
-    norms = {name for name, module in view.modules.items() if isinstance(module, NormBase)}
+    norms = of_type(view.modules, NormBase)
     digests = {}
-    for name, buffer in view.buffers.items():
-        if not buffer.is_meta and owner_of(name) not in norms:
+    for name, buffer in where(view.buffers, _has_values).items():
+        if owner_of(name) not in norms:
             digests[name] = digest(buffer)
     return digests
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not tensor.is_meta

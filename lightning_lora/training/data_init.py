@@ -1,10 +1,10 @@
 """Adapters that start from the fit's own data: some batches run through the module before its first step."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -20,6 +20,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.settle import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
+from lightning_lora.tensors.named import not_in, where
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted
 from lightning_lora.training.first_batches import first_batches, refusal
@@ -45,7 +46,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     if INITIALISATIONS[view.config.init].observe is None or not view.is_fresh():
         return
     check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
-    layers = {name: layer for name, layer in view.layers.items() if not layer.lora_settings.follows}
+    layers = where(view.layers, _starts_by_itself)
     start = _Start(trainer, pl_module, view.config, layers)
     start.check_quantised()
     start.run()
@@ -54,6 +55,10 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
         parameter.detach().copy_(values)
     follow_originals(view)
     copy_adapted(callbacks_of(trainer), pl_module, anew=True)  # into averages
+
+
+def _starts_by_itself(layer: LoRALayer) -> bool:
+    return not layer.lora_settings.follows
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class _Start:
 
     def check_quantised(self) -> None:
         """Refuse quantised layers where gradients of weights are needed."""
-        packed = [name for name, layer in self.layers.items() if layer.lora_is_quantised(layer)]
+        packed = where(self.layers, _is_quantised)
         if packed and self.initialisation.needs_gradients:
             why = f"it needs gradients of weights, and {listed(packed)} are quantised ('eva' needs none)"
             raise refusal(self.config, why)
@@ -89,7 +94,10 @@ class _Start:
                 self.module.eval()  # dropout would blur the inputs
             observed = self._observe(undo)
             number = self._run_batches()
-            started = [name for name, factors_of in observed.items() if self._write(self.layers[name], factors_of)]
+            started = set()
+            for name, factors_of in observed.items():
+                if self._write(self.layers[name], factors_of):
+                    started.add(name)
         _tell(self.config, self.layers, started, number)
 
     def _observe(self, undo: ExitStack) -> dict[str, FromData]:
@@ -124,7 +132,7 @@ class _Start:
             for batch in islice(batches, most):
                 self._run_step(batch, number)
                 number += 1
-        changed = [name for name, (p, version) in versions.items() if version_of(p) != version]
+        changed = where(versions, _was_written)
         if changed:
             raise self.refusal(f"has written to {listed(changed)}, so build the module anew")
         return number
@@ -155,13 +163,28 @@ class _Start:
             raise self.refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
 
 
-def _versions_of(module: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
+class _Version(NamedTuple):
+    """How often a parameter was written, at one moment."""
+
+    parameter: nn.Parameter
+    number: int
+
+
+def _versions_of(module: nn.Module) -> dict[str, _Version]:
     """How often each parameter was written. Those of inference mode do not tell."""
     versions = {}
     for name, parameter in named_parameters(module).items():
         if not parameter.is_inference():
-            versions[name] = (parameter, version_of(parameter))
+            versions[name] = _Version(parameter, version_of(parameter))
     return versions
+
+
+def _was_written(before: _Version) -> bool:
+    return version_of(before.parameter) != before.number
+
+
+def _is_quantised(layer: LoRALayer) -> bool:
+    return layer.lora_is_quantised(layer)
 
 
 def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
@@ -172,8 +195,10 @@ def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora
     return values
 
 
-def _tell(config: LoRAConfig, layers: Collection[str], started: Collection[str], number: int) -> None:
+def _tell(config: LoRAConfig, layers: Iterable[str], started: Collection[str], number: int) -> None:
     """Say how many layers have started from data, and which have not."""
-    others = [name for name in layers if name not in started]
-    more = f" These start as with 'kaiming': {listed(others)}." if others else ""
-    rank_zero_info(f"init={config.init!r}: {len(started)} layers start from {number} batches of training data.{more}")
+    message = f"init={config.init!r}: {len(started)} layers start from {number} batches of training data."
+    others = not_in(layers, started)
+    if others:
+        message += f" These start as with 'kaiming': {listed(others)}."
+    rank_zero_info(message)

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_lora.training.optimizers.groups import groups_of
 from lightning_lora.training.steps.reentrant import gradients_pass
 
 _MANY = 10_000  # a container with more holds data, which are not looked into
@@ -35,9 +36,8 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
     undo.enter_context(torch.no_grad())  # to write the values back
     seen: set[int] = set()
     _remember(pl_module, undo, seen)
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            _remember(group, undo, seen)
+    for group in groups_of(trainer.optimizers):
+        _remember(group, undo, seen)
     undo.enter_context(torch.enable_grad())
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
@@ -70,7 +70,9 @@ def _held_values(container: Any) -> Iterator[Any]:
     """The values in a container, unless it holds data."""
     if not isinstance(container, (*_CONTAINERS, tuple)) or len(container) >= _MANY:
         return
-    yield from container.values() if isinstance(container, dict) else container
+    if isinstance(container, dict):
+        container = container.values()
+    yield from container
 
 
 def _fill_again(container: Any, held_before: Any) -> None:

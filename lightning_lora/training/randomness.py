@@ -75,7 +75,7 @@ def _state_of_others() -> Tensor:
     _, pythons_numbers, waiting = random.getstate()
     if waiting is None:
         waiting = math.nan
-    numbers = [int(number) for number in numpys_numbers]
+    numbers = list(map(int, numpys_numbers))
     packed = _OTHERS.pack(*numbers, *numpys_rest, *pythons_numbers, waiting)
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
@@ -94,7 +94,9 @@ def _set_state_of_others(state: Tensor) -> None:
     *values, waiting = _OTHERS.unpack(bytes(state.tolist()))
     numbers = np.array(values[:624], dtype=np.uint32)
     np.random.set_state(("MT19937", numbers, *values[624:627]))
-    random.setstate((3, tuple(values[627:]), None if math.isnan(waiting) else waiting))
+    if math.isnan(waiting):
+        waiting = None
+    random.setstate((3, tuple(values[627:]), waiting))
 
 
 def _stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:

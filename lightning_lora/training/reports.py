@@ -13,6 +13,7 @@ from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.tensors.inplace import class_names
+from lightning_lora.tensors.named import where
 from lightning_lora.training.optimizers.peak_rates import peak_rates
 
 Values = dict[str, Any]
@@ -42,10 +43,12 @@ def _few(rates: list[float]) -> str:
 def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:
     """Log the arguments and a digest of the base as ``lora/...``."""
     view = view_of(pl_module)
-    values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
+    config = view.config
+    values = {**config.to_dict(), **others}
+    values["alpha"] = config.alpha or config.r
     if view.adapter.fingerprints:
         values["base"] = _digest_of(view.adapter.fingerprints[0])
-    named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
+    named = {f"lora/{name}": _plain(value) for name, value in where(values, _is_given).items()}
     log_values(trainer, named, _hyperparameters(trainer, pl_module))
 
 
@@ -53,6 +56,10 @@ def _digest_of(fingerprint: Values) -> str:
     """A short digest of a base."""
     text = f"{fingerprint['layout']} {fingerprint['dtypes']} {fingerprint['digests']}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _is_given(value: object) -> bool:
+    return value is not None
 
 
 def _plain(value: Any) -> Any:
@@ -67,7 +74,7 @@ def _hyperparameters(trainer: Trainer, pl_module: LightningModule) -> Values:
     sources: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]  # set outside the class
     values: Values = {}
     for source in sources:
-        if source is not None and getattr(source, LOGS_HPARAMS):
+        if getattr(source, LOGS_HPARAMS, False):
             values.update(source.hparams_initial)
     values.pop(CLI_CLASS, None)
     return values

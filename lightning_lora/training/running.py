@@ -69,7 +69,7 @@ class Running:
         before = self._base_at_the_start
         self._base_at_the_start = None
         now = base_digests(self.module)
-        changed = {name for name, digest in now.items() if before.get(name) != digest}
+        changed = dict(now.items() - before.items())
         if changed:
             advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
 

@@ -139,7 +139,7 @@ class Stage:
         self.unswitch = activate(pl_module, name, self.config if self.is_fit else None)
 
     def _switch_back(self, pl_module: LightningModule) -> None:
-        if not any(is_dtensor(p) for p in pl_module.parameters()):  # shards cannot be switched
+        if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
             self.unswitch.close()
 
     # Take what the module or a file has
@@ -273,8 +273,7 @@ class Stage:
         """
         reached = self._close()
         record = find_record(pl_module)
-        is_merged = record is not None and record.is_merged
-        if reached is Phase.OVER or is_merged:
+        if reached is Phase.OVER or View(pl_module).is_merged:
             return False
         may_be_trained = reached is Phase.TRAINING or (self.is_fit and reached is Phase.LOADED)
         if record is not None and may_be_trained:

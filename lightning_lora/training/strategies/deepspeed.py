@@ -9,8 +9,10 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_lora.errors import StrategyError
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
+from lightning_lora.tensors.named import where
 from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.schedulers import hide_groups
@@ -102,14 +104,12 @@ class DeepSpeedMethods(LateStrategyMethods):
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
         view = View(self.module)
         is_in_one_dtype = self._is_enabled("fp16") or (self._is_enabled("bf16") and bool(view.trained))
-        if not is_in_one_dtype:
-            return
-        settings = [layer.lora_settings for layer in view.layers.values()]
-        uses_dora = any(each.use_dora for each in settings)
-        if not uses_dora and not any(each.autocast_dtype for each in settings):
+        layers_with_dora = where(view.layers, _uses_dora)
+        layers_in_float32 = {**layers_with_dora, **where(view.layers, _is_autocast)}
+        if not is_in_one_dtype or not layers_in_float32:
             return
         remedy = "autocast_adapter_dtype=False"
-        if uses_dora:
+        if layers_with_dora:
             remedy += " and use_dora=False"
         raise StrategyError(
             "In half precision, DeepSpeed trains all parameters in one dtype, and the adapters are float32. Set "
@@ -168,21 +168,32 @@ class DeepSpeedMethods(LateStrategyMethods):
         """Return the state of the optimizer, made full."""
         device = self.strategy.root_device
         state = full_state(self.partitions, optimizer, device)
-        if any(partition.has_other_dtype() for partition in self.partitions):
+        if any(map(Partition.has_other_dtype, self.partitions)):
             state[_COPIES] = [partition.full(partition.local.detach(), device) for partition in self.partitions]
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
-            state[_SCALE] = _plain_values(scaler)
+            state[_SCALE] = where(vars(scaler), _is_plain)
         return state
 
     # Gradients
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit. Its optimizer trains copies of the parameters."""
-        copied = [p for partition in self.partitions for p in partition.parameters]
+        copied: list[nn.Parameter] = []
+        for partition in self.partitions:
+            copied += partition.parameters
         return Gradients(self.module, self.strategy.model, notes=True, copied=copied)
 
 
-def _plain_values(scaler: Any) -> State:
-    """What a file may hold of a scaler of the loss."""
-    return {name: value for name, value in vars(scaler).items() if type(value) in (int, float, bool)}
+def _uses_dora(layer: LoRALayer) -> bool:
+    return layer.lora_settings.use_dora
+
+
+def _is_autocast(layer: LoRALayer) -> bool:
+    """Whether an adapter is float32 on a layer in half precision."""
+    return bool(layer.lora_settings.autocast_dtype)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a file may hold a value of a scaler of the loss."""
+    return type(value) in (int, float, bool)

@@ -16,15 +16,17 @@ class OverlaidMethod:
 
     def __init__(self, ours: Callable[..., Any], own: Any, by_other_code: Any) -> None:
         update_wrapper(self, ours)
-        self.ours = ours
         self.by_other_code = by_other_code  # what that had set on the strategy, or None
         self.below: Callable[..., Any] = own if by_other_code is None else by_other_code
-        self.is_aside = False
+        self.runs: Callable[..., Any] = ours
+
+    def step_aside(self) -> None:
+        """Let what is below run alone."""
+        self.runs = self.below
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run our method, which calls what is below."""
-        method = self.below if self.is_aside else self.ours
-        return method(*args, **kwargs)
+        return self.runs(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         """Pickle and copy what is below: the next set-up of a copied strategy adds our methods again."""
@@ -54,11 +56,10 @@ class OverlaidMethods:
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in self.overlaid:
-            before = self._set.get(name)
-            if before is not None and on_strategy.get(name) is before:
-                continue
-            if before is not None:
-                before.is_aside = True  # other code may still call it
+            if name in self._set:
+                if on_strategy.get(name) is self._set[name]:
+                    continue
+                self._set[name].step_aside()  # other code may still call it
             self._set[name] = on_strategy[name] = self._overlaid_method(name)
             setattr(self.original, name, self._set[name].below)
 
@@ -85,7 +86,7 @@ class OverlaidMethods:
         """Give the strategy back as it was: with its own methods, and those that other code has set on it."""
         on_strategy = vars(self.strategy)
         for name, method in self._set.items():
-            method.is_aside = True
+            method.step_aside()
             if on_strategy.get(name) is not method:
                 continue
             if method.by_other_code is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from itertools import repeat, starmap
 from typing import Any
 
 import torch
@@ -70,13 +71,17 @@ class Partition:
         """Return the optimizer's state of each parameter."""
         states: list[State] = [{} for _ in self.parameters]
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == self.local.shape:
-                values: list[Any] = self.full(value, device)
-            else:  # one for all, as the number of steps: each gets its own
-                values = [deepcopy(value) for _ in states]
+            values = self._full_entry(value, device)
             for state_of_one, value_of_one in zip(states, values, strict=True):
                 state_of_one[name] = value_of_one
         return states
+
+    def _full_entry(self, value: Any, device: torch.device) -> list[Any]:
+        """An entry of this shard's state for each parameter: its values, or one for all, as the number of steps."""
+        if isinstance(value, Tensor) and value.shape == self.local.shape:
+            return self.full(value, device)
+        copies = repeat(value, len(self.parameters))
+        return list(map(deepcopy, copies))
 
     def local_state(self, states: Sequence[State]) -> State:
         """Return the optimizer's state of this shard."""
@@ -89,7 +94,7 @@ class Partition:
 
     def _local_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
-        if all(self._has_shape_of(number, value) for number, value in values.items()):
+        if all(starmap(self._has_shape_of, values.items())):
             return self._local_of(values)
         for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
@@ -141,7 +146,7 @@ def partitions_of(optimizer: Any, idle: set[nn.Parameter]) -> list[Partition]:
     for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
         used = [p for p in parameters if p not in idle]
         (shard,) = group["params"]
-        partitions.append(Partition(used, shard, [own_place(p) for p in used]))
+        partitions.append(Partition(used, shard, list(map(own_place, used))))
     return partitions
 
 

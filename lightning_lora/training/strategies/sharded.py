@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import filterfalse
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
+from lightning_lora.tensors.named import grouped, where, without
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
@@ -69,7 +71,7 @@ class ShardedMethods(LateStrategyMethods):
             return
         self._warn_of_whole_model()
         tensors = [*module.parameters(), *module.buffers()]
-        _broadcast_from_first(t for t in tensors if not shards.is_dtensor(t))
+        _broadcast_from_first(filterfalse(shards.is_dtensor, tensors))
         _broadcast_adapters(view_of(module))
 
     @property
@@ -89,9 +91,7 @@ class ShardedMethods(LateStrategyMethods):
     def _check_mesh(self) -> None:
         """Refuse a module that is not sharded over the processes with their own batches."""
         size = self.mesh.size()
-        for name, p in named_parameters(self.module).items():
-            if not shards.split_over_data(p):
-                continue
+        for name, p in where(named_parameters(self.module), shards.split_over_data).items():
             count = shards.data_processes(p)
             if count != size:
                 raise StrategyError(
@@ -109,7 +109,7 @@ class ShardedMethods(LateStrategyMethods):
         _spread_beside_others(view)
 
     def _refuse_sharded_adapters(self, view: View) -> None:
-        sharded = [name for name, p in view.adapters.items() if shards.split_over_data(p)]
+        sharded = where(view.adapters, shards.split_over_data)
         if sharded:
             raise StrategyError(
                 f"{listed(sharded)} of {type(self.module).__name__} were sharded with the base. Do not call "
@@ -180,13 +180,11 @@ class ShardedGradients(Gradients):
         super().__init__(model, wrapped, notes=True)
         self.methods = methods
         self.mesh = methods.mesh
-        self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in named_parameters(model).values():
-            if p.requires_grad and not shards.split_over_data(p):
-                self.averaged.setdefault(p.dtype, []).append(p)
+        averaged = where(named_parameters(model), _is_left_to_us)
+        self.averaged = grouped(averaged.values(), _dtype_of)
         self.statistics: list[Tensor] = []  # of norms that train
         for module in view_of(model).saved:
-            self.statistics += [buffer for buffer in module.buffers() if not shards.is_dtensor(buffer)]
+            self.statistics += filterfalse(shards.is_dtensor, module.buffers())
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
@@ -199,18 +197,29 @@ class ShardedGradients(Gradients):
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
-        here = [_local_gradient(p) for p in parameters]
-        message = torch.cat([gradient.ravel() for gradient in here])
+        here = list(map(_local_gradient, parameters))
+        message = torch.cat(list(map(torch.ravel, here)))
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = [gradient.numel() for gradient in here]
+        sizes = list(map(torch.numel, here))
         for p, mean in zip(parameters, message.split(sizes), strict=True):
             _set_local_gradient(p, mean)
 
 
+def _is_left_to_us(p: nn.Parameter) -> bool:
+    """Whether a parameter trains, and FSDP2 does not average its gradient."""
+    return p.requires_grad and not shards.split_over_data(p)
+
+
+def _dtype_of(p: nn.Parameter) -> torch.dtype:
+    return p.dtype
+
+
 def _local_gradient(p: nn.Parameter) -> Tensor:
     """This process's part of a gradient. One that is missing is zero."""
-    gradient = torch.zeros_like(p) if p.grad is None else p.grad
+    gradient = p.grad
+    if gradient is None:
+        gradient = torch.zeros_like(p)
     return shards.to_local(gradient)
 
 
@@ -225,13 +234,17 @@ def _set_local_gradient(p: nn.Parameter, values: Tensor) -> None:
 
 def _spread_beside_others(view: View) -> None:
     """Make all adapters DTensors where some are: optimizers take no mixture."""
-    spread = [p for p in (*view.adapters.values(), *view.trained.values()) if shards.is_dtensor(p)]
+    parameters: dict[str, Any] = {**view.adapters, **view.trained}
+    spread = where(parameters, shards.is_dtensor)
     if not spread:
         return
+    first, *_ = spread.values()
+    mesh = first.device_mesh
     for layer in view.layers.values():
-        for name, factor in layer.lora_parameters().items():
-            if not shards.is_dtensor(factor):
-                set_parameter(layer, name, shards.replicated(factor, spread[0].device_mesh))
+        factors = layer.lora_parameters()
+        spread_factors = where(factors, shards.is_dtensor)
+        for name, factor in without(factors, spread_factors).items():
+            set_parameter(layer, name, shards.replicated(factor, mesh))
 
 
 def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
@@ -254,8 +267,8 @@ def _broadcast_adapters(view: View) -> None:
 
 def _spread_state(state: State, optimizer: Any) -> State:
     """An optimizer's state with this process's shards of what belongs to a spread parameter."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = _in_groups(optimizer.param_groups)
+    numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
         return state  # torch refuses it, and says why
     spread = {}
@@ -265,10 +278,19 @@ def _spread_state(state: State, optimizer: Any) -> State:
     return {**state, "state": spread}
 
 
+def _in_groups(groups: Iterable[State]) -> list[Any]:
+    """The parameters of an optimizer's groups, or their numbers."""
+    found: list[Any] = []
+    for group in groups:
+        found += group["params"]
+    return found
+
+
 def _spread_entries(entries: State, p: nn.Parameter) -> State:
     """The state of one parameter, with this process's shards of what has its shape."""
     spread = {}
     for name, value in entries.items():
-        has_its_shape = isinstance(value, Tensor) and value.shape == p.shape
-        spread[name] = shards.distributed_as(value, p) if has_its_shape else value
+        spread[name] = value
+        if isinstance(value, Tensor) and value.shape == p.shape:
+            spread[name] = shards.distributed_as(value, p)
     return spread

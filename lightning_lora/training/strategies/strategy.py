@@ -31,7 +31,7 @@ from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import is_in_any
+from lightning_lora.tensors.named import inside
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.float32_steps import states_in_float32
@@ -205,7 +205,8 @@ class StrategyMethods(OverlaidMethods):
 
     def adapt_for(self, checkpoint: State, path: Any) -> bool:
         """Adapt the module as its arguments and the file say. Return whether adapters were replaced."""
-        stage, record = self.stage, find_record(self.module)
+        stage = self.stage
+        record = find_record(self.module)
         if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.module)
         stored = _config_in(checkpoint)
@@ -251,7 +252,8 @@ class StrategyMethods(OverlaidMethods):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
-        states, optimizers = checkpoint["optimizer_states"], self.strategy.optimizers
+        states = checkpoint["optimizer_states"]
+        optimizers = self.strategy.optimizers
         try:
             if KEY in checkpoint and len(states) != len(optimizers):
                 raise ValueError(f"it has {len(states)} states, and the module {len(optimizers)} optimizers")
@@ -299,12 +301,13 @@ class StrategyMethods(OverlaidMethods):
     def _keep_copies(self) -> None:
         """Keep the values of networks that copy others: a tuner's trial begins, in which other code may move them."""
         view = view_of(self.module)
-        copies = view.adapter.networks.copies
-        keep_frozen(view, [name for name in view.frozen if is_in_any(name, copies)])
+        keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))
 
     def _checkpoint_of_adapters(self, checkpoint: State, *, written_later: bool) -> State:
         """Return a checkpoint with what the file shall hold."""
-        module, stage, is_first = self.module, self.stage, self.strategy.is_global_zero
+        module = self.module
+        stage = self.stage
+        is_first = self.strategy.is_global_zero
         checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
         if stage.phase is Phase.TRAINING:
             stage.say_what_was_written(module, is_aloud=is_first)
@@ -325,7 +328,8 @@ class StrategyMethods(OverlaidMethods):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
-        stage, module = self.stage, self.strategy.lightning_module
+        stage = self.stage
+        module = self.strategy.lightning_module
         stage.dropout.begin_step(module)
         if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
             stage.float32.pause_step()
@@ -367,7 +371,9 @@ class StrategyMethods(OverlaidMethods):
 
 def _config_in(checkpoint: State) -> LoRAConfig | None:
     """The configuration of a file's adapters, if it has any."""
-    return stored_config(checkpoint[KEY]) if KEY in checkpoint else None
+    if KEY not in checkpoint:
+        return None
+    return stored_config(checkpoint[KEY])
 
 
 class LateStrategyMethods(StrategyMethods):
