@@ -341,7 +341,7 @@ class LoRACallback(Callback):
         It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
         self._check_set_up()
-        if not self._stage.keep_adapters():
+        if not self._stage.end_fit():
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         check_layers_stayed(pl_module)

@@ -36,7 +36,7 @@ class Phase(Enum):
     - ``was_loaded``: SET_UP to LOADED, where a file's adapters are on the module.
     - ``loading_failed``: LOADED to SET_UP, where the optimizers do not fit that file.
     - ``begin_training``: SET_UP or LOADED to TRAINING.
-    - ``keep_adapters``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps them, or is merged.
+    - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps them, or is merged.
     - ``end`` and ``give_back_after_error``: to OVER, from each.
     """
 
@@ -243,8 +243,8 @@ class Stage:
         """From here on, the adapters may be trained: they stay if the fit fails."""
         self.phase = Phase.TRAINING
 
-    def keep_adapters(self) -> bool:
-        """Keep what the fit has loaded or trained, at its end. Return whether there is any."""
+    def end_fit(self) -> bool:
+        """End a fit. Return whether it loaded or trained adapters, which stay."""
         if self.phase is Phase.SET_UP:
             return False
         self.phase = Phase.OVER

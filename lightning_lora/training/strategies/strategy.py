@@ -175,7 +175,8 @@ class StrategyMethods(OverlaidMethods):
         check_readable(checkpoint, checkpoint_path)
         leave_callback(checkpoint)
         if merged_weights and self._evaluates_plain_module():
-            checkpoint["state_dict"], merged_weights = merged_weights, {}
+            checkpoint["state_dict"] = merged_weights
+            merged_weights = {}
             del checkpoint[KEY]
         if self.stage.phase is not Phase.OVER:
             self.adapt_for(checkpoint, checkpoint_path)
@@ -274,7 +275,8 @@ class StrategyMethods(OverlaidMethods):
 
     def lightning_module_state_dict(self) -> State:
         """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
-        if self._saves_adapters():
+        self._forget_replaced_merge()
+        if find_record(self.module) is not None:
             return adapter_state_dict(self.module)
         state: State = self.original.lightning_module_state_dict()
         return state
@@ -284,19 +286,19 @@ class StrategyMethods(OverlaidMethods):
         if self.stage.is_fitting and self.stage.phase is Phase.SET_UP:
             self._keep_copies()
         writes_at_once = uses_torch(self.strategy) and not self.is_by_other_code("save_checkpoint")
-        if "state_dict" in checkpoint and self._saves_adapters():  # a module's hook may write files of its own instead
-            checkpoint = self._checkpoint_of_adapters(checkpoint, written_later=not writes_at_once)
+        if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
+            self._forget_replaced_merge()
+            if find_record(self.module) is not None:
+                checkpoint = self._checkpoint_of_adapters(checkpoint, written_later=not writes_at_once)
         beside = writes_at_once and self.strategy.is_global_zero  # the other processes get the path itself
         with disk.writing(filepath, beside=beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
-    def _saves_adapters(self) -> bool:
-        """Whether there is anything of this package to write."""
-        module = self.module
-        if self.stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
-            unmerge_or_forget(module)  # drops the record, and says so
+    def _forget_replaced_merge(self) -> None:
+        """Forget a merge if other code has loaded a file into the merged module. A file of the whole model holds it."""
+        if self.stage.save == "model" and not is_as_merged(View(self.module)):
+            unmerge_or_forget(self.module)  # drops the record, and says so
             compatibility.drop_averages(self.stage.callbacks)  # of the adapted module
-        return find_record(module) is not None
 
     def _keep_copies(self) -> None:
         """Keep the values of networks that copy others: a tuner's trial begins, in which other code may move them."""
