@@ -44,16 +44,25 @@ class AdapterOnLayer(UpdatedWeights):
 
     # Another layer's adapter
 
-    def lora_follow(self, original: "AdapterOnLayer | None") -> None:
-        """Follow another layer, which this one copies. None: train again."""
-        follows = original is not None
+    def lora_follow(self, original: "AdapterOnLayer") -> None:
+        """Follow another layer, which this one copies, and do not train."""
+        self.lora_pause()
+        self.lora_begin_as(original)
+
+    def lora_pause(self) -> None:
+        """Do not train from now on. What was learned stays."""
+        self._lora_set_follows(True)
+
+    def lora_train_again(self) -> None:
+        """Train, after a pause or after following another layer."""
+        self._lora_set_follows(False)
+
+    def _lora_set_follows(self, follows: bool) -> None:
         self.lora_settings = replace(self.lora_settings, follows=follows)
         for name, about in self.lora_roles().items():
             p = own_parameter(self, name)
             set_requires_grad(p, about.role.trains and not follows)
             p.grad = None
-        if original is not None:
-            self.lora_begin_as(original)
 
     def lora_begin_as(self, original: "AdapterOnLayer") -> None:
         """Take the values of another layer's adapter, if both updates are zero."""

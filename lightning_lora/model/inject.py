@@ -87,35 +87,32 @@ def _check_arguments(model: object, config: object) -> None:
         refuse_trainer_only(config)
 
 
-def inject(
-    model: nn.Module, config: LoRAConfig, *, name: str = "default", networks_are_known: bool = False
-) -> tuple[str, ...]:
-    """Adapt as :func:`inject_adapters` does. If they are known, ``config`` says which networks stand still."""
-    finds = not networks_are_known
+def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", find_still: bool = True) -> tuple[str, ...]:
+    """Adapt as :func:`inject_adapters` does. ``find_still=False``: ``config`` says which networks stand still."""
     record = records.check_start(model, "inject_adapters")
     if record is None:
         refuse_in_block(model, "inject_adapters")
-        return _inject(model, config, name, finds=finds)
+        return _inject(model, config, name, find_still=find_still)
     if name not in record.adapters:
         refuse_in_block(model, "inject_adapters")
     if not record.is_merged:
         with activate(model, name, config) as undo:
-            names = _inject(model, config, name, finds=finds)
+            names = _inject(model, config, name, find_still=find_still)
             undo.pop_all()
             return names
     if record.others:
         check_switchable(View(model))
-    return _inject(model, config, name, finds=finds)
+    return _inject(model, config, name, find_still=find_still)
 
 
-def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> tuple[str, ...]:
-    """Choose layers, then change the model. ``finds``: networks that stand still are looked for."""
-    if not finds:
+def _inject(model: nn.Module, config: LoRAConfig, name: str, *, find_still: bool) -> tuple[str, ...]:
+    """Choose layers, then change the model. ``find_still``: look for networks that stand still."""
+    if not find_still:
         config = _without_lost_exclusions(model, config)
     view = View(model, config)
     _refuse_pefts(view)
     note_what_the_user_set(view)
-    choices, networks = _choose(view, config, finds=finds)
+    choices, networks = _choose(view, config, find_still=find_still)
     unwanted = _unwanted_adapters(view, choices, networks)
     if unwanted or _to_be_adapted(choices):
         refuse_in_block(model, "inject_adapters")
@@ -124,7 +121,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, *, finds: bool) -> 
             attach.detach_adapters(view, unwanted)
             view.look_again(config)
         check_same(view, choices)
-        if finds:
+        if find_still:
             Guards().layers_chosen(view, _to_be_adapted(choices))
         adapters = _new_adapters(_to_be_adapted(choices))
         if adapters:
@@ -165,12 +162,12 @@ def _refuse_pefts(view: View) -> None:
         )
 
 
-def _choose(view: View, config: LoRAConfig, *, finds: bool) -> tuple[dict[str, Choice], Networks]:
+def _choose(view: View, config: LoRAConfig, *, find_still: bool) -> tuple[dict[str, Choice], Networks]:
     """The layers that get adapters, and the networks that get none."""
     targeted = select(view.model, config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
-    networks = networks_of(view, kinds, frozen, finds=finds)
+    networks = networks_of(view, kinds, frozen, find_still=find_still)
     choices = only(targeted, outside(targeted, networks.left))
     if not choices:
         raise TargetError(

@@ -16,7 +16,7 @@ from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import among, inside, modules_around, only, outside, where, without
+from lightning_lora.tensors.named import among, inside, modules_around, not_in, only, outside, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 
@@ -28,51 +28,51 @@ def left_still(still: Collection[str], title: str) -> str:
     )
 
 
-def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
+def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, find_still: bool = True) -> Networks:
     """Return what layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays.
 
     Args:
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
         still: Parameters of the base that stand still: frozen, or in no optimizer.
-        finds: Whether networks that stand still are looked for. Otherwise, the configuration names them.
+        find_still: Whether networks that stand still are looked for. Otherwise, the configuration names them.
     """
-    finds = finds and view.config.target_modules in AUTOMATIC
-    known = Networks()
-    if view.is_adapted and not view.is_merged:
-        known = view.adapter.networks
-    copies = {
-        **_copies_that_are_left(view, known),  # if none of them trains now
-        **find_copies(view.modules, view.base, kinds.keys(), still, may_lack=finds),
-    }
-    stays = _still_as_before(view, known)
-    if not still or not finds:
-        return Networks(still=stays, copies=copies).fitting(kinds.keys())
+    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC
+    find_still = find_still and layers_are_chosen_by_us
+    before = view.adapter.networks if view.is_on_layers else Networks()
+    copies = _copies_that_are_left(view, before)  # if none of them trains now
+    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=find_still)
+    still_as_before = _still_as_before(view, before)
+    if not still or not find_still:
+        return Networks(still=still_as_before, copies=copies).fitting(kinds.keys())
     found = find_networks(
         view.modules,
         view.base,
-        set(outside(_whole_layers(kinds), stays)),
+        set(outside(_whole_layers(kinds), still_as_before)),
         still - _weights_that_have_learned(view),
         beside=_named_beside(view),
         copies=copies,
         untrained=lambda: find_fresh(view).new,
     )
-    return replace(found, still=(*stays, *found.still)).fitting(kinds.keys())
+    return replace(found, still=(*still_as_before, *found.still)).fitting(kinds.keys())
 
 
-def _copies_that_are_left(view: View, known: Networks) -> dict[str, str]:
-    copies = only(known.copies, view.modules)
-    return among(copies, view.modules)
+def _copies_that_are_left(view: View, before: Networks) -> dict[str, str]:
+    """The earlier copies that the model still has, with their originals."""
+    copies: dict[str, str] = {}
+    for copy, original in before.copies.items():
+        if copy in view.modules and original in view.modules:
+            copies[copy] = original
+    return copies
 
 
-def _still_as_before(view: View, known: Networks) -> tuple[str, ...]:
+def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
-    if not known.still:
+    if not before.still:
         return ()
-    flags = view.record.base.flags_before()
-    frozen_before = without(flags, where(flags, bool))
-    thawed = without(view.base, frozen_before)
-    return tuple(network for network in known.still if not inside(thawed, [network]))
+    requires_grad = view.record.base.flags_before()
+    thawed = [name for name in view.base if requires_grad.get(name, True)]
+    return tuple(network for network in before.still if not inside(thawed, [network]))
 
 
 def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
@@ -111,52 +111,71 @@ def _named_beside(view: View) -> list[str]:
 def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
 
-    Return layers whose adapters have learned: these stay, and do not train.
+    Return layers whose adapters have learned: these stay, and are paused.
     """
     view = view_of(model)
-    still = unheld | set(only(view.base, view.frozen_by_user).values())
-    kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
-    found = networks_of(view, kinds, still)
-    known = view.adapter.networks
+    frozen_by_user = set(only(view.base, view.frozen_by_user).values())
+    still = unheld | frozen_by_user
+    found = networks_of(view, _kinds_that_train(view), still)
     copies = _copies_that_stand_still(view, found, still)
-    rests = _let_rest(view, unheld, known.below, copies)
-    Guards().networks_settled(view, rests, view.record.base.frozen_since)
+
+    paused = _pause_layers(view, unheld, copies)
+    _resume_layers(view, paused, copies)
+    Guards().networks_settled(view, paused, view.record.base.frozen_since)
     view.record.base.forget_frozen_since()
-    below = tuple(dict.fromkeys((*known.below, *found.below)))
-    view.adapter.networks = replace(known, below=below, copies=copies)
+
+    before = view.adapter.networks
+    below = tuple(dict.fromkeys((*before.below, *found.below)))
+    view.adapter.networks = replace(before, below=below, copies=copies)
     leave_alone(model, found.still)
     attach.freeze(view_of(model))  # what trains in full does not in a copy
     follow_originals(view_of(model))
-    return rests
+    return paused
+
+
+def _kinds_that_train(view: View) -> dict[str, type]:
+    """The adapter classes of the layers that train by themselves: not of copies, nor of what is paused."""
+    kinds: dict[str, type] = {}
+    for name, layer in view.layers.items():
+        if not layer.lora_settings.follows:
+            kinds[name] = layer.overlaid[0]
+    return kinds
 
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    trained_before = where(view.record.base.flags_before(), bool)
-    training = without(only(view.base, trained_before), among(view.base, still))
+    required_grad = view.record.base.flags_before()
+    training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
     return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
 
 
-def _let_rest(view: View, unheld: Set[nn.Parameter], below: Collection[str], copies: Mapping[str, str]) -> list[str]:
-    """Let adapters that have learned rest if no optimizer holds them or their weights. Return their layers."""
-    rests = []
+def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
+    """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
+    below = view.adapter.networks.below
+    paused = []
     for name, layer in view.layers.items():
         is_held = not view.weights_of(name) <= unheld
-        has_a_place = is_held or is_in_any(name, below) or is_in_any(name, copies)
-        if not has_a_place and not layer.lora_is_fresh():
-            rests.append(name)
-            layer.lora_follow(layer)  # itself: it keeps what it has learned
-        elif layer.lora_settings.follows and not is_in_any(name, copies):
-            layer.lora_follow(None)
-    return rests
+        if is_held or is_in_any(name, below) or is_in_any(name, copies):
+            continue
+        if not layer.lora_is_fresh():
+            layer.lora_pause()
+            paused.append(name)
+    return paused
+
+
+def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
+    """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
+    for name, layer in view.layers.items():
+        if layer.lora_settings.follows and name not in paused and not is_in_any(name, copies):
+            layer.lora_train_again()
 
 
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
-    known = view.adapter.networks
-    below = tuple(without(dict.fromkeys(known.below), still))
-    now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
+    before = view.adapter.networks
+    below = tuple(not_in(before.below, still))
+    now = replace(before, still=(*before.still, *still), below=below).fitting(view.layers.keys())
     left = inside(view.layers, now.left)
     if not left:
         return
@@ -173,15 +192,16 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
 
 def follow_copied(view: View, idle: Set[str]) -> None:
     """Let those of these layers that copy a network with others follow it."""
-    known = view.adapter.networks
-    view.adapter.networks = replace(known, copies={**known.copies, **copies_among(view, idle)})
+    before = view.adapter.networks
+    view.adapter.networks = replace(before, copies={**before.copies, **copies_among(view, idle)})
     follow_originals(view)
 
 
 def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     """Return networks of these layers that copy others. If their updates are zero, they begin with the same adapters.
 
-    A momentum copy that nobody froze then follows, if other code moves it. One that trains later, as an expert, does.
+    A momentum copy that nobody froze then follows its original, if other code moves it. A copy that an optimizer trains
+    later, such as an expert, trains by itself.
     """
     copies = copies_among(view, idle)
     networks = Networks(copies=copies)
@@ -203,10 +223,13 @@ def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
 def follow_originals(view: View) -> None:
     """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
     originals = _original_layers(view, view.adapter.networks)
-    for name, layer in view.layers.items():
-        may_learn_itself = not view.adapter.is_trained and layer.lora_is_fresh()  # one that has learned may rest
-        if name in originals or (layer.lora_settings.follows and may_learn_itself):
-            layer.lora_follow(originals.get(name))
+    for name, original in originals.items():
+        view.layers[name].lora_follow(original)
+    if view.adapter.is_trained:
+        return
+    for layer in without(view.layers, originals).values():
+        if layer.lora_settings.follows and layer.lora_is_fresh():  # one that has learned may be paused
+            layer.lora_train_again()
 
 
 def _original_layers(view: View, networks: Networks) -> dict[str, LoRALayer]:

@@ -101,6 +101,11 @@ class View:
         """Whether the updates are merged into the weights."""
         return state_of(self.model).is_merged
 
+    @property
+    def is_on_layers(self) -> bool:
+        """Whether adapters are on the layers, with or without effect."""
+        return state_of(self.model) in (State.ADAPTED, State.BASE_SHOWN)
+
     # Modules
 
     @cached_property

@@ -212,7 +212,7 @@ class Stage:
         if record is not None:
             name = record.adapter.name
         with reseeded(pl_module):
-            inject(pl_module, config, name=name, networks_are_known=stored is not None)
+            inject(pl_module, config, name=name, find_still=stored is None)
 
     # What guards look at
 
