@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
-from lightning_lora.training.optimizers.groups import Params, held_by
+from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
 from lightning_lora.training.optimizers.groups_behind import groups_without_split, split
 from lightning_lora.training.optimizers.scales import Scales
 
@@ -43,7 +43,7 @@ class Edit:
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
     """Return the groups as they were built. If other code edited them since: as they are now."""
-    now = [list(group["params"]) for group in optimizer.param_groups]
+    now = listed_parameters(optimizer)
     written = vars(optimizer).get(_WRITTEN, _Written(now, now))
     is_as_left = list(map(set, written.left)) == list(map(set, now))
     return written.built if is_as_left else now
