@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -20,15 +20,21 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.settle import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
+from lightning_lora.tensors.named import not_in, where
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted
 from lightning_lora.training.first_batches import first_batches, refusal
 from lightning_lora.training.no_trace import leave_no_trace
 
 
+def _needs_data(config: LoRAConfig) -> bool:
+    """Whether adapters start from data."""
+    return INITIALISATIONS[config.init].observe is not None
+
+
 def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
     """Refuse a start from data where no batch can run before the first step."""
-    if INITIALISATIONS[config.init].observe is None:
+    if not _needs_data(config):
         return
     title = type(pl_module).__name__
     if trainer.strategy.restore_checkpoint_after_setup:
@@ -42,10 +48,10 @@ def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRACo
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     """Let adapters that have not learned start from training data, if their ``init`` does. All else stays as it was."""
     view = view_of(pl_module)
-    if INITIALISATIONS[view.config.init].observe is None or not view.is_fresh():
+    if not _needs_data(view.config) or not view.is_fresh():
         return
     check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
-    layers = {name: layer for name, layer in view.layers.items() if not layer.lora_settings.follows}
+    layers = where(view.layers, _leads)
     start = _Start(trainer, pl_module, view.config, layers)
     start.check_quantised()
     start.run()
@@ -54,6 +60,11 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
         parameter.detach().copy_(values)
     follow_originals(view)
     copy_adapted(callbacks_of(trainer), pl_module, anew=True)  # into averages
+
+
+def _leads(layer: LoRALayer) -> bool:
+    """Whether a layer has adapters of its own: no copy follows another layer."""
+    return not layer.lora_settings.follows
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,9 @@ class _Start:
 
     def check_quantised(self) -> None:
         """Refuse quantised layers where gradients of weights are needed."""
-        packed = [name for name, layer in self.layers.items() if layer.lora_is_quantised(layer)]
-        if packed and self.initialisation.needs_gradients:
-            why = f"it needs gradients of weights, and {listed(packed)} are quantised ('eva' needs none)"
+        quantised = where(self.layers, _is_quantised)
+        if quantised and self.initialisation.needs_gradients:
+            why = f"it needs gradients of weights, and {listed(quantised)} are quantised ('eva' needs none)"
             raise refusal(self.config, why)
 
     def run(self) -> None:
@@ -89,7 +100,10 @@ class _Start:
                 self.module.eval()  # dropout would blur the inputs
             observed = self._observe(undo)
             number = self._run_batches()
-            started = [name for name, factors_of in observed.items() if self._write(self.layers[name], factors_of)]
+            started = []
+            for name, factors_of in observed.items():
+                if self._write(self.layers[name], factors_of):
+                    started.append(name)
         _tell(self.config, self.layers, started, number)
 
     def _observe(self, undo: ExitStack) -> dict[str, FromData]:
@@ -124,7 +138,7 @@ class _Start:
             for batch in islice(batches, most):
                 self._run_step(batch, number)
                 number += 1
-        changed = [name for name, (p, version) in versions.items() if version_of(p) != version]
+        changed = where(versions, _Version.has_passed)
         if changed:
             raise self.refusal(f"has written to {listed(changed)}, so build the module anew")
         return number
@@ -132,9 +146,11 @@ class _Start:
     def _run_step(self, batch: Any, number: int) -> None:
         """Run a training step, and its backward pass if gradients are needed."""
         step = self.module.training_step
-        takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        arguments = [batch]
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            arguments.append(number)
         with self.trainer.precision_plugin.train_step_context():
-            output = step(batch, number) if takes_index else step(batch)
+            output = step(*arguments)
         if output is None or not self.initialisation.needs_gradients:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -155,12 +171,28 @@ class _Start:
             raise self.refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
 
 
-def _versions_of(module: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
+def _is_quantised(layer: LoRALayer) -> bool:
+    """Whether a layer's own weight is quantised."""
+    return layer.lora_is_quantised(layer)
+
+
+class _Version(NamedTuple):
+    """How often a parameter was written."""
+
+    parameter: nn.Parameter
+    number: int
+
+    def has_passed(self) -> bool:
+        """Whether the parameter was written since."""
+        return version_of(self.parameter) != self.number
+
+
+def _versions_of(module: nn.Module) -> dict[str, _Version]:
     """How often each parameter was written. Those of inference mode do not tell."""
     versions = {}
     for name, parameter in named_parameters(module).items():
         if not parameter.is_inference():
-            versions[name] = (parameter, version_of(parameter))
+            versions[name] = _Version(parameter, version_of(parameter))
     return versions
 
 
@@ -174,6 +206,8 @@ def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora
 
 def _tell(config: LoRAConfig, layers: Collection[str], started: Collection[str], number: int) -> None:
     """Say how many layers have started from data, and which have not."""
-    others = [name for name in layers if name not in started]
-    more = f" These start as with 'kaiming': {listed(others)}." if others else ""
+    others = not_in(layers, started)
+    more = ""
+    if others:
+        more = f" These start as with 'kaiming': {listed(others)}."
     rank_zero_info(f"init={config.init!r}: {len(started)} layers start from {number} batches of training data.{more}")
