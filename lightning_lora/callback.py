@@ -144,7 +144,10 @@ class LoRACallback(Callback):
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         scales_of(lr_scale)
         AdapterState(self.config, name)  # checks the name
-        self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
+        self.merge = merge
+        self.save = save
+        self.lr_scale = lr_scale
+        self.name = name
         compatibility.join_other_package(LoRACallback)
         self._start()
 
@@ -153,7 +156,7 @@ class LoRACallback(Callback):
         values = {**vars(self), **self.config.to_dict()}
         changed = []
         for name, parameter in inspect.signature(LoRACallback).parameters.items():
-            if name in values and values[name] != parameter.default:
+            if values[name] != parameter.default:
                 changed.append(f"{name}={values[name]!r}")
         return f"{type(self).__name__}({', '.join(changed)})"
 
@@ -171,8 +174,10 @@ class LoRACallback(Callback):
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
-        vars(self).update({"lr_scale": 1, "name": "default", **state, "config": config, "given": given})
+        vars(self).update(_defaults())  # an older version may have stored fewer arguments
+        vars(self).update(state)
+        self.config = LoRAConfig.from_dict(state["config"])
+        self.given = frozenset(state["given"])
         self._start()
 
     # Set-up
@@ -390,6 +395,13 @@ class LoRACallback(Callback):
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
             self._stage.resumed = Resumed(trainer, checkpoint)
             self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of the arguments that are not those of LoRAConfig."""
+    parameters = inspect.signature(LoRACallback).parameters
+    of_config = {field.name for field in fields(LoRAConfig)}
+    return {name: parameters[name].default for name in parameters if name not in of_config}
 
 
 compatibility.join_other_package(LoRACallback)
