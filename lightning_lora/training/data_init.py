@@ -153,7 +153,9 @@ class _Start:
             output = step(*arguments)
         if output is None or not self.initialisation.needs_gradients:
             return
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = output
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise self.refusal("returns no loss with a gradient")
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own

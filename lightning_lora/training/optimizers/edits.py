@@ -68,8 +68,8 @@ def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
 
 def _forget_states_of_others(optimizer: Optimizer) -> None:
     """Drop the states of parameters that an optimizer no longer holds."""
-    held = held_by([optimizer])
     state = cast(dict[Any, Any], optimizer.state)
-    for key in list(state):
-        if isinstance(key, nn.Parameter) and key not in held:
+    others = state.keys() - held_by([optimizer])
+    for key in others:
+        if isinstance(key, nn.Parameter):
             del state[key]
