@@ -121,11 +121,12 @@ class _Start:
         has_started = False
         for matrix in layer.lora_matrices:
             factors = factors_of(matrix, matrix.rank(layer.lora_settings.r))
-            if factors is not None:
-                has_started = True
-                parameters = _write_factors(layer, matrix, *factors)
-                if self.initialisation.is_difference:
-                    keep_start(matrix, parameters)
+            if factors is None:
+                continue
+            has_started = True
+            parameters = _write_factors(layer, matrix, *factors)
+            if self.initialisation.is_difference:
+                keep_start(matrix, parameters)
         return has_started
 
     def _run_batches(self) -> int:
@@ -153,7 +154,7 @@ class _Start:
             output = step(*arguments)
         if output is None or not self.initialisation.needs_gradients:
             return
-        loss = output
+        loss: Any = output
         if isinstance(output, Mapping):
             loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:
