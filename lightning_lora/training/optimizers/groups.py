@@ -60,8 +60,9 @@ def listed_parameters(optimizer: Optimizer) -> list[Params]:
 def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """Return the parameters that some optimizers hold."""
     held = set[nn.Parameter]()
-    for group in groups_of(optimizers):
-        held.update(group.parameters)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:  # in a step too, so with nothing around
+            held.update(group["params"])
     return held
 
 

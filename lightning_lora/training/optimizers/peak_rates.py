@@ -13,8 +13,8 @@ from lightning_lora.training.optimizers.groups import groups_of
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
     """Return the highest rates of groups with adapters, and of those with anything else. Empty ones are among these."""
     adapters = set(view.adapters.values())
-    of_adapters: set[float] = set()
-    of_others: set[float] = set()
+    of_adapters = set[float]()
+    of_others = set[float]()
     for group in groups_of(optimizers):
         if group.holds_any(adapters):
             of_adapters.add(group.peak_rate)

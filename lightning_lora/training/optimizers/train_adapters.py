@@ -47,7 +47,7 @@ def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held = _built_by(optimizers)
-    adapted: set[nn.Parameter] = set()
+    adapted = set[nn.Parameter]()
     for name, layer in view.layers.items():
         weights = view.weights_of(name)
         adapted |= weights
@@ -98,7 +98,7 @@ class _Places:
 
     def in_groups(self, groups: list[Params]) -> list[Params]:
         """Return one optimizer's groups with adapters. Files keep the order."""
-        placed: set[nn.Parameter] = set()
+        placed = set[nn.Parameter]()
         edited = []
         for group in groups:
             trained = self._trained_in(group)
