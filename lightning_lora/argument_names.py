@@ -39,6 +39,12 @@ _EXPLAINED: dict[str, Collection[str]] = {}
 """The arguments of each class whose errors are explained here, by the name of the class."""
 
 
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of a class's arguments."""
+    parameters = inspect.signature(cls).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
 def explains_arguments(cls: _Class) -> _Class:
     """Let errors on unknown arguments name the right one.
 
@@ -52,8 +58,8 @@ def explains_arguments(cls: _Class) -> _Class:
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
         unknown = [name for name in kwargs if name not in names]
         if unknown:
-            hints = "; ".join(f"{name}: {_hint(cls, name, names)}" for name in unknown)
-            raise ConfigError(f"{cls.__name__} got unknown arguments. {hints}.")
+            hints = [f"{name}: {_hint(cls, name, names)}" for name in unknown]
+            raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(hints)}.")
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
         if given.issuperset(names):  # a command line gives them all

@@ -1,6 +1,5 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
-import inspect
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from inspect import cleandoc
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.argument_names import explains_arguments
+from lightning_lora.argument_names import defaults_of, explains_arguments
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
@@ -23,6 +22,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
+from lightning_lora.tensors.named import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise
@@ -144,17 +144,16 @@ class LoRACallback(Callback):
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         scales_of(lr_scale)
         AdapterState(self.config, name)  # checks the name
-        self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
+        self.merge, self.save = merge, save
+        self.lr_scale, self.name = lr_scale, name
         compatibility.join_other_package(LoRACallback)
         self._start()
 
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
         values = {**vars(self), **self.config.to_dict()}
-        changed = []
-        for name, parameter in inspect.signature(LoRACallback).parameters.items():
-            if name in values and values[name] != parameter.default:
-                changed.append(f"{name}={values[name]!r}")
+        defaults = defaults_of(LoRACallback)
+        changed = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
@@ -171,8 +170,10 @@ class LoRACallback(Callback):
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
-        vars(self).update({"lr_scale": 1, "name": "default", **state, "config": config, "given": given})
+        defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))  # older versions have fewer arguments
+        vars(self).update({**defaults, **state})
+        self.config = LoRAConfig.from_dict(state["config"])
+        self.given = frozenset(state["given"])
         self._start()
 
     # Set-up

@@ -1,6 +1,6 @@
 """Adapters that start from the fit's own data: some batches run through the module before its first step."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -27,9 +27,14 @@ from lightning_lora.training.first_batches import first_batches, refusal
 from lightning_lora.training.no_trace import leave_no_trace
 
 
+def _needs_data(config: LoRAConfig) -> bool:
+    """Whether adapters start from data."""
+    return INITIALISATIONS[config.init].observe is not None
+
+
 def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
     """Refuse a start from data where no batch can run before the first step."""
-    if INITIALISATIONS[config.init].observe is None:
+    if not _needs_data(config):
         return
     title = type(pl_module).__name__
     if trainer.strategy.restore_checkpoint_after_setup:
@@ -43,10 +48,10 @@ def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRACo
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     """Let adapters that have not learned start from training data, if their ``init`` does. All else stays as it was."""
     view = view_of(pl_module)
-    if INITIALISATIONS[view.config.init].observe is None or not view.is_fresh():
+    if not _needs_data(view.config) or not view.is_fresh():
         return
     check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
-    layers = where(view.layers, _starts_by_itself)
+    layers = where(view.layers, _leads)
     start = _Start(trainer, pl_module, view.config, layers)
     start.check_quantised()
     start.run()
@@ -57,7 +62,8 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     copy_adapted(callbacks_of(trainer), pl_module, anew=True)  # into averages
 
 
-def _starts_by_itself(layer: LoRALayer) -> bool:
+def _leads(layer: LoRALayer) -> bool:
+    """Whether a layer has adapters of its own: no copy follows another layer."""
     return not layer.lora_settings.follows
 
 
@@ -81,9 +87,9 @@ class _Start:
 
     def check_quantised(self) -> None:
         """Refuse quantised layers where gradients of weights are needed."""
-        packed = where(self.layers, _is_quantised)
-        if packed and self.initialisation.needs_gradients:
-            why = f"it needs gradients of weights, and {listed(packed)} are quantised ('eva' needs none)"
+        quantised = where(self.layers, _is_quantised)
+        if quantised and self.initialisation.needs_gradients:
+            why = f"it needs gradients of weights, and {listed(quantised)} are quantised ('eva' needs none)"
             raise refusal(self.config, why)
 
     def run(self) -> None:
@@ -94,10 +100,10 @@ class _Start:
                 self.module.eval()  # dropout would blur the inputs
             observed = self._observe(undo)
             number = self._run_batches()
-            started = set()
+            started = []
             for name, factors_of in observed.items():
                 if self._write(self.layers[name], factors_of):
-                    started.add(name)
+                    started.append(name)
         _tell(self.config, self.layers, started, number)
 
     def _observe(self, undo: ExitStack) -> dict[str, FromData]:
@@ -115,11 +121,12 @@ class _Start:
         has_started = False
         for matrix in layer.lora_matrices:
             factors = factors_of(matrix, matrix.rank(layer.lora_settings.r))
-            if factors is not None:
-                has_started = True
-                parameters = _write_factors(layer, matrix, *factors)
-                if self.initialisation.is_difference:
-                    keep_start(matrix, parameters)
+            if factors is None:
+                continue
+            has_started = True
+            parameters = _write_factors(layer, matrix, *factors)
+            if self.initialisation.is_difference:
+                keep_start(matrix, parameters)
         return has_started
 
     def _run_batches(self) -> int:
@@ -132,7 +139,7 @@ class _Start:
             for batch in islice(batches, most):
                 self._run_step(batch, number)
                 number += 1
-        changed = where(versions, _was_written)
+        changed = where(versions, _Version.has_passed)
         if changed:
             raise self.refusal(f"has written to {listed(changed)}, so build the module anew")
         return number
@@ -140,12 +147,16 @@ class _Start:
     def _run_step(self, batch: Any, number: int) -> None:
         """Run a training step, and its backward pass if gradients are needed."""
         step = self.module.training_step
-        takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        arguments = [batch]
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            arguments.append(number)
         with self.trainer.precision_plugin.train_step_context():
-            output = step(batch, number) if takes_index else step(batch)
+            output = step(*arguments)
         if output is None or not self.initialisation.needs_gradients:
             return
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss: Any = output
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise self.refusal("returns no loss with a gradient")
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -163,11 +174,20 @@ class _Start:
             raise self.refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
 
 
+def _is_quantised(layer: LoRALayer) -> bool:
+    """Whether a layer's own weight is quantised."""
+    return layer.lora_is_quantised(layer)
+
+
 class _Version(NamedTuple):
-    """How often a parameter was written, at one moment."""
+    """How often a parameter was written."""
 
     parameter: nn.Parameter
     number: int
+
+    def has_passed(self) -> bool:
+        """Whether the parameter was written since."""
+        return version_of(self.parameter) != self.number
 
 
 def _versions_of(module: nn.Module) -> dict[str, _Version]:
@@ -179,14 +199,6 @@ def _versions_of(module: nn.Module) -> dict[str, _Version]:
     return versions
 
 
-def _was_written(before: _Version) -> bool:
-    return version_of(before.parameter) != before.number
-
-
-def _is_quantised(layer: LoRALayer) -> bool:
-    return layer.lora_is_quantised(layer)
-
-
 def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """Write both factors of a matrix. Return the values of all parameters of the layer's adapter."""
     values = {name: parameter.detach() for name, parameter in layer.lora_parameters().items()}
@@ -195,10 +207,10 @@ def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora
     return values
 
 
-def _tell(config: LoRAConfig, layers: Iterable[str], started: Collection[str], number: int) -> None:
+def _tell(config: LoRAConfig, layers: Collection[str], started: Collection[str], number: int) -> None:
     """Say how many layers have started from data, and which have not."""
-    message = f"init={config.init!r}: {len(started)} layers start from {number} batches of training data."
     others = not_in(layers, started)
+    more = ""
     if others:
-        message += f" These start as with 'kaiming': {listed(others)}."
-    rank_zero_info(message)
+        more = f" These start as with 'kaiming': {listed(others)}."
+    rank_zero_info(f"init={config.init!r}: {len(started)} layers start from {number} batches of training data.{more}")

@@ -1,5 +1,7 @@
 """The merge at the end of a fit: what it needs, and which adapters are merged."""
 
+from collections.abc import Collection
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -18,6 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import not_in, where
 from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
@@ -45,9 +48,10 @@ def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: obj
     tied = list(tied_weights(view))
     if save == "model":
         _check_whole_files(view, tied)
-    if merge:
-        _check_mergeable(view, merge)
-    if merge and tied and returns_state_only(trainer):
+    if not merge:
+        return
+    _check_mergeable(view, merge)
+    if tied and returns_state_only(trainer):
         raise ConfigError(
             f"merge={merge!r} is not possible: a weight of {listed(tied)} is tied, and a merge changes one use of it. "
             "A state dict from another process cannot hold both. Use strategy='ddp', or exclude_modules."
@@ -66,11 +70,11 @@ def _check_mergeable(view: View, merge: object) -> None:
 def _check_whole_files(view: View, tied: list[str]) -> None:
     """Refuse files of the whole model that would be wrong."""
     stored = state_dict(view.model, keep_vars=True)
-    not_stored = [name for name in view.adapted_weights if name not in stored]
+    not_stored = not_in(view.adapted_weights, stored)
     _refuse_whole_files(not_stored, "the module's own state_dict does not hold {}.")
     quantised = quantised_layers(view)
     _refuse_whole_files(quantised, "the weights of {} are quantised, so no update can be merged into them.")
-    spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
+    spread = where(view.parameters, is_dtensor)
     _refuse_whole_files(spread, "{} are spread over processes (FSDP2), and each save would gather the whole model.")
     _refuse_whole_files(
         tied,
@@ -79,7 +83,7 @@ def _check_whole_files(view: View, tied: list[str]) -> None:
     )
 
 
-def _refuse_whole_files(names: list[str], why: str) -> None:
+def _refuse_whole_files(names: Collection[str], why: str) -> None:
     """Refuse files of the whole model, if there are such names."""
     if names:
         raise ConfigError(
@@ -93,7 +97,7 @@ def check_layers_stayed(pl_module: LightningModule) -> None:
     view = View(pl_module)
     if not view.is_adapted or view.is_merged:
         return
-    gone = [name for name in view.adapter.layers if name not in view.layers]
+    gone = not_in(view.adapter.layers, view.layers)
     if not gone:
         return
     found = (

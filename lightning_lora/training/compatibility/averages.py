@@ -135,19 +135,27 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 
 def _only_changed(average: Any) -> Any:
     """A function that averages only tensors that differ."""
-    is_one_already = getattr(average, "func", None) is _average_changed
-    return average if is_one_already else partial(_average_changed, average)
+    if getattr(average, "func", None) is _average_changed:  # it is one already
+        return average
+    return partial(_average_changed, average)
 
 
 def _average_changed(average: Callable[..., Any], averaged: Any, current: Any, count: Any) -> Any:
     """Average two tensors, or two lists of them, where they are not equal: arithmetic would lose -0.0 and infinity."""
     if isinstance(averaged, Tensor):
-        return averaged if _is_same(averaged, current) else average(averaged, current, count)
+        return _average_tensor(average, averaged, current, count)
     pairs = [pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)]
     if not pairs:
         return None
     averaged, current = zip(*pairs, strict=True)
     return average(list(averaged), list(current), count)
+
+
+def _average_tensor(average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any) -> Any:
+    """Average two tensors, where they are not equal."""
+    if _is_same(averaged, current):
+        return averaged
+    return average(averaged, current, count)
 
 
 def _is_same(averaged: Tensor, current: Tensor) -> bool:

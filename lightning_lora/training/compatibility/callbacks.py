@@ -31,10 +31,10 @@ def kinds_of(trainer: Trainer) -> set[str]:
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
-    ours = [callback for callback in callbacks if _is_ours(callback)]
-    if len(ours) > 1:
+    number = sum(map(_is_ours, callbacks))
+    if number > 1:
         raise ConfigError(
-            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
+            f"The Trainer has {number} LoRACallbacks. Expected one. For several adapters, fit once for each "
             "name, or use LoRASweep."
         )
     if stage == "fit":
@@ -74,5 +74,8 @@ def states_are_read(callbacks: list[Callback]) -> bool:
 
 def _reads_states(callback: Callback) -> bool:
     """Whether a callback does something when a checkpoint is loaded."""
-    kinds = [kind.__name__ for kind in type(callback).__mro__ if "on_load_checkpoint" in vars(kind)]
-    return not set(kinds) <= {"Callback"}  # that of either Lightning package, which does nothing
+    for kind in type(callback).__mro__:
+        is_plain = kind.__name__ == "Callback"  # that of either Lightning package, which does nothing
+        if "on_load_checkpoint" in vars(kind) and not is_plain:
+            return True
+    return False

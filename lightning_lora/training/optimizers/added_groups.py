@@ -1,6 +1,6 @@
 """Parameter groups that code adds in the middle of a fit, as gradual unfreezing does."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.named import among
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.training.optimizers.groups import Group, held_by
+from lightning_lora.training.optimizers.groups import Group, held_by, torch_optimizers
 
 
 @contextmanager
@@ -24,8 +25,9 @@ def added_groups_fit(module: LightningModule) -> Iterator[None]:
     Code may call an optimizer, or Lightning's wrapper of it.
     """
     wrappers = module.optimizers()
-    reached = [*module.trainer.optimizers, *(wrappers if isinstance(wrappers, list) else [wrappers])]
-    changed = [each for each in reached if isinstance(each, Optimizer)]
+    if not isinstance(wrappers, list):
+        wrappers = [wrappers]
+    changed = torch_optimizers([*module.trainer.optimizers, *wrappers])
     for optimizer in changed:
         vars(optimizer)["add_param_group"] = partial(_add_param_group, module, optimizer)
     try:
@@ -47,15 +49,16 @@ def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None
 def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
     """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
     held = held_by([optimizer])
-    added = {_parameter_of(item) for item in group["params"]}
-    twice = _named_among({**view.adapters, **view.trained}, held & added)
-    busy = [*map(owner_of, twice), *_layers_that_train(view, held, added)]
-    if not busy:
+    added = set(map(_parameter_of, group["params"]))
+    twice = among({**view.adapters, **view.trained}, held & added)
+    layers = dict.fromkeys(map(owner_of, twice))
+    layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
+    if not layers:
         return
-    frozen = _named_among(view.frozen, added)
+    frozen = among(view.frozen, added)
     left_out = {*twice.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
-    _tell(dict.fromkeys(busy), frozen)
+    _tell(layers, frozen)
 
 
 def _parameter_of(item: Any) -> Any:
@@ -63,26 +66,22 @@ def _parameter_of(item: Any) -> Any:
     return item[1] if isinstance(item, tuple) else item
 
 
-def _named_among(named: Mapping[str, nn.Parameter], parameters: Collection[Any]) -> dict[str, nn.Parameter]:
-    """Those of some named parameters that are among others."""
-    return {name: p for name, p in named.items() if p in parameters}
-
-
 def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
     """Layers whose weights are added, and whose adapters the optimizer trains in their place."""
     found = []
     for name, layer in view.layers.items():
-        if not held.isdisjoint(layer.lora_trained()) and not added.isdisjoint(view.weights_of(name)):
+        trains = not held.isdisjoint(layer.lora_trained())
+        if trains and not added.isdisjoint(view.weights_of(name)):
             found.append(name)
     return found
 
 
-def _tell(busy: Collection[str], frozen: Collection[str]) -> None:
+def _tell(layers: Collection[str], frozen: Collection[str]) -> None:
     """Say what was left out of an added group."""
     stays = ""
     if frozen:
         stays = f" Frozen weights stay frozen: {listed(frozen)}. To train some, use modules_to_save."
     rank_zero_info(
-        f"A parameter group was added in training. What trains in {listed(busy)} has its group already, and is left "
+        f"A parameter group was added in training. What trains in {listed(layers)} has its group already, and is left "
         f"out of the new one.{stays}"
     )

@@ -1,6 +1,6 @@
 """Build the optimizers of a module that has adapters: its own code shall see what it expects."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,14 +34,19 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except Exception as error:
-        if not any(name in str(error) for name in view.adapters):
+        if not _names_any(error, view.adapters):
             raise
         first_error = error
     with _plain(view), suppress(Exception):
         built = build()
-        if all(group["params"] for group in groups_of(strategy.optimizers)):  # an empty one is for adapters
+        if all(group.parameters for group in groups_of(strategy.optimizers)):  # an empty one is for adapters
             return built
     raise first_error
+
+
+def _names_any(error: Exception, names: Iterable[str]) -> bool:
+    """Whether the text of an error names one of these parameters."""
+    return any(map(str(error).__contains__, names))
 
 
 @contextmanager

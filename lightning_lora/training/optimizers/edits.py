@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
-from lightning_lora.training.optimizers.groups import Params, held_by
+from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
 from lightning_lora.training.optimizers.groups_behind import groups_without_split, split
 from lightning_lora.training.optimizers.scales import Scales
 
@@ -43,7 +43,7 @@ class Edit:
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
     """Return the groups as they were built. If other code edited them since: as they are now."""
-    now = [list(group["params"]) for group in optimizer.param_groups]
+    now = listed_parameters(optimizer)
     written = vars(optimizer).get(_WRITTEN, _Written(now, now))
     is_as_left = list(map(set, written.left)) == list(map(set, now))
     return written.built if is_as_left else now
@@ -68,8 +68,8 @@ def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
 
 def _forget_states_of_others(optimizer: Optimizer) -> None:
     """Drop the states of parameters that an optimizer no longer holds."""
-    held = held_by([optimizer])
     state = cast(dict[Any, Any], optimizer.state)
-    for key in list(state):
-        if isinstance(key, nn.Parameter) and key not in held:
+    others = state.keys() - held_by([optimizer])
+    for key in others:
+        if isinstance(key, nn.Parameter):
             del state[key]

@@ -7,6 +7,7 @@ steps that are small beside a weight are rounded away.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.early_optimizers import steps_are_in_float32
 from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.named import where
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.groups import held_by, torch_optimizers
 
 KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and so in files, with its values in float32
 
@@ -27,7 +29,16 @@ def float16_weights(view: View) -> dict[str, nn.Parameter]:
     """Return the weights that train in full in float16, if adapters are kept in float32."""
     if not view.config.autocast_adapter_dtype:
         return {}
-    return {name: p for name, p in view.trained.items() if p.dtype == torch.float16 and p.requires_grad}
+    in_float16 = where(view.trained, _is_float16)
+    return where(in_float16, _requires_grad)
+
+
+def _is_float16(p: nn.Parameter) -> bool:
+    return p.dtype == torch.float16
+
+
+def _requires_grad(p: nn.Parameter) -> bool:
+    return p.requires_grad
 
 
 class Float32Steps:
@@ -94,7 +105,7 @@ class Float32Steps:
 
 def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
     """Refuse weights that are spread over processes: their values cannot be replaced."""
-    spread = [name for name, p in weights.items() if is_dtensor(p)]
+    spread = where(weights, is_dtensor)
     if spread:
         raise OptimizerError(
             f"{listed(spread)} of {title} would train in full in float16, in which Adam ends in NaN, and are "
@@ -105,12 +116,11 @@ def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
 @contextmanager
 def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
     """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
-    held = held_by(each for each in optimizers if isinstance(each, Optimizer))
-    weights = []
-    for p in float16_weights(view_of(model)).values():
-        if p in held and not is_dtensor(p):
-            weights.append(p)
-            _convert(p, p.data.float())
+    held = held_by(torch_optimizers(optimizers))
+    held_weights = held.intersection(float16_weights(view_of(model)).values())
+    weights = list(filterfalse(is_dtensor, held_weights))
+    for p in weights:
+        _convert(p, p.data.float())
     try:
         yield
     finally:

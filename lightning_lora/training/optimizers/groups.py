@@ -1,6 +1,7 @@
-"""Parameter groups of optimizers, and which parameters they hold."""
+"""Parameter groups of optimizers, and what is asked of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -9,16 +10,60 @@ from torch.optim import Optimizer
 Params = list[nn.Parameter]
 Group = dict[str, Any]
 
+_RATES = ("lr", "initial_lr", "max_lr")
 
-def groups_of(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
-    """Yield all groups of some optimizers."""
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One parameter group of an optimizer, and its settings there."""
+
+    settings: Group
+
+    @property
+    def parameters(self) -> Params:
+        """Its parameters, in the optimizer's own list."""
+        parameters: Params = self.settings["params"]
+        return parameters
+
+    @property
+    def peak_rate(self) -> float:
+        """Its highest learning rate, as a scheduler may begin with a lower one. Without a rate, zero."""
+        peak = 0.0
+        for key in _RATES:
+            rate = self.settings.get(key)
+            if rate is not None:
+                peak = max(peak, float(rate))
+        return peak
+
+    def holds_any(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether it holds one of some parameters."""
+        return not set(self.parameters).isdisjoint(parameters)
+
+    def holds_only(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether it holds some of these parameters, and nothing else. An empty group does not."""
+        return bool(self.parameters) and set(self.parameters).issubset(parameters)
+
+
+def groups_of(optimizers: Iterable[Optimizer]) -> list[ParameterGroup]:
+    """Return all groups of some optimizers."""
+    groups: list[ParameterGroup] = []
     for optimizer in optimizers:
-        yield from optimizer.param_groups
+        groups += map(ParameterGroup, optimizer.param_groups)
+    return groups
+
+
+def listed_parameters(optimizer: Optimizer) -> list[Params]:
+    """Return the parameters of each group, in lists that may be changed."""
+    return [list(group["params"]) for group in optimizer.param_groups]
 
 
 def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """Return the parameters that some optimizers hold."""
-    return parameters_in(group["params"] for group in groups_of(optimizers))
+    held = set[nn.Parameter]()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:  # in a step too, so with nothing around
+            held.update(group["params"])
+    return held
 
 
 def parameters_in(groups: Iterable[Params]) -> set[nn.Parameter]:
@@ -29,3 +74,8 @@ def parameters_in(groups: Iterable[Params]) -> set[nn.Parameter]:
 def settings_of(groups: Iterable[Group], key: str) -> list[Any]:
     """Return what each group has as a setting, or None."""
     return [group.get(key) for group in groups]
+
+
+def torch_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
+    """Return those that are optimizers of torch, and no wrappers such as DeepSpeed's."""
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]

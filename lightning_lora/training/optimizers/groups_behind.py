@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import OptimizerError
-from lightning_lora.training.optimizers.groups import Group, Params, parameters_in, settings_of
+from lightning_lora.training.optimizers.groups import Group, Params, listed_parameters, parameters_in, settings_of
 from lightning_lora.training.optimizers.scales import AdapterScale, Scales
 from lightning_lora.training.optimizers.watched_steps import WatchedSteps
 
@@ -63,7 +63,7 @@ def check_splits(optimizer: Optimizer, groups: list[Params], scales: Scales) -> 
 def _has_rates(optimizer: Optimizer) -> bool:
     """Whether an optimizer has a learning rate for each of its groups."""
     rates = settings_of(optimizer.param_groups, "lr")
-    return not isinstance(optimizer, LBFGS) and all(rate is not None for rate in rates)
+    return not isinstance(optimizer, LBFGS) and None not in rates
 
 
 def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Params]:
@@ -125,7 +125,7 @@ def unsplit(optimizer: Optimizer) -> None:
 
 def groups_without_split(optimizer: Optimizer) -> list[Params]:
     """Return the parameters of each of the module's groups as :func:`unsplit` will leave them."""
-    groups = [list(group["params"]) for group in optimizer.param_groups]
+    groups = listed_parameters(optimizer)
     behind = _BEHIND.get(optimizer)
     if behind is None:
         return groups

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
+from lightning_lora.tensors.named import where
 from lightning_lora.training.optimizers.groups import Group
 
 _NOT_SETTINGS = {"params", "param_names", "name"}
@@ -88,11 +89,11 @@ def _first_group(stored: dict[str, Any]) -> Group:
 def classes_with(settings: set[str]) -> list[str]:
     """Return the names of torch's optimizers whose parameter groups have these settings."""
     found: list[str] = []
-    for name, make in vars(torch.optim).items():
-        if _is_optimizer_class(make):
-            sample = make([nn.Parameter(torch.zeros(1, 1))], lr=0.1)
-            if _settings(sample.param_groups[0]) == settings:
-                found.append(name)
+    classes = where(vars(torch.optim), _is_optimizer_class)
+    for name, optimizer_class in classes.items():
+        sample = optimizer_class([nn.Parameter(torch.zeros(1, 1))], lr=0.1)
+        if _settings(sample.param_groups[0]) == settings:
+            found.append(name)
     return found
 
 

@@ -1,26 +1,25 @@
 """The highest learning rates of a fit: what its tables and advice say of them."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
-from lightning_lora.training.optimizers.groups import Group, groups_of
+from lightning_lora.training.optimizers.groups import groups_of
 
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
     """Return the highest rates of groups with adapters, and of those with anything else. Empty ones are among these."""
     adapters = set(view.adapters.values())
-    of_adapters: set[float] = set()
-    of_others: set[float] = set()
+    of_adapters = set[float]()
+    of_others = set[float]()
     for group in groups_of(optimizers):
-        parameters = set(group["params"])
-        rate = _peak_rate(group)
-        if parameters & adapters:
-            of_adapters.add(rate)
-        if not parameters or parameters - adapters:
-            of_others.add(rate)
+        if group.holds_any(adapters):
+            of_adapters.add(group.peak_rate)
+        if not group.holds_only(adapters):
+            of_others.add(group.peak_rate)
     return sorted(of_adapters), sorted(of_others)
 
 
@@ -29,27 +28,15 @@ def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, flo
     rates = _rates_by_parameter(optimizers)
     highest: dict[str, float] = {}
     for name, layer in view.layers.items():
-        of_layer = [rates[p] for p in layer.lora_trained() if p in rates]
-        if of_layer:
-            highest[name] = max(of_layer)
+        held = rates.keys() & set(layer.lora_trained())
+        if held:
+            highest[name] = max(map(rates.__getitem__, held))
     return highest
 
 
 def _rates_by_parameter(optimizers: Iterable[Optimizer]) -> dict[nn.Parameter, float]:
     """The highest rate of each parameter: several optimizers may hold it."""
     rates: dict[nn.Parameter, float] = {}
-    for group in groups_of(optimizers):
-        rate = _peak_rate(group)
-        for p in group["params"]:
-            rates[p] = max(rate, rates.get(p, 0))
+    for group in sorted(groups_of(optimizers), key=attrgetter("peak_rate")):  # so the highest is written last
+        rates.update(dict.fromkeys(group.parameters, group.peak_rate))
     return rates
-
-
-def _peak_rate(group: Group) -> float:
-    """The highest rate of a group: a scheduler may begin with a lower one."""
-    rates = [0.0]  # without a rate, zero
-    for key in ("lr", "initial_lr", "max_lr"):
-        rate = group.get(key)
-        if rate is not None:
-            rates.append(float(rate))
-    return max(rates)

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import is_in_any, named_parameters, owner_of
+from lightning_lora.tensors.named import among, only, outside, where
+from lightning_lora.tensors.names import named_parameters, owner_of
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
@@ -25,23 +26,25 @@ def place_rest(view: View, edits: Iterable[Edit], rests: Sequence[str]) -> None:
         _tell_of_only_group(view, rest)
         return
     below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
-    unplaced = [name for name in rest if not is_in_any(name, below)]
+    unplaced = outside(rest, below)
     if unplaced:
         raise no_place(view.title, unplaced, len(groups))
 
 
 def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> dict[str, nn.Parameter]:
     """The parameters that train and that no group holds. In ``idle`` networks, they are meant to have none."""
+    parameters = named_parameters(view.model)
     rest = {}
-    for name, p in named_parameters(view.model).items():
-        if p.requires_grad and p not in placed and not is_in_any(name, idle):
+    for name in outside(parameters, idle):
+        p = parameters[name]
+        if p.requires_grad and p not in placed:
             rest[name] = p
     return rest
 
 
 def _tell_of_only_group(view: View, rest: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = [name for name in rest if not is_in_any(name, view.adapter.networks.below)]
+    told = outside(rest, view.adapter.networks.below)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 
@@ -64,9 +67,9 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     if any(edit.groups):
         return
-    held = parameters_in(edit.built)
-    flags_before = view.record.base.flags_before()
-    lost = [name for name, p in view.base.items() if p in held and flags_before.get(name)]
+    held = among(view.base, parameters_in(edit.built))
+    trained_before = where(view.record.base.flags_before(), bool)
+    lost = only(held, trained_before)
     if not lost:
         return
     networks = networks_around(owner_of(name) or name for name in lost)
@@ -90,7 +93,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
     if all(frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
         return
     added = frozen & held_by([optimizer])
-    names = [name for name, p in view_of(model).frozen.items() if p in added]
+    names = among(view_of(model).frozen, added)
     raise OptimizerError(
         f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
         "their modules in modules_to_save to train them, or remove the code or the callback that adds them."

@@ -27,9 +27,11 @@ _FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}
 
 def scales_of(lr_scale: Scale) -> dict[str, float]:
     """Return the scale of A and that of B."""
-    scales: dict[str, Any] = lr_scale if isinstance(lr_scale, dict) else {"A": lr_scale, "B": lr_scale}
-    invalid = [scale for scale in scales.values() if not _is_scale(scale)]
-    if invalid or not scales.keys() <= {"A", "B"}:
+    scales: dict[str, Any] = dict.fromkeys("AB", lr_scale)
+    if isinstance(lr_scale, dict):
+        scales = lr_scale
+    are_valid = all(map(_is_scale, scales.values()))
+    if not are_valid or not scales.keys() <= {"A", "B"}:
         raise ConfigError(
             f"lr_scale={lr_scale!r} is not valid. Expected a number above zero, or two: {{'A': 10, 'B': 160}}."
         )
@@ -44,18 +46,21 @@ def _is_scale(value: object) -> bool:
 def scales_in(view: View, lr_scale: Scale) -> Scales:
     """Return the scale of each adapter with another rate, and its group's name."""
     scales = scales_of(lr_scale)
-    by_role = {role: _of_factor(factor, scales) for role, factor in _FACTORS.items()}
+    by_role = _scales_by_role(scales)
     found: Scales = {}
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
-            of_role = by_role.get(about.role)
-            if of_role is not None and of_role.scale != 1:
-                found[own_parameter(layer, name)] = of_role
+            if about.role in by_role:
+                found[own_parameter(layer, name)] = by_role[about.role]
     return found
 
 
-def _of_factor(factor: str, scales: dict[str, float]) -> AdapterScale:
-    """The scale of A or B. If both have the same, they are in one group."""
+def _scales_by_role(scales: dict[str, float]) -> dict[Role, AdapterScale]:
+    """The scales of parameters whose rate differs. If A and B have the same, they are in one group."""
     has_one_scale = scales["A"] == scales["B"]
-    title = "lora" if has_one_scale else f"lora_{factor}"
-    return AdapterScale(title, scales[factor])
+    by_role = {}
+    for role, factor in _FACTORS.items():
+        if scales[factor] != 1:
+            title = "lora" if has_one_scale else f"lora_{factor}"
+            by_role[role] = AdapterScale(title, scales[factor])
+    return by_role

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -48,7 +47,7 @@ def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held = _built_by(optimizers)
-    adapted: set[nn.Parameter] = set()
+    adapted = set[nn.Parameter]()
     for name, layer in view.layers.items():
         weights = view.weights_of(name)
         adapted |= weights
@@ -61,8 +60,10 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The parameters in the groups as they were built."""
-    groups = chain.from_iterable(map(built_groups, optimizers))
-    return parameters_in(groups)
+    held = set[nn.Parameter]()
+    for optimizer in optimizers:
+        held |= parameters_in(built_groups(optimizer))
+    return held
 
 
 def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
@@ -97,22 +98,27 @@ class _Places:
 
     def in_groups(self, groups: list[Params]) -> list[Params]:
         """Return one optimizer's groups with adapters. Files keep the order."""
-        placed: set[nn.Parameter] = set()
+        placed = set[nn.Parameter]()
         edited = []
         for group in groups:
-            new = [p for p in self._in_group(group) if p not in placed]
+            trained = self._trained_in(group)
+            new = [p for p in trained if p not in placed]
             placed.update(new)
             edited.append(new)
         return edited
 
-    def _in_group(self, group: Params) -> list[nn.Parameter]:
+    def _trained_in(self, group: Params) -> list[nn.Parameter]:
         """What trains in one group, each once: its own parameters that are not frozen, and adapters."""
-        elsewhere = self.chosen.difference(group)
-        followed = {p: self.followers.get(p, []) for p in group}
-        following = parameters_in(followed.values())
+        following = parameters_in(map(self._followers_of, group))
         found: dict[nn.Parameter, None] = {}
-        for parameter, adapters in followed.items():
-            found.update(dict.fromkeys(p for p in adapters if p not in elsewhere))
+        for parameter in group:
+            found.update(dict.fromkeys(self._followers_of(parameter)))
             if parameter.requires_grad and parameter not in following:
                 found[parameter] = None
+        for elsewhere in self.chosen.difference(group):
+            found.pop(elsewhere, None)
         return list(found)
+
+    def _followers_of(self, weight: nn.Parameter) -> Params:
+        """The adapters' parameters that take the place of a weight."""
+        return self.followers.get(weight, [])

@@ -19,6 +19,19 @@ class _Before(NamedTuple):
     parameter: nn.Parameter
     value: Tensor
 
+    def can_learn(self) -> bool:
+        """Whether the parameter has a gradient that is finite and not zero."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            return False
+        return bool(0 < to_local(gradient).norm() < math.inf)
+
+    def was_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether a step has kept a state for the parameter, or changed it."""
+        if self.parameter in optimizer.state:
+            return True
+        return not torch.equal(to_local(self.parameter), self.value)
+
 
 class WatchedSteps:
     """Watches an optimizer's steps until one has trained a parameter of the added groups."""
@@ -35,34 +48,25 @@ class WatchedSteps:
             return
         for group in groups:
             if group["lr"] > 0:
-                self._before += [_Before(p, to_local(p).detach().clone()) for p in group["params"]]
+                self._copy(group["params"])
+
+    def _copy(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep copies of parameters."""
+        for p in parameters:
+            value = to_local(p).detach().clone()
+            self._before.append(_Before(p, value))
 
     def note_gradients(self) -> None:
         """Note whether a parameter has a gradient to learn from."""
-        if any(_can_learn(each.parameter) for each in self._before):
-            self._is_due = True
+        self._is_due |= any(map(_Before.can_learn, self._before))
 
     def end(self, optimizer: Optimizer) -> None:
         """After a step, refuse an optimizer that has trained nothing of these groups."""
         self.note_gradients()
-        if any(_was_trained(optimizer, each) for each in self._before):
-            self._has_trained = True
+        self._has_trained |= any(each.was_trained_by(optimizer) for each in self._before)
         self._before.clear()
         if self._is_due and not self._has_trained:
             raise OptimizerError(
                 f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
                 "lr_scale adds. Leave lr_scale out, or use another optimizer."
             )
-
-
-def _can_learn(p: nn.Parameter) -> bool:
-    """Whether a parameter has a gradient that is finite and not zero."""
-    if p.grad is None:
-        return False
-    return bool(0 < to_local(p.grad).norm() < math.inf)
-
-
-def _was_trained(optimizer: Optimizer, before: _Before) -> bool:
-    """Whether a step has changed a parameter, or kept a state for it."""
-    p = before.parameter
-    return p in optimizer.state or not torch.equal(to_local(p), before.value)
