@@ -12,7 +12,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_lora.training.optimizers.groups import groups_of
 from lightning_lora.training.steps.reentrant import gradients_pass
 
 _MANY = 10_000  # a container with more holds data, which are not looked into
@@ -36,8 +35,9 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
     undo.enter_context(torch.no_grad())  # to write the values back
     seen: set[int] = set()
     _remember(pl_module, undo, seen)
-    for group in groups_of(trainer.optimizers):
-        _remember(group, undo, seen)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            _remember(group, undo, seen)
     undo.enter_context(torch.enable_grad())
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
