@@ -58,8 +58,8 @@ class Limits:
 
 
 LIMITS = {
-    HOUSE: Limits(30.8, 56.5, 0.054, 2.78, 25),
-    TESTS: Limits(19, 53.5, 0.13, 2.83, 10),
+    HOUSE: Limits(25, 34.2, 0.035, 2.68, 1),
+    TESTS: Limits(11.9, 27.4, 0.063, 2.54, 3),
     EXAMPLES: Limits(18.7, 34, 0.046, 2.79, 0),
 }
 

@@ -96,11 +96,7 @@ OTHERS = {"22.6", "35.4", "0.9", "0.03"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--fast"], "--output"),
-        (["--e2e", "nowhere"], "nowhere has no valid.txt"),
-    ],
+    ("arguments", "named"), [(["--fast"], "--output"), (["--e2e", "nowhere"], "nowhere has no valid.txt")]
 )
 def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):

@@ -63,9 +63,7 @@ class Writer(Student):
         prompt_lengths = (labels != -100).int().argmax(1)
         targets: Tensor = labels[:, int(prompt_lengths.min()) :]  # the tokens before them need no logits
         output = self.pretrained(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=targets.shape[1] + 1,
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=targets.shape[1] + 1
         )
         logits = output.logits[:, :-1].transpose(1, 2)
         losses: Tensor = nn.functional.cross_entropy(logits, targets, reduction="none")

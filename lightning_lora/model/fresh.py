@@ -208,12 +208,7 @@ def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias:
 def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
     """The bounds of uniform initialisations: torch's own, Xavier's, Kaiming's for ReLU, and torchvision's."""
     fan_in, fan_out = _fans(weight)
-    bounds = {
-        fan_in**-0.5,
-        (6 / (fan_in + fan_out)) ** 0.5,
-        (6 / fan_in) ** 0.5,
-        weight.shape[0] ** -0.5,
-    }
+    bounds = {fan_in**-0.5, (6 / (fan_in + fan_out)) ** 0.5, (6 / fan_in) ** 0.5, weight.shape[0] ** -0.5}
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
         bounds.add(float(layer.hidden_size) ** -0.5)
     return bounds

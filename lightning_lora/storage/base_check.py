@@ -141,13 +141,7 @@ def _left_out(found: Comparison) -> str:
     return f"; {count} quantised {weights_were} not compared"
 
 
-def _difference(
-    view: View,
-    stored: Fingerprint,
-    here: Fingerprint,
-    found: Comparison | None,
-    shapes: Shapes,
-) -> str:
+def _difference(view: View, stored: Fingerprint, here: Fingerprint, found: Comparison | None, shapes: Shapes) -> str:
     """What is different. The first sentence says how much, the others what to do."""
     if found is None or _is_other_architecture(view, stored, here):
         return _other_architecture(view, stored, here, shapes)

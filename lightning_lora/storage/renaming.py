@@ -73,11 +73,7 @@ SAME_NAMES = Renaming()
 
 
 def find_renamings(
-    names: Sequence[str],
-    known: Collection[str],
-    *,
-    root_there: str = "",
-    root_here: str = "",
+    names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
 ) -> list[Renaming]:
     """Return the ways to exchange one prefix so that all names of a file are known.
 
@@ -98,10 +94,7 @@ def _all_known(names: Iterable[str], known: Collection[str], renaming: Renaming)
 
 
 def _other_renamings(
-    names: Sequence[str],
-    known: Collection[str],
-    root_there: str,
-    root_here: str,
+    names: Sequence[str], known: Collection[str], root_there: str, root_here: str
 ) -> Iterator[Renaming]:
     """Other prefixes: all that could go from the file's names, and all below which they could lie in the model."""
     shared = _shared_prefixes(names)
@@ -132,9 +125,7 @@ def _shared_prefixes(names: Sequence[str]) -> list[str]:
 
 
 def by_whole_names(
-    layers: Iterable[StoredLayer],
-    settings: LoRAConfig,
-    present: Collection[str] | None = None,
+    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
 ) -> LoRAConfig:
     """Return a configuration that names each layer in full. Each has its own rank and scaling."""
     targets = _Targets(use_rslora=settings.use_rslora)
@@ -222,10 +213,7 @@ def _slices(layer: StoredLayer) -> Any:
     return rows
 
 
-def list_or_expression(
-    names: list[str],
-    present: Collection[str] | None,
-) -> list[str] | str:
+def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
     """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
     if not names or (present is not None and _match_no_other(names, present)):
         return names

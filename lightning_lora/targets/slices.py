@@ -59,12 +59,7 @@ def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], weight: Adap
     parts = {}
     for part, (first, end) in rows.items():
         parts[part] = AdaptedMatrix(
-            weight.weight,
-            reads=weight.reads,
-            writes=end - first,
-            first=first,
-            rows=weight.writes,
-            name=part,
+            weight.weight, reads=weight.reads, writes=end - first, first=first, rows=weight.writes, name=part
         )
     return parts
 

@@ -21,14 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import lightning_lora
-from lightning_lora import (
-    LoRAConfig,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+from lightning_lora import LoRAConfig, inject_adapters, load_adapter, merge_adapters, save_adapter, unmerge_adapters
 
 PACKAGE = f"{Path(lightning_lora.__file__).parent}/"
 

@@ -50,14 +50,7 @@ def update_of(layer: Any) -> Tensor:
     return layer.lora_settings.scaling * layer.lora_B @ layer.lora_A
 
 
-SHOWN = [
-    "q_proj",
-    "v_proj",
-    "Linear",
-    "head.weight [4, 8]",
-    "4 frozen tensors",
-    "modules_to_save=['head']",
-]
+SHOWN = ["q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", "modules_to_save=['head']"]
 
 
 def test_inspect_shows_what_a_file_holds_as_tables(file: str, capsys: Any) -> None:
@@ -176,11 +169,7 @@ def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["export", url, f"{here}/peft"]) == 0
     assert main(["merge", f"file://{tmp_path}/base.safetensors", url, f"{here}/m.safetensors"]) == 0
     assert main(["combine", url, url, "--out", f"{here}/c.safetensors"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "peft",
-        "m.safetensors",
-        "c.safetensors",
-    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"peft", "m.safetensors", "c.safetensors"}
     assert main(["combine", url, url, "--out", f"{elsewhere}/c.safetensors"]) == 0
     assert main(["inspect", f"{elsewhere}/c.safetensors"]) == 0
     capsys.readouterr()
@@ -203,11 +192,7 @@ def test_what_no_command_can_use_is_refused(
     base = str(tmp_path / "base.safetensors")
     out = str(tmp_path / "out.safetensors")
     save_file(LitTiny().state_dict(), base)
-    arguments = {
-        "inspect": [file],
-        "combine": [file, file, "--out", out],
-        "merge": [base, file, out],
-    }
+    arguments = {"inspect": [file], "combine": [file, file, "--out", out], "merge": [base, file, out]}
     assert main([command, *arguments[command]]) == 1
     assert message in says(capsys)
     assert not Path(out).exists()
@@ -251,11 +236,7 @@ def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     base = str(tmp_path / "base.safetensors")
     saved(Path(file), LitTiny())
     save_file(LitTiny().state_dict(), base)
-    for command in (
-        ["inspect", odd],
-        ["merge", odd, file, "out.ckpt"],
-        ["merge", base, file, f"{odd}.safetensors"],
-    ):
+    for command in (["inspect", odd], ["merge", odd, file, "out.ckpt"], ["merge", base, file, f"{odd}.safetensors"]):
         shows_as_text(command, capsys)
     shows_as_text(["combine", file, file, "--out", f"{odd}.safetensors"], capsys)
     shows_as_text(["inspect", f"{odd}.safetensors"], capsys)

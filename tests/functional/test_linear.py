@@ -108,13 +108,7 @@ SHAPES = st.tuples(st.lists(st.integers(0, 4), max_size=4), st.integers(1, 6))
 )
 @settings(max_examples=60)
 def test_gradients_are_those_of_the_composition(
-    shape: tuple[list[int], int],
-    out: int,
-    r: int,
-    scaling: float,
-    layout: str,
-    trained: set[str],
-    with_bias: bool,
+    shape: tuple[list[int], int], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
 ) -> None:
     batch, reads = shape
     x, *others = detached(inputs(*batch, reads, out=out, r=r))
@@ -157,12 +151,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     ],
 )
 def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
-    tokens: int,
-    dtype: Any,
-    precision: str,
-    dropout: float,
-    is_updated: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    tokens: int, dtype: Any, precision: str, dropout: float, is_updated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
 
@@ -209,11 +198,7 @@ def with_gradients(tensors: list[Tensor], dropout: float, grad: Tensor) -> Tenso
 
 @pytest.mark.parametrize(
     ("dtype", "adapters", "dropout"),
-    [
-        (torch.bfloat16, torch.float32, 0.0),
-        (torch.bfloat16, torch.bfloat16, 0.3),
-        (torch.float16, torch.float32, 0.3),
-    ],
+    [(torch.bfloat16, torch.float32, 0.0), (torch.bfloat16, torch.bfloat16, 0.3), (torch.float16, torch.float32, 0.3)],
 )
 def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
     torch.manual_seed(0)
@@ -230,10 +215,7 @@ def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters
         assert one.grad.dtype == one.dtype
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dropout"),
-    [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)],
-)
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)])
 def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
     torch.manual_seed(0)
     x, weight, _, a, b = detached(inputs(256, 64))

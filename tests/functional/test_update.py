@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora import (
-    LoRAConfig,
-    MergePrecisionWarning,
-    inject_adapters,
-    merge_adapters,
-    unmerge_adapters,
-)
+from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
 from lightning_lora.functional.factors import with_rank
 from tests.support.compared import assert_state

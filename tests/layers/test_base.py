@@ -21,18 +21,7 @@ from lightning_lora import (
 from lightning_lora.layers import HAS_UPDATE
 from tests.support.cases import Three, three
 from tests.support.compared import assert_all_equal, assert_same_tensors
-from tests.support.layers import (
-    BAGS,
-    FLOATS,
-    INDEX,
-    LAYERS,
-    PLANE,
-    Model,
-    Scaled,
-    adapted,
-    config,
-    is_float,
-)
+from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
 from tests.support.models import WIDTH, X, randomise
 from tests.support.parameters import cloned, dtypes
 
@@ -124,11 +113,7 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
         (Conv1D(4, 5), {"x": FLOATS}, True),
         (nn.Embedding(5, 4), {"input": INDEX}, True),
         (nn.EmbeddingBag(5, 4), {"input": BAGS[0], "offsets": BAGS[1]}, False),
-        (
-            nn.ConvTranspose2d(4, 6, 3, stride=2),
-            {"input": PLANE, "output_size": [12, 11]},
-            False,
-        ),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2), {"input": PLANE, "output_size": [12, 11]}, False),
         (nn.Bilinear(5, 5, 6), {"input1": FLOATS, "input2": FLOATS}, False),
         (nn.GRUCell(5, 4), {"input": FLOATS[0]}, False),
     ],
@@ -152,16 +137,7 @@ def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments
 # Adapters are float32 over a base in half precision
 
 
-KINDS = [
-    "linear",
-    "scaled",
-    "padded embedding",
-    "bag",
-    "convolution",
-    "transposed convolution",
-    "bilinear",
-    "experts",
-]
+KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
 
 
 def floats_to(dtype: torch.dtype, tree: Any) -> Any:

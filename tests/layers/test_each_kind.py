@@ -20,11 +20,7 @@ INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
 
 @pytest.mark.parametrize(
     ("layer", "x"),
-    [
-        (nn.Conv2d(4, 6, 3), PLANE),
-        (nn.Conv2d(4, 6, 3, groups=2), PLANE),
-        (nn.Embedding(6, 6), INDEX),
-    ],
+    [(nn.Conv2d(4, 6, 3), PLANE), (nn.Conv2d(4, 6, 3, groups=2), PLANE), (nn.Embedding(6, 6), INDEX)],
     ids=["convolution", "grouped convolution", "embedding"],
 )
 def test_slices_are_channels_or_features_that_a_layer_writes(layer: nn.Module, x: Tensor) -> None:
@@ -66,8 +62,7 @@ def image(*size: int, channels_last: bool) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "channels_last", "size"),
-    [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))],
+    ("kernel", "channels_last", "size"), [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))]
 )
 def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last: bool, size: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))

@@ -79,30 +79,18 @@ def test_weight_that_its_holder_reads_is_adapted_there() -> None:
 
 
 def test_parameters_are_left_out_or_kept_whole_as_layers_are() -> None:
-    how: dict[str, Any] = {
-        "r": 2,
-        "target_modules": ["called"],
-        "target_parameters": ["read.weight"],
-    }
+    how: dict[str, Any] = {"r": 2, "target_modules": ["called"], "target_parameters": ["read.weight"]}
     for more in ({"exclude_modules": ["read"]}, {"modules_to_save": ["read"]}):
         model = nn.Sequential(Reader())
         assert ll.inject_adapters(model, ll.LoRAConfig(**how, **more)) == ("0.called",)
 
 
 def test_patterns_mean_a_parameter_by_its_own_name(tmp_path: Path) -> None:
-    how: dict[str, Any] = {
-        "r": 2,
-        "alpha": 4,
-        "target_modules": [],
-        "target_parameters": ["stack", "mix"],
-    }
+    how: dict[str, Any] = {"r": 2, "alpha": 4, "target_modules": [], "target_parameters": ["stack", "mix"]}
     model = Mixture()
     base = Mixture()
     base.load_state_dict(model.state_dict())
-    ll.inject_adapters(
-        model,
-        ll.LoRAConfig(**how, rank_pattern={"experts.stack": 3}, alpha_pattern={"mix": 1}),
-    )
+    ll.inject_adapters(model, ll.LoRAConfig(**how, rank_pattern={"experts.stack": 3}, alpha_pattern={"mix": 1}))
     train(model)
     for name, rank, scaling in (("stack", 3, 4 / 3), ("mix", 2, 1 / 2)):
         a = getattr(model.experts, f"lora_A_{name}")
@@ -112,10 +100,7 @@ def test_patterns_mean_a_parameter_by_its_own_name(tmp_path: Path) -> None:
         torch.testing.assert_close(model.experts.lora_effective_weight(name), weight)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.inject_adapters(base, ll.LoRAConfig(**how))
-    with pytest.raises(
-        ll.AdapterMismatchError,
-        match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2",
-    ):
+    with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2"):
         ll.load_adapter(base, tmp_path / "a.safetensors")
 
 

@@ -33,11 +33,7 @@ def drawn(init: str, *size: int) -> Tensor:
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_random_starts_are_these_very_draws(init: Any) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(4, 6), Experts()).bfloat16()
-    how: dict[str, Any] = {
-        "target_modules": "all",
-        "target_parameters": ["stack"],
-        "autocast_adapter_dtype": False,
-    }
+    how: dict[str, Any] = {"target_modules": "all", "target_parameters": ["stack"], "autocast_adapter_dtype": False}
     torch.manual_seed(3)
     inject_adapters(model, LoRAConfig(r=3, init=init, **how))
     torch.manual_seed(3)
@@ -106,8 +102,7 @@ def start_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("init", "keep", "tolerance"),
-    [("pissa", True, {}), ("olora", False, {"atol": 0.05, "rtol": 0.02})],
+    ("init", "keep", "tolerance"), [("pissa", True, {}), ("olora", False, {"atol": 0.05, "rtol": 0.02})]
 )
 def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(
     init: Any, keep: bool, tolerance: dict[str, float]

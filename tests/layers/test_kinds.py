@@ -168,11 +168,7 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
     randomise(model)
     if merged:
         ll.merge_adapters(model)
-    copies = [
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        from_file(model),
-    ]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), from_file(model)]
     expected = model(x)
     kind = type(model[0])
     randomise(model, seed=9)
@@ -216,17 +212,7 @@ def assert_mean(outputs: Tensor, expected: Tensor) -> None:
     assert (error <= 6 * deviation + rounding).all()
 
 
-@some(
-    "linear",
-    "scaled",
-    "embedding",
-    "bag",
-    "convolution",
-    "circular convolution",
-    "bilinear",
-    "lstm",
-    "experts",
-)
+@some("linear", "scaled", "embedding", "bag", "convolution", "circular convolution", "bilinear", "lstm", "experts")
 def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     plain = copy.deepcopy(model)

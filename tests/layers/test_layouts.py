@@ -44,11 +44,7 @@ def refuses(kind: Any, layer: nn.Module, message: str) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 4)], ids=str)
 def test_a_kind_that_reads_a_matrix_and_does_not_write_it_back_is_refused(shape: tuple[int, int]) -> None:
-    refuses(
-        LoRATurned,
-        Turned(*shape),
-        r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W",
-    )
+    refuses(LoRATurned, Turned(*shape), r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W")
 
 
 @pytest.mark.parametrize(
@@ -68,9 +64,7 @@ def test_a_weight_that_is_no_matrix_is_refused_with_what_to_define() -> None:
     layer = Turned(6, 4)
     layer.weight = nn.Parameter(torch.randn(2, 6, 4))
     refuses(
-        type("LoRAOwn", (LoRALayer,), {}),
-        layer,
-        r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight",
+        type("LoRAOwn", (LoRALayer,), {}), layer, r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight"
     )
 
 

@@ -15,23 +15,8 @@ from tests.support.models import state
 from tests.support.parameters import trainable
 
 KINDS: dict[str, list[str]] = {
-    "dora": [
-        "linear",
-        "conv1d",
-        "normalised",
-        "embedding",
-        "convolution",
-        "grouped convolution",
-    ],
-    "pissa": [
-        "linear",
-        "grouped convolution",
-        "transposed convolution",
-        "bilinear",
-        "gru",
-        "attention",
-        "experts",
-    ],
+    "dora": ["linear", "conv1d", "normalised", "embedding", "convolution", "grouped convolution"],
+    "pissa": ["linear", "grouped convolution", "transposed convolution", "bilinear", "gru", "attention", "experts"],
     "olora": ["linear", "experts"],
 }
 
@@ -46,11 +31,7 @@ def cases() -> list[tuple[str, str, int]]:
     return found
 
 
-HOW: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "pissa": {"init": "pissa"},
-    "olora": {"init": "olora"},
-}
+HOW: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}, "olora": {"init": "olora"}}
 
 
 def assert_gradients(layer: nn.Module, lora: dict[str, Tensor]) -> None:
@@ -121,10 +102,7 @@ def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
 def test_a_start_from_the_weights_is_refused_for_embeddings_with_dora_too(init: str, use_dora: bool) -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
     before = state(model)
-    with pytest.raises(
-        ll.TargetError,
-        match=rf"init='{init}' is for layers other than embeddings.*'0' \(Embedding\)",
-    ):
+    with pytest.raises(ll.TargetError, match=rf"init='{init}' is for layers other than embeddings.*'0' \(Embedding\)"):
         ll.inject_adapters(model, config(model, init=init, use_dora=use_dora))
     assert_state(model, before)
 
@@ -142,8 +120,7 @@ def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(dtype: 
 
 
 @pytest.mark.parametrize(
-    ("factor", "arguments"),
-    [("lora_magnitude", {"use_dora": True}), ("lora_A", {"init": "pissa"})],
+    ("factor", "arguments"), [("lora_magnitude", {"use_dora": True}), ("lora_A", {"init": "pissa"})]
 )
 def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor: str, arguments: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 5))

@@ -46,11 +46,7 @@ def by_torchao(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "nf4": four_bits,
-    "int8": eight_bits,
-    "torchao int8": by_torchao,
-}
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"nf4": four_bits, "int8": eight_bits, "torchao int8": by_torchao}
 PLAIN = "plain"
 
 
@@ -116,14 +112,7 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
     for training in (True, False):
         model.train(training)
         torch.testing.assert_close(model(BATCH), run_by_hand(model, BATCH))
-    assert list(ll.adapter_state_dict(model)) == [
-        "0.lora_A",
-        "0.lora_B",
-        "2.lora_A",
-        "2.lora_B",
-        "3.weight",
-        "3.bias",
-    ]
+    assert list(ll.adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
     assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
     assert str(model).count("r=4, scaling=2") == 2
     ll.remove_adapters(model)
@@ -300,11 +289,7 @@ def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [
-        ("nf4", {"init": "pissa"}),
-        ("int8", {"use_dora": True}),
-        ("torchao int8", {"use_dora": True, "dropout": 0.5}),
-    ],
+    [("nf4", {"init": "pissa"}), ("int8", {"use_dora": True}), ("torchao int8", {"use_dora": True, "dropout": 0.5})],
 )
 def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str, Any]) -> None:
     model = build(kind).eval()

@@ -21,12 +21,7 @@ from tests.support.models import TinyLM, aged
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("torchvision.models")
 
-TEXT = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-}
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 def fresh(model: nn.Module, **options: Any) -> Fresh:
@@ -98,24 +93,12 @@ class Wrapped(nn.Module):
 
 def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
     found = fresh(Wrapped(), target_modules=["body.0"]).random
-    assert set(found) == {
-        "head",
-        "lstm",
-        "norm",
-        "attention",
-        "last.0",
-        "last.1",
-    }  # and no norm in the body
+    assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}  # and no norm in the body
     assert set(fresh(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).random) > {"head.3", "lstm"}
 
 
 def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
-    model = nn.ModuleDict(
-        {
-            "backbone": resnet(),
-            "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)),
-        }
-    )
+    model = nn.ModuleDict({"backbone": resnet(), "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))})
     assert set(fresh(model).random) == {"backbone.fc", "head"}
 
 
@@ -223,9 +206,7 @@ def minilm(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("targets", "dtype"),
-    [("all", torch.bfloat16), (["_conv_head"], torch.float32)],
-    ids=["all", "some"],
+    ("targets", "dtype"), [("all", torch.bfloat16), (["_conv_head"], torch.float32)], ids=["all", "some"]
 )
 def test_no_layer_of_a_pretrained_model_of_images_looks_new(targets: Any, dtype: torch.dtype) -> None:
     model = efficientnet().to(dtype)
@@ -243,9 +224,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize(
-    ("targets", "dtype"),
-    [("all", torch.bfloat16), (["query"], torch.float32)],
-    ids=["all", "some"],
+    ("targets", "dtype"), [("all", torch.bfloat16), (["query"], torch.float32)], ids=["all", "some"]
 )
 def test_no_layer_of_a_pretrained_model_of_text_looks_new_but_its_classifier(targets: Any, dtype: torch.dtype) -> None:
     assert is_classifier_found(minilm(dtype), target_modules=targets)
@@ -274,12 +253,7 @@ def parts() -> Any:
     [
         ("body", None, {}, ["scale", "neck", "head"]),
         ("body", None, {"modules_to_save": ["head", "scale"]}, ["neck"]),
-        (
-            "body",
-            None,
-            {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]},
-            [],
-        ),
+        ("body", None, {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]}, []),
         ("body", "body.1", {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
         ("head", None, {}, []),
         ("", None, {}, []),

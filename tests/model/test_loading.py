@@ -13,18 +13,7 @@ import lightning_lora as ll
 from tests.support.compared import assert_all_refused, assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import unchanged
 from tests.support.layers import config
-from tests.support.models import (
-    LitTiny,
-    as_merged,
-    as_trained,
-    best,
-    data,
-    lora,
-    randomise,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import LitTiny, as_merged, as_trained, best, data, lora, randomise, same, state, trainer
 from tests.support.parameters import cloned
 
 

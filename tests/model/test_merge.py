@@ -220,14 +220,7 @@ def replace(model: nn.Module, name: str) -> None:
     write(model, name)
 
 
-NAMES = (
-    "q.weight",
-    "head.weight",
-    "embed.weight",
-    "rnn.weight_hh_l0",
-    "q.bias",
-    "other.weight",
-)
+NAMES = ("q.weight", "head.weight", "embed.weight", "rnn.weight_hh_l0", "q.bias", "other.weight")
 
 
 @unties

@@ -13,16 +13,7 @@ import lightning_lora as ll
 from tests.support.compared import assert_all_refused, assert_state
 from tests.support.faults import unchanged
 from tests.support.fits import fit
-from tests.support.models import (
-    LitTiny,
-    TinyLM,
-    as_merged,
-    as_trained,
-    data,
-    lora,
-    state,
-    unties,
-)
+from tests.support.models import LitTiny, TinyLM, as_merged, as_trained, data, lora, state, unties
 from tests.support.parameters import dtypes
 
 CHANGED = "changed since its adapters were merged"
@@ -126,10 +117,7 @@ def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: st
     model.bfloat16()
     with torch.no_grad():
         model.get_parameter(name)[0, 0] += 1
-    with (
-        unchanged(model),
-        pytest.raises(ll.AdapterStateError, match="its base can be restored"),
-    ):
+    with unchanged(model), pytest.raises(ll.AdapterStateError, match="its base can be restored"):
         ll.unmerge_adapters(model)
 
 

@@ -13,13 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 from torch import Tensor, nn
 
@@ -117,13 +111,7 @@ class Orders(RuleBasedStateMachine):
     model: nn.Module
     it: Oracle
 
-    @initialize(
-        seed=SEEDS,
-        double=BOOLS,
-        tied=BOOLS,
-        frozen=st.sets(st.sampled_from(LAYERS)),
-        config=VALID,
-    )
+    @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.sets(st.sampled_from(LAYERS)), config=VALID)
     def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: ll.LoRAConfig) -> None:
         self.folder = TemporaryDirectory()
         self.files: list[tuple[Path, Oracle]] = []

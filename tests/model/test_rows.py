@@ -170,10 +170,7 @@ class Sums(nn.Linear):
 
 def test_a_layer_that_returns_no_rows_is_refused() -> None:
     model = with_adapters(nn.Sequential(Sums(5, 4)))
-    with (
-        adapter_names(model, MIXED),
-        pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"),
-    ):
+    with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
         model(torch.randn(3, 5))
 
 
@@ -237,10 +234,7 @@ def test_frozen_norms_take_part() -> None:
 def test_a_norm_that_an_adapter_trains_needs_eval_mode(name: str) -> None:
     each = {"de": only("0"), "fr": only("0"), name: only("0", modules_to_save=["1"])}
     model, x = linear(nn.BatchNorm1d(4), **each)
-    with (
-        adapter_names(model.train(), MIXED),
-        pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"),
-    ):
+    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"):
         model(x)
     check(model.eval(), lambda: model(x), MIXED)
 
@@ -355,10 +349,7 @@ def test_a_mask_of_positions_is_for_all_rows() -> None:
     check(model, lambda: model[0](x, x, x, None, True, mask)[0], MIXED)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.6",
-    reason="older compilers take no method for a module's forward",
-)
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers take no method for a module's forward")
 def test_compiled_layers_take_part() -> None:
     model, x = linear(nn.Tanh(), nn.Linear(4, 3))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -416,11 +407,7 @@ EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
 TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
 WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
     (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
-    (
-        nn.TransformerEncoderLayer(8, 2, 16),
-        only("linear1"),
-        "'self_attn' of .* has batch_first=False",
-    ),
+    (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
     (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
     (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
 ]
@@ -452,10 +439,7 @@ READ: list[tuple[nn.Module, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("layer", "x"), READ)
 def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, names: Names) -> None:
     model = with_adapters(nn.Sequential(copy.deepcopy(layer)))
-    with (
-        adapter_names(model, names),
-        pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"),
-    ):
+    with adapter_names(model, names), pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"):
         model[0](*x)
     model[0](*x)
 
@@ -499,10 +483,7 @@ def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(call: st
 
 def test_a_layer_that_is_added_in_a_block_gets_its_adapter_after_it() -> None:
     model, _ = linear()
-    with (
-        adapter_names(model, MIXED),
-        pytest.raises(AdapterStateError, match="inject_adapters is not possible"),
-    ):
+    with adapter_names(model, MIXED), pytest.raises(AdapterStateError, match="inject_adapters is not possible"):
         inject_adapters(model.append(nn.Linear(4, 4)), ALL, name="fr")
     assert inject_adapters(model, ALL, name="fr") == ("0", "1")
 

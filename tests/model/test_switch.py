@@ -65,11 +65,7 @@ def assert_outputs(model: nn.Module, outputs: Outputs, names: Iterable[str | Non
 
 def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     model, outputs = several()
-    others = {
-        "dora": replace(HEAD, use_dora=True),
-        "wide": replace(HEAD, r=3),
-        "olora": replace(HEAD, init="olora"),
-    }
+    others = {"dora": replace(HEAD, use_dora=True), "wide": replace(HEAD, r=3), "olora": replace(HEAD, init="olora")}
     for name, config in others.items():
         ll.inject_adapters(model, config, name=name)
         outputs[name] = fill(model)
@@ -325,10 +321,7 @@ def test_a_layer_that_was_resized_is_named_before_anything_changes(shown: str | 
     ll.set_adapter(model, shown)
     before = state(model)
     about = repr(model)
-    with pytest.raises(
-        ll.AdapterStateError,
-        match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)",
-    ):
+    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)"):
         ll.set_adapter(model, "de")
     assert_state(model, before)
     assert repr(model) == about

@@ -29,22 +29,9 @@ def command(name: str, path: Path) -> None:
     arguments = {
         "inspect": [path],
         "export": [path, path.with_name("peft")],
-        "combine": [
-            path,
-            path.with_name("good.safetensors"),
-            "--out",
-            path.with_name("sum.safetensors"),
-        ],
-        "merge": [
-            path.with_name("base.safetensors"),
-            path,
-            path.with_name("merged.safetensors"),
-        ],
-        "merge into": [
-            path,
-            path.with_name("good.safetensors"),
-            path.with_name("merged.safetensors"),
-        ],
+        "combine": [path, path.with_name("good.safetensors"), "--out", path.with_name("sum.safetensors")],
+        "merge": [path.with_name("base.safetensors"), path, path.with_name("merged.safetensors")],
+        "merge into": [path, path.with_name("good.safetensors"), path.with_name("merged.safetensors")],
     }
     main([name.partition(" ")[0], *map(str, arguments[name])])
 
@@ -116,19 +103,11 @@ def test_a_file_that_was_cut_short_is_called_damaged(
 ) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(cut(whole.read_bytes()))
-    refused(
-        reader,
-        path,
-        capsys,
-        f"{path} is damaged: its end is missing or is not what was written",
-    )
+    refused(reader, path, capsys, f"{path} is damaged: its end is missing or is not what was written")
 
 
 NO_ARCHIVES: dict[str, tuple[bytes, str]] = {
-    "a web page": (
-        b"\n<!DOCTYPE html><html>Sign in</html>",
-        "it is a web page. Download the file itself",
-    ),
+    "a web page": (b"\n<!DOCTYPE html><html>Sign in</html>", "it is a web page. Download the file itself"),
     "a pointer of git-lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9\nsize 1234\n",
         "it is a pointer of git-lfs, which stands for the file. Get the file itself: git lfs pull",
@@ -145,12 +124,7 @@ NO_ARCHIVES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(("contents", "says"), NO_ARCHIVES.values(), ids=NO_ARCHIVES)
 def test_what_is_no_archive_of_torch_is_refused_before_anybody_reads_it(
-    tmp_path: Path,
-    contents: bytes,
-    says: str,
-    reader: str,
-    capsys: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, contents: bytes, says: str, reader: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: object, **__: object) -> None:
         pytest.fail("torch reads it")
@@ -186,26 +160,14 @@ def test_a_run_goes_on_from_its_file_in_the_old_format_of_torch(tmp_path: Path) 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if name not in OF_TRAINERS])
 def test_other_readers_say_how_to_write_an_old_file_again(tmp_path: Path, reader: str, capsys: Any) -> None:
-    torch.save(
-        LitTiny().state_dict(),
-        path := tmp_path / "a.ckpt",
-        _use_new_zipfile_serialization=False,
-    )
-    refused(
-        reader,
-        path,
-        capsys,
-        "Write it again: torch.save(torch.load(path, weights_only=True), path)",
-    )
+    torch.save(LitTiny().state_dict(), path := tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    refused(reader, path, capsys, "Write it again: torch.save(torch.load(path, weights_only=True), path)")
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_old_files_are_recognised_whatever_pickle_wrote_them(tmp_path: Path, protocol: int) -> None:
     torch.save(
-        state(LitTiny()),
-        path := tmp_path / "a.pt",
-        pickle_protocol=protocol,
-        _use_new_zipfile_serialization=False,
+        state(LitTiny()), path := tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=False
     )
     with path.open("rb") as file:
         assert archives.kind_of(file) is archives.Kind.OLD
@@ -218,13 +180,6 @@ def test_a_damaged_file_of_the_web_is_refused_with_the_place_where_torch_keeps_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        torch.hub,
-        "download_url_to_file",
-        lambda url, file: Path(file).write_bytes(b"<html>"),
-    )
-    with pytest.raises(
-        ll.AdapterFileError,
-        match=rf"\(kept in {tmp_path}/hub/checkpoints/a.ckpt\) .*a web page",
-    ):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: Path(file).write_bytes(b"<html>"))
+    with pytest.raises(ll.AdapterFileError, match=rf"\(kept in {tmp_path}/hub/checkpoints/a.ckpt\) .*a web page"):
         with_a_trainer("fit", "http://127.0.0.1:9/a.ckpt")

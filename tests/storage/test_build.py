@@ -156,11 +156,7 @@ def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
 )
 def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, asked: Any, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
-    how = {
-        "strict": False,
-        "_instantiator": "lightning.pytorch.cli.instantiate_module",
-        **named,
-    }
+    how = {"strict": False, "_instantiator": "lightning.pytorch.cli.instantiate_module", **named}
     model = Strict(strict=False)
     path = written(tmp_path, model)
     edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))

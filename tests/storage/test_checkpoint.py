@@ -23,15 +23,7 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     fail = At(7, stop)
     top = best(tmp_path / "top", save_top_k=2, save_last=True)
     weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2)
-    callbacks = [
-        lora(),
-        saves,
-        light,
-        fail,
-        top,
-        weights,
-        OnExceptionCheckpoint(tmp_path, "failed"),
-    ]
+    callbacks = [lora(), saves, light, fail, top, weights, OnExceptionCheckpoint(tmp_path, "failed")]
     with pytest.raises(StopError):
         trainer(tmp_path, callbacks).fit(LitTiny(), data(), data())
     files = sorted(tmp_path.rglob("*.ckpt"))

@@ -25,27 +25,8 @@ from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapt
 from lightning_lora.storage.disk import writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from tests.support.compared import assert_same_tensors
-from tests.support.faults import (
-    FORK,
-    adapted,
-    contents,
-    fork,
-    forks,
-    in_fork,
-    limit,
-    read_only,
-    unchanged,
-)
-from tests.support.models import (
-    LitTiny,
-    as_trained,
-    data,
-    exact,
-    lora,
-    same,
-    state,
-    trainer,
-)
+from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
+from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
 from tests.support.storage import fitted, goes_on, restores
 
 pytestmark = forks
@@ -192,11 +173,7 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: P
     path = folder / name_for(save)
     save(adapted(1), path)
     before = contents(folder)
-    with (
-        unchanged(model),
-        fault(folder),
-        pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"),
-    ):
+    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"):
         save(model, path)
     assert contents(folder) == before
     save(model, path)

@@ -53,31 +53,13 @@ edit = partial(rewrite, checked=False)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (
-        lambda path: path.write_text("hello"),
-        "no archive of torch.* begins with b'hello'",
-    ),
-    "foreign safetensors": (
-        lambda path: save_file({"a": torch.zeros(1)}, path),
-        "no adapters of this package",
-    ),
-    "no JSON": (
-        lambda path: save_file(load_file(path), path, {"lightning_lora": "["}),
-        "damaged or of another kind",
-    ),
+    "text": (lambda path: path.write_text("hello"), "no archive of torch.* begins with b'hello'"),
+    "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
+    "no JSON": (lambda path: save_file(load_file(path), path, {"lightning_lora": "["}), "damaged or of another kind"),
     "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),
-    "newer format": (
-        lambda path: edit(path, lambda about, _: about.update(format=9)),
-        "has format 9; expected 3",
-    ),
-    "another alpha": (
-        lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)),
-        "not as they were",
-    ),
-    "fewer tensors": (
-        lambda path: edit(path, lambda _, tensors: tensors.popitem()),
-        "6 entries, and 7 were written",
-    ),
+    "newer format": (lambda path: edit(path, lambda about, _: about.update(format=9)), "has format 9; expected 3"),
+    "another alpha": (lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)), "not as they were"),
+    "fewer tensors": (lambda path: edit(path, lambda _, tensors: tensors.popitem()), "6 entries, and 7 were written"),
 }
 
 

@@ -155,56 +155,16 @@ def diverged_head() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
-    "not Lightning": (
-        plain,
-        "a.ckpt",
-        ll.AdapterFileError,
-        r"not a LightningModule.*\.safetensors.*save_pretrained",
-    ),
-    "no save_pretrained": (
-        trained,
-        "folder",
-        ll.AdapterFileError,
-        r"no save_pretrained.*\.ckpt.*\.safetensors",
-    ),
-    "unknown ending": (
-        trained,
-        "a.pt",
-        ll.AdapterFileError,
-        r"\.ckpt.*\.safetensors.*save_pretrained",
-    ),
-    "on meta": (
-        lambda: plain().to("meta"),
-        "a.safetensors",
-        ll.AdapterStateError,
-        "meta device",
-    ),
-    "diverged": (
-        lambda: plain(value=torch.nan),
-        "a.safetensors",
-        ll.AdapterStateError,
-        "NaN",
-    ),
-    "diverged head": (
-        diverged_head,
-        "a.ckpt",
-        ll.AdapterStateError,
-        r"head\.bias.* hold NaN",
-    ),
+    "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
+    "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
+    "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
+    "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
+    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
+    "diverged head": (diverged_head, "a.ckpt", ll.AdapterStateError, r"head\.bias.* hold NaN"),
     "disabled": (disabled, "a.ckpt", ll.AdapterStateError, "shows its base"),
     "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
-    "infinite": (
-        lambda: plain(nn.Linear(4, 4).half(), 1e3),
-        "a.safetensors",
-        ll.AdapterStateError,
-        "torch.float16",
-    ),
-    "other names": (
-        lambda: plain(Named(4, 4)),
-        "a.safetensors",
-        ll.AdapterStateError,
-        "not hold '0.weight' under",
-    ),
+    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
+    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", ll.AdapterStateError, "not hold '0.weight' under"),
 }
 
 
@@ -260,8 +220,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [("merged.ckpt", "load_from_checkpoint"), ("merged.safetensors", "load_model"), ("state.pt", "")],
+    ("name", "says"), [("merged.ckpt", "load_from_checkpoint"), ("merged.safetensors", "load_model"), ("state.pt", "")]
 )
 def test_readers_of_adapters_say_what_the_file_is(whole: Path, name: str, says: str) -> None:
     message = rf"6 tensors.*no adapters.*a whole model.*{says}"

@@ -17,13 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    ConfigError,
-    load_adapter,
-    load_from_checkpoint,
-    merge_adapters,
-)
+from lightning_lora import AdapterFileError, ConfigError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
 from lightning_lora.storage.disk import load_plain
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state

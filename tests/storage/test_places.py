@@ -8,12 +8,7 @@ import fsspec
 import lightning as L
 import pytest
 
-from lightning_lora import (
-    AdapterFileError,
-    load_adapter,
-    load_from_checkpoint,
-    save_adapter,
-)
+from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage import disk
 from tests.support.compared import assert_same_state
 from tests.support.models import LitTiny, data, lora, trainer
@@ -65,19 +60,13 @@ def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: st
         trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")],
-)
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")])
 def test_what_is_no_damage_is_told_as_what_it_is(file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(disk, "opened", fail)
-    with pytest.raises(
-        AdapterFileError,
-        match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage",
-    ):
+    with pytest.raises(AdapterFileError, match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage"):
         load_adapter(LitTiny(), file)
 
 

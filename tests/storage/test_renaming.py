@@ -95,21 +95,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "parameter": {"target_modules": ["encoder.q"], "modules_to_save": ["scale", "out"]},
     "part of a module": {"target_modules": ["q"], "modules_to_save": ["head.bias"]},
     "exclude_modules": {"exclude_modules": ["head"], "bias": "lora_only"},
-    "patterns": {
-        "rank_pattern": {"head": 1},
-        "alpha_pattern": {"q|head": 5},
-        "modules_to_save": ["out"],
-    },
-    "slices": {
-        "target_modules": ["head"],
-        "target_slices": {"head": {"a": (0, 4)}},
-        "bias": "all",
-    },
-    "target_parameters": {
-        "target_modules": ["q"],
-        "target_parameters": ["w"],
-        "rank_pattern": {"experts": 1},
-    },
+    "patterns": {"rank_pattern": {"head": 1}, "alpha_pattern": {"q|head": 5}, "modules_to_save": ["out"]},
+    "slices": {"target_modules": ["head"], "target_slices": {"head": {"a": (0, 4)}}, "bias": "all"},
+    "target_parameters": {"target_modules": ["q"], "target_parameters": ["w"], "rank_pattern": {"experts": 1}},
 }
 
 
@@ -181,18 +169,9 @@ class PreTrainedModel(TinyLM):
 
 @pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
 def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path, model: type[TinyLM]) -> None:
-    saved(
-        tmp_path / "a.safetensors",
-        Headed(model()),
-        r=2,
-        target_modules=["q_proj"],
-        modules_to_save=["head"],
-    )
+    saved(tmp_path / "a.safetensors", Headed(model()), r=2, target_modules=["q_proj"], modules_to_save=["head"])
     inner = model()
-    with pytest.raises(
-        ll.AdapterMismatchError,
-        match=r"'head', .*outside of 'model'.* onto the whole model",
-    ):
+    with pytest.raises(ll.AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model"):
         ll.load_adapter(inner, tmp_path / "a.safetensors")
     assert is_plain(inner)
 
@@ -203,17 +182,8 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
     other = LitTiny()
     whole.scale = nn.Parameter(torch.ones(1))
     del other.head
-    saved(
-        tmp_path / "a.safetensors",
-        whole,
-        r=2,
-        target_modules=["q_proj"],
-        modules_to_save=[name],
-    )
-    with pytest.raises(
-        ll.AdapterMismatchError,
-        match=f"holds '{name}', which LitTiny does not have.* saved from",
-    ):
+    saved(tmp_path / "a.safetensors", whole, r=2, target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(ll.AdapterMismatchError, match=f"holds '{name}', which LitTiny does not have.* saved from"):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)
 

@@ -16,12 +16,7 @@ from tests.support.parameters import add_to
 from tests.support.storage import CONFIG, fitted, refused, saved, trained
 
 CONVERTED = "trained on a base in .* is in .* It is the same base, converted"
-DTYPES = {
-    "double": torch.float64,
-    "single": torch.float32,
-    "bfloat": torch.bfloat16,
-    "half": torch.float16,
-}
+DTYPES = {"double": torch.float64, "single": torch.float32, "bfloat": torch.bfloat16, "half": torch.float16}
 converted = pytest.mark.filterwarnings(f"ignore:.*{CONVERTED}:lightning_lora.LoRAWarning")
 
 
@@ -62,10 +57,7 @@ def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, 
 
 @converted
 @pytest.mark.parametrize("is_file_converted", [True, False])
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)],
-)
+@pytest.mark.parametrize(("first", "second"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
 def test_what_was_rounded_to_one_half_precision_is_recognised_in_the_other(
     tmp_path: Path, first: torch.dtype, second: torch.dtype, is_file_converted: bool
 ) -> None:

@@ -20,23 +20,11 @@ import lightning_lora as ll
 from tests.storage.test_merged_files import merged
 from tests.support.compared import assert_all_refused, assert_holds, assert_same_tensors
 from tests.support.faults import unchanged
-from tests.support.models import (
-    Around,
-    X,
-    as_trained,
-    data,
-    randomise,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import Around, X, as_trained, data, randomise, same, state, trainer
 from tests.support.parameters import nan_at, trainable
 from tests.support.storage import refused
 
-says = pytest.warns(
-    ll.LoRAWarning,
-    match=r"writes merged weights.* save_adapter\(model, path\), or export_peft",
-)
+says = pytest.warns(ll.LoRAWarning, match=r"writes merged weights.* save_adapter\(model, path\), or export_peft")
 quiet = pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
 
 
@@ -72,10 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {},
     "modules": {"modules_to_save": ["ln_f", "ln_1"], "bias": "all"},
     "rows": {"trainable_token_indices": [2, 5]},
-    "parameters": {
-        "target_modules": [],
-        "target_parameters": ["c_fc.weight", "wpe.weight"],
-    },
+    "parameters": {"target_modules": [], "target_parameters": ["c_fc.weight", "wpe.weight"]},
 }
 
 

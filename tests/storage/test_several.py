@@ -191,30 +191,10 @@ def test_a_sum_is_not_trained(tmp_path: Path) -> None:
     [
         ([], {}, ll.ConfigError, "Expected numbers by the names of adapters"),
         ({"style": float("nan")}, {}, ll.ConfigError, "finite"),
-        (
-            {"style": 1, "stile": 1},
-            {},
-            ll.AdapterStateError,
-            "no adapter 'stile'.* Did you mean 'style'",
-        ),
-        (
-            ["style", "odd"],
-            {"use_dora": True},
-            ll.AdapterMismatchError,
-            "'odd' of Layers uses DoRA",
-        ),
-        (
-            ["style", "odd"],
-            {"modules_to_save": ["words"]},
-            ll.AdapterMismatchError,
-            "of Layers also holds 'words",
-        ),
-        (
-            ["style", "odd"],
-            {"target_slices": {"b": {"x": [0, 4]}}},
-            ll.AdapterMismatchError,
-            "'b' is adapted in other",
-        ),
+        ({"style": 1, "stile": 1}, {}, ll.AdapterStateError, "no adapter 'stile'.* Did you mean 'style'"),
+        (["style", "odd"], {"use_dora": True}, ll.AdapterMismatchError, "'odd' of Layers uses DoRA"),
+        (["style", "odd"], {"modules_to_save": ["words"]}, ll.AdapterMismatchError, "of Layers also holds 'words"),
+        (["style", "odd"], {"target_slices": {"b": {"x": [0, 4]}}}, ll.AdapterMismatchError, "'b' is adapted in other"),
     ],
 )
 def test_what_cannot_be_added_is_named_and_nothing_changes(names: Any, odd: Any, error: Any, message: str) -> None:
@@ -271,11 +251,7 @@ def test_a_sum_of_half_precision_adapters_is_rounded_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "r", "says"),
-    [
-        (["style"], None, "Expected numbers by the names"),
-        ({"style": 1}, 2.5, r"rank=2.5"),
-    ],
+    ("weights", "r", "says"), [(["style"], None, "Expected numbers by the names"), ({"style": 1}, 2.5, r"rank=2.5")]
 )
 def test_a_kept_sum_needs_numbers_and_a_whole_rank(weights: Any, r: Any, says: str) -> None:
     model = several("style", "subject")

@@ -37,23 +37,11 @@ def test_state_holds_what_training_changed_and_is_the_same_merged(file: Path) ->
 
 
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "base weight": (
-        lambda s: s.update({"embed.weight": torch.zeros(20, 8)}),
-        "unexpected 'embed.weight'",
-    ),
-    "renamed": (
-        lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}),
-        "missing '.*_A' and unexpected '.*_a'",
-    ),
-    "shape": (
-        lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}),
-        r"\(3, 8\).*\(2, 8\)",
-    ),
+    "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
+    "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "missing '.*_A' and unexpected '.*_a'"),
+    "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
     "list": (lambda s: s.update({"q_proj.lora_A": [1.0]}), "is a list. Expected a tensor"),
-    "kind": (
-        lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}),
-        "int64",
-    ),
+    "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
 }
 
 
@@ -117,10 +105,7 @@ def test_adapters_without_values_are_not_written(tmp_path: Path, write: Any) -> 
     with torch.device("meta"):
         model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(
-        ll.AdapterStateError,
-        match=r"'q_proj\.lora_A', .* are on the meta device and have no values",
-    ):
+    with pytest.raises(ll.AdapterStateError, match=r"'q_proj\.lora_A', .* are on the meta device and have no values"):
         write(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -42,8 +42,7 @@ def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any)
 
 
 @pytest.mark.parametrize(
-    ("targets", "save"),
-    [(["q_proj", "v_proj"], "adapters"), ("all-linear", "model"), (["head"], "adapters")],
+    ("targets", "save"), [(["q_proj", "v_proj"], "adapters"), ("all-linear", "model"), (["head"], "adapters")]
 )
 def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, targets: Any, save: Any) -> None:
     model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
@@ -94,8 +93,5 @@ def test_processes_write_the_same_head(tmp_path: Path) -> None:
 def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
     model = NewHead()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(
-        ll.LoRAWarning,
-        match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place",
-    ):
+    with pytest.warns(ll.LoRAWarning, match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place"):
         ll.export_peft(model, tmp_path / "peft")

@@ -62,12 +62,7 @@ class Steps(L.Callback):
 
 
 def fit(
-    folder: Path,
-    *callbacks: L.Callback,
-    model: Any = None,
-    train: Any = None,
-    ckpt_path: Any = None,
-    **options: Any,
+    folder: Path, *callbacks: L.Callback, model: Any = None, train: Any = None, ckpt_path: Any = None, **options: Any
 ) -> tuple[Any, L.Trainer]:
     """Fit a module, or one of a class, or a LitTiny, with these callbacks; return it and its Trainer."""
     torch.manual_seed(5)
@@ -102,15 +97,7 @@ def resumes_to_the_bit(
     def run(model: Any, name: str, ckpt_path: Path | None) -> None:
         saves = ModelCheckpoint(folder / name, f"{{{unit}}}", save_top_k=-1, **(saving or {}))
         callbacks = [each() for each in make]
-        fit(
-            folder,
-            *callbacks,
-            saves,
-            model=model,
-            train=train(),
-            ckpt_path=ckpt_path,
-            **options,
-        )
+        fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=ckpt_path, **options)
 
     through = build()
     resumed = build()
@@ -165,11 +152,7 @@ def parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def by_hand(
-    optimizer: Optimizer,
-    model: LitTiny,
-    *,
-    every: int = 1,
-    clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
+    optimizer: Optimizer, model: LitTiny, *, every: int = 1, clip: Callable[[list[nn.Parameter]], Any] = lambda _: None
 ) -> None:
     """Train three epochs in plain torch."""
 

@@ -14,13 +14,7 @@ from tests.support.models import is_plain, state
 WORDS = 5
 WIDTH = 3
 INDEX = torch.arange(WORDS)
-CLASSES = {
-    "embed": nn.Embedding,
-    "body.conv": Conv1D,
-    "body.q": nn.Linear,
-    "body.v": nn.Linear,
-    "head": nn.Linear,
-}
+CLASSES = {"embed": nn.Embedding, "body.conv": Conv1D, "body.q": nn.Linear, "body.v": nn.Linear, "head": nn.Linear}
 LAYERS = tuple(CLASSES)
 TIED = {"embed.weight", "head.weight"}
 

@@ -75,8 +75,7 @@ def test_an_injection_names_them_once_and_a_fit_not_again(tmp_path: Path, by: st
 
 
 @pytest.mark.parametrize(
-    ("advice", "columns"),
-    [({"modules_to_save": ["q_proj"]}, [3]), ({"exclude_modules": ["q_proj"]}, [])],
+    ("advice", "columns"), [({"modules_to_save": ["q_proj"]}, [3]), ({"exclude_modules": ["q_proj"]}, [])]
 )
 def test_what_the_message_says_helps(tmp_path: Path, advice: dict[str, Any], columns: list[int]) -> None:
     model = Masked()

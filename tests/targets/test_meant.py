@@ -15,11 +15,7 @@ from lightning_lora.tables import grouped
 def model() -> nn.ModuleDict:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     return nn.ModuleDict(
-        {
-            "encoder": nn.TransformerEncoder(layer, 2),
-            "head": nn.Linear(8, 2),
-            "words": nn.Embedding(20, 8),
-        }
+        {"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(8, 2), "words": nn.Embedding(20, 8)}
     )
 
 

@@ -67,11 +67,7 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (queries, {"target_modules": ["query"]}, ("query",)),
     (letters, {"alpha_pattern": {**LETTERS, "[abc]": 3}}, ("a", "b", "c")),
     # a weight of a layer is updated by one adapter only
-    (
-        lambda: nn.Sequential(nn.Sequential(linear(), linear())),
-        {"target_parameters": ["0.1.weight"]},
-        ("0", "0.0"),
-    ),
+    (lambda: nn.Sequential(nn.Sequential(linear(), linear())), {"target_parameters": ["0.1.weight"]}, ("0", "0.0")),
     # what trains whole needs no adapter
     (LitTiny, {"modules_to_save": ["head", "q_proj.weight"]}, ("v_proj",)),
     # no output head of a language model
@@ -80,33 +76,17 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (TinyLM, {"target_modules": "all-linear"}, ("q_proj", "v_proj")),
     # nor one that only its name and its size tell, as litgpt's
     (lambda: TinyLM(tied=False), {}, ("q_proj", "v_proj")),
-    (
-        lambda: net(gpt=TinyLM(tied=False), more=linear()),
-        {},
-        ("gpt.q_proj", "gpt.v_proj", "more"),
-    ),
+    (lambda: net(gpt=TinyLM(tied=False), more=linear()), {}, ("gpt.q_proj", "gpt.v_proj", "more")),
     (lambda: TinyLM(tied=False), {"target_modules": ["lm_head"]}, ("lm_head",)),
-    (
-        lambda: net(embed=nn.Embedding(20, 8), head=nn.Linear(8, 20)),
-        {},
-        ("head",),
-    ),  # it may be a classifier
+    (lambda: net(embed=nn.Embedding(20, 8), head=nn.Linear(8, 20)), {}, ("head",)),  # it may be a classifier
     (lambda: net(embed=nn.Embedding(20, 8), lm_head=nn.Linear(8, 5)), {}, ("lm_head",)),
-    (
-        lambda: net(a=net(e=nn.Embedding(20, 8)), b=net(lm_head=nn.Linear(8, 20))),
-        {},
-        ("b.lm_head",),
-    ),
+    (lambda: net(a=net(e=nn.Embedding(20, 8)), b=net(lm_head=nn.Linear(8, 20))), {}, ("b.lm_head",)),
     (TinyLM, {"target_modules": "all"}, ("embed", "q_proj", "v_proj", "lm_head")),
     (TinyLM, {"target_modules": {"v_proj", "q_proj"}}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": r".*(proj|norm)"}, ("q_proj", "v_proj")),
     (normed, {}, ("body",)),
     # a matrix of no numbers has nothing to adapt
-    (
-        lambda: net(no_words=nn.Embedding(0, 4), cell=nn.GRUCell(0, 4)),
-        {"target_modules": "all"},
-        ("cell",),
-    ),
+    (lambda: net(no_words=nn.Embedding(0, 4), cell=nn.GRUCell(0, 4)), {"target_modules": "all"}, ("cell",)),
     # an attention reads the weights inside it
     (lambda: nn.TransformerEncoderLayer(8, 2, 16), {}, ("self_attn", "linear1", "linear2")),
 ]

@@ -13,41 +13,13 @@ from tests.support.faults import unchanged
 from tests.support.models import randomise
 
 REFUSED: list[tuple[dict[str, Any], type[ll.LoRAError], str]] = [
-    (
-        {"target_slices": {"c_attn": ["z"]}},
-        ll.TargetError,
-        "'c_attn' has no parts 'z'. It has 'q', 'k', 'v'",
-    ),
-    (
-        {"target_slices": {"other": ["q"]}},
-        ll.TargetError,
-        r"The rows of 'q' in 'other', .* are not known.*\[first, en",
-    ),
-    (
-        {"target_slices": {"attn": ["q"]}},
-        ll.TargetError,
-        r"target_slices \['attn'\] match no module.*c_attn",
-    ),
-    (
-        {"target_slices": {"c_attn": ["q"]}, "use_dora": True},
-        ll.TargetError,
-        "without target_slices",
-    ),
-    (
-        {"target_slices": {"c_att.": ["q"], "c_attn": ["v"]}},
-        ll.TargetError,
-        "'c_attn' has no effect on.*Put it first",
-    ),
-    (
-        {"target_slices": {"other": {"a": [0, 2], "b": [2, 7]}}},
-        ll.TargetError,
-        "'other' end beyond its 6 rows: 'b'",
-    ),
-    (
-        {"target_slices": {"other": {"a": [3, 5], "b": [1, 4]}}},
-        ll.ConfigError,
-        "parts that share rows",
-    ),
+    ({"target_slices": {"c_attn": ["z"]}}, ll.TargetError, "'c_attn' has no parts 'z'. It has 'q', 'k', 'v'"),
+    ({"target_slices": {"other": ["q"]}}, ll.TargetError, r"The rows of 'q' in 'other', .* are not known.*\[first, en"),
+    ({"target_slices": {"attn": ["q"]}}, ll.TargetError, r"target_slices \['attn'\] match no module.*c_attn"),
+    ({"target_slices": {"c_attn": ["q"]}, "use_dora": True}, ll.TargetError, "without target_slices"),
+    ({"target_slices": {"c_att.": ["q"], "c_attn": ["v"]}}, ll.TargetError, "'c_attn' has no effect on.*Put it first"),
+    ({"target_slices": {"other": {"a": [0, 2], "b": [2, 7]}}}, ll.TargetError, "'other' end beyond its 6 rows: 'b'"),
+    ({"target_slices": {"other": {"a": [3, 5], "b": [1, 4]}}}, ll.ConfigError, "parts that share rows"),
 ]
 
 
@@ -55,10 +27,7 @@ REFUSED: list[tuple[dict[str, Any], type[ll.LoRAError], str]] = [
 def test_slices_that_mean_nothing_are_refused(arguments: dict[str, Any], error: Any, match: str) -> None:
     model = nn.ModuleDict({"c_attn": Conv1D(24, 8), "qkv_proj": nn.Linear(8, 16), "other": nn.Linear(8, 6)})
     with unchanged(model), pytest.raises(error, match=match):
-        ll.inject_adapters(
-            model,
-            ll.LoRAConfig(r=2, target_modules=["c_attn", "qkv_proj", "other"], **arguments),
-        )
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["c_attn", "qkv_proj", "other"], **arguments))
 
 
 # Rows of q, k and v in a fused projection
@@ -103,19 +72,9 @@ KNOWN: list[tuple[str, int, dict[str, Any] | None, dict[str, range]]] = [
     *((name, 24, None, {"v": range(16, 24)}) for name in ("qkv", "qkv_proj", "Wqkv")),
     ("gate_up_proj", 12, None, {"gate": range(6), "up": range(6, 12)}),
     ("qkv", 24, {"hidden_size": 8}, {"v": range(16, 24)}),
-    (
-        "qkv",
-        24,
-        HEADS | {"num_key_value_heads": None, "head_dim": None},
-        {"k": range(8, 16)},
-    ),
+    ("qkv", 24, HEADS | {"num_key_value_heads": None, "head_dim": None}, {"k": range(8, 16)}),
     ("qkv", 32, GROUPS | {"head_dim": 4}, {"k": range(16, 24), "v": range(24, 32)}),
-    (
-        "c_attn",
-        12,
-        HEADS | {"multi_query": True},
-        {"q": range(8), "k": range(8, 10), "v": range(10, 12)},
-    ),
+    ("c_attn", 12, HEADS | {"multi_query": True}, {"q": range(8), "k": range(8, 10), "v": range(10, 12)}),
 ]
 
 
@@ -139,10 +98,7 @@ UNKNOWN: dict[str, tuple[Attention, str]] = {
 
 @pytest.mark.parametrize(("attention", "part"), UNKNOWN.values(), ids=UNKNOWN)
 def test_parts_that_are_not_known_are_not_guessed(attention: Attention, part: str) -> None:
-    with pytest.raises(
-        ll.TargetError,
-        match=rf"The rows of '{part}' in '0.{attention.name}', .* are not known",
-    ):
+    with pytest.raises(ll.TargetError, match=rf"The rows of '{part}' in '0.{attention.name}', .* are not known"):
         rows_of(Block(attention), attention.name, part)
 
 

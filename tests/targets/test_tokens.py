@@ -9,14 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRAConfig,
-    TargetError,
-    inject_adapters,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-)
+from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapters, remove_adapters, save_adapter
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
 from tests.support.compared import assert_all_refused
@@ -77,10 +70,7 @@ def test_a_list_means_the_input_embedding() -> None:
     assert rows(both, [1]) == {"a.words": (1,), "b.words": (1,)}
 
 
-@pytest.mark.parametrize(
-    "given",
-    [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}],
-)
+@pytest.mark.parametrize("given", [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}])
 def test_what_are_no_rows_is_refused(given: Any) -> None:
     with pytest.raises(ConfigError, match=r"trainable_token_indices.* is not valid. Expected"):
         LoRAConfig(trainable_token_indices=given)
@@ -88,39 +78,14 @@ def test_what_are_no_rows_is_refused(given: Any) -> None:
 
 TAKEN = "does not fit: target_modules, target_parameters or modules_to_save name it too"
 REFUSED: list[tuple[type[nn.Module], Any, dict[str, Any], str]] = [
-    (
-        Model,
-        [3, 10, 12],
-        {},
-        r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first",
-    ),
-    (
-        Model,
-        {"wrods": [1]},
-        {},
-        r"\['wrods'\] match no module of Model. Nearest names: 'words'",
-    ),
-    (
-        Model,
-        {"bag": [1]},
-        {},
-        "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an nn.Linear",
-    ),
+    (Model, [3, 10, 12], {}, r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first"),
+    (Model, {"wrods": [1]}, {}, r"\['wrods'\] match no module of Model. Nearest names: 'words'"),
+    (Model, {"bag": [1]}, {}, "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an nn.Linear"),
     (Model, {"sparse": [1]}, {}, "its gradients are sparse"),
     (Model, [1], {"modules_to_save": ["words"]}, f"'words' {TAKEN}"),
     # what shares the weight must fit too
-    (
-        Holder,
-        {"embed": [1]},
-        {},
-        r"'model.embed' of Holder. '' does not fit: a Holder is neither",
-    ),
-    (
-        TinyLM,
-        {"embed": [1], "lm_head": [2]},
-        {},
-        "other rows for 'lm_head' than for a name of the same weight",
-    ),
+    (Holder, {"embed": [1]}, {}, r"'model.embed' of Holder. '' does not fit: a Holder is neither"),
+    (TinyLM, {"embed": [1], "lm_head": [2]}, {}, "other rows for 'lm_head' than for a name of the same weight"),
     (TinyLM, {"embed": [1]}, {"target_modules": ["lm_head"]}, f"'lm_head' {TAKEN}"),
     (TinyLM, {"embed": [1]}, {"modules_to_save": ["lm_head"]}, f"'lm_head' {TAKEN}"),
 ]
@@ -152,10 +117,7 @@ def resize(embedding: nn.Embedding, size: int) -> None:
     embedding.num_embeddings = size
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}],
-)
+@pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
 def test_a_resized_embedding_is_adapted_anew(tmp_path: Path, how: dict[str, Any]) -> None:
     model = Model()
     config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
@@ -180,10 +142,7 @@ def test_a_sharded_embedding_is_refused() -> None:
             rows(model, {"embed": [1]})
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}],
-)
+@pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
 def test_a_resized_embedding_that_has_trained_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     model = Model()
     config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})

@@ -61,15 +61,7 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their frozen weights have" in said
     (listed,) = re.findall(r"modules_to_save=(\['head'\])", said)
-    assert (
-        fit(
-            tmp_path,
-            new_head(),
-            **TARGETS,
-            modules_to_save=literal_eval(listed),
-        )
-        == []
-    )
+    assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=literal_eval(listed)) == []
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
     assert "modules_to_save=['embed', 'head']" in said
 
@@ -90,16 +82,7 @@ def test_a_new_head_that_alone_is_adapted_is_told_to_adapt_others_too(tmp_path: 
     (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
     assert "modules_to_save=['head']" in said
     assert said.endswith('for example with target_modules="all-linear".')
-    assert (
-        fit(
-            tmp_path,
-            new_head(),
-            r=2,
-            target_modules="all-linear",
-            modules_to_save=["head"],
-        )
-        == []
-    )
+    assert fit(tmp_path, new_head(), r=2, target_modules="all-linear", modules_to_save=["head"]) == []
 
 
 class Encodes(LitTiny):
@@ -109,11 +92,7 @@ class Encodes(LitTiny):
         super().__init__(width=64)
         for layer in (self.embed, self.q_proj, self.v_proj, self.head):
             aged(layer)
-        self.sizes = nn.Sequential(
-            nn.Linear(64, 64),
-            nn.LayerNorm(64),
-            nn.Linear(64, 32),
-        )
+        self.sizes = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
 
 
 def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: Path) -> None:
@@ -202,18 +181,9 @@ class Resets(LitTiny):
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
-@pytest.mark.parametrize(
-    ("width", "found"),
-    [
-        (64, "that look untrained: 'head'"),
-        (48, "Perhaps new: 'head'"),
-    ],
-)
+@pytest.mark.parametrize(("width", "found"), [(64, "that look untrained: 'head'"), (48, "Perhaps new: 'head'")])
 def test_a_head_that_the_modules_own_hook_resets_is_named_and_in_files(
-    tmp_path: Path,
-    hook: str,
-    width: int,
-    found: str,
+    tmp_path: Path, hook: str, width: int, found: str
 ) -> None:
     model = Resets(hook, width)
     (said,) = fit(tmp_path, model, **TARGETS, merge=False)
@@ -320,10 +290,7 @@ class Grid(LitTiny):
     ],
 )
 def test_most_weights_left_alone_by_the_default_targets_are_named(
-    tmp_path: Path,
-    kind: Any,
-    says: str,
-    enough: list[dict[str, Any]],
+    tmp_path: Path, kind: Any, says: str, enough: list[dict[str, Any]]
 ) -> None:
     (said,) = fit(tmp_path, kind(), r=2)
     assert re.match(rf'LoRAWarning: target_modules="all-linear" leaves \d\d% .* in .*{says}', said)
@@ -367,16 +334,10 @@ class GraphAlike(Graph):
 
 @pytest.mark.parametrize(
     ("word", "kind", "parameters"),
-    [
-        ("all-linear", Graph, ["lin.weight"]),
-        ("all", GraphAlike, [f"convs.{number}.lin.weight" for number in range(6)]),
-    ],
+    [("all-linear", Graph, ["lin.weight"]), ("all", GraphAlike, [f"convs.{number}.lin.weight" for number in range(6)])],
 )
 def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_them(
-    tmp_path: Path,
-    word: str,
-    kind: Any,
-    parameters: list[str],
+    tmp_path: Path, word: str, kind: Any, parameters: list[str]
 ) -> None:
     options = {"r": 2, "target_modules": word, "exclude_modules": ["embed"]}
     (said,) = fit(tmp_path, kind(), **options)
@@ -387,15 +348,7 @@ def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_th
     assert literal_eval(listed) == parameters
     model = kind()
     before = state(model)
-    assert (
-        fit(
-            tmp_path,
-            model,
-            **options,
-            target_parameters=literal_eval(listed),
-        )
-        == []
-    )
+    assert fit(tmp_path, model, **options, target_parameters=literal_eval(listed)) == []
     after = state(model)
     for name in lines_with("lin.weight", before):
         assert not torch.equal(after[name], before[name]), name
@@ -417,60 +370,25 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     assert fit(tmp_path, Normed(), r=2) == [said]  # they are most of its weights
     (said,) = fit(tmp_path, Normed(), r=2, exclude_modules=["conv"])
     assert said.startswith("LoRAWarning: No adapter for 'v_proj' of Normed")
-    assert (
-        fit(
-            tmp_path,
-            Normed(),
-            r=2,
-            target_modules="all",
-            modules_to_save=["conv", "v_proj"],
-        )
-        == []
-    )
-    assert (
-        fit(
-            tmp_path,
-            Normed(),
-            r=2,
-            target_modules="all",
-            exclude_modules=["conv", "v_proj"],
-        )
-        == []
-    )
+    assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
+    assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []
 
 
 # What loggers show
 
 
-def log(
-    folder: Path,
-    notes: Notes,
-    *callbacks: L.Callback,
-    **options: Any,
-) -> LitTiny:
+def log(folder: Path, notes: Notes, *callbacks: L.Callback, **options: Any) -> LitTiny:
     """The module after a fit with a logger."""
     if not callbacks:
         callbacks = (lora(),)
-    model, _ = fits.fit(
-        folder,
-        *callbacks,
-        logger=notes,
-        log_every_n_steps=1,
-        **options,
-    )
+    model, _ = fits.fit(folder, *callbacks, logger=notes, log_every_n_steps=1, **options)
     return model
 
 
 def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(tmp_path: Path) -> None:
     notes = Notes()
     loggers = [notes, CSVLogger(tmp_path)]
-    fits.fit(
-        tmp_path,
-        lora(),
-        model=LitTiny(lr=0.03),
-        logger=loggers,
-        log_every_n_steps=1,
-    )
+    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=loggers, log_every_n_steps=1)
     (found,) = notes.ours
     base = found["lora/base"]
     assert len(base) == 16
@@ -491,12 +409,7 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
 
 def test_lists_and_patterns_are_logged_as_text(tmp_path: Path) -> None:
     notes = Notes()
-    adapters = lora(
-        alpha=4,
-        target_modules=["q_proj"],
-        rank_pattern={r"q_\w+": 1},
-        merge=False,
-    )
+    adapters = lora(alpha=4, target_modules=["q_proj"], rank_pattern={r"q_\w+": 1}, merge=False)
     log(tmp_path, notes, adapters)
     (found,) = notes.ours
     assert found["lora/target_modules"] == '["q_proj"]'
@@ -562,19 +475,12 @@ def test_another_base_has_another_name_in_loggers(tmp_path: Path) -> None:
 
 def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
     notes = Notes()
-    choices: list[dict[str, Any]] = [
-        {"logger": False, "max_steps": 1},
-        {"logger": notes, "fast_dev_run": 1},
-    ]
+    choices: list[dict[str, Any]] = [{"logger": False, "max_steps": 1}, {"logger": notes, "fast_dev_run": 1}]
     if "enable_autolog_hparams" in signature(L.Trainer).parameters:
         off = {"logger": notes, "enable_autolog_hparams": False, "max_steps": 1}
         choices.append(off)
         log_values(trainer(tmp_path, **off), {"lora/r": 2})  # as in training, of a share that is another then
     for options in choices:
         fits.fit(tmp_path, lora(), log_every_n_steps=1, **options)
-    trainer(tmp_path, [lora()], logger=notes).test(
-        LitTiny(),
-        data(),
-        verbose=False,
-    )
+    trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)
     assert not notes.ours

@@ -29,11 +29,7 @@ class Adaptive(Net):
         return loss + other * share.detach()
 
     def size_of_gradient(self, loss: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(
-            loss,
-            self.net[-1].weight,
-            retain_graph=True,
-        )
+        (gradient,) = torch.autograd.grad(loss, self.net[-1].weight, retain_graph=True)
         return gradient.norm()
 
 
@@ -67,12 +63,7 @@ class Meta(Net):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.inner = torch.autograd.grad(
-            loss,
-            self.fast(),
-            create_graph=True,
-            allow_unused=True,
-        )
+        self.inner = torch.autograd.grad(loss, self.fast(), create_graph=True, allow_unused=True)
         return loss
 
 

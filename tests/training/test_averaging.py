@@ -41,22 +41,11 @@ def that_exist(cases: list[Any]) -> list[Any]:
 
 @overrides_hook
 @pytest.mark.parametrize(("average", "first", "cls"), that_exist(CASES))
-def test_averages_are_those_of_adapters_after_each_step(
-    tmp_path: Path,
-    average: str,
-    first: bool,
-    cls: Any,
-) -> None:
+def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average: str, first: bool, cls: Any) -> None:
     make, at_end, _ = fits.AVERAGES[average]
     steps = fits.Steps()
     callbacks = [*fits.beside(make(), first), steps]
-    model, _ = fits.fit(
-        tmp_path,
-        *callbacks,
-        model=cls(),
-        max_epochs=4,
-        enable_checkpointing=False,
-    )
+    model, _ = fits.fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)
     expected = at_end(steps.after)
     torch.testing.assert_close(trained(model), expected)
     assert is_plain(model)
@@ -81,15 +70,7 @@ class Numbers:
 
     def check(self, t: L.Trainer, module: LitTiny) -> None:
         for stage in ("test", "validate"):
-            assert (
-                fits.outcome(
-                    t,
-                    stage,
-                    module,
-                    ckpt_path=self.path,
-                ).item()
-                == self.score
-            )
+            assert fits.outcome(t, stage, module, ckpt_path=self.path).item() == self.score
             assert fits.outcome(t, "test", module).item() == self.score  # what was loaded stays
         predicted = fits.outcome(t, "predict", module, ckpt_path=self.path)
         torch.testing.assert_close(predicted, self.predicted)
@@ -99,26 +80,12 @@ class Numbers:
 @pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
 @pytest.mark.parametrize(("first", "merge"), [(False, "last"), (True, "best")])
 @each_average
-def test_best_is_what_validation_saw_of_the_average(
-    tmp_path: Path,
-    average: str,
-    first: bool,
-    merge: Any,
-) -> None:
+def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool, merge: Any) -> None:
     make, _, seen = fits.AVERAGES[average]
     steps = fits.Steps()
     worst = best(tmp_path, mode="max")  # surely not the last
     light = ModelCheckpoint(tmp_path, "light-{step}", save_weights_only=True, every_n_train_steps=3, save_top_k=-1)
-    callbacks = [
-        *fits.beside(
-            make(),
-            first,
-            merge=merge,
-        ),
-        steps,
-        worst,
-        light,
-    ]
+    callbacks = [*fits.beside(make(), first, merge=merge), steps, worst, light]
     model, t = fits.fit(tmp_path, *callbacks, max_epochs=4)
     t.save_checkpoint(tmp_path / "after.ckpt")
     assert files_hold_adapters_alone(tmp_path)
@@ -144,21 +111,9 @@ def without_folders(file: Path) -> dict[str, Any]:
 
 
 @overrides_hook
-@pytest.mark.parametrize(
-    ("first", "cls"),
-    [
-        (False, LitTiny),
-        (True, BuiltAnew),
-    ],
-    ids=["after", "before"],
-)
+@pytest.mark.parametrize(("first", "cls"), [(False, LitTiny), (True, BuiltAnew)], ids=["after", "before"])
 @each_average
-def test_resumed_average_has_the_same_bits(
-    tmp_path: Path,
-    average: str,
-    first: bool,
-    cls: type[LitTiny],
-) -> None:
+def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool, cls: type[LitTiny]) -> None:
     if average == "swa":  # which Lightning itself resumes exactly at the end of an epoch alone
         steps, at, end = None, "step=8", "step=16.ckpt"
     else:
@@ -167,13 +122,7 @@ def test_resumed_average_has_the_same_bits(
     if first:
         make.reverse()
     resumed = fits.resumes_to_the_bit(
-        tmp_path,
-        cls,
-        *make,
-        at=at,
-        train=fits.Stateful,
-        saving={"every_n_train_steps": steps},
-        max_epochs=4,
+        tmp_path, cls, *make, at=at, train=fits.Stateful, saving={"every_n_train_steps": steps}, max_epochs=4
     )
     of_through = without_folders(tmp_path / "through" / end)
     of_resumed = without_folders(tmp_path / "resumed" / end)
@@ -193,13 +142,7 @@ class NormedTwice(Normed):
 def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
     average = StochasticWeightAveraging(0.1, swa_epoch_start=2)
     adapters = lora(modules_to_save=["head", "last"])
-    model, _ = fits.fit(
-        tmp_path,
-        average,
-        adapters,
-        model=NormedTwice(),
-        max_epochs=4,
-    )
+    model, _ = fits.fit(tmp_path, average, adapters, model=NormedTwice(), max_epochs=4)
     assert_same_tensors(state(model.norm), state(Normed().norm))
     assert type(model.norm) is nn.BatchNorm1d
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
@@ -229,20 +172,9 @@ class Masked(LitTiny):
         ("WeightAveraging", {}, "bf16-true"),  # torch's own for lists takes only float32 on CPUs
     ],
 )
-def test_averaging_leaves_infinities_in_a_buffer(
-    tmp_path: Path,
-    make: str,
-    options: Any,
-    precision: Any,
-) -> None:
+def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, make: str, options: Any, precision: Any) -> None:
     average = getattr(bundled, make)(use_buffers=True, **options)
-    model, _ = fits.fit(
-        tmp_path,
-        average,
-        lora(),
-        model=Masked(),
-        precision=precision,
-    )
+    model, _ = fits.fit(tmp_path, average, lora(), model=Masked(), precision=precision)
     bits = model.mask.float().view(torch.int32)
     assert torch.equal(bits, MASK.view(torch.int32))  # -0.0 equals 0.0
     for p in model.parameters():

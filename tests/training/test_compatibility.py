@@ -47,10 +47,7 @@ def lbfgs(parameters: Any) -> Optimizer:
     ],
 )
 def test_training_is_that_of_a_plain_loop_over_the_adapters(
-    tmp_path: Path,
-    make: Callable[[Any], Optimizer],
-    options: Any,
-    loop: Any,
+    tmp_path: Path, make: Callable[[Any], Optimizer], options: Any, loop: Any
 ) -> None:
     expected = adapted()
     by_hand(make(trainable(expected)), expected, **loop)
@@ -60,14 +57,7 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(
         model.configure_optimizers = lambda: make(model.parameters())  # type: ignore[method-assign]
         return model
 
-    found = resumes_to_the_bit(
-        tmp_path,
-        build,
-        partial(lora, merge=False),
-        at="epoch=1",
-        max_epochs=3,
-        **options,
-    )
+    found = resumes_to_the_bit(tmp_path, build, partial(lora, merge=False), at="epoch=1", max_epochs=3, **options)
     assert_same_tensors(state(found), state(expected))
     assert base_is_whole(found)
     assert files_hold_adapters_alone(tmp_path)
@@ -203,19 +193,9 @@ def names_in(folder: Path) -> list[str]:
 
 @exact
 @pytest.mark.parametrize(
-    ("finder", "name", "average"),
-    [
-        (finds_lr, "lr", None),
-        (finds_batch_size, "batch_size", None),
-        *LR_WITH_AN_AVERAGE,
-    ],
+    ("finder", "name", "average"), [(finds_lr, "lr", None), (finds_batch_size, "batch_size", None), *LR_WITH_AN_AVERAGE]
 )
-def test_fit_with_a_finder_is_fit_with_what_it_finds(
-    tmp_path: Path,
-    finder: Any,
-    name: str,
-    average: Any,
-) -> None:
+def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: Any, name: str, average: Any) -> None:
     def fitted(model: OwnData, folder: Path, *callbacks: L.Callback) -> OwnData:
         torch.manual_seed(5)
         saves = ModelCheckpoint(folder, "{step}", save_top_k=-1)

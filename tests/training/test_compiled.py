@@ -25,11 +25,7 @@ class Compiled(LitTiny):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain, _ = fit(
-        tmp_path,
-        lora(target_modules=["q_proj"]),
-        model=LitTiny(),
-    )
+    plain, _ = fit(tmp_path, lora(target_modules=["q_proj"]), model=LitTiny())
     model = Compiled()
     model(X)  # so that there is a graph without an adapter
     _, t = fit(tmp_path, lora(target_modules=["q_proj"]), model=model)

@@ -80,28 +80,13 @@ class Passes(L.Callback):
 
 @pytest.mark.parametrize(
     ("merge", "saving", "in_training"),
-    [
-        ("last", {"save_top_k": -1}, 1),
-        ("last", {"every_n_epochs": 9}, 0),
-        ("best", {}, 1),
-    ],
+    [("last", {"save_top_k": -1}, 1), ("last", {"every_n_epochs": 9}, 0), ("best", {}, 1)],
 )
 def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file(
-    tmp_path: Path,
-    reads: Reads,
-    merge: Any,
-    saving: Any,
-    in_training: int,
+    tmp_path: Path, reads: Reads, merge: Any, saving: Any, in_training: int
 ) -> None:
     passes = Passes(reads)
-    fit(
-        tmp_path,
-        lora(merge=merge),
-        best(tmp_path, **saving),
-        passes,
-        model=Wide(),
-        max_epochs=4,
-    )
+    fit(tmp_path, lora(merge=merge), best(tmp_path, **saving), passes, model=Wide(), max_epochs=4)
     at_the_end = reads.passes()
     assert passes.in_set_up == 1
     assert passes.in_training == in_training
@@ -117,12 +102,7 @@ class LooksAtKind(L.Callback):
 
 def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_path: Path, reads: Reads) -> None:
     looks = LooksAtKind()
-    model, t = fit(
-        tmp_path,
-        lora(),
-        looks,
-        model=Wide(),
-    )
+    model, t = fit(tmp_path, lora(), looks, model=Wide())
     merged = state(model)
     plain = copy.deepcopy(model)
     for stage in ("validate", "test", "predict"):
@@ -140,12 +120,7 @@ def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_pa
 
 
 def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(tmp_path: Path, reads: Reads) -> None:
-    model, t = fit(
-        tmp_path,
-        lora(),
-        best(tmp_path),
-        model=Wide(),
-    )
+    model, t = fit(tmp_path, lora(), best(tmp_path), model=Wide())
     reads.passes()
     model.freeze()
     outcome(t, "test", model, ckpt_path="best")
@@ -158,11 +133,7 @@ class Judged(LitTiny):
 
     def __init__(self) -> None:
         super().__init__()
-        self.judge = nn.Sequential(
-            nn.Linear(8, 8),
-            nn.ReLU(),
-            nn.Linear(8, 8),
-        )
+        self.judge = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         self.requires_grad_(False)
         self.head.requires_grad_(True)
 
@@ -177,11 +148,7 @@ class Looks(L.Callback):
         self.step = -1
         self.steps: set[int] = set()
         for room, name in functions:
-            monkeypatch.setattr(
-                room,
-                name,
-                self.noted(getattr(room, name)),
-            )
+            monkeypatch.setattr(room, name, self.noted(getattr(room, name)))
 
     def noted(self, function: Any) -> Any:
         def call(value: Any) -> Any:
@@ -240,14 +207,7 @@ def assert_change_is_stored(model: Wide, file: Path) -> None:
 def test_a_changed_value_is_stored_when_a_save_sees_it_or_at_the_end(tmp_path: Path, place: int, name: str) -> None:
     model = Wide()
     saves = best(tmp_path, filename="best")
-    _, t = fit(
-        tmp_path,
-        lora(merge=False),
-        saves,
-        Changes(place),
-        model=model,
-        max_epochs=1,
-    )
+    _, t = fit(tmp_path, lora(merge=False), saves, Changes(place), model=model, max_epochs=1)
     t.save_checkpoint(tmp_path / "after.ckpt")
     assert_change_is_stored(model, tmp_path / name)
 

@@ -50,12 +50,7 @@ class Deep(L.LightningModule):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            self.layers = nn.Sequential(
-                nn.Linear(12, 10),
-                nn.Tanh(),
-                nn.Linear(10, 9),
-                nn.Linear(9, 7),
-            ).double()
+            self.layers = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 9), nn.Linear(9, 7)).double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -119,26 +114,12 @@ class Begun(L.Callback):
         self.of_numpy = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
 
 
-def begun(
-    folder: Path,
-    model: Any,
-    train: Any,
-    *,
-    run: dict[str, Any] | None = None,
-    **config: Any,
-) -> Begun:
+def begun(folder: Path, model: Any, train: Any, *, run: dict[str, Any] | None = None, **config: Any) -> Begun:
     """What a module has when its fit begins. ``run`` are options of the Trainer."""
     found = Begun()
     config = {"r": 3, "merge": False, **config}
     run = {"max_steps": 1, **(run or {})}
-    fit(
-        folder,
-        ll.LoRACallback(**config),
-        found,
-        model=model,
-        train=train,
-        **run,
-    )
+    fit(folder, ll.LoRACallback(**config), found, model=model, train=train, **run)
     return found
 
 
@@ -160,21 +141,9 @@ def directions(x: Tensor) -> Tensor:
     return right
 
 
-@pytest.mark.parametrize(
-    ("most", "run"),
-    [
-        (1, {"fast_dev_run": True}),
-        (16, {}),
-    ],
-)
+@pytest.mark.parametrize(("most", "run"), [(1, {"fast_dev_run": True}), (16, {})])
 def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: int, run: dict[str, Any]) -> None:
-    found = begun(
-        tmp_path,
-        Deep(),
-        numbers(),
-        init="eva",
-        run=run,
-    )
+    found = begun(tmp_path, Deep(), numbers(), init="eva", run=run)
     x = torch.cat([batch[0] for batch in islice(numbers(), most)])
     for name, layer in Deep().layers.named_children():
         if isinstance(layer, nn.Linear):
@@ -191,12 +160,7 @@ def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     stops = peft.EvaConfig(rho=1.0, tau=0.0)  # all ranks stay, and two batches are enough
-    config = peft.LoraConfig(
-        r=3,
-        target_modules=r"layers\.\d",
-        init_lora_weights="eva",
-        eva_config=stops,
-    )
+    config = peft.LoraConfig(r=3, target_modules=r"layers\.\d", init_lora_weights="eva", eva_config=stops)
     found = peft.get_eva_state_dict(
         Deep(),
         [batch[0] for batch in numbers(batch_size=60)],
@@ -206,13 +170,7 @@ def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
         prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )
-    ours = begun(
-        tmp_path,
-        Deep(),
-        numbers(batch_size=60),
-        init="eva",
-        init_batches=2,
-    )
+    ours = begun(tmp_path, Deep(), numbers(batch_size=60), init="eva", init_batches=2)
     assert len(found) == 3
     for name, a in found.items():
         assert_same_subspace(ours.state[f"{name}.lora_A"], a)  # they keep less between batches
@@ -229,11 +187,7 @@ class Busy(Deep):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.layers = nn.Sequential(
-                nn.Linear(12, 10),
-                nn.BatchNorm1d(10),
-                nn.Dropout(0.3),
-                nn.Linear(10, 9),
-                nn.Linear(9, 7),
+                nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Dropout(0.3), nn.Linear(10, 9), nn.Linear(9, 7)
             ).double()
         self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("same", torch.zeros(1).expand(3))
@@ -263,30 +217,15 @@ class Busy(Deep):
         self.layers[3].eval()
 
 
-def fit_of(
-    folder: Path,
-    init: Any,
-    train: Callable[[], Any] = numbers,
-) -> tuple[Busy, Begun, Notes]:
+def fit_of(folder: Path, init: Any, train: Callable[[], Any] = numbers) -> tuple[Busy, Begun, Notes]:
     """The module after a fit with all generators seeded, what it had when it began to train, and what it logged."""
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
     model, found, notes = Busy(), Begun(), Notes()
     model.layers[4].eval()
-    callback = ll.LoRACallback(
-        r=3,
-        init=init,
-        merge=False,
-        modules_to_save=["layers.1"],
-    )
-    t = trainer(
-        folder,
-        [callback, found],
-        max_epochs=2,
-        logger=notes,
-        log_every_n_steps=1,
-    )
+    callback = ll.LoRACallback(r=3, init=init, merge=False, modules_to_save=["layers.1"])
+    t = trainer(folder, [callback, found], max_epochs=2, logger=notes, log_every_n_steps=1)
     t.fit(model, train())
     return model, found, notes
 
@@ -358,20 +297,10 @@ def names_logged(notes: Notes) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("init", "loader"),
-    [
-        ("lora_ga", Own),
-        ("eva", Own),
-        ("eva", shuffled),
-        ("eva", loaded_by_a_worker),
-        ("eva", streamed),
-    ],
+    [("lora_ga", Own), ("eva", Own), ("eva", shuffled), ("eva", loaded_by_a_worker), ("eva", streamed)],
 )
 def test_the_batches_that_are_looked_at_leave_no_trace(tmp_path: Path, init: str, loader: Any) -> None:
-    model, found, notes = fit_of(
-        tmp_path,
-        init,
-        loader,
-    )
+    model, found, notes = fit_of(tmp_path, init, loader)
     plain, of_plain, notes_of_plain = fit_of(tmp_path, "kaiming", loader)
     assert_module_is_as_it_came(found, of_plain)
     assert_run_is_as_it_came(found, of_plain)
@@ -406,23 +335,13 @@ def test_a_second_fit_goes_on(tmp_path: Path, init: Any) -> None:
     adapters = ll.LoRACallback(r=3, merge=False, init=init)
     fit(tmp_path, adapters, model=model)
     trained = state(model)
-    second = begun(
-        tmp_path,
-        model,
-        data(),
-        init=init,
-    )
+    second = begun(tmp_path, model, data(), init=init)
     assert_same_tensors(second.state, trained)
 
 
 @for_each_init
 def test_a_fit_after_a_tuner_starts(tmp_path: Path, init: Any) -> None:
-    alone = begun(
-        tmp_path,
-        LitTiny(),
-        data(),
-        init=init,
-    )
+    alone = begun(tmp_path, LitTiny(), data(), init=init)
     model, found = LitTiny(), Begun()
     torch.manual_seed(5)
     adapters = ll.LoRACallback(r=3, merge=False, init=init)
@@ -512,20 +431,10 @@ class KeepsOutputs(Deep):
         (KeepsOutputs, "eva", "KeepsOutputs ended in AttributeError: .*Hooks such as"),
     ],
 )
-def test_a_step_that_cannot_run_alone_is_refused(
-    tmp_path: Path,
-    kind: Any,
-    init: Any,
-    says: str,
-) -> None:
+def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, kind: Any, init: Any, says: str) -> None:
     model = kind()
     with pytest.raises(ll.ConfigError, match=rf"init='{init}' .*{says}"):
-        fit(
-            tmp_path,
-            ll.LoRACallback(init=init),
-            model=model,
-            train=numbers(),
-        )
+        fit(tmp_path, ll.LoRACallback(init=init), model=model, train=numbers())
     assert is_plain(model)
 
 
@@ -641,14 +550,7 @@ def gradients(train: DataLoader[Any], most: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int) -> None:
-    found = begun(
-        tmp_path,
-        Deep(),
-        numbers(),
-        init="lora_ga",
-        init_batches=most,
-        alpha=12,
-    )
+    found = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=most, alpha=12)
     grads = gradients(numbers(), most)
     assert len(grads) == 3
     for name, grad in grads.items():
@@ -678,10 +580,7 @@ def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Pa
             theirs.training_step(batch, 0).backward()
 
     config = peft.LoraConfig(
-        r=3,
-        target_modules=r"layers\.[023]",
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(),
+        r=3, target_modules=r"layers\.[023]", init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
     )
     preprocess_loraga(theirs, config, go_back)  # type: ignore[no-untyped-call]
     grads = gradients(numbers(), 8)
@@ -826,13 +725,7 @@ def test_data_that_can_be_read_once_only_are_refused(tmp_path: Path, kind: str) 
 
 def test_an_iterator_whose_copy_begins_where_it_does_is_read(tmp_path: Path) -> None:
     batches = iter(list(numbers()))
-    _, t = fit(
-        tmp_path,
-        ll.LoRACallback(init="eva"),
-        model=Deep(),
-        train=batches,
-        max_epochs=1,
-    )
+    _, t = fit(tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=batches, max_epochs=1)
     assert t.global_step == len(numbers())
 
 
@@ -844,9 +737,4 @@ def test_a_step_that_takes_batches_itself_is_refused(tmp_path: Path) -> None:
             return super().training_step(batch, 0)
 
     with pytest.raises(ll.ConfigError, match="that of Takes takes a dataloader_iter"):
-        fit(
-            tmp_path,
-            ll.LoRACallback(init="eva"),
-            model=Takes(),
-            train=numbers(),
-        )
+        fit(tmp_path, ll.LoRACallback(init="eva"), model=Takes(), train=numbers())

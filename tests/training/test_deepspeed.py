@@ -24,56 +24,21 @@ from tests.support.sharded_fits import State, assert_same, differing, fit, messa
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
 
 
-def of_zero(
-    kind: str,
-    folder: Path,
-    *args: Any,
-    zero: dict[str, Any],
-    **options: Any,
-) -> State:
+def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], **options: Any) -> State:
     """A fit with these options of DeepSpeed."""
     strategy = CpuDeepSpeed(**{"stage": 2, **zero})
-    return fit(
-        kind,
-        folder,
-        *args,
-        strategy=strategy,
-        **options,
-    )
+    return fit(kind, folder, *args, strategy=strategy, **options)
 
 
-def trained(
-    folder: Path,
-    *args: Any,
-    zero: dict[str, Any] | None = None,
-    **options: Any,
-) -> list[State]:
+def trained(folder: Path, *args: Any, zero: dict[str, Any] | None = None, **options: Any) -> list[State]:
     """What each process has after a fit."""
-    return run_ranks(
-        of_zero,
-        "run",
-        folder,
-        *args,
-        zero=zero or {},
-        **options,
-    )
+    return run_ranks(of_zero, "run", folder, *args, zero=zero or {}, **options)
 
 
-def resumed(
-    folder: Path,
-    build: Callable[[], LitNet],
-    kwargs: dict[str, Any],
-    **options: Any,
-) -> list[State]:
+def resumed(folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], **options: Any) -> list[State]:
     """What each process has after a fit that goes on from the first file of another one."""
     first = path_of(folder, "run", 0)
-    return trained(
-        folder / "again",
-        build,
-        kwargs,
-        first,
-        **options,
-    )
+    return trained(folder / "again", build, kwargs, first, **options)
 
 
 def of_ddp(folder: Path, *args: Any, **options: Any) -> State:
@@ -115,13 +80,7 @@ class WarmsUp(LitNet):
             group["lr"] = 1e-3
 
 
-ADAM = {
-    "zero_optimization": {"stage": 2},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": 1e-2, "torch_adam": True},
-    },
-}
+ADAM = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
 SCALED = {"lr_scale": 3, "modules_to_save": ["head"]}
 
 
@@ -135,29 +94,15 @@ SCALED = {"lr_scale": 3, "modules_to_save": ["head"]}
     ],
 )
 def test_optimizers_in_all_forms_are_those_of_ddp(
-    tmp_path: Path,
-    build: Any,
-    under_ddp: Any,
-    zero: Any,
-    kwargs: Any,
+    tmp_path: Path, build: Any, under_ddp: Any, zero: Any, kwargs: Any
 ) -> None:
     expected = of_ddp(tmp_path, under_ddp, kwargs)
-    found = trained(
-        tmp_path,
-        build,
-        kwargs,
-        zero=zero,
-    )
+    found = trained(tmp_path, build, kwargs, zero=zero)
     assert_same(found[0], expected)
     file = path_of(tmp_path, "run", 1)
     file_of_ddp = path_of(tmp_path, "ddp", 1)
     assert differing(file, file_of_ddp) == []
-    again = resumed(
-        tmp_path,
-        build,
-        kwargs,
-        zero=zero,
-    )
+    again = resumed(tmp_path, build, kwargs, zero=zero)
     assert_same(again[1], expected)
 
 
@@ -181,28 +126,10 @@ NARROW = {"autocast_adapter_dtype": False}
         ("16-mixed", {"stage": 2, "initial_scale_power": 20, "loss_scale_window": 2}, NARROW, torch.float16),
     ],
 )
-def test_half_precision_resumes_to_its_bits(
-    tmp_path: Path,
-    precision: Any,
-    zero: Any,
-    kwargs: Any,
-    dtype: Any,
-) -> None:
-    expected = trained(
-        tmp_path,
-        LitNet,
-        kwargs,
-        precision=precision,
-        zero=zero,
-    )[0]
+def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any) -> None:
+    expected = trained(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[0]
     assert expected["model.layers.0.q.lora_A"].dtype == dtype
-    again = resumed(
-        tmp_path,
-        LitNet,
-        kwargs,
-        precision=precision,
-        zero=zero,
-    )
+    again = resumed(tmp_path, LitNet, kwargs, precision=precision, zero=zero)
     assert_same(again[1], expected)
     last = path_of(tmp_path, "run", 1)
     last_again = path_of(tmp_path / "again", "run", 1)
@@ -216,12 +143,7 @@ def test_half_precision_resumes_to_its_bits(
         ("bf16-true", {**NARROW, "use_dora": True, "bias": "all"}, "autocast_adapter_dtype=False and use_dora=False"),
     ],
 )
-def test_two_dtypes_in_half_precision_are_refused(
-    tmp_path: Path,
-    precision: Any,
-    kwargs: Any,
-    remedy: str,
-) -> None:
+def test_two_dtypes_in_half_precision_are_refused(tmp_path: Path, precision: Any, kwargs: Any, remedy: str) -> None:
     with pytest.raises(RankError, match=f"StrategyError: In half precision, .*{remedy}"):
         trained(tmp_path, LitNet, kwargs, precision=precision)
 
@@ -259,12 +181,7 @@ def fits_again(folder: Path, kinds: list[str]) -> tuple[State, State, State]:
     fitted, evaluated = folder / f"{kinds}-a.ckpt", folder / f"{kinds}-b.ckpt"
     module = LitNet()
     for kind in kinds:
-        t = trainer_of(
-            "ddp",
-            folder,
-            [lora()],
-            **strategy_of(kind),
-        )
+        t = trainer_of("ddp", folder, [lora()], **strategy_of(kind))
         t.fit(module, data(), data())
         t.save_checkpoint(fitted)
         t.validate(module, data(), verbose=False)

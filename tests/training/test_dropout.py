@@ -116,23 +116,11 @@ class Evaluates(L.Callback):
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
     before = modes(model)
-    _, t = fit(
-        tmp_path,
-        Evaluates(),
-        lora(),
-        model=model,
-        **options,
-    )
+    _, t = fit(tmp_path, Evaluates(), lora(), model=model, **options)
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
-    assert model.acts == {
-        "train": {True},
-        "sanity": {False},
-        "validate": {False},
-        "test": {False},
-        "predict": {False},
-    }
+    assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}, "test": {False}, "predict": {False}}
     assert model.modes == [before] * 8
     assert modes(model) == before
     assert is_deterministic(model)
@@ -198,12 +186,7 @@ class Compiled(Lit):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
-    model, _ = fit(
-        tmp_path,
-        Evaluates(),
-        lora(),
-        model=adapted(cls),
-    )
+    model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(cls))
     assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}}
 
 
@@ -229,11 +212,7 @@ class Labels(Lit):
 
 
 def test_copies_and_the_model_in_eval_mode_evaluate_without_it(tmp_path: Path) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(),
-        model=adapted(Labels),
-    )
+    model, _ = fit(tmp_path, lora(), model=adapted(Labels))
     assert model.acts["labels"] == {False}
     assert model.acts["train"] == {True}
     assert is_deterministic(vars(model)["teacher"])

@@ -80,19 +80,11 @@ def all_values(model: LitTiny) -> dict[str, Tensor]:
     ],
 )
 def test_a_finished_run_that_is_run_again_ends_as_it_did(
-    tmp_path: Path,
-    start: str,
-    arguments: Any,
-    options: Any,
+    tmp_path: Path, start: str, arguments: Any, options: Any
 ) -> None:
     def run(model: LitTiny, path: Path | None = None, **until: int) -> LitTiny:
         saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
-        t = trainer(
-            tmp_path,
-            [lora(**arguments), saves],
-            **options,
-            **until,
-        )
+        t = trainer(tmp_path, [lora(**arguments), saves], **options, **until)
         t.fit(model, data(), data(), ckpt_path=path)
         return model
 
@@ -102,12 +94,7 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
     before = about(finished)
     output = finished(X)
     again = run(started(start), file, max_epochs=2)
-    until_a_step = run(
-        started(start),
-        file,
-        max_epochs=9,
-        max_steps=steps,
-    )
+    until_a_step = run(started(start), file, max_epochs=9, max_steps=steps)
     run(finished, file, max_epochs=2)
     for model in (again, until_a_step, finished):
         assert about(model) == before
@@ -132,20 +119,12 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
     ],
 )
 def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
-    tmp_path: Path,
-    start: str,
-    arguments: Any,
-    options: Any,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, start: str, arguments: Any, options: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = started(start)
     before = about(model)
     values = state(model)
-    trainer(tmp_path, [lora(**arguments)], **options).fit(
-        model,
-        data(),
-        data(),
-    )
+    trainer(tmp_path, [lora(**arguments)], **options).fit(model, data(), data())
     assert about(model) == before
     assert_same_tensors(state(model), values)
     if "devices" not in options:  # those of other processes are not caught
@@ -173,11 +152,7 @@ class ReadsNothing(L.Callback):
 def test_all_processes_merge_the_best_adapters_or_none(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # not the last
     callbacks = [lora(merge="best"), saves, ReadsNothing(tmp_path)]
-    trainer(tmp_path, callbacks, **FORKED).fit(
-        LitTiny(),
-        data(),
-        data(),
-    )
+    trainer(tmp_path, callbacks, **FORKED).fit(LitTiny(), data(), data())
     first = torch.load(tmp_path / "0.pt", weights_only=True)
     second = torch.load(tmp_path / "1.pt", weights_only=True)
     assert_same_tensors(second, first)
@@ -200,20 +175,11 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(("action", "times"), [(interrupt, 1), (stop, 0)])  # an error shows itself
-def test_an_interrupted_fit_says_where_the_adapters_are(
-    tmp_path: Path,
-    action: Any,
-    times: int,
-    caplog: Any,
-) -> None:
+def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, action: Any, times: int, caplog: Any) -> None:
     said = "Interrupted after step 5: LitTiny has its adapters as trained until then. fit goes on with them; merge_ad"
     model = LitTiny()
     with suppress(SystemExit, StopError):
-        trainer(tmp_path, [lora(), At(5, action)]).fit(
-            model,
-            data(),
-            data(),
-        )
+        trainer(tmp_path, [lora(), At(5, action)]).fit(model, data(), data())
     assert caplog.text.count(said) == times
     assert not is_plain(model)
 

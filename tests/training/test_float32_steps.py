@@ -26,13 +26,7 @@ from tests.support.versions import exact
 def test_what_trains_in_full_in_a_float16_base_learns_and_stays_finite(
     tmp_path: Path, options: Any, moved: str
 ) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(**options),
-        model=LitTiny(lr=1e-3),
-        precision="16-true",
-        max_epochs=4,
-    )
+    model, _ = fit(tmp_path, lora(**options), model=LitTiny(lr=1e-3), precision="16-true", max_epochs=4)
     for p in model.parameters():
         assert p.dtype == torch.float16
         assert p.isfinite().all()
@@ -54,21 +48,10 @@ class Steady(LitTiny):
 
 
 def test_steps_that_float16_rounds_away_add_up(tmp_path: Path) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(),
-        model=Steady(),
-        precision="16-true",
-        max_epochs=4,
-    )
+    model, _ = fit(tmp_path, lora(), model=Steady(), precision="16-true", max_epochs=4)
     has_gradients = torch.arange(8) > 0
     expected = LitTiny().head.weight.data - 16 * 1e-4 * has_gradients
-    torch.testing.assert_close(
-        model.head.weight.float(),
-        expected,
-        atol=1.3e-4,
-        rtol=0,
-    )  # half of float16's spacing
+    torch.testing.assert_close(model.head.weight.float(), expected, atol=1.3e-4, rtol=0)  # half of float16's spacing
 
 
 class StepsByLBFGS(LitTiny):
@@ -77,12 +60,7 @@ class StepsByLBFGS(LitTiny):
 
 
 def test_a_step_that_computes_its_loss_again_does_so_in_float16(tmp_path: Path) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(merge=False),
-        model=StepsByLBFGS(),
-        precision="16-true",
-    )
+    model, _ = fit(tmp_path, lora(merge=False), model=StepsByLBFGS(), precision="16-true")
     weight = model.head.weight
     assert weight.dtype == torch.float16
     assert weight.isfinite().all()
@@ -101,12 +79,7 @@ class Clamps(LitTiny):
 
 
 def test_what_other_code_writes_between_two_steps_counts(tmp_path: Path) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(),
-        model=Clamps(lr=1e-3),
-        precision="16-true",
-    )
+    model, _ = fit(tmp_path, lora(), model=Clamps(lr=1e-3), precision="16-true")
     assert model.head.weight.abs().max() < 0.02
 
 
@@ -126,22 +99,13 @@ def test_a_loop_of_ones_own_is_refused_before_its_first_step() -> None:
 
 @pytest.mark.filterwarnings("ignore:These adapters were trained on a base in float32")
 def test_a_file_of_a_float32_base_loads_into_a_float16_one(tmp_path: Path) -> None:
-    model, _ = fit(
-        tmp_path,
-        lora(merge=False),
-        model=LitTiny(lr=1e-3),
-    )
+    model, _ = fit(tmp_path, lora(merge=False), model=LitTiny(lr=1e-3))
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     half = LitTiny().half()
     ll.load_adapter(half, tmp_path / "adapter.safetensors")
     assert half.head.weight.dtype == torch.float16
     assert torch.equal(half.head.weight, model.head.weight.half())
-    torch.testing.assert_close(
-        half(X).float(),
-        model(X),
-        atol=0.01,
-        rtol=0.01,
-    )
+    torch.testing.assert_close(half(X).float(), model(X), atol=0.01, rtol=0.01)
     ll.remove_adapters(half)
     for p in half.parameters():
         assert p.dtype == torch.float16

@@ -43,24 +43,13 @@ class Recomputed(LitTiny):
         super().__init__()
         self.reentrant = reentrant
 
-    def inner(
-        self,
-        x: Tensor,
-        order: Tensor,
-        kept: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def inner(self, x: Tensor, order: Tensor, kept: Tensor, scale: float) -> Tensor:
         of_q = torch.tanh(self.q_proj(x[:, order]))
         of_v = self.v_proj(x.where(kept, 0))
         return scale * (of_q + of_v)
 
     def forward(self, index: Tensor) -> Tensor:
-        inputs: tuple[Any, ...] = (
-            self.embed(index),
-            torch.arange(7, -1, -1),
-            torch.arange(8) > 2,
-            0.5,
-        )
+        inputs: tuple[Any, ...] = (self.embed(index), torch.arange(7, -1, -1), torch.arange(8) > 2, 0.5)
         if self.reentrant is None:
             x = self.inner(*inputs)
         else:
@@ -77,16 +66,8 @@ class Recomputed(LitTiny):
     ],
 )
 def test_recomputed_layers_train_as_others_do(tmp_path: Path, reentrant: bool, options: Any) -> None:
-    plain, _ = train(
-        tmp_path,
-        lora(merge=False, dropout=0.3, **options),
-        model=Recomputed(reentrant=None),
-    )
-    model, _ = train(
-        tmp_path,
-        lora(merge=False, dropout=0.3, **options),
-        model=Recomputed(reentrant=reentrant),
-    )
+    plain, _ = train(tmp_path, lora(merge=False, dropout=0.3, **options), model=Recomputed(reentrant=None))
+    model, _ = train(tmp_path, lora(merge=False, dropout=0.3, **options), model=Recomputed(reentrant=reentrant))
     assert_same_tensors(state(model), state(plain))
     assert_all_have_moved(model, ADAPTERS)
 
@@ -109,21 +90,9 @@ def recomputed_with_adapters() -> Recomputed:
     return as_trained(Recomputed(reentrant=True), modules_to_save=["head"])
 
 
-def train_without_files(
-    folder: Path,
-    model: Any,
-    *callbacks: L.Callback,
-    **options: Any,
-) -> None:
+def train_without_files(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> None:
     adapters = lora(merge=False)
-    train(
-        folder,
-        adapters,
-        *callbacks,
-        model=model,
-        enable_checkpointing=False,
-        **options,
-    )
+    train(folder, adapters, *callbacks, model=model, enable_checkpointing=False, **options)
 
 
 def test_a_fit_within_a_fit_of_another_module_leaves_both_trained(tmp_path: Path) -> None:
@@ -208,12 +177,7 @@ def test_they_are_named_too_where_a_step_calls_backward_itself(tmp_path: Path) -
         train(tmp_path, lora(), model=CallsBackward())
 
 
-def state_of_two_processes(
-    folder: Path,
-    model: Any,
-    accumulated: int,
-    **of_ddp: Any,
-) -> dict[str, Tensor]:
+def state_of_two_processes(folder: Path, model: Any, accumulated: int, **of_ddp: Any) -> dict[str, Tensor]:
     """What two processes have after a fit with these options of DDPStrategy."""
     keeps = KeepsStates(folder)
     train(
@@ -233,24 +197,12 @@ def state_of_two_processes(
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the other process's layers
 @pytest.mark.parametrize(
     ("kind", "accumulated", "options", "moves_v"),
-    [
-        (Skips, 2, {}, True),
-        (NeverCalls, 1, {"static_graph": True}, False),
-    ],
+    [(Skips, 2, {}, True), (NeverCalls, 1, {"static_graph": True}, False)],
 )
 def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(
-    tmp_path: Path,
-    kind: Any,
-    accumulated: int,
-    options: Any,
-    moves_v: bool,
+    tmp_path: Path, kind: Any, accumulated: int, options: Any, moves_v: bool
 ) -> None:
-    found = state_of_two_processes(
-        tmp_path,
-        kind(),
-        accumulated,
-        **options,
-    )
+    found = state_of_two_processes(tmp_path, kind(), accumulated, **options)
     # This searches the graph in each step
     searched = state_of_two_processes(tmp_path, kind(), accumulated, find_unused_parameters=True)
     assert found["q_proj.lora_B"].any()
@@ -277,15 +229,7 @@ class Freezes(LitTiny):
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path) -> None:
     keeps = KeepsStates(tmp_path)
-    model, _ = train(
-        tmp_path,
-        lora(),
-        keeps,
-        model=Freezes(),
-        max_steps=4,
-        strategy="ddp_fork",
-        devices=2,
-    )
+    model, _ = train(tmp_path, lora(), keeps, model=Freezes(), max_steps=4, strategy="ddp_fork", devices=2)
     base = LitTiny()
     assert torch.equal(model.v_proj.weight, base.v_proj.weight)
     assert not torch.equal(model.q_proj.weight, base.q_proj.weight)
@@ -331,16 +275,8 @@ class Adversaries(L.LightningModule):
         self.automatic_optimization = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            self.one = nn.Sequential(
-                nn.Linear(8, 8),
-                nn.Tanh(),
-                nn.Linear(8, 8),
-            )
-            self.other = nn.Sequential(
-                nn.Linear(8, 8),
-                nn.Tanh(),
-                nn.Linear(8, 8),
-            )
+            self.one = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+            self.other = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
 
     def switch(self, net: nn.Module, on: bool) -> None:
         for p in net.parameters():
@@ -352,13 +288,7 @@ class Adversaries(L.LightningModule):
         self.train_one(self.one, self.other, of_one, x)
         self.train_one(self.other, self.one, of_other, x)
 
-    def train_one(
-        self,
-        net: nn.Module,
-        fixed: nn.Module,
-        optimizer: Any,
-        x: Tensor,
-    ) -> None:
+    def train_one(self, net: nn.Module, fixed: nn.Module, optimizer: Any, x: Tensor) -> None:
         self.switch(fixed, False)
         self.switch(net, True)
         optimizer.zero_grad()
@@ -391,16 +321,8 @@ def assert_base_is_frozen(module: nn.Module) -> None:
 
 
 def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_path: Path) -> None:
-    of_adapters, _ = train(
-        tmp_path,
-        LoRACallback(r=2, merge=False),
-        model=AdversariesOfAdapters(),
-    )
-    of_all, _ = train(
-        tmp_path,
-        LoRACallback(r=2, merge=False),
-        model=Adversaries(),
-    )
+    of_adapters, _ = train(tmp_path, LoRACallback(r=2, merge=False), model=AdversariesOfAdapters())
+    of_all, _ = train(tmp_path, LoRACallback(r=2, merge=False), model=Adversaries())
     assert_base_is_frozen(of_adapters)
     assert_base_is_frozen(of_all)
     assert_same_tensors(state(of_all), state(of_adapters))
@@ -427,10 +349,7 @@ class Thaws(Toggles):
 
 @pytest.mark.parametrize(("kind", "times"), [(Toggles, 0), (Thaws, 1)])
 def test_base_weights_that_are_thawed_in_training_stay_frozen_and_are_named_once(
-    tmp_path: Path,
-    kind: Any,
-    times: int,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, kind: Any, times: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
         model, _ = train(tmp_path, lora(), model=kind())
@@ -559,22 +478,12 @@ class Attacks(LitTiny):
 @pytest.mark.parametrize("hook", ["on_fit_start", "validation_step", "on_train_end", "on_fit_end"])
 def test_a_fit_may_go_back_through_the_module_outside_of_its_training_steps(tmp_path: Path, hook: str) -> None:
     plain, _ = fit(tmp_path, lora(), model=Attacks())
-    model, _ = fit(
-        tmp_path,
-        lora(),
-        model=Attacks(hook),
-        inference_mode=False,
-    )
+    model, _ = fit(tmp_path, lora(), model=Attacks(hook), inference_mode=False)
     assert model.found.any()
     assert_same_tensors(state(model), state(plain))
 
 
-def run_with_graphs(
-    folder: Path,
-    stage: str,
-    model: Any,
-    *callbacks: L.Callback,
-) -> None:
+def run_with_graphs(folder: Path, stage: str, model: Any, *callbacks: L.Callback) -> None:
     """An evaluation in which code may go back."""
     t = trainer(folder, callbacks, inference_mode=False)
     getattr(t, stage)(model, data())

@@ -44,12 +44,7 @@ class Grows(LitTiny):
 
     def __init__(self) -> None:
         super().__init__()
-        core = nn.Sequential(
-            self.embed,
-            self.q_proj,
-            nn.Tanh(),
-            self.head,
-        )
+        core = nn.Sequential(self.embed, self.q_proj, nn.Tanh(), self.head)
         del self.embed, self.q_proj, self.v_proj, self.head
         self.model = Collector(core)
 
@@ -64,13 +59,7 @@ class Grows(LitTiny):
         return torch.optim.Adam(self.model.core.parameters(), lr=0.05)
 
 
-def run(
-    folder: Path,
-    epochs: int,
-    *,
-    resume: Path | None = None,
-    save: Path | None = None,
-) -> Grows:
+def run(folder: Path, epochs: int, *, resume: Path | None = None, save: Path | None = None) -> Grows:
     torch.manual_seed(3)
     callback = ll.LoRACallback(r=2, modules_to_save=["3"], merge=False)
     t = trainer(folder, [callback], max_epochs=epochs, enable_checkpointing=False)
@@ -95,12 +84,7 @@ def test_a_module_that_grew_is_evaluated_and_loaded_from_its_file(tmp_path: Path
     file = tmp_path / "a.ckpt"
     fitted = run(tmp_path, 3, save=file).eval()
     tested = Grows()
-    trainer(tmp_path, [ll.LoRACallback()]).test(
-        tested,
-        data(),
-        ckpt_path=file,
-        verbose=False,
-    )
+    trainer(tmp_path, [ll.LoRACallback()]).test(tested, data(), ckpt_path=file, verbose=False)
     loaded = ll.load_from_checkpoint(Grows, file)
     for model in (tested, loaded):
         model.eval()
@@ -116,11 +100,7 @@ def test_a_file_that_fits_no_longer_leaves_the_values_as_they_are(tmp_path: Path
     with torch.no_grad():
         projection.weight.add_(1)
     before = projection.weight.clone()
-    t = trainer(
-        tmp_path,
-        [ll.LoRACallback(r=2, modules_to_save=["3"])],
-        max_epochs=4,
-    )
+    t = trainer(tmp_path, [ll.LoRACallback(r=2, modules_to_save=["3"])], max_epochs=4)
     with pytest.raises(ll.BaseMismatchError):
         t.fit(other, data(), ckpt_path=file)
     assert other.model.number == 0

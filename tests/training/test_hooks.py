@@ -27,12 +27,7 @@ from tests.support.storage import fitted, goes_on, restores
 from tests.support.versions import exact
 
 in_one_process_and_two = pytest.mark.parametrize(
-    ("save", "options"),
-    [
-        ("adapters", {}),
-        ("model", {}),
-        ("adapters", {"strategy": "ddp_fork", "devices": 2}),
-    ],
+    ("save", "options"), [("adapters", {}), ("model", {}), ("adapters", {"strategy": "ddp_fork", "devices": 2})]
 )
 
 
@@ -104,21 +99,12 @@ def by_load_adapter(checkpoint: Path, adapters: Path) -> Scaled:
     return loads(Scaled(), adapters)
 
 
-READERS = [
-    by_an_evaluation,
-    by_load_from_checkpoint,
-    by_load_adapter_of_the_checkpoint,
-    by_load_adapter,
-]
+READERS = [by_an_evaluation, by_load_from_checkpoint, by_load_adapter_of_the_checkpoint, by_load_adapter]
 
 
 @pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("model", False)])
 def test_what_setup_takes_from_data_is_in_every_file_and_restored(tmp_path: Path, save: str, merge: Any) -> None:
-    model = fitted(
-        tmp_path / "a.ckpt",
-        Scaled(),
-        lora(save=save, merge=merge),
-    )
+    model = fitted(tmp_path / "a.ckpt", Scaled(), lora(save=save, merge=merge))
     ll.save_adapter(model, tmp_path / "a.safetensors")
     for read in READERS:
         again = read(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
@@ -179,13 +165,7 @@ def test_a_resumed_run_goes_on_with_what_the_first_setup_took(tmp_path: Path, sa
     def build() -> Scaled:
         return Scaled(next(values))
 
-    resumed = resumes_to_the_bit(
-        tmp_path,
-        build,
-        partial(lora, save=save),
-        max_epochs=2,
-        **options,
-    )
+    resumed = resumes_to_the_bit(tmp_path, build, partial(lora, save=save), max_epochs=2, **options)
     assert resumed.scale.tolist() == [2.0, 2.0, 2.0, 2.0]
 
 
@@ -205,13 +185,7 @@ def test_a_file_without_them_loads_where_setup_fills_the_same(tmp_path: Path) ->
     file = tmp_path / "a.ckpt"
     model = as_trained_by_a_fit(file, Scaled())
     forget_what_was_filled(file)
-    again, t = fit(
-        tmp_path,
-        lora(merge=False),
-        model=Scaled(),
-        ckpt_path=file,
-        max_epochs=2,
-    )
+    again, t = fit(tmp_path, lora(merge=False), model=Scaled(), ckpt_path=file, max_epochs=2)
     t.save_checkpoint(tmp_path / "b.ckpt")
     restores(tmp_path / "b.ckpt", again, Scaled())
     says = r"2 of 6 frozen tensors .* 'scale', 'weigh.weight'"
@@ -239,12 +213,7 @@ class Statistics(LitTiny):
 
 
 def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) -> None:
-    through = resumes_to_the_bit(
-        tmp_path,
-        Statistics,
-        partial(lora, merge=False),
-        max_epochs=2,
-    )
+    through = resumes_to_the_bit(tmp_path, Statistics, partial(lora, merge=False), max_epochs=2)
     file = tmp_path / "through" / "epoch=1.ckpt"
     by_evaluation = evaluated(Statistics(), file)
     by_loading = ll.load_from_checkpoint(Statistics, file)
@@ -286,12 +255,7 @@ def test_buffers_of_a_full_checkpoint_are_the_base(tmp_path: Path) -> None:
     t = trainer(tmp_path / "new", [lora(merge=False)])
     t.validate(model, data(), ckpt_path=file, verbose=False)
     t.fit(model, data())
-    fit(
-        tmp_path / "new",
-        lora(merge=False),
-        model=tabled(),
-        ckpt_path=file,
-    )
+    fit(tmp_path / "new", lora(merge=False), model=tabled(), ckpt_path=file)
     assert files_hold_adapters_alone(tmp_path / "new")
 
 
@@ -408,32 +372,14 @@ class Rebuilds(LitTiny):
 @pytest.mark.processes
 @in_one_process_and_two
 def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(tmp_path: Path, save: str, options: Any) -> None:
-    model = resumes_to_the_bit(
-        tmp_path,
-        Rebuilds,
-        partial(lora, save=save),
-        max_epochs=2,
-        **options,
-    )
+    model = resumes_to_the_bit(tmp_path, Rebuilds, partial(lora, save=save), max_epochs=2, **options)
     assert is_plain(model)
 
 
-@pytest.mark.parametrize(
-    ("save", "merge"),
-    [
-        ("adapters", "last"),
-        ("adapters", False),
-        ("model", "last"),
-    ],
-)
+@pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("adapters", False), ("model", "last")])
 def test_layers_that_a_hook_makes_anew_get_the_files_adapters(tmp_path: Path, save: str, merge: Any) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    model, t = fit(
-        tmp_path,
-        lora(save=save, merge=merge),
-        saves,
-        model=Rebuilds(),
-    )
+    model, t = fit(tmp_path, lora(save=save, merge=merge), saves, model=Rebuilds())
     for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
         file = tmp_path / name
         expected = ll.load_from_checkpoint(Rebuilds, file)(X)
@@ -478,13 +424,7 @@ class Reads(LitTiny):
 
 
 def by_a_resumed_fit(folder: Path, file: Path, save: str) -> Reads:
-    model, _ = fit(
-        folder,
-        lora(save=save, merge=False),
-        model=Reads(),
-        ckpt_path=file,
-        max_epochs=1,
-    )
+    model, _ = fit(folder, lora(save=save, merge=False), model=Reads(), ckpt_path=file, max_epochs=1)
     return model
 
 
@@ -570,13 +510,7 @@ class Orders(RandomSampler):
 def loaders_of(stream: Stream, workers: int, is_alone: bool) -> CombinedLoader:
     """What loads a stream, alone or beside a set that has an order for each epoch."""
     ahead = 2 if workers else None
-    loaders: list[Any] = [
-        DataLoader(
-            stream,
-            num_workers=workers,
-            prefetch_factor=ahead,
-        )
-    ]
+    loaders: list[Any] = [DataLoader(stream, num_workers=workers, prefetch_factor=ahead)]
     if not is_alone:
         loaders.append(DataLoader(range(16), sampler=Orders(range(16))))  # type: ignore[arg-type]
     return CombinedLoader(loaders, "min_size")
@@ -587,10 +521,7 @@ def loaders_of(stream: Stream, workers: int, is_alone: bool) -> CombinedLoader:
 @pytest.mark.parametrize("cls", [Sees, Asks])
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_a_resumed_fit_begins_a_stream_once(
-    tmp_path: Path,
-    cls: Callable[[], Sees],
-    workers: int,
-    is_alone: bool,
+    tmp_path: Path, cls: Callable[[], Sees], workers: int, is_alone: bool
 ) -> None:
     stream = Stream()
     file = tmp_path / "a.ckpt"

@@ -137,10 +137,7 @@ class Grouped(Net):
         slow = [name for name in parameters if is_base(name)]
         left = parameters.keys() - {*fast, *slow}
         assert not left, f"left: {left}"
-        groups = [
-            {"params": [parameters[name] for name in fast]},
-            {"params": [parameters[name] for name in slow]},
-        ]
+        groups = [{"params": [parameters[name] for name in fast]}, {"params": [parameters[name] for name in slow]}]
         return torch.optim.AdamW(groups, lr=0.02)
 
 
@@ -253,12 +250,7 @@ class Checkpoint(torch.autograd.Function):
     """Of latent diffusion: its backward pass asks for the gradients of all weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        run: Any,
-        x: Tensor,
-        *weights: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, run: Any, x: Tensor, *weights: Tensor) -> Any:
         ctx.run = run
         ctx.inputs = (x.detach().requires_grad_(), *weights)
         with torch.no_grad():
@@ -308,11 +300,7 @@ class Evaluated(Perceptual):
     validation_step = test_step = Perceptual.training_step
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [(8, 8, 8, 8), (8,)],
-    ids=["at once", "as the first batch shows"],
-)
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (8,)], ids=["at once", "as the first batch shows"])
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge: Any, sizes: tuple[int]) -> None:
     model = Evaluated(*sizes)
@@ -396,11 +384,7 @@ class Moved(Net):
         self.slow = copy.deepcopy(self.net).requires_grad_(False)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        for p, q in zip(
-            self.net.parameters(),
-            self.slow.parameters(),
-            strict=True,
-        ):
+        for p, q in zip(self.net.parameters(), self.slow.parameters(), strict=True):
             q.data = 0.9 * q.data + 0.1 * p.data
 
 

@@ -192,13 +192,7 @@ def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(fo
         assert_same_tensors(weights(forked / "resumed.pt"), through)
 
 
-WRITTEN = (
-    "through.pt",
-    "through/epoch=0.ckpt",
-    "through/epoch=1.ckpt",
-    "resumed.pt",
-    "resumed/epoch=1.ckpt",
-)
+WRITTEN = ("through.pt", "through/epoch=0.ckpt", "through/epoch=1.ckpt", "resumed.pt", "resumed/epoch=1.ckpt")
 
 
 def assert_same_bytes(found: Path, expected: Path) -> None:

@@ -26,9 +26,7 @@ class Reference(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.net = nn.Sequential(
-                nn.Linear(6, 6, bias=False),
-                nn.Linear(6, 6, bias=False),
-                nn.Linear(6, 6, bias=False),
+                nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
             )
         self.target = copy.deepcopy(self.net).requires_grad_(False)
 
@@ -54,11 +52,7 @@ class Follows(Reference):
             self.move_all()
 
     def move_all(self) -> None:
-        for p, target in zip(
-            self.net.parameters(),
-            self.target.parameters(),
-            strict=False,
-        ):
+        for p, target in zip(self.net.parameters(), self.target.parameters(), strict=False):
             self.move(target, p)
 
     def move(self, target: Tensor, towards: Tensor) -> None:

@@ -60,10 +60,7 @@ def tune(model: LitTiny, t: L.Trainer) -> None:
 
 
 def assert_nothing_remains(
-    run: Callable[[LitTiny, L.Trainer], None],
-    folder: Path,
-    *callbacks: L.Callback,
-    kind: type[LitTiny] = LitTiny,
+    run: Callable[[LitTiny, L.Trainer], None], folder: Path, *callbacks: L.Callback, kind: type[LitTiny] = LitTiny
 ) -> None:
     """Neither the module nor the Trainer of a run is in memory after it."""
     model = kind()
@@ -92,9 +89,4 @@ def test_a_callback_in_a_variable_keeps_neither_module_nor_trainer(tmp_path: Pat
 
 @pytest.mark.parametrize("lr_scale", [1, 10])
 def test_nothing_of_the_process_keeps_a_module_whose_weights_note_its_optimizer(tmp_path: Path, lr_scale: Any) -> None:
-    assert_nothing_remains(
-        fit,
-        tmp_path,
-        lora(lr_scale=lr_scale),
-        kind=NotesItsOptimizer,
-    )
+    assert_nothing_remains(fit, tmp_path, lora(lr_scale=lr_scale), kind=NotesItsOptimizer)

@@ -30,19 +30,9 @@ def values(model: LitTiny) -> dict[str, Tensor]:
     return found
 
 
-def two(
-    tmp_path: Path,
-    merge: Any = False,
-) -> tuple[LitTiny, dict[str, Tensor]]:
+def two(tmp_path: Path, merge: Any = False) -> tuple[LitTiny, dict[str, Tensor]]:
     """A module with a trained "default" and "fr", "default" active, perhaps merged; and their values."""
-    model, _ = fit(
-        tmp_path / "fr",
-        lora(
-            merge=False,
-            name="fr",
-            r=1,
-        ),
-    )
+    model, _ = fit(tmp_path / "fr", lora(merge=False, name="fr", r=1))
     fit(tmp_path / "default", lora(merge=merge, name="default"), model=model)
     return model, values(model)
 
@@ -57,11 +47,7 @@ def callback_of(name: str | None, **arguments: Any) -> ll.LoRACallback:
 @pytest.mark.parametrize("merge", ["last", False])
 def test_no_gradient_is_left_when_a_fit_has_ended(tmp_path: Path, merge: Any) -> None:
     model = LitTiny()
-    trainer(
-        tmp_path,
-        [lora(merge=merge)],
-        max_steps=1,
-    ).fit(model, data())  # without a validation
+    trainer(tmp_path, [lora(merge=merge)], max_steps=1).fit(model, data())  # without a validation
     ll.unmerge_adapters(model)
     for p in model.parameters():
         assert p.grad is None
@@ -87,27 +73,11 @@ def adapter_file_of(model: LitTiny, file: Path) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("came", "merge"),
-    [
-        ("last", "last"),
-        (False, "best"),
-        ("last", False),
-    ],
-)
+@pytest.mark.parametrize(("came", "merge"), [("last", "last"), (False, "best"), ("last", False)])
 def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: Any, came: Any) -> None:
-    alone, _ = fit(
-        tmp_path / "alone",
-        lora(merge=merge, name="de"),
-        best(tmp_path / "alone"),
-    )
+    alone, _ = fit(tmp_path / "alone", lora(merge=merge, name="de"), best(tmp_path / "alone"))
     model, before = two(tmp_path, came)
-    fit(
-        tmp_path / "beside",
-        lora(merge=merge, name="de"),
-        best(tmp_path / "beside"),
-        model=model,
-    )
+    fit(tmp_path / "beside", lora(merge=merge, name="de"), best(tmp_path / "beside"), model=model)
     assert ll.adapters(model) == ("de", "fr", "default")
     assert_same_tensors(state(model), state(alone))
     assert_same_files(tmp_path / "beside", tmp_path / "alone")
@@ -116,14 +86,7 @@ def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: 
     assert adapter_file_of(model, file) == adapter_file_of(alone, file)
 
 
-@pytest.mark.parametrize(
-    ("came", "name"),
-    [
-        ("last", "fr"),
-        (False, "de"),
-        ("last", "de"),
-    ],
-)
+@pytest.mark.parametrize(("came", "name"), [("last", "fr"), (False, "de"), ("last", "de")])
 def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came: Any, name: str) -> None:
     model, before = two(tmp_path, came)
     bits = state(model)
@@ -143,11 +106,7 @@ def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came:
 def test_an_evaluation_uses_the_adapter_that_it_names(tmp_path: Path, came: Any) -> None:
     model, before = two(tmp_path, came)
     bits = state(model)
-    for name, expected in (
-        ("fr", "fr"),
-        (None, "default"),
-        ("default", "default"),
-    ):
+    for name, expected in (("fr", "fr"), (None, "default"), ("default", "default")):
         t = trainer(tmp_path, [callback_of(name)])
         predicted = outcome(t, "predict", model)
         torch.testing.assert_close(predicted, before[expected][ROWS])
@@ -165,11 +124,7 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
 
     def headline_of_a_fit(name: str) -> str:
         caplog.clear()
-        trainer(
-            tmp_path,
-            [lora(name=name)],
-            enable_model_summary=True,
-        ).fit(model, data())
+        trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(model, data())
         return str(capsys.readouterr().out)
 
     assert "LoRA 'german' (new): LitTiny trains" in headline_of_a_fit("german")
@@ -188,26 +143,12 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
 
 def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
-    whole, _ = fit(
-        tmp_path / "whole",
-        lora(name="de", r=3),
-        max_epochs=2,
-    )
-    fit(
-        tmp_path / "half",
-        lora(name="de", r=3, merge=False),
-        max_epochs=1,
-    )
+    whole, _ = fit(tmp_path / "whole", lora(name="de", r=3), max_epochs=2)
+    fit(tmp_path / "half", lora(name="de", r=3, merge=False), max_epochs=1)
     (file,) = (tmp_path / "half").rglob("*.ckpt")
     model, before = two(tmp_path)
     caplog.clear()
-    fit(
-        tmp_path / "on",
-        callback_of("de"),
-        model=model,
-        ckpt_path=file,
-        max_epochs=2,
-    )
+    fit(tmp_path / "on", callback_of("de"), model=model, ckpt_path=file, max_epochs=2)
     assert "a new adapter" not in caplog.text
     assert_same_tensors(state(model), state(whole))
     assert_holds_tensors(values(model), before)
@@ -224,11 +165,7 @@ def test_without_a_name_the_active_adapter_is_trained(tmp_path: Path) -> None:
 
 
 def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
-    alone, _ = fit(
-        tmp_path / "alone",
-        lora(name="de"),
-        strategy="ddp_fork",
-    )
+    alone, _ = fit(tmp_path / "alone", lora(name="de"), strategy="ddp_fork")
     model, before = two(tmp_path, "last")
     fit(tmp_path / "forked", lora(name="de"), model=model, strategy="ddp_fork")
     assert ll.adapters(model) == ("de", "fr", "default")
@@ -236,18 +173,9 @@ def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
     assert_holds_tensors(values(model), before)
 
 
-@pytest.mark.parametrize(
-    ("name", "trained", "rests"),
-    [
-        (None, "default", "fr"),
-        ("fr", "fr", "default"),
-    ],
-)
+@pytest.mark.parametrize(("name", "trained", "rests"), [(None, "default", "fr"), ("fr", "fr", "default")])
 def test_a_module_that_shows_its_base_is_evaluated_as_it_is_and_trained_by_name(
-    tmp_path: Path,
-    name: Any,
-    trained: str,
-    rests: str,
+    tmp_path: Path, name: Any, trained: str, rests: str
 ) -> None:
     model, before = two(tmp_path)
     ll.set_adapter(model, None)

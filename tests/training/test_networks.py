@@ -121,12 +121,7 @@ class Headed(Module):
     """A frozen backbone under a head that is trained already."""
 
     def build(self) -> None:
-        self.net = nn.ModuleDict(
-            {
-                "backbone": frozen_mlp(8, 15, 15, 8),
-                "head": nn.Linear(8, 2),
-            }
-        )
+        self.net = nn.ModuleDict({"backbone": frozen_mlp(8, 15, 15, 8), "head": nn.Linear(8, 2)})
 
     def features(self, x: Tensor) -> Tensor:
         return self.net["backbone"](x)
@@ -162,11 +157,7 @@ class Momentum(Module):
         self.copy = copy.deepcopy(self.net).requires_grad_(False)
 
     def move_copy(self) -> None:
-        for p, q in zip(
-            self.net.parameters(),
-            self.copy.parameters(),
-            strict=True,
-        ):
+        for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
             q.data = q.data.lerp(p.data, 0.01)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -184,11 +175,7 @@ class Average(Momentum):
 
     @torch.no_grad()
     def move_copy(self) -> None:
-        for p, q in zip(
-            self.net.parameters(),
-            self.copy.parameters(),
-            strict=True,
-        ):
+        for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
             q.lerp_(p, 0.01)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -217,11 +204,7 @@ def fit(
     """Fit a module with adapters, which stay on it in one process. ``run`` are options of the Trainer."""
     adapters = ll.LoRACallback(**{"r": 2, "merge": False, **config})
     t = trainer(
-        folder,
-        [adapters, *callbacks],
-        max_epochs=epochs,
-        enable_checkpointing=len(callbacks) > 0,
-        **(run or {}),
+        folder, [adapters, *callbacks], max_epochs=epochs, enable_checkpointing=len(callbacks) > 0, **(run or {})
     )
     loader = DataLoader(TensorDataset(X), batch_size=4)
     t.fit(module, loader, ckpt_path=ckpt_path)
@@ -252,19 +235,10 @@ def assert_same_values(module: nn.Module, other: nn.Module) -> None:
     ],
 )
 def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
-    tmp_path: Path,
-    kind: Any,
-    optimized: str,
-    target_modules: str,
-    caplog: Any,
+    tmp_path: Path, kind: Any, optimized: str, target_modules: str, caplog: Any
 ) -> None:
     with caplog.at_level(logging.INFO):
-        module = fit(
-            tmp_path,
-            kind(optimized),
-            target_modules=target_modules,
-            bias="all",
-        )
+        module = fit(tmp_path, kind(optimized), target_modules=target_modules, bias="all")
     assert_same_values(kind().vgg, module.vgg)
     in_net = [f"net.{name}" for name in linear_layers(module.net)]
     assert adapted_layers(module) == in_net
@@ -272,19 +246,9 @@ def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
     assert "name its layers in target_modules" in told
 
 
-@pytest.mark.parametrize(
-    ("kind", "optimized"),
-    [
-        (Headed, "net"),
-        (Recomputed, "all"),
-        (AllFrozen, "all"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "optimized"), [(Headed, "net"), (Recomputed, "all"), (AllFrozen, "all")])
 def test_a_frozen_backbone_is_adapted_under_a_head_alone(
-    tmp_path: Path,
-    kind: Any,
-    optimized: str,
-    caplog: Any,
+    tmp_path: Path, kind: Any, optimized: str, caplog: Any
 ) -> None:
     backbone = ["net.backbone.0", "net.backbone.2", "net.backbone.4"]
     with caplog.at_level(logging.INFO):
@@ -302,17 +266,7 @@ def test_a_frozen_backbone_is_adapted_under_a_large_head_that_looks_untrained() 
     for layer in linear_layers(backbone).values():
         layer.weight.data += 0.1 * torch.outer(torch.randn(64), torch.randn(64))
     backbone.requires_grad_(False)
-    model = nn.ModuleDict(
-        {
-            "backbone": backbone,
-            "head": mlp(
-                64,
-                64,
-                64,
-                64,
-            ),
-        }
-    )
+    model = nn.ModuleDict({"backbone": backbone, "head": mlp(64, 64, 64, 64)})
     names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert lines_with("backbone", names)
 
@@ -326,12 +280,7 @@ class Decoder(Module):
     """A frozen network, the only one with linear layers, and a decoder of its size that is written for it."""
 
     def build(self) -> None:
-        self.net = nn.Sequential(
-            nn.Conv1d(9, 9, 1),
-            nn.Conv1d(9, 9, 1),
-            nn.Conv1d(9, 9, 1),
-            nn.Conv1d(9, 9, 1),
-        )
+        self.net = nn.Sequential(nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1))
         self.frozen = frozen_mlp(8, 9, 8)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -388,20 +337,8 @@ def assert_follows(module: Any, base: Any) -> None:
     assert cosine_similarity(of_net, of_copy, dim=0) > 0.9
 
 
-@pytest.mark.parametrize(
-    ("kind", "optimized"),
-    [
-        (Momentum, "all"),
-        (Average, "net"),
-        (MadeInSetup, "all"),
-    ],
-)
-def test_a_copy_follows_its_original(
-    tmp_path: Path,
-    kind: Any,
-    optimized: str,
-    caplog: Any,
-) -> None:
+@pytest.mark.parametrize(("kind", "optimized"), [(Momentum, "all"), (Average, "net"), (MadeInSetup, "all")])
+def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, caplog: Any) -> None:
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, kind(optimized), epochs=8)
     assert f"Copies in {kind.__name__}: 'copy" in caplog.text
@@ -444,18 +381,8 @@ class Baseline(MadeInSetup):
         (Baseline, "all", "adapters"),
     ],
 )
-def test_a_run_resumes_merges_and_loads_exactly(
-    tmp_path: Path,
-    kind: Any,
-    optimized: str,
-    save: str,
-) -> None:
-    through = fit(
-        tmp_path,
-        kind(optimized),
-        keeps_each_epoch(tmp_path),
-        save=save,
-    )
+def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optimized: str, save: str) -> None:
+    through = fit(tmp_path, kind(optimized), keeps_each_epoch(tmp_path), save=save)
     resumed = fit(tmp_path, kind(optimized), ckpt_path=tmp_path / "epoch=1.ckpt")
     loaded = kind(optimized)
     loaded.setup("fit")
@@ -473,32 +400,15 @@ def test_a_run_resumes_merges_and_loads_exactly(
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        (SmallBesideLarge, ["net.0", "net.2"]),
-        (MadeInSetup, ["net.0", "net.2", "copy.0", "copy.2"]),
-    ],
+    ("kind", "names"), [(SmallBesideLarge, ["net.0", "net.2"]), (MadeInSetup, ["net.0", "net.2", "copy.0", "copy.2"])]
 )
 def test_it_is_so_in_several_processes(tmp_path: Path, kind: Any, names: list[str]) -> None:
     run = {"strategy": "ddp_fork", "devices": 2}
     keeps = KeepsStates(tmp_path)
-    through = fit(
-        tmp_path,
-        kind("net"),
-        keeps_each_epoch(tmp_path),
-        keeps,
-        merge="last",
-        run=run,
-    )
+    through = fit(tmp_path, kind("net"), keeps_each_epoch(tmp_path), keeps, merge="last", run=run)
     factors = lines_with("lora_A", keeps.same())
     assert factors == [f"{name}.lora_A" for name in names]
-    resumed = fit(
-        tmp_path,
-        kind("net"),
-        ckpt_path=tmp_path / "epoch=1.ckpt",
-        merge="last",
-        run=run,
-    )
+    resumed = fit(tmp_path, kind("net"), ckpt_path=tmp_path / "epoch=1.ckpt", merge="last", run=run)
     assert_same_values(through, resumed)
 
 
@@ -510,17 +420,7 @@ def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(tmp_
 def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> None:
     attention = nn.MultiheadAttention(8, 2)
     attention.in_proj_weight.requires_grad_(False)
-    model = nn.ModuleDict(
-        {
-            "attention": attention,
-            "others": mlp(
-                8,
-                15,
-                15,
-                15,
-            ),
-        }
-    )
+    model = nn.ModuleDict({"attention": attention, "others": mlp(8, 15, 15, 15)})
     with pytest.warns(ll.LoRAWarning, match="No adapter for 'attention'"):
         names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert names == ("others.0", "others.2", "others.4")
@@ -539,13 +439,7 @@ def test_two_critics_and_their_targets_are_two_pairs() -> None:
 @pytest.mark.parametrize("kind", [Momentum, Average])
 def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> None:
     module = fit(tmp_path, kind("net"), modules_to_save=["2"], bias="lora_only")
-    assert names_that_train(module) == [
-        "net.0.bias",
-        "net.0.lora_A",
-        "net.0.lora_B",
-        "net.2.weight",
-        "net.2.bias",
-    ]
+    assert names_that_train(module) == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
     ll.merge_adapters(module)
     base = kind("net").net[2].weight
     of_net = module.net[2].weight - base
@@ -554,15 +448,7 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> No
 
 
 @pytest.mark.filterwarnings("ignore:No adapter for 'net.2'")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["net.2"]},
-        {"exclude_modules": ["net.2"]},
-        {},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{"modules_to_save": ["net.2"]}, {"exclude_modules": ["net.2"]}, {}], ids=str)
 def test_a_copy_has_adapters_exactly_where_its_original_has(options: Any) -> None:
     module = Momentum("net")
     is_named = bool(options)
@@ -600,13 +486,7 @@ class Adversarial(Headed):
 
 def test_a_backbone_is_judged_when_its_own_optimizer_steps(tmp_path: Path) -> None:
     module = fit(tmp_path, Adversarial())
-    assert adapted_layers(module) == [
-        "net.backbone.0",
-        "net.backbone.2",
-        "net.backbone.4",
-        "net.head",
-        "judge",
-    ]
+    assert adapted_layers(module) == ["net.backbone.0", "net.backbone.2", "net.backbone.4", "net.head", "judge"]
 
 
 def test_a_frozen_network_with_adapters_of_its_own_is_merged_first() -> None:
@@ -632,11 +512,7 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     torch.testing.assert_close(module.copy(X), before)
 
 
-def names_outside(
-    build: str,
-    trains: tuple[str, ...],
-    head_and_last: tuple[str, ...],
-) -> list[str]:
+def names_outside(build: str, trains: tuple[str, ...], head_and_last: tuple[str, ...]) -> list[str]:
     """The adapted layers of a torchvision model that are neither in its head nor in its last block."""
     with torch.device("meta"):
         model = getattr(torchvision.models, build)()

@@ -90,9 +90,5 @@ def test_other_dicts_of_tensors_are_not_named(tmp_path: Path) -> None:
     model: Any = LitTiny()
     model.features = {"q_proj": torch.ones(3), "v_proj": torch.ones(3)}
     model.classes = {"head.weight": torch.ones(4, 8), "head.bias": torch.ones(4)}  # which trains in full
-    t = trainer(
-        tmp_path,
-        [ll.LoRACallback(r=2, modules_to_save=["head"])],
-        max_epochs=1,
-    )
+    t = trainer(tmp_path, [ll.LoRACallback(r=2, modules_to_save=["head"])], max_epochs=1)
     t.fit(model, data())  # a warning would be an error

@@ -20,13 +20,7 @@ from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.optimizers.optimizer_states import states_fit
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
-from tests.support.checks import (
-    assert_all_have_moved,
-    assert_same_tensors,
-    is_base,
-    names_of_parameters,
-    values_of,
-)
+from tests.support.checks import assert_all_have_moved, assert_same_tensors, is_base, names_of_parameters, values_of
 from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, state
 from tests.support.ranks import join_group, run_ranks
@@ -55,19 +49,12 @@ def names_in_group(model: nn.Module, optimizer: Any) -> list[str]:
     return names
 
 
-def parameters_named(
-    model: nn.Module,
-    choose: Callable[[str], bool],
-) -> list[nn.Parameter]:
+def parameters_named(model: nn.Module, choose: Callable[[str], bool]) -> list[nn.Parameter]:
     """The parameters whose names are chosen."""
     return [p for name, p in model.named_parameters() if choose(name)]
 
 
-def fit_with(
-    tmp_path: Path,
-    configure: Callable[[LitTiny], Any],
-    **options: Any,
-) -> tuple[L.Trainer, LitTiny]:
+def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any) -> tuple[L.Trainer, LitTiny]:
     """Fit a module that gives out an optimizer: one that is made here, or by a function that is."""
     model = LitTiny()
     made = configure(model)
@@ -176,25 +163,14 @@ class Grouped(LitTiny):
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", ["by names", "first half"])
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    resumes_to_the_bit(
-        tmp_path,
-        partial(Grouped, habit),
-        lora,
-        strategy="ddp_fork",
-        devices=2,
-    )
+    resumes_to_the_bit(tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2)
 
 
 @pytest.mark.parametrize("habit", HABITS)
 def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
     configure, names_of_each = HABITS[habit]
     grouped = Grouped(habit)
-    model, t = fit(
-        tmp_path,
-        lora(merge=False),
-        model=grouped,
-        max_epochs=3,
-    )
+    model, t = fit(tmp_path, lora(merge=False), model=grouped, max_epochs=3)
     assert names_in_groups(model, t.optimizers[0]) == names_of_each
     expected = adapted()
     optimizer = configure(expected)
@@ -263,37 +239,16 @@ class Chosen(LitTiny):
 @pytest.mark.parametrize(
     ("first", "second", "of_first", "of_second"),
     [
-        pytest.param(
-            first_network,
-            second_network,
-            Q,
-            [*V, *HEAD],
-            id="a network each",
-        ),
+        pytest.param(first_network, second_network, Q, [*V, *HEAD], id="a network each"),
         pytest.param(is_base, is_base, TRAINED, TRAINED, id="both hold the base"),
-        pytest.param(
-            is_base,
-            some_adapters_and_a_weight,
-            [*Q, *HEAD],
-            [*Q, *V],
-            id="some with another weight",
-        ),
+        pytest.param(is_base, some_adapters_and_a_weight, [*Q, *HEAD], [*Q, *V], id="some with another weight"),
     ],
 )
 def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
-    tmp_path: Path,
-    first: Any,
-    second: Any,
-    of_first: list[str],
-    of_second: list[str],
+    tmp_path: Path, first: Any, second: Any, of_first: list[str], of_second: list[str]
 ) -> None:
     chosen = Chosen(first, second)
-    model, t = fit(
-        tmp_path,
-        lora(merge=False),
-        model=chosen,
-        max_epochs=1,
-    )
+    model, t = fit(tmp_path, lora(merge=False), model=chosen, max_epochs=1)
     assert names_in_group(model, t.optimizers[0]) == of_first
     assert names_in_group(model, t.optimizers[1]) == of_second
     assert_all_have_moved(model, B)
@@ -301,23 +256,13 @@ def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
 
 def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path) -> None:
     model = LitTiny()
-    made = adam(
-        [
-            {"params": [model.v_proj.weight]},
-            {"params": [model.q_proj.weight, *model.head.parameters()]},
-        ]
-    )
+    made = adam([{"params": [model.v_proj.weight]}, {"params": [model.q_proj.weight, *model.head.parameters()]}])
     model.configure_optimizers = lambda: made  # type: ignore[method-assign]
     for r in (2, 2, 3):  # with the same adapters, and with others
         if r == 3:
             remove_adapters(model)
         before = model(X)
-        _, t = fit(
-            tmp_path,
-            lora(r=r),
-            model=model,
-            max_epochs=1,
-        )
+        _, t = fit(tmp_path, lora(r=r), model=model, max_epochs=1)
         assert not torch.equal(model(X), before)
         unmerge_adapters(model)
         groups = names_in_groups(model, t.optimizers[0])
@@ -404,11 +349,7 @@ class Gan(LitTiny):
         optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        maker = [
-            *self.embed.parameters(),
-            *self.q_proj.parameters(),
-            *self.v_proj.parameters(),
-        ]
+        maker = [*self.embed.parameters(), *self.q_proj.parameters(), *self.v_proj.parameters()]
         judge = self.nets["judge"].parameters()
         return [adam(maker), torch.optim.RMSprop(judge)]
 
@@ -509,10 +450,7 @@ rmsprop = partial(torch.optim.RMSprop, lr=0.1)
     ],
 )
 def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
-    tmp_path: Path,
-    was: Any,
-    now: Any,
-    names: str,
+    tmp_path: Path, was: Any, now: Any, names: str
 ) -> None:
     first = LitTiny()
     first.configure_optimizers = lambda: was(first.parameters())  # type: ignore[method-assign]
@@ -533,17 +471,10 @@ def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
 # Parts of parameter groups make up what an optimizer of the whole parameters has
 
 
-VALUES = [
-    torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]),
-    torch.tensor(7.0),
-    torch.tensor([8.0]),
-]
+VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
 """Of 8 numbers: the first process has 4 of them, and 4 are left for the second."""
 
-PLACES = [
-    [(0, 0, 4), (0, 0, 0), (0, 0, 0)],
-    [(4, 0, 2), (0, 2, 1), (0, 3, 1)],
-]
+PLACES = [[(0, 0, 4), (0, 0, 0), (0, 0, 0)], [(4, 0, 2), (0, 2, 1), (0, 3, 1)]]
 
 
 def whole_parameters() -> list[nn.Parameter]:
@@ -569,10 +500,7 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
     assert bits([partition.local_of(values)]) == bits([partition.local])
     partition.local = nn.Parameter(partition.local)
     empty.local = nn.Parameter(empty.local)
-    groups = [
-        {"params": [partition.local], "lr": 0.0},
-        {"params": [empty.local], "lr": 0.1},
-    ]
+    groups = [{"params": [partition.local], "lr": 0.0}, {"params": [empty.local], "lr": 0.1}]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     partition.local.grad = torch.ones(4)
     optimizer.step()
@@ -587,10 +515,7 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
 @pytest.mark.processes
 def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
     parameters = whole_parameters()
-    groups = [
-        {"params": parameters, "lr": 0.0},
-        {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1},
-    ]
+    groups = [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     optimizer.param_groups[1]["params"].clear()
     for p in parameters:
@@ -606,14 +531,8 @@ def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        (
-            {"state": {}, "param_groups": [{"params": [0, 1]}]},
-            r"its groups have \[2\] parameters, .* have \[3\]",
-        ),
-        (
-            {"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]},
-            "'rows' has other shapes",
-        ),
+        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, r"its groups have \[2\] parameters, .* have \[3\]"),
+        ({"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]}, "'rows' has other shapes"),
     ],
 )
 def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:

@@ -28,11 +28,7 @@ pytestmark = [
 ]
 
 BATCH = 5
-X = torch.randint(
-    10,
-    (BATCH, 4),
-    generator=torch.Generator().manual_seed(0),
-)
+X = torch.randint(10, (BATCH, 4), generator=torch.Generator().manual_seed(0))
 Y = torch.arange(BATCH) % 3
 
 

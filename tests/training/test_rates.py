@@ -48,11 +48,7 @@ def rates_now(trainer: L.Trainer) -> Rated:
 
 def rate_of(a: float, b: float, head: float) -> Rated:
     """The rates of a LitTiny: of each A, each B, and the head."""
-    return {
-        **dict.fromkeys(A, a),
-        **dict.fromkeys(B, b),
-        **dict.fromkeys(HEAD, head),
-    }
+    return {**dict.fromkeys(A, a), **dict.fromkeys(B, b), **dict.fromkeys(HEAD, head)}
 
 
 class Rates(L.Callback):
@@ -88,22 +84,11 @@ class Moves(L.Callback):
             torch.testing.assert_close(p.detach(), expected)
 
 
-def rates_in(
-    folder: Path,
-    model: Any,
-    *callbacks: L.Callback,
-    **options: Any,
-) -> list[Rated]:
+def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[Rated]:
     """The rates after each step of a fit, which has one epoch if nothing else is said."""
     rates = Rates()
     options.setdefault("max_epochs", 1)
-    fit(
-        folder,
-        *callbacks,
-        rates,
-        model=model,
-        **options,
-    )
+    fit(folder, *callbacks, rates, model=model, **options)
     return rates.seen
 
 
@@ -165,11 +150,7 @@ class Scheduled(LitTiny):
 
     def make_both(self) -> Any:
         optimizer = AdamW(self.parameters(), 0.05)
-        schedule = {
-            "scheduler": self.make(optimizer),
-            "interval": "step",
-            "monitor": "loss",
-        }
+        schedule = {"scheduler": self.make(optimizer), "interval": "step", "monitor": "loss"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_optimizers(self) -> Any:
@@ -194,18 +175,8 @@ class Scheduled(LitTiny):
 )
 def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, name: str, early: bool) -> None:
     unscaled = lora(merge=False, lr_scale=1)
-    plain = rates_in(
-        tmp_path,
-        Scheduled(name, early=early),
-        unscaled,
-        max_epochs=3,
-    )
-    found = rates_in(
-        tmp_path,
-        Scheduled(name, early=early),
-        scaled(),
-        max_epochs=3,
-    )
+    plain = rates_in(tmp_path, Scheduled(name, early=early), unscaled, max_epochs=3)
+    found = rates_in(tmp_path, Scheduled(name, early=early), scaled(), max_epochs=3)
     assert len(found) == 12
     for rates in plain:
         for name in ADAPTERS:
@@ -237,35 +208,14 @@ BIAS = {"q_proj.bias": 0.1}
     [
         ({"lr_scale": 10}, rate_of(1.0, 1.0, 0.1)),
         ({"lr_scale": {"A": 2, "B": 8}}, rate_of(0.2, 0.8, 0.1)),
-        (
-            {"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"},
-            rate_of(
-                0.2,
-                0.2,
-                0.1,
-            )
-            | BIAS,
-        ),
-        (
-            {"lr_scale": {"A": 2}, "use_dora": True},
-            rate_of(
-                0.2,
-                0.1,
-                0.1,
-            )
-            | MAGNITUDES,
-        ),
+        ({"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"}, rate_of(0.2, 0.2, 0.1) | BIAS),
+        ({"lr_scale": {"A": 2}, "use_dora": True}, rate_of(0.2, 0.1, 0.1) | MAGNITUDES),
     ],
     ids=str,
 )
 def test_each_parameter_moves_at_its_rate(tmp_path: Path, options: Any, expected: Rated) -> None:
     adapters = lora(merge=False, **options)
-    seen = rates_in(
-        tmp_path,
-        Plain,
-        adapters,
-        Moves(),
-    )
+    seen = rates_in(tmp_path, Plain, adapters, Moves())
     assert_rates(seen, [expected] * 4, rel=1e-12)
 
 
@@ -273,18 +223,9 @@ class TwoGroups(LitTiny):
     """Groups with names, rates and lambdas of their own, which take parameters by name."""
 
     def configure_optimizers(self) -> Any:
-        first = [
-            *self.embed.named_parameters("embed"),
-            *self.q_proj.named_parameters("q_proj"),
-        ]
-        second = [
-            *self.v_proj.named_parameters("v_proj"),
-            *self.head.named_parameters("head"),
-        ]
-        groups = [
-            {"params": first, "lr": 0.01, "name": "first"},
-            {"params": second, "name": "second"},
-        ]
+        first = [*self.embed.named_parameters("embed"), *self.q_proj.named_parameters("q_proj")]
+        second = [*self.v_proj.named_parameters("v_proj"), *self.head.named_parameters("head")]
+        groups = [{"params": first, "lr": 0.01, "name": "first"}, {"params": second, "name": "second"}]
         optimizer = AdamW(groups, 0.1)
         lambdas = [lambda n: 0.5**n, lambda n: 0.25**n]
         schedule = lr_scheduler.LambdaLR(optimizer, lambdas)
@@ -324,14 +265,7 @@ def logged_of_two_groups(step: int) -> Rated:
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="optimizers take names from there on")
 def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
     notes, model = Notes(), TwoGroups()
-    seen = rates_in(
-        tmp_path,
-        model,
-        scaled(),
-        LearningRateMonitor(),
-        logger=notes,
-        log_every_n_steps=1,
-    )
+    seen = rates_in(tmp_path, model, scaled(), LearningRateMonitor(), logger=notes, log_every_n_steps=1)
     assert seen == [rates_of_two_groups(step) for step in (1, 2, 3, 4)]
     for step in (0, 1, 2, 3):
         assert notes.metrics[step] == logged_of_two_groups(step)
@@ -408,21 +342,9 @@ class KeepsNoam(Keeps):
         self.kept.step()
 
 
-@pytest.mark.parametrize(
-    ("kind", "checks"),
-    [
-        (Keeps, []),
-        (KeepsInner, []),
-        (KeepsNoam, [Moves()]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "checks"), [(Keeps, []), (KeepsInner, []), (KeepsNoam, [Moves()])])
 def test_schedulers_of_any_class_see_the_modules_groups_alone(tmp_path: Path, kind: Any, checks: Any) -> None:
-    seen = rates_in(
-        tmp_path,
-        kind(),
-        scaled(),
-        *checks,
-    )
+    seen = rates_in(tmp_path, kind(), scaled(), *checks)
     for step, rates in enumerate(seen, 1):
         scale = 0.5**step
         assert rates == pytest.approx(rate_of(scale, scale, 0.1 * scale))
@@ -448,12 +370,7 @@ class WarmsUp(Plain):
 
 
 def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(tmp_path: Path) -> None:
-    seen = rates_in(
-        tmp_path,
-        WarmsUp,
-        scaled(),
-        Moves(),
-    )
+    seen = rates_in(tmp_path, WarmsUp, scaled(), Moves())
     one = rate_of(0.1, 0.1, 0.01)
     two = rate_of(0.2, 0.2, 0.02)
     assert_rates(seen, [one, two, one, two])
@@ -474,12 +391,7 @@ def test_rates_that_are_tensors_stay_the_same_ones(tmp_path: Path) -> None:
     def look(*_: Any) -> None:
         first.extend(group["lr"] for group in optimizer.param_groups)
 
-    seen = rates_in(
-        tmp_path,
-        model,
-        scaled(),
-        At(0, look),
-    )
+    seen = rates_in(tmp_path, model, scaled(), At(0, look))
     expected = [
         rate_of(0.25, 0.25, 0.025),
         rate_of(0.125, 0.125, 0.0125),
@@ -551,11 +463,7 @@ class Prepares(SGD):
     ],
 )
 def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
-    tmp_path: Path,
-    kind: Any,
-    warms: bool,
-    steps: int,
-    says: str,
+    tmp_path: Path, kind: Any, warms: bool, steps: int, says: str
 ) -> None:
     model = tiny_with(kind, warms)
     with pytest.raises(OptimizerError, match=says):
@@ -594,55 +502,23 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "scale", "options"),
-    [
-        ("SequentialLR", 10, {}),
-        ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2}),
-    ],
+    [("SequentialLR", 10, {}), ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2})],
 )
-def test_a_run_resumes_to_the_bit(
-    tmp_path: Path,
-    name: str,
-    scale: Any,
-    options: Any,
-) -> None:
-    resumes_to_the_bit(
-        tmp_path,
-        partial(Scheduled, name),
-        partial(lora, lr_scale=scale),
-        max_epochs=3,
-        **options,
-    )
+def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, scale: Any, options: Any) -> None:
+    resumes_to_the_bit(tmp_path, partial(Scheduled, name), partial(lora, lr_scale=scale), max_epochs=3, **options)
 
 
 def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
-    _, t = fit(
-        tmp_path,
-        scaled(),
-        model=Plain,
-        max_epochs=1,
-    )
+    _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
     t.save_checkpoint(file)
     rates = Rates()
-    fit(
-        tmp_path,
-        scaled(lr_scale=3),
-        Moves(),
-        rates,
-        model=Plain,
-        ckpt_path=file,
-        max_epochs=2,
-    )
+    fit(tmp_path, scaled(lr_scale=3), Moves(), rates, model=Plain, ckpt_path=file, max_epochs=2)
     expected = rate_of(0.3, 0.3, 0.1)
     assert_rates([rates.first, *rates.seen], [expected] * 5)
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
-            fit(
-                tmp_path,
-                scaled(lr_scale=other),
-                model=Plain,
-                ckpt_path=file,
-            )
+            fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
 
 
 def test_groups_of_the_same_sizes_are_refused_by_name(tmp_path: Path) -> None:
@@ -681,14 +557,7 @@ def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
 def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
     model, rates = Plain(), Rates()
     t = trainer(tmp_path, [scaled(), rates], max_epochs=10)
-    found = Tuner(t).lr_find(
-        model,
-        data(),
-        min_lr=1e-5,
-        max_lr=0.1,
-        num_training=30,
-        early_stop_threshold=None,
-    )
+    found = Tuner(t).lr_find(model, data(), min_lr=1e-5, max_lr=0.1, num_training=30, early_stop_threshold=None)
     assert found is not None
     of_module = [rates_of_groups[0] for rates_of_groups in model.used]
     of_adapters = [rates_of_groups[1] for rates_of_groups in model.used]
@@ -697,11 +566,7 @@ def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
     t.fit(model, data())
     rate = model.hparams["lr"]
     assert rate == found.suggestion()
-    assert rates.seen[-1] == rate_of(
-        10 * rate,
-        10 * rate,
-        rate,
-    )
+    assert rates.seen[-1] == rate_of(10 * rate, 10 * rate, rate)
 
 
 def test_swa_moves_both(tmp_path: Path) -> None:
@@ -731,14 +596,7 @@ SHOWN: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize(("kind", "options", "rate", "row", "said"), SHOWN, ids=str)
 def test_the_rates_are_shown_and_one_that_is_low_or_high_is_named(
-    tmp_path: Path,
-    kind: Any,
-    options: Any,
-    rate: float,
-    row: str,
-    said: list[str],
-    capsys: Any,
-    caplog: Any,
+    tmp_path: Path, kind: Any, options: Any, rate: float, row: str, said: list[str], capsys: Any, caplog: Any
 ) -> None:
     model = tiny_with(lambda parameters, _: kind(parameters, rate), warms=True)  # from a rate of zero
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)

@@ -263,10 +263,7 @@ def of_a_norm(model: Kinds) -> Tensor:
     return nn.functional.layer_norm(torch.ones(2, WIDTH), [WIDTH]).sum()
 
 
-@pytest.mark.parametrize(
-    "look",
-    [None, logged, without_a_gradient, written, in_a_set, with_its_update, of_a_norm],
-)
+@pytest.mark.parametrize("look", [None, logged, without_a_gradient, written, in_a_set, with_its_update, of_a_norm])
 def test_what_no_loss_depends_on_is_not_named(tmp_path: Path, look: Any) -> None:
     assert said(tmp_path, Kinds(look)) == []
 
@@ -300,12 +297,7 @@ def test_layers_that_nothing_calls_have_another_warning(tmp_path: Path) -> None:
 # It changes nothing
 
 
-def state_after_a_fit(
-    folder: Path,
-    read: Any,
-    arguments: Any,
-    options: Any,
-) -> dict[str, Tensor]:
+def state_after_a_fit(folder: Path, read: Any, arguments: Any, options: Any) -> dict[str, Tensor]:
     torch.manual_seed(4)
     callback = ll.LoRACallback(r=2, target_modules="all", merge=False, **arguments)
     model = Kinds(read)
@@ -314,21 +306,11 @@ def state_after_a_fit(
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "autocast"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"dropout": 0.2},
-        {"use_dora": True, "exclude_modules": ["rnn", "attention"]},
-    ],
-)
+@pytest.mark.parametrize("arguments", [{"dropout": 0.2}, {"use_dora": True, "exclude_modules": ["rnn", "attention"]}])
 @pytest.mark.filterwarnings("ignore:A training step reads", "ignore:Attribute 'read' removed from hparams")
 @pytest.mark.parametrize("read", [None, a_penalty, recomputed])
 def test_a_fit_that_was_watched_has_the_bits_of_one_that_was_not(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    read: Any,
-    arguments: Any,
-    options: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any, arguments: Any, options: Any
 ) -> None:
     watched = state_after_a_fit(tmp_path, read, arguments, options)
     monkeypatch.setattr(ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext())

@@ -70,12 +70,7 @@ class Tiny(LitTiny):
         return F.cross_entropy(now, labels) + self.distance(now, reference)
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(
-            now.log_softmax(-1),
-            reference.log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
+        return F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 class Noted(L.Callback):
@@ -85,33 +80,15 @@ class Noted(L.Callback):
         self.losses: list[Tensor] = []
         self.after: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        *_: Any,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"].detach().clone())
         self.after.append(trained(pl_module))
 
 
-def noted(
-    folder: Path,
-    model: Any,
-    kwargs: Any,
-    **options: Any,
-) -> Noted:
+def noted(folder: Path, model: Any, kwargs: Any, **options: Any) -> Noted:
     """What a fit gives in each step."""
     notes = Noted()
-    fit(
-        folder,
-        lora(dropout=0.1, **kwargs),
-        notes,
-        model=model,
-        limit_val_batches=0,
-        **options,
-    )
+    fit(folder, lora(dropout=0.1, **kwargs), notes, model=model, limit_val_batches=0, **options)
     return notes
 
 
@@ -140,24 +117,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
     ],
     ids=str,
 )
-def test_it_has_the_bits_of_a_second_model(
-    tmp_path: Path,
-    how: dict[str, Any],
-    kwargs: Any,
-    precision: Any,
-) -> None:
-    of_two = noted(
-        tmp_path,
-        Tiny(True, **how),
-        kwargs,
-        precision=precision,
-    )
-    of_one = noted(
-        tmp_path,
-        Tiny(False, **how),
-        kwargs,
-        precision=precision,
-    )
+def test_it_has_the_bits_of_a_second_model(tmp_path: Path, how: dict[str, Any], kwargs: Any, precision: Any) -> None:
+    of_two = noted(tmp_path, Tiny(True, **how), kwargs, precision=precision)
+    of_one = noted(tmp_path, Tiny(False, **how), kwargs, precision=precision)
     assert_same_fits(of_one, of_two)
 
 
@@ -219,11 +181,7 @@ def test_what_an_evaluation_compared_with_the_base_trains_on(tmp_path: Path, mer
     fit(tmp_path, lora(merge=merge, **BOTH), model=through)
     fit(tmp_path, lora(merge=merge, **BOTH), model=through)
     evaluated = Evaluated(False)
-    _, t = fit(
-        tmp_path,
-        lora(merge=merge, **BOTH),
-        model=evaluated,
-    )
+    _, t = fit(tmp_path, lora(merge=merge, **BOTH), model=evaluated)
     t.validate(evaluated, data(), verbose=False)
     fit(tmp_path, lora(merge=merge, **BOTH), model=evaluated)
     assert_same_tensors(state(evaluated), state(through))

@@ -50,15 +50,7 @@ class Seeds(LitTiny):
 
 
 @exact
-@pytest.mark.parametrize(
-    ("cls", "workers"),
-    [
-        (LitTiny, 1),
-        (WarmsUp, 0),
-        (WarmsUp, 1),
-        (Seeds, 0),
-    ],
-)
+@pytest.mark.parametrize(("cls", "workers"), [(LitTiny, 1), (WarmsUp, 0), (WarmsUp, 1), (Seeds, 0)])
 def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path, cls: Any, workers: int) -> None:
     train = partial(shuffled, num_workers=workers)
     resumes_to_the_bit(tmp_path, cls, dropping, train=train, max_epochs=3)
@@ -67,21 +59,11 @@ def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path
 @exact
 @pytest.mark.parametrize(
     "options",
-    [
-        {"max_epochs": 3},
-        {"max_epochs": 3, "val_check_interval": 2},
-        {"max_epochs": 5, "check_val_every_n_epoch": 2},
-    ],
+    [{"max_epochs": 3}, {"max_epochs": 3, "val_check_interval": 2}, {"max_epochs": 5, "check_val_every_n_epoch": 2}],
 )
 def test_run_resumed_from_the_end_of_a_validation_ends_with_the_same_bits(tmp_path: Path, options: Any) -> None:
     resumes_to_the_bit(
-        tmp_path,
-        LitTiny,
-        dropping,
-        at="epoch=1",
-        train=shuffled,
-        saving={"save_on_train_epoch_end": False},
-        **options,
+        tmp_path, LitTiny, dropping, at="epoch=1", train=shuffled, saving={"save_on_train_epoch_end": False}, **options
     )
 
 
@@ -110,12 +92,7 @@ def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int
         (11, WarmsUp, {}),
     ],
 )
-def test_run_resumed_at_any_step_ends_with_the_same_bits(
-    tmp_path: Path,
-    step: int,
-    cls: Any,
-    arguments: Any,
-) -> None:
+def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int, cls: Any, arguments: Any) -> None:
     resumes_to_the_bit(
         tmp_path,
         cls,
@@ -162,43 +139,20 @@ class Stores(L.Callback):
 
 
 @pytest.mark.parametrize(
-    "states",
-    [
-        None,
-        {"cpu": 1},
-        {"cpu": torch.zeros(1, 3)},
-        {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)},
-    ],
+    "states", [None, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}]
 )
 def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: Any) -> None:
     file = tmp_path / "odd.ckpt"
-    _, t = fit(
-        tmp_path,
-        dropping(),
-        Stores(states),
-        train=shuffled(),
-        max_epochs=1,
-    )
+    _, t = fit(tmp_path, dropping(), Stores(states), train=shuffled(), max_epochs=1)
     t.save_checkpoint(file)
-    _, t = fit(
-        tmp_path,
-        dropping(),
-        train=shuffled(),
-        ckpt_path=file,
-    )
+    _, t = fit(tmp_path, dropping(), train=shuffled(), ckpt_path=file)
     assert t.global_step == 8
 
 
 @exact
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
 def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precision: Any) -> None:
-    through = resumes_to_the_bit(
-        tmp_path,
-        LitTiny,
-        dropping,
-        max_epochs=2,
-        precision=precision,
-    )
+    through = resumes_to_the_bit(tmp_path, LitTiny, dropping, max_epochs=2, precision=precision)
     assert is_plain(through)
     path = tmp_path / "through" / "epoch=1.ckpt"
     stored = held(torch.load(path, weights_only=True))
@@ -214,12 +168,7 @@ def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precisi
 
 def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None:
     with pytest.warns(MergePrecisionWarning) as caught:
-        model, t = fit(
-            tmp_path,
-            lora(),
-            model=LitTiny(lr=1e-7),
-            precision="bf16-true",
-        )
+        model, t = fit(tmp_path, lora(), model=LitTiny(lr=1e-7), precision="bf16-true")
     assert len(messages_of(caught, LoRAWarning)) == 1
     t.validate(model, data(), verbose=False)  # merges again, and an unexpected warning is an error here
 
@@ -261,14 +210,7 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
     def run(folder: Path, counts: Counts, **options: Any) -> Any:
         saves = best(folder, save_top_k=-1)
         adapters = lora(merge=False, save=save)
-        model, _ = fit(
-            tmp_path,
-            adapters,
-            counts,
-            saves,
-            model=Moves,
-            **options,
-        )
+        model, _ = fit(tmp_path, adapters, counts, saves, model=Moves, **options)
         return model
 
     counts, counts_again = Counts(), Counts()

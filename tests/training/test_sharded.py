@@ -170,11 +170,7 @@ SAME_BITS = {"rtol": 0.0, "atol": 0.0}
         ("sharded", LitNet, {**ALL, "dropout": 0.0}, {}),
         ("sharded", Blocks, {"bias": "all"}, {}),
         pytest.param(
-            "sharded",
-            Uneven,
-            {},
-            {},
-            marks=pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning"),
+            "sharded", Uneven, {}, {}, marks=pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
         ),
         ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),
         ("sharded", Llama, {"merge": "last"}, {}),
@@ -182,26 +178,10 @@ SAME_BITS = {"rtol": 0.0, "atol": 0.0}
     ],
 )
 def test_processes_train_and_store_what_ddp_does(
-    tmp_path: Path,
-    kind: str,
-    build: Any,
-    kwargs: Any,
-    options: Any,
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, options: Any
 ) -> None:
-    expected = fit_in_processes(
-        "ddp",
-        tmp_path,
-        build,
-        kwargs,
-        **options,
-    )[0]
-    for found in fit_in_processes(
-        kind,
-        tmp_path,
-        build,
-        kwargs,
-        **options,
-    ):
+    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
         torch.testing.assert_close(found, expected, **SAME_BITS)  # the dtypes too
     updates = lines_with("lora_B", expected)
     assert all(expected[name].any() for name in updates)
@@ -226,27 +206,10 @@ def test_processes_train_and_store_what_ddp_does(
     ],
 )
 def test_processes_train_what_ddp_does_up_to_rounding(
-    tmp_path: Path,
-    kind: str,
-    build: Any,
-    kwargs: Any,
-    options: Any,
-    near: Any,
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, options: Any, near: Any
 ) -> None:
-    expected = fit_in_processes(
-        "ddp",
-        tmp_path,
-        build,
-        kwargs,
-        **options,
-    )[0]
-    for found in fit_in_processes(
-        kind,
-        tmp_path,
-        build,
-        kwargs,
-        **options,
-    ):
+    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
         torch.testing.assert_close(found, expected, **near)
         if "precision" in options:
             assert found["model.layers.0.q.lora_A"].dtype == torch.float32
@@ -268,30 +231,13 @@ def test_processes_train_what_ddp_does_up_to_rounding(
         zero("zero1", "ddp", LitNet, {"lr_scale": 10}),
     ],
 )
-def test_run_resumes_to_the_same_bits(
-    tmp_path: Path,
-    written: str,
-    resumed: str,
-    build: Any,
-    kwargs: Any,
-) -> None:
-    whole = fit_in_processes(
-        written,
-        tmp_path,
-        build,
-        kwargs,
-    )[0]
+def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str, build: Any, kwargs: Any) -> None:
+    whole = fit_in_processes(written, tmp_path, build, kwargs)[0]
     if resumed == "ddp":  # which knows nothing of how the model was built
         build = LitNet
         whole = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in whole.items()}
     first = path_of(tmp_path, written, 0)
-    for found in fit_in_processes(
-        resumed,
-        tmp_path / "b",
-        build,
-        kwargs,
-        first,
-    ):
+    for found in fit_in_processes(resumed, tmp_path / "b", build, kwargs, first):
         assert_same(found, whole)
     last = path_of(tmp_path, written, 1)
     last_again = path_of(tmp_path / "b", resumed, 1)
@@ -310,11 +256,7 @@ class Evaluations:
 def write_files(folder: Path) -> tuple[Path, Path]:
     """A full checkpoint, and one of adapters."""
     files = folder / "full.ckpt", folder / "adapters.ckpt"
-    for file, callbacks in zip(
-        files,
-        ([], [lora(r=3, dropout=0.0)]),
-        strict=True,
-    ):
+    for file, callbacks in zip(files, ([], [lora(r=3, dropout=0.0)]), strict=True):
         t = trainer_of("ddp", folder, callbacks, max_epochs=1)
         t.fit(LitNet(), data())
         t.save_checkpoint(file)
@@ -327,20 +269,9 @@ def evaluated(kind: str, folder: Path) -> Evaluations:
     full, adapters = write_files(folder)
     found = Evaluations()
     plain, adapted = LitNet(), LitNet()
-    for module, path in (
-        (plain, None),
-        (plain, full),
-        (adapted, adapters),
-        (adapted, None),
-    ):
+    for module, path in ((plain, None), (plain, full), (adapted, adapters), (adapted, None)):
         t = trainer_of(kind, folder, [LoRACallback()])
-        (losses,) = t.test(
-            module,
-            data(),
-            ckpt_path=path,
-            verbose=False,
-            weights_only=True,
-        )
+        (losses,) = t.test(module, data(), ckpt_path=path, verbose=False, weights_only=True)
         found.losses.append(losses["loss"])
         all_train = all(p.requires_grad for p in module.parameters())
         found.is_plain.append(find_record(module) is None and all_train)
@@ -375,12 +306,7 @@ def whole_life(kind: str, folder: Path) -> Life:
     L.seed_everything(1, verbose=False)
     module = LitNet()
     best = ModelCheckpoint(folder / kind, monitor="loss", filename="best")
-    t = trainer_of(
-        kind,
-        folder,
-        [lora(merge="best"), best],
-        enable_checkpointing=True,
-    )
+    t = trainer_of(kind, folder, [lora(merge="best"), best], enable_checkpointing=True)
     t.fit(module, data(), data())
     merged = whole_state(module)
     classes = {type(inner).__name__ for inner in module.modules()}
@@ -397,13 +323,7 @@ def whole_life(kind: str, folder: Path) -> Life:
     again.fit(module, data(), data())
     assert best.best_model_score is not None
     losses = [validated["loss"], from_file["loss"], float(best.best_model_score)]
-    return Life(
-        merged,
-        classes,
-        base,
-        whole_state(module),
-        losses,
-    )
+    return Life(merged, classes, base, whole_state(module), losses)
 
 
 def pretrained_in_module() -> State:
@@ -504,11 +424,7 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
     ],
 )
 def test_what_is_wrong_is_named_and_ends_the_run(
-    tmp_path: Path,
-    kind: str,
-    build: Any,
-    kwargs: Any,
-    match: str,
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, match: str
 ) -> None:
     with pytest.raises(RankError, match=match):
         fit_in_processes(kind, tmp_path, build, kwargs)
@@ -523,22 +439,10 @@ class OtherBase(LitNet):
         return net
 
 
-def refused(
-    kind: str,
-    folder: Path,
-    build: Callable[[], LitNet],
-    kwargs: dict[str, Any],
-    path: Path,
-) -> str:
+def refused(kind: str, folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], path: Path) -> str:
     module = build()
     t = trainer_of(kind, folder, [lora(**kwargs)])
-    message = message_of(
-        t.fit,
-        module,
-        data(),
-        data(),
-        ckpt_path=path,
-    )
+    message = message_of(t.fit, module, data(), data(), ckpt_path=path)
     if kind != "sharded":
         assert lines_with("lora", module.state_dict()) == []
     return message
@@ -549,33 +453,15 @@ def refused(
     [
         ("sharded", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
         zero("zero2", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
-        zero(
-            "zero2",
-            LitNet,
-            {"exclude_modules": ["head"]},
-            "AdapterMismatchError",
-            "unexpected 'model.head.lora_A'",
-        ),
+        zero("zero2", LitNet, {"exclude_modules": ["head"]}, "AdapterMismatchError", "unexpected 'model.head.lora_A'"),
     ],
 )
 def test_file_of_another_run_is_refused_in_every_process(
-    tmp_path: Path,
-    kind: str,
-    build: Any,
-    kwargs: dict[str, Any],
-    error: str,
-    text: str,
+    tmp_path: Path, kind: str, build: Any, kwargs: dict[str, Any], error: str, text: str
 ) -> None:
     fit_in_processes(kind, tmp_path)
     file = path_of(tmp_path, kind, 0)
-    for message in run_ranks(
-        refused,
-        kind,
-        tmp_path,
-        build,
-        kwargs,
-        file,
-    ):
+    for message in run_ranks(refused, kind, tmp_path, build, kwargs, file):
         assert message.startswith(error)
         assert text in message
 
@@ -622,21 +508,12 @@ class Parallel(LitNet):
             super().shard()
 
 
-def in_one_process(
-    folder: Path,
-    kwargs: dict[str, Any],
-    path: Path | None = None,
-) -> State:
+def in_one_process(folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
     kwargs = {"dropout": 0.0, **kwargs}
     return fits.fit("one", folder, Parallel, kwargs, path, use_distributed_sampler=False)
 
 
-def parallel(
-    size: int,
-    folder: Path,
-    kwargs: dict[str, Any],
-    path: Path | None = None,
-) -> State:
+def parallel(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
     kwargs = {"dropout": 0.0, **kwargs}
     return fits.fit(
         "parallel",
@@ -650,21 +527,9 @@ def parallel(
     )
 
 
-def in_processes(
-    size: int,
-    folder: Path,
-    kwargs: dict[str, Any],
-    path: Path | None = None,
-) -> list[State]:
+def in_processes(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> list[State]:
     """What each of two processes, or of two times ``size``, has."""
-    return run_ranks(
-        parallel,
-        size,
-        folder,
-        kwargs,
-        path,
-        size=2 * size,
-    )
+    return run_ranks(parallel, size, folder, kwargs, path, size=2 * size)
 
 
 SLICES = {"up": {"a": [0, 24]}, "down": {"a": [0, 5], "b": [7, 12]}}

@@ -68,12 +68,7 @@ def files(folder: Path) -> Files:
     ll.export_peft(module, folder / f"peft-{dist.get_rank()}")
     trained = whole_state(module)
     again = LitNet()
-    trainer_of(
-        "sharded",
-        folder,
-        [lora(**kwargs)],
-        max_steps=0,
-    ).fit(again, data())
+    trainer_of("sharded", folder, [lora(**kwargs)], max_steps=0).fit(again, data())
     ll.load_adapter(again, file)
     assert_same(whole_state(again), trained)
     return Files(trained, ll.adapter_state_dict(again), output_of(module))
@@ -250,11 +245,7 @@ def that_merge_a_tied_weight() -> list[L.Callback]:
     return [lora(target_modules="all", merge="last")]
 
 
-def refusal(
-    folder: Path,
-    build: Callable[[], LitNet],
-    make: Callable[[], list[L.Callback]],
-) -> str:
+def refusal(folder: Path, build: Callable[[], LitNet], make: Callable[[], list[L.Callback]]) -> str:
     t = trainer_of("sharded", folder, make(), max_steps=1)
     return message_of(t.fit, build(), data())
 
@@ -272,17 +263,9 @@ COPIES = "ConfigError: .*WeightAveraging copies the module"
     ],
 )
 def test_what_cannot_run_on_shards_is_refused_in_every_process(
-    tmp_path: Path,
-    build: Any,
-    make: Any,
-    message: str,
+    tmp_path: Path, build: Any, make: Any, message: str
 ) -> None:
-    for found in run_ranks(
-        refusal,
-        tmp_path,
-        build,
-        make,
-    ):
+    for found in run_ranks(refusal, tmp_path, build, make):
         assert re.search(f"(?s)^{message}", found)
 
 

@@ -14,45 +14,18 @@ from tests.support.traffic import Counts, sizes_of
 pytestmark = pytest.mark.processes
 
 
-def count(
-    folder: Path,
-    module: LitNet,
-    callbacks: list[Any],
-    **options: Any,
-) -> dict[str, Any]:
+def count(folder: Path, module: LitNet, callbacks: list[Any], **options: Any) -> dict[str, Any]:
     """What a process sends in a fit, and holds."""
     counts = Counts(folder / f"{len(callbacks)}")
-    t = trainer_of(
-        "sharded",
-        folder,
-        [*callbacks, counts],
-        max_epochs=1,
-        **options,
-    )
+    t = trainer_of("sharded", folder, [*callbacks, counts], max_epochs=1, **options)
     t.fit(module, data())
-    return {
-        "batches": counts.batches,
-        "saves": counts.saves,
-        "end": counts.end,
-        "held": counts.held,
-    }
+    return {"batches": counts.batches, "saves": counts.saves, "end": counts.end, "held": counts.held}
 
 
-def with_adapters(
-    folder: Path,
-    kwargs: dict[str, Any] | None = None,
-    **options: Any,
-) -> list[Any]:
+def with_adapters(folder: Path, kwargs: dict[str, Any] | None = None, **options: Any) -> list[Any]:
     """Count in each of two processes."""
     callbacks = [lora(**kwargs or {})]
-    return run_ranks(
-        count,
-        folder,
-        LitNet(),
-        callbacks,
-        size=2,
-        **options,
-    )
+    return run_ranks(count, folder, LitNet(), callbacks, size=2, **options)
 
 
 def in_four_processes(folder: Path) -> list[Any]:

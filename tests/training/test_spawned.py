@@ -111,17 +111,10 @@ def has_a_local_class(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (refuses_folders, "Read-only file system"),
-        (has_a_local_class, "local object .*Inside"),
-    ],
+    ("make", "says"), [(refuses_folders, "Read-only file system"), (has_a_local_class, "local object .*Inside")]
 )
 def test_a_fit_whose_record_cannot_be_sent_says_what_is_lost(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    make: Any,
-    says: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, says: str
 ) -> None:
     said = tmp_path / "said.txt"
 
@@ -133,14 +126,7 @@ def test_a_fit_whose_record_cannot_be_sent_says_what_is_lost(
     with warnings.catch_warnings():
         warnings.simplefilter("always", ll.LoRAWarning)
         monkeypatch.setattr(warnings, "showwarning", say)  # in another process
-        t = trainer(
-            tmp_path,
-            [lora()],
-            strategy="ddp_fork",
-            devices=2,
-            enable_checkpointing=False,
-            max_epochs=1,
-        )
+        t = trainer(tmp_path, [lora()], strategy="ddp_fork", devices=2, enable_checkpointing=False, max_epochs=1)
         t.fit(model, data())
     assert is_plain(model)
     assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)

@@ -19,12 +19,7 @@ from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Nor
 from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 
-def run_stage(
-    t: L.Trainer,
-    stage: str,
-    model: Any,
-    **options: Any,
-) -> None:
+def run_stage(t: L.Trainer, stage: str, model: Any, **options: Any) -> None:
     """Call a stage of a Trainer by its name."""
     getattr(t, stage)(model, data(), **options)
 
@@ -42,24 +37,14 @@ class Numbers:
         self.plain = trainer(folder, enable_checkpointing=False)  # without the callback
         self.expected = {"base": outcome(self.plain, stage, loaded(None))}
         for name, path in files.items():
-            self.expected[name] = outcome(
-                self.plain,
-                stage,
-                loaded(path),
-            )
+            self.expected[name] = outcome(self.plain, stage, loaded(path))
 
     def assert_all_differ(self, count: int) -> None:
         values = self.expected.values()
         different = {tuple(value.flatten().tolist()) for value in values}
         assert len(different) == count
 
-    def check(
-        self,
-        t: L.Trainer,
-        model: LitTiny,
-        begins: str,
-        asked: list[str],
-    ) -> None:
+    def check(self, t: L.Trainer, model: LitTiny, begins: str, asked: list[str]) -> None:
         """A module that begins with a file's adapters gives what it should, whichever file is asked for, and after."""
         shape = None
         if begins != "base":
@@ -69,30 +54,14 @@ class Numbers:
         for name in asked:
             now = name
             path = self.files["path"] if name == "path" else name
-            self.check_one(
-                t,
-                model,
-                now,
-                shape,
-                ckpt_path=path,
-            )
+            self.check_one(t, model, now, shape, ckpt_path=path)
         self.check_one(t, model, now, shape)
         assert files_hold_adapters_alone(self.folder)
 
     def check_one(
-        self,
-        t: L.Trainer,
-        model: LitTiny,
-        now: str,
-        shape: bool | None,
-        ckpt_path: str | None = None,
+        self, t: L.Trainer, model: LitTiny, now: str, shape: bool | None, ckpt_path: str | None = None
     ) -> None:
-        found = outcome(
-            t,
-            self.stage,
-            model,
-            ckpt_path=ckpt_path,
-        )
+        found = outcome(t, self.stage, model, ckpt_path=ckpt_path)
         torch.testing.assert_close(found, self.expected[now])
         if shape is not None:
             assert is_plain(model) is shape
@@ -107,32 +76,12 @@ def saves_the_worst(folder: Path) -> ModelCheckpoint:
 
 @pytest.mark.parametrize(
     ("stage", "merge", "end"),
-    [
-        ("validate", "last", "last"),
-        ("test", "best", "best"),
-        ("test", False, "last"),
-        ("predict", "best", "best"),
-    ],
+    [("validate", "last", "last"), ("test", "best", "best"), ("test", False, "last"), ("predict", "best", "best")],
 )
-def test_each_file_gives_its_own_numbers_in_each_stage(
-    tmp_path: Path,
-    stage: str,
-    merge: Any,
-    end: str,
-) -> None:
+def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: str, merge: Any, end: str) -> None:
     first = saves_the_worst(tmp_path)
-    model, t = fit(
-        tmp_path,
-        lora(merge=merge),
-        first,
-        model=LitTiny(lr=0.5),
-        max_epochs=4,
-    )
-    files = {
-        "best": first.best_model_path,
-        "last": first.last_model_path,
-        "path": str(tmp_path / "best-epoch=2.ckpt"),
-    }
+    model, t = fit(tmp_path, lora(merge=merge), first, model=LitTiny(lr=0.5), max_epochs=4)
+    files = {"best": first.best_model_path, "last": first.last_model_path, "path": str(tmp_path / "best-epoch=2.ckpt")}
     numbers = Numbers(tmp_path, stage, files)
     numbers.assert_all_differ(4)
     numbers.check(t, model, end, ["last", "best", "path"])
@@ -148,23 +97,11 @@ def test_each_file_gives_its_own_numbers_in_each_stage(
 
 
 @pytest.mark.parametrize(
-    ("begin", "merge"),
-    [
-        ("fit", "last"),
-        ("fit", False),
-        ("load", False),
-        ("resume", "last"),
-        ("safetensors", "last"),
-    ],
+    ("begin", "merge"), [("fit", "last"), ("fit", False), ("load", False), ("resume", "last"), ("safetensors", "last")]
 )
 def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str, merge: Any) -> None:
     file = tmp_path / "first.ckpt"
-    model, t = fit(
-        tmp_path,
-        lora(merge=merge),
-        best(tmp_path / "1"),
-        max_epochs=1,
-    )
+    model, t = fit(tmp_path, lora(merge=merge), best(tmp_path / "1"), max_epochs=1)
     t.save_checkpoint(file, weights_only=begin == "load")
     ll.save_adapter(model, tmp_path / "first.safetensors")
     expected = loaded(file)
@@ -174,19 +111,8 @@ def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str
     if begin == "safetensors":
         model = loaded(tmp_path / "first.safetensors")
     if begin == "resume":
-        trainer(tmp_path, [lora()]).validate(
-            model,
-            data(),
-            ckpt_path=file,
-            verbose=False,
-        )
-    fit(
-        tmp_path,
-        lora(merge=merge),
-        best(tmp_path / "2"),
-        model=model,
-        max_epochs=3,
-    )
+        trainer(tmp_path, [lora()]).validate(model, data(), ckpt_path=file, verbose=False)
+    fit(tmp_path, lora(merge=merge), best(tmp_path / "2"), model=model, max_epochs=3)
     assert is_plain(model) is bool(merge)
     assert files_hold_adapters_alone(tmp_path)
     assert same_parts(trained(model), trained(expected))
@@ -207,11 +133,7 @@ class Broken(LitTiny):
 
 
 def assert_gives_back(
-    model: LitTiny,
-    t: L.Trainer,
-    stage: str,
-    error: type[Exception],
-    file: Path | None = None,
+    model: LitTiny, t: L.Trainer, stage: str, error: type[Exception], file: Path | None = None
 ) -> None:
     """The stage fails, and the module is what it was."""
     values = state(model)
@@ -318,11 +240,7 @@ BIASES = {"modules_to_save": None, "bias": "all"}
     ],
 )
 def test_no_fit_starts_while_a_selected_layer_is_plain(
-    tmp_path: Path,
-    act: Any,
-    named: str,
-    hook: str,
-    options: Any,
+    tmp_path: Path, act: Any, named: str, hook: str, options: Any
 ) -> None:
     model = LitTiny()
     act_in(model, hook, act)
@@ -367,12 +285,7 @@ def test_no_file_is_written_with_an_adapted_weight_that_is_computed(tmp_path: Pa
     model = LitTiny()
     act_in(model, "on_train_epoch_end", compute)
     with pytest.raises(ll.AdapterStateError, match=COMPUTED):
-        fit(
-            tmp_path,
-            lora(),
-            best(tmp_path),
-            model=model,
-        )
+        fit(tmp_path, lora(), best(tmp_path), model=model)
     by_own_loop = LitTiny()
     ll.inject_adapters(by_own_loop, ll.LoRAConfig(r=2))
     compute(by_own_loop)
@@ -549,31 +462,15 @@ def late_base() -> LitTiny:
 
 @pytest.mark.parametrize(
     ("way", "init", "precision"),
-    [
-        ("load", "pissa", "32-true"),
-        ("data", "pissa", "32-true"),
-        ("load", "kaiming", "bf16-true"),
-    ],
+    [("load", "pissa", "32-true"), ("data", "pissa", "32-true"), ("load", "kaiming", "bf16-true")],
 )
-def test_the_base_is_what_is_there_when_training_begins(
-    tmp_path: Path,
-    way: str,
-    init: Any,
-    precision: Any,
-) -> None:
+def test_the_base_is_what_is_there_when_training_begins(tmp_path: Path, way: str, init: Any, precision: Any) -> None:
     begins: list[Any] = []
 
     def look(_: L.Trainer, module: Any) -> None:
         begins.append(state(module.q_proj))
 
-    model, t = fit(
-        tmp_path,
-        lora(init=init),
-        At(0, look),
-        model=LoadsLate(way),
-        precision=precision,
-        max_epochs=1,
-    )
+    model, t = fit(tmp_path, lora(init=init), At(0, look), model=LoadsLate(way), precision=precision, max_epochs=1)
     if init == "pissa":
         expected = late_base()
         ll.inject_adapters(expected, lora(init=init).config)
@@ -615,14 +512,7 @@ def looks(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("stage", "trial"),
-    [
-        ("validate", 1),
-        ("test", False),
-        ("predict", False),
-    ],
-)
+@pytest.mark.parametrize(("stage", "trial"), [("validate", 1), ("test", False), ("predict", False)])
 def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any) -> None:
     model = half_frozen()
     plain = trainer(tmp_path, fast_dev_run=trial)
@@ -661,15 +551,7 @@ def test_a_full_checkpoint_is_loaded_as_lightning_does(tmp_path: Path, stage: st
     model = half_frozen()
     before = looks(model)
     t = trainer(tmp_path, [lora()])
-    assert torch.equal(
-        outcome(
-            t,
-            stage,
-            model,
-            ckpt_path=file,
-        ),
-        expected,
-    )
+    assert torch.equal(outcome(t, stage, model, ckpt_path=file), expected)
     assert looks(model) == before
     assert_same_tensors(state(model), state(other))
     assert find_record(model) is None

@@ -57,14 +57,7 @@ def some_of(files: list[Path]) -> list[Path]:
 def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, saving: str) -> None:
     saves = ModelCheckpoint(tmp_path / "files", "{epoch}-{step}", **SAVING[saving])
     steps = Steps()
-    model, _ = fit(
-        tmp_path,
-        lora(),
-        steps,
-        saves,
-        train=Stateful(),
-        max_epochs=3,
-    )
+    model, _ = fit(tmp_path, lora(), steps, saves, train=Stateful(), max_epochs=3)
     files = sorted(tmp_path.rglob("*.ckpt"))
     assert files
     assert files_hold_adapters_alone(tmp_path)
@@ -73,23 +66,12 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
         at_its_step = steps.after[checkpoint["global_step"] - 1]
         assert same_parts(held(checkpoint), at_its_step)
         if "optimizer_states" in checkpoint:
-            again, t = fit(
-                tmp_path,
-                lora(),
-                train=Stateful(),
-                ckpt_path=file,
-                max_epochs=3,
-            )
+            again, t = fit(tmp_path, lora(), train=Stateful(), ckpt_path=file, max_epochs=3)
             assert_same_tensors(state(again), state(model))
             assert t.global_step == 12
         else:
             again = LitTiny()
-            outcome(
-                trainer(tmp_path, [lora()]),
-                "validate",
-                again,
-                ckpt_path=file,
-            )
+            outcome(trainer(tmp_path, [lora()]), "validate", again, ckpt_path=file)
         assert base_is_whole(again)
     assert base_is_whole(model)
 
@@ -105,15 +87,7 @@ def file_of_a_failed_run(folder: Path, kind: str) -> Path:
     """The file of a run that has failed after its sixth step."""
     failed = LitTiny()
     with pytest.raises(StopError):
-        fit(
-            folder,
-            lora(),
-            ON_EXCEPTION[kind](folder),
-            Fails(),
-            model=failed,
-            train=Stateful(),
-            max_epochs=3,
-        )
+        fit(folder, lora(), ON_EXCEPTION[kind](folder), Fails(), model=failed, train=Stateful(), max_epochs=3)
     assert files_hold_adapters_alone(folder)
     assert base_is_whole(failed)
     (file,) = folder.rglob("on_exception*.ckpt")
@@ -122,20 +96,10 @@ def file_of_a_failed_run(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ON_EXCEPTION)
 def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: str) -> None:
-    through, _ = fit(
-        tmp_path,
-        lora(),
-        train=Stateful(),
-        max_epochs=3,
-        enable_checkpointing=False,
-    )
+    through, _ = fit(tmp_path, lora(), train=Stateful(), max_epochs=3, enable_checkpointing=False)
     file = file_of_a_failed_run(tmp_path, kind)
     resumed = LitTiny()
-    t = trainer(
-        tmp_path,
-        [lora(), ON_EXCEPTION[kind](tmp_path)],
-        max_epochs=3,
-    )
+    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
     is_found_by_lightning = kind == "callback"
     ckpt_path = None if is_found_by_lightning else file
     t.fit(resumed, Stateful(), data(), ckpt_path=ckpt_path)
@@ -150,11 +114,7 @@ def test_a_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp_path:
     before = state_in(file_of_a_failed_run(tmp_path, kind))
     (file,) = tmp_path.rglob("on_exception*.ckpt")
     model = LitTiny()
-    t = trainer(
-        tmp_path,
-        [lora(), ON_EXCEPTION[kind](tmp_path / "again")],
-        max_epochs=3,
-    )
+    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path / "again")], max_epochs=3)
     with pytest.raises(StopError):
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
     (again,) = (tmp_path / "again").rglob("*.ckpt")
@@ -172,24 +132,14 @@ def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -
     assert sorted(tensors(file)) == sorted(TRAINED)
     torch.testing.assert_close(model(X), expected(X))
     new = cls()
-    outcome(
-        trainer(tmp_path, [lora()]),
-        "test",
-        new,
-        ckpt_path=file,
-    )
+    outcome(trainer(tmp_path, [lora()]), "test", new, ckpt_path=file)
     torch.testing.assert_close(new(X), expected(X))
 
 
 @pytest.mark.parametrize(("stage", "merge"), [(None, False), ("validate", "last")])
 def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path: Path, stage: Any, merge: Any) -> None:
     worst = best(tmp_path, mode="max")
-    model, t = fit(
-        tmp_path,
-        lora(merge=merge),
-        worst,
-        max_epochs=3,
-    )
+    model, t = fit(tmp_path, lora(merge=merge), worst, max_epochs=3)
     if stage is not None:
         getattr(t, stage)(model, data())
     before = state(model)
@@ -305,11 +255,7 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
 
 def one_strategy_for_all() -> dict[str, Any]:
     """Options of Trainers that share a strategy."""
-    return {
-        "strategy": SingleDeviceStrategy(torch.device("cpu")),
-        "accelerator": "auto",
-        "devices": "auto",
-    }
+    return {"strategy": SingleDeviceStrategy(torch.device("cpu")), "accelerator": "auto", "devices": "auto"}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -360,12 +306,7 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
     if again:
         fit(tmp_path, lora(), **shared)
     for callbacks in ([], [lora()], []):
-        _, t = fit(
-            tmp_path,
-            *callbacks,
-            max_epochs=1,
-            **shared,
-        )
+        _, t = fit(tmp_path, *callbacks, max_epochs=1, **shared)
         calls.clear()
         t.save_checkpoint(tmp_path / "a.ckpt")
         assert calls == [2, 1]
@@ -487,13 +428,7 @@ class LooksAtNorm(L.Callback):
 @pytest.mark.processes
 def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
     model, _ = fit(
-        tmp_path,
-        lora(),
-        LooksAtNorm(),
-        model=Normed(),
-        strategy="ddp_fork",
-        devices=2,
-        plugins=[Synchronises()],
+        tmp_path, lora(), LooksAtNorm(), model=Normed(), strategy="ddp_fork", devices=2, plugins=[Synchronises()]
     )
     assert_norm_is_as_it_came(model)
     assert not torch.equal(model.q_proj.weight, Normed().q_proj.weight)

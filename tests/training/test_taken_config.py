@@ -40,12 +40,7 @@ def numbers(file: Path) -> Tensor:
     return outcome(trainer(file.parent), "test", loaded(file))
 
 
-def result_of(
-    file: Path,
-    model: LitTiny,
-    *args: Any,
-    **given: Any,
-) -> Tensor:
+def result_of(file: Path, model: LitTiny, *args: Any, **given: Any) -> Tensor:
     """What a test of the file gives with these arguments of the callback."""
     t = trainer(file.parent, [ll.LoRACallback(*args, **given)])
     return outcome(t, "test", model, ckpt_path=file)
@@ -130,12 +125,7 @@ def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path
 def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Path) -> None:
     saved = best(tmp_path, save_top_k=1)
     first = ll.LoRACallback(r=2, target_modules=["q_proj"], merge="best")
-    model, _ = fit(
-        tmp_path,
-        first,
-        saved,
-        max_epochs=4,
-    )
+    model, _ = fit(tmp_path, first, saved, max_epochs=4)
     ll.remove_adapters(model)
     before = state(model)
     saved.best_model_score = torch.tensor(-1.0)  # nothing is better from now on
@@ -150,22 +140,12 @@ def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Pat
 @needs_averaging
 def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
-    _, t = fit(
-        tmp_path,
-        lora(r=4, merge=False),
-        bundled.EMAWeightAveraging(),
-    )
+    _, t = fit(tmp_path, lora(r=4, merge=False), bundled.EMAWeightAveraging())
     t.save_checkpoint(file)
 
     def resumed(**given: Any) -> LitTiny:
         adapters = ll.LoRACallback(**given, modules_to_save=["head"])
-        model, _ = fit(
-            tmp_path,
-            bundled.EMAWeightAveraging(),
-            adapters,
-            ckpt_path=file,
-            max_epochs=4,
-        )
+        model, _ = fit(tmp_path, bundled.EMAWeightAveraging(), adapters, ckpt_path=file, max_epochs=4)
         return model
 
     assert_same_tensors(state(resumed()), state(resumed(r=4)))

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, OptimizerError
-from tests.support.checks import (
-    assert_holds_tensors,
-    assert_same_tensors,
-    lines_with,
-    names_of_parameters,
-    values_of,
-)
+from tests.support.checks import assert_holds_tensors, assert_same_tensors, lines_with, names_of_parameters, values_of
 from tests.support.models import trainer
 
 
@@ -25,18 +19,8 @@ class Student(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.teacher = nn.Sequential(
-            nn.Linear(8, 15),
-            nn.ReLU(),
-            nn.Linear(15, 15),
-            nn.ReLU(),
-            nn.Linear(15, 4),
-        )
-        self.student = nn.Sequential(
-            nn.Linear(8, 9),
-            nn.ReLU(),
-            nn.Linear(9, 4),
-        )
+        self.teacher = nn.Sequential(nn.Linear(8, 15), nn.ReLU(), nn.Linear(15, 15), nn.ReLU(), nn.Linear(15, 4))
+        self.student = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         with torch.no_grad():
@@ -45,10 +29,7 @@ class Student(L.LightningModule):
         return error.square().mean()
 
     def configure_optimizers(self) -> Any:
-        groups = [
-            {"params": self.student[0].parameters()},
-            {"params": self.student[2].parameters()},
-        ]
+        groups = [{"params": self.student[0].parameters()}, {"params": self.student[2].parameters()}]
         return torch.optim.Adam(groups, lr=0.01)
 
 

@@ -36,27 +36,14 @@ class Run:
         torch.manual_seed(1)
         file = folder / "a.ckpt"
         self.model = Tied(late)
-        t = trainer(
-            folder,
-            [ll.LoRACallback(r=2, merge=False, **options)],
-            max_epochs=1,
-        )
+        t = trainer(folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=1)
         t.fit(self.model, data())
         t.save_checkpoint(file)
         self.resumed = Tied(late)
-        again = trainer(
-            folder,
-            [ll.LoRACallback(r=2, merge=False, **options)],
-            max_epochs=2,
-        )
+        again = trainer(folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=2)
         again.fit(self.resumed, data(), ckpt_path=file)
         evaluates = trainer(folder, [ll.LoRACallback()])
-        (numbers,) = evaluates.test(
-            Tied(late),
-            data(),
-            ckpt_path=file,
-            verbose=False,
-        )
+        (numbers,) = evaluates.test(Tied(late), data(), ckpt_path=file, verbose=False)
         self.loss = numbers["test_loss"]
 
 

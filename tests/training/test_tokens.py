@@ -20,22 +20,9 @@ from tests.support.fits import resumes_to_the_bit
 from tests.support.models import exact, is_plain, state, trainer
 
 TOKENS = [20, 21]
-INDEX = torch.randint(
-    0,
-    22,
-    (16, 6),
-    generator=torch.Generator().manual_seed(4),
-)
+INDEX = torch.randint(0, 22, (16, 6), generator=torch.Generator().manual_seed(4))
 CONFIGS: dict[str, Any] = {
-    "gpt2": hf.GPT2Config(
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
-        vocab_size=20,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
-    ),
+    "gpt2": hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
     "llama": hf.LlamaConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -77,10 +64,7 @@ def data() -> DataLoader[Any]:
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "target_modules": ["c_attn"],
-        "trainable_token_indices": TOKENS,
-    },
+    "gpt2": {"target_modules": ["c_attn"], "trainable_token_indices": TOKENS},
     "llama": {  # its head is not tied
         "target_modules": ["q_proj", "v_proj"],
         "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS},
@@ -97,11 +81,7 @@ def lora(name: str, /, **more: Any) -> ll.LoRACallback:
 def fitted(folder: Path, name: str, **more: Any) -> Lit:
     """A module of this model after a fit."""
     module = Lit(resized(name))
-    trainer(
-        folder,
-        [lora(name, **more)],
-        max_epochs=1,
-    ).fit(module, data())
+    trainer(folder, [lora(name, **more)], max_epochs=1).fit(module, data())
     return module
 
 
@@ -116,13 +96,7 @@ def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Pat
     def build() -> Lit:
         return Lit(resized("gpt2"))
 
-    resumed = resumes_to_the_bit(
-        tmp_path,
-        build,
-        partial(lora, "gpt2"),
-        train=data,
-        max_epochs=2,
-    )
+    resumed = resumes_to_the_bit(tmp_path, build, partial(lora, "gpt2"), train=data, max_epochs=2)
     base = build().state_dict()
     found = resumed.state_dict()
     for name in lines_with("wte", base):
@@ -202,10 +176,7 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
         ll.load_adapter(Lit(resized("llama", drawn=7)), file)
     (said,) = messages_of(caught, ll.LoRAWarning)
     _, _, named = said.partition("trainable_token_indices=")
-    assert literal_eval(named.strip(".")) == {
-        "model.model.embed_tokens": [...],
-        "model.lm_head": [...],
-    }
+    assert literal_eval(named.strip(".")) == {"model.model.embed_tokens": [...], "model.lm_head": [...]}
 
 
 @pytest.mark.parametrize(

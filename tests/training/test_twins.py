@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from tests.support.checks import (
-    assert_holds_tensors,
-    assert_same_tensors,
-    names_of_parameters,
-    parameters_that_train,
-)
+from tests.support.checks import assert_holds_tensors, assert_same_tensors, names_of_parameters, parameters_that_train
 from tests.support.fits import fit
 from tests.support.models import lora, state
 
@@ -69,11 +64,7 @@ class Follows(RunsOne):
 
     @torch.no_grad()
     def follow(self) -> None:
-        for p, q in zip(
-            self.one.parameters(),
-            self.other.parameters(),
-            strict=True,
-        ):
+        for p, q in zip(self.one.parameters(), self.other.parameters(), strict=True):
             q.lerp_(p, 0.01)
 
 
@@ -81,26 +72,12 @@ def adapters(**arguments: Any) -> ll.LoRACallback:
     return lora(**{"merge": False, "modules_to_save": None, **arguments})
 
 
-def trained(
-    folder: Path,
-    module: Any,
-    callback: Any = None,
-    *callbacks: Any,
-    **options: Any,
-) -> Any:
+def trained(folder: Path, module: Any, callback: Any = None, *callbacks: Any, **options: Any) -> Any:
     """The module after two epochs with these adapters, or with those of the defaults."""
     if callback is None:
         callback = adapters()
     loader = DataLoader(X, batch_size=4)  # type: ignore[arg-type]
-    fit(
-        folder,
-        callback,
-        *callbacks,
-        model=module,
-        train=loader,
-        max_epochs=2,
-        **options,
-    )
+    fit(folder, callback, *callbacks, model=module, train=loader, max_epochs=2, **options)
     return module
 
 
@@ -111,32 +88,14 @@ def learned(network: nn.Module) -> bool:
     return has_learned == {True}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"target_modules": ["body", "head"]},
-        {"bias": "all"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["body", "head"]}, {"bias": "all"}], ids=str)
 def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(tmp_path: Path, options: Any) -> None:
     files = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    through = trained(
-        tmp_path,
-        Towers(),
-        adapters(**options),
-        files,
-    )
+    through = trained(tmp_path, Towers(), adapters(**options), files)
     assert learned(through.one)
     assert learned(through.other)
     for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
-        resumed = trained(
-            tmp_path,
-            Towers(),
-            adapters(**options),
-            ckpt_path=tmp_path / name,
-        )
+        resumed = trained(tmp_path, Towers(), adapters(**options), ckpt_path=tmp_path / name)
         assert_same_tensors(state(resumed), state(through))
 
 
@@ -157,15 +116,7 @@ class WarmsUp(Towers):
 def test_a_file_from_before_their_first_update_resumes_to_the_bit(tmp_path: Path) -> None:
     def warmed_up(*callbacks: L.Callback, **options: Any) -> Any:
         loader = DataLoader(X[:4], batch_size=4)  # type: ignore[arg-type]
-        model, _ = fit(
-            tmp_path,
-            adapters(),
-            *callbacks,
-            model=WarmsUp(),
-            train=loader,
-            max_epochs=3,
-            **options,
-        )
+        model, _ = fit(tmp_path, adapters(), *callbacks, model=WarmsUp(), train=loader, max_epochs=3, **options)
         return model
 
     through = warmed_up(ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
@@ -178,15 +129,7 @@ def update_of(layer: Any) -> Tensor:
     return (layer.lora_B @ layer.lora_A).flatten()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["head"]},
-        {"bias": "all"},
-        {},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
 def test_a_copy_that_nobody_froze_follows_and_its_files_load(tmp_path: Path, options: Any) -> None:
     file = tmp_path / "adapter.safetensors"
     module = trained(tmp_path, Follows(), adapters(**options))
@@ -299,12 +242,6 @@ class Backbones(Towers):
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the first epoch
 def test_a_validation_does_not_decide_which_networks_feed_what_trains(tmp_path: Path) -> None:
     callback = adapters(modules_to_save=["top"])
-    module = trained(
-        tmp_path,
-        Backbones(),
-        callback,
-        val_check_interval=0.5,
-        num_sanity_val_steps=0,
-    )
+    module = trained(tmp_path, Backbones(), callback, val_check_interval=0.5, num_sanity_val_steps=0)
     assert learned(module.one)
     assert learned(module.other)

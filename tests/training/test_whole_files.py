@@ -55,12 +55,7 @@ def plain_of(given: dict[str, Any]) -> LitTiny:
 def fit(folder: Path, *callbacks: L.Callback, **options: Any) -> LitTiny:
     """A fit whose last file is ``last.ckpt``, and whose best one is ``best.ckpt``."""
     saves = best(folder, filename="best", save_last=True)
-    model, _ = fits.fit(
-        folder,
-        *callbacks,
-        saves,
-        **options,
-    )
+    model, _ = fits.fit(folder, *callbacks, saves, **options)
     return model
 
 
@@ -92,23 +87,12 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
 # What other code loads
 
 
-@pytest.mark.parametrize(
-    ("merge", "plugins"),
-    [
-        ("last", [WritesLater()]),
-        (False, None),
-    ],
-)
+@pytest.mark.parametrize(("merge", "plugins"), [("last", [WritesLater()]), (False, None)])
 def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
     tmp_path: Path, merge: Any, plugins: Any
 ) -> None:
     file = tmp_path / "first.ckpt"
-    model = fit(
-        tmp_path,
-        whole(merge=merge),
-        saves_at(4, file),
-        plugins=plugins,
-    )
+    model = fit(tmp_path, whole(merge=merge), saves_at(4, file), plugins=plugins)
     first = loaded(file)
     assert not torch.allclose(first(X), model(X))
     model.load_state_dict(state_in(file))
@@ -124,9 +108,7 @@ def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_
 State = dict[str, Any]
 
 
-def states_that_do_not_fit(
-    folder: Path,
-) -> list[tuple[State, dict[str, Any], State]]:
+def states_that_do_not_fit(folder: Path) -> list[tuple[State, dict[str, Any], State]]:
     """Whole states, each with arguments of a fit that they do not fit, and the last state of their run."""
     fit(folder, whole(), saves_at(4, folder / "first.ckpt"))
     averaged = state_in(folder / "first.ckpt")
@@ -134,20 +116,12 @@ def states_that_do_not_fit(
     for name, value in averaged.items():  # as code that averages files does: the notes on them stay
         value.add_(last[name]).div_(2)
     without_the_notes = copied(last)
-    return [
-        (averaged, {}, last),
-        (last, {"r": 4}, last),
-        (without_the_notes, {}, last),
-    ]
+    return [(averaged, {}, last), (last, {"r": 4}, last), (without_the_notes, {}, last)]
 
 
 def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_path: Path) -> None:
     for given, arguments, last in states_that_do_not_fit(tmp_path):
-        model = fit(
-            tmp_path / "again",
-            whole(merge="last", **arguments),
-            max_epochs=1,
-        )
+        model = fit(tmp_path / "again", whole(merge="last", **arguments), max_epochs=1)
         model.load_state_dict(given)
         assert_same_tensors(state(model), given)
         with pytest.raises(ll.AdapterStateError, match="were changed since"):
@@ -158,11 +132,7 @@ def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_p
 
 def test_adapters_that_are_there_begin_anew_on_a_whole_state_that_does_not_fit(tmp_path: Path) -> None:
     for given, arguments, _ in states_that_do_not_fit(tmp_path):
-        model = fit(
-            tmp_path / "again",
-            whole(merge=False, **arguments),
-            max_epochs=1,
-        )
+        model = fit(tmp_path / "again", whole(merge=False, **arguments), max_epochs=1)
         with pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*begin anew"):
             model.load_state_dict(given, strict=False)
         assert torch.equal(model(X), plain_of(given)(X))
@@ -216,11 +186,7 @@ def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed:
     unbroken = fit(tmp_path / "a", lora(dropout=0.3))
     fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
     file = tmp_path / "b" / "last.ckpt"
-    model = fit(
-        tmp_path / "b",
-        lora(dropout=0.3, save=resumed),
-        ckpt_path=file,
-    )
+    model = fit(tmp_path / "b", lora(dropout=0.3, save=resumed), ckpt_path=file)
     assert_same_tensors(state(model), state(unbroken))
     ll.unmerge_adapters(model)
     ll.unmerge_adapters(unbroken)
@@ -229,21 +195,11 @@ def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed:
 
 def averaged_and_resumed(folder: Path, save: str) -> LitTiny:
     """The module after a run with an average, which went on from its first file."""
-    fit(
-        folder,
-        lora(save=save),
-        bundled.EMAWeightAveraging(decay=0.5),
-        max_epochs=1,
-    )
+    fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), max_epochs=1)
     file = folder / "last.ckpt"
     if save == "model":
         assert_same_tensors(state_in(file), merged_at(file))
-    return fit(
-        folder,
-        lora(save=save),
-        bundled.EMAWeightAveraging(decay=0.5),
-        ckpt_path=file,
-    )
+    return fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=file)
 
 
 @needs_averaging
@@ -279,12 +235,7 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path:
     file = tmp_path / "b" / "last.ckpt"
     for save in ("adapters", "model"):
         built = LitTiny.load_from_checkpoint(file)
-        model = fit(
-            tmp_path / save,
-            lora(init="pissa", save=save),
-            model=built,
-            ckpt_path=file,
-        )
+        model = fit(tmp_path / save, lora(init="pissa", save=save), model=built, ckpt_path=file)
         assert "holds the merged weights" in caplog.text
         assert "up to rounding" in caplog.text
         torch.testing.assert_close(state(model), state(unbroken))
@@ -328,11 +279,7 @@ class Renames(LitTiny):
 def quantised() -> LitTiny:
     bnb = pytest.importorskip("bitsandbytes")
     model = LitTiny(width=64)
-    model.q_proj = bnb.nn.Linear4bit(
-        64,
-        64,
-        compute_dtype=torch.float32,
-    ).to("cpu")
+    model.q_proj = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu")
     return model
 
 
@@ -344,12 +291,7 @@ def quantised() -> LitTiny:
         (Renames, {}, "own state_dict does not hold 'q_proj.weight'"),
     ],
 )
-def test_what_could_not_be_read_rightly_is_refused(
-    tmp_path: Path,
-    make: Any,
-    arguments: Any,
-    match: str,
-) -> None:
+def test_what_could_not_be_read_rightly_is_refused(tmp_path: Path, make: Any, arguments: Any, match: str) -> None:
     adapters = ll.LoRACallback(r=2, save="model", **arguments)
     with pytest.raises(ll.ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
         fits.fit(tmp_path, adapters, model=make())
@@ -363,11 +305,6 @@ def test_another_value_of_save_is_refused() -> None:
 def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        fit(
-            tmp_path,
-            whole(merge=False),
-            model=LitTiny(lr=1e-4),
-            precision="bf16-true",
-        )
+        fit(tmp_path, whole(merge=False), model=LitTiny(lr=1e-4), precision="bf16-true")
     (said,) = messages_of(caught, ll.MergePrecisionWarning)
     assert said.startswith('With save="model", f')

@@ -77,55 +77,27 @@ def about_writes(caught: list[Any]) -> list[str]:
     return lines_with("has written into", messages_of(caught))
 
 
-def said(
-    folder: Path,
-    model: Any,
-    *callbacks: L.Callback,
-    **options: Any,
-) -> list[str]:
+def said(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[str]:
     """What a fit says of writes."""
     notes = Notes()
-    return said_to(
-        notes,
-        folder,
-        model,
-        *callbacks,
-        **options,
-    )
+    return said_to(notes, folder, model, *callbacks, **options)
 
 
-def said_to(
-    notes: Notes,
-    folder: Path,
-    model: Any,
-    *callbacks: L.Callback,
-    **options: Any,
-) -> list[str]:
+def said_to(notes: Notes, folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[str]:
     """The same, of a fit in which is noted when it was said."""
     if not callbacks:
         callbacks = (lora(),)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         notes.caught = caught
-        fit(
-            folder,
-            *callbacks,
-            notes,
-            model=model,
-            **options,
-        )
+        fit(folder, *callbacks, notes, model=model, **options)
     return about_writes(caught)
 
 
 @pytest.mark.parametrize("kind", [Normalises, Masks, Clamps])
 def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(tmp_path: Path, kind: Any) -> None:
     notes = Notes()
-    (message,) = said_to(
-        notes,
-        tmp_path,
-        kind(),
-        **NO_SAVES,
-    )
+    (message,) = said_to(notes, tmp_path, kind(), **NO_SAVES)
     assert f"the weight of 'v_proj' of {kind.__name__}" in message
     assert set(notes.said) == {0}
     assert "modules_to_save=['v_proj']" in message
@@ -135,13 +107,7 @@ def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_late
 def test_it_is_named_at_the_first_save(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     notes = Notes()
-    (message,) = said_to(
-        notes,
-        tmp_path,
-        Clamps(),
-        lora(),
-        saves,
-    )
+    (message,) = said_to(notes, tmp_path, Clamps(), lora(), saves)
     assert "'v_proj'" in message
     assert notes.said == [0, 0, 0, 1, 1, 1, 1, 1]
 
@@ -225,11 +191,7 @@ class Follows(LitTiny):
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        for p, copied in zip(
-            self.net.parameters(),
-            self.copied.parameters(),
-            strict=True,
-        ):
+        for p, copied in zip(self.net.parameters(), self.copied.parameters(), strict=True):
             copied.mul_(0.7).add_(p, alpha=0.3)
 
 
@@ -249,17 +211,7 @@ def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(tmp_p
     assert said(tmp_path, Clamps(), lora(), saves)
     file = tmp_path / "epoch=0.ckpt"
     assert said(tmp_path, Writes(), ckpt_path=file, **NO_SAVES) == []
-    assert (
-        len(
-            said(
-                tmp_path,
-                Normalises(),
-                ckpt_path=file,
-                **NO_SAVES,
-            )
-        )
-        == 1
-    )
+    assert len(said(tmp_path, Normalises(), ckpt_path=file, **NO_SAVES)) == 1
 
 
 class Stops(LitTiny):

@@ -167,12 +167,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     return reader
 
 
-def _read(
-    view: View,
-    tensors: Mapping[str, Tensor],
-    header: dict[str, Any],
-    path: Any,
-) -> StoredAdapters:
+def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
     """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
     members = _members_of(tensors, header)
     places = _places_of(members, view)
@@ -228,10 +223,7 @@ def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> No
 
 
 def _member(
-    member: str,
-    tensors: Mapping[str, Tensor],
-    header: dict[str, Any],
-    path: Any,
+    member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any
 ) -> tuple[dict[str, Tensor], peft.PeftConfig]:
     """The tensors of one member of a pipeline, and their configuration."""
     below = Renaming(there=member)

@@ -74,11 +74,7 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     return _read(path, load, remedy=remedy)
 
 
-def _read(
-    path: str | Path | IO[bytes],
-    load: Callable[[Any], Any],
-    remedy: str = "",
-) -> Any:
+def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     disk.check_path(path, may_be_open=True)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
@@ -211,10 +207,7 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
     return merged
 
 
-def _take_merged_model(
-    checkpoint: dict[str, Any],
-    description: dict[str, Any],
-) -> dict[str, Any]:
+def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
     if ADAPTERS not in description:
         return {}

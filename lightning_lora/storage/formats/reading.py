@@ -75,13 +75,7 @@ def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
     return a, b
 
 
-def check_shapes(
-    layer: StoredLayer,
-    matrix: AdaptedMatrix,
-    factors: Factors,
-    r: int,
-    remedy: str = "",
-) -> None:
+def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
     """Refuse A and B that are not those of this matrix."""
     a, b = factors
     shape_of_a = (*matrix.stack, r, matrix.reads)
@@ -131,12 +125,7 @@ def _check_floating(updates: Iterable[Update]) -> None:
 # Where a file's names lie in the model
 
 
-def place_of(
-    view: View,
-    layers: Collection[str],
-    entries: Collection[str],
-    root: str,
-) -> Renaming:
+def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     names = [*layers, *entries]
     known = {**view.modules, **view.base, **view.buffers}
@@ -247,11 +236,7 @@ class _TrainedInFull:
     names: set[str]  # of all these tensors
 
 
-def _find_trained(
-    view: View,
-    entries: Mapping[str, Tensor],
-    saved: Collection[str] | None,
-) -> _TrainedInFull:
+def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> _TrainedInFull:
     """Return what trains in full. The names of the file's tensors say so."""
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _whole_modules(view, entries, saved)
@@ -265,11 +250,7 @@ def _find_trained(
     return _TrainedInFull(modules, parameters, biases, names)
 
 
-def _whole_modules(
-    view: View,
-    entries: Iterable[str],
-    saved: Collection[str] | None,
-) -> list[str]:
+def _whole_modules(view: View, entries: Iterable[str], saved: Collection[str] | None) -> list[str]:
     """The outermost modules of which the file holds each tensor. ``saved``: only those whose names end so."""
     tensors_in_model = _count_below((*view.base, *view.buffers))
     tensors_in_file = _count_below(entries)

@@ -65,11 +65,7 @@ class Source:
         return {**view.parameters, **view.buffers, **self.stored.state}
 
 
-def source_of(
-    stored: StoredAdapters,
-    model: nn.Module | None,
-    root: str | None,
-) -> Source:
+def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
     """Return what to write for a reader that has the module ``root``."""
     if root is not None:
         _check_root(root, stored)

@@ -37,10 +37,7 @@ def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequenc
 
 @torch.no_grad()
 def combined(
-    files: Sequence[StoredAdapters],
-    weights: Sequence[float],
-    r: int | None,
-    module_names: Iterable[str] = (),
+    files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None, module_names: Iterable[str] = ()
 ) -> StoredAdapters:
     """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r.
 
@@ -89,10 +86,7 @@ class _WeightedSum:
 
 
 def _summed_updates(
-    files: Sequence[StoredAdapters],
-    weights: Sequence[float],
-    name: str,
-    r: int | None,
+    files: Sequence[StoredAdapters], weights: Sequence[float], name: str, r: int | None
 ) -> dict[AdaptedMatrix, Factors]:
     """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
     sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)

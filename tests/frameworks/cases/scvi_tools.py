@@ -40,11 +40,7 @@ class SCVI(Case):
         return torch.from_numpy(model.get_latent_representation())
 
     def ways(self) -> dict[str, Way]:
-        return {
-            "save, load": self.saved,
-            "module.state_dict": self.from_module,
-            "load_state_dict": self.from_state,
-        }
+        return {"save, load": self.saved, "module.state_dict": self.from_module, "load_state_dict": self.from_state}
 
     def from_module(self, run: Run) -> Any:
         model = self.base(run.folder.parent)

@@ -35,12 +35,7 @@ def unet() -> Any:
 
 def text_encoder() -> Any:
     torch.manual_seed(4)
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPTextConfig(vocab_size=20, max_position_embeddings=16, **sizes)
     return transformers.CLIPTextModel(config).eval()
 
@@ -54,12 +49,7 @@ def transformer() -> Any:
 
 
 def pixart() -> Any:
-    sizes = {
-        "sample_size": 8,
-        "num_layers": 1,
-        "attention_head_dim": 4,
-        "num_attention_heads": 2,
-    }
+    sizes = {"sample_size": 8, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2}
     return diffusers.PixArtTransformer2DModel(**sizes, cross_attention_dim=8, caption_channels=8, norm_num_groups=2)
 
 
@@ -100,10 +90,7 @@ def loaded(model: Any, path: Path) -> Tensor:
 
 def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
     """Change the names in a file, and leave out its header."""
-    save_file(
-        {change(name): value for name, value in load_file(folder / WEIGHTS).items()},
-        folder / WEIGHTS,
-    )
+    save_file({change(name): value for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     return folder
 
 
@@ -111,23 +98,8 @@ def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
 
 
 PIPELINES: list[tuple[Callable[[], Any], dict[str, Any]]] = [
-    (
-        unet,
-        {
-            "alpha": 5,
-            "target_modules": "all",
-            "use_rslora": True,
-            "rank_pattern": {"to_q": 3},
-        },
-    ),
-    (
-        unet,
-        {
-            "target_modules": ["to_v", "conv1"],
-            "use_dora": True,
-            "alpha_pattern": {"to_v": 7},
-        },
-    ),
+    (unet, {"alpha": 5, "target_modules": "all", "use_rslora": True, "rank_pattern": {"to_q": 3}}),
+    (unet, {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}}),
     (transformer, {"alpha": 5, "init": "pissa"}),
 ]
 
@@ -143,10 +115,7 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
     part = build()
     part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
     check_equal(run(part), here)
-    for folder in (
-        tmp_path,
-        renamed(tmp_path),
-    ):  # the second one as to diffusers before 0.34
+    for folder in (tmp_path, renamed(tmp_path)):  # the second one as to diffusers before 0.34
         part = build()
         pipeline(part).load_lora_weights(folder)
         check_equal(run(part), here)
@@ -158,26 +127,15 @@ TARGETS = {"target_modules": ["to_q"]}
 @pytest.mark.parametrize(
     ("build", "config", "says"),
     [
-        (
-            unet,
-            {**TARGETS, "modules_to_save": ["conv_out"]},
-            "would refuse 'conv_out.weight', 'conv_out.bias'",
-        ),
-        (
-            lambda: TinyLM(tied=False),
-            {"target_modules": ["q_proj"]},
-            "TinyLM is none that is known",
-        ),
+        (unet, {**TARGETS, "modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
+        (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "TinyLM is none that is known"),
         (pixart, TARGETS, "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel"),
     ],
 )
 def test_what_a_pipeline_cannot_hold(build: Any, config: dict[str, Any], says: str, tmp_path: Path) -> None:
     model = trained(build(), ll.LoRAConfig(**config))
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    for source, why in (
-        (model, says),
-        (tmp_path / "a.safetensors", r"none that is known.*Load a file onto its model"),
-    ):
+    for source, why in ((model, says), (tmp_path / "a.safetensors", r"none that is known.*Load a file onto its model")):
         with pytest.raises(ll.ExportError, match=why):
             ll.export_peft(source, tmp_path / "out", format="diffusers")
     assert not (tmp_path / "out").exists()
@@ -212,10 +170,7 @@ def test_a_file_that_diffusers_wrote(tmp_path: Path) -> None:
 def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
     ll.export_peft(trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers")
     for a, b in ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")):
-        renamed(
-            tmp_path,
-            lambda name, a=a, b=b: name.replace(".lora_A.", a).replace(".lora_B.", b),
-        )
+        renamed(tmp_path, lambda name, a=a, b=b: name.replace(".lora_A.", a).replace(".lora_B.", b))
         pipeline(part := unet()).load_lora_weights(tmp_path)
         with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
             check_equal(loaded(unet(), tmp_path), run(part))
@@ -246,25 +201,14 @@ class DreamBooth(L.LightningModule):  # a UNet and a text encoder that train tog
         self.head = nn.Linear(2, 2)
 
 
-BOTH: dict[str, Any] = {
-    "r": 2,
-    "alpha": 3,
-    "target_modules": ["to_q", "q_proj"],
-    "rank_pattern": {"q_proj": 1},
-}
+BOTH: dict[str, Any] = {"r": 2, "alpha": 3, "target_modules": ["to_q", "q_proj"], "rank_pattern": {"q_proj": 1}}
 BOTH["exclude_modules"] = ["vae"]
 
 
 def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path) -> None:
     module: Any = trained(DreamBooth(), ll.LoRAConfig(**BOTH), scale=0.1)
     ll.save_adapter(module, tmp_path / "adapter.safetensors")
-    export = [
-        "export",
-        str(tmp_path / "adapter.safetensors"),
-        str(tmp_path / "file"),
-        "--format",
-        "diffusers",
-    ]
+    export = ["export", str(tmp_path / "adapter.safetensors"), str(tmp_path / "file"), "--format", "diffusers"]
     assert main(export) == 0
     ll.export_peft(module, tmp_path / "model", format="diffusers")
     assert_same_tensors(load_file(tmp_path / "file" / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS))
@@ -278,18 +222,12 @@ def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path
         assert (here - plain).norm() > 1e-3 * plain.norm()
         for other in (whole, fresh):
             check_equal(run(getattr(other, build.__name__)), here)
-    with pytest.raises(
-        ll.ExportError,
-        match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out",
-    ):
+    with pytest.raises(ll.ExportError, match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out"):
         ll.export_peft(module, tmp_path / "one", root="unet", format="diffusers")
     with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
         ll.export_peft(trained(unet(), ll.LoRAConfig(**TARGETS)), tmp_path / "file", format="diffusers")
     module = trained(DreamBooth(), ll.LoRAConfig(**BOTH, modules_to_save=["head"]))
-    with pytest.raises(
-        ll.ExportError,
-        match=r"'head.bias', 'head.weight' .* outside of 'unet', 'text_encoder'",
-    ):
+    with pytest.raises(ll.ExportError, match=r"'head.bias', 'head.weight' .* outside of 'unet', 'text_encoder'"):
         ll.export_peft(module, tmp_path / "one", format="diffusers")
 
 
@@ -319,16 +257,8 @@ def test_a_module_or_a_model_gets_its_parts_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_header_that_says_something_else(tmp_path: Path) -> None:
-    ll.export_peft(
-        trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])),
-        tmp_path,
-        format="diffusers",
-    )
-    for header in (
-        "{",
-        json.dumps({"text_encoder.peft_type": "LOKR"}),
-        json.dumps({"text_encoder.r": "two"}),
-    ):
+    ll.export_peft(trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])), tmp_path, format="diffusers")
+    for header in ("{", json.dumps({"text_encoder.peft_type": "LOKR"}), json.dumps({"text_encoder.r": "two"})):
         save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
         with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
             ll.load_adapter(text_encoder(), tmp_path)
@@ -338,10 +268,7 @@ def test_a_file_without_a_header_and_without_any_a(tmp_path: Path) -> None:
     save_file({"text_encoder.q_proj.lora.up.weight": torch.ones(4, 2)}, tmp_path / WEIGHTS)
     says = pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha")
     with says, pytest.raises(ll.AdapterFileError, match="only one of A and B of 'q_proj'"):
-        ll.load_adapter(
-            nn.ModuleDict({"text_encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}),
-            tmp_path,
-        )
+        ll.load_adapter(nn.ModuleDict({"text_encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}), tmp_path)
 
 
 def test_a_pipeline_of_adapted_models_is_written_merged(tmp_path: Path) -> None:

@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRAConfig,
-    LoRAWarning,
-    adapter_state_dict,
-    export_peft,
-    save_adapter,
-)
+from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from tests.storage.formats.test_reading import IMAGES, INDEX
 from tests.support.models import WIDTH, WORDS, TinyLM
 from tests.support.peft_export import check_equal, check_read, read, trained
@@ -29,28 +23,13 @@ SHORT = TOKENS[..., :3]
 MIXED: list[dict[str, Any]] = [
     {"target_modules": "all", "alpha": 5},
     {"target_modules": ["c_proj"], "target_slices": {"c_proj": {"a": (0, 3), "b": (6, 8)}}},
-    {
-        "target_modules": ["embed", "linear"],
-        "rank_pattern": {"linear": 5},
-        "alpha_pattern": {"embed": 7},
-    },
+    {"target_modules": ["embed", "linear"], "rank_pattern": {"linear": 5}, "alpha_pattern": {"embed": 7}},
     {"target_modules": ["linear", "c_proj", "head"], "init": "pissa", "alpha": 5},
     {"target_modules": ["linear", "c_proj"], "init": "olora", "use_rslora": True},
     {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
-    {
-        "target_modules": "all",
-        "r": 64,
-        "alpha": 7,
-        "use_rslora": True,
-        "rank_pattern": {"linear": 3},
-    },
+    {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"linear": 3}},
     {"target_modules": ["linear"], "modules_to_save": ["head", "norm"], "bias": "all"},
-    {
-        "target_modules": ["linear"],
-        "target_slices": {"linear": {"a": (4, 8)}},
-        "init": "pissa",
-        "use_rslora": True,
-    },
+    {"target_modules": ["linear"], "target_slices": {"linear": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
 ]
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"target_modules": ["conv2d", "conv3d"], "use_dora": True, "modules_to_save": ["bn"]},
@@ -63,29 +42,11 @@ ATTENTION: list[dict[str, Any]] = [
 ]
 EXPERTS: list[dict[str, Any]] = [
     {"target_parameters": ["experts.down", "experts.gate", "up"], "alpha": 5},
-    {
-        "target_parameters": ["experts.down", "experts.up"],
-        "init": "pissa",
-        "use_rslora": True,
-    },
-    {
-        "target_parameters": ["up", "gate"],
-        "target_modules": ["fc"],
-        "rank_pattern": {"fc": 1},
-        "dropout": 0.5,
-    },
-    {
-        "target_parameters": ["up", "down"],
-        "rank_pattern": {"up": 1},
-        "alpha_pattern": {"down": 5},
-        "alpha": 3,
-    },
+    {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
+    {"target_parameters": ["up", "gate"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}, "dropout": 0.5},
+    {"target_parameters": ["up", "down"], "rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}, "alpha": 3},
 ]
-INSIDE = {
-    "target_parameters": ["experts.v", "experts.u"],
-    "target_slices": {"attn": ["q", "v"]},
-    "bias": "all",
-}
+INSIDE = {"target_parameters": ["experts.v", "experts.u"], "target_slices": {"attn": ["q", "v"]}, "bias": "all"}
 
 
 class Block(Attending):  # layers inside of a module with parameters
@@ -123,33 +84,13 @@ MODELS: list[tuple[Callable[[], nn.Module], Tensor, list[dict[str, Any]]]] = [
     (Images, IMAGES, CONVOLUTIONS),
     (Attending, TOKENS, ATTENTION),
     (lambda: around(Block()), TOKENS, [INSIDE]),
-    (
-        lambda: around(Experts()),
-        TOKENS,
-        [{"target_modules": [], **config} for config in EXPERTS],
-    ),
-    (
-        lambda: around(Experts(is_transposed=True)),
-        TOKENS,
-        [{"target_modules": [], **config} for config in EXPERTS],
-    ),
-    (
-        lambda: around(Experts(experts=1)),
-        TOKENS,
-        [{"target_modules": [], "target_parameters": ["up", "down"]}],
-    ),
+    (lambda: around(Experts()), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(is_transposed=True)), TOKENS, [{"target_modules": [], **config} for config in EXPERTS]),
+    (lambda: around(Experts(experts=1)), TOKENS, [{"target_modules": [], "target_parameters": ["up", "down"]}]),
     # weight_ih has less columns than r: its rank is smaller
-    (
-        partial(Recurrent, num_layers=2, bidirectional=True),
-        SHORT,
-        [{"r": 4, "bias": "lora_only", "alpha": 5}],
-    ),
+    (partial(Recurrent, num_layers=2, bidirectional=True), SHORT, [{"r": 4, "bias": "lora_only", "alpha": 5}]),
     (partial(Recurrent, proj_size=5), SHORT, [{"r": 4, "dropout": 0.5, "bias": "all"}]),
-    (
-        partial(Recurrent, nn.GRU),
-        SHORT,
-        [{"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}],
-    ),
+    (partial(Recurrent, nn.GRU), SHORT, [{"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}]),
     (partial(Recurrent, nn.RNN), SHORT, [{"r": 30, "alpha": 7, "init": "pissa"}]),
 ]
 
@@ -253,12 +194,7 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
     how = LoRAConfig(
-        r=2,
-        alpha=3,
-        use_rslora=True,
-        target_modules="all",
-        rank_pattern={"linear": 7},
-        alpha_pattern={"embed": 9},
+        r=2, alpha=3, use_rslora=True, target_modules="all", rank_pattern={"linear": 7}, alpha_pattern={"embed": 9}
     )
     model = trained(Mixed(), how)
     config = exported_config(model, tmp_path / "peft", uniform=True)

@@ -17,29 +17,12 @@ from lightning_lora import ExportError, LoRAConfig, LoRAWarning, export_peft
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-DECODER = {
-    **SMALL,
-    "vocab_size": 60,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
 EXPERTS = {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
-    "T5": {
-        "d_model": 32,
-        "d_ff": 48,
-        "d_kv": 8,
-        "num_layers": 2,
-        "num_heads": 4,
-        "vocab_size": 60,
-    },
+    "T5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60},
     "Bert": {**SMALL, "vocab_size": 60},
     "Falcon": {**SMALL, "vocab_size": 60, "bias": True},
     "Gemma3Text": {**DECODER, "head_dim": 8},
@@ -84,37 +67,13 @@ def load_adapter(base: Any, directory: Path) -> nn.Module:
 T5 = ["q", "v"] if is_old else ["q", "v", "shared"]  # encoder and decoder use one embedding layer there
 STACKS = ["gate_up_proj", "down_proj"]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    (
-        "Qwen2",
-        "ForCausalLM",
-        {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"},
-    ),
-    (
-        "GPT2",
-        "LMHeadModel",
-        {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]},
-    ),
+    ("Qwen2", "ForCausalLM", {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"}),
+    ("GPT2", "LMHeadModel", {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]}),
     ("T5", "ForConditionalGeneration", {"target_modules": T5, "use_rslora": True}),
-    (
-        "Bert",
-        "ForSequenceClassification",
-        {"modules_to_save": ["classifier"], "bias": "lora_only"},
-    ),
-    (
-        "Falcon",
-        "ForCausalLM",
-        {"target_modules": "all-linear", "use_dora": True},
-    ),  # x @ W.T + b, in its own forward
-    (
-        "Gemma3Text",
-        "Model",
-        {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3},
-    ),  # scaled embeddings
-    (
-        "Mixtral",
-        "ForCausalLM",
-        {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]},
-    ),
+    ("Bert", "ForSequenceClassification", {"modules_to_save": ["classifier"], "bias": "lora_only"}),
+    ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),  # x @ W.T + b, in its own forward
+    ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
+    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]}),
     ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": STACKS}),
 ]
 
@@ -134,10 +93,7 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
 
 
 SCALED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}},
-        "^For llama.cpp,",
-    ),
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, "^For llama.cpp,"),
     ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, "^For vLLM[^,]*[0-9],"),
     ({"alpha_pattern": {"v_proj": 4}}, "^For vLLM.* and llama.cpp,"),
     ({"use_rslora": True}, "^For llama.cpp,"),

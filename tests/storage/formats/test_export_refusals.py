@@ -18,13 +18,7 @@ from tests.support.models import LitTiny, TinyLM
 from tests.support.peft_export import trained
 
 
-def check_refused(
-    source: Any,
-    folder: Path,
-    match: str,
-    error: type[Exception] = ll.ExportError,
-    **how: Any,
-) -> None:
+def check_refused(source: Any, folder: Path, match: str, error: type[Exception] = ll.ExportError, **how: Any) -> None:
     """Expect an error, and no directory."""
     with pytest.raises(error, match=match):
         ll.export_peft(source, folder / "peft", **how)
@@ -57,49 +51,17 @@ OTHER: dict[str, Any] = {"target_modules": ["other"]}
 SHARED = nn.Linear(4, 4)
 CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (nn.Bilinear(4, 4, 4), {}, "'layer': .*no counterpart for our adapter of Bilinear"),
-    (
-        nn.Conv2d(4, 4, 3, dilation=(1, 2)),
-        {},
-        r"'layer': .*dilation=.*1, 2.*exclude_modules",
-    ),
-    (
-        nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"),
-        {},
-        "'layer': .*padding_mode='circular'",
-    ),
+    (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, r"'layer': .*dilation=.*1, 2.*exclude_modules"),
+    (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), {}, "'layer': .*padding_mode='circular'"),
     (nn.Conv2d(4, 4, 3, groups=2), {}, "'layer': .*groups=2.*the channels of all groups"),
     (Scaled(4, 4), {}, "'layer': .*Scaled has a forward of its own"),
-    (
-        nn.MultiheadAttention(4, 2),
-        {},
-        r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}",
-    ),
-    (
-        nn.MultiheadAttention(4, 2, kdim=3),
-        {"target_slices": {"layer": ["q"]}},
-        "'layer': .*kdim or vdim",
-    ),
-    (
-        nn.Sequential(nn.Linear(4, 4)),
-        {**OTHER, "target_parameters": ["0.weight"]},
-        "'layer': .*a layer inside it",
-    ),
+    (nn.MultiheadAttention(4, 2), {}, r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
+    (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
+    (nn.Sequential(nn.Linear(4, 4)), {**OTHER, "target_parameters": ["0.weight"]}, "'layer': .*a layer inside it"),
     (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
-    (
-        Nested(),
-        {**OTHER, "target_parameters": ["own"]},
-        "'layer.inner': .*no parameters inside of 'layer'",
-    ),
-    (
-        Nested(),
-        {**OTHER, "target_parameters": ["layer.own"], "modules_to_save": ["inner"]},
-        "'layer.inner', inside of",
-    ),
-    (
-        nn.Linear(4, 4),
-        {**OTHER, "modules_to_save": ["layer.weight"]},
-        "no place for 'layer.weight'.*single parameters",
-    ),
+    (Nested(), {**OTHER, "target_parameters": ["own"]}, "'layer.inner': .*no parameters inside of 'layer'"),
+    (Nested(), {**OTHER, "target_parameters": ["layer.own"], "modules_to_save": ["inner"]}, "'layer.inner', inside of"),
+    (nn.Linear(4, 4), {**OTHER, "modules_to_save": ["layer.weight"]}, "no place for 'layer.weight'.*single parameters"),
 ]
 
 
@@ -132,11 +94,7 @@ def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> N
     check_refused(model, tmp_path, "'fc', and PEFT would also save 'out_fc'")
     model = trained(TinyLM(), ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ll.save_adapter(model, tmp_path / "adapter.safetensors")  # it does not say whether they are one weight
-    check_refused(
-        tmp_path / "adapter.safetensors",
-        tmp_path,
-        "no place for 'embed.weight'.*tied.*Load a file onto its",
-    )
+    check_refused(tmp_path / "adapter.safetensors", tmp_path, "no place for 'embed.weight'.*tied.*Load a file onto its")
 
 
 @torch.no_grad()
@@ -156,27 +114,11 @@ def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
     check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
     ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
     check_refused(base, tmp_path, "not the module itself", root="q")
-    check_refused(
-        base,
-        tmp_path,
-        "root='1' holds no adapted layer.*layers are 'q'",
-        ll.ConfigError,
-        root="1",
-    )
+    check_refused(base, tmp_path, "root='1' holds no adapted layer.*layers are 'q'", ll.ConfigError, root="1")
     check_refused(base, tmp_path / "none", "does not exist", FileNotFoundError)
-    check_refused(
-        base,
-        tmp_path,
-        "'a' is not known. Expected 'peft' or 'diffusers'",
-        ll.ConfigError,
-        format="a",
-    )
+    check_refused(base, tmp_path, "'a' is not known. Expected 'peft' or 'diffusers'", ll.ConfigError, format="a")
     ll.save_adapter(base, tmp_path / "fresh.safetensors")  # without what is as in the base
-    check_refused(
-        tmp_path / "fresh.safetensors",
-        tmp_path,
-        "does not hold 'norm.running_mean'.*export the model",
-    )
+    check_refused(tmp_path / "fresh.safetensors", tmp_path, "does not hold 'norm.running_mean'.*export the model")
 
 
 def test_other_files_stay_and_a_model_does_not_change(tmp_path: Path) -> None:
@@ -185,11 +127,7 @@ def test_other_files_stay_and_a_model_does_not_change(tmp_path: Path) -> None:
     ll.export_peft(trained(LitTiny(), ll.LoRAConfig(r=2)), tmp_path)
     with unchanged(model):
         ll.export_peft(model, tmp_path)
-    assert contents(tmp_path).keys() == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    assert contents(tmp_path).keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
     with pytest.raises(ll.AdapterFileError, match="could not be written"):
         ll.export_peft(model, tmp_path / "README.md")
@@ -210,22 +148,11 @@ def test_both_files_are_written_or_none(tmp_path: Path, room: int) -> None:
 
 
 def test_one_expert_whose_weights_are_transposed(tmp_path: Path) -> None:
-    experts: Any = {
-        "num_local_experts": 1,
-        "num_experts_per_tok": 1,
-        "intermediate_size": 16,
-    }
+    experts: Any = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 16}
     heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     config = GptOssConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9, **experts, **heads)
-    model = trained(
-        GptOssModel(config),
-        ll.LoRAConfig(r=2, target_modules=[], target_parameters=["down_proj"]),
-    )
-    check_refused(
-        model,
-        tmp_path,
-        "experts': PEFT adds the update of one transposed expert the wrong way",
-    )
+    model = trained(GptOssModel(config), ll.LoRAConfig(r=2, target_modules=[], target_parameters=["down_proj"]))
+    check_refused(model, tmp_path, "experts': PEFT adds the update of one transposed expert the wrong way")
 
 
 def test_a_row_of_zeros_below_dora(tmp_path: Path) -> None:
@@ -239,8 +166,4 @@ def test_a_row_of_zeros_below_dora(tmp_path: Path) -> None:
         optimizer.step()
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
-        check_refused(
-            source,
-            tmp_path,
-            "'0': with use_dora, PEFT scales an output whose magnitude is zero",
-        )
+        check_refused(source, tmp_path, "'0': with use_dora, PEFT scales an output whose magnitude is zero")

@@ -21,28 +21,13 @@ if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5
     pytest.skip("experts are modules there", allow_module_level=True)
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
-DECODER = {
-    **SMALL,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 GATED = ["gate_proj", "up_proj", "down_proj"]
 EACH = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: list[tuple[str, dict[str, Any], list[str], str]] = [
-    (
-        "Qwen3Moe",
-        {**EXPERTS, "mlp_only_layers": [0]},
-        GATED,
-        "layers.0.mlp.down_proj.*'qwen3_moe'",
-    ),
-    (
-        "Mamba",
-        {**SMALL, "state_size": 4},
-        ["out_proj"],
-        "PEFT refuses 'out_proj' .*'mamba'",
-    ),
+    ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
+    ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
 ]
 
 
@@ -127,12 +112,7 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
 
 def vlm() -> Any:
     """Gemma 3, whose vision tower has a pooling head with an nn.MultiheadAttention."""
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf.Gemma3Config(
         text_config={**DECODER, "head_dim": 8, "vocab_size": 60},
         vision_config={**vision, "image_size": 8, "patch_size": 4},

@@ -60,8 +60,7 @@ SLICES = {"c_attn": ["q", "v"]}
 
 
 @pytest.mark.parametrize(
-    ("enabled", "slices", "r"),
-    [((True, False, True), ["q", "v"], 16), ((False, True, False), ["k"], 2)],
+    ("enabled", "slices", "r"), [((True, False, True), ["q", "v"], 16), ((False, True, False), ["k"], 2)]
 )
 def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: Any, slices: list[str], r: int) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
@@ -129,25 +128,10 @@ def test_alpha_of_other_files_is_in_them(tmp_path: Path, name: str) -> None:
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
     ({}, {"alpha": None}, ll.ConfigError, r"is in no file: load_adapter.*inject_adapters"),
-    (
-        {},
-        {"target_slices": None},
-        ll.AdapterMismatchError,
-        r"MergedLinear.*enable_lora.*'c_attn'",
-    ),
-    (
-        {},
-        {"target_slices": {"c_attn": ["q", "k", "v"]}},
-        ll.AdapterMismatchError,
-        "2 slices.*name 3",
-    ),
+    ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
+    ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
     ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    (
-        {"linear.lora_A": torch.ones(2, 8, 1)},
-        {},
-        ll.AdapterMismatchError,
-        "MergedLinear and Embedding",
-    ),
+    ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
     ({"linear.weight": torch.ones(8, 8)}, {}, ll.BaseMismatchError, "'linear.weight'"),
 ]
 

@@ -16,19 +16,10 @@ from tests.support.models import as_trained
 ONE = torch.ones(2, 4)
 MODEL = "base_model.model.q_proj"
 NAMES: list[tuple[list[str], str]] = [
-    (
-        ["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"],
-        "kohya's.*diffusers",
-    ),
+    (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's.*diffusers"),
     (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's"),
-    (
-        ["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"],
-        "another tool.*merged model",
-    ),
-    (
-        [f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"],
-        "PEFT, as state.*save_pretrained",
-    ),
+    (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "another tool.*merged model"),
+    ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
     (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "another tool"),
 ]
 
@@ -48,10 +39,7 @@ def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match:
 def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)"):
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora")
     kept = tmp_path / "models--someone--lora"
     for folder in ("refs", "snapshots"):

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from lightning_lora import export_peft, load_adapter
 from tests.support.models import Around
 from tests.support.peft_export import read
-from tests.support.peft_reading import (
-    Attending,
-    Expert,
-    Images,
-    Mixed,
-    built,
-    gap,
-    write_peft,
-)
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
@@ -36,31 +28,15 @@ BOTH = ["experts.up", "experts.down"]
 PISSA = {"init_lora_weights": "pissa"}
 MIXED: list[dict[str, Any]] = [
     {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
-    {
-        "target_modules": ["embed", "conv1d", "linear", "c_proj"],
-        "lora_alpha": 3,
-        "use_rslora": True,
-        "use_dora": True,
-    },
-    {
-        "target_modules": "(embed|linear|c_.*)",
-        "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1},
-    }
+    {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 3, "use_rslora": True, "use_dora": True},
+    {"target_modules": "(embed|linear|c_.*)", "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1}}
     | {"alpha_pattern": {"^c_proj": 7, "embed": 9}},
-    {
-        "target_modules": ["linear"],
-        "bias": "lora_only",
-        "modules_to_save": ["head", "norm"],
-    },
+    {"target_modules": ["linear"], "bias": "lora_only", "modules_to_save": ["head", "norm"]},
     {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
     {"target_modules": ["linear", "c_proj"], **PISSA, "use_rslora": True},
     {"target_modules": ["linear", "head"], **PISSA, "r": 16, "use_dora": True},
     {"target_modules": ["linear"], "init_lora_weights": "olora"},
-    {
-        "target_modules": "all-linear",
-        "exclude_modules": ["head"],
-        "init_lora_weights": "gaussian",
-    },
+    {"target_modules": "all-linear", "exclude_modules": ["head"], "init_lora_weights": "gaussian"},
     parameters("linear.weight", "embed.weight"),
     parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
     | {"alpha_pattern": {"linear.weight": 32, "c_proj": 64}},
@@ -96,10 +72,7 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, confi
     loaded = built(make)
     around = Around(built(make)).eval()
     assert gap(loaded(inputs), expected) > 1e-3
-    for model, path in (
-        (loaded, tmp_path / "peft"),
-        (around, tmp_path / "peft" / "adapter_model.safetensors"),
-    ):
+    for model, path in ((loaded, tmp_path / "peft"), (around, tmp_path / "peft" / "adapter_model.safetensors")):
         load_adapter(model, path)
         assert gap(model(inputs), expected) < 2e-6
 

@@ -17,20 +17,12 @@ from tests.support.peft_reading import Attending, built, gap, write_peft
 CAUSAL = {"task_type": "CAUSAL_LM"}
 STACKS: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
-    (
-        "Bert",
-        "ForSequenceClassification",
-        {"target_modules": "all-linear", "task_type": "SEQ_CLS", "lora_alpha": 16},
-    ),
+    ("Bert", "ForSequenceClassification", {"target_modules": "all-linear", "task_type": "SEQ_CLS", "lora_alpha": 16}),
     ("GPT2", "LMHeadModel", CAUSAL),
     ("Falcon", "ForCausalLM", {"target_modules": ["query_key_value", "dense"], **CAUSAL}),
     ("Llama", "ForCausalLM", {**CAUSAL, "layers_to_transform": [1]}),
     ("Llama", "ForCausalLM", {"target_modules": ["embed_tokens", "lm_head"], **CAUSAL}),
-    (
-        "Mixtral",
-        "ForCausalLM",
-        {"target_modules": ["q_proj"], **STACKS, "rank_pattern": {"experts.down_proj": 1}},
-    ),
+    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], **STACKS, "rank_pattern": {"experts.down_proj": 1}}),
     ("T5", "ForConditionalGeneration", {"target_modules": ["q", "v"]}),
 ]
 
@@ -74,14 +66,6 @@ def test_a_start_that_peft_takes_off_a_shared_weight_is_refused(tmp_path: Path) 
     model = built(Shared)
     load_adapter(model, tmp_path / "usual")
     assert gap(model(torch.eye(8)), expected) < 2e-6
-    write_peft(
-        tmp_path / "pissa",
-        built(Shared),
-        target_modules=["q", "k"],
-        init_lora_weights="pissa",
-    )
-    with pytest.raises(
-        AdapterMismatchError,
-        match=r"'q.weight', 'k.weight' are one weight.*'pissa'.*Train anew",
-    ):
+    write_peft(tmp_path / "pissa", built(Shared), target_modules=["q", "k"], init_lora_weights="pissa")
+    with pytest.raises(AdapterMismatchError, match=r"'q.weight', 'k.weight' are one weight.*'pissa'.*Train anew"):
         load_adapter(built(Shared), tmp_path / "pissa")

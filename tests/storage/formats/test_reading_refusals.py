@@ -59,10 +59,7 @@ def lacks(pattern: str) -> Change:
     def change(folder: Path) -> None:
         path = folder / WEIGHTS
         held = load_file(path)
-        save_file(
-            {name: held[name] for name in held if not re.match(f"{PRE}{pattern}\\b", name)},
-            path,
-        )
+        save_file({name: held[name] for name in held if not re.match(f"{PRE}{pattern}\\b", name)}, path)
 
     return change
 
@@ -84,14 +81,8 @@ TWO: dict[str, Any] = {"target_modules": ["linear", "c_proj"]}
 ROWS: dict[str, Any] = {**TWO, "trainable_token_indices": {"embed": [1, 4]}}
 MORE: dict[str, Any] = {**ROWS, "use_dora": True, "modules_to_save": ["head", "norm"]}
 ONE: dict[str, Any] = {"target_modules": ["q"], "layers_to_transform": [1]}
-RNN: dict[str, Any] = {
-    "target_modules": [],
-    "target_parameters": ["rnn.weight_hh_l0", "up"],
-}
-BOTH: dict[str, Any] = {
-    "target_modules": [],
-    "target_parameters": ["experts.up", "experts.down"],
-}
+RNN: dict[str, Any] = {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}
+BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 HEAD: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 OLORA: dict[str, Any] = {"target_modules": ["c_proj"], "init_lora_weights": "olora"}
 OUTPUT: dict[str, Any] = {"target_modules": ["out_proj"], "init_lora_weights": "pissa"}
@@ -100,104 +91,26 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     # what the configuration asks for
     (Mixed, {}, asks(peft_type="IA3"), FILE, "peft_type='IA3'"),
     (Mixed, {}, asks(lora_bias=True), FILE, "'lora_bias'"),
-    (
-        Mixed,
-        {},
-        asks(init_lora_weights="pissa_niter_4"),
-        FILE,
-        "'pissa_niter_4'.*cannot be computed again",
-    ),
+    (Mixed, {}, asks(init_lora_weights="pissa_niter_4"), FILE, "'pissa_niter_4'.*cannot be computed again"),
     (Mixed, {}, asks(lora_alpha="8"), FILE, "alpha='8'"),
     (Mixed, {}, asks(r=4), FILE, "has rank 2, but the configuration says 4"),
-    (
-        Mixed,
-        {},
-        lambda folder: (folder / PEFT_CONFIG).write_text("{"),
-        FILE,
-        r"adapter_config\.json",
-    ),
-    (
-        Mixed,
-        ROWS,
-        asks(trainable_token_indices={"embed": [1, 99]}),
-        MODEL,
-        "2 rows of 'embed'.*up to 99. Resize it",
-    ),
-    (
-        Mixed,
-        ROWS,
-        asks(trainable_token_indices={"embed": [-1, 4]}),
-        MODEL,
-        "2 rows of 'embed'",
-    ),
+    (Mixed, {}, lambda folder: (folder / PEFT_CONFIG).write_text("{"), FILE, r"adapter_config\.json"),
+    (Mixed, ROWS, asks(trainable_token_indices={"embed": [1, 99]}), MODEL, "2 rows of 'embed'.*up to 99. Resize it"),
+    (Mixed, ROWS, asks(trainable_token_indices={"embed": [-1, 4]}), MODEL, "2 rows of 'embed'"),
     # what the tensors are
-    (
-        Mixed,
-        {},
-        holds({"head.lora_A.weight": torch.ones(2, 12)}),
-        FILE,
-        "only one of A and B of",
-    ),
-    (
-        Mixed,
-        {},
-        holds({"linear.lora_diag": torch.ones(2)}),
-        FILE,
-        "'base_model.model.linear.lora_diag'",
-    ),
+    (Mixed, {}, holds({"head.lora_A.weight": torch.ones(2, 12)}), FILE, "only one of A and B of"),
+    (Mixed, {}, holds({"linear.lora_diag": torch.ones(2)}), FILE, "'base_model.model.linear.lora_diag'"),
     (Mixed, {}, holds({"w.lora_A.weight": torch.ones(2, 2)}), MODEL, "it has no 'w'"),
-    (
-        Mixed,
-        {},
-        holds({"linear.lora_A.weight": torch.ones(2, 5)}),
-        MODEL,
-        r"factors \(2, 5\)",
-    ),
-    (
-        Mixed,
-        {},
-        holds({"linear.lora_A.weight": torch.full((2, 8), torch.nan)}),
-        FILE,
-        "NaN",
-    ),
-    (
-        Mixed,
-        {},
-        holds({"linear.base_layer.weight": torch.ones(8, 8)}),
-        BASE,
-        "differs from that",
-    ),
+    (Mixed, {}, holds({"linear.lora_A.weight": torch.ones(2, 5)}), MODEL, r"factors \(2, 5\)"),
+    (Mixed, {}, holds({"linear.lora_A.weight": torch.full((2, 8), torch.nan)}), FILE, "NaN"),
+    (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(8, 8)}), BASE, "differs from that"),
     # what the model is
-    (
-        lambda: nn.ModuleDict({"linear": Scaled(4, 4)}),
-        {},
-        asks(),
-        MODEL,
-        "forward of its own",
-    ),
-    (
-        Expert,
-        BOTH,
-        asks(target_parameters=["experts.up"]),
-        MODEL,
-        r"2 updates of 'experts'.*name \['up'\]",
-    ),
+    (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
+    (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),
     (TinyLM, HEAD, asks(), MODEL, "'lm_head.weight', which is tied to 'embed.weight'"),
     (Mixed, OLORA, asks(), MODEL, "'c_proj' is a Conv1D, trained"),
-    (
-        Attending,
-        OUTPUT,
-        asks(),
-        MODEL,
-        "'attn.out_proj' with init_lora_weights='pissa'.*never calls that layer",
-    ),
-    (
-        Mixed,
-        MORE,
-        holds(ZEROS),
-        MODEL,
-        "'linear', which cannot be read: with use_dora, PEFT scales .* zero by zero",
-    ),
+    (Attending, OUTPUT, asks(), MODEL, "'attn.out_proj' with init_lora_weights='pissa'.*never calls that layer"),
+    (Mixed, MORE, holds(ZEROS), MODEL, "'linear', which cannot be read: with use_dora, PEFT scales .* zero by zero"),
 ]
 
 
@@ -213,44 +126,21 @@ def test_what_is_no_tensor(tmp_path: Path, value: Any) -> None:
     written(tmp_path, Mixed)
     tensors = load_file(tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).unlink()
-    torch.save(
-        {**tensors, "base_model.model.linear.lora_A.weight": value},
-        tmp_path / "adapter_model.bin",
-    )
+    torch.save({**tensors, "base_model.model.linear.lora_A.weight": value}, tmp_path / "adapter_model.bin")
     check_refused(tmp_path, Mixed(), FILE, r"linear\.lora_A\.weight', which are no tensors")
 
 
 LACKING: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, str]] = [
-    (
-        Mixed,
-        {},
-        lambda folder: (folder / PEFT_CONFIG).unlink(),
-        "adapters of PEFT.*json, which is not there",
-    ),
-    (
-        Mixed,
-        {},
-        lambda folder: (folder / WEIGHTS).unlink(),
-        "as a folder it holds no adapters of PEFT",
-    ),
+    (Mixed, {}, lambda folder: (folder / PEFT_CONFIG).unlink(), "adapters of PEFT.*json, which is not there"),
+    (Mixed, {}, lambda folder: (folder / WEIGHTS).unlink(), "as a folder it holds no adapters of PEFT"),
     (Mixed, TWO, lacks("c_proj"), "'c_proj'"),
     (Mixed, MORE, lacks(r"c_proj\.lora_mag.*"), "use_dora=True.*'c_proj'"),
     (Mixed, MORE, asks(use_dora=False), "use_dora=False.*'c_proj', 'linear'"),
     (Mixed, MORE, lacks("head"), "names 'head' in"),
     (Mixed, MORE, lacks("embed"), "'embed: rows'"),
     (Expert, RNN, lacks("rnn"), "names 'rnn' in"),
-    (
-        Blocks,
-        {"target_modules": ["mlp.0", "mlp.2"]},
-        lacks(r".*mlp\.2"),
-        r"'m\.h\.0\.mlp\.2'",
-    ),
-    (
-        Blocks,
-        {**ONE, "bias": "all"},
-        asks(layers_to_transform=None),
-        r"names 'm\.h\.0\.q' in",
-    ),
+    (Blocks, {"target_modules": ["mlp.0", "mlp.2"]}, lacks(r".*mlp\.2"), r"'m\.h\.0\.mlp\.2'"),
+    (Blocks, {**ONE, "bias": "all"}, asks(layers_to_transform=None), r"names 'm\.h\.0\.q' in"),
 ]
 
 
@@ -268,18 +158,8 @@ def test_harmless_fields_are_ignored_and_missing_ones_are_those_of_peft(tmp_path
     expected = written(tmp_path, r=8)(INDEX)
     model = built(Mixed)
     holds({"linear.lora_velora_embed": torch.ones(2)})(tmp_path)  # VeLoRA's, which changes training alone
-    harmless = {
-        "velora_config": {"scale": 2},
-        "runtime_config": {"a": 1},
-        "use_less": False,
-    }
-    config = {
-        "peft_type": "LORA",
-        "target_modules": ["linear"],
-        **harmless,
-        "author": "me",
-        "note": "",
-    }
+    harmless = {"velora_config": {"scale": 2}, "runtime_config": {"a": 1}, "use_less": False}
+    config = {"peft_type": "LORA", "target_modules": ["linear"], **harmless, "author": "me", "note": ""}
     (tmp_path / PEFT_CONFIG).write_text(json.dumps(config))
     with pytest.warns(ll.LoRAWarning, match="sets 'author', which PEFT .* does not know") as told:
         ll.load_adapter(model, tmp_path)
@@ -327,12 +207,7 @@ def test_a_second_file_takes_the_place_of_the_first(tmp_path: Path) -> None:
     pissa: dict[str, Any] = {"target_modules": ["linear"], "init_lora_weights": "pissa"}
     written(tmp_path / "a", **pissa)
     b = f"{PRE}linear.lora_B.default.weight"
-    other = write_peft(
-        tmp_path / "b",
-        built(Mixed),
-        lambda peft: nn.init.ones_(peft.get_parameter(b)),
-        **pissa,
-    )
+    other = write_peft(tmp_path / "b", built(Mixed), lambda peft: nn.init.ones_(peft.get_parameter(b)), **pissa)
     model = built(Mixed)
     ll.load_adapter(model, tmp_path / "a")
     ll.merge_adapters(model)
@@ -369,10 +244,7 @@ def test_both_spellings_of_the_magnitude(tmp_path: Path) -> None:
     path = tmp_path / WEIGHTS
     tensors = load_file(path)
     for end in ("vector", "vector.weight"):
-        save_file(
-            {re.sub(r"vector(\.weight)?$", end, name): value for name, value in tensors.items()},
-            path,
-        )
+        save_file({re.sub(r"vector(\.weight)?$", end, name): value for name, value in tensors.items()}, path)
         model = built(Mixed)
         ll.load_adapter(model, tmp_path)
         assert gap(model(INDEX), expected) < 2e-6
@@ -417,17 +289,11 @@ def test_tensors_with_which_torch_cannot_compute_are_named(tmp_path: Path, make:
     written(tmp_path)
     in_a_pickle(make)(tmp_path)
     check_refused(
-        tmp_path,
-        built(Mixed),
-        ll.AdapterFileError,
-        r"lora_B.*with which nothing can be computed.*\.float\(\)",
+        tmp_path, built(Mixed), ll.AdapterFileError, r"lora_B.*with which nothing can be computed.*\.float\(\)"
     )
     a = torch.ones(2, 8)
     b = make(torch.ones(8, 2))
-    torch.save(
-        {"model_state_dict": {"linear.lora_A": a, "linear.lora_B": b}},
-        file := tmp_path / "loralib.pt",
-    )
+    torch.save({"model_state_dict": {"linear.lora_A": a, "linear.lora_B": b}}, file := tmp_path / "loralib.pt")
     with refused(model := built(Mixed), ll.AdapterFileError, r"'linear.lora_B'.*\.float\(\)"):
         ll.load_adapter(model, file, alpha=2)
 
@@ -435,9 +301,4 @@ def test_tensors_with_which_torch_cannot_compute_are_named(tmp_path: Path, make:
 def test_an_update_that_was_rounded_to_integers_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
     in_a_pickle(lambda value: value.to(torch.int8))(tmp_path)
-    check_refused(
-        tmp_path,
-        built(Mixed),
-        ll.AdapterFileError,
-        r"'linear' in torch\.int8: .*\.float\(\)",
-    )
+    check_refused(tmp_path, built(Mixed), ll.AdapterFileError, r"'linear' in torch\.int8: .*\.float\(\)")

@@ -82,12 +82,7 @@ def tied(bias: bool = False, told: bool = True) -> Any:
     ],
 )
 def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make: Any, match: str) -> None:
-    write_peft(
-        tmp_path / "there",
-        TinyLM(),
-        target_modules=["q_proj"],
-        trainable_token_indices={"embed": [1, 2]},
-    )
+    write_peft(tmp_path / "there", TinyLM(), target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]})
     with pytest.raises(ll.AdapterMismatchError, match=match):
         ll.load_adapter(make(), tmp_path / "there")
     model = make()
@@ -111,12 +106,7 @@ def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "how"),
-    [
-        ([], {}),
-        (["q_proj"], {"uniform": True}),
-        (["q_proj"], {"format": "diffusers", "root": ""}),
-    ],
+    ("targets", "how"), [([], {}), (["q_proj"], {"uniform": True}), (["q_proj"], {"format": "diffusers", "root": ""})]
 )
 def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path, targets: list[str], how: dict[str, Any]) -> None:
     config = ll.LoRAConfig(target_modules=targets, trainable_token_indices={"embed": [1]})

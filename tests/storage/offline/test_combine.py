@@ -28,38 +28,16 @@ class Several(nn.Module):  # layers of several kinds
 
 BASE = Several()
 LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
-EXPERTS: dict[str, Any] = {
-    "target_modules": [],
-    "target_parameters": ["experts.stack", "experts.mix"],
-}
+EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.stack", "experts.mix"]}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "all": [
-        {"target_modules": "all"},
-        {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True},
-    ],
+    "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
     "ranks": [
         {"target_modules": ["linear", "conv"], "rank_pattern": {"conv": 1}},
         {"target_modules": ["conv"], "r": 4},
     ],
-    "slices": [
-        {
-            "target_modules": ["fused"],
-            "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}},
-        }
-    ]
-    * 2,
-    "own ranks": [
-        {
-            **EXPERTS,
-            "rank_pattern": {"experts.stack": 1},
-            "alpha_pattern": {"experts.mix": 7},
-        }
-    ]
-    * 2,
-    "pissa": [
-        {"target_modules": ["linear"], "init": "pissa"},
-        {"target_modules": ["linear"]},
-    ],
+    "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
+    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.stack": 1}, "alpha_pattern": {"experts.mix": 7}}] * 2,
+    "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
 }
 
 
@@ -106,8 +84,7 @@ def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "weights", "says"),
-    [(1, (1.0,), "at least two"), (2, (1.0, 1.0, 1.0), "3 weights")],
+    ("number", "weights", "says"), [(1, (1.0,), "at least two"), (2, (1.0, 1.0, 1.0), "3 weights")]
 )
 def test_other_numbers_of_files_or_weights_are_refused(tmp_path: Path, number: int, weights: Any, says: str) -> None:
     paths, _ = saved(tmp_path, [LINEAR, LINEAR])

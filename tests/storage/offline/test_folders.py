@@ -77,13 +77,7 @@ def test_weights_stay_in_their_places_and_what_an_index_says_besides_is_kept(tmp
     assert read_index(tmp_path / "out")["metadata"] == {"total_size": size, "more": "x"}
 
 
-KEPT = [
-    "config.json",
-    "tok/vocab.txt",
-    "1_Pooling/config.json",
-    ".gitattributes",
-    "spiece.model",
-]
+KEPT = ["config.json", "tok/vocab.txt", "1_Pooling/config.json", ".gitattributes", "spiece.model"]
 
 
 LEFT = ["vision.safetensors", "q.GGUF", "pytorch_model.bin", "2_Dense/w.pt", ".cache/x"]

@@ -39,10 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all"},
     "dora": {"target_modules": ["linear", "narrow", "embed"], "use_dora": True},
     "pissa": {"target_modules": ["linear", "conv"], "init": "pissa"},
-    "slices of an attention": {
-        "target_modules": ["attention"],
-        "target_slices": {"attention": ["q"]},
-    },
+    "slices of an attention": {"target_modules": ["attention"], "target_slices": {"attention": ["q"]}},
     "experts": {"target_modules": [], "target_parameters": ["experts.stack"]},
     "biases": {"target_modules": ["linear"], "bias": "all", "use_rslora": True, "alpha": 3},
 }
@@ -77,11 +74,7 @@ def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tens
 
 
 def refused(
-    folder: Path,
-    error: Any,
-    says: str,
-    base: str = "base.safetensors",
-    out: str = "merged.safetensors",
+    folder: Path, error: Any, says: str, base: str = "base.safetensors", out: str = "merged.safetensors"
 ) -> None:
     with pytest.raises(error, match=says):
         merge_files(folder / base, folder / "adapter.safetensors", folder / out)
@@ -145,10 +138,7 @@ def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
-@pytest.mark.parametrize(
-    ("there", "here"),
-    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
-)
+@pytest.mark.parametrize(("there", "here"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_the_same_base_in_another_precision_is_merged_with_a_warning(
     tmp_path: Path, there: torch.dtype, here: torch.dtype
 ) -> None:
@@ -167,12 +157,7 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(
 
 
 OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] = [
-    (
-        "embed.weight",
-        lambda weight: weight + 1,
-        ll.BaseMismatchError,
-        "another base: 1 .* such as 'embed.weight'",
-    ),
+    ("embed.weight", lambda weight: weight + 1, ll.BaseMismatchError, "another base: 1 .* such as 'embed.weight'"),
     (
         "linear.weight",
         lambda weight: weight[:4].clone(),
@@ -185,12 +170,7 @@ OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] 
         ll.AdapterMismatchError,
         "float8_e4m3fn .* float32, bfloat16",
     ),
-    (
-        "linear.weight",
-        lambda weight: weight.to(torch.int8),
-        ll.AdapterMismatchError,
-        "torch.int8",
-    ),
+    ("linear.weight", lambda weight: weight.to(torch.int8), ll.AdapterMismatchError, "torch.int8"),
 ]
 
 
@@ -303,13 +283,7 @@ def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> Non
     model.pooler = nn.Linear(4, 4)
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
-    refused(
-        tmp_path,
-        ll.AdapterMismatchError,
-        r"'pooler.weight'.*outside of 'model'",
-        base="base",
-        out="merged",
-    )
+    refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
 
 
 def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,10 +351,7 @@ def test_what_is_no_tensor_is_never_lost_in_a_merge(tmp_path: Path) -> None:
     model = Counts()
     torch.save(model.state_dict(), tmp_path / "base.ckpt")
     fitted(tmp_path / "a.ckpt", model)
-    with pytest.raises(
-        ll.AdapterFileError,
-        match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged",
-    ):
+    with pytest.raises(ll.AdapterFileError, match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged"):
         merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.safetensors")
     merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.ckpt")
     assert torch.load(tmp_path / "out.ckpt", weights_only=True)["_extra_state"] == {"steps": model.steps}

@@ -68,10 +68,7 @@ OVER: list[tuple[Callable[..., object], list[str]]] = [
 @pytest.mark.parametrize(("write", "names"), OVER)
 def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any, names: list[str]) -> None:
     before = contents(folder)
-    with pytest.raises(
-        (ll.AdapterFileError, FileExistsError),
-        match=r"over .* Choose another|b.* holds adapters",
-    ):
+    with pytest.raises((ll.AdapterFileError, FileExistsError), match=r"over .* Choose another|b.* holds adapters"):
         write(*names)
     assert contents(folder) == before
 
@@ -116,11 +113,7 @@ def test_a_tensor_beside_is_kept_bit_for_bit(folder: Path, value: torch.Tensor) 
 
 
 def test_tensors_are_aligned_behind_those_of_odd_sizes(folder: Path) -> None:
-    base = {
-        "0": torch.ones(3, dtype=torch.bool),
-        **model().state_dict(),
-        "9": torch.zeros(5, dtype=torch.float16),
-    }
+    base = {"0": torch.ones(3, dtype=torch.bool), **model().state_dict(), "9": torch.zeros(5, dtype=torch.float16)}
     save_file(base, folder / "odd.safetensors")
     merge("odd.safetensors", "a.safetensors", "out.safetensors")
     found = load_file(folder / "out.safetensors")

@@ -54,11 +54,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
 
 def read_updates(
-    view: View,
-    tensors: Mapping[str, Any],
-    peft: PeftConfig,
-    path: Any,
-    root: str,
+    view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
 ) -> tuple[list[Update], dict[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _sorted(tensors, path)
@@ -74,10 +70,7 @@ def read_updates(
 # The tensors of a file
 
 
-def _sorted(
-    tensors: Mapping[str, Any],
-    path: object,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
     adapters = dict[str, dict[str, Tensor]]()
     others = dict[str, Tensor]()
@@ -290,11 +283,7 @@ class _Layers:
         return type(self._module(there)).__name__
 
     def _described(
-        self,
-        there: str,
-        kind: type[LoRALayer],
-        matrices: tuple[AdaptedMatrix, ...],
-        magnitude: Tensor | None = None,
+        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
     ) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         layer = described(self.view, self.place.name_here(there), kind, matrices)
@@ -306,13 +295,7 @@ class _Layers:
             )
         return layer
 
-    def _factors(
-        self,
-        layer: StoredLayer,
-        matrix: AdaptedMatrix,
-        factors: Factors,
-        named: str,
-    ) -> Factors:
+    def _factors(self, layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, named: str) -> Factors:
         """A and B of one matrix as they are here. ``named``: the name by which patterns mean it."""
         self._check_start(layer, matrix)
         rank = self._checked_rank(matrix, factors, named)
@@ -361,10 +344,7 @@ def _is_adapted_by_parameters(module: nn.Module) -> bool:
     return isinstance(module, LoRALayer) and module.overlaid[0] is LoRAParameters
 
 
-def _matrices_of_parameters(
-    module: nn.Module,
-    names: list[str],
-) -> tuple[type[LoRALayer], tuple[AdaptedMatrix, ...]]:
+def _matrices_of_parameters(module: nn.Module, names: list[str]) -> tuple[type[LoRALayer], tuple[AdaptedMatrix, ...]]:
     """Our adapter for parameters of a module, and its matrices for these."""
     if adapter_for(module) is LoRARecurrent:
         matrices = LoRARecurrent.lora_matrices_of(module)

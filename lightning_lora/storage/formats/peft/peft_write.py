@@ -36,11 +36,7 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     write_files(directory, contents)
 
 
-def exported(
-    source: Source,
-    uniform: bool,
-    scaling: float | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def exported(source: Source, uniform: bool, scaling: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return PEFT's tensors, by their names without its prefix, and its configuration.
 
     ``scaling`` is that of all updates. None: each has its own, or if they are to be uniform, the most common one.
@@ -69,11 +65,7 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def _with_one_scaling(
-    updates: list[WeightUpdate],
-    uniform: bool,
-    scaling: float | None,
-) -> list[WeightUpdate]:
+def _with_one_scaling(updates: list[WeightUpdate], uniform: bool, scaling: float | None) -> list[WeightUpdate]:
     """Give all the same scaling, by default the most common one. ``uniform``: and the same rank."""
     if scaling is None:
         scalings = Counter(update.scaling for update in updates)
