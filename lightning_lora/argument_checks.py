@@ -268,5 +268,5 @@ PATTERNS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def checked_pattern(name: str, value: Any) -> Any:
-    """Return what is kept of an optional argument that means layers: None if it is empty."""
+    """Return an optional argument that means layers, checked. An empty one is None."""
     return PATTERNS[name](name, value) if is_given(value) else None

@@ -68,7 +68,10 @@ class AdapterState:
                 parameter.requires_grad_(False)
 
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
-        """Keep copies in CPU memory of these values of the base, and no others. Earlier copies of them are kept."""
+        """Copy these values of the base to CPU memory.
+
+        Copies of other values go. A value that was copied before stays as it was then.
+        """
         if not self.is_trained:
             self.extra = extra
         earlier = self.originals

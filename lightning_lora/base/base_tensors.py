@@ -24,7 +24,7 @@ class Reading(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The digest of values that a tensor has now, and of those in the base for which they stand."""
+    """Two digests of a tensor: of its values now, and of the base's."""
 
     now: int
     before: int
@@ -47,7 +47,10 @@ class MergedTensor(NamedTuple):
 
 @dataclass
 class BaseTensor:
-    """What is known of one tensor: a parameter, a buffer, or an entry of a quantised layer."""
+    """What is known of one tensor.
+
+    It is a parameter, a buffer, or an entry of a quantised layer.
+    """
 
     required_grad: bool | None = None
     """Whether it required a gradient before the adapters came. None: no adapters have come, or it is no parameter."""
@@ -96,7 +99,7 @@ class Base:
     base that was converted since keeps those of both forms."""
 
     def row(self, name: str) -> BaseTensor:
-        """Return the row of a tensor. It is empty if nothing is known of it."""
+        """Return a tensor's row, perhaps an empty one."""
         row = self.rows.get(name)
         if row is None:
             row = self.rows[name] = BaseTensor()
@@ -109,11 +112,6 @@ class Base:
 
     # What trained before, and what the user set since
 
-    def required_grad(self, name: str) -> bool | None:
-        """Return whether a parameter required a gradient before. None: that is not known."""
-        row = self.rows.get(name)
-        return None if row is None else row.required_grad
-
     def flags_before(self) -> dict[str, bool]:
         """Return whether each parameter required a gradient before, where that is known."""
         flags = dict[str, bool]()
@@ -123,7 +121,10 @@ class Base:
         return flags
 
     def was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The base is to be frozen, for the first time or with new parameters: remember what trains before."""
+        """Remember which parameters train before the base is frozen.
+
+        What is remembered of a parameter stays: only new ones are added.
+        """
         for name, parameter in parameters.items():
             row = self.row(name)
             if row.required_grad is None:

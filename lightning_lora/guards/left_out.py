@@ -15,7 +15,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import among, grouped, only, outside, where, without
+from lightning_lora.tensors.named import grouped, only, outside, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
@@ -73,7 +73,7 @@ def left_alone(view: View) -> LeftAlone:
 def _meant(view: View, adapted: Set[nn.Parameter]) -> list[str]:
     """The parameters that targets could mean: not those that the user froze or excluded, unless they are adapted."""
     by_user = view.frozen_by_user.union(excluded_names(view))
-    left_to_targets = {*outside(view.base, by_user), *among(view.base, adapted)}
+    left_to_targets = {*outside(view.base, by_user), *with_values(view.base, adapted)}
     return list(only(view.base, left_to_targets))
 
 

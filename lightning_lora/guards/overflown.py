@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_lora.errors import MergePrecisionWarning, listed, warn
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.named import where_not
 
 
 class Overflown(Guard):
@@ -13,7 +13,7 @@ class Overflown(Guard):
 
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
         """Name them: of an update that overflows, the lost share is no finite number."""
-        overflown = without(lost, where(lost, _is_finite))
+        overflown = where_not(lost, _is_finite)
         if overflown:
             warn(
                 f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "

@@ -6,7 +6,7 @@ from lightning_lora.errors import pairs_of
 from lightning_lora.model.settle import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import among, modules_around, without
+from lightning_lora.tensors.named import modules_around, with_values, without
 
 
 class UnmovedCopies(Guard):
@@ -15,7 +15,7 @@ class UnmovedCopies(Guard):
     def training_ended(self, view: View) -> None:
         """Look at which adapters have moved."""
         moved = modules_around(layers_that_have_learned(view))
-        unmoved = without(among(view.adapter.networks.copies, moved), moved)
+        unmoved = without(with_values(view.adapter.networks.copies, moved), moved)
         if unmoved:
             rank_zero_info(
                 f"Copies in {view.title} that no code has moved: {pairs_of(unmoved)}. They compute what they did "

@@ -19,7 +19,7 @@ from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import among, joined, only, where
+from lightning_lora.tensors.named import joined, only, where, with_values
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
 _CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
@@ -137,7 +137,7 @@ def _parameters_of(adapters: Iterable[Adapter]) -> Iterator[nn.Parameter]:
 def _weights_below_adapters(view: View, frozen: set[nn.Parameter]) -> dict[str, str]:
     """The names of those of these weights that have an adapter which trains, and their layers."""
     below = dict[str, str]()
-    frozen_weights = among(view.base, frozen)
+    frozen_weights = with_values(view.base, frozen)
     for name, layer in where(view.layers, LoRALayer.lora_trained).items():
         weights = [weight for weight in joined(name, layer.lora_weights()) if weight in frozen_weights]
         below |= dict.fromkeys(weights, name)

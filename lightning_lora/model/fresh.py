@@ -164,7 +164,7 @@ def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
 
 
 def _can_be_judged(weights: Weights) -> bool:
-    return len(where(weights, _has_enough_values)) == len(weights)
+    return all(_has_enough_values(weight) for weight in weights.values())
 
 
 def _has_enough_values(weight: nn.Parameter) -> bool:

@@ -26,7 +26,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import version_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.named import among, grouped, modules_around, only, where
+from lightning_lora.tensors.named import grouped, modules_around, only, where, with_values
 from lightning_lora.tensors.names import named_modules, owner_of
 from lightning_lora.tensors.values import same_bits
 
@@ -90,8 +90,8 @@ class _Block(ExitStack):
         modules = named_modules(view.model)
         adapters = _by_layer(used)
         in_blocks = where(modules, is_in_block)
-        with_values = among(modules, values)
-        changed = only(modules, {*in_blocks, *with_values, *adapters})
+        with_own_values = with_values(modules, values)
+        changed = only(modules, {*in_blocks, *with_own_values, *adapters})
         around = {"", *modules_around(changed)}
         for name in modules:
             _check_has_rows(name, view, around, adapters.get(name, {}).values())

@@ -16,7 +16,17 @@ from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import Networks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import among, inside, modules_around, not_in, only, outside, where, without
+from lightning_lora.tensors.named import (
+    inside,
+    modules_around,
+    not_in,
+    only,
+    outside,
+    where,
+    where_not,
+    with_values,
+    without,
+)
 from lightning_lora.tensors.names import is_in_any, owner_of
 
 
@@ -94,7 +104,7 @@ def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
 
 def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
     """Return the layers whose updates are not zero."""
-    return without(view.layers, where(view.layers, LoRALayer.lora_is_fresh))
+    return where_not(view.layers, LoRALayer.lora_is_fresh)
 
 
 def _named_beside(view: View) -> list[str]:
@@ -235,5 +245,5 @@ def follow_originals(view: View) -> None:
 def _original_layers(view: View, networks: Networks) -> dict[str, LoRALayer]:
     """The adapted layers that layers of copies follow, by the names of these."""
     originals = networks.originals_of(view.layers)
-    adapted = among(originals, view.layers)
+    adapted = with_values(originals, view.layers)
     return {name: view.layers[original] for name, original in adapted.items()}

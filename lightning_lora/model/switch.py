@@ -140,7 +140,7 @@ def _hint(name: object, record: Record) -> str:
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
     check_start(view.model, SWITCH)
-    if any(map(is_dtensor, view.parameters.values())):
+    if view.is_sharded:
         raise AdapterStateError(
             f"The parameters of {view.title} are sharded over processes, where only set_adapter(model, None) is "
             "possible. Switch before the model is sharded."

@@ -41,7 +41,7 @@ def _requires_grad(parameter: nn.Parameter) -> bool:
 
 def _has_trainable_parameters(layer: LoRALayer) -> bool:
     """Whether any parameter of a layer's adapter requires a gradient."""
-    return bool(where(layer.lora_parameters(), _requires_grad))
+    return any(parameter.requires_grad for parameter in layer.lora_parameters().values())
 
 
 def _note_thawed(view: View) -> None:

@@ -15,7 +15,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import among, below, first_names, joined, only, outside, where, without
+from lightning_lora.tensors.named import below, first_names, joined, only, outside, where, with_values, without
 from lightning_lora.tensors.names import (
     is_bias,
     join,
@@ -105,6 +105,11 @@ class View:
     def is_on_layers(self) -> bool:
         """Whether adapters are on the layers, with or without effect."""
         return state_of(self.model) in (State.ADAPTED, State.BASE_SHOWN)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes."""
+        return any(is_dtensor(parameter) for parameter in self.parameters.values())
 
     # Modules
 
@@ -228,7 +233,7 @@ class View:
         meant = self._saved_parameters() | self._trained_biases()
         networks = self.adapter.networks if self.is_adapted else Networks()
         idle = (*networks.copies, *networks.still)
-        trained = among(self.base, meant)
+        trained = with_values(self.base, meant)
         return only(trained, set(outside(trained, idle)))
 
     def _saved_parameters(self) -> set[nn.Parameter]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.networks.roles import Modules, Parameters
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.named import among, grouped, inside, modules_around, only, without
+from lightning_lora.tensors.named import grouped, inside, modules_around, only, with_values, without
 from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import to_local
 
@@ -38,7 +38,7 @@ class _Search:
     ) -> None:
         self.modules = modules
         self.may_lack = may_lack
-        training = without(base, among(base, still))
+        training = without(base, with_values(base, still))
         self.training = modules_around(map(owner_of, training))
         self.parameters = _parameters_by_module(base)
         self.adapted = _parameters_by_module(only(base, set(inside(base, layers))))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from lightning_lora.tensors.named import among, inside, outside, without
+from lightning_lora.tensors.named import inside, outside, with_values, without
 
 Modules = Mapping[str, nn.Module]
 Parameters = Mapping[str, nn.Parameter]
@@ -29,7 +29,7 @@ class Networks:
         """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
         adapted = outside(sorted(layers), self.still)
         originals = self.originals_of(adapted)
-        bare = without(originals, among(originals, set(adapted)))
+        bare = without(originals, with_values(originals, set(adapted)))
         return replace(self, bare=tuple(sorted(bare)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:

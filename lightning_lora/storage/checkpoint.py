@@ -28,7 +28,7 @@ from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.plain_states import load_state_dict, state_dict
-from lightning_lora.tensors.shards import full_tensors, is_dtensor
+from lightning_lora.tensors.shards import full_tensors
 from lightning_lora.tensors.values import detached
 
 # Write
@@ -39,7 +39,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
     small = _with_small_states(view, checkpoint)
-    if where(view.parameters, is_dtensor):
+    if view.is_sharded:
         small = full_tensors(small)
     if written_later:
         small = _copy(small)

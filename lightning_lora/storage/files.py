@@ -33,7 +33,6 @@ from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import where
-from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import is_tensor
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     state = _tensors_in(_state_of(view), view.title)
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    if where(view.parameters, is_dtensor):
+    if view.is_sharded:
         _write_in_first_process(path, stored)
     else:
         own.write_adapter_file(path, stored)

@@ -16,7 +16,7 @@ from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import among, joined, where, without
+from lightning_lora.tensors.named import joined, where, with_values, without
 from lightning_lora.tensors.names import join
 
 Fingerprint = Mapping[str, Any]  # its layout, dtypes and digests; in files also "rounded", by the names of tensors
@@ -108,7 +108,7 @@ def _rescaled_embeddings(view: View) -> set[str]:
     for module in view.modules.values():
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             rescaled.add(module.weight)
-    return set(among(view.base, rescaled))
+    return set(with_values(view.base, rescaled))
 
 
 def _repacked_scales(view: View) -> set[str]:

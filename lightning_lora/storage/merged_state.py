@@ -165,7 +165,7 @@ def _can_be_taken_out(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
     if any(layer.lora_settings.use_dora for layer in view.layers.values()):
         return False
-    return not where(view.base, _is_narrow_or_spread)
+    return not any(_is_narrow_or_spread(parameter) for parameter in view.base.values())
 
 
 def _is_narrow_or_spread(parameter: Tensor) -> bool:

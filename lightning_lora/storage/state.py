@@ -11,7 +11,7 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.tensors.named import among, joined, only, renamed, without
+from lightning_lora.tensors.named import joined, only, renamed, with_values, without
 from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
@@ -106,7 +106,7 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Any
 
 def _not_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    adapters_by_all_names = among(view.parameters, set(view.adapters.values()))
+    adapters_by_all_names = with_values(view.parameters, set(view.adapters.values()))
     other_names = adapters_by_all_names.keys() - view.adapters.keys()
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.patterns import matches
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
-from lightning_lora.tensors.named import among, only
+from lightning_lora.tensors.named import only, with_values
 from lightning_lora.tensors.names import held_parameter, is_inside, owner_of
 
 
@@ -41,7 +41,7 @@ def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {name: held_parameter(module, "weight") for name, module in names.modules.items()}
     of_embeddings = set(only(weights, names.embeddings()).values()) - {None}
-    return list(only(names.modules, among(weights, of_embeddings)).values())
+    return list(only(names.modules, with_values(weights, of_embeddings)).values())
 
 
 def _heads_that_models_name(names: Names) -> list[object]:

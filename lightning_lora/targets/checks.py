@@ -15,7 +15,7 @@ from lightning_lora.patterns import matches_pattern
 from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
-from lightning_lora.tensors.named import among, inside, joined, names_by, where, without
+from lightning_lora.tensors.named import inside, joined, names_by, where, where_not, with_values, without
 from lightning_lora.tensors.names import starts_of
 
 _SHOWN = 5  # the number of layers that an error names
@@ -49,7 +49,7 @@ def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     """Refuse targets that cannot be adapted."""
-    refused = names.refused(among(layers, targets))
+    refused = names.refused(with_values(layers, targets))
     if refused:
         raise TargetError(_about_refused_layers(names, config, layers, refused))
 
@@ -173,7 +173,7 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     if keys is None:
         return
     matched = {key: _matched_by(key, adapted) for key in keys}
-    unmatched = list(without(matched, where(matched, bool)))
+    unmatched = list(where_not(matched, bool))
     if unmatched:
         _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
         _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
@@ -184,17 +184,17 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
 def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
     """The layers and parameters that a key means, by their own names or by those of their modules."""
     modules = _matching(key, set(adapted.values()))
-    return {*_matching(key, adapted), *among(adapted, modules)}
+    return {*_matching(key, adapted), *with_values(adapted, modules)}
 
 
 def _check_not_of_others(
-    names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, where: str
+    names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, other_argument: str
 ) -> None:
     """Refuse keys that match what is not adapted."""
     idle = [key for key in keys if _matching(key, others)]
     if idle:
         raise TargetError(
-            f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
+            f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {other_argument} too, "
             f"or remove them from {argument}."
         )
 
@@ -235,10 +235,10 @@ def check_factor_names(choices: Mapping[str, Choice]) -> None:
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
-        unfit = without(choices, where(choices, _fits_dora))
+        unfit = where_not(choices, _fits_dora)
         _refuse_unfit("use_dora=True", "linear, embedding and convolution layers without target_slices", unfit)
     if INITIALISATIONS[config.init].from_weight:
-        unfit = without(choices, where(choices, _can_start_from_weight))
+        unfit = where_not(choices, _can_start_from_weight)
         what = f"init={config.init!r}"
         _refuse_unfit(what, "layers other than embeddings, where it would change unseen tokens", unfit)
 

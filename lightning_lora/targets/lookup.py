@@ -11,7 +11,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
-from lightning_lora.tensors.named import among, first_names, of_type, without
+from lightning_lora.tensors.named import first_names, of_type, with_values, without
 from lightning_lora.tensors.names import named_modules, owner_of, parameters_of, plain_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -75,7 +75,7 @@ class Names:
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
-        return first_names(among(self.modules, modules))
+        return first_names(with_values(self.modules, modules))
 
     def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""

@@ -18,7 +18,12 @@ def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[
     return {name: thing for name, thing in named.items() if holds(thing)}
 
 
-def among(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
+def where_not(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[str, Thing]:
+    """Return those of which a condition does not hold."""
+    return {name: thing for name, thing in named.items() if not holds(thing)}
+
+
+def with_values(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
     """Return those that are some of these things: of tensors, a set."""
     return {name: thing for name, thing in named.items() if thing in things}
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.tensors.named import among, joined, of_type, only, where
+from lightning_lora.tensors.named import joined, of_type, only, where, with_values
 from lightning_lora.tensors.names import named_modules, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
@@ -63,4 +63,4 @@ def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> d
     tensors = of_type(present, Tensor)
     for name, value in only(loaded, tensors).items():
         value_by_tensor[tensors[name]] = value
-    return {name: value_by_tensor[tensor] for name, tensor in among(tensors, value_by_tensor).items()}
+    return {name: value_by_tensor[tensor] for name, tensor in with_values(tensors, value_by_tensor).items()}

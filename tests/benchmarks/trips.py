@@ -15,13 +15,23 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lora
-from lightning_lora import LoRAConfig, inject_adapters, load_adapter, merge_adapters, save_adapter, unmerge_adapters
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
 
 PACKAGE = f"{Path(lightning_lora.__file__).parent}/"
 
@@ -42,7 +52,7 @@ class Trip:
         named = []
         for code, times in self.calls.most_common(count):
             file = code.co_filename.removeprefix(PACKAGE)
-            named.append((f"{file}:{code.co_firstlineno} {code.co_qualname}", times))
+            named.append((f"{file}:{code.co_firstlineno} {code.co_name}", times))
         return named
 
     def note(self, frame: FrameType, event: str, _: Any) -> None:
@@ -67,6 +77,53 @@ def three_layers() -> nn.Module:
     """A plain model with three layers."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+class Module(L.LightningModule):
+    """The three layers, with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = three_layers()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class FifthStep(L.Callback):
+    """Follows the fifth step of a fit, from the end of the one before to its own end."""
+
+    def __init__(self) -> None:
+        self.trip = Trip()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        sys.setprofile(self.trip.note if trainer.global_step == 4 else None)
+
+
+def fit(folder: Path, steps: int, *callbacks: L.Callback) -> None:
+    """Fit the module without logger, files and tables."""
+    data = TensorDataset(torch.zeros(8, 16), torch.zeros(8, 4))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[LoRACallback(r=2), *callbacks],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(data))
+
+
+def trips_of_fits(folder: Path) -> dict[str, Trip]:
+    """Follow a fit of one step, and a step in the middle of a longer one. Both have run before."""
+    fifth = FifthStep()
+    fit(folder, 6, fifth)
+    return {"a fit of one step": trip_of(lambda: fit(folder, 1)), "a step in the middle": fifth.trip}
 
 
 def trips(folder: Path) -> dict[str, Trip]:
@@ -95,7 +152,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=0, metavar="N", help="show the N most called functions of each")
     most = parser.parse_args().most
     with tempfile.TemporaryDirectory() as folder:
-        found = trips(Path(folder))
+        found = trips(Path(folder)) | trips_of_fits(Path(folder))
     table = Table("call", "calls", "functions", "files")
     for name, trip in found.items():
         table.add_row(name, str(trip.calls.total()), str(len(trip.calls)), str(len(trip.files)))

@@ -26,7 +26,7 @@ def _holds_compiled_code(module: nn.Module) -> bool:
     attributes = vars(module)
     if private.COMPILED in module._modules or attributes.get(private.COMPILED_CALL) is not None:
         return True
-    return bool(where(attributes, _is_compiled_function))
+    return any(_is_compiled_function(value) for value in attributes.values())
 
 
 def _defines_compiled_code(cls: type) -> bool:

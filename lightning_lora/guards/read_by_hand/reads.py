@@ -21,7 +21,7 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import among, joined, only, where, without
+from lightning_lora.tensors.named import joined, only, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 
 
@@ -54,7 +54,7 @@ class ReadByHand(Guard):
     def first_batch_ended(self, model: nn.Module) -> None:
         """Name what was found, but no layer that nothing calls: its adapter is dead, and another guard says so."""
         called = {forward.layer for forward in self.forwards if forward.was_called}
-        names = list(among(only(self.layers, self.found), called))
+        names = list(with_values(only(self.layers, self.found), called))
         self.watched, self.layers, self.forwards = {}, {}, []  # lets go of the weights
         if names:
             warn(_about_reads(type(model).__name__, names))
@@ -125,7 +125,7 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
     """The modules that may read watched weights: adapted layers, and layers that are tied to them."""
     if not watched:
         return []
-    owners = set(map(owner_of, among(view.parameters, watched)))
+    owners = set(map(owner_of, with_values(view.parameters, watched)))
     readers = where(only(view.modules, owners), _is_leaf)
     each_once: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *readers.values()))
     return list(each_once)

@@ -24,7 +24,7 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import among, without
+from lightning_lora.tensors.named import with_values, without
 from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, submodule
 
 # The members of a pipeline
@@ -108,7 +108,7 @@ def _roots_of_members(source: Source) -> list[str]:
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
     modules = with_adapters if source.model is None else named_modules(source.model)
     members = _members_in(modules)
-    return list(among(members, with_adapters).values()) or [root]
+    return list(with_values(members, with_adapters).values()) or [root]
 
 
 def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:

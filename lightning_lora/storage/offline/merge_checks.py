@@ -13,7 +13,7 @@ from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, c
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
-from lightning_lora.tensors.named import among, of_type, only, where, without
+from lightning_lora.tensors.named import of_type, only, where, with_values, without
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -91,7 +91,7 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     places = {name: plan.name_in_base(name) for name in halves}
     digests = dict(zip(places, fingerprint["digests"], strict=True))
     present_digests = only(digests, where(places, plan.is_in_base)).values()
-    absent = without(only(digests, _expected_tensors(plan, halves)), among(digests, set(present_digests)))
+    absent = without(only(digests, _expected_tensors(plan, halves)), with_values(digests, set(present_digests)))
     if not absent:
         return []
     explained = {*places.values(), *plan.adapted, *plan.replaced}

@@ -11,7 +11,7 @@ from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import among, joined, only, without
+from lightning_lora.tensors.named import joined, only, with_values, without
 from lightning_lora.tensors.names import is_inside, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
@@ -64,7 +64,7 @@ class MergePlan:
 
     def names_in(self, file: Path) -> list[str]:
         """Return the merged tensors that are written in the place of one file of the base."""
-        return list(among(self.file_of, [file]))
+        return list(with_values(self.file_of, [file]))
 
     @property
     def fingerprints(self) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
-from lightning_lora.tensors.named import among, of_type, without
+from lightning_lora.tensors.named import of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
@@ -109,7 +109,7 @@ class TensorFiles:
     def _add_file(self, file: Path) -> None:
         """Add the tensors of one file. It must hold those that the index names in it."""
         names = dict.fromkeys(self._open(file).keys(), file)
-        expected = among(self.file_of, [file])
+        expected = with_values(self.file_of, [file])
         absent = without(expected, names)
         if absent:
             raise AdapterFileError(

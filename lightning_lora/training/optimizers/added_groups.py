@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import among
+from lightning_lora.tensors.named import with_values
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.training.optimizers.groups import Group, held_by, torch_optimizers
 
@@ -50,12 +50,12 @@ def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
     """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    twice = among({**view.adapters, **view.trained}, held & added)
+    twice = with_values({**view.adapters, **view.trained}, held & added)
     layers = dict.fromkeys(map(owner_of, twice))
     layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
     if not layers:
         return
-    frozen = among(view.frozen, added)
+    frozen = with_values(view.frozen, added)
     left_out = {*twice.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
     _tell(layers, frozen)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import among, only, outside, where
+from lightning_lora.tensors.named import only, outside, where, with_values
 from lightning_lora.tensors.names import named_parameters, owner_of
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
@@ -67,7 +67,7 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     if any(edit.groups):
         return
-    held = among(view.base, parameters_in(edit.built))
+    held = with_values(view.base, parameters_in(edit.built))
     trained_before = where(view.record.base.flags_before(), bool)
     lost = only(held, trained_before)
     if not lost:
@@ -93,7 +93,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
     if all(frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
         return
     added = frozen & held_by([optimizer])
-    names = among(view_of(model).frozen, added)
+    names = with_values(view_of(model).frozen, added)
     raise OptimizerError(
         f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
         "their modules in modules_to_save to train them, or remove the code or the callback that adds them."

@@ -17,7 +17,7 @@ from lightning_lora.model.settle import leave_alone, left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import among, inside, only, outside, where, without
+from lightning_lora.tensors.named import inside, only, outside, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.optimizers.edits import groups_were_edited
@@ -165,7 +165,7 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
-    placed = among(view.adapters, held_by(optimizers))
+    placed = with_values(view.adapters, held_by(optimizers))
     unplaced = inside(without(view.adapters, placed), fed)
     if unplaced:
         raise no_place(view.title, unplaced, len(list(groups_of(optimizers))))

@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import among, outside
+from lightning_lora.tensors.named import outside, with_values
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.steps.asked import OwnCheckpoints
@@ -100,7 +100,7 @@ class Gradients:
                 p.grad = None
 
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
-        names = among(view_of(self.model).frozen, thawed)
+        names = with_values(view_of(self.model).frozen, thawed)
         rank_zero_info(
             f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
             "these too, name their modules in modules_to_save."

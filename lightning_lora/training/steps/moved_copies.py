@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
-from lightning_lora.tensors.named import among, inside, modules_around, only, where, without
+from lightning_lora.tensors.named import inside, modules_around, only, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, samples
@@ -116,7 +116,7 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
-    return without(among(found, adapted), adapted)
+    return without(with_values(found, adapted), adapted)
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
