@@ -23,7 +23,6 @@ from lightning_lora.tables import LayerName, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
-from lightning_lora.tensors.shards import is_dtensor
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _USUAL = (nn.Parameter, Tensor)
@@ -324,8 +323,7 @@ def _stored(view: View) -> Mapping[str, Any]:
 def _random(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
     known = view.adapter.random
-    is_sharded = any(is_dtensor(p) for p in view.base.values())
-    if is_sharded:
+    if view.is_sharded:
         return () if known is None else known
     found = random_weights(view)
     view.adapter.random = known  # it is not settled: the base may change until a fit begins

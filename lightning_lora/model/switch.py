@@ -21,6 +21,7 @@ from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of
 from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.named import not_in
 from lightning_lora.tensors.names import join, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
@@ -168,7 +169,7 @@ def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> No
     needed = list(state.resting_tensors)
     for name, adapter in state.resting.items():
         needed += [join(name, weight) for weight in adapter.weights]
-    absent = [name for name in dict.fromkeys(needed) if name not in present]
+    absent = not_in(dict.fromkeys(needed), present)
     if absent:
         raise AdapterStateError(
             f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. Give the model its "

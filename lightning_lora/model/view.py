@@ -15,7 +15,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import below, first_names, joined, only, outside, where, with_values, without
+from lightning_lora.tensors.named import below, first_names, joined, of_type, only, outside, where, with_values, without
 from lightning_lora.tensors.names import (
     is_bias,
     join,
@@ -116,7 +116,7 @@ class View:
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
         """The adapted layers: a shared one under its first name, and none in a merged model."""
-        adapted = {name: module for name, module in self.modules.items() if isinstance(module, LoRALayer)}
+        adapted = of_type(self.modules, LoRALayer)
         return first_names(adapted)
 
     @cached_property

@@ -22,6 +22,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import join, own_parameter
 
 ALSO = "also"  # the option that holds the other names of a layer that is used in several places
@@ -98,7 +99,7 @@ def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[st
             later.append(name)
     if later:
         raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
-    return {name: value for name, value in stored.items() if name in names}
+    return only(stored, names)
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:

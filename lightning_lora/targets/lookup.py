@@ -11,7 +11,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
-from lightning_lora.tensors.named import first_names, of_type, with_values, without
+from lightning_lora.tensors.named import first_names, not_in, of_type, with_values, without
 from lightning_lora.tensors.names import named_modules, owner_of, parameters_of, plain_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -62,7 +62,7 @@ class Names:
         """The names that are an entry, or end in one."""
         found = ending_in(_argument(argument).candidates(self), entries)
         matched = set(ends_of(found))
-        missing = [entry for entry in entries if entry not in matched]
+        missing = not_in(entries, matched)
         if missing:
             raise self.unmatched(argument, missing, _argument(argument).could_mean(self), given=entries)
         return found

@@ -1,6 +1,7 @@
 """A weight that is tied to another layer's, from its merge to its base again."""
 
 import pytest
+from torch import nn
 
 import lightning_lora as ll
 from tests.support.models import TinyLM, randomise, unties
@@ -24,6 +25,19 @@ def test_what_the_user_froze_in_a_merged_model_is_frozen_where_it_is_tied_again(
     ll.remove_adapters(model)
     assert model.lm_head.weight is model.embed.weight
     assert model.embed.weight.requires_grad is trains
+
+
+@unties
+def test_what_the_user_froze_in_one_use_is_frozen_in_both_where_the_embedding_is_adapted() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
+    model[1].weight = model[0].weight  # type: ignore[assignment]
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+    ll.merge_adapters(model)
+    model[0].weight.requires_grad_(False)  # type: ignore[operator,union-attr]
+    ll.unmerge_adapters(model)
+    ll.remove_adapters(model)
+    assert model[0].weight is model[1].weight
+    assert not model[0].weight.requires_grad
 
 
 @unties
