@@ -26,7 +26,7 @@ def fitted(
     folder: Path, model: L.LightningModule, *, epochs: int = 2, ckpt_path: Path | None = None, **arguments: Any
 ) -> L.Trainer:
     """Fit a module with a LoRACallback of these arguments. The Trainer is returned."""
-    torch.manual_seed(0)
+    torch.manual_seed(0 if ckpt_path is None else 1)  # a run that goes on does not find its numbers by chance
     ours = trainer(folder, [ll.LoRACallback(r=2, **arguments)], max_epochs=epochs)
     ours.fit(model, data(), ckpt_path=ckpt_path)
     return ours
@@ -287,10 +287,12 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path) -> N
     assert_same(copy_of_state(other), before)
 
 
-def test_a_file_that_lost_a_byte_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_which_one_bit_was_flipped_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     ll.save_adapter(adapted(LitTiny()), path)
-    path.write_bytes(path.read_bytes()[:-1])
+    contents = bytearray(path.read_bytes())
+    contents[-1] ^= 1  # in the last value
+    path.write_bytes(contents)
     with pytest.raises(ll.AdapterFileError, match=r"adapter\.safetensors"):
         ll.load_adapter(LitTiny(), path)
 
