@@ -23,7 +23,7 @@ class RefusedExports(Guard):
         config = getattr(inner, "config", None)
         if not hasattr(config, "model_type"):  # it is not of transformers
             return
-        layers = {layer.name: layer for layer in layers_of(view)}
+        layers = layers_of(view)
         stored = StoredAdapters(view.config, {}, layers, root=inner_name)
         refused = refused_layers(stored, named_modules(inner, remove_duplicate=False))
         for why, names in refused.items():
