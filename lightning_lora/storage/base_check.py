@@ -9,9 +9,18 @@ from torch import Tensor
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
+from lightning_lora.storage.fingerprint import (
+    Fingerprint,
+    base_tensors,
+    digests_by_name,
+    fingerprint,
+    have_one_form,
+    quantised_names,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import of_type, only, without
+
+_Compared = tuple[Fingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 
 
 def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
@@ -20,26 +29,24 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    here = fingerprint(view, anew=anew, renaming=stored.renaming)
+    here: Fingerprint = fingerprint(view, anew=anew, renaming=stored.renaming)
     if _is_stored(view, here, stored.base):
         return False
     base = _BaseHere(view, here, stored)
-    comparisons = [base.compare(there) for there in stored.base]
-    for there, found in zip(stored.base, comparisons, strict=True):
-        if not found.is_same:
-            continue
-        if found.has_same_bits:
-            return False
-        warn(_converted_message(base, there, found))
-        return True
-    nearest = _place_of_nearest(stored.base, here)
-    there = stored.base[nearest]
-    message = _difference(base, there, comparisons[nearest])
+    compared = [(there, base.compare(there)) for there in stored.base]
+    for there, found in compared:
+        if found.is_same:
+            if found.has_same_bits:
+                return False
+            warn(_converted_message(base, there, found))
+            return True
+    nearest, difference = _nearest(compared, here)
+    message = _difference(base, nearest, difference)
     if refuse:
         raise BaseMismatchError(message)
     end_of_first_sentence = message.index(". ") + 1
     warn(f"{message[:end_of_first_sentence]} They were loaded all the same, because of check_base=False.")
-    return bool(here["dtypes"] != there["dtypes"])
+    return bool(here["dtypes"] != nearest["dtypes"])
 
 
 def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> bool:
@@ -51,12 +58,12 @@ def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> 
     return any(each in without_halves for each in known)
 
 
-def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
-    """The place of the first fingerprint with the same dtypes, or of the first of all."""
-    for place, there in enumerate(stored):
+def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
+    """The first fingerprint with the same dtypes, or the first of all."""
+    for there, found in compared:
         if there["dtypes"] == here["dtypes"]:
-            return place
-    return 0
+            return there, found
+    return compared[0]
 
 
 class _BaseHere:
@@ -68,7 +75,7 @@ class _BaseHere:
         self.about = about
         self.stored = stored
         self.tensors = base_tensors(view)
-        self.digests: dict[str, int] = dict(zip(self.tensors, about["digests"], strict=True))
+        self.digests = digests_by_name(self.tensors, about)
         self.quantised = quantised_names(view)
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 

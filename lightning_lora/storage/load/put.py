@@ -23,6 +23,7 @@ from lightning_lora.model.record import check_start, find_record, keep_record, r
 from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
+from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, of_type, only
 from lightning_lora.tensors.names import is_bias, join, own_parameter
@@ -175,8 +176,7 @@ def _write(view: View, state: StateDict) -> None:
 def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
     """Copies of the tensors of a model that are written."""
     present = of_type(state_dict(view.model), Tensor)
-    written = only(present, {*state, *view.adapter.originals})
-    return {name: tensor.clone() for name, tensor in written.items()}
+    return copies_of(only(present, {*state, *view.adapter.originals}))
 
 
 def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.storage.state import copies_of
 from lightning_lora.tensors.named import of_type, only, where
 from lightning_lora.tensors.names import named_modules, starts_of
 from lightning_lora.tensors.plain_states import StateDict, loads_in_own_way, state_dict
@@ -48,7 +49,7 @@ def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
 def _values_kept(module: nn.Module) -> Iterator[None]:
     """Give a module its own values back."""
     tensors = of_type({**module._parameters, **module._buffers}, Tensor)  # None stands for one that is not there
-    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    values = copies_of(tensors)
     try:
         yield
     finally:
