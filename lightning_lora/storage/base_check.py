@@ -51,11 +51,11 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
 
 def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
-    known = [here]
-    if here in view.adapter.fingerprints:
-        known += view.adapter.fingerprints
+    forms = [here]
+    if here in view.adapter.fingerprints:  # all of these are of this base
+        forms += view.adapter.fingerprints
     without_halves = [only(each, here) for each in stored]
-    return any(each in without_halves for each in known)
+    return any(form in without_halves for form in forms)
 
 
 def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
@@ -69,20 +69,20 @@ def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
 class _BaseHere:
     """The base of a model, to be compared with the fingerprints in a file."""
 
-    def __init__(self, view: View, about: Fingerprint, stored: StoredAdapters) -> None:
-        """Read the names that its tensors have in the file. ``about`` is its own fingerprint."""
+    def __init__(self, view: View, here: Fingerprint, stored: StoredAdapters) -> None:
+        """Note the names that its tensors have in the file. ``here`` is its own fingerprint."""
         self.view = view
-        self.about = about
+        self.fingerprint = here
         self.stored = stored
         self.tensors = base_tensors(view)
-        self.digests = digests_by_name(self.tensors, about)
+        self.digests = digests_by_name(self.tensors, here)
         self.quantised = quantised_names(view)
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
     def compare(self, there: Fingerprint) -> Comparison:
         """Compare it with a fingerprint. Nothing is compared with one that does not say which names it has."""
         if "rounded" not in there:
-            if there["layout"] != self.about["layout"]:
+            if there["layout"] != self.fingerprint["layout"]:
                 return Comparison()
             there = {**there, "rounded": {name: list[int]() for name in self.names_there.values()}}
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
@@ -92,7 +92,7 @@ class _BaseHere:
 
     def _has_form_of(self, there: Fingerprint) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
-        if not have_one_form(there, self.about):
+        if not have_one_form(there, self.fingerprint):
             return False
         quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
         return quantised_there == self.quantised & self.tensors.keys()
@@ -130,7 +130,7 @@ def _converted_message(base: _BaseHere, there: Fingerprint, found: Comparison) -
     result = "It is the same base, converted."
     if found.quantised:
         result = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-    return f"{trained_on}; {base.view.title} is in {_dtypes(base.about)}. {result}"
+    return f"{trained_on}; {base.view.title} is in {_dtypes(base.fingerprint)}. {result}"
 
 
 def _dtypes(fingerprint: Fingerprint) -> str:
@@ -170,7 +170,7 @@ def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
     dtypes_there = _dtypes(there)
     return (
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
-        f"{_dtypes(base.about)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
+        f"{_dtypes(base.fingerprint)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
         f"{dtypes_there}, and then convert the model. A base that was rounded twice, or to float16 there and to "
         "bfloat16 here, is not recognised."
     )
@@ -178,7 +178,7 @@ def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
 
 def _is_other_architecture(base: _BaseHere, there: Fingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
-    if there["layout"] == base.about["layout"]:
+    if there["layout"] == base.fingerprint["layout"]:
         return False
     if "rounded" not in there:
         return True

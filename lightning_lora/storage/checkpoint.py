@@ -20,7 +20,7 @@ from lightning_lora.storage.fingerprint import changes_between, find_one_form, f
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
-from lightning_lora.storage.load.put import Way, put
+from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, adapters_in, copies_of, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
@@ -169,7 +169,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bo
 
 def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
     """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
-    put(model, stored, Way(call=_CALL, reads_base=False))
+    put(model, stored, call=_CALL, reads_base=False)
 
 
 def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from lightning_lora.model.loading import note_plain_state
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.storage.load.put import WRITTEN, Way, put
+from lightning_lora.storage.load.put import WRITTEN, put, put_state
 from lightning_lora.storage.state import without_notes
 from lightning_lora.storage.stored import KEY, Description, StoredAdapters, checksum
 from lightning_lora.tensors.plain_states import StateDict
@@ -31,9 +31,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             was written.
         AdapterStateError: ``model`` has no adapters.
     """
-    view = view_of(model)
-    stored = StoredAdapters(view.config, without_notes(state))
-    put(model, stored, Way(call="load_adapter_state_dict", is_described=False))
+    view_of(model)  # refuses one that has no adapters, or has lost some
+    put_state(model, without_notes(state))
 
 
 # What torch loads
@@ -97,4 +96,4 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
 def _put_described(model: nn.Module, state: StateDict, description: Description) -> None:
     """Put adapters as their description says."""
     stored = StoredAdapters.from_file(without_notes(state), description, "")
-    put(model, stored, Way(call="load_state_dict"))
+    put(model, stored, call="load_state_dict")
