@@ -80,11 +80,11 @@ class _BaseHere:
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
     def compare(self, there: Fingerprint) -> Comparison:
-        """Compare it with a fingerprint. Nothing is compared with one that does not say which names it has."""
+        """Compare it with a fingerprint. Nothing is compared with one of other names that does not list them."""
         if "rounded" not in there:
             if there["layout"] != self.fingerprint["layout"]:
                 return Comparison()
-            there = {**there, "rounded": {name: list[int]() for name in self.names_there.values()}}
+            there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
         found.quantised = [name for name in found.quantised if name in self.view.parameters]

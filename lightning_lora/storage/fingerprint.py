@@ -45,9 +45,9 @@ def base_digests(model: nn.Module) -> dict[str, int]:
     return digests_by_name(base_tensors(view), fingerprint(view, anew=False))
 
 
-def digests_by_name(names: Iterable[str], of: Fingerprint) -> dict[str, int]:
-    """Return the digests of a fingerprint, by the names of its tensors."""
-    return dict(zip(names, of["digests"], strict=True))
+def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]:
+    """Return the digests in a fingerprint, by the names of its tensors."""
+    return dict(zip(names, stored["digests"], strict=True))
 
 
 def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
@@ -128,7 +128,7 @@ def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> di
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
     rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
-    for layer, (matrix, *_) in view.matrices.items():
+    for layer, (matrix, *_) in view.matrices.items():  # what has tokens is its layer's only matrix
         weight = view.base.get(join(layer, matrix.weight))
         rows_by_weight[weight] = matrix.tokens
     rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base.items()}
@@ -185,9 +185,11 @@ def changes_between(view: View, before: Fingerprint, now: Fingerprint) -> dict[s
 
 def have_one_form(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints are of the same names, shapes and dtypes."""
-    have_one_layout = one["layout"] == other["layout"]
-    have_same_dtypes = one["dtypes"] == other["dtypes"]
-    return bool(have_one_layout and have_same_dtypes)
+    return _form_of(one) == _form_of(other)
+
+
+def _form_of(stored: Fingerprint) -> tuple[Any, Any]:
+    return stored["layout"], stored["dtypes"]
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:

@@ -254,8 +254,7 @@ def _answering(model: nn.Module, state: StateDict) -> Iterator[None]:
     with ExitStack() as undo:
         for name, module in model.named_modules():
             attributes = vars(module)
-            if "state_dict" in attributes:  # somebody's
-                undo.callback(attributes.update, state_dict=attributes["state_dict"])
+            undo.callback(attributes.update, only(attributes, ["state_dict"]))  # somebody's
             undo.callback(attributes.pop, "state_dict")
             attributes["state_dict"] = partial(_part_of_state, state, name)
         yield

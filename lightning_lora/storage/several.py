@@ -166,7 +166,9 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
 
 def _are_numbers(weights: object) -> bool:
     """Whether these are numbers by names."""
-    return isinstance(weights, Mapping) and all(isinstance(weight, int | float) for weight in weights.values())
+    if not isinstance(weights, Mapping):
+        return False
+    return all(isinstance(weight, int | float) for weight in weights.values())
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
