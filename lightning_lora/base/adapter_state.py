@@ -42,10 +42,10 @@ class AdapterState:
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
 
-    resting: dict[str, Adapter] = field(default_factory=dict)
+    inactive_adapters: dict[str, Adapter] = field(default_factory=dict)
     """While another one is active: this one, off its layers, by their names."""
 
-    resting_tensors: dict[str, Tensor] = field(default_factory=dict)
+    inactive_tensors: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
     sum_of: dict[str, float] | None = None
@@ -60,9 +60,9 @@ class AdapterState:
         return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))
 
     def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
-        """It rests, and shows others from now on."""
+        """It is inactive, and shows others from now on."""
         self.sum_of = dict(weights)
-        for adapter in self.resting.values():
+        for adapter in self.inactive_adapters.values():
             adapter.settings = replace(adapter.settings, follows=True)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
