@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
 from lightning_lora.networks.roles import Networks
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.values import copy_to_host
 
 
@@ -90,4 +91,4 @@ class AdapterState:
     def base_was_loaded(self, values: Mapping[str, Tensor]) -> None:
         """Other code loads a new base, with these values."""
         self.random = None
-        self.set_base_values({name: value for name, value in values.items() if name in self.originals})
+        self.set_base_values(only(values, self.originals))
