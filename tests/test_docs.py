@@ -136,7 +136,8 @@ def test_settings_of_the_command_line_are_the_callbacks() -> None:
     own, listed = [yaml.safe_load(text) for text in blocks("command-line", "yaml")]
     assert LoRACallback(**own["lora"]).merge == "last"
     (entry,) = listed["trainer"]["callbacks"]
-    assert entry["class_path"] == "lightning_lora.LoRACallback" and LoRACallback(**entry["init_args"])
+    assert entry["class_path"] == "lightning_lora.LoRACallback"
+    assert LoRACallback(**entry["init_args"])
 
 
 def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +159,8 @@ def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page:
     code = "\n".join(blocks(page))
     ast.parse(code)
     calls = re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
-    assert len(calls) >= 5 and all(eval(call, {"LoRACallback": LoRACallback}).config for call in calls)
+    assert len(calls) >= 5
+    assert all(eval(call, {"LoRACallback": LoRACallback}).config for call in calls)
 
 
 def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
@@ -213,7 +215,8 @@ def test_tests_that_guard_hazards_are_there() -> None:
     for table in tables:
         rows = table.partition("\n\n")[0].splitlines()
         named = [re.fullmatch(r"\| .* \| `(test_\w+)` \|", row) for row in rows]
-        assert len(named) > 5 and [row for row, name in zip(rows, named, strict=True) if name is None] == []
+        assert len(named) > 5
+        assert [row for row, name in zip(rows, named, strict=True) if name is None] == []
         assert [name[1] for name in named if name and f"def {name[1]}(" not in tests] == []
 
 
@@ -236,8 +239,10 @@ def test_code_of_the_readme_runs(here: Path) -> None:
         if "ModelCheckpoint(" in code:
             known["trainer"].save_checkpoint("best.ckpt")
         if "save_merged" in code:
-            plain, x = MyModule.load_from_checkpoint("merged.ckpt"), torch.arange(4)
-            assert torch.equal(plain(x), known["model"](x)) and not torch.equal(plain(x), MyModule()(x))
+            plain = MyModule.load_from_checkpoint("merged.ckpt")
+            x = torch.arange(4)
+            assert torch.equal(plain(x), known["model"](x))
+            assert not torch.equal(plain(x), MyModule()(x))
             known["model"] = known["trainer"].lightning_module
     lightning_lora.remove_adapters(known["model"])
     assert same(state(known["model"]), state(MyModule()))

@@ -36,9 +36,12 @@ def fit(fabric: L.Fabric, model: nn.Module) -> tuple[Any, Any]:
 def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
     model = adapted()
     wrapped, _ = fit(fabric(), torch.compile(model, backend="eager"))
-    trained, base = state(model), LitTiny()(X)
-    assert type(wrapped).__name__ != type(model).__name__ and list(ll.adapter_state_dict(wrapped)) == TRAINED
-    assert ll.summarize(wrapped).title == "LitTiny" and ll.summarize(wrapped).trained == ll.summarize(model).trained
+    trained = state(model)
+    base = LitTiny()(X)
+    assert type(wrapped).__name__ != type(model).__name__
+    assert list(ll.adapter_state_dict(wrapped)) == TRAINED
+    assert ll.summarize(wrapped).title == "LitTiny"
+    assert ll.summarize(wrapped).trained == ll.summarize(model).trained
     ll.load_adapter_state_dict(wrapped, ll.adapter_state_dict(model))
     ll.save_adapter(wrapped, tmp_path / "a.safetensors")
     ll.load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
@@ -50,7 +53,8 @@ def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
     ll.export_peft(wrapped, tmp_path / "peft")
     ll.save_merged(wrapped, tmp_path / "merged.ckpt")
     ll.merge_adapters(wrapped)
-    assert is_plain(model) and same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
+    assert is_plain(model)
+    assert same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
     ll.unmerge_adapters(wrapped)
     assert same(state(model), trained)
     ll.remove_adapters(wrapped)
@@ -72,7 +76,8 @@ def test_a_file_of_fabric_is_loaded_onto_an_adapted_model(tmp_path: Path, whole:
     rest = f.load(path, {"model": again} if whole else {})
     if not whole:
         ll.load_adapter_state_dict(again, rest["model"])
-    assert same(state(again.module), state(model)) and not same(state(model), state(adapted()))
+    assert same(state(again.module), state(model))
+    assert not same(state(model), state(adapted()))
     with unchanged(plain := LitTiny()), pytest.raises(ll.AdapterFileError, match="load_adapter_state_dict"):
         ll.load_adapter(plain, path)
 
@@ -92,7 +97,8 @@ def train_in_two(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.processes
 def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path) -> None:
     first, second = run_ranks(train_in_two, tmp_path)
-    assert same(first, second) and first["q_proj.lora_B"].any()
+    assert same(first, second)
+    assert first["q_proj.lora_B"].any()
     ll.load_adapter(model := LitTiny(), tmp_path / "a.safetensors")
     assert same(ll.adapter_state_dict(model), first)
 
@@ -173,7 +179,8 @@ def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps(
 @pytest.mark.parametrize("has_stepped", [False, True])
 @pytest.mark.parametrize("saved", [None, ["head"]])
 def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(saved: Any, has_stepped: bool) -> None:
-    model, config = LitTiny(), ll.LoRAConfig(r=2, modules_to_save=saved)
+    model = LitTiny()
+    config = ll.LoRAConfig(r=2, modules_to_save=saved)
     ll.inject_adapters(model, config, name="first")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     if has_stepped:

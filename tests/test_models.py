@@ -145,12 +145,16 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
 ) -> None:
     monkeypatch.setattr(FAST, False)  # which rounds in its own way, as torch's products with weights that train
     model, other = (Lit(name).to(CASES[name].dtype).requires_grad_(False) for _ in range(2))
-    before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
+    before = state(model)
+    output = run(model)
+    kinds = [type(module) for module in model.modules()]
     ll.inject_adapters(model, config)
-    assert torch.equal(run(model), output) and same(base_of(state(model)), before)
+    assert torch.equal(run(model), output)
+    assert same(base_of(state(model)), before)
     randomise(model)
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    with_adapters, adapted = state(model), run(model)
+    with_adapters = state(model)
+    adapted = run(model)
     assert not torch.equal(adapted, output)
     ll.merge_adapters(model)
     monkeypatch.setattr(FAST, True)
@@ -158,32 +162,38 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     ll.unmerge_adapters(model)
     torch.testing.assert_close(run(model), adapted)
     monkeypatch.setattr(FAST, False)
-    assert same(state(model), with_adapters) and torch.equal(run(model), adapted)
+    assert same(state(model), with_adapters)
+    assert torch.equal(run(model), adapted)
     ll.load_adapter(other, tmp_path / "adapter.safetensors")
     assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
     torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
     ll.remove_adapters(model)
-    assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
-    assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
+    assert same(state(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(run(model), output)
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # they are random on purpose
 @pytest.mark.filterwarnings("ignore:.*leaves .* of the weights:lightning_lora.LoRAWarning")  # of so small a ViT
 def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
-    before, output = state(model), run(model)
+    before = state(model)
+    output = run(model)
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
     trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
     after = state(model)
     assert same(base_of(after), before)
     idle = [key for key, value in after.items() if "lora_" in key and not value.any()]
-    assert not idle and not torch.equal(run(model), output)
+    assert not idle
+    assert not torch.equal(run(model), output)
 
 
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("name", ["gpt2", "wav2vec2", "mixtral", "mamba"], indirect=True)
 def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
-    model, again = Lit(name), Lit(name)
+    model = Lit(name)
+    again = Lit(name)
     ll.inject_adapters(model, config)
     randomise(model)
     model.net.save_pretrained(tmp_path)

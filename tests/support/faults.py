@@ -135,9 +135,11 @@ def fails_at(place: int, call: Callable[[], object], *errors: type[Exception]) -
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Expect ``model`` to be afterwards what it was, bit for bit."""
-    before, kinds_before = state(model), kinds(model)
+    before = state(model)
+    kinds_before = kinds(model)
     yield
-    assert same(state(model), before) and kinds(model) == kinds_before
+    assert same(state(model), before)
+    assert kinds(model) == kinds_before
 
 
 def adapted(seed: int = 5) -> LitTiny:
