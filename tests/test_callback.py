@@ -253,7 +253,8 @@ def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alo
     with torch.serialization.safe_globals([ll.LoRACallback]):
         (loaded,) = torch.load(file, weights_only=True)["callbacks"]
     assert (loaded.config, loaded.merge, loaded.given) == (callback.config, False, callback.given)
-    trainer(tmp_path, [loaded], max_epochs=1).fit(model := LitTiny(), data())
+    model = LitTiny()
+    trainer(tmp_path, [loaded], max_epochs=1).fit(model, data())
     assert model.q_proj.lora_B.any()
 
 

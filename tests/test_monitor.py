@@ -58,7 +58,8 @@ def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path) -> None:
     for monitor in ([], [LoRAMonitor(1)]):
         torch.manual_seed(4)
         t = trainer(tmp_path, [*monitor, lora()])
-        t.fit(model := LitTiny(), data(), data())
+        model = LitTiny()
+        t.fit(model, data(), data())
         own = {name: value for name, value in t.callback_metrics.items() if not name.startswith("lora/")}
         ends.append((state(model), own, torch.get_rng_state()))
     (weights, *numbers, random), (weights2, *numbers2, random2) = ends

@@ -82,7 +82,8 @@ def test_no_encoding_ends_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_summary_prints_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     written = Written(monkeypatch, encoding)
-    ll.inject_adapters(model := Blocks(), ll.LoRAConfig(r=4, target_modules="all"))
+    model = Blocks()
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules="all"))
     print(ll.summarize(model))
     first = written.text()
     Console(width=120).print(ll.summarize(model))
@@ -93,7 +94,8 @@ def test_a_summary_prints_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encod
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_no_encoding_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    saved(file := tmp_path / "größe.safetensors", Blocks(), target_modules="all")
+    file = tmp_path / "größe.safetensors"
+    saved(file, Blocks(), target_modules="all")
     written = Written(monkeypatch, encoding)
     assert main(["inspect", str(file)]) == 0
     assert main(["inspect", str(file), "--json"]) == 0

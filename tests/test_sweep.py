@@ -198,7 +198,8 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) ->
 
 
 def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> None:
-    inject_adapters(model := LitTiny(), LoRACallback(r=2).config, name="de")
+    model = LitTiny()
+    inject_adapters(model, LoRACallback(r=2).config, name="de")
     fit, _ = fitting(tmp_path, lambda: model)
     with pytest.raises(ConfigError, match=r"a module with adapters .*unmerge_adapters"):
         LoRASweep(r=[1, 2], directory=tmp_path).run(fit)

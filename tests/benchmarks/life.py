@@ -144,6 +144,7 @@ def _file_size(*callbacks: Callback) -> tuple[int, int]:
     trainer = Trainer(callbacks=[*callbacks], **QUIET, enable_checkpointing=False)
     trainer.fit(task)
     with tempfile.TemporaryDirectory() as folder:
-        trainer.save_checkpoint(path := Path(folder) / "file.ckpt")
+        path = Path(folder) / "file.ckpt"
+        trainer.save_checkpoint(path)
         size = path.stat().st_size
     return size, 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each

@@ -162,7 +162,8 @@ WAYS: dict[str, Callable[[LitTiny, Path], object]] = {
 def refused(path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (LitTiny, adapted)) -> None:
     """Expect ``path`` to be refused in every way in which it could be loaded, and a model to be what it was."""
     for way, build in product(ways or WAYS, builds):
-        with unchanged(model := build()), pytest.raises(OURS):
+        model = build()
+        with unchanged(model), pytest.raises(OURS):
             WAYS[way](model, path)
 
 

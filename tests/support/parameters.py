@@ -79,6 +79,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" not in name}
 
 
+def base_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a state that are no adapter's."""
+    return {name: value for name, value in tensors.items() if is_base(name)}
+
+
 def base_keys(model: nn.Module) -> list[str]:
     """The names in a model's state dict that are no adapter's."""
     return [name for name in model.state_dict() if "lora_" not in name]

@@ -47,7 +47,8 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
 
 def restores(file: Any, model: Any, onto: Any = None) -> Any:
     """A plain base, of which a file makes what ``model`` is, bit for bit."""
-    load_adapter(onto := LitTiny() if onto is None else onto, file)
+    onto = LitTiny() if onto is None else onto
+    load_adapter(onto, file)
     assert same(state(onto), state(model))
     return onto
 
