@@ -16,11 +16,11 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import modules_around, not_in, without
-from lightning_lora.tensors.names import is_inside, join, named_modules, submodule
+from lightning_lora.tensors.named import modules_around, not_in, renamed, without
+from lightning_lora.tensors.names import is_inside, join, named_modules
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,19 @@ class Source:
         return Renaming(self.stored.root, "").name_here(name)
 
     @cached_property
-    def inner(self) -> nn.Module | None:
-        """The module that the reader has. That of a file is not known."""
-        return None if self.model is None else submodule(self.model, self.stored.root)
+    def modules_here(self) -> dict[str, nn.Module]:
+        """All modules of the model. Those of a file are not known: there are none."""
+        return {} if self.model is None else named_modules(self.model, remove_duplicate=False)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules inside it, by their names there. Those of a file are not known: there are none."""
-        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+        """The modules that the reader has, by their names there."""
+        return renamed(entries_inside(self.stored.root, self.modules_here), self.name_there)
+
+    @property
+    def inner(self) -> nn.Module | None:
+        """The module that the reader has, with all others in it. That of a file is not known."""
+        return self.modules.get("")
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.peft import peft_config as peft
+from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
-from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, is_bias, with_tied, without_zeros
+from lightning_lora.storage.formats.peft.peft_refusals import trained_biases
 from lightning_lora.storage.formats.writing import Source, WeightUpdate, weight_updates, with_scaling, write_files
 from lightning_lora.storage.renaming import Renaming, list_or_expression
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import of_type, only, where
+from lightning_lora.tensors.named import not_in, of_type, only, where
 from lightning_lora.tensors.names import join, starts_of
 
 
@@ -41,7 +42,7 @@ def exported(source: Source, uniform: bool, scaling: float | None = None) -> tup
 
     ``scaling`` is that of all updates. None: each has its own, or if they are to be uniform, the most common one.
     """
-    source = _checked(source)
+    source = fitted(source)
     updates = weight_updates(source)
     settings = source.stored.config
     has_one_scaling = uniform or scaling is not None
@@ -54,15 +55,6 @@ def exported(source: Source, uniform: bool, scaling: float | None = None) -> tup
     if scaling is None:
         _warn_of_scalings(source, updates, config)
     return _tensors(source, updates), config
-
-
-def _checked(source: Source) -> Source:
-    """The adapters that PEFT can hold, after checks."""
-    stored = without_zeros(source.stored, source.modules)
-    stored = with_tied(stored, source.model)
-    source = replace(source, stored=stored)
-    check_exportable(stored, source.modules, source.saved)
-    return source
 
 
 def _with_one_scaling(updates: list[WeightUpdate], uniform: bool, scaling: float | None) -> list[WeightUpdate]:
@@ -88,10 +80,10 @@ def _tensors(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Tenso
         place = wrappers.name_inside(source.name_there(layer.name))
         name = f"{place}.{peft.TOKENS}"
         tensors[name] = source.stored.state[rows]
-    for name, value in source.stored.state.items():
-        if is_bias(name, source.stored) and name not in source.saved:
-            place = wrappers.name_inside(source.name_there(name))
-            tensors[place] = value
+    biases = not_in(trained_biases(source.stored), source.saved)
+    for name, value in only(source.stored.state, biases).items():
+        place = wrappers.name_inside(source.name_there(name))
+        tensors[place] = value
     for name, value in source.saved.items():
         place = source.name_there(name)
         tensors[place] = value
