@@ -122,8 +122,8 @@ def check_usual(contents: Mapping[Any, Any], path: object) -> None:
         odd += where_not(tensors, _is_usual)
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or have no "
-            "values. Write the file again with the values of .to_dense() or .float()."
+            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
+            "have no values. Write the file again with the values of .to_dense() or .float()."
         )
 
 

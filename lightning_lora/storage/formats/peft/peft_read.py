@@ -43,7 +43,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
 def read_updates(
     view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
-) -> tuple[list[Update], dict[str, Tensor]]:
+) -> tuple[list[Update], Mapping[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _adapters_and_others(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
