@@ -81,13 +81,13 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         _write_folder(view_of(model), path)
 
 
-def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
+def _merged(view: View, changed: Mapping[str, Any], *, is_folder: bool = False) -> dict[str, Any]:
     """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
     untied = [weight.layer for weight in view.merged if weight.was_tied]
     untied += tied_weights(view)
     if is_folder and untied:
         _refuse_to_tie_again(view, untied)
-    state, lost = merged_state(view, given)
+    state, lost = merged_state(view, changed)
     check_not_diverged(view)
     _refuse_overflow(view, state)
     Guards().merged(view.title, lost, untied)
@@ -132,7 +132,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
-        "state_dict": _merged(view),
+        "state_dict": _merged(view, {}),
         model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_dict else model.hparams,
         model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_dict else type(model.hparams),
         model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, HPARAMS_NAME, None),
@@ -152,7 +152,7 @@ def _package_of_lightning(model: nn.Module) -> str | None:
 
 
 def _write_safetensors(view: View, path: Path) -> None:
-    state = _merged(view)
+    state = _merged(view, {})
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise AdapterFileError(
@@ -186,7 +186,7 @@ def _write_folder(view: View, path: Path) -> None:
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    state = _merged(view, is_folder=True)
+    state = _merged(view, {}, is_folder=True)
     with writing_folder(path) as part, _answering(view.model, state):
         save(part)
 
@@ -204,7 +204,7 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     if has_values_of_its_own or is_inside_another_save:
         return save(model, *args, **kwargs)
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
-    state = _merged(view, given, is_folder=True)
+    state = _merged(view, given or {}, is_folder=True)
     if view.layers:
         warn(
             f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "

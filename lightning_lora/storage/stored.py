@@ -55,11 +55,11 @@ class StoredAdapters:
         check_as_adapted(view)
         config = view.config
         layers = layers_of(view)
-        _check_as_configured(view, config, layers)
+        _check_as_configured(view, config, layers.values())
         return cls(
             config=config,
             state=state,
-            layers=_by_name(layers),
+            layers=layers,
             base=base,
             changed=list(only(state, view.frozen)),
             random=list(random_weights(view)),
@@ -71,7 +71,9 @@ class StoredAdapters:
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
-        layers = _by_name(map(StoredLayer.from_dict, description["layers"]))
+        layers = dict[str, StoredLayer]()
+        for about in description["layers"]:
+            layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
         as_they_are = only(description, _AS_THEY_ARE)
         return cls(config, state, layers, source=str(source), **as_they_are)
@@ -115,10 +117,6 @@ def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
     return {module: inside(names, [module]) for module in outermost}
-
-
-def _by_name(layers: Iterable[StoredLayer]) -> dict[str, StoredLayer]:
-    return {layer.name: layer for layer in layers}
 
 
 def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:

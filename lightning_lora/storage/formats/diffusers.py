@@ -19,7 +19,7 @@ from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
 from lightning_lora.storage.formats.peft import peft_config as peft
 from lightning_lora.storage.formats.peft.peft_read import read_updates
-from lightning_lora.storage.formats.peft.peft_write import exported
+from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
@@ -71,7 +71,7 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     for stored in _split(source):
         member = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported(member, uniform, scaling=1.0)
+        member_tensors, config = exported_with_scaling(member, uniform, scaling=1.0)
         name = _checked_member(member.inner, stored, member_tensors)
         below = Renaming(here=name)
         tensors |= below.with_names_here(member_tensors)

@@ -19,7 +19,6 @@ from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
 from lightning_lora.tensors.named import not_in, only, where, without
 from lightning_lora.tensors.plain_states import state_dict
-from lightning_lora.tensors.values import is_tensor
 
 
 def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_base: bool) -> None:
@@ -28,7 +27,7 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_
     _check_names(view, stored)
     is_converted = False
     if stored.base:
-        is_converted = _check_base(view, stored, anew=reads_base, refuse=refuses_base)
+        is_converted = check_base(view, stored, anew=reads_base, refuse=refuses_base)
     compared = without(stored.state, stored.filled)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
     _check_finite(view, stored.state)
@@ -128,16 +127,6 @@ def _wrong_names(
         unexpected = not_in(unexpected, without_base(view, state_dict(view.model), random))
     wrong = {"missing": not_in(needed, state), "unexpected": unexpected}
     return " and ".join(f"{what} {listed(names)}" for what, names in where(wrong, bool).items())
-
-
-# The base
-
-
-def _check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
-    """Refuse another base. Return whether this one is converted."""
-    tensors = where(stored.state, is_tensor)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return check_base(view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse)
 
 
 def _check_changed(view: View, state: Mapping[str, Any]) -> None:

@@ -30,7 +30,8 @@ from lightning_lora.storage.formats.peft.peft_config import (
     read_config,
     tensors_in,
 )
-from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not, why_not_rows
+from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not
+from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
@@ -264,7 +265,7 @@ class _Layers:
         indices = self.peft.token_rows(there)
         _check_rows(there, matrix, rows, indices)
         why = why_not_rows(self.view.modules, self.place.name_here(there))
-        if why is not None:
+        if why:
             raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
         matrix = replace(matrix, tokens=tuple(sorted(indices)))
         layer = self._described(there, LoRATokens, (matrix,))
@@ -288,7 +289,7 @@ class _Layers:
         """The layer with this adapter, if PEFT computes the same."""
         layer = described(self.view, self.place.name_here(there), kind, matrices)
         why = why_not(layer, magnitude)
-        if why is not None:
+        if why:
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
                 "trained on, or merge it with PEFT, and use the merged model."
