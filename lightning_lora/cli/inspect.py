@@ -54,7 +54,7 @@ def inspect(stored: StoredAdapters) -> _Plain:
     layers = list[_Plain]()
     rows = dict[str, list[int]]()
     for name, layer in stored.layers.items():
-        if layer.tokens:
+        if layer.tokens:  # they are no update: the base's rows are not in the file
             rows[name] = list(layer.tokens)
         else:
             layers.append(_describe_layer(stored, name))
