@@ -70,23 +70,21 @@ class LoRASummary:
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
-        headline = Text(self._headline(), style="bold")
         shown = self._groups_that_train_most() if trained_only else self.groups
         layers = self._layers(shown)
         if self.plain:
-            return Writable(headline, layers)
+            return Writable(_headline(self._what_is_plain()), layers)
+        headline = _headline(f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters")
         costs = self._costs(optimizers)
         if any(rates):
             costs.add_row("Learning rate", *rates)
         return Writable(headline, layers, costs)
 
-    def _headline(self) -> str:
-        if not self.plain:
-            return f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
-        headline = f"{self.title} is a plain model"
+    def _what_is_plain(self) -> str:
+        what = f"{self.title} is a plain model"
         if self.adapters:
-            headline += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
-        return headline
+            what += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
+        return what
 
     def _groups_that_train_most(self) -> list[LayerGroup]:
         """The groups of the 15 rows that train most, in the order of all groups."""
@@ -153,6 +151,10 @@ def summarize(model: nn.Module) -> LoRASummary:
 
 
 # The texts of the table
+
+
+def _headline(text: str) -> Text:
+    return Text(text, style="bold")
 
 
 def _shown_name(group: LayerGroup) -> str:

@@ -1,6 +1,6 @@
 """The base of an adapted model: one row for each of its tensors. All names are as in ``named_parameters``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.tensors.digests import digest, digests, digests_as
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import Seen
@@ -100,10 +101,7 @@ class Base:
 
     def row(self, name: str) -> BaseTensor:
         """Return a tensor's row, perhaps an empty one."""
-        row = self.rows.get(name)
-        if row is None:
-            row = self.rows[name] = BaseTensor()
-        return row
+        return self.rows.setdefault(name, BaseTensor())
 
     def snapshot(self) -> "Base":
         """Return a copy that later events do not change. Tensors are not copied."""
@@ -200,11 +198,15 @@ class Base:
         for name in names:
             self.row(name).is_filled = True
 
-    def forget_changes(self, names: Iterable[str] | None = None) -> None:
-        """These tensors, or all, have the base's values now."""
-        for name in list(self.rows) if names is None else names:
-            if name in self.rows:
-                self.rows[name].change = None
+    def forget_changes(self, names: Collection[str]) -> None:
+        """These tensors have the base's values now."""
+        for row in only(self.rows, names).values():
+            row.change = None
+
+    def forget_all_changes(self) -> None:
+        """All tensors have the base's values now."""
+        for row in self.rows.values():
+            row.change = None
 
     def changes_were_loaded(self, values: Mapping[str, Tensor]) -> None:
         """A file's values of changed tensors were loaded."""
