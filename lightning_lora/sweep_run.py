@@ -81,7 +81,7 @@ class _Callback(LoRACallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            _check(trainer, pl_module)
+            _refuse_what_sweeps_cannot(trainer, pl_module)
             self.module = pl_module
             self.most = trainer.fit_loop.max_epochs
         super().setup(trainer, pl_module, stage)
@@ -128,7 +128,7 @@ class _Callback(LoRACallback):
         trainer.save_checkpoint(run.file, weights_only=False)
 
 
-def _check(trainer: Trainer, pl_module: LightningModule) -> None:
+def _refuse_what_sweeps_cannot(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse what does not work with a sweep."""
     averages = kinds_of(trainer) & {"WeightAveraging", "StochasticWeightAveraging"}
     refused = {

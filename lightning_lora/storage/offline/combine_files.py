@@ -21,8 +21,11 @@ from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.named import below, only
 from lightning_lora.tensors.names import owner_of
 
+_Path = str | Path
+_Updates = dict[AdaptedMatrix, Factors]  # of one layer
 
-def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequence[float], r: int | None = None) -> int:
+
+def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
     if len(paths) < 2 or len(weights) != len(paths):
@@ -84,9 +87,7 @@ class _WeightedSum:
         return truncated(update, highest_rank)
 
 
-def _summed_updates(
-    files: Sequence[StoredAdapters], weights: Sequence[float], name: str, r: int | None
-) -> dict[AdaptedMatrix, Factors]:
+def _summed_updates(files: Sequence[StoredAdapters], weights: Sequence[float], name: str, r: int | None) -> _Updates:
     """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
     sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)
     for file, weight in zip(files, weights, strict=True):
@@ -95,7 +96,7 @@ def _summed_updates(
     return {matrix: weighted_sum.factors(matrix, r) for matrix, weighted_sum in sums.items()}
 
 
-def _named_factors(name: str, updates: dict[AdaptedMatrix, Factors], r: int) -> dict[str, Tensor]:
+def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
     named = dict[str, Tensor]()
     for matrix, update in updates.items():
@@ -141,7 +142,9 @@ def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     if (one.root, one.filled) != (other.root, other.filled):
         return False
     have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
-    return have_one_fingerprint and all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
+    if not have_one_fingerprint:
+        return False
+    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
 
 
 def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:

@@ -36,21 +36,21 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     _check_no_adapters(out)
     merge = _Merge(files, adapter, progress)
     check_plan(merge.plan)
-    _write(merge, files, out)
+    _write_as_base(merge, files, out)
     merge.warn_of_rounding()
     return len(merge.plan.adapted)
 
 
-def _write(merge: "_Merge", files: TensorFiles, out: Path) -> None:
+def _write_as_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
     if isinstance(files, SafetensorsFolder):
-        _write_folder(merge, files, out)
+        _merge_into_folder(merge, files, out)
     elif out.suffix == ".safetensors":
-        _write_safetensors(merge, out)
+        _merge_into_file(merge, out)
     elif not isinstance(files, CheckpointFile):
         raise _cannot_be_written(files.path, out, ".safetensors")
     elif out.suffix in (".ckpt", files.path.suffix):
-        _write_checkpoint(merge, files, out)
+        _merge_into_checkpoint(merge, files, out)
     else:
         raise _cannot_be_written(files.path, out, f".safetensors or {files.path.suffix}")
 
@@ -121,14 +121,14 @@ class _Merge:
 # A file
 
 
-def _write_safetensors(merge: _Merge, out: Path) -> None:
+def _merge_into_file(merge: _Merge, out: Path) -> None:
     """Write the merged model as one safetensors file."""
     check_tensors_alone(merge.plan)
     with writing(out) as part:
         merge.write(part, merge.plan.file_of, merge.plan.base)
 
 
-def _write_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
+def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
     unread = unread_in(base.checkpoint)
     if unread:
@@ -149,7 +149,7 @@ def _write_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
 # A folder
 
 
-def _write_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
+def _merge_into_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     check_tensors_alone(merge.plan)
     sources = list(dict.fromkeys(merge.plan.file_of.values()))
