@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.storage.fingerprint import Fingerprint
 from lightning_lora.tensors.digests import digests_as
+from lightning_lora.tensors.named import only
 
 
 @dataclass
@@ -106,5 +107,5 @@ class _BaseThere:
 
 def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
     """The floating-point dtypes with these names. A later torch has more."""
-    dtypes = [getattr(torch, name) for name in names if hasattr(torch, name)]
+    dtypes = only(vars(torch), set(names)).values()
     return [dtype for dtype in dtypes if dtype.is_floating_point]

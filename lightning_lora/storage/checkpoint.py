@@ -26,14 +26,17 @@ from lightning_lora.storage.state import NOTE, adapters_in, without_base, withou
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
-from lightning_lora.tensors.plain_states import load_state_dict, state_dict
+from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors
 from lightning_lora.tensors.values import detached
+
+Checkpoint = dict[str, Any]  # as a Trainer writes it
+
 
 # Write
 
 
-def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
+def adapter_only(model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False) -> Checkpoint:
     """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
@@ -50,8 +53,8 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
 
 
 def with_merged_model(
-    model: nn.Module, checkpoint: Mapping[str, Any], *, written_later: bool = False
-) -> tuple[dict[str, Any], dict[str, float]]:
+    model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False
+) -> tuple[Checkpoint, dict[str, float]]:
     """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
     adapters = without_notes(checkpoint["state_dict"])
     description = checkpoint[KEY]
@@ -63,7 +66,7 @@ def with_merged_model(
     return whole, lost
 
 
-def _with_small_states(view: View, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose states of the model hold only what training changed: also those of averages."""
     small = dict(checkpoint)
     for key, state in only(checkpoint, _STATES).items():
@@ -79,13 +82,13 @@ def _with_small_states(view: View, checkpoint: Mapping[str, Any]) -> dict[str, A
 _STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
 
 
-def _small_state(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     """A state of the model without the base."""
     changed = without_base(view, state, random_weights(view))
     return {name: _alone(value) for name, value in changed.items()}
 
 
-def _with_averages(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_averages(checkpoint: Checkpoint) -> dict[str, Any]:
     """The states of callbacks that hold a full model, by callback: Lightning's StochasticWeightAveraging has one."""
     return where(checkpoint.get("callbacks", {}), _has_average)
 
@@ -104,7 +107,7 @@ def _alone(value: Any) -> Any:
     return value.clone(memory_format=torch.contiguous_format)
 
 
-def _copy(checkpoint: dict[str, Any]) -> Any:
+def _copy(checkpoint: Checkpoint) -> Any:
     """A copy that later steps do not change. torch copies no tensor with a graph, such as a kept loss."""
     return deepcopy(tree_map(detached, checkpoint))
 
@@ -112,13 +115,13 @@ def _copy(checkpoint: dict[str, Any]) -> Any:
 # Read
 
 
-def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for state in _with_averages(checkpoint).values():
         state[AVERAGE] = _with_base(model, state[AVERAGE], base_values(view_of(model)))
 
 
-def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
+def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
     """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
     if not merged:
         return False
@@ -146,7 +149,7 @@ def naming_the_file(path: object) -> Iterator[None]:
 _CALL = "To load a checkpoint"
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
+def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
 
     Args:
@@ -169,14 +172,14 @@ def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
     put(model, stored, Way(call=_CALL, reads_base=False))
 
 
-def _add_base_to_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
     base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
     for key, state in only(checkpoint, _STATES).items():
         checkpoint[key] = _with_base(model, state, base)
 
 
-def _with_base(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
+def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
     values = {**base, **renamed(where(state, _is_there), plain_name)}
     completed = dict[str, Any]()
@@ -194,7 +197,7 @@ def _is_there(value: object) -> bool:
 # A full checkpoint
 
 
-def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _load_base(model: nn.Module, state: StateDict) -> None:
     """Write a full state into the base, and initialise the adapters again."""
     check_start(model, _CALL)
     state = renamed(state, plain_name)
@@ -210,7 +213,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     record.base.forget_all_changes()
 
 
-def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _check_base_fits(model: nn.Module, state: StateDict) -> None:
     """Refuse a full state that does not fit this model."""
     wrong = _misfits(_state_of_base(model), state)
     if wrong:
@@ -226,7 +229,7 @@ def _state_of_base(model: nn.Module) -> dict[str, Any]:
     return without(state, adapters_in(view_of(model), state))
 
 
-def _misfits(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def _misfits(expected: StateDict, state: StateDict) -> list[str]:
     """What is missing in a state, is unexpected, or has another shape, in words."""
     wrong = [f"{name} is missing" for name in not_in(expected, state)]
     for name, value in state.items():

@@ -19,11 +19,12 @@ from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import adapters_in
 from lightning_lora.tensors.named import names_by, only, renamed, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
+from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import detached, replace_values
 
 
-def merged_state(view: View, changed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory.
 
     Args:
@@ -46,7 +47,7 @@ def merged_state(view: View, changed: Mapping[str, Any]) -> tuple[dict[str, Any]
     return _noted(view, _state_with(view, changed, merged)), lost
 
 
-def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
+def _refuse_spread(view: View, changed: StateDict) -> None:
     """Refuse a model whose weights are in no process as a whole."""
     parameters = {**view.parameters, **only(changed, view.parameters)}
     if any(is_dtensor(value) for value in parameters.values()):
@@ -57,7 +58,7 @@ def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
         )
 
 
-def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Tensor]) -> Any:
+def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) -> Any:
     """The model's state dict without adapters, with other values."""
     new_values = without({**changed, **merged}, view.adapters)
     model = plain_module(view.model)
@@ -91,7 +92,7 @@ def _noted(view: View, state: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _replaced_values(view: View, values: Mapping[str, Any]) -> Iterator[None]:
+def _replaced_values(view: View, values: StateDict) -> Iterator[None]:
     """Give the adapters and their weights other values, and their own ones back."""
     with ExitStack() as undo, torch.no_grad():
         for name, layer in view.layers.items():
@@ -99,7 +100,7 @@ def _replaced_values(view: View, values: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _replace_values_of_layer(name: str, layer: LoRALayer, values: Mapping[str, Any], undo: ExitStack) -> None:
+def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, undo: ExitStack) -> None:
     """Give one adapter and its weights other values, where these are. All go to the device of the first weight."""
     leaves = (*layer.lora_weights(), *layer.lora_roles())
     first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))
@@ -136,7 +137,7 @@ def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
 # The base again
 
 
-def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
+def take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
     """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
     adapters = only(changed, view.adapters)
     if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
@@ -157,7 +158,7 @@ def _take_update_out(layer: LoRALayer) -> None:
     layer.lora_weights_changed()
 
 
-def _can_be_taken_out(view: View, merged: Mapping[str, Any], adapters: Mapping[str, Any]) -> bool:
+def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
     """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
     have_one_shape = _shapes(adapters) == _shapes(view.adapters)
     return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
@@ -180,7 +181,7 @@ def _is_narrow(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.element_size() < 4
 
 
-def _has_weights(view: View, merged: Mapping[str, Any]) -> bool:
+def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
     for name, parameter in view.base.items():
         if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):

@@ -13,7 +13,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.named import joined, of_type, only, renamed, with_values, without
 from lightning_lora.tensors.names import plain_name
-from lightning_lora.tensors.plain_states import state_dict
+from lightning_lora.tensors.plain_states import StateDict, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
@@ -60,13 +60,13 @@ def adapter_state(view: View) -> dict[str, Any]:
     return {name: full_tensor(value) for name, value in state.items()}
 
 
-def without_extra(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def without_extra(view: View, state: StateDict) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
     unchanged = view.adapter.extra.items() & extra_digests(view).items()
     return without(state, dict(unchanged))
 
 
-def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
+def without_notes(state: StateDict) -> dict[str, Any]:
     """Return a state without the note, of any version."""
     return {name: value for name, value in state.items() if not is_note(name)}
 
@@ -76,7 +76,7 @@ def is_note(name: object) -> bool:
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
-def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
+def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
     """Remove the base's values from a state of the model: frozen weights, and buffers with the base's values.
 
     What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
@@ -96,13 +96,13 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Ten
     return _without_graphs({**frozen, **changed_buffers})
 
 
-def _besides_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
     other_names = adapters_in(view, view.parameters).keys() - view.adapters.keys()
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
-def _names_of_base_values(values: Mapping[str, Any], originals: Mapping[str, Tensor]) -> set[str]:
+def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
     """The names of what still has the value that is kept of the base."""
     unchanged = set[str]()
     for name, original in originals.items():
@@ -128,7 +128,7 @@ def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def adapters_in(view: View, state: Mapping[str, Any]) -> dict[str, Tensor]:
+def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
     """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
     return with_values(of_type(state, Tensor), set(view.adapters.values()))
 
@@ -143,7 +143,7 @@ def check_not_diverged(view: View) -> None:
         )
 
 
-def diverged(view: View, values: Mapping[str, Any]) -> list[str]:
+def diverged(view: View, values: StateDict) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
     names = [*view.adapters]
     originals = dict[str, Tensor]()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
-from lightning_lora.storage.formats.peft.peft_config import TOKENS
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
+from lightning_lora.storage.formats.peft.peft_names import TOKENS
 from lightning_lora.storage.formats.peft.peft_refusals import trained_biases
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.tensors.named import not_in

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import ExportError
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.peft import peft_config as peft
+from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
+from lightning_lora.storage.formats.peft.peft_names import METADATA, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft.peft_other_readers import warn_of_merges, warn_of_scalings
 from lightning_lora.storage.formats.peft.peft_wrappers import tensors_of
 from lightning_lora.storage.formats.writing import (
@@ -34,11 +35,11 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = _exported(source, uniform)
-    in_peft = Renaming(here=peft.PREFIX)
+    in_peft = Renaming(here=PREFIX)
     header = json.dumps(in_peft.with_names_here(config))
     contents = {
-        peft.PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        peft.PEFT_WEIGHTS[0]: save(in_peft.with_names_here(tensors), {peft.METADATA: header}),
+        PEFT_CONFIG: json.dumps(config, indent=2).encode(),
+        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(tensors), {METADATA: header}),
     }
     write_files(directory, contents)
 
@@ -92,8 +93,8 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
     targets = _Targets()
     for update in updates:
         targets.add(update)
-    r, rank_pattern = peft.most_common(targets.ranks)
-    alpha, alpha_pattern = peft.most_common(targets.alphas)
+    r, rank_pattern = most_common(targets.ranks)
+    alpha, alpha_pattern = most_common(targets.alphas)
     modules = None if source.inner is None else source.modules
     config = {
         "peft_type": "LORA",
