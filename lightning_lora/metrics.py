@@ -171,11 +171,8 @@ class _AdapterMetric(Metric):
             raise AdapterStateError("Nothing was measured. Call update(model) first, with a model that has adapters.")
         if self.reduction == "none":
             return dict(self.values)
-        values = list(self.values.values())
-        shapes = [value.shape for value in values]
-        common = tuple(slice(min(sizes)) for sizes in zip(*shapes, strict=True))  # empty for single numbers
-        grids = torch.stack([value[common] for value in values])
-        pooled: Tensor = _POOLED[self.reduction](grids, 0)
+        grids = _cut_to_common_size(list(self.values.values()))
+        pooled: Tensor = _POOLED[self.reduction](torch.stack(grids), 0)
         return pooled
 
     def reset(self) -> None:
@@ -199,6 +196,15 @@ class _AdapterMetric(Metric):
         if figure is not None:
             figure.set(layout_engine="constrained", figwidth=max(6, len(names) / 3))
         return figure, axes
+
+
+def _cut_to_common_size(grids: Sequence[Tensor]) -> list[Tensor]:
+    """The beginning of each grid, as far as all of them go. Single numbers stay."""
+    shapes = [grid.shape for grid in grids]
+    common = list[slice]()  # none for single numbers
+    for sizes in zip(*shapes, strict=True):
+        common.append(slice(min(sizes)))
+    return [grid[tuple(common)] for grid in grids]
 
 
 def _color_by_depth(lines: Sequence[Any]) -> None:

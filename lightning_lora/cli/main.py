@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.markup import escape
 
@@ -28,25 +29,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=version)
 
-    def without_command(_: argparse.Namespace) -> None:
+    def show_help(_: argparse.Namespace) -> None:
         parser.print_help()
 
-    parser.set_defaults(run=without_command, usage="")
+    parser.set_defaults(run=show_help, usage="")  # without a command
     commands = parser.add_subparsers(metavar="command")
     for module in _COMMANDS:
-        _, _, name = module.__name__.rpartition(".")
-        text = module.__doc__ or ""
-        first_line, _, _ = text.partition("\n")
-        command = commands.add_parser(
-            name,
-            help=first_line,
-            description=text.replace("::\n", ":\n").strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        usage = command.format_usage().strip().removeprefix("usage: ")
-        command.set_defaults(run=module.run, usage=usage)
+        _add_command(commands, module)
     return parser
+
+
+def _add_command(commands: Any, module: Any) -> None:
+    """Add the command that a module is: its docstring is the help, and its ``run`` does the work."""
+    _, _, name = module.__name__.rpartition(".")
+    text = module.__doc__ or ""
+    first_line, _, _ = text.partition("\n")
+    description = text.replace("::\n", ":\n").strip()
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=first_line, description=description, formatter_class=keep_lines)
+    module.add_arguments(command)
+    usage = command.format_usage().strip().removeprefix("usage: ")
+    command.set_defaults(run=module.run, usage=usage)
 
 
 def _run(command: argparse.Namespace) -> int:
