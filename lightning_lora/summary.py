@@ -325,11 +325,11 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
-    known = view.adapter.random
+    random = view.adapter.random
     if view.is_sharded:
-        return () if known is None else known
+        return () if random is None else random
     found = random_weights(view)
-    view.adapter.random = known  # it is not settled: the base may change until a fit begins
+    view.adapter.random = random  # it is not settled: the base may change until a fit begins
     return found
 
 

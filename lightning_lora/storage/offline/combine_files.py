@@ -154,13 +154,10 @@ def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
     for file in files:
         _check_can_be_added(file)
         for name, layer in file.layers.items():
-            if layer.tokens:
-                raise AdapterMismatchError(f"{file.source} trains single rows of {name!r}, which cannot be added up.")
-            matrices = tuple(map(bare, layer.matrices))
-            comparable = replace(layer, scaling=1.0, matrices=matrices)
-            known = layers.setdefault(name, comparable)
+            comparable = _comparable(layer, file.source)
+            first = layers.setdefault(name, comparable)
             source = first_source.setdefault(name, file.source)
-            if not _have_same_parts(known, comparable):
+            if not _have_same_parts(first, comparable):
                 raise AdapterMismatchError(
                     f"{name!r} is adapted in other parts in {source} than in {file.source}. Use one base, "
                     "and the same target_slices and target_parameters."
@@ -178,6 +175,14 @@ def _check_can_be_added(file: StoredAdapters) -> None:
             f"{file.source} also holds {listed(others)}, which cannot be combined: they were trained in full, or "
             "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
         )
+
+
+def _comparable(layer: StoredLayer, source: str) -> StoredLayer:
+    """A layer without its ranks and scalings, in which files may differ. Single rows are refused."""
+    if layer.tokens:
+        raise AdapterMismatchError(f"{source} trains single rows of {layer.name!r}, which cannot be added up.")
+    matrices = tuple(map(bare, layer.matrices))
+    return replace(layer, scaling=1.0, matrices=matrices)
 
 
 def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:

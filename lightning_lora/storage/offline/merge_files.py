@@ -91,21 +91,21 @@ class _Merge:
         """Return a tensor as it is before an update: that of the training, or of the base."""
         if name in self.plan.replaced:
             value: Tensor = self.plan.replaced[name]
-        else:
-            value = self.plan.files.get(name)
-        return value
+            return value
+        return self.plan.files.get(name)
 
     def _with_update(self, name: str, base: Tensor, adapted: AdaptedWeight) -> Tensor:
         """The sum of a weight and its update. It must fit into the dtype of the base."""
-        layer = adapted.layer.name
+        layer_name = adapted.layer.name
+        layer = layer_on(self.plan.stored, layer_name, {adapted.weight: base})
         with torch.no_grad():
-            shell = layer_on(self.plan.stored, layer, {adapted.weight: base})
-            merged, lost_share = shell.lora_merged_weight(adapted.weight)
+            merged, lost_share = layer.lora_merged_weight(adapted.weight)
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
                 f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
             )
-        self.lost_share[layer] = max(lost_share, self.lost_share.get(layer, 0.0))
+        lost_before = self.lost_share.get(layer_name, 0.0)
+        self.lost_share[layer_name] = max(lost_share, lost_before)
         return merged
 
     def warn_of_rounding(self) -> None:
