@@ -38,7 +38,7 @@ _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.a
 
 
 class MeasuredLayer(NamedTuple):
-    """A layer, and an adapter of it: on it, merged into it, at rest, or in a file."""
+    """A layer, and an adapter of it: on it, merged into it, inactive, or in a file."""
 
     module: nn.Module
     adapter: Adapter

@@ -14,6 +14,8 @@ from lightning_lora.tensors.names import join
 from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import Seen
 
+Tensors = Mapping[str, Tensor]  # by name
+
 HALVES = (torch.bfloat16, torch.float16)  # the dtypes of :attr:`Base.half_digests`
 
 
@@ -208,7 +210,7 @@ class Base:
         for row in self.rows.values():
             row.change = None
 
-    def changes_were_loaded(self, values: Mapping[str, Tensor]) -> None:
+    def changes_were_loaded(self, values: Tensors) -> None:
         """A file's values of changed tensors were loaded."""
         for name in self.changed:
             row = self.rows[name]
@@ -231,15 +233,26 @@ class Base:
 
     # Digests
 
-    def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
-        """Return digests of tensors by name: changed ones, or all (``anew``), are read. Collective for shards."""
-        if anew:
-            for row in self.rows.values():
-                row.reading = None  # it may hold a tensor that the model has lost
-        to_be_read = tensors if anew else self._to_be_read(tensors)
-        numbers = digests(list(to_be_read.values()))
-        for (name, tensor), number in zip(to_be_read.items(), numbers, strict=True):
+    def digests_now(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. Those are read that may have changed. Collective for shards."""
+        self._read(self._to_be_read(tensors))
+        return self._known_digests(tensors)
+
+    def digests_read_anew(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. All are read, whatever is known of them. Collective for shards."""
+        for row in self.rows.values():
+            row.reading = None  # it may hold a tensor that the model has lost
+        self._read(tensors)
+        return self._known_digests(tensors)
+
+    def _read(self, tensors: Tensors) -> None:
+        """Read tensors in full, and remember their digests."""
+        numbers = digests(list(tensors.values()))
+        for (name, tensor), number in zip(tensors.items(), numbers, strict=True):
             self._was_read(name, tensor, number)
+
+    def _known_digests(self, tensors: Tensors) -> dict[str, int]:
+        """The digests of tensors that have been read."""
         found = dict[str, int]()
         for name in tensors:
             reading = self.rows[name].reading
@@ -255,7 +268,7 @@ class Base:
             numbers.append(number if row is None else row.base_digest(number))
         return numbers
 
-    def _to_be_read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
         """Those that have changed since they were read, in any process, or were not read. Collective for shards."""
         are_new = [not self.row(name).is_read(tensor) for name, tensor in tensors.items()]
         are_new_anywhere = agreed(are_new, list(tensors.values()))
