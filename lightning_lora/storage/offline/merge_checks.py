@@ -42,7 +42,8 @@ def _check_adapted_weights(plan: MergePlan) -> None:
     wrong = list[str]()
     for place, adapted in plan.adapted.items():
         if not _can_be_updated(plan, place, adapted):
-            wrong.append(f"{place} {list(adapted.shape)}, {_found_in_place(plan, place)}")
+            found = _found_in_place(plan, place)
+            wrong.append(f"{place} {list(adapted.shape)}, {found}")
     if wrong:
         raise AdapterMismatchError(
             f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
