@@ -22,7 +22,7 @@ brief = _shortener.repr
 """How an error shows a value that may be long."""
 
 _Check = Callable[[str, Any], Any]  # of an argument's name and its value; it returns what is kept
-_Rows = tuple[int, ...]
+_Rows = tuple[int, ...]  # the numbers of single rows
 _Range = tuple[int, int]  # the first row of a part, and the one after its last
 
 
@@ -123,7 +123,7 @@ def _in_order(entries: Any) -> Any:
     return sorted(entries) if isinstance(entries, Set) else entries
 
 
-_Make = Callable[[str], re.Pattern[str]]
+_Make = Callable[[str], re.Pattern[str]]  # makes an expression of a text
 
 _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
 """What ``re.compile`` raises."""

@@ -81,7 +81,7 @@ class _Callback(LoRACallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            _refuse_what_sweeps_cannot(trainer, pl_module)
+            _check_works_in_sweep(trainer, pl_module)
             self.module = pl_module
             self.max_epochs = trainer.fit_loop.max_epochs
         super().setup(trainer, pl_module, stage)
@@ -128,7 +128,7 @@ class _Callback(LoRACallback):
         trainer.save_checkpoint(run.file, weights_only=False)
 
 
-def _refuse_what_sweeps_cannot(trainer: Trainer, pl_module: LightningModule) -> None:
+def _check_works_in_sweep(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse what does not work with a sweep."""
     averages = kinds_of(trainer) & {"WeightAveraging", "StochasticWeightAveraging"}
     refused = {

@@ -22,10 +22,12 @@ from lightning_lora.tensors.named import below, only
 from lightning_lora.tensors.names import owner_of
 
 _Path = str | Path
+_Files = Sequence[StoredAdapters]
+_Weights = Sequence[float]  # one for each file
 _Updates = dict[AdaptedMatrix, Factors]  # of one layer
 
 
-def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], r: int | None = None) -> int:
+def combine_files(paths: Sequence[_Path], out: _Path, weights: _Weights, r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
     if len(paths) < 2 or len(weights) != len(paths):
@@ -38,9 +40,7 @@ def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], 
 
 
 @torch.no_grad()
-def combined(
-    files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None, module_names: Iterable[str] = ()
-) -> StoredAdapters:
+def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iterable[str] = ()) -> StoredAdapters:
     """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r.
 
     Args:
@@ -87,7 +87,7 @@ class _WeightedSum:
         return truncated(update, highest_rank)
 
 
-def _summed_updates(files: Sequence[StoredAdapters], weights: Sequence[float], name: str, r: int | None) -> _Updates:
+def _summed_updates(files: _Files, weights: _Weights, name: str, r: int | None) -> _Updates:
     """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
     sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)
     for file, weight in zip(files, weights, strict=True):
@@ -121,7 +121,7 @@ def _owners_in_base(stored: StoredAdapters) -> set[str]:
 # Checks
 
 
-def _check_numbers(weights: Sequence[float], r: int | None) -> None:
+def _check_numbers(weights: _Weights, r: int | None) -> None:
     """Refuse weights and a rank with which no sum can be computed."""
     are_finite = all(map(math.isfinite, weights))
     is_rank = r is None or (isinstance(r, int) and r > 0)
@@ -129,7 +129,7 @@ def _check_numbers(weights: Sequence[float], r: int | None) -> None:
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
 
 
-def _check_bases(files: Sequence[StoredAdapters]) -> None:
+def _check_bases(files: _Files) -> None:
     """Refuse files of several bases."""
     first = files[0]
     for file in files:
@@ -147,7 +147,7 @@ def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
 
 
-def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
+def _layers_of_all(files: _Files) -> dict[str, StoredLayer]:
     """The layers of all files, each with a scaling of one. Updates that cannot be added are refused."""
     layers = dict[str, StoredLayer]()
     first_source = dict[str, str]()  # the first file that adapts a layer
