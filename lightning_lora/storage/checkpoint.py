@@ -210,7 +210,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.forget_changes()
+    record.base.forget_all_changes()
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

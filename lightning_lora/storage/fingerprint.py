@@ -54,7 +54,9 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
     """The digests of these tensors as they are, 0 on the meta device. Tied weights are hashed once."""
     present = where_not(first_names(tensors), _is_meta)
     copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
-    numbers = view.record.base.digests(without(present, copies), anew=anew)
+    weights = without(present, copies)
+    base = view.record.base
+    numbers = base.digests_read_anew(weights) if anew else base.digests_now(weights)
     for name, tensor in copies.items():
         numbers[name] = digest(tensor)
     digests = {tensor: numbers[name] for name, tensor in present.items()}
