@@ -355,7 +355,7 @@ def of_stage_3() -> Any:
 
 
 def without_zero() -> Any:
-    return DeepSpeedStrategy(None)
+    return DeepSpeedStrategy({})
 
 
 @pytest.mark.parametrize(

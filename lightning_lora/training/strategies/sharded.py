@@ -1,13 +1,13 @@
 """ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
-from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
+from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
+from lightning_lora.training.strategies.strategy import State
 
 
 class ShardedMethods(LateStrategyMethods):
@@ -53,8 +54,8 @@ class ShardedMethods(LateStrategyMethods):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
-        record = find_record(self.module)
-        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
+        view = View(self.module)
+        adapters = detach_adapters(view) if view.is_on_layers else {}
         try:
             with self.original.model_sharded_context():
                 yield
@@ -133,12 +134,9 @@ class ShardedMethods(LateStrategyMethods):
         """Load a plain model: Lightning leaves that to its own ``load_checkpoint``."""
         load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
-    def adapt_for(self, checkpoint: State, path: Any) -> bool:
-        """Adapt the module, and let its optimizers train the new adapters."""
-        replaced = super().adapt_for(checkpoint, path)
-        if replaced and self.stage.is_fitting:  # they exist already, and hold the adapters from before
-            self.strategy.setup_optimizers(self.module.trainer)
-        return replaced
+    def train_new_adapters(self) -> None:
+        """Build the optimizers again: they hold those from before."""
+        self.strategy.setup_optimizers(self.module.trainer)
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
@@ -149,7 +147,14 @@ class ShardedMethods(LateStrategyMethods):
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
 
-    # Gradients
+    # Training
+
+    def begin_first_steps(self, module: LightningModule) -> None:
+        """Look at nothing: sharded weights are other tensors from one moment to the next."""
+
+    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+        """Let no guard watch them either."""
+        return nullcontext()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -197,13 +202,13 @@ class ShardedGradients(Gradients):
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
-        here = list(map(_local_gradient, parameters))
-        message = torch.cat(list(map(torch.ravel, here)))
+        gradients = list(map(_local_gradient, parameters))
+        message = torch.cat(list(map(torch.ravel, gradients)))
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = list(map(torch.numel, here))
-        for p, mean in zip(parameters, message.split(sizes), strict=True):
-            _set_local_gradient(p, mean)
+        sizes = list(map(torch.numel, gradients))
+        for gradient, mean in zip(gradients, message.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _is_left_to_us(p: nn.Parameter) -> bool:
@@ -216,20 +221,16 @@ def _dtype_of(p: nn.Parameter) -> torch.dtype:
 
 
 def _local_gradient(p: nn.Parameter) -> Tensor:
-    """This process's part of a gradient. One that is missing is zero."""
+    """This process's part of a gradient, which can be written to. One that is missing is zero.
+
+    A parameter that the user froze in the run gets none: of it, the zeros are only sent.
+    """
     gradient = p.grad
     if gradient is None:
         gradient = torch.zeros_like(p)
+        if p.requires_grad:
+            p.grad = gradient
     return shards.to_local(gradient)
-
-
-def _set_local_gradient(p: nn.Parameter, values: Tensor) -> None:
-    """Write this process's part of a gradient. A parameter that the user froze in the run gets none."""
-    if p.grad is None and p.requires_grad:
-        p.grad = torch.zeros_like(p)
-    if p.grad is not None:
-        gradient = shards.to_local(p.grad)
-        gradient.copy_(values.view_as(gradient))
 
 
 def _spread_beside_others(view: View) -> None:
