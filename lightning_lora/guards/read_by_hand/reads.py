@@ -113,10 +113,12 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
 
 
 def _trains(layer: LoRALayer) -> bool:
+    """Whether an adapter trains."""
     return any(p.requires_grad for p in layer.lora_trained())
 
 
 def _can_be_watched(weight: nn.Parameter) -> bool:
+    """Whether a weight is plain, frozen, and has values with gradients."""
     has_values = type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference())
     return has_values and weight.is_floating_point() and not weight.requires_grad
 
@@ -132,4 +134,5 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module holds no others, and is not scripted."""
     return not module._modules and not isinstance(module, torch.jit.ScriptModule)

@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import only, where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import holder_of
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 
@@ -81,7 +81,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
         return
     names = _names_of(View(model), _asked_for(error))
     if names:
-        layers = list(dict.fromkeys(owner_of(name) or name for name in names))
+        layers = list(dict.fromkeys(map(holder_of, names)))
         raise TargetError(
             f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
             f"Train their layers in full: modules_to_save={layers}. {advice}"
