@@ -75,7 +75,6 @@ def states_are_read(callbacks: list[Callback]) -> bool:
 def _reads_states(callback: Callback) -> bool:
     """Whether a callback does something when a checkpoint is loaded."""
     for kind in type(callback).__mro__:
-        is_plain = kind.__name__ == "Callback"  # that of either Lightning package, which does nothing
-        if "on_load_checkpoint" in vars(kind) and not is_plain:
-            return True
+        if "on_load_checkpoint" in vars(kind):
+            return kind.__name__ != "Callback"  # that of either Lightning package, which does nothing
     return False
