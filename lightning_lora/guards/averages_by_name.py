@@ -19,7 +19,7 @@ from lightning_lora.tensors.values import is_tensor
 class AveragesByName(Guard):
     """Names a dict of tensors by the names of frozen weights, which begins with the module.
 
-    The weights below adapters never move, so an average of them stays as it is, and so does a distance to them.
+    Adapted weights never move, so an average of them stays as it is, and so does a distance to them.
     """
 
     def training_begins(self, view: View) -> None:

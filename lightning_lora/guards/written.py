@@ -1,4 +1,4 @@
-"""Frozen weights below adapters that other code writes into: what it does reaches the base, and not the update.
+"""Frozen weights of adapted layers that other code writes into: what it does reaches the base, and not the update.
 
 SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps them. The base then holds what was
 written, and so do files. But the layer computes with the sum of base and update.
@@ -22,7 +22,7 @@ class Written(Guard):
         self.digests: dict[str, int] = {}  # those that the record knows
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
-        """Note the weights below adapters: what hooks load before is the base. What follows is moved by other code."""
+        """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
         for name, layer in where(view.layers, _moves_by_itself).items():
             for weight in _weights_inside(view, name, layer):
                 self._note(view, weight)
@@ -39,8 +39,7 @@ class Written(Guard):
         """Compare the weights with what was noted."""
         written = []
         for name, layer in view.layers.items():
-            seen = only(self.seen, _weights_inside(view, name, layer))
-            if any(self._is_written(view, weight) for weight in seen):
+            if any(self._is_written(view, weight) for weight in _weights_inside(view, name, layer)):
                 written.append(name)
         if written:
             self.seen = {}  # that is said once
@@ -48,6 +47,8 @@ class Written(Guard):
 
     def _is_written(self, view: View, weight: str) -> bool:
         """Whether a quick look at a weight, or the digest that the record has noted, shows other values."""
+        if weight not in self.seen:
+            return False
         change = view.record.base.row(weight).change
         if change is not None and change.now != self.digests.get(weight, change.now):
             return True
@@ -55,6 +56,7 @@ class Written(Guard):
 
 
 def _moves_by_itself(layer: LoRALayer) -> bool:
+    """Whether a layer is in no copy, which other code moves."""
     return not layer.lora_settings.follows
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from struct import Struct
@@ -82,7 +82,7 @@ def _state_of_others() -> Tensor:
 
 
 def _set_states(states: States, device: torch.device) -> None:
-    setters = {
+    setters: dict[str, Callable[[Tensor], None]] = {
         "cpu": torch.set_rng_state,
         "cuda": partial(torch.cuda.set_rng_state, device=device),
         "others": _set_state_of_others,

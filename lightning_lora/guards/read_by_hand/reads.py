@@ -1,6 +1,6 @@
 """Adapted weights that the first training step reads outside of their layers: without their updates, so by mistake.
 
-In the first batch, each frozen weight below an adapter is of a class that sees what torch computes with it. Its own
+In the first batch, each frozen weight of an adapted layer is of a class that sees what torch computes with it. Its own
 layer gets a plain tensor with the same values instead. So what the class sees is other code: a penalty, a decay by
 name, a forward hook, a product by hand. It gives that code a tensor with a graph. A backward pass that comes there
 shows that the loss depends on what was read. No value changes by that, and after the batch, nothing is left of it.
@@ -103,7 +103,7 @@ def _about_reads(title: str, names: list[str]) -> str:
 
 
 def watched_weights(view: View) -> dict[nn.Parameter, str]:
-    """Return the plain frozen weights below adapters that train, with their layers. None is sharded or quantised."""
+    """Return the plain frozen weights of layers whose adapters train, by layer. None is sharded or quantised."""
     candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
     found = {}
     for name, layer in where(view.layers, _trains).items():

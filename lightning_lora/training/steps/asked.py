@@ -77,9 +77,10 @@ IN_BACKWARD = (
 
 def explain(error: BaseException, model: nn.Module, advice: str) -> None:
     """If torch refused gradients of frozen weights of ``model``, raise an error that names them, and gives advice."""
-    if isinstance(error, LoRAError) or find_record(model) is None:
+    asked_for = _asked_for(error)
+    if not asked_for or isinstance(error, LoRAError) or find_record(model) is None:
         return
-    names = _names_of(View(model), _asked_for(error))
+    names = _names_of(View(model), asked_for)
     if names:
         layers = list(dict.fromkeys(map(holder_of, names)))
         raise TargetError(
@@ -90,8 +91,6 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
-    if not asked:
-        return []
     ids = set(map(id, asked))
     trained_before = where(view.record.base.flags_before(), bool)
     candidates = where(only(view.frozen, trained_before), _is_still_frozen)
@@ -99,6 +98,7 @@ def _names_of(view: View, asked: Collection[object]) -> list[str]:
 
 
 def _is_still_frozen(p: nn.Parameter) -> bool:
+    """Whether no code has thawed a weight since."""
     return not p.requires_grad
 
 

@@ -167,12 +167,13 @@ class DeepSpeedMethods(LateStrategyMethods):
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizer's state, each process its own shard."""
-        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
-            for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
-                partition.local.detach().copy_(partition.local_of(values))
-            if _SCALE in state and hasattr(optimizer, "loss_scaler"):
-                vars(optimizer.loss_scaler).update(state[_SCALE])
+        (optimizer,) = self.strategy.optimizers
+        (state,) = checkpoint["optimizer_states"]
+        optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
+        for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
+            partition.local.detach().copy_(partition.local_of(values))
+        if _SCALE in state and hasattr(optimizer, "loss_scaler"):
+            vars(optimizer.loss_scaler).update(state[_SCALE])
 
     def optimizer_state(self, optimizer: Any) -> State:
         """Return the state of the optimizer, made full."""
@@ -196,6 +197,7 @@ class DeepSpeedMethods(LateStrategyMethods):
 
 
 def _uses_dora(layer: LoRALayer) -> bool:
+    """Whether a layer has a magnitude of DoRA."""
     return layer.lora_settings.use_dora
 
 

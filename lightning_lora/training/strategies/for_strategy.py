@@ -35,6 +35,7 @@ def methods_of(strategy: Any) -> StrategyMethods | None:
 
 
 def _kind_of(strategy: Any) -> type[StrategyMethods]:
+    """The class of our methods for a strategy."""
     for name in class_names(strategy):
         if name in KINDS:
             return KINDS[name]

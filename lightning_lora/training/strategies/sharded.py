@@ -17,7 +17,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.named import grouped, where, without
+from lightning_lora.tensors.named import grouped, only, where, without
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
@@ -81,6 +81,7 @@ class ShardedMethods(LateStrategyMethods):
         return self.strategy.device_mesh["data_parallel"]
 
     def _warn_of_whole_model(self) -> None:
+        """Warn of a model that is not sharded."""
         if self.strategy.is_global_zero and not any(map(shards.is_split, self.module.parameters())):
             warn(
                 f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
@@ -110,6 +111,7 @@ class ShardedMethods(LateStrategyMethods):
         _spread_beside_others(view)
 
     def _refuse_sharded_adapters(self, view: View) -> None:
+        """Refuse adapters that were there before ``configure_model`` sharded the module."""
         sharded = where(view.adapters, shards.split_over_data)
         if sharded:
             raise StrategyError(
@@ -167,6 +169,7 @@ class ShardedMethods(LateStrategyMethods):
             self._let_gradients_be_averaged(True)
 
     def _let_gradients_be_averaged(self, flag: bool) -> None:
+        """Turn the averages of gradients on or off: ours, and those of FSDP2."""
         self.averages_gradients = flag
         for module in self.module.modules():
             set_sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
@@ -272,10 +275,10 @@ def _spread_state(state: State, optimizer: Any) -> State:
     numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
         return state  # torch refuses it, and says why
+    by_number = dict(zip(numbers, parameters, strict=True))
     spread = {}
-    for number, p in zip(numbers, parameters, strict=True):
-        if number in state["state"]:
-            spread[number] = _spread_entries(state["state"][number], p)
+    for number, p in only(by_number, state["state"]).items():
+        spread[number] = _spread_entries(state["state"][number], p)
     return {**state, "state": spread}
 
 

@@ -133,6 +133,7 @@ class StrategyMethods(OverlaidMethods):
         self.stage.adapt(self.module, stored=stored, replaced=replaced)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
+        """Say that a plain module is evaluated, if no file will give it adapters."""
         if find_record(self.module) is None and not trainer.ckpt_path:
             title = type(self.module).__name__
             rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
@@ -288,7 +289,7 @@ class StrategyMethods(OverlaidMethods):
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
-        if self.stage.is_fitting and self.stage.phase is Phase.SET_UP:
+        if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies()
         writes_at_once = uses_torch(self.strategy) and not self.is_by_other_code("save_checkpoint")
         if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
