@@ -5,6 +5,8 @@ from functools import update_wrapper
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from lightning_lora.tensors.named import only
+
 _ATTRIBUTE = "lora_methods"  # of a strategy: what lies over its methods
 
 
@@ -14,11 +16,10 @@ class OverlaidMethod:
     Other code may have wrapped it in a method of its own, or kept it: so it stays callable for good.
     """
 
-    def __init__(self, ours: Callable[..., Any], of_class: Any, by_other_code: Any) -> None:
+    def __init__(self, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
         update_wrapper(self, ours)
-        self.by_other_code = by_other_code  # what that had set on the strategy, or None
-        self.original: Callable[..., Any] = of_class if by_other_code is None else by_other_code
-        self.runs: Callable[..., Any] = ours
+        self.original = original
+        self.runs = ours
 
     def step_aside(self) -> None:
         """Let the original method run alone."""
@@ -46,6 +47,7 @@ class OverlaidMethods:
         self.strategy = strategy
         self.original: Any = SimpleNamespace()
         self._set: dict[str, OverlaidMethod] = {}
+        self._by_other_code: dict[str, Any] = {}  # the methods that it had set on the strategy
 
     def __reduce__(self) -> Any:
         """Pickle and copy nothing: a copied strategy is as it was before."""
@@ -60,19 +62,21 @@ class OverlaidMethods:
                 if on_strategy.get(name) is self._set[name]:
                     continue
                 self._set[name].step_aside()  # other code may still call it
-            self._set[name] = on_strategy[name] = self._overlaid_method(name)
-            setattr(self.original, name, self._set[name].original)
+            self._lay_over(name)
 
-    def _overlaid_method(self, name: str) -> OverlaidMethod:
-        """Our method of a name, over the one that the strategy has now."""
+    def _lay_over(self, name: str) -> None:
+        """Put our method of a name over the one that the strategy has now."""
+        on_strategy = vars(self.strategy)
         kind = type(self.strategy)
         of_class = self._method_of(kind, name)
-        by_other_code = vars(self.strategy).get(name)
-        if by_other_code == of_class:  # a copied strategy has it
-            by_other_code = None
-        if name in self.of_all_strategies:
-            of_class = self._method_of(_class_of_all_strategies(kind), name)
-        return OverlaidMethod(getattr(self, name), of_class, by_other_code)
+        original = on_strategy.get(name, of_class)
+        self._by_other_code.pop(name, None)
+        if original != of_class:  # a copied strategy has that of its class
+            self._by_other_code[name] = original
+        elif name in self.of_all_strategies:
+            original = self._method_of(_class_of_all_strategies(kind), name)
+        self._set[name] = on_strategy[name] = OverlaidMethod(getattr(self, name), original)
+        setattr(self.original, name, original)
 
     def _method_of(self, kind: type, name: str) -> Any:
         """A class's method for the strategy. None: the class has none, so nothing calls ours."""
@@ -81,19 +85,16 @@ class OverlaidMethods:
 
     def is_by_other_code(self, name: str) -> bool:
         """Whether other code has set a method of this name on the strategy."""
-        return self._set[name].by_other_code is not None
+        return name in self._by_other_code
 
     def take_away(self) -> None:
         """Give the strategy back as it was: with its own methods, and those that other code has set on it."""
         on_strategy = vars(self.strategy)
         for name, method in self._set.items():
             method.step_aside()
-            if on_strategy.get(name) is not method:
-                continue
-            if method.by_other_code is None:
+            if on_strategy.get(name) is method:
                 del on_strategy[name]
-            else:
-                on_strategy[name] = method.by_other_code
+                on_strategy.update(only(self._by_other_code, [name]))
         del on_strategy[_ATTRIBUTE]
 
 
