@@ -26,15 +26,18 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def kinds_of(trainer: Trainer) -> set[str]:
     """Return the names of all classes that a Trainer's callbacks have."""
-    return set[str]().union(*map(class_names, callbacks_of(trainer)))
+    kinds: set[str] = set()
+    for callback in callbacks_of(trainer):
+        kinds |= class_names(callback)
+    return kinds
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
-    number = sum(map(_is_ours, callbacks))
-    if number > 1:
+    ours = list(filter(_is_ours, callbacks))
+    if len(ours) > 1:
         raise ConfigError(
-            f"The Trainer has {number} LoRACallbacks. Expected one. For several adapters, fit once for each "
+            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
             "name, or use LoRASweep."
         )
     if stage == "fit":

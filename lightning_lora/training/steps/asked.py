@@ -108,14 +108,14 @@ def _asked_for(error: BaseException) -> list[object]:
     The step's own code may have met that error before.
     """
     code = inspect.unwrap(torch.autograd.grad).__code__
-    for frame in _frames_behind(error):
+    for frame in _calls_behind(error):
         if frame.f_code is code:
             values = frame.f_locals
             return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
     return []
 
 
-def _frames_behind(error: BaseException) -> Iterator[FrameType]:
+def _calls_behind(error: BaseException) -> Iterator[FrameType]:
     """Go through the calls in which torch's errors were raised, among an error and those from which it came."""
     for each in _chain(error):
         if isinstance(each, RuntimeError):
