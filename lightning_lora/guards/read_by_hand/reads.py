@@ -23,6 +23,7 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import joined, only, where, with_values, without
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class ReadByHand(Guard):
@@ -33,14 +34,18 @@ class ReadByHand(Guard):
         self.layers: dict[str, LoRALayer] = {}
         self.watched: dict[nn.Parameter, str] = {}  # with their layers
         self.forwards: list[OwnForward] = []
-        self.has_begun = False
         self.is_on = False
+
+    def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
+        """Choose what is watched."""
+        if not is_compiled(view.model):
+            self.layers = view.layers
+            self.watched = watched_weights(view)
+            self.forwards = list(map(OwnForward, _readers(view, self.watched)))
 
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
-        """Watch the weights of ``model`` meanwhile."""
-        if not self.has_begun:
-            self._begin(model)
+        """Watch the weights meanwhile."""
         if self.is_on or not self.watched:
             yield
             return
@@ -59,16 +64,8 @@ class ReadByHand(Guard):
         if names:
             warn(_about_reads(type(model).__name__, names))
 
-    def _begin(self, model: nn.Module) -> None:
-        self.has_begun = True
-        if is_compiled(model):
-            return
-        view = View(model)
-        self.layers = view.layers
-        self.watched = watched_weights(view)
-        self.forwards = list(map(OwnForward, _readers(view, self.watched)))
-
     def _set_on(self) -> None:
+        """Let weights see what is computed with them, and their layers see plain tensors."""
         self.is_on = True
         for weight, layer in self.watched.items():
             watch(weight, layer, self.found)
@@ -76,6 +73,7 @@ class ReadByHand(Guard):
             forward.put_on()
 
     def _set_off(self) -> None:
+        """Make weights and layers plain again."""
         self.is_on = False
         for weight in self.watched:
             unwatch(weight)

@@ -60,6 +60,7 @@ class OwnCheckpoints:
         return value
 
     def _is_frozen(self, value: Any) -> bool:
+        """Whether a value is a frozen weight that no code has thawed since."""
         return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
 
 
