@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 
-from lightning_lora.model.record import find_record
+from lightning_lora.model.record import state_of
 
 CHECKPOINT_FUNCTION = recompute.CheckpointFunction
 """torch's own."""
@@ -49,6 +49,7 @@ class _RequiringGradients(CHECKPOINT_FUNCTION):
 
 
 def _requires_any_grad(inputs: tuple[Any, ...]) -> bool:
+    """Whether an input is a tensor that requires a gradient."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
@@ -61,5 +62,4 @@ def _requiring_grad(value: Any) -> Any:
 
 def _shows_base(model: nn.Module) -> bool:
     """Whether adapters are disabled in a model whose step runs."""
-    record = find_record(model)
-    return record is not None and record.is_disabled
+    return state_of(model).shows_base
