@@ -34,7 +34,9 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    comes_back = bool(merge) != was_adapted and not (was_adapted and switches)
+    comes_back = bool(merge)
+    if was_adapted:
+        comes_back = not (merge or switches)
     if returns_state_only(trainer) and not comes_back:
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
@@ -146,9 +148,9 @@ def _read_in_all_processes(trainer: Trainer, path: str) -> StoredAdapters:
         stored = _read(path)
     except (OSError, LoRAError) as error:
         failure = error
-    is_read_everywhere = trainer.strategy.reduce_boolean_decision(stored is not None)
-    if stored is None or not is_read_everywhere:
+    if not trainer.strategy.reduce_boolean_decision(stored is not None):
         raise failure
+    assert stored is not None  # as all processes have read it
     return stored
 
 

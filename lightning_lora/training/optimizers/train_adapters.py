@@ -13,7 +13,7 @@ from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.groups import Params, layers_trained_by, parameters_in
+from lightning_lora.training.optimizers.groups import Params, layers_trained_by, parameters_in, weights_of
 from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
 from lightning_lora.training.optimizers.places import check_emptied, place_rest
 from lightning_lora.training.optimizers.scales import Scale, scales_in
@@ -47,15 +47,10 @@ def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held = _built_by(optimizers)
-    held |= _weights_of(view, layers_trained_by(held, view))
-    if held.isdisjoint(_weights_of(view, view.layers)):
+    held |= weights_of(layers_trained_by(held, view), view)
+    if held.isdisjoint(weights_of(view.layers, view)):
         return set()
     return set(view.base.values()) - held
-
-
-def _weights_of(view: View, layers: Iterable[str]) -> set[nn.Parameter]:
-    """The base's weights of these layers."""
-    return parameters_in(map(view.weights_of, layers))
 
 
 def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
