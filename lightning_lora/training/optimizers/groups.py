@@ -74,7 +74,7 @@ def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALaye
     return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
 
 
-def weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:
+def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:
     """Return the base's weights of some adapted layers."""
     return parameters_in(map(view.weights_of, layers))
 

@@ -13,7 +13,7 @@ from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.groups import Params, layers_trained_by, parameters_in, weights_of
+from lightning_lora.training.optimizers.groups import Params, base_weights_of, layers_trained_by, parameters_in
 from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
 from lightning_lora.training.optimizers.places import check_emptied, place_rest
 from lightning_lora.training.optimizers.scales import Scale, scales_in
@@ -47,8 +47,8 @@ def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held = _built_by(optimizers)
-    held |= weights_of(layers_trained_by(held, view), view)
-    if held.isdisjoint(weights_of(view.layers, view)):
+    held |= base_weights_of(layers_trained_by(held, view), view)
+    if held.isdisjoint(base_weights_of(view.layers, view)):
         return set()
     return set(view.base.values()) - held
 
