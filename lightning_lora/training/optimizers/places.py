@@ -90,11 +90,14 @@ def networks_around(modules: Iterable[str]) -> list[str]:
 
 def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
     """Refuse frozen weights that were added to an optimizer after its set-up."""
-    if all(frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
-        return
-    added = frozen & held_by([optimizer])
+    for group in optimizer.param_groups:
+        if not frozen.isdisjoint(group["params"]):
+            raise _error_of_added(model, frozen & held_by([optimizer]))
+
+
+def _error_of_added(model: nn.Module, added: set[nn.Parameter]) -> OptimizerError:
     names = with_values(view_of(model).frozen, added)
-    raise OptimizerError(
+    return OptimizerError(
         f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
         "their modules in modules_to_save to train them, or remove the code or the callback that adds them."
     )

@@ -18,6 +18,7 @@ from lightning_lora.training.optimizers.building import build_optimizers, showin
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state, partitions_of
 from lightning_lora.training.strategies.strategy import State
@@ -193,7 +194,7 @@ class DeepSpeedMethods(LateStrategyMethods):
         copied: list[nn.Parameter] = []
         for partition in self.partitions:
             copied += partition.parameters
-        return Gradients(self.module, self.strategy.model, notes=True, copied=copied)
+        return Gradients(self.module, NotedGradients(self.module), copied)
 
 
 def _uses_dora(layer: LoRALayer) -> bool:

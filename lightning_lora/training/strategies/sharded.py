@@ -22,6 +22,7 @@ from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
 from lightning_lora.training.strategies.strategy import State
 
@@ -178,14 +179,14 @@ class ShardedMethods(LateStrategyMethods):
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self.strategy.model, self)
+        return ShardedGradients(self.module, self)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, wrapped: Any, methods: ShardedMethods) -> None:
-        super().__init__(model, wrapped, notes=True)
+    def __init__(self, model: nn.Module, methods: ShardedMethods) -> None:
+        super().__init__(model, NotedGradients(model))
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)

@@ -41,6 +41,7 @@ from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.steps.reentrant import gradients_pass
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 from lightning_lora.training.strategies.plain_types import read_checkpoint, uses_torch
@@ -384,7 +385,7 @@ class StrategyMethods(OverlaidMethods):
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return Gradients(self.module, self.strategy.model, joined=self.joined)
+        return Gradients(self.module, received_gradients(self.module, self.strategy.model, self.joined))
 
 
 def _plain_model_in(checkpoint: State, merged_weights: State) -> State:
