@@ -26,7 +26,7 @@ from lightning_lora.tensors.named import (
     where,
     without,
 )
-from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.tensors.names import is_bias, owner_of, parameters_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
@@ -116,30 +116,28 @@ def _has_few_values(weights: Weights) -> bool:
     return min(map(count, weights.values())) < FEWEST
 
 
-def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
+def random_weights(view: View) -> tuple[str, ...]:
     """Return frozen weights that may be new, unless most look untrained, and filled buffers. Collective."""
-    if view.adapter.random is None:
-        if found is None:
-            found = find_fresh(view)
-        view.adapter.random = _random_in_any_process(view, found)
-    names = (*view.adapter.random, *view.record.base.filled)
-    return tuple(dict.fromkeys(names))
+    noted = view.adapter.random
+    if noted is None:
+        noted = note_random_weights(view, find_fresh(view))
+    return tuple(dict.fromkeys((*noted, *view.record.base.filled)))
 
 
-def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
-    """The frozen weights that may be new. Processes that hold other shards may find others: all count. Collective."""
+def note_random_weights(view: View, found: Fresh) -> tuple[str, ...]:
+    """Note the frozen weights that may be new, for files. Return them. Collective.
+
+    Processes that hold other shards may find others: all count.
+    """
     modules = set(found.new)
     if found.share <= MOST_SHARE:
-        modules.update(_small_linear_layers(view))
+        linear_layers = of_type(view.modules, nn.Linear)
+        modules.update(only(linear_layers, _small(view)))
     in_modules = set(inside(view.frozen, modules))
     are_random = [name in in_modules for name in view.frozen]
     are_random = agreed(are_random, list(view.frozen.values()))
-    return tuple(compress(view.frozen, are_random))
-
-
-def _small_linear_layers(view: View) -> list[str]:
-    """The linear layers that are too small to judge."""
-    return list(only(of_type(view.modules, nn.Linear), _small(view)))
+    view.adapter.random = tuple(compress(view.frozen, are_random))
+    return view.adapter.random
 
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
@@ -157,8 +155,8 @@ def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
 def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
     """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
     weights: Weights = {}
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() > 1 and parameter not in seen:
+    for leaf, parameter in parameters_of({"": module}).items():
+        if parameter.dim() > 1 and parameter not in seen:
             weights[leaf] = parameter
     return weights
 
@@ -185,10 +183,8 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
 
 def _has_bias(layer: nn.Module) -> bool:
     """Whether a layer has a bias other than zero."""
-    for leaf, parameter in layer._parameters.items():
-        if parameter is not None and "bias" in leaf and to_local(parameter).any():
-            return True
-    return False
+    biases = [parameter for leaf, parameter in parameters_of({"": layer}).items() if is_bias(leaf)]
+    return any(to_local(bias).any() for bias in biases)
 
 
 def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias: bool) -> bool:
@@ -242,7 +238,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     """The largest modules of these, small layers and blank norms. A small layer may look trained by chance."""
     if not fresh:
         return []
-    parameters = _parameters_by_owner(view)
+    parameters = by_owner(view.base)
     norms = _blank_norms(view, parameters)
     others = parameters.keys() - fresh.keys() - norms.keys() - _small(view)  # these look trained
     around_others = modules_around(others)
@@ -254,11 +250,6 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
-    """The base's parameters by the module that holds them."""
-    return by_owner(view.base)
-
-
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
     untrained = where(without(parameters, [""]), set(view.trained.values()).isdisjoint)
@@ -267,7 +258,7 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> di
 
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
-    small = where(_parameters_by_owner(view), _are_small)
+    small = where(by_owner(view.base), _are_small)
     return set(where(only(view.modules, small), adapter_for))
 
 

@@ -327,8 +327,12 @@ def _restore(view: View) -> None:
 
 def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
-    merged = view.record.base.merged_tensor(join(layer, adapter.weights[0]))
-    attach.move_to_layer(view.modules[layer], adapter, merged.seen.dtype, undo)
+    name = join(layer, adapter.weights[0])
+    is_converted = view.parameters[name].dtype != view.record.base.merged_tensor(name).seen.dtype
+    if is_converted:
+        attach.convert_to_layer(view.modules[layer], adapter, undo)
+    else:
+        attach.move_to_layer(view.modules[layer], adapter, undo)
 
 
 def _show_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:

@@ -83,42 +83,43 @@ class _Block(ExitStack):
         self.running: list[Name] = []
 
     def __enter__(self) -> "_Block":
+        """Let each module that differs between the names run in its own way, until the end of the block."""
         view = view_of(self.model)
         check_switchable(view)
-        used = self._used_adapters(view)
-        values = _values_besides_adapters(view, used)
+        states = self._move_used_adapters(view)
+        adapters = _adapters_by_module(view, states)
+        values = _values_besides_adapters(view, states)
+
         modules = named_modules(view.model)
-        adapters = _by_layer(used)
         in_blocks = where(modules, is_in_block)
-        with_own_values = with_values(modules, values)
-        changed = only(modules, {*in_blocks, *with_own_values, *adapters})
-        around = {"", *modules_around(changed)}
-        for name in modules:
-            _check_has_rows(name, view, around, adapters.get(name, {}).values())
-        forwards = {}
-        for name, module in changed.items():
-            mixed = _MixedModule(self, view, name, adapters.get(name, {}), values.get(module, {}))
-            forwards[module] = MethodType(mixed.forward, module)  # a copy gets one of the copy
-        self.enter_context(open_block(changed.values()))
-        for module in only(modules, around).values():
+        differing = with_values(modules, {*adapters, *values, *in_blocks.values()})
+        around = only(modules, {"", *modules_around(differing)})
+        for name, module in modules.items():
+            _check_has_rows(view.title, name, module, around, adapters.get(module, {}).values())
+        mixed = []
+        for name, module in differing.items():
+            mixed.append(_MixedModule(self, view, name, adapters.get(module, {}), values.get(module, {})))
+
+        self.enter_context(open_block(differing.values()))
+        for module in around.values():
             self._leave_inference_path(module)
-        for module, forward in forwards.items():
-            self._replace(module, "forward", forward)
+        for each in mixed:
+            forward = MethodType(each.forward, each.module)  # bound to it: a copy gets one of the copy
+            self._replace(each.module, "forward", forward)
         return self
+
+    def _move_used_adapters(self, view: View) -> list[AdapterState]:
+        """Move the adapters of the rows to where the model is. Return them, and the active one."""
+        names = {view.adapter.name, *self.names}
+        for state in only(view.record.others, names).values():
+            move_to_model(view, state)
+        return list(only(view.record.adapters, names).values())
 
     def _leave_inference_path(self, module: nn.Module) -> None:
         """Let a module call those inside it, until the end of the block."""
         path = inference_path(module)
         if path is not None:
             self._replace(module, *path)
-
-    def _used_adapters(self, view: View) -> dict[str, dict[str, Adapter]]:
-        """The active adapter, and those of the rows, by name and layer. They are where the model is."""
-        resting = view.record.others
-        for name in resting.keys() & set(self.names):
-            move_to_model(view, resting[name])
-        names = dict.fromkeys((view.adapter.name, *self.names))
-        return {name: adapters_of(self.model, name) for name in names if name is not None}
 
     def _replace(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute of a module itself, until the end of the block."""
@@ -130,30 +131,27 @@ class _Block(ExitStack):
         attributes[attribute] = value
 
 
-def _by_layer(used: Mapping[str, Mapping[str, Adapter]]) -> dict[str, dict[Name, Adapter]]:
+# What differs between the names
+
+
+def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.Module, dict[Name, Adapter]]:
     """The adapters of each layer, by their names."""
-    adapters: dict[str, dict[Name, Adapter]] = {}
-    for name, layers in used.items():
-        for layer, adapter in layers.items():
-            adapters.setdefault(layer, {})[name] = adapter
+    adapters: dict[nn.Module, dict[Name, Adapter]] = {}
+    for state in states:
+        for layer, adapter in adapters_of(view.model, state.name).items():
+            adapters.setdefault(view.modules[layer], {})[state.name] = adapter
     return adapters
 
 
-# What differs besides the adapters
-
-
-def _values_besides_adapters(view: View, names: Collection[str]) -> dict[nn.Module, Values]:
+def _values_besides_adapters(view: View, states: Collection[AdapterState]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
-    states = list(only(view.record.adapters, names).values())
-    tensor_names = dict.fromkeys(chain.from_iterable(state.originals for state in states))
-    present: dict[str, Tensor] = {**view.base, **view.buffers}
     found: dict[nn.Module, Values] = {}
-    for name in tensor_names:
-        here = present[name]
+    for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
+        here = view.base_tensors[name]  # the active adapter's
         values = _values_of(view, name, here, states)
         if not isinstance(here, nn.Parameter) and _are_all_alike(values):
             continue  # a buffer that no adapter has changed
-        reader = _reader_of(view, name)
+        reader = _reading_module(view, name)
         in_reader = name.removeprefix(f"{reader}.")
         values_there = found.setdefault(view.modules[reader], {})
         for adapter_name, value in values.items():
@@ -178,7 +176,7 @@ def _are_all_alike(values: Mapping[Name, Tensor]) -> bool:
     return all(same_bits(value, base) for value in values.values())
 
 
-def _reader_of(view: View, tensor: str) -> str:
+def _reading_module(view: View, tensor: str) -> str:
     """The name of the module whose forward reads a tensor: its own, or the one around that."""
     owner = owner_of(tensor)
     outer = owner_of(owner)
@@ -191,33 +189,30 @@ def _reader_of(view: View, tensor: str) -> str:
 # Layers whose rows are not their own
 
 
-def _check_has_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> None:
+def _check_has_rows(
+    title: str, name: str, module: nn.Module, around: Collection[str], adapters: Iterable[Adapter]
+) -> None:
     """Refuse a layer whose batches do not begin with rows. A module in ``around`` holds one that takes part."""
-    about = _why_no_rows(name, view, around, adapters)
-    if about is not None:
-        raise AdapterStateError(
-            f"{name!r} of {view.title} has {about}. So no row can have its own adapter. Run the rows of each adapter "
-            "in a batch of their own, with set_adapter."
-        )
-
-
-def _why_no_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> str | None:
-    """What a layer has that all rows of a batch share, or None."""
-    if any(map(_is_shared_by_rows, adapters)):
-        return "an adapter of experts, parameters or tokens, which all rows of a batch share"
-    module = view.modules[name]
+    if any(_is_shared_by_rows(adapter) for adapter in adapters):
+        raise _no_own_rows(title, name, "an adapter of experts, parameters or tokens, which all rows of a batch share")
     part = name
     if isinstance(module, nn.MultiheadAttention):
         part = owner_of(name)  # layers beside it read the same batch
-    elif not isinstance(module, nn.RNNBase):
-        return None
-    if module.batch_first or part not in around:
-        return None
-    return "batch_first=False: its rows are the second dimension"
+    has_second_rows = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+    if has_second_rows and part in around:
+        raise _no_own_rows(title, name, "batch_first=False: its rows are the second dimension")
 
 
 def _is_shared_by_rows(adapter: Adapter) -> bool:
     return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
+
+
+def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
+    """What is said of a layer that has this."""
+    return AdapterStateError(
+        f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the rows of each adapter "
+        "in a batch of their own, with set_adapter."
+    )
 
 
 # A module in the block
@@ -273,7 +268,7 @@ class _MixedModule:
                 f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
                 "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
             )
-        if self.running:
+        if self.running:  # a module around it runs the rows of one name
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
@@ -281,12 +276,13 @@ class _MixedModule:
             return self._run_as(only_name, args, kwargs)
         drops = self.has_dropout and (module.training or self.step.runs)
         if drops or not self.is_sum:
-            return self._run_each(len(x), args, kwargs)
+            return self._run_each(args, kwargs)
         output = self.plain.forward(module, *args, **kwargs)
         return add_to_rows(output, x, *self._factors())
 
-    def _run_each(self, n: int, args: Any, kwargs: Any) -> Any:
+    def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
+        n = len(self.names)
         states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
         mask = self._shared_mask(args, kwargs)
         outputs = []

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -38,33 +37,41 @@ def left_still(still: Collection[str], title: str) -> str:
     )
 
 
-def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, find_still: bool = True) -> Networks:
+def networks_of(
+    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, is_from_file: bool = False
+) -> Networks:
     """Return what layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays.
 
     Args:
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
         still: Parameters of the base that stand still: frozen, or in no optimizer.
-        find_still: Whether networks that stand still are looked for. Otherwise, the configuration names them.
+        is_from_file: Whether the configuration is a file's, which names the networks that stand still.
     """
-    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC
-    find_still = find_still and layers_are_chosen_by_us
+    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC and not is_from_file
     before = view.adapter.networks if view.is_on_layers else Networks()
     copies = _copies_that_are_left(view, before)  # if none of them trains now
-    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=find_still)
-    still_as_before = _still_as_before(view, before)
-    if not still or not find_still:
-        return Networks(still=still_as_before, copies=copies).fitting(kinds.keys())
+    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=layers_are_chosen_by_us)
+    networks = Networks(still=_still_as_before(view, before), copies=copies)
+    if still and layers_are_chosen_by_us:
+        networks = _with_networks_found(view, networks, kinds, still)
+    return networks.fitting(kinds.keys())
+
+
+def _with_networks_found(
+    view: View, networks: Networks, kinds: Mapping[str, type], still: Set[nn.Parameter]
+) -> Networks:
+    """These networks, and those that are found to stand still."""
     found = find_networks(
         view.modules,
         view.base,
-        set(outside(_whole_layers(kinds), still_as_before)),
+        set(outside(_whole_layers(kinds), networks.still)),
         still - _weights_that_have_learned(view),
         beside=_named_beside(view),
-        copies=copies,
+        copies=networks.copies,
         untrained=lambda: find_fresh(view).new,
     )
-    return replace(found, still=(*still_as_before, *found.still)).fitting(kinds.keys())
+    return replace(found, still=(*networks.still, *found.still))
 
 
 def _copies_that_are_left(view: View, before: Networks) -> dict[str, str]:
@@ -85,7 +92,7 @@ def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
     return tuple(network for network in before.still if not inside(thawed, [network]))
 
 
-def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
+def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
     """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
     return list(where(kinds, _adapts_whole_layers))
 
@@ -138,8 +145,9 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     below = tuple(dict.fromkeys((*before.below, *found.below)))
     view.adapter.networks = replace(before, below=below, copies=copies)
     leave_alone(model, found.still)
-    attach.freeze(view_of(model))  # what trains in full does not in a copy
-    follow_originals(view_of(model))
+    settled = view_of(model)
+    attach.freeze(settled)  # what trains in full does not in a copy
+    follow_originals(settled)
     return paused
 
 
@@ -191,7 +199,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
         return
     if len(left) == len(view.layers):
         raise TargetError(f"{left_still(still, view.title)} No other layer has an adapter.")
-    attach.detach_adapters(view, left)
+    attach.detach_from(view, left)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
     attach.freeze(view)

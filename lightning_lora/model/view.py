@@ -215,6 +215,16 @@ class View:
         return buffers
 
     @cached_property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The parameters and the buffers of the base."""
+        return {**self.base, **self.buffers}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers that the model has now."""
+        return {**self.buffers, **self.parameters}
+
+    @cached_property
     def entries(self) -> dict[str, Tensor]:
         """The extra state dict entries of quantised layers."""
         entries = dict[str, Tensor]()

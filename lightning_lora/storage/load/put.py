@@ -118,7 +118,7 @@ def _adapted(view: View, stored: StoredAdapters, way: Way) -> StoredAdapters:
     is_new = not _has_layers(view)
     if is_new:
         name = view.adapter.name if view.is_adapted else way.name
-        inject(view.model, stored.config, name="default" if name is None else name, find_still=False)
+        inject(view.model, stored.config, name="default" if name is None else name, is_from_file=True)
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
     view.check_present()
