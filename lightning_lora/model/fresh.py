@@ -5,7 +5,7 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 
 import torch
@@ -24,6 +24,7 @@ from lightning_lora.tensors.named import (
     outermost_outside,
     outside,
     where,
+    where_not,
     without,
 )
 from lightning_lora.tensors.names import is_bias, owner_of, parameters_of, starts_of
@@ -51,69 +52,52 @@ class Fresh:
 
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
-    looked = _LayersSeen(view)
-    for name, weights in _layers(view, besides=view.trained.values()).items():
-        looked.add(name, weights)
-    for name, weights in _layers(view, besides=view.frozen.values()).items():
-        looked.add_trained(name, weights)
-    random = tuple(_as_modules(view, looked.fresh))
-    unsure = tuple(outside(looked.unsure, random))
-    return Fresh(random, looked.share, unsure)
+    layers = _layers(view, besides=view.trained.values())
+    small = where(layers, _has_few_values)
+    large = without(layers, small)
+    fresh = _those_that_look_fresh(view, large)
+    values = _number_of_values(large) + _number_of_values(_pretrained_that_train(view))
+    share = _number_of_values(fresh) / values if values else math.nan
+
+    embeddings = where(only(view.modules, fresh), _is_embedding)  # they change slowly in training
+    to_be_named = _not_frozen_by_user(view, without(fresh, embeddings))
+    random = _as_modules(view, to_be_named)
+    small_linear = only(small, of_type(view.modules, nn.Linear))
+    unsure = _those_that_look_fresh(view, _not_frozen_by_user(view, small_linear))
+    return Fresh(tuple(random), share, tuple(outside(unsure, random)))
 
 
-@dataclass
-class _LayersSeen:
-    """What was found in the layers that were looked at."""
-
-    view: View
-    values: int = 0  # the number of values in all layers that can be judged
-    fresh_values: int = 0  # in those that look untrained
-    fresh: dict[str, Weights] = field(default_factory=dict)  # those to be named
-    unsure: list[str] = field(default_factory=list)  # linear layers with too few values to tell
-
-    @property
-    def share(self) -> float:
-        """The share of what looks untrained; NaN if nothing can be judged."""
-        return self.fresh_values / self.values if self.values else math.nan
-
-    def add(self, name: str, weights: Weights) -> None:
-        """Look at one more layer."""
-        if _has_few_values(weights):
-            self._add_small(name, weights)
-        else:
-            self._add_large(name, weights)
-
-    def _add_small(self, name: str, weights: Weights) -> None:
-        is_linear = isinstance(self.view.modules[name], nn.Linear)
-        if is_linear and self._is_meant(name, weights) and _looks_fresh(self.view, name, weights):
-            self.unsure.append(name)
-
-    def _add_large(self, name: str, weights: Weights) -> None:
-        self.values += _number_of_values(weights)
-        if not _looks_fresh(self.view, name, weights):
-            return
-        self.fresh_values += _number_of_values(weights)
-        changes_slowly = isinstance(self.view.modules[name], nn.Embedding | nn.EmbeddingBag)
-        if self._is_meant(name, weights) and not changes_slowly:
-            self.fresh[name] = weights
-
-    def _is_meant(self, name: str, weights: Weights) -> bool:
-        """Whether the user has not frozen it: then it would be random on purpose."""
-        return self.view.frozen_by_user.isdisjoint(joined(name, weights))
-
-    def add_trained(self, name: str, weights: Weights) -> None:
-        """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""
-        if not _has_few_values(weights) and not _looks_fresh(self.view, name, weights):
-            self.values += _number_of_values(weights)
+def _pretrained_that_train(view: View) -> dict[str, Weights]:
+    """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
+    layers = where_not(_layers(view, besides=view.frozen.values()), _has_few_values)
+    return without(layers, _those_that_look_fresh(view, layers))
 
 
-def _number_of_values(weights: Weights) -> int:
-    return sum(weight.numel() for weight in weights.values())
+def _those_that_look_fresh(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+    return {name: weights for name, weights in layers.items() if _looks_fresh(view, name, weights)}
+
+
+def _not_frozen_by_user(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+    """These layers without those that are random on purpose."""
+    frozen = view.frozen_by_user
+    return {name: weights for name, weights in layers.items() if frozen.isdisjoint(joined(name, weights))}
+
+
+def _number_of_values(layers: Mapping[str, Weights]) -> int:
+    number = 0
+    for weights in layers.values():
+        for weight in weights.values():
+            number += weight.numel()
+    return number
 
 
 def _has_few_values(weights: Weights) -> bool:
     """Whether one of the weights has too few values to be judged."""
     return min(map(count, weights.values())) < FEWEST
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def random_weights(view: View) -> tuple[str, ...]:
@@ -218,7 +202,7 @@ def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...
         deviation = getattr(config, "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
             return (deviation,)
-    if isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
+    if _is_embedding(view.modules[name]):
         return 1.0, 0.02
     kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]  # of torchvision's convolutions
     return 0.02, 0.01, *kaiming
