@@ -124,10 +124,9 @@ class _Block(ExitStack):
     def _replace(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute of a module itself, until the end of the block."""
         attributes = vars(module)
-        if attribute in attributes:
-            self.callback(attributes.update, {attribute: attributes[attribute]})
-        else:
-            self.callback(attributes.pop, attribute)
+        before = only(attributes, [attribute])  # nothing, where the class has it
+        self.callback(attributes.update, before)
+        self.callback(attributes.pop, attribute)  # comes first at the end
         attributes[attribute] = value
 
 
@@ -231,16 +230,15 @@ class _MixedModule:
         self.step = vars(module).get("lora_step", Step())
         self.values = values
         self.adapters = {key: adapters[key] for key in block.names if key in adapters}
-        self.is_sum = self._is_sum()
-        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
-        self.has_trained_statistics = self._has_trained_statistics()
-        self.stacked_from: list[Any] = []
-        self.stacked = (torch.empty(0), torch.empty(0))
-        self.names = self._distinct_names(block.names)
+        self.names = self._names_that_differ(block.names)
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
+        self.is_sum = self._is_sum()
+        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
+        self.trains_statistics = has_running_statistics(module) and "weight" in values.get(None, ())
+        self.factors = _FactorsOfRows(self.adapters, self.names)
 
-    def _distinct_names(self, names: Sequence[Name]) -> list[Name]:
+    def _names_that_differ(self, names: Sequence[Name]) -> list[Name]:
         """The name of each row. Without an adapter, values or modules inside that differ, it runs as the base."""
         if self.values or self.module._modules:
             return list(names)
@@ -255,15 +253,11 @@ class _MixedModule:
         cls: Any = combined(adapter.kind, self.plain)
         return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
 
-    def _has_trained_statistics(self) -> bool:
-        """Whether it is a norm with running statistics that an adapter trains in full."""
-        return has_running_statistics(self.module) and "weight" in self.values.get(None, ())
-
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
-        if self.has_trained_statistics and module.training:
+        if self.trains_statistics and module.training:
             raise ConfigError(
                 f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
                 "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
@@ -278,7 +272,7 @@ class _MixedModule:
         if drops or not self.is_sum:
             return self._run_each(args, kwargs)
         output = self.plain.forward(module, *args, **kwargs)
-        return add_to_rows(output, x, *self._factors())
+        return add_to_rows(output, x, *self.factors.now())
 
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
@@ -332,27 +326,37 @@ class _MixedModule:
         row_dims = int(is_bag or x.is_floating_point())  # one for features, none for an index
         return x.dim() > row_dims and len(x) == len(self.names)
 
-    def _factors(self) -> Factors:
-        """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
-        parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in self.adapters.values()))
-        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
+class _FactorsOfRows:
+    """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
+
+    def __init__(self, adapters: Mapping[Name, Adapter], names: Sequence[Name]) -> None:
+        self.adapters = adapters
+        self.names = names
+        self.parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in adapters.values()))
+        self.stacked_from: list[Any] = []
+        self.stacked = (torch.empty(0), torch.empty(0))
+
+    def now(self) -> Factors:
+        """Return them as the adapters are now."""
+        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
         if needs_gradients or torch.compiler.is_compiling():
-            return self._stack_factors()
+            return self._stack()
         # what is stacked in inference mode cannot be used in another one
-        now = [torch.is_inference_mode_enabled(), *map(_version_of_values, parameters)]
-        if self.stacked_from != now:
-            self.stacked = self._stack_factors()
-            self.stacked_from = now
+        stacked_from = [torch.is_inference_mode_enabled(), *map(_version_of_values, self.parameters)]
+        if self.stacked_from != stacked_from:
+            self.stacked = self._stack()
+            self.stacked_from = stacked_from
         return self.stacked
 
-    def _stack_factors(self) -> Factors:
-        """A and B for each row; no rows and columns where there is no adapter."""
+    def _stack(self) -> Factors:
+        """Stack them, with no rows and columns where there is no adapter."""
         updates: dict[Name, Factors] = {}
-        for key, adapter in self.adapters.items():
+        for name, adapter in self.adapters.items():
             a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
-            updates[key] = a, b * adapter.settings.scaling
+            updates[name] = a, b * adapter.settings.scaling
         nothing = a[:0], b[:, :0]
-        return stacked([updates.get(key, nothing) for key in self.names])
+        return stacked([updates.get(name, nothing) for name in self.names])
 
 
 def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:
