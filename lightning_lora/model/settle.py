@@ -26,7 +26,7 @@ from lightning_lora.tensors.named import (
     with_values,
     without,
 )
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.names import owner_of
 
 
 def left_still(still: Collection[str], title: str) -> str:
@@ -76,11 +76,8 @@ def _with_networks_found(
 
 def _copies_that_are_left(view: View, before: Networks) -> dict[str, str]:
     """The earlier copies that the model still has, with their originals."""
-    copies: dict[str, str] = {}
-    for copy, original in before.copies.items():
-        if copy in view.modules and original in view.modules:
-            copies[copy] = original
-    return copies
+    present_copies = only(before.copies, view.modules)
+    return with_values(present_copies, view.modules)
 
 
 def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
@@ -89,7 +86,7 @@ def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
         return ()
     requires_grad = view.record.base.flags_before()
     thawed = [name for name in view.base if requires_grad.get(name, True)]
-    return tuple(network for network in before.still if not inside(thawed, [network]))
+    return tuple(not_in(before.still, modules_around(thawed)))
 
 
 def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
@@ -164,18 +161,16 @@ def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Paramete
     """The copies in which nothing trains by itself."""
     required_grad = view.record.base.flags_before()
     training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
-    return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
+    return without(found.copies, modules_around(training))
 
 
 def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
     """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
-    below = view.adapter.networks.below
+    expected = {*view.adapter.networks.below, *copies}  # to have weights that no optimizer holds
     paused = []
-    for name, layer in view.layers.items():
-        is_held = not view.weights_of(name) <= unheld
-        if is_held or is_in_any(name, below) or is_in_any(name, copies):
-            continue
-        if not layer.lora_is_fresh():
+    for name in outside(view.layers, expected):
+        layer = view.layers[name]
+        if view.weights_of(name) <= unheld and not layer.lora_is_fresh():
             layer.lora_pause()
             paused.append(name)
     return paused
@@ -183,8 +178,9 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
 
 def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
     """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
-    for name, layer in view.layers.items():
-        if layer.lora_settings.follows and name not in paused and not is_in_any(name, copies):
+    standing_still = {*paused, *inside(view.layers, copies)}
+    for layer in without(view.layers, standing_still).values():
+        if layer.lora_settings.follows:
             layer.lora_train_again()
 
 
