@@ -139,8 +139,8 @@ def _inactive_parameters(view: View) -> set[Tensor]:
     """All parameters of the inactive adapters, and what trains in full with them."""
     found = set[Tensor]()
     for state in _inactive_adapters(view):
-        found.update(state.resting_tensors.values())
-        found.update(_parameters_of(state.resting.values()))
+        found.update(state.inactive_tensors.values())
+        found.update(_parameters_of(state.inactive_adapters.values()))
     return found
 
 
@@ -161,7 +161,7 @@ def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     for layer in only(view.layers, layers).values():
         found.update(layer.lora_parameters().values())
     for state in _inactive_adapters(view):
-        found.update(_parameters_of(only(state.resting, layers).values()))
+        found.update(_parameters_of(only(state.inactive_adapters, layers).values()))
     return found
 
 
