@@ -4,19 +4,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings
 from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.named import where
-from lightning_lora.tensors.names import held_parameter, join, submodule
+from lightning_lora.tensors.named import joined, of_type, renamed, where
+from lightning_lora.tensors.names import held_parameter, is_inside, submodule
 
 
 def check_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
-    computed = where(view.layers, _has_computed_weights)
+    computed = where(view.layers, _is_computed)
     if computed:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(computed)} of {view.title} is computed, so no update can be "
@@ -26,28 +28,29 @@ def check_weights(view: View) -> None:
         )
 
 
-def _has_computed_weights(layer: LoRALayer) -> bool:
+def _is_computed(layer: LoRALayer) -> bool:
     """Whether other code has replaced the class or the weights of an adapted layer."""
     present = dict(layer.named_parameters(remove_duplicate=False))
-    return not is_overlaid(layer) or not present.keys() >= set(layer.lora_weights())
+    has_its_weights = present.keys() >= set(layer.lora_weights())
+    return not (is_overlaid(layer) and has_its_weights)
 
 
 def check_as_adapted(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
-    owners = {id(layer.weight): layer for layer in view.layers.values() if isinstance(layer, LoRATokens)}
+    resized = where(view.layers, LoRALayer.lora_is_resized)
+    owners: dict[object, nn.Module] = {layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()}
     for name, module in view.modules.items():
-        if isinstance(module, LoRALayer) and module.lora_is_resized():
-            raise AdapterStateError(_changed_since(view, name, "resized"))
-        owner = owners.get(id(held_parameter(module, "weight")), module)
-        known_owner = vars(module).get("lora_tied_to", (module,))[0]
-        if owner is not known_owner:
-            what = "tied to an embedding whose rows train, or untied,"
-            raise AdapterStateError(_changed_since(view, name, what))
+        if name in resized:
+            raise _changed_since(view, name, "resized")
+        owner = owners.get(held_parameter(module, "weight"), module)
+        (owner_then,) = vars(module).get("lora_tied_to", (module,))
+        if owner is not owner_then:
+            raise _changed_since(view, name, "tied to an embedding whose rows train, or untied,")
 
 
-def _changed_since(view: View, layer: str, what: str) -> str:
+def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
     """What is said of a layer that was changed since it was adapted."""
-    return (
+    return AdapterStateError(
         f"{layer!r} of {view.title} was {what} after inject_adapters. Call inject_adapters(model, "
         "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
     )
@@ -97,34 +100,40 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    trained_there = {join(prefix, name) for name in View(submodule(view.model, prefix)).trained}
-    inside = f"{prefix}." if prefix else ""
-    trained_here = {name for name in view.trained if name.startswith(inside)}
+    trained_there = set(joined(prefix, View(submodule(view.model, prefix)).trained))
+    trained_here = {name for name in view.trained if is_inside(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(
-            f"{view.title} is adapted already, and trains {listed(trained_there) or 'nothing'} beside its adapters, "
-            f"not {listed(trained_here) or 'nothing'}. Use the same modules_to_save and bias, another name=..., or "
+            f"{view.title} is adapted already, and trains {_listed_or_nothing(trained_there)} beside its adapters, "
+            f"not {_listed_or_nothing(trained_here)}. Use the same modules_to_save and bias, another name=..., or "
             "remove_adapters."
         )
 
 
-_NAMES_IN_MESSAGES = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}  # in the user's words
+def _listed_or_nothing(names: Collection[str]) -> str:
+    return listed(names) if names else "nothing"
+
+
+_USERS_WORDS = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
 
 
 def _about(settings: Settings, matrices: Iterable[AdaptedMatrix]) -> dict[str, Any]:
     """An adapter's settings and matrices, in users' words."""
-    about = dict[str, Any]()
-    for name, value in asdict(settings).items():
-        if name != "follows":
-            about[_NAMES_IN_MESSAGES.get(name, name)] = value
+    compared = asdict(settings)
+    del compared["follows"]
     if not settings.is_difference:
-        del about["init"]  # otherwise it makes no difference later
+        del compared["init"]  # otherwise it makes no difference later
+    about = renamed(compared, _in_users_words)
     about["matrices"] = [_about_matrix(matrix) for matrix in matrices]
     return about
+
+
+def _in_users_words(name: str) -> str:
+    return _USERS_WORDS.get(name, name)
 
 
 def _about_matrix(matrix: AdaptedMatrix) -> tuple[Any, ...]:
     """What a matrix is, and what it has of its own."""
     about = (matrix.name or matrix.weight, matrix.first, matrix.reads, matrix.writes)
-    own_values = [value for value in (matrix.r, matrix.scaling, matrix.tokens) if value]
-    return (*about, *own_values)
+    its_own = [value for value in (matrix.r, matrix.scaling, matrix.tokens) if value]
+    return (*about, *its_own)

@@ -14,7 +14,7 @@ from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.named import of_type, only, without
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
@@ -27,11 +27,17 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     watch_optimizers(view.model)
 
 
-def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
-    """Remove adapters from these layers, or from all. Return them by the names of their layers."""
+def detach_adapters(view: View) -> dict[str, Adapter]:
+    """Remove the adapters from all layers. Return them by the names of their layers."""
+    return detach_from(view, view.layers)
+
+
+def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
+    """Remove the adapters from these layers. Return them by the names of their layers."""
     check_weights(view)
-    layers = view.layers if names is None else only(view.layers, names)
-    adapters = {name: layer.lora_detach() for name, layer in layers.items()}
+    adapters = {}
+    for name, layer in only(view.layers, names).items():
+        adapters[name] = layer.lora_detach()
     _layers_have_changed(view)
     return adapters
 
@@ -43,17 +49,28 @@ def _layers_have_changed(view: View) -> None:
     view.look_again()
 
 
-def move_to_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype | None, undo: ExitStack) -> None:
-    """Move and convert an adapter to its layer's device and dtype: a plain model does not move what is off it."""
+# A plain model does not move what is off it
+
+
+def convert_to_layer(layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+    """Move and convert an adapter that is off its layer to the layer's device and dtype."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     layer_dtype = adapter.kind.lora_dtype(layer, weight)
-    roles = adapter.roles
-    for name, factor in adapter.parameters.items():
-        dtype = factor.dtype
-        if weight.dtype != was:  # it was converted
-            dtype = roles[name].dtype(layer_dtype, adapter.settings)
-        undo.callback(replace_values, factor, factor.data)
-        move_to(factor, weight.device, dtype)
+    for name, about in adapter.roles.items():
+        dtype = about.dtype(layer_dtype, adapter.settings)
+        _move_factor(adapter.parameters[name], weight.device, dtype, undo)
+
+
+def move_to_layer(layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+    """Move an adapter that is off its layer to the layer's device."""
+    weight = own_parameter(layer, adapter.matrices[0].weight)
+    for factor in adapter.parameters.values():
+        _move_factor(factor, weight.device, factor.dtype, undo)
+
+
+def _move_factor(factor: nn.Parameter, device: torch.device, dtype: torch.dtype, undo: ExitStack) -> None:
+    undo.callback(replace_values, factor, factor.data)
+    move_to(factor, device, dtype)
 
 
 def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -116,9 +133,8 @@ def freeze(view: View) -> None:
 def unfreeze(view: View) -> None:
     """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
     flags_before = view.record.base.flags_before()
-    for name, parameter in view.parameters.items():
-        if name in flags_before:
-            set_requires_grad(parameter, flags_before[name] and _can_train(parameter))
+    for name, parameter in only(view.parameters, flags_before).items():
+        set_requires_grad(parameter, flags_before[name] and _can_train(parameter))
     for module in view.modules.values():
         set_frozen(module, False)
 
@@ -130,7 +146,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 @contextmanager
 def undone_on_error(view: View) -> Iterator[None]:
     """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
-    before = _Before(view)
+    before = _ModelBefore(view)
     try:
         yield
     except BaseException:
@@ -138,13 +154,13 @@ def undone_on_error(view: View) -> Iterator[None]:
         raise
 
 
-class _Before:
+class _ModelBefore:
     """A model as it was before a change, without its values."""
 
     def __init__(self, view: View) -> None:
         self.required_grad = {parameter: parameter.requires_grad for parameter in view.parameters.values()}
         self.adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
-        self.frozen_norms = {module for module in view.modules.values() if isinstance(module, FrozenNorm)}
+        self.frozen_norms = set(of_type(view.modules, FrozenNorm).values())
         self.records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
 
     def restore(self, view: View) -> None:
@@ -160,9 +176,10 @@ class _Before:
             keep_record(view.modules[name], record)
 
     def _restore_adapters(self, view: View) -> None:
-        for name, layer in view.layers.items():
-            is_new = name not in self.adapters or layer.lora_step is not self.adapters[name].step
-            if is_new:
+        """Take off the adapters that are new, and attach those that were taken off."""
+        steps_before = {adapter.step for adapter in self.adapters.values()}
+        for layer in view.layers.values():
+            if layer.lora_step not in steps_before:
                 layer.lora_detach()
-        lost = [name for name in self.adapters if not isinstance(view.modules[name], LoRALayer)]
-        attach_adapters(view, {name: self.adapters[name] for name in lost})
+        lost = without(self.adapters, of_type(view.modules, LoRALayer))
+        attach_adapters(view, lost)

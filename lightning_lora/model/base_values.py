@@ -17,20 +17,17 @@ from lightning_lora.tensors.values import replace_values, same_bits
 
 def kept_tensors(view: View) -> dict[str, Tensor]:
     """Return the model's tensors whose base values the active adapter keeps."""
-    present: dict[str, Tensor] = {**view.base, **view.buffers}
-    kept = dict[str, Tensor]()
-    for name in view.adapter.originals:
-        if name in present:
-            kept[name] = present[name]
-    return kept
+    present = view.base_tensors
+    names = only(view.adapter.originals, present)
+    return {name: present[name] for name in names}
 
 
 def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
-    below = dict[int, Tensor]()
+    bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged:
-        below[id(merged.shown)] = merged.base.to(merged.shown.dtype)  # it may have been converted since
-    return {name: below.get(id(parameter), parameter) for name, parameter in view.frozen.items()}
+        bases[merged.shown] = merged.base.to(merged.shown.dtype)  # it may have been converted since
+    return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
 
 
 def base_values(view: View) -> dict[str, Tensor]:
@@ -46,8 +43,7 @@ def base_value(view: View, name: str) -> Tensor:
     """Return the base's value of a parameter or buffer."""
     if view.is_adapted and name in view.adapter.originals:
         return view.adapter.originals[name]
-    present = view.base if name in view.base else view.buffers
-    return present[name].detach()
+    return view.base_tensors[name].detach()
 
 
 def extra_digests(view: View) -> dict[str, int]:
@@ -83,10 +79,11 @@ def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None
     present = kept_tensors(view)
     originals = view.adapter.originals
     for name in names:
-        _restore(present[name], originals[name], undo)
+        _write_original(present[name], originals[name], undo)
 
 
-def _restore(tensor: Tensor, original: Tensor, undo: ExitStack) -> None:
+def _write_original(tensor: Tensor, original: Tensor, undo: ExitStack) -> None:
+    """Write one original value back, if there is one."""
     values = tensor.data
     if original.is_meta or same_bits(values, original):
         return

@@ -5,7 +5,7 @@ Not every initialisation is known: a layer counts as untrained only if that is c
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 
 import torch
@@ -24,9 +24,10 @@ from lightning_lora.tensors.named import (
     outermost_outside,
     outside,
     where,
+    where_not,
     without,
 )
-from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.tensors.names import is_bias, owner_of, parameters_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
@@ -51,64 +52,43 @@ class Fresh:
 
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
-    looked = _LayersSeen(view)
-    for name, weights in _layers(view, besides=view.trained.values()).items():
-        looked.add(name, weights)
-    for name, weights in _layers(view, besides=view.frozen.values()).items():
-        looked.add_trained(name, weights)
-    random = tuple(_as_modules(view, looked.fresh))
-    unsure = tuple(outside(looked.unsure, random))
-    return Fresh(random, looked.share, unsure)
+    layers = _layers(view, besides=view.trained.values())
+    small = where(layers, _has_few_values)
+    large = without(layers, small)
+    fresh = _those_that_look_fresh(view, large)
+    values = _number_of_values(large) + _number_of_values(_pretrained_that_train(view))
+    share = _number_of_values(fresh) / values if values else math.nan
+
+    embeddings = where(only(view.modules, fresh), _is_embedding)  # they change slowly in training
+    to_be_named = _not_frozen_by_user(view, without(fresh, embeddings))
+    random = _as_modules(view, to_be_named)
+    small_linear = only(small, of_type(view.modules, nn.Linear))
+    unsure = _those_that_look_fresh(view, _not_frozen_by_user(view, small_linear))
+    return Fresh(tuple(random), share, tuple(outside(unsure, random)))
 
 
-@dataclass
-class _LayersSeen:
-    """What was found in the layers that were looked at."""
-
-    view: View
-    values: int = 0  # the number of values in all layers that can be judged
-    fresh_values: int = 0  # in those that look untrained
-    fresh: dict[str, Weights] = field(default_factory=dict)  # those to be named
-    unsure: list[str] = field(default_factory=list)  # linear layers with too few values to tell
-
-    @property
-    def share(self) -> float:
-        """The share of what looks untrained; NaN if nothing can be judged."""
-        return self.fresh_values / self.values if self.values else math.nan
-
-    def add(self, name: str, weights: Weights) -> None:
-        """Look at one more layer."""
-        if _has_few_values(weights):
-            self._add_small(name, weights)
-        else:
-            self._add_large(name, weights)
-
-    def _add_small(self, name: str, weights: Weights) -> None:
-        is_linear = isinstance(self.view.modules[name], nn.Linear)
-        if is_linear and self._is_meant(name, weights) and _looks_fresh(self.view, name, weights):
-            self.unsure.append(name)
-
-    def _add_large(self, name: str, weights: Weights) -> None:
-        self.values += _number_of_values(weights)
-        if not _looks_fresh(self.view, name, weights):
-            return
-        self.fresh_values += _number_of_values(weights)
-        changes_slowly = isinstance(self.view.modules[name], nn.Embedding | nn.EmbeddingBag)
-        if self._is_meant(name, weights) and not changes_slowly:
-            self.fresh[name] = weights
-
-    def _is_meant(self, name: str, weights: Weights) -> bool:
-        """Whether the user has not frozen it: then it would be random on purpose."""
-        return self.view.frozen_by_user.isdisjoint(joined(name, weights))
-
-    def add_trained(self, name: str, weights: Weights) -> None:
-        """Look at a layer that trains in full: if it is pretrained, the model is not untrained as a whole."""
-        if not _has_few_values(weights) and not _looks_fresh(self.view, name, weights):
-            self.values += _number_of_values(weights)
+def _pretrained_that_train(view: View) -> dict[str, Weights]:
+    """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
+    layers = where_not(_layers(view, besides=view.frozen.values()), _has_few_values)
+    return without(layers, _those_that_look_fresh(view, layers))
 
 
-def _number_of_values(weights: Weights) -> int:
-    return sum(weight.numel() for weight in weights.values())
+def _those_that_look_fresh(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+    return {name: weights for name, weights in layers.items() if _looks_fresh(view, name, weights)}
+
+
+def _not_frozen_by_user(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+    """These layers without those that are random on purpose."""
+    frozen = view.frozen_by_user
+    return {name: weights for name, weights in layers.items() if frozen.isdisjoint(joined(name, weights))}
+
+
+def _number_of_values(layers: Mapping[str, Weights]) -> int:
+    number = 0
+    for weights in layers.values():
+        for weight in weights.values():
+            number += weight.numel()
+    return number
 
 
 def _has_few_values(weights: Weights) -> bool:
@@ -116,30 +96,32 @@ def _has_few_values(weights: Weights) -> bool:
     return min(map(count, weights.values())) < FEWEST
 
 
-def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def random_weights(view: View) -> tuple[str, ...]:
     """Return frozen weights that may be new, unless most look untrained, and filled buffers. Collective."""
-    if view.adapter.random is None:
-        if found is None:
-            found = find_fresh(view)
-        view.adapter.random = _random_in_any_process(view, found)
-    names = (*view.adapter.random, *view.record.base.filled)
-    return tuple(dict.fromkeys(names))
+    noted = view.adapter.random
+    if noted is None:
+        noted = note_random_weights(view, find_fresh(view))
+    return tuple(dict.fromkeys((*noted, *view.record.base.filled)))
 
 
-def _random_in_any_process(view: View, found: Fresh) -> tuple[str, ...]:
-    """The frozen weights that may be new. Processes that hold other shards may find others: all count. Collective."""
+def note_random_weights(view: View, found: Fresh) -> tuple[str, ...]:
+    """Note the frozen weights that may be new, for files. Return them. Collective.
+
+    Processes that hold other shards may find others: all count.
+    """
     modules = set(found.new)
     if found.share <= MOST_SHARE:
-        modules.update(_small_linear_layers(view))
+        linear_layers = of_type(view.modules, nn.Linear)
+        modules.update(only(linear_layers, _small(view)))
     in_modules = set(inside(view.frozen, modules))
     are_random = [name in in_modules for name in view.frozen]
     are_random = agreed(are_random, list(view.frozen.values()))
-    return tuple(compress(view.frozen, are_random))
-
-
-def _small_linear_layers(view: View) -> list[str]:
-    """The linear layers that are too small to judge."""
-    return list(only(of_type(view.modules, nn.Linear), _small(view)))
+    view.adapter.random = tuple(compress(view.frozen, are_random))
+    return view.adapter.random
 
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
@@ -157,8 +139,8 @@ def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
 def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
     """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
     weights: Weights = {}
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() > 1 and parameter not in seen:
+    for leaf, parameter in parameters_of({"": module}).items():
+        if parameter.dim() > 1 and parameter not in seen:
             weights[leaf] = parameter
     return weights
 
@@ -185,10 +167,8 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
 
 def _has_bias(layer: nn.Module) -> bool:
     """Whether a layer has a bias other than zero."""
-    for leaf, parameter in layer._parameters.items():
-        if parameter is not None and "bias" in leaf and to_local(parameter).any():
-            return True
-    return False
+    biases = [parameter for leaf, parameter in parameters_of({"": layer}).items() if is_bias(leaf)]
+    return any(to_local(bias).any() for bias in biases)
 
 
 def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias: bool) -> bool:
@@ -222,7 +202,7 @@ def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...
         deviation = getattr(config, "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
             return (deviation,)
-    if isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
+    if _is_embedding(view.modules[name]):
         return 1.0, 0.02
     kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]  # of torchvision's convolutions
     return 0.02, 0.01, *kaiming
@@ -242,7 +222,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     """The largest modules of these, small layers and blank norms. A small layer may look trained by chance."""
     if not fresh:
         return []
-    parameters = _parameters_by_owner(view)
+    parameters = by_owner(view.base)
     norms = _blank_norms(view, parameters)
     others = parameters.keys() - fresh.keys() - norms.keys() - _small(view)  # these look trained
     around_others = modules_around(others)
@@ -254,11 +234,6 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def _parameters_by_owner(view: View) -> dict[str, list[nn.Parameter]]:
-    """The base's parameters by the module that holds them."""
-    return by_owner(view.base)
-
-
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
     untrained = where(without(parameters, [""]), set(view.trained.values()).isdisjoint)
@@ -267,7 +242,7 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> di
 
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
-    small = where(_parameters_by_owner(view), _are_small)
+    small = where(by_owner(view.base), _are_small)
     return set(where(only(view.modules, small), adapter_for))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.base.blocks import refuse_in_block
+from lightning_lora.base.states import SWITCH, State
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.layers import Adapter, LoRALayer, new_adapter
@@ -17,7 +18,7 @@ from lightning_lora.model import record as records
 from lightning_lora.model.as_adapted import check_same, check_weights
 from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
 from lightning_lora.model.settle import follow_originals, left_still, networks_of
-from lightning_lora.model.switch import activate, check_known, check_switchable, set_adapter
+from lightning_lora.model.switch import activate, adapters, check_known, set_adapter
 from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, view_of
@@ -87,55 +88,60 @@ def _check_arguments(model: object, config: object) -> None:
         refuse_trainer_only(config)
 
 
-def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", find_still: bool = True) -> tuple[str, ...]:
-    """Adapt as :func:`inject_adapters` does. ``find_still=False``: ``config`` says which networks stand still."""
-    record = records.check_start(model, "inject_adapters")
-    if record is None:
+def inject(
+    model: nn.Module, config: LoRAConfig, *, name: str = "default", is_from_file: bool = False
+) -> tuple[str, ...]:
+    """Adapt as :func:`inject_adapters` does. A file's ``config`` names the networks that stand still: none is found."""
+    records.check_start(model, "inject_adapters")
+    if name not in adapters(model):  # in a block, an adapter at hand may be found to have all its layers
         refuse_in_block(model, "inject_adapters")
-        return _inject(model, config, name, find_still=find_still)
-    if name not in record.adapters:
-        refuse_in_block(model, "inject_adapters")
-    if not record.is_merged:
+    if records.state_of(model) is State.ADAPTED:
         with activate(model, name, config) as undo:
-            names = _inject(model, config, name, find_still=find_still)
+            layers = _adapt_layers(model, config, name, is_from_file=is_from_file)
             undo.pop_all()
-            return names
-    if record.others:
-        check_switchable(View(model))
-    return _inject(model, config, name, find_still=find_still)
+        return layers
+    if len(adapters(model)) > 1:
+        records.check_start(model, SWITCH)  # refuses: on a new base, those that are not merged would be lost
+    return _adapt_layers(model, config, name, is_from_file=is_from_file)
 
 
-def _inject(model: nn.Module, config: LoRAConfig, name: str, *, find_still: bool) -> tuple[str, ...]:
-    """Choose layers, then change the model. ``find_still``: look for networks that stand still."""
-    if not find_still:
+def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_file: bool) -> tuple[str, ...]:
+    """Choose layers, then change the model. Return the names of all that have adapters."""
+    if is_from_file:
         config = _without_lost_exclusions(model, config)
     view = View(model, config)
     _refuse_pefts(view)
     note_what_the_user_set(view)
-    choices, networks = _choose(view, config, find_still=find_still)
+    choices, networks = _choose(view, is_from_file=is_from_file)
     unwanted = _unwanted_adapters(view, choices, networks)
     if unwanted or _to_be_adapted(choices):
         refuse_in_block(model, "inject_adapters")
     with attach.undone_on_error(view):
         if unwanted:
-            attach.detach_adapters(view, unwanted)
+            attach.detach_from(view, unwanted)
             view.look_again(config)
         check_same(view, choices)
-        if find_still:
-            Guards().layers_chosen(view, _to_be_adapted(choices))
-        adapters = _new_adapters(_to_be_adapted(choices))
-        if adapters:
+        new = _to_be_adapted(choices)  # also those of which an adapter was taken off
+        if not is_from_file:
+            Guards().layers_chosen(view, new)
+        new_adapters = _new_adapters(new)
+        if new_adapters:
             _check_not_parallel(model)
         record = records.begin_record(model, config, name)
         record.adapter.networks = networks
-        attach.attach_adapters(view, adapters)
-        view.begin_anew()
-        follow_originals(view)
-        attach.freeze(view)
-        record.adapter.layers = tuple(view.layers)
-        if adapters or view.is_fresh():  # later, trained values would be taken for the base's
-            keep_originals(view)
+        _attach_and_freeze(view, new_adapters)
     return tuple(choices)
+
+
+def _attach_and_freeze(view: View, new_adapters: Mapping[str, Adapter]) -> None:
+    """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
+    attach.attach_adapters(view, new_adapters)
+    view.begin_anew()
+    follow_originals(view)
+    attach.freeze(view)
+    view.adapter.layers = tuple(view.layers)
+    if new_adapters or view.is_fresh():  # later, trained values would be taken for the base's
+        keep_originals(view)
 
 
 def _to_be_adapted(choices: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -162,17 +168,17 @@ def _refuse_pefts(view: View) -> None:
         )
 
 
-def _choose(view: View, config: LoRAConfig, *, find_still: bool) -> tuple[dict[str, Choice], Networks]:
+def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Networks]:
     """The layers that get adapters, and the networks that get none."""
-    targeted = select(view.model, config)
+    targeted = select(view.model, view.config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
-    networks = networks_of(view, kinds, frozen, find_still=find_still)
+    networks = networks_of(view, kinds, frozen, is_from_file=is_from_file)
     choices = only(targeted, outside(targeted, networks.left))
     if not choices:
         raise TargetError(
             f"{left_still(networks.still, view.title)} Nothing else is targeted by "
-            f"{config.target_modules!r}: what trains has no layers of that kind."
+            f"{view.config.target_modules!r}: what trains has no layers of that kind."
         )
     return choices, networks
 
@@ -192,9 +198,8 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
     if not view.is_adapted or view.adapter.config.target_modules != word or word not in AUTOMATIC:
         return []
     tied = _tied_parameters(view)
-    not_chosen = without(view.layers, choices)
-    layers = [name for name in not_chosen if not tied.isdisjoint(view.weights_of(name))]
-    return list(where(only(not_chosen, layers), LoRALayer.lora_is_fresh))
+    fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)
+    return [name for name in fresh if not tied.isdisjoint(view.weights_of(name))]
 
 
 def _tied_parameters(view: View) -> set[nn.Parameter]:
@@ -225,11 +230,11 @@ def check_adapted(model: nn.Module) -> None:
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
-    adapters = {}
+    new = {}
     with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():
-            adapters[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
-    return adapters
+            new[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
+    return new
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
@@ -262,7 +267,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         _remove_one(model, record, name)
         return
     set_adapter(model, record.adapter.name)
-    record = view_of(model).record
+    view_of(model)  # refuses a model in which layers have lost their adapters
     records.absorb_inner_records(model, record)
     if not record.is_merged:
         _restore_base(model)

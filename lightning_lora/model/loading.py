@@ -10,7 +10,7 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import beginning_with, only, renamed, where, without
+from lightning_lora.tensors.named import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
@@ -19,7 +19,8 @@ def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, no
     """Note what torch is about to load: the values of a new base, or a merged model. ``notes`` are torch's."""
     record = record_of(model)  # an error while the base is shown
     view = View(model)
-    given = _values_below(prefix, state)
+    by_plain_names = renamed(state, plain_name)
+    given = beginning_with(plain_name(prefix), by_plain_names)
     given_adapters = only(view.adapters, given)
     if record.is_merged:
         _refuse_adapters(view, given_adapters)
@@ -40,11 +41,6 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
     for adapter in view.record.adapters.values():
         originals |= adapter.originals
     view.record.base_was_loaded(given, _loaded(view, given, originals))
-
-
-def _values_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The values for a model that stands at this prefix of a state dict, by plain names in it."""
-    return beginning_with(plain_name(prefix), renamed(state, plain_name))
 
 
 def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:
@@ -70,9 +66,8 @@ def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
     adapted = set(view.adapted_weights)
     others = without(view.frozen, adapted)
-    if not others or not _are_given(others, given):
-        return False
-    return not _are_given(only(view.frozen, adapted), given)
+    others_are_given = bool(others) and _are_given(others, given)
+    return others_are_given and not _are_given(only(view.frozen, adapted), given)
 
 
 def _are_given(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> bool:
@@ -86,22 +81,18 @@ def _is_given(weight: Tensor, value: object) -> bool:
 
 def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
     """Take the statistics of frozen norms as the base's: training cannot have changed them."""
-    norms = where(view.modules, _is_frozen_norm)
+    norms = of_type(view.modules, FrozenNorm)
     statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
     view.adapter.set_base_values(_loaded(view, given, statistics))
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
-    return isinstance(module, FrozenNorm)
-
-
 def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
-    present: dict[str, Tensor] = {**view.base, **view.buffers}
-    value_by_tensor = {id(tensor): given[name] for name, tensor in only(present, given).items()}
+    present = view.base_tensors
+    values = {present[name]: given[name] for name in only(present, given)}
     loaded = {}
-    for name, tensor in tensors.items():
-        value = value_by_tensor.get(id(present.get(name)))
+    for name, tensor in only(tensors, present).items():
+        value = values.get(present[name])
         if isinstance(value, Tensor) and value.shape == tensor.shape:
             loaded[name] = value.to(tensor.dtype)
     return loaded

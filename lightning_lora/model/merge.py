@@ -15,10 +15,11 @@ from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import check_start, find_record, forget_record, record_of
+from lightning_lora.model.record import check_start, forget_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
-from lightning_lora.tensors.names import join, own_parameter, set_parameter
+from lightning_lora.tensors.named import first_names, not_in
+from lightning_lora.tensors.names import join, own_parameter, parameters_of, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 
@@ -79,14 +80,14 @@ def unmerge_adapters(model: nn.Module) -> None:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
     check_start(model, "unmerge_adapters")
-    _restore(View(model))
+    _unmerge(View(model))
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
     was_merged = record_of(model).is_merged
-    _restore(View(model))
+    _unmerge(View(model))
     try:
         yield
     finally:
@@ -110,22 +111,22 @@ def merge(model: nn.Module) -> Merged:
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         return Merged()
-    tied = _check(view)
+    tied = _check_before(view)
     done = Merged(untied=list(tied))
     bases: dict[str, Tensor] = {}
-    with ExitStack() as undo:
+    with ExitStack() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
         undo.callback(attach.freeze, view)
         undo.callback(view.look_again)
         for name, layer in view.layers.items():
             merged, done.lost[name] = _merged_weights(layer)
             for weight, values in merged.items():
                 is_tied = weight in tied.get(name, ())
-                bases[join(name, weight)] = _keep_base(view, name, weight, undo, is_tied=is_tied)
+                bases[join(name, weight)] = _keep_base_of(view, name, weight, undo, is_tied=is_tied)
                 _set_weight(layer, weight, values, is_tied=is_tied)
         attach.weights_have_changed(view)
         view.look_again()  # tied weights have new parameters
         attach.unfreeze(view)
-        seen = _see(view, bases)
+        seen = _look_at_parameters(view, bases)
         adapters = attach.detach_adapters(view)
         undo.pop_all()
     view.record.was_merged(adapters, seen)
@@ -138,7 +139,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
     if view.is_merged:
         forget_record(view.model)
         return Merged()
-    tied = _check(view)
+    tied = _check_before(view)
     done = Merged(untied=list(tied))
     for name, layer in view.layers.items():
         merged, done.lost[name] = _merged_weights(layer)
@@ -146,7 +147,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
             _set_weight(layer, weight, values, is_tied=weight in tied.get(name, ()))
         layer.lora_weights_changed()
         layer.lora_detach()
-        view.adapter.layers = tuple(other for other in view.adapter.layers if other != name)
+        view.adapter.layers = tuple(not_in(view.adapter.layers, [name]))
     torch.clear_autocast_cache()
     view.look_again()
     attach.unfreeze(view)
@@ -155,7 +156,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
     return done
 
 
-def _check(view: View) -> dict[str, list[str]]:
+def _check_before(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged. Return :func:`tied_weights`."""
     check_weights(view)
     tied = check_mergeable(view)
@@ -165,15 +166,12 @@ def _check(view: View) -> dict[str, list[str]]:
 
 def tied_weights(view: View) -> dict[str, list[str]]:
     """Return the weights that another layer uses too, by layer. Layers without such are left out."""
-    uses: Counter[int] = Counter()
-    for module in set(view.modules.values()):
-        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    uses = Counter(parameters_of(first_names(view.modules)).values())
     tied = {}
     for name, layer in view.layers.items():
-        if isinstance(layer, LoRATokens):  # all uses of its weight get its rows
-            continue
-        shared = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
-        if shared:
+        shared = [weight for weight in layer.lora_weights() if uses[own_parameter(layer, weight)] > 1]
+        all_uses_are_updated = isinstance(layer, LoRATokens)  # they get its rows
+        if shared and not all_uses_are_updated:
             tied[name] = shared
     return tied
 
@@ -191,7 +189,7 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _keep_base(view: View, layer: str, weight: str, undo: ExitStack, *, is_tied: bool) -> Tensor:
+def _keep_base_of(view: View, layer: str, weight: str, undo: ExitStack, *, is_tied: bool) -> Tensor:
     """Return the base's values of a weight, before it is merged: of a tied one, the parameter itself."""
     parameter = own_parameter(view.layers[layer], weight)
     if is_tied:
@@ -224,19 +222,18 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
     replace_values(tensor, values.to(device))
 
 
-def _see(view: View, bases: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
+def _look_at_parameters(view: View, bases: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
     """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
     seen = dict[str, MergedTensor]()
-    known = {id(view.parameters[name]) for name in bases}
-    known.update(map(id, view.adapters.values()))
-    for name, parameter in view.parameters.items():
-        if id(parameter) not in known:  # a shared layer has several names
+    merged = {view.parameters[name] for name in bases}
+    for name, parameter in view.base.items():
+        if parameter not in merged:  # a shared layer has several names
             seen[name] = MergedTensor(Seen(parameter, _known_digest(view, name, parameter)))
-    present = set(map(id, view.parameters.values()))
+    present = set(view.parameters.values())
     for name, base in bases.items():
-        merged = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-        tied_seen = Seen(base) if id(base) in present else None
-        seen[name] = MergedTensor(merged, base, tied_seen)
+        seen_merged = Seen(view.parameters[name])  # its digest is computed only if it is asked for
+        seen_tied = Seen(base) if base in present else None
+        seen[name] = MergedTensor(seen_merged, base, seen_tied)
     return seen
 
 
@@ -250,31 +247,28 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
 def check_mergeable(view: View) -> dict[str, list[str]]:
     """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
     check_as_adapted(view)
-    _refuse(
+    _refuse_layers(
         view,
         quantised_layers(view),
         "are quantised: no update can be merged into them. Keep the adapters; or inject_adapters(full, config), "
         "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
     )
-    used = {}
-    for name, layer in view.layers.items():
-        used[name] = [own_parameter(layer, weight) for weight in layer.lora_weights()]
-    _refuse(
+    _refuse_layers(
         view,
-        [name for name, weights in used.items() if any(weight.is_meta for weight in weights)],
+        [name for name in view.layers if any(weight.is_meta for weight in view.weights_of(name))],
         "have no values yet (they are on the meta device). Load them first.",
     )
     tied = tied_weights(view)
-    _refuse(
+    _refuse_layers(
         view,
-        [name for name in tied if any(map(is_dtensor, used[name]))],
+        [name for name in tied if any(is_dtensor(weight) for weight in view.weights_of(name))],
         "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
         "the adapters, and merge them into the model on one device.",
     )
     return tied
 
 
-def _refuse(view: View, layers: Collection[str], why: str) -> None:
+def _refuse_layers(view: View, layers: Collection[str], why: str) -> None:
     if layers:
         raise AdapterStateError(f"The weights of {listed(layers)} in {view.title} {why}")
 
@@ -289,8 +283,7 @@ def quantised_layers(view: View) -> list[str]:
 
 def unmerge_or_forget(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
-    record = find_record(model)
-    if record is None or not record.is_merged:
+    if not state_of(model).is_merged:
         return False
     check_start(model, "unmerge_adapters")
     view = View(model)
@@ -301,11 +294,11 @@ def unmerge_or_forget(model: nn.Module) -> bool:
             "new base, and the adapters of the earlier fine-tune are dropped."
         )
         return False
-    _restore(view)
+    _unmerge(view)
     return True
 
 
-def _restore(view: View) -> None:
+def _unmerge(view: View) -> None:
     """Undo a merge, if there was one."""
     if not view.is_merged:
         return
@@ -316,7 +309,7 @@ def _restore(view: View) -> None:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
             for weight, base in record.base.merged_bases(layer, adapter.weights).items():
-                _show_base(view, layer, weight, base, undo)
+                _write_base(view, layer, weight, base, undo)
         record.was_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
@@ -327,11 +320,15 @@ def _restore(view: View) -> None:
 
 def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
-    merged = view.record.base.merged_tensor(join(layer, adapter.weights[0]))
-    attach.move_to_layer(view.modules[layer], adapter, merged.seen.dtype, undo)
+    name = join(layer, adapter.weights[0])
+    is_converted = view.parameters[name].dtype != view.record.base.merged_tensor(name).seen.dtype
+    if is_converted:
+        attach.convert_to_layer(view.modules[layer], adapter, undo)
+    else:
+        attach.move_to_layer(view.modules[layer], adapter, undo)
 
 
-def _show_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:
+def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:
     """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
     module = view.modules[layer]
     shown = own_parameter(module, weight)

@@ -29,7 +29,7 @@ class Record:
     """The active one."""
 
     others: dict[str, AdapterState] = field(default_factory=dict)
-    """Those that rest, by their names."""
+    """Those that are not active, by their names."""
 
     base: Base = field(default_factory=Base)
 
@@ -159,7 +159,7 @@ def records_in(modules: Mapping[str, nn.Module]) -> dict[str, Record]:
     found: dict[str, Record] = {}
     for name, module in modules.items():
         record = vars(module).get(_ATTRIBUTE)
-        if record is not None and not any(record is other for other in found.values()):
+        if record is not None and record not in found.values():  # a shared module has several names
             found[name] = record
     return found
 
@@ -207,7 +207,7 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
 
 
 def _refuse_several_adapters(model: nn.Module, inner_records: Mapping[str, Record]) -> None:
-    """Refuse modules whose resting adapters would be lost."""
+    """Refuse modules whose inactive adapters would be lost."""
     several = [f"{name}: {listed(inner.others)}" for name, inner in inner_records.items() if inner.others]
     if several:
         raise AdapterStateError(
@@ -217,9 +217,9 @@ def _refuse_several_adapters(model: nn.Module, inner_records: Mapping[str, Recor
 
 
 def _inner_records(model: nn.Module) -> dict[str, Record]:
-    modules = named_modules(model)
-    modules.pop("")
-    return records_in(modules)
+    inner_modules = named_modules(model)
+    del inner_modules[""]
+    return records_in(inner_modules)
 
 
 # From which states a call may start

@@ -83,28 +83,37 @@ class _Block(ExitStack):
         self.running: list[Name] = []
 
     def __enter__(self) -> "_Block":
+        """Let each module that differs between the names run in its own way, until the end of the block."""
         view = view_of(self.model)
         check_switchable(view)
-        used = self._used_adapters(view)
-        values = _values_besides_adapters(view, used)
+        states = self._move_used_adapters(view)
+        adapters = _adapters_by_module(view, states)
+        values = _values_besides_adapters(view, states)
+
         modules = named_modules(view.model)
-        adapters = _by_layer(used)
         in_blocks = where(modules, is_in_block)
-        with_own_values = with_values(modules, values)
-        changed = only(modules, {*in_blocks, *with_own_values, *adapters})
-        around = {"", *modules_around(changed)}
-        for name in modules:
-            _check_has_rows(name, view, around, adapters.get(name, {}).values())
-        forwards = {}
-        for name, module in changed.items():
-            mixed = _MixedModule(self, view, name, adapters.get(name, {}), values.get(module, {}))
-            forwards[module] = MethodType(mixed.forward, module)  # a copy gets one of the copy
-        self.enter_context(open_block(changed.values()))
-        for module in only(modules, around).values():
+        differing = with_values(modules, {*adapters, *values, *in_blocks.values()})
+        around = only(modules, {"", *modules_around(differing)})
+        for name, module in modules.items():
+            _check_has_rows(view.title, name, module, around, adapters.get(module, {}).values())
+        mixed = []
+        for name, module in differing.items():
+            mixed.append(_MixedModule(self, view, name, adapters.get(module, {}), values.get(module, {})))
+
+        self.enter_context(open_block(differing.values()))
+        for module in around.values():
             self._leave_inference_path(module)
-        for module, forward in forwards.items():
-            self._replace(module, "forward", forward)
+        for each in mixed:
+            forward = MethodType(each.forward, each.module)  # bound to it: a copy gets one of the copy
+            self._replace(each.module, "forward", forward)
         return self
+
+    def _move_used_adapters(self, view: View) -> list[AdapterState]:
+        """Move the adapters of the rows to where the model is. Return them, and the active one."""
+        names = {view.adapter.name, *self.names}
+        for state in only(view.record.others, names).values():
+            move_to_model(view, state)
+        return list(only(view.record.adapters, names).values())
 
     def _leave_inference_path(self, module: nn.Module) -> None:
         """Let a module call those inside it, until the end of the block."""
@@ -112,48 +121,36 @@ class _Block(ExitStack):
         if path is not None:
             self._replace(module, *path)
 
-    def _used_adapters(self, view: View) -> dict[str, dict[str, Adapter]]:
-        """The active adapter, and those of the rows, by name and layer. They are where the model is."""
-        resting = view.record.others
-        for name in resting.keys() & set(self.names):
-            move_to_model(view, resting[name])
-        names = dict.fromkeys((view.adapter.name, *self.names))
-        return {name: adapters_of(self.model, name) for name in names if name is not None}
-
     def _replace(self, module: nn.Module, attribute: str, value: object) -> None:
         """Set an attribute of a module itself, until the end of the block."""
         attributes = vars(module)
-        if attribute in attributes:
-            self.callback(attributes.update, {attribute: attributes[attribute]})
-        else:
-            self.callback(attributes.pop, attribute)
+        before = only(attributes, [attribute])  # nothing, where the class has it
+        self.callback(attributes.update, before)
+        self.callback(attributes.pop, attribute)  # comes first at the end
         attributes[attribute] = value
 
 
-def _by_layer(used: Mapping[str, Mapping[str, Adapter]]) -> dict[str, dict[Name, Adapter]]:
+# What differs between the names
+
+
+def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.Module, dict[Name, Adapter]]:
     """The adapters of each layer, by their names."""
-    adapters: dict[str, dict[Name, Adapter]] = {}
-    for name, layers in used.items():
-        for layer, adapter in layers.items():
-            adapters.setdefault(layer, {})[name] = adapter
+    adapters: dict[nn.Module, dict[Name, Adapter]] = {}
+    for state in states:
+        for layer, adapter in adapters_of(view.model, state.name).items():
+            adapters.setdefault(view.modules[layer], {})[state.name] = adapter
     return adapters
 
 
-# What differs besides the adapters
-
-
-def _values_besides_adapters(view: View, names: Collection[str]) -> dict[nn.Module, Values]:
+def _values_besides_adapters(view: View, states: Collection[AdapterState]) -> dict[nn.Module, Values]:
     """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
-    states = list(only(view.record.adapters, names).values())
-    tensor_names = dict.fromkeys(chain.from_iterable(state.originals for state in states))
-    present: dict[str, Tensor] = {**view.base, **view.buffers}
     found: dict[nn.Module, Values] = {}
-    for name in tensor_names:
-        here = present[name]
+    for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
+        here = view.base_tensors[name]  # the active adapter's
         values = _values_of(view, name, here, states)
         if not isinstance(here, nn.Parameter) and _are_all_alike(values):
             continue  # a buffer that no adapter has changed
-        reader = _reader_of(view, name)
+        reader = _reading_module(view, name)
         in_reader = name.removeprefix(f"{reader}.")
         values_there = found.setdefault(view.modules[reader], {})
         for adapter_name, value in values.items():
@@ -178,7 +175,7 @@ def _are_all_alike(values: Mapping[Name, Tensor]) -> bool:
     return all(same_bits(value, base) for value in values.values())
 
 
-def _reader_of(view: View, tensor: str) -> str:
+def _reading_module(view: View, tensor: str) -> str:
     """The name of the module whose forward reads a tensor: its own, or the one around that."""
     owner = owner_of(tensor)
     outer = owner_of(owner)
@@ -191,33 +188,30 @@ def _reader_of(view: View, tensor: str) -> str:
 # Layers whose rows are not their own
 
 
-def _check_has_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> None:
+def _check_has_rows(
+    title: str, name: str, module: nn.Module, around: Collection[str], adapters: Iterable[Adapter]
+) -> None:
     """Refuse a layer whose batches do not begin with rows. A module in ``around`` holds one that takes part."""
-    about = _why_no_rows(name, view, around, adapters)
-    if about is not None:
-        raise AdapterStateError(
-            f"{name!r} of {view.title} has {about}. So no row can have its own adapter. Run the rows of each adapter "
-            "in a batch of their own, with set_adapter."
-        )
-
-
-def _why_no_rows(name: str, view: View, around: Collection[str], adapters: Iterable[Adapter]) -> str | None:
-    """What a layer has that all rows of a batch share, or None."""
-    if any(map(_is_shared_by_rows, adapters)):
-        return "an adapter of experts, parameters or tokens, which all rows of a batch share"
-    module = view.modules[name]
+    if any(_is_shared_by_rows(adapter) for adapter in adapters):
+        raise _no_own_rows(title, name, "an adapter of experts, parameters or tokens, which all rows of a batch share")
     part = name
     if isinstance(module, nn.MultiheadAttention):
         part = owner_of(name)  # layers beside it read the same batch
-    elif not isinstance(module, nn.RNNBase):
-        return None
-    if module.batch_first or part not in around:
-        return None
-    return "batch_first=False: its rows are the second dimension"
+    has_second_rows = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+    if has_second_rows and part in around:
+        raise _no_own_rows(title, name, "batch_first=False: its rows are the second dimension")
 
 
 def _is_shared_by_rows(adapter: Adapter) -> bool:
     return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
+
+
+def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
+    """What is said of a layer that has this."""
+    return AdapterStateError(
+        f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the rows of each adapter "
+        "in a batch of their own, with set_adapter."
+    )
 
 
 # A module in the block
@@ -236,16 +230,15 @@ class _MixedModule:
         self.step = vars(module).get("lora_step", Step())
         self.values = values
         self.adapters = {key: adapters[key] for key in block.names if key in adapters}
-        self.is_sum = self._is_sum()
-        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
-        self.has_trained_statistics = self._has_trained_statistics()
-        self.stacked_from: list[Any] = []
-        self.stacked = (torch.empty(0), torch.empty(0))
-        self.names = self._distinct_names(block.names)
+        self.names = self._names_that_differ(block.names)
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
+        self.is_sum = self._is_sum()
+        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
+        self.trains_statistics = has_running_statistics(module) and "weight" in values.get(None, ())
+        self.factors = _FactorsOfRows(self.adapters, self.names)
 
-    def _distinct_names(self, names: Sequence[Name]) -> list[Name]:
+    def _names_that_differ(self, names: Sequence[Name]) -> list[Name]:
         """The name of each row. Without an adapter, values or modules inside that differ, it runs as the base."""
         if self.values or self.module._modules:
             return list(names)
@@ -260,20 +253,16 @@ class _MixedModule:
         cls: Any = combined(adapter.kind, self.plain)
         return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
 
-    def _has_trained_statistics(self) -> bool:
-        """Whether it is a norm with running statistics that an adapter trains in full."""
-        return has_running_statistics(self.module) and "weight" in self.values.get(None, ())
-
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
-        if self.has_trained_statistics and module.training:
+        if self.trains_statistics and module.training:
             raise ConfigError(
                 f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
                 "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
             )
-        if self.running:
+        if self.running:  # a module around it runs the rows of one name
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
@@ -281,12 +270,13 @@ class _MixedModule:
             return self._run_as(only_name, args, kwargs)
         drops = self.has_dropout and (module.training or self.step.runs)
         if drops or not self.is_sum:
-            return self._run_each(len(x), args, kwargs)
+            return self._run_each(args, kwargs)
         output = self.plain.forward(module, *args, **kwargs)
-        return add_to_rows(output, x, *self._factors())
+        return add_to_rows(output, x, *self.factors.now())
 
-    def _run_each(self, n: int, args: Any, kwargs: Any) -> Any:
+    def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
+        n = len(self.names)
         states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
         mask = self._shared_mask(args, kwargs)
         outputs = []
@@ -336,27 +326,37 @@ class _MixedModule:
         row_dims = int(is_bag or x.is_floating_point())  # one for features, none for an index
         return x.dim() > row_dims and len(x) == len(self.names)
 
-    def _factors(self) -> Factors:
-        """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
-        parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in self.adapters.values()))
-        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
+class _FactorsOfRows:
+    """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
+
+    def __init__(self, adapters: Mapping[Name, Adapter], names: Sequence[Name]) -> None:
+        self.adapters = adapters
+        self.names = names
+        self.parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in adapters.values()))
+        self.stacked_from: list[Any] = []
+        self.stacked = (torch.empty(0), torch.empty(0))
+
+    def now(self) -> Factors:
+        """Return them as the adapters are now."""
+        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
         if needs_gradients or torch.compiler.is_compiling():
-            return self._stack_factors()
+            return self._stack()
         # what is stacked in inference mode cannot be used in another one
-        now = [torch.is_inference_mode_enabled(), *map(_version_of_values, parameters)]
-        if self.stacked_from != now:
-            self.stacked = self._stack_factors()
-            self.stacked_from = now
+        stacked_from = [torch.is_inference_mode_enabled(), *map(_version_of_values, self.parameters)]
+        if self.stacked_from != stacked_from:
+            self.stacked = self._stack()
+            self.stacked_from = stacked_from
         return self.stacked
 
-    def _stack_factors(self) -> Factors:
-        """A and B for each row; no rows and columns where there is no adapter."""
+    def _stack(self) -> Factors:
+        """Stack them, with no rows and columns where there is no adapter."""
         updates: dict[Name, Factors] = {}
-        for key, adapter in self.adapters.items():
+        for name, adapter in self.adapters.items():
             a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
-            updates[key] = a, b * adapter.settings.scaling
+            updates[name] = a, b * adapter.settings.scaling
         nothing = a[:0], b[:, :0]
-        return stacked([updates.get(key, nothing) for key in self.names])
+        return stacked([updates.get(name, nothing) for name in self.names])
 
 
 def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,7 @@ from lightning_lora.tensors.named import (
     with_values,
     without,
 )
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.names import owner_of
 
 
 def left_still(still: Collection[str], title: str) -> str:
@@ -38,42 +37,47 @@ def left_still(still: Collection[str], title: str) -> str:
     )
 
 
-def networks_of(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, find_still: bool = True) -> Networks:
+def networks_of(
+    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, is_from_file: bool = False
+) -> Networks:
     """Return what layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays.
 
     Args:
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
         still: Parameters of the base that stand still: frozen, or in no optimizer.
-        find_still: Whether networks that stand still are looked for. Otherwise, the configuration names them.
+        is_from_file: Whether the configuration is a file's, which names the networks that stand still.
     """
-    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC
-    find_still = find_still and layers_are_chosen_by_us
+    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC and not is_from_file
     before = view.adapter.networks if view.is_on_layers else Networks()
     copies = _copies_that_are_left(view, before)  # if none of them trains now
-    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=find_still)
-    still_as_before = _still_as_before(view, before)
-    if not still or not find_still:
-        return Networks(still=still_as_before, copies=copies).fitting(kinds.keys())
+    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=layers_are_chosen_by_us)
+    networks = Networks(still=_still_as_before(view, before), copies=copies)
+    if still and layers_are_chosen_by_us:
+        networks = _with_networks_found(view, networks, kinds, still)
+    return networks.fitting(kinds.keys())
+
+
+def _with_networks_found(
+    view: View, networks: Networks, kinds: Mapping[str, type], still: Set[nn.Parameter]
+) -> Networks:
+    """These networks, and those that are found to stand still."""
     found = find_networks(
         view.modules,
         view.base,
-        set(outside(_whole_layers(kinds), still_as_before)),
+        set(outside(_whole_layers(kinds), networks.still)),
         still - _weights_that_have_learned(view),
         beside=_named_beside(view),
-        copies=copies,
+        copies=networks.copies,
         untrained=lambda: find_fresh(view).new,
     )
-    return replace(found, still=(*still_as_before, *found.still)).fitting(kinds.keys())
+    return replace(found, still=(*networks.still, *found.still))
 
 
 def _copies_that_are_left(view: View, before: Networks) -> dict[str, str]:
     """The earlier copies that the model still has, with their originals."""
-    copies: dict[str, str] = {}
-    for copy, original in before.copies.items():
-        if copy in view.modules and original in view.modules:
-            copies[copy] = original
-    return copies
+    present_copies = only(before.copies, view.modules)
+    return with_values(present_copies, view.modules)
 
 
 def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
@@ -82,10 +86,10 @@ def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
         return ()
     requires_grad = view.record.base.flags_before()
     thawed = [name for name in view.base if requires_grad.get(name, True)]
-    return tuple(network for network in before.still if not inside(thawed, [network]))
+    return tuple(not_in(before.still, modules_around(thawed)))
 
 
-def _whole_layers(kinds: Mapping[str, Any]) -> list[str]:
+def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
     """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
     return list(where(kinds, _adapts_whole_layers))
 
@@ -138,8 +142,9 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     below = tuple(dict.fromkeys((*before.below, *found.below)))
     view.adapter.networks = replace(before, below=below, copies=copies)
     leave_alone(model, found.still)
-    attach.freeze(view_of(model))  # what trains in full does not in a copy
-    follow_originals(view_of(model))
+    settled = view_of(model)
+    attach.freeze(settled)  # what trains in full does not in a copy
+    follow_originals(settled)
     return paused
 
 
@@ -156,18 +161,16 @@ def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Paramete
     """The copies in which nothing trains by itself."""
     required_grad = view.record.base.flags_before()
     training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
-    return {copy: original for copy, original in found.copies.items() if not inside(training, [copy])}
+    return without(found.copies, modules_around(training))
 
 
 def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
     """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
-    below = view.adapter.networks.below
+    expected = {*view.adapter.networks.below, *copies}  # to have weights that no optimizer holds
     paused = []
-    for name, layer in view.layers.items():
-        is_held = not view.weights_of(name) <= unheld
-        if is_held or is_in_any(name, below) or is_in_any(name, copies):
-            continue
-        if not layer.lora_is_fresh():
+    for name in outside(view.layers, expected):
+        layer = view.layers[name]
+        if view.weights_of(name) <= unheld and not layer.lora_is_fresh():
             layer.lora_pause()
             paused.append(name)
     return paused
@@ -175,8 +178,9 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
 
 def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
     """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
-    for name, layer in view.layers.items():
-        if layer.lora_settings.follows and name not in paused and not is_in_any(name, copies):
+    standing_still = {*paused, *inside(view.layers, copies)}
+    for layer in without(view.layers, standing_still).values():
+        if layer.lora_settings.follows:
             layer.lora_train_again()
 
 
@@ -191,7 +195,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
         return
     if len(left) == len(view.layers):
         raise TargetError(f"{left_still(still, view.title)} No other layer has an adapter.")
-    attach.detach_adapters(view, left)
+    attach.detach_from(view, left)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
     attach.freeze(view)

@@ -1,7 +1,7 @@
 """Switch between the adapters on one base, and show the base itself."""
 
 import difflib
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.record import Record, check_start, find_record, record_of
+from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import join, plain_module, set_parameter
+from lightning_lora.tensors.named import first_names, joined, not_in, only, with_values, without
+from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
@@ -31,18 +31,18 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    before, active = record.shown, record.adapter.name
-    if name == before:
-        return Shown(model, name, before, active)
+    shown = Shown(model, name, before=record.shown, active=record.adapter.name)
+    if name == shown.before:
+        return shown
     if name is None:
         view = view_of(model)
         check_as_merged(view)
         _show_base(view)
-    elif name == active:
+    elif name == shown.active:
         _show_adapter(View(model))
     else:
         exchange(View(model), record.others[name])
-    return Shown(model, name, before, active)
+    return shown
 
 
 @dataclass(repr=False)
@@ -108,7 +108,7 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """Return the adapters of this name by layer: active, merged or resting. They share its parameters."""
+    """Return the adapters of this name by layer: active, merged or inactive. They share its parameters."""
     record = record_of(model)
     check_known(record, name, model)
     if name in record.others:
@@ -149,27 +149,26 @@ def check_switchable(view: View) -> None:
 
 
 def move_to_model(view: View, state: AdapterState) -> None:
-    """Give a resting adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
+    """Give an inactive adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
     check_switchable(view)
     check_weights(view)
-    present: dict[str, Tensor] = {**view.parameters, **view.buffers}
-    _check_still_there(view, state, present.keys())
+    _check_still_there(view, state)
     _follow_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.inactive_tensors.items():
-            attach.move_to(tensor, present[name].device, present[name].dtype)
+            attach.move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
         for name, adapter in state.inactive_adapters.items():
-            attach.move_to_layer(view.modules[name], adapter, None, undo)
+            attach.convert_to_layer(view.modules[name], adapter, undo)
         undo.pop_all()
 
 
-def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> None:
-    """Refuse a model that has lost what a resting adapter is for."""
+def _check_still_there(view: View, state: AdapterState) -> None:
+    """Refuse a model that has lost what an inactive adapter is for."""
     needed = list(state.inactive_tensors)
     for name, adapter in state.inactive_adapters.items():
-        needed += [join(name, weight) for weight in adapter.weights]
-    absent = not_in(dict.fromkeys(needed), present)
+        needed += joined(name, adapter.weights)
+    absent = not_in(dict.fromkeys(needed), view.tensors)
     if absent:
         raise AdapterStateError(
             f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. Give the model its "
@@ -178,19 +177,18 @@ def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> No
 
 
 def _follow_kinds(view: View, state: AdapterState) -> None:
-    """Give a resting adapter the kinds of its layers, which may have been quantised since."""
+    """Give an inactive adapter the kinds of its layers, which may have been quantised since."""
     for name, adapter in state.inactive_adapters.items():
         if adapter.kind in ADAPTERS.values():  # the others are for any layer
             adapter.kind = adapter_for(view.modules[name]) or adapter.kind
 
 
 def _check_not_resized(view: View, state: AdapterState) -> None:
-    """Refuse layers that were resized while an adapter of theirs was resting."""
-    resized = [
-        name
-        for name, adapter in state.inactive_adapters.items()
-        if is_resized(view.modules[name], adapter.kind, adapter.matrices)
-    ]
+    """Refuse layers that were resized while an adapter of theirs was not active."""
+    resized = []
+    for name, adapter in state.inactive_adapters.items():
+        if is_resized(view.modules[name], adapter.kind, adapter.matrices):
+            resized.append(name)
     if resized:
         raise AdapterStateError(
             f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "
@@ -201,7 +199,7 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def exchange(view: View, coming: AdapterState) -> None:
-    """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
+    """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     move_to_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     view.check_present()
@@ -229,13 +227,11 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The adapter's own tensors by name. Where only the active one has its own, the base's."""
     put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
-    made = dict[int, Tensor]()  # a tied one has several names
-    for name, tensor in kept_tensors(view).items():
-        if name in put:
-            continue
-        if id(tensor) not in made:
-            made[id(tensor)] = _base_of(tensor, originals[name])
-        put[name] = made[id(tensor)]
+    made = dict[Tensor, Tensor]()  # a tied one has several names
+    for name, tensor in without(kept_tensors(view), put).items():
+        if tensor not in made:
+            made[tensor] = _base_of(tensor, originals[name])
+        put[name] = made[tensor]
     return put
 
 
@@ -250,9 +246,8 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
     """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
     names = adapters(model)
-    record = find_record(model)
     undo = ExitStack()
-    if record is not None and record.is_disabled:
+    if state_of(model).shows_base:
         undo.callback(set_adapter, model, None)
     if config is None or name in names:
         set_adapter(model, name)
@@ -270,36 +265,33 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> E
 def _show_base(view: View) -> None:
     """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
     values = _values_to_show(view)
-    _note_merged_digests(view)
-    names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
-    record = view.record
-    for tensor, base in values:
-        name = names.get(id(tensor))
-        if name is not None:
-            put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
-            record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
-            set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
-            replace_values(tensor, base)
+    _read_merged_digests(view)
+    present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
+    for name, tensor in with_values(present, values).items():
+        put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+        view.record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
+        set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
+        replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
-    record.base_is_shown()
+    view.record.base_is_shown()
 
 
-def _values_to_show(view: View) -> Collection[tuple[Tensor, Tensor]]:
-    """The tensors that may have other values than the base, and copies of the base's. A shared one is there once."""
-    values = dict[int, tuple[Tensor, Tensor]]()
+def _values_to_show(view: View) -> dict[Tensor, Tensor]:
+    """The tensors that may have other values than the base, and copies of the base's."""
+    values = dict[Tensor, Tensor]()
     record = view.record
     for name, tensor in kept_tensors(view).items():
         original = record.adapter.originals[name]
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
         if has_base_value and not record.base.row(name).is_filled:
-            values[id(tensor)] = tensor, original.to(tensor, copy=True)
+            values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged:
-        _, base = values.get(id(merged.base), (None, merged.base))  # a tied weight's other use may have trained
-        values[id(merged.shown)] = merged.shown, base.detach().to(merged.shown)
-    return values.values()
+        base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
+        values[merged.shown] = base.detach().to(merged.shown)
+    return values
 
 
-def _note_merged_digests(view: View) -> None:
+def _read_merged_digests(view: View) -> None:
     """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
     for name, row in view.record.base.rows.items():
         if row.merged is not None and is_dtensor(view.parameters.get(name)):
@@ -311,8 +303,10 @@ def _show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
     put_aside = _put_aside(view)
-    moved = {tensor: aside.values.to(tensor) for tensor, aside in put_aside.items()}  # may have been converted since
-    for tensor, values in moved.items():
+    converted = dict[Tensor, Tensor]()  # all, before any is written: an error changes nothing
+    for tensor, aside in put_aside.items():
+        converted[tensor] = aside.values.to(tensor)  # which may have been moved or converted since
+    for tensor, values in converted.items():
         replace_values(tensor, values)
         set_requires_grad(tensor, put_aside[tensor].required_grad)
     _enable(view, has_effect=True)
@@ -321,11 +315,10 @@ def _show_adapter(view: View) -> None:
 
 def _put_aside(view: View) -> dict[Tensor, PutAside]:
     """What made room for the base's values, by the tensors that show these."""
-    present: dict[str, Tensor] = {**view.buffers, **view.parameters}
     put_aside = dict[Tensor, PutAside]()
-    for name, row in view.record.base.rows.items():
-        if row.put_aside is not None and name in present:
-            put_aside[present[name]] = row.put_aside
+    for name, row in only(view.record.base.rows, view.tensors).items():
+        if row.put_aside is not None:
+            put_aside[view.tensors[name]] = row.put_aside
     return put_aside
 
 

@@ -15,7 +15,18 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import below, first_names, joined, of_type, only, outside, where, with_values, without
+from lightning_lora.tensors.named import (
+    below,
+    first_names,
+    joined,
+    not_in,
+    of_type,
+    only,
+    outside,
+    where,
+    with_values,
+    without,
+)
 from lightning_lora.tensors.names import (
     is_bias,
     join,
@@ -195,12 +206,12 @@ class View:
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {id(merged.shown): merged.base for merged in self.merged if isinstance(merged.base, nn.Parameter)}
-        adapters = set(map(id, self.adapters.values()))
+        tied = {merged.shown: merged.base for merged in self.merged if isinstance(merged.base, nn.Parameter)}
+        adapters = set(self.adapters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
-            if id(parameter) not in adapters:
-                base[name] = tied.get(id(parameter), parameter)
+            if parameter not in adapters:
+                base[name] = tied.get(parameter, parameter)
         return base
 
     @cached_property
@@ -213,6 +224,16 @@ class View:
                 if buffer is not None and name not in not_stored:
                     buffers[join(prefix, name)] = buffer
         return buffers
+
+    @cached_property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The parameters and the buffers of the base."""
+        return {**self.base, **self.buffers}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers that the model has now."""
+        return {**self.buffers, **self.parameters}
 
     @cached_property
     def entries(self) -> dict[str, Tensor]:
@@ -241,20 +262,20 @@ class View:
         saved = set[nn.Parameter]()
         for module in self.saved:
             saved.update(module.parameters())
-        names = filter(self.config.is_saved, self.base)
-        saved.update(self.base[name] for name in names)
+        for name, parameter in self.base.items():
+            if self.config.is_saved(name):
+                saved.add(parameter)
         return saved
 
     def _trained_biases(self) -> set[nn.Parameter]:
         """The biases that train. ``"lora_only"``: those of adapted layers, also inside an attention."""
-        if self.config.bias == "none":
-            return set()
-        holders = set(map(owner_of, self.adapted_weights))
-        biases = set[nn.Parameter]()
-        for name, parameter in self.base.items():
-            if is_bias(name) and (self.config.bias == "all" or owner_of(name) in holders):
-                biases.add(parameter)
-        return biases
+        modules_with_trained_biases = {
+            "none": set[str](),
+            "lora_only": {owner_of(weight) for weight in self.adapted_weights},
+            "all": self.modules.keys(),
+        }
+        modules = modules_with_trained_biases[self.config.bias]
+        return {parameter for name, parameter in self.base.items() if is_bias(name) and owner_of(name) in modules}
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
@@ -291,12 +312,9 @@ class View:
 
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
-        lost = []
-        merged = self.record.merged
-        for name in self.adapter.layers:
-            is_adapted = isinstance(self.modules.get(name), LoRALayer)
-            if name in self.modules and name not in merged and not is_adapted:
-                lost.append(name)
+        present = [name for name in self.adapter.layers if name in self.modules]
+        adapted = {**of_type(self.modules, LoRALayer), **self.record.merged}
+        lost = not_in(present, adapted)
         if lost:
             raise AdapterStateError(
                 f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "

@@ -33,7 +33,7 @@ def of_type(named: Mapping[str, object], kind: type[Kind]) -> dict[str, Kind]:
     return {name: thing for name, thing in named.items() if isinstance(thing, kind)}
 
 
-def only(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thing]:
+def only(named: Mapping[str, Thing], names: Collection[object]) -> dict[str, Thing]:
     """Return those with these names."""
     return {name: thing for name, thing in named.items() if name in names}
 

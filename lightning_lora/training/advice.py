@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lora.model.fresh import Fresh, find_fresh, random_weights
+from lightning_lora.model.fresh import Fresh, find_fresh, note_random_weights
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import modules_around
@@ -19,7 +19,8 @@ def advise(model: nn.Module, guards: Guards, *, aloud: bool = True) -> None:
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
-    random_weights(view, fresh)
+    if view.adapter.random is None:
+        note_random_weights(view, fresh)
     if aloud:
         guards.new_adapters_begin(view, fresh)
 
@@ -29,9 +30,8 @@ def advise_again(model: nn.Module, guards: Guards, changed: Collection[str], *, 
     view = view_of(model)
     if not view.is_fresh():
         return
-    view.adapter.random = None
     fresh = find_fresh(view)
-    random_weights(view, fresh)
+    note_random_weights(view, fresh)
     if aloud:
         guards.base_made_new(view, _those_around(fresh, changed))
 

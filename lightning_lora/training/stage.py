@@ -205,7 +205,7 @@ class Stage:
         if record is not None:
             name = record.adapter.name
         with reseeded(pl_module):
-            inject(pl_module, config, name=name, find_still=stored is None)
+            inject(pl_module, config, name=name, is_from_file=stored is not None)
 
     # What guards look at
 

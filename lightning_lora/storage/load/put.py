@@ -124,7 +124,7 @@ def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
     """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
     is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
-        inject(view.model, config, name=_name_of_new(view, name), find_still=False)
+        inject(view.model, config, name=_name_of_new(view, name), is_from_file=True)
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
     view.check_present()
