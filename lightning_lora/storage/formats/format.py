@@ -41,11 +41,6 @@ class Format:
     unread_names: str = r"(?!)"  # if its files are not read, an expression for names of their tensors; no name fits it
     remedy: str = ""  # and how to go on
 
-    def files_in(self, folder: Path) -> list[Path]:
-        """Return those of its files that a folder has."""
-        places = [folder / name for name in self.files]
-        return [place for place in places if place.is_file()]
-
     def is_told_by(self, names: Iterable[str]) -> bool:
         """Whether names of tensors tell that a file is of this tool, and is not read."""
         expression = re.compile(self.unread_names)

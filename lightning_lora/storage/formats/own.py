@@ -17,7 +17,7 @@ from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.plain_states import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
@@ -98,7 +98,7 @@ def _load_adapters(path: object, file: Any) -> Any:
     contents = disk.load_plain(file)
     if not isinstance(contents, dict):
         return contents
-    of_adapters = [contents.get(key) for key in ("state_dict", KEY, "model")]
+    of_adapters = only(contents, ("state_dict", KEY, "model"))
     unread = disk.unread_in(of_adapters)
     if unread:
         raise AdapterFileError(
@@ -195,32 +195,33 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed. Return what is written for readers without this package: the merged model."""
     if not isinstance(checkpoint, dict):
         return {}
-    merged = dict[str, Any]()
-    description = checkpoint.get(KEY)
-    if isinstance(description, dict):
-        merged = _take_merged_model(checkpoint, description)
-        _take_shown_base(checkpoint, description)
-    state = checkpoint.get("state_dict")
-    if isinstance(state, dict):
-        for note in list(filter(is_note, state)):
-            del state[note]
+    description = _dict_in(checkpoint, KEY)
+    merged = _take_merged_model(checkpoint, description)
+    _take_shown_base(checkpoint, description)
+    state = _dict_in(checkpoint, "state_dict")
+    for note in list(filter(is_note, state)):
+        del state[note]
     return merged
+
+
+def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+    """An entry of a checkpoint. Other files may have something else there, or nothing: that is as an empty one."""
+    entry = checkpoint.get(key)
+    return entry if isinstance(entry, dict) else {}
 
 
 def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
     if ADAPTERS not in description:
         return {}
-    merged = checkpoint.get("state_dict")
+    merged = _dict_in(checkpoint, "state_dict")
     checkpoint["state_dict"] = description.pop(ADAPTERS)
-    return merged if isinstance(merged, dict) else {}
+    return merged
 
 
 def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
     """Take out what :func:`show_base` has put in."""
-    state = checkpoint.get("state_dict")
-    if not isinstance(state, dict):
-        return
     shown = description.pop(_SHOWN, None)
     if isinstance(shown, set):
+        state = _dict_in(checkpoint, "state_dict")
         checkpoint["state_dict"] = without(state, shown)

@@ -14,7 +14,7 @@ from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.base_values import base_value
 from lightning_lora.model.view import View
-from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
+from lightning_lora.storage.renaming import SAME_NAMES, Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import (
@@ -164,7 +164,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
     (place,) = found
-    if place.there or place.here not in ("", root):
+    if place not in (SAME_NAMES, Renaming(here=root)):
         warn(place.told(title))
     return place
 

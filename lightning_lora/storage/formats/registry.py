@@ -52,8 +52,10 @@ def find_unread_format(names: Iterable[str]) -> Format | None:
 def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return the file with adapters in a folder, and its format."""
     for format in FORMATS:
-        for file in format.files_in(folder):
-            return format, file
+        for name in format.files:
+            file = folder / name
+            if file.is_file():
+                return format, file
     return None
 
 

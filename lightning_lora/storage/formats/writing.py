@@ -25,19 +25,18 @@ from lightning_lora.tensors.names import is_inside, join, named_modules
 
 @dataclass(frozen=True)
 class Source:
-    """Adapters to write, and the model that they are from, or None for a file."""
+    """Adapters to write, which are from a file. Its model is not known."""
 
     stored: StoredAdapters
-    model: nn.Module | None = None
 
     def name_there(self, name: str) -> str:
         """Return a name in the module that the reader has: without the root's prefix."""
         return Renaming(self.stored.root, "").name_here(name)
 
-    @cached_property
+    @property
     def modules_here(self) -> dict[str, nn.Module]:
         """All modules of the model. Those of a file are not known: there are none."""
-        return {} if self.model is None else named_modules(self.model, remove_duplicate=False)
+        return {}
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -57,7 +56,7 @@ class Source:
     @cached_property
     def saved(self) -> dict[str, Tensor]:
         """All entries of modules that are trained whole, unchanged ones too."""
-        present = self._present()
+        present = self.present
         names = list(chain.from_iterable(self.stored.saved.values()))
         missing = not_in(names, present)
         if missing:
@@ -67,10 +66,26 @@ class Source:
             )
         return {name: present[name] for name in names}
 
-    def _present(self) -> dict[str, Tensor]:
-        """What training changed, and of a model all the rest."""
-        if self.model is None:
-            return self.stored.state
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """All tensors that are known: of a file, those that training changed."""
+        return self.stored.state
+
+
+@dataclass(frozen=True)
+class ModelSource(Source):
+    """Adapters to write, and the model that they are from."""
+
+    model: nn.Module
+
+    @cached_property
+    def modules_here(self) -> dict[str, nn.Module]:
+        """All modules of the model."""
+        return named_modules(self.model, remove_duplicate=False)
+
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """All tensors of the model: also those that training has not changed."""
         view = view_of(self.model)
         return {**view.parameters, **view.buffers, **self.stored.state}
 
@@ -80,19 +95,20 @@ def _has_rows(layer: StoredLayer) -> bool:
     return bool(layer.tokens)
 
 
-def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
+def for_reader(source: Source, root: str | None) -> Source:
     """Return what to write for a reader that has the module ``root``."""
+    stored = source.stored
     if root is not None:
         _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
     state = without(stored.state, set(stored.random))
-    return Source(replace(stored, state=state), model)
+    return replace(source, stored=replace(stored, state=state))
 
 
 def _check_root(root: str, stored: StoredAdapters) -> None:
     """Refuse a name of no module around adapted layers."""
-    if root and root not in modules_around(stored.layers):
+    if root not in {"", *modules_around(stored.layers)}:
         raise ConfigError(
             f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
             f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."

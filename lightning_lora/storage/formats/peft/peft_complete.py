@@ -94,8 +94,7 @@ class _Contents:
     def is_saved_in_part(self, name: str) -> bool:
         """Return whether a module trains whole, and the file lacks some of it. PEFT takes any ending of a name."""
         there = self.file.place.name_there(name)
-        ends = self.file.config.modules_to_save or ()
-        if not there.endswith(tuple(ends)):
+        if not there.endswith(tuple(self.file.peft.saved)):
             return False
         view = self.file.view
         entries = entries_inside(name, {**view.base, **view.buffers})

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,6 +20,11 @@ class PeftConfig(NamedTuple):
     config: LoRAConfig
     tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
     layers: list[int] | None  # the only numbers in the names of adapted layers
+
+    @property
+    def saved(self) -> Sequence[str]:
+        """The ends of the names of modules that train whole."""
+        return self.config.modules_to_save or ()
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""

@@ -155,7 +155,7 @@ def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:
     """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
     if len(shape) == 2:
         return factors
-    a, b = _transposed(factors) if options.get("is_transposed") else factors
+    a, b = _turned(factors, options)
     b = b.permute(1, 2, 0)
     return a.flatten(0, 1), b.flatten(1)
 
@@ -169,11 +169,13 @@ def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
     a = a.reshape(experts, -1, a.shape[-1])
     b = b.reshape(len(b), -1, experts)
     b = b.permute(2, 0, 1)
-    return _transposed((a, b)) if options.get("is_transposed") else (a, b)
+    return _turned((a, b), options)
 
 
-def _transposed(factors: Factors) -> Factors:
-    """The factors of the transposed matrices."""
+def _turned(factors: Factors, options: Options) -> Factors:
+    """The factors of the transposed matrices, if the stack is transposed on one of the two sides."""
+    if not options.get("is_transposed"):
+        return factors
     a, b = factors
     return b.mT, a.mT
 

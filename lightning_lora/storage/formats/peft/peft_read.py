@@ -36,7 +36,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+        return adapters_of(view, updates, rest, peft.config, peft.saved)
 
     return reader
 
