@@ -24,7 +24,7 @@ class RefusedExports(Guard):
         config = getattr(inner, "config", None)
         if not hasattr(config, "model_type"):  # it is not of transformers
             return
-        layers = {layer.name: layer for layer in layers_of(view)}
+        layers = layers_of(view)
         stored = StoredAdapters(view.config, {}, layers, root=root)
         refused = refused_layers(ModelSource(stored, view.model))
         for why, names in refused.items():

@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
+from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
@@ -283,7 +283,7 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-DIFFUSERS = Format(
+DIFFUSERS = WrittenFormat(
     name="diffusers",
     tool="diffusers",
     read=read,

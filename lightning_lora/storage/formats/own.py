@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage import archives, disk
 from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
-from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
+from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 from lightning_lora.tensors.named import only, without
@@ -147,7 +147,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
-    unread = find_unread_format(names)
+    unread = find_unread_tool(names)
     if unread is not None:
         return f"adapters of {unread.tool}. {unread.remedy}. Or train anew here."
     return (

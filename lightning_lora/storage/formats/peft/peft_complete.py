@@ -21,11 +21,12 @@ def check_complete(file: PeftFile) -> None:
     lacking = contents.missing_rows()
     elsewhere = list[str]()
     for name in contents.modules():
-        is_missed = contents.is_missed(name)
-        if contents.is_saved_in_part(name) or (is_missed and owner_of(name) in contents.parts):
+        if contents.is_saved_in_part(name):
             lacking.append(name)
-        elif is_missed:
-            elsewhere.append(name)
+        elif contents.is_missed(name):
+            is_beside_others = owner_of(name) in contents.parts
+            missed = lacking if is_beside_others else elsewhere
+            missed.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
