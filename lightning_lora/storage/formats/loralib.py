@@ -78,7 +78,7 @@ def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAd
     factors = {name: pair_of(name, pair) for name, pair in tensors.pairs.items()}
     factors = place.with_names_here(factors)
     _check_slices(settings, factors)
-    layers = _Layers(view, settings, float(asked.alpha))
+    layers = _Layers(view, settings)
     updates = [layers.update(name, pair) for name, pair in factors.items()]
     rest = place.with_names_here(tensors.rest)
     return adapters_of(view, updates, rest, LoRAConfig())
@@ -100,7 +100,6 @@ class _Layers:
 
     view: View
     settings: LoRAConfig
-    alpha: float
 
     def update(self, name: str, factors: Factors) -> Update:
         """Return the update of one layer."""
@@ -127,7 +126,8 @@ class _Layers:
                 "Linear, MergedLinear and Embedding can be read. Pass the model of the training."
             )
         layer = described(self.view, name, kind, kind.lora_matrices_of(module))
-        return replace(layer, scaling=self.alpha / _rank(factors)), kind
+        scaling = self.settings.alpha_of(name) / _rank(factors)
+        return replace(layer, scaling=scaling), kind
 
 
 def _rank(factors: Factors) -> int:

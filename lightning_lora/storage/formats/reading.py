@@ -18,6 +18,7 @@ from lightning_lora.storage.renaming import SAME_NAMES, Renaming, by_whole_names
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import (
+    below,
     inside,
     joined,
     modules_around,
@@ -28,7 +29,7 @@ from lightning_lora.tensors.named import (
     where_not,
     without,
 )
-from lightning_lora.tensors.names import is_bias, is_in_any, join, owner_of, starts_of
+from lightning_lora.tensors.names import is_bias, is_in_any, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
@@ -53,20 +54,18 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
-        named = dict[str, Tensor]()
-        for name, value in self._tensors_in_layer().items():
-            named[join(self.layer.name, name)] = value.contiguous()
-        return named
+        return below(self.layer.name, self._tensors_in_layer())
 
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The adapter's tensors, by name in the layer."""
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
             r = matrix.rank(self.r)
-            named |= matrix.named(with_rank(factors, r))
+            a, b = with_rank(factors, r)
+            named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:
             name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
-            named[name] = self.magnitude.flatten()
+            named[name] = self.magnitude.flatten().contiguous()
         return named
 
     def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
@@ -88,7 +87,7 @@ class RowsUpdate(Update):
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The rows, by name in the layer."""
         name = self.layer.matrices[0].parameter(Role.ROWS)
-        return {name: self.rows}
+        return {name: self.rows.contiguous()}
 
 
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
@@ -231,8 +230,6 @@ def is_the_base(view: View, name: str, value: Tensor) -> bool:
     base = base_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True
-    if base.shape != value.shape:
-        return False
     return same_bits(base, value) or same_bits(value, base)
 
 
@@ -265,7 +262,7 @@ def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[s
         trained = modules_around(changed).intersection(whole)
     else:
         trained = {module for module in whole if module.endswith(tuple(saved))}
-    modules = [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
+    modules = _outermost(trained, whole)
     names_in_modules = set(inside(entries, modules))
     others = without(only(entries, view.base), names_in_modules)
     biases = {name for name in others if is_bias(name)}
@@ -274,10 +271,15 @@ def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[s
     return _TrainedInFull(modules, parameters, biases, names)
 
 
+def _outermost(trained: Collection[str], whole: Iterable[str]) -> list[str]:
+    """Those of the whole modules that train, and lie in no other one that does."""
+    return [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
+
+
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
     """The modules of which the file holds each tensor, outer ones first. Containers are none: they do not train."""
-    tensors_in_model = _count_below((*view.base, *view.buffers))
-    tensors_in_file = _count_below(entries)
+    tensors_in_model = _tensors_by_module((*view.base, *view.buffers))
+    tensors_in_file = _tensors_by_module(entries)
     modules = list[str]()
     for module, count in tensors_in_file.items():
         is_whole = count == tensors_in_model[module]
@@ -286,12 +288,12 @@ def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
     return modules
 
 
-def _count_below(names: Iterable[str]) -> Counter[str]:
+def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
     """The number of these tensors in each module, the modules inside it included."""
     count = Counter[str]()
     for name in names:
-        modules_around = starts_of(name)[:-1]
-        count.update(modules_around)
+        *around, _ = starts_of(name)
+        count.update(around)
     return count
 
 
