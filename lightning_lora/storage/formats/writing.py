@@ -16,10 +16,10 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import Renaming, entries_inside, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import modules_around, not_in, renamed, where, without
+from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
 from lightning_lora.tensors.names import is_inside, join, named_modules
 
 
@@ -48,6 +48,10 @@ class Source:
         """The module that the reader has, with all others in it. That of a file is not known."""
         return self.modules.get("")
 
+    def as_targets(self, names: list[str]) -> list[str] | str:
+        """Return the argument that means exactly the modules with these names there."""
+        return list_or_expression(names, present=None)
+
     @cached_property
     def layers_with_rows(self) -> dict[str, StoredLayer]:
         """The embeddings of which single rows train."""
@@ -64,7 +68,7 @@ class Source:
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
                 "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
             )
-        return {name: present[name] for name in names}
+        return only(present, set(names))
 
     @property
     def present(self) -> dict[str, Tensor]:
@@ -82,6 +86,10 @@ class ModelSource(Source):
     def modules_here(self) -> dict[str, nn.Module]:
         """All modules of the model."""
         return named_modules(self.model, remove_duplicate=False)
+
+    def as_targets(self, names: list[str]) -> list[str] | str:
+        """Return the argument that means exactly the modules with these names there: a list, if no others end so."""
+        return list_or_expression(names, self.modules)
 
     @property
     def present(self) -> dict[str, Tensor]:

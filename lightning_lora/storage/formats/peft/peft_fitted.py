@@ -37,7 +37,7 @@ def _without_zeros(source: Source) -> Source:
     for name in chain.from_iterable(refused_layers(source).values()):
         if _is_zero(stored.layers[name], stored.state):
             zeros.append(name)
-    if not zeros or len(zeros) == len(stored.layers):
+    if len(zeros) in (0, len(stored.layers)):
         return source
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
     return replace(source, stored=_without_layers(stored, zeros))

@@ -40,7 +40,8 @@ _KEYS = {
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
-_NAME_OF_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _KEYS))})")
+_NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _KEYS))})")
+_NAME_NOT_OF_COMFYUI = re.compile(rf"(?!diffusion_model\.){_NAME_IN_ADAPTER.pattern}")  # which has the same ends
 
 _WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
 
@@ -54,7 +55,7 @@ class PeftKey(NamedTuple):
 
 def peft_key(name: str) -> PeftKey:
     """Return the layer of a PEFT tensor and what it is."""
-    parts = _NAME_OF_ADAPTER.fullmatch(name)
+    parts = _NAME_IN_ADAPTER.fullmatch(name)
     if parts is None:
         return PeftKey(name, "")
     wrapped, end = parts.groups()
@@ -80,12 +81,10 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     return _has_updates(contents) and _is_of_a_pipeline(contents, path)
 
 
-def _has_updates(names: Iterable[object]) -> bool:
-    """Whether these are names of PEFT's. ComfyUI has the same ends."""
-    for name in names:
-        if isinstance(name, str) and peft_key(name).what and not name.startswith("diffusion_model."):
-            return True
-    return False
+def _has_updates(contents: Iterable[object]) -> bool:
+    """Whether there are names of PEFT's."""
+    names = map(str, contents)
+    return any(map(_NAME_NOT_OF_COMFYUI.fullmatch, names))
 
 
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
