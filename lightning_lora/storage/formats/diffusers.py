@@ -44,12 +44,12 @@ def _member_name(model: nn.Module | None, root: str) -> str:
     name = root.rpartition(".")[2]
     if PARTS.fullmatch(name):
         return name
-    for base in type(model).__mro__:
-        if base.__module__.startswith("diffusers.models.unets"):
+    for ancestor in type(model).__mro__:
+        if ancestor.__module__.startswith("diffusers.models.unets"):
             return "unet"
-        if base.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
+        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
             return "transformer"
-        if base.__name__ == "PreTrainedModel":
+        if ancestor.__name__ == "PreTrainedModel":
             return "text_encoder"
     return ""
 
@@ -173,16 +173,16 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
     def reader(view: View) -> StoredAdapters:
         header = json_object(text, f"{METADATA!r} of {path}")
-        return _read(view, _PipelineFile(path, tensors, header))
+        return _adapters_in_pipeline(view, _PipelineFile(path, tensors, header))
 
     return reader
 
 
-def _read(view: View, file: "_PipelineFile") -> StoredAdapters:
+def _adapters_in_pipeline(view: View, file: "_PipelineFile") -> StoredAdapters:
     """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
     members = file.members()
     places = _places_of(members, view)
-    _check_places(members, places, file.path)
+    _check_members(members, places, file.path)
     updates = list[Update]()
     rest = dict[str, Tensor]()
     saved = list[str]()
@@ -249,7 +249,7 @@ def _places_of(members: set[str], view: View) -> dict[str, str]:
     return places
 
 
-def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> None:
+def _check_members(members: set[str], places: Mapping[str, str], path: Any) -> None:
     """Refuse a file of which the model has no member. Warn of those that it does not have."""
     if members.isdisjoint(places):
         raise AdapterMismatchError(

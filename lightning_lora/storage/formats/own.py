@@ -61,7 +61,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
     """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
-    return _read(path, partial(_load_adapters, path))
+    return _read_with(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -71,10 +71,10 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
         "load_adapter(model, path): it reads only the adapters."
     )
     load = partial(torch.load, map_location="cpu", weights_only=weights_only)
-    return _read(path, load, remedy=remedy)
+    return _read_with(path, load, remedy=remedy)
 
 
-def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     disk.check_path(path, may_be_open=True)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
@@ -125,7 +125,7 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
     state = contents.get("state_dict")
     description = contents.get(KEY)
     if not isinstance(state, dict) or description is None:
-        raise AdapterFileError(f"{path} holds {_instead(contents, path)}")
+        raise AdapterFileError(f"{path} holds {_what_it_holds_instead(contents, path)}")
     check_checksum(state, description, path)
     return StoredAdapters.from_file(state, description, path)
 
@@ -133,13 +133,13 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
 # What a file holds that is none of this package
 
 
-def _instead(contents: dict[Any, Any], path: object) -> str:
+def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
     found = find_format(contents, path, Asked())
     if found is not None:
         format, _ = found
         return _needs_its_model(format)
-    names = list(map(str, without(_state_in(contents), [HEADER])))
+    names = list(map(str, without(_state_or_all(contents), [HEADER])))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -156,7 +156,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     )
 
 
-def _state_in(contents: dict[Any, Any]) -> dict[Any, Any]:
+def _state_or_all(contents: dict[Any, Any]) -> dict[Any, Any]:
     """The state that a file holds among other things, or all that it holds."""
     for key in ("state_dict", "model"):
         state = contents.get(key)

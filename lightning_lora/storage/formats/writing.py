@@ -169,7 +169,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     """The update of one weight, with the sum of all its parts."""
     config = source.stored.config
     settings = layer.settings(config)
-    tensor = partial(_tensor, source.stored, layer)
+    tensor = partial(_value_of, source.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, tensor)
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
@@ -186,7 +186,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     )
 
 
-def _tensor(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
+def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
     """The value of one of an adapter's parameters."""
     value: Tensor = stored.state[join(layer.name, parameter)]
     value = value.detach().cpu()

@@ -59,7 +59,7 @@ class _Contents:
 
     def missing_rows(self) -> list[str]:
         """Return the embeddings whose rows train, and are not in the file."""
-        with_rows = list(map(without_wrappers, where(self.file.adapters, _has_rows)))
+        with_rows = list(map(without_wrappers, where(self.file.adapters, _holds_rows)))
         missing = list[str]()
         for end in self.file.peft.tokens:
             if not any(name.endswith(end) for name in with_rows):
@@ -79,9 +79,9 @@ class _Contents:
     def is_missed(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self.adapted) and self._is_meant(name)
+        return around.isdisjoint(self.adapted) and self._is_adapted_there(name)
 
-    def _is_meant(self, name: str) -> bool:
+    def _is_adapted_there(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
         there = self.file.place.name_there(name)
         if any(map(self.file.config.is_saved, starts_of(there))):
@@ -102,6 +102,6 @@ class _Contents:
         return not entries.keys() <= self.file.rest.keys()
 
 
-def _has_rows(tensors: Tensors) -> bool:
+def _holds_rows(tensors: Tensors) -> bool:
     """Whether a file has single rows in place of A and B."""
     return "tokens" in tensors

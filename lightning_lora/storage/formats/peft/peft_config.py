@@ -94,7 +94,7 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    given = where(only(fields, _OURS), _is_given)
+    given = where(only(fields, _OURS), _says_something)
     arguments = renamed(given, _OURS.__getitem__)
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **arguments})
@@ -103,7 +103,7 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
 
 
-def _is_given(value: object) -> bool:
+def _says_something(value: object) -> bool:
     """Whether a field says something: one that is empty is as one that is left out."""
     return value not in (None, [], "")
 

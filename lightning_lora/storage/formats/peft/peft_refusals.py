@@ -20,9 +20,9 @@ _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and sav
 def check_exportable(source: Source) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
     saved = source.saved  # first: a file may lack some of these
-    _check_layers(source)
+    _refuse_layers(source)
     _check_modules_to_save(source)
-    _check_root(source.stored)
+    _check_is_in_root(source.stored)
     _check_entries(source.stored, saved)
     source.stored.check_finite()
 
@@ -30,7 +30,7 @@ def check_exportable(source: Source) -> None:
 # Layers
 
 
-def _check_layers(source: Source) -> None:
+def _refuse_layers(source: Source) -> None:
     """Refuse layers by the reasons below, all of them at once."""
     reasons = list[str]()
     for why, names in refused_layers(source).items():
@@ -124,7 +124,7 @@ def _check_modules_to_save(source: Source) -> None:
             )
 
 
-def _check_root(stored: StoredAdapters) -> None:
+def _check_is_in_root(stored: StoredAdapters) -> None:
     """Refuse what was trained outside of the module that the reader has."""
     outside = without(stored.state, entries_inside(stored.root, stored.state))
     if outside:

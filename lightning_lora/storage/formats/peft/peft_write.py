@@ -90,7 +90,7 @@ def _refuse_rows(source: Source) -> None:
 def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     settings = source.stored.config
-    targets = _Targets()
+    targets = _PeftTargets()
     for update in updates:
         targets.add(update)
     r, rank_pattern = most_common(targets.ranks)
@@ -124,7 +124,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
 
 
 @dataclass
-class _Targets:
+class _PeftTargets:
     """What PEFT is to adapt: the names of layers and of parameters, with the rank and alpha of each."""
 
     modules: list[str] = field(default_factory=list)
