@@ -149,5 +149,5 @@ def trained_biases(stored: StoredAdapters) -> list[str]:
     """Return the biases that the configuration trains. They may lie in modules trained whole too."""
     if stored.config.bias == "none":
         return []
-    biases = [name for name in stored.state if is_bias(name)]
-    return not_in(biases, stored.changed)
+    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
+    return [name for name in not_in(stored.state, of_others) if is_bias(name)]
