@@ -8,7 +8,7 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.writing import ModelSource
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.tensors.names import submodule
@@ -26,6 +26,6 @@ class RefusedExports(Guard):
             return
         layers = layers_of(view)
         stored = StoredAdapters(view.config, {}, layers, root=root)
-        refused = refused_layers(Source(stored, view.model))
+        refused = refused_layers(ModelSource(stored, view.model))
         for why, names in refused.items():
             rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")

@@ -25,7 +25,7 @@ from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
-from lightning_lora.storage.formats.writing import source_of
+from lightning_lora.storage.formats.writing import ModelSource, Source, for_reader
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import Reader, adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
@@ -153,12 +153,11 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored = StoredAdapters.from_view(view, _state_of(view), [])
-        source = source_of(stored, model_or_file, root)
+        source = for_reader(ModelSource(stored, model_or_file), root)
     else:
         stored = own.read_adapter_file(model_or_file)
-        source = source_of(stored, None, root)
+        source = for_reader(Source(stored), root)
     chosen = WRITTEN[format]
-    assert chosen.write is not None
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
 

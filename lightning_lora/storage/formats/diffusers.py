@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
+from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
@@ -33,34 +33,36 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import with_values, without
-from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, submodule
+from lightning_lora.tensors.named import first_names, with_values, without
+from lightning_lora.tensors.names import is_in_any, owner_of, starts_of, submodule
 
 # The members of a pipeline
 
 
-def _member_name(model: nn.Module | None, root: str) -> str | None:
-    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. None: it has none."""
+def _member_name(model: nn.Module | None, root: str) -> str:
+    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. Empty: it has none."""
     name = root.rpartition(".")[2]
     if PARTS.fullmatch(name):
         return name
-    for base in type(model).__mro__:
-        if base.__module__.startswith("diffusers.models.unets"):
+    for ancestor in type(model).__mro__:
+        if ancestor.__module__.startswith("diffusers.models.unets"):
             return "unet"
-        if base.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
+        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
             return "transformer"
-        if base.__name__ == "PreTrainedModel":
+        if ancestor.__name__ == "PreTrainedModel":
             return "text_encoder"
-    return None
+    return ""
 
 
 def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
     places = dict[str, str]()
     for name, module in without(modules, [""]).items():
-        is_in_a_member = is_in_any(name, places.values())
-        member = None if is_in_a_member else _member_name(module, name)
-        if member is not None and (member not in places or name.endswith(member)):
+        if is_in_any(name, places.values()):
+            continue
+        member = _member_name(module, name)
+        is_better = member not in places or name.endswith(member)
+        if member and is_better:
             places[member] = name
     return places
 
@@ -82,9 +84,9 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
         # diffusers before 0.34, and others that read its files, scale all by 1
         member_tensors, config = exported_with_scaling(member, uniform, scaling=1.0)
         name = _checked_member(member.inner, stored, member_tensors)
-        below = Renaming(here=name)
-        tensors |= below.with_names_here(member_tensors)
-        header |= below.with_names_here(config)
+        in_pipeline = Renaming(here=name)
+        tensors |= in_pipeline.with_names_here(member_tensors)
+        header |= in_pipeline.with_names_here(config)
     file = DIFFUSERS_WEIGHTS[0]
     _warn_of_replaced(directory / file, tensors)
     contents = save(tensors, {METADATA: json.dumps(header)})
@@ -97,7 +99,7 @@ def _split(source: Source) -> list[StoredAdapters]:
     outside = set(source.stored.state)
     parts = list[StoredAdapters]()
     for root in roots:
-        part = _part_below(root, source.stored)
+        part = _part_inside(root, source.stored)
         parts.append(part)
         outside -= part.state.keys()
     if outside:
@@ -111,16 +113,16 @@ def _split(source: Source) -> list[StoredAdapters]:
 def _roots_of_members(source: Source) -> list[str]:
     """The names of the adapted members. If none is known, the root, which is refused later."""
     root = source.stored.root
-    if _member_name(source.inner, root) is not None:
+    if _member_name(source.inner, root):
         return [root]
     starts = map(starts_of, source.stored.layers)
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    modules = with_adapters if source.model is None else named_modules(source.model)
+    modules = with_adapters if source.inner is None else first_names(source.modules_here)
     members = _members_in(modules)
     return list(with_values(members, with_adapters).values()) or [root]
 
 
-def _part_below(root: str, stored: StoredAdapters) -> StoredAdapters:
+def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
     """The adapters of one member."""
     return replace(
         stored,
@@ -144,7 +146,7 @@ def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
 def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
     """Return what a pipeline calls a model with these tensors. Refuse what it would not read."""
     member = _member_name(model, stored.root)
-    if member is None:
+    if not member:
         raise ExportError(
             f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
             "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
@@ -171,55 +173,83 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
     def reader(view: View) -> StoredAdapters:
         header = json_object(text, f"{METADATA!r} of {path}")
-        return _read(view, tensors, header, path)
+        return _adapters_in_pipeline(view, _PipelineFile(path, tensors, header))
 
     return reader
 
 
-def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
+def _adapters_in_pipeline(view: View, file: "_PipelineFile") -> StoredAdapters:
     """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
-    members = _members_of(tensors, header)
+    members = file.members()
     places = _places_of(members, view)
-    _check_places(members, places, path)
+    _check_members(members, places, file.path)
     updates = list[Update]()
     rest = dict[str, Tensor]()
     saved = list[str]()
-    configs = list[LoRAConfig]()
+    settings = list[LoRAConfig]()
+    kinds = set[tuple[bool, str]]()
     for member in sorted(members & places.keys()):
-        member_tensors, config = _member(member, tensors, header, path)
-        member_updates, others = read_updates(view, member_tensors, config, path, places[member])
+        tensors = file.tensors_of(member)
+        peft = file.config_of(member, tensors)
+        member_updates, others = read_updates(view, tensors, peft, file.path, places[member])
         updates += member_updates
         rest |= others
-        saved += config.config.modules_to_save or ()
-        configs.append(config.config)
-    if len({(config.use_dora, config.init) for config in configs}) > 1:
-        raise AdapterFileError(f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model.")
-    return adapters_of(view, updates, rest, configs[0], saved)
+        saved += peft.saved
+        settings.append(peft.config)
+        kinds.add((peft.config.use_dora, peft.config.init))
+    if len(kinds) > 1:
+        raise AdapterFileError(
+            f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
+        )
+    return adapters_of(view, updates, rest, settings[0], saved)
 
 
-def _members_of(tensors: Iterable[str], header: Iterable[str]) -> set[str]:
-    """The members of a file, by what is before their names. One model may have PEFT's prefix there, or nothing."""
-    starts = _starts(tensors)
-    members = {key.rpartition(".")[0] for key in header}
-    if not members:
-        members = {start for start in starts if PARTS.fullmatch(start)}
-    if not members:
-        return {""}
-    is_one_model = not members.isdisjoint(("", PREFIX))
-    return members if is_one_model else members | starts
+@dataclass(frozen=True)
+class _PipelineFile:
+    """A file with the adapters of a pipeline's members."""
+
+    path: Any
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, Any]  # the configurations, which older files do not have
+
+    def members(self) -> set[str]:
+        """Return the members, by what is before their names. One model may have PEFT's prefix there, or nothing."""
+        starts = _starts(self.tensors)
+        if not self.header:
+            is_pipeline = any(map(PARTS.fullmatch, starts))
+            return starts if is_pipeline else {""}
+        members = set(map(owner_of, self.header))
+        is_one_model = not members.isdisjoint(("", PREFIX))
+        return members if is_one_model else members | starts
+
+    def tensors_of(self, member: str) -> dict[str, Tensor]:
+        """Return the tensors of one member, by their names in it."""
+        return Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
+
+    def config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
+        """Return the configuration of one member, which has these tensors."""
+        fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
+        if not fields:
+            fields = _without_scaling(tensors)
+            warn(
+                f"{self.path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be "
+                "the rank. If it was another, save the file again with save_lora_weights(..., "
+                "unet_lora_adapter_metadata=...)."
+            )
+        return config_of({"peft_type": "LORA", **fields}, self.path)
 
 
 def _places_of(members: set[str], view: View) -> dict[str, str]:
     """The names of the pipeline's members in the model."""
     root = root_of(view.model)
     itself = _member_name(submodule(view.model, root), root)
-    places = _members_in(view.modules) if itself is None else {itself: root}
+    places = {itself: root} if itself else _members_in(view.modules)
     if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
         return dict.fromkeys(members, root)
     return places
 
 
-def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> None:
+def _check_members(members: set[str], places: Mapping[str, str], path: Any) -> None:
     """Refuse a file of which the model has no member. Warn of those that it does not have."""
     if members.isdisjoint(places):
         raise AdapterMismatchError(
@@ -229,22 +259,6 @@ def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> No
     left = members - places.keys()
     if left:
         warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
-
-
-def _member(
-    member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any
-) -> tuple[dict[str, Tensor], PeftConfig]:
-    """The tensors of one member of a pipeline, and their configuration."""
-    below = Renaming(there=member)
-    member_tensors = below.with_names_here(entries_inside(member, tensors))
-    config = below.with_names_here(entries_inside(member, header))
-    if not config:
-        config = _without_scaling(member_tensors)
-        warn(
-            f"{path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be the rank. "
-            "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
-        )
-    return member_tensors, config_of({"peft_type": "LORA", **config}, path)
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -269,7 +283,7 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-DIFFUSERS = Format(
+DIFFUSERS = WrittenFormat(
     name="diffusers",
     tool="diffusers",
     read=read,

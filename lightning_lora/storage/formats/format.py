@@ -1,8 +1,8 @@
-"""What a format of another library is: how its files are told from others, how they are read, how they are written."""
+"""What a format of another library is: how its files are told from others, how they are read and written."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,30 +23,33 @@ class Asked(NamedTuple):
     target_slices: Slices | None = None
 
 
-def _not_read(*_: Any) -> Reader | None:
-    """Read no file: of a tool whose files are only called by name."""
-    return None
-
-
 @dataclass(frozen=True)
 class Format:
     """The format of another library. It is described in its own file, and is one line of the registry."""
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None] = _not_read  # None for a file of another format
-    write: Callable[[Source, Path, bool], None] | None = None  # into a directory; True: one rank, one alpha
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # None for a file of another format
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
-    unread_names: str = r"(?!)"  # if its files are not read, an expression for names of their tensors; no name fits it
-    remedy: str = ""  # and how to go on
 
-    def files_in(self, folder: Path) -> list[Path]:
-        """Return those of its files that a folder has."""
-        places = [folder / name for name in self.files]
-        return [place for place in places if place.is_file()]
+
+@dataclass(frozen=True)
+class WrittenFormat(Format):
+    """A format that is written too."""
+
+    write: Callable[[Source, Path, bool], None] = field(kw_only=True)  # into a directory; True: one rank, one alpha
+
+
+@dataclass(frozen=True)
+class UnreadTool:
+    """A tool whose files are not read: the names of their tensors tell it, and an error says how to go on."""
+
+    tool: str  # in messages
+    names: str  # an expression for names of their tensors
+    remedy: str  # how to go on
 
     def is_told_by(self, names: Iterable[str]) -> bool:
-        """Whether names of tensors tell that a file is of this tool, and is not read."""
-        expression = re.compile(self.unread_names)
+        """Whether names of tensors tell that a file is of this tool."""
+        expression = re.compile(self.names)
         return any(map(expression.fullmatch, names))

@@ -28,7 +28,7 @@ _KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib 
 
 
 @dataclass
-class _Tensors:
+class _LoralibFile:
     """What a file of loralib holds, by its own names."""
 
     pairs: dict[str, dict[str, Tensor]]  # "A" and "B" of each layer
@@ -45,15 +45,15 @@ class _Tensors:
 
 def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
-    tensors = _Tensors(pairs={}, rest={})
-    for name, value in _state_in(contents).items():
+    tensors = _LoralibFile(pairs={}, rest={})
+    for name, value in _tensors_in(contents).items():
         tensors.add(name, value)
     if not tensors.pairs:
         return None
-    return lambda view: _read(view, tensors, path, asked)
+    return lambda view: _adapters_in_file(view, tensors, path, asked)
 
 
-def _state_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state, which may lie inside a checkpoint, or be that of a DistributedDataParallel."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
@@ -65,7 +65,7 @@ def _state_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAdapters:
+def _adapters_in_file(view: View, tensors: _LoralibFile, path: object, asked: Asked) -> StoredAdapters:
     """The adapters for a model, whose names may differ by one prefix."""
     if asked.alpha is None:
         raise ConfigError(
@@ -78,7 +78,7 @@ def _read(view: View, tensors: _Tensors, path: object, asked: Asked) -> StoredAd
     factors = {name: pair_of(name, pair) for name, pair in tensors.pairs.items()}
     factors = place.with_names_here(factors)
     _check_slices(settings, factors)
-    layers = _Layers(view, settings, float(asked.alpha))
+    layers = _Layers(view, settings)
     updates = [layers.update(name, pair) for name, pair in factors.items()]
     rest = place.with_names_here(tensors.rest)
     return adapters_of(view, updates, rest, LoRAConfig())
@@ -100,7 +100,6 @@ class _Layers:
 
     view: View
     settings: LoRAConfig
-    alpha: float
 
     def update(self, name: str, factors: Factors) -> Update:
         """Return the update of one layer."""
@@ -111,7 +110,7 @@ class _Layers:
             return _merged_linear(layer, matrices, factors)
         example = f"target_slices={{{name!r}: ['q', 'v']}}"
         remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
-        check_shapes(layer, layer.matrices[0], factors, _rank(factors), remedy)
+        check_shapes(layer, layer.matrices[0], factors, _rank_of(factors), remedy)
         return Update(layer, (factors,))
 
     def _described(self, name: str, factors: Factors) -> tuple[StoredLayer, type[LoRALayer]]:
@@ -127,10 +126,11 @@ class _Layers:
                 "Linear, MergedLinear and Embedding can be read. Pass the model of the training."
             )
         layer = described(self.view, name, kind, kind.lora_matrices_of(module))
-        return replace(layer, scaling=self.alpha / _rank(factors)), kind
+        scaling = self.settings.alpha_of(name) / _rank_of(factors)
+        return replace(layer, scaling=scaling), kind
 
 
-def _rank(factors: Factors) -> int:
+def _rank_of(factors: Factors) -> int:
     """The rank of one update, or of each slice."""
     _, b = factors
     return b.shape[1]
@@ -140,7 +140,7 @@ def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors:
     """The update of a ``MergedLinear``: A and B have its slices stacked, in the order of the weight."""
     matrices = tuple(sorted(slices, key=attrgetter("first")))
     a, b = factors
-    r = _rank(factors)
+    r = _rank_of(factors)
     count = len(matrices)
     shape_of_a = (count * r, matrices[0].reads)
     rows = {matrix.writes for matrix in matrices}

@@ -14,10 +14,10 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage import archives, disk
 from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
-from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_format
+from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.plain_states import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
@@ -61,7 +61,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
     """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
-    return _read(path, partial(_load_adapters, path))
+    return _read_with(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -71,10 +71,10 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
         "load_adapter(model, path): it reads only the adapters."
     )
     load = partial(torch.load, map_location="cpu", weights_only=weights_only)
-    return _read(path, load, remedy=remedy)
+    return _read_with(path, load, remedy=remedy)
 
 
-def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     disk.check_path(path, may_be_open=True)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
@@ -98,7 +98,7 @@ def _load_adapters(path: object, file: Any) -> Any:
     contents = disk.load_plain(file)
     if not isinstance(contents, dict):
         return contents
-    of_adapters = [contents.get(key) for key in ("state_dict", KEY, "model")]
+    of_adapters = only(contents, ("state_dict", KEY, "model"))
     unread = disk.unread_in(of_adapters)
     if unread:
         raise AdapterFileError(
@@ -125,7 +125,7 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
     state = contents.get("state_dict")
     description = contents.get(KEY)
     if not isinstance(state, dict) or description is None:
-        raise AdapterFileError(f"{path} holds {_instead(contents, path)}")
+        raise AdapterFileError(f"{path} holds {_what_it_holds_instead(contents, path)}")
     check_checksum(state, description, path)
     return StoredAdapters.from_file(state, description, path)
 
@@ -133,13 +133,13 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
 # What a file holds that is none of this package
 
 
-def _instead(contents: dict[Any, Any], path: object) -> str:
+def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
     found = find_format(contents, path, Asked())
     if found is not None:
         format, _ = found
         return _needs_its_model(format)
-    names = list(map(str, without(_state_in(contents), [HEADER])))
+    names = list(map(str, without(_state_or_all(contents), [HEADER])))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
@@ -147,7 +147,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
             "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
             "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
         )
-    unread = find_unread_format(names)
+    unread = find_unread_tool(names)
     if unread is not None:
         return f"adapters of {unread.tool}. {unread.remedy}. Or train anew here."
     return (
@@ -156,7 +156,7 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     )
 
 
-def _state_in(contents: dict[Any, Any]) -> dict[Any, Any]:
+def _state_or_all(contents: dict[Any, Any]) -> dict[Any, Any]:
     """The state that a file holds among other things, or all that it holds."""
     for key in ("state_dict", "model"):
         state = contents.get(key)
@@ -195,32 +195,33 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed. Return what is written for readers without this package: the merged model."""
     if not isinstance(checkpoint, dict):
         return {}
-    merged = dict[str, Any]()
-    description = checkpoint.get(KEY)
-    if isinstance(description, dict):
-        merged = _take_merged_model(checkpoint, description)
-        _take_shown_base(checkpoint, description)
-    state = checkpoint.get("state_dict")
-    if isinstance(state, dict):
-        for note in list(filter(is_note, state)):
-            del state[note]
+    description = _dict_in(checkpoint, KEY)
+    merged = _take_merged_model(checkpoint, description)
+    _take_shown_base(checkpoint, description)
+    state = _dict_in(checkpoint, "state_dict")
+    for note in list(filter(is_note, state)):
+        del state[note]
     return merged
+
+
+def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+    """An entry of a checkpoint. Other files may have something else there, or nothing: that is as an empty one."""
+    entry = checkpoint.get(key)
+    return entry if isinstance(entry, dict) else {}
 
 
 def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
     if ADAPTERS not in description:
         return {}
-    merged = checkpoint.get("state_dict")
+    merged = _dict_in(checkpoint, "state_dict")
     checkpoint["state_dict"] = description.pop(ADAPTERS)
-    return merged if isinstance(merged, dict) else {}
+    return merged
 
 
 def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
     """Take out what :func:`show_base` has put in."""
-    state = checkpoint.get("state_dict")
-    if not isinstance(state, dict):
-        return
     shown = description.pop(_SHOWN, None)
     if isinstance(shown, set):
+        state = _dict_in(checkpoint, "state_dict")
         checkpoint["state_dict"] = without(state, shown)

@@ -1,38 +1,23 @@
 """What the readers of other libraries' files share: from updates of layers to adapters of this package."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
-from lightning_lora.model.base_values import base_value
 from lightning_lora.model.view import View
-from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
+from lightning_lora.storage.formats.trained_in_full import check_ties, find_trained, is_the_base
+from lightning_lora.storage.renaming import SAME_NAMES, Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import (
-    inside,
-    joined,
-    modules_around,
-    names_by,
-    not_in,
-    of_type,
-    only,
-    where_not,
-    without,
-)
-from lightning_lora.tensors.names import is_bias, is_in_any, join, owner_of, starts_of
-from lightning_lora.tensors.values import same_bits
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
-
+from lightning_lora.tensors.named import below, joined, not_in, of_type, only, where_not, without
+from lightning_lora.tensors.names import owner_of
 
 # The update of one layer
 
@@ -53,20 +38,18 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
-        named = dict[str, Tensor]()
-        for name, value in self._tensors_in_layer().items():
-            named[join(self.layer.name, name)] = value.contiguous()
-        return named
+        return below(self.layer.name, self._tensors_in_layer())
 
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The adapter's tensors, by name in the layer."""
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
             r = matrix.rank(self.r)
-            named |= matrix.named(with_rank(factors, r))
+            a, b = with_rank(factors, r)
+            named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:
             name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
-            named[name] = self.magnitude.flatten()
+            named[name] = self.magnitude.flatten().contiguous()
         return named
 
     def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
@@ -88,7 +71,7 @@ class RowsUpdate(Update):
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The rows, by name in the layer."""
         name = self.layer.matrices[0].parameter(Role.ROWS)
-        return {name: self.rows}
+        return {name: self.rows.contiguous()}
 
 
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
@@ -164,7 +147,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
     (place,) = found
-    if place.there or place.here not in ("", root):
+    if place not in (SAME_NAMES, Renaming(here=root)):
         warn(place.told(title))
     return place
 
@@ -189,9 +172,9 @@ def adapters_of(
     adapted_weights = _adapted_weights(updates)
     _check_copies(view, rest, adapted_weights)
     others = without(rest, adapted_weights)
-    trained = _find_trained(view, others, saved)
+    trained = find_trained(view, others, saved)
     state = only(others, trained.names.union(view.buffers))
-    _check_ties(view, state)
+    check_ties(view, state)
     layers = list[StoredLayer]()
     for update in updates:
         layers.append(replace(update.layer, r=update.r))
@@ -226,89 +209,9 @@ def _check_copies(view: View, rest: Mapping[str, Tensor], adapted_weights: Colle
             )
 
 
-def is_the_base(view: View, name: str, value: Tensor) -> bool:
-    """Whether a value is the base's, in the narrower of the two dtypes."""
-    base = base_value(view, name).cpu()
-    if base.is_meta:  # it has no values to compare
-        return True
-    if base.shape != value.shape:
-        return False
-    return same_bits(base, value) or same_bits(value, base)
-
-
 def _bias_argument(biases: Collection[str], adapted_weights: Collection[str]) -> Any:
     """The configuration's word for these biases: only those of adapted layers, or others too."""
     if not biases:
         return "none"
     adapted_layers = set(map(owner_of, adapted_weights))
     return "lora_only" if adapted_layers.issuperset(map(owner_of, biases)) else "all"
-
-
-# What a file trains in full
-
-
-@dataclass(frozen=True)
-class _TrainedInFull:
-    """What trains beside updates."""
-
-    modules: list[str]
-    parameters: list[str]  # single ones, in no such module
-    biases: set[str]  # likewise
-    names: set[str]  # of all these tensors
-
-
-def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> _TrainedInFull:
-    """Return what trains in full. The names of the file's tensors say so."""
-    changed = [name for name in entries if not is_the_base(view, name, entries[name])]
-    whole = _whole_modules(view, entries)
-    if saved is None:
-        trained = modules_around(changed).intersection(whole)
-    else:
-        trained = {module for module in whole if module.endswith(tuple(saved))}
-    modules = [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
-    names_in_modules = set(inside(entries, modules))
-    others = without(only(entries, view.base), names_in_modules)
-    biases = {name for name in others if is_bias(name)}
-    parameters = list(without(only(others, changed), biases))
-    names = names_in_modules.union(parameters, biases)
-    return _TrainedInFull(modules, parameters, biases, names)
-
-
-def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
-    """The modules of which the file holds each tensor, outer ones first. Containers are none: they do not train."""
-    tensors_in_model = _count_below((*view.base, *view.buffers))
-    tensors_in_file = _count_below(entries)
-    modules = list[str]()
-    for module, count in tensors_in_file.items():
-        is_whole = count == tensors_in_model[module]
-        if is_whole and not isinstance(view.modules.get(module), _CONTAINERS):
-            modules.append(module)
-    return modules
-
-
-def _count_below(names: Iterable[str]) -> Counter[str]:
-    """The number of these tensors in each module, the modules inside it included."""
-    count = Counter[str]()
-    for name in names:
-        modules_around = starts_of(name)[:-1]
-        count.update(modules_around)
-    return count
-
-
-def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:
-    """Refuse new values for one use of a tied weight: here they would change its other uses too."""
-    names_of = names_by(view.base)
-    for name, value in only(state, view.base).items():
-        uses = names_of[view.base[name]]
-        if _has_each(state, uses, value) or is_the_base(view, name, value):
-            continue
-        other_uses = set(uses) - {name}
-        raise AdapterMismatchError(
-            f"The file holds new values for {name!r}, which is tied to {listed(other_uses)} in "
-            f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
-        )
-
-
-def _has_each(state: Mapping[str, Tensor], names: Iterable[str], value: Tensor) -> bool:
-    """Whether a state has this value under each of the names."""
-    return all(name in state and same_bits(value, state[name]) for name in names)

@@ -1,29 +1,22 @@
 """Which formats of other libraries there are, and which of them a file or a folder has."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.formats import diffusers, loralib, unread
-from lightning_lora.storage.formats.format import Asked, Format, Reader
+from lightning_lora.storage.formats import diffusers, loralib
+from lightning_lora.storage.formats.format import Asked, Format, Reader, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
+from lightning_lora.storage.formats.unread import UNREAD_TOOLS
 from lightning_lora.storage.stored import KEY
 
-FORMATS = (
-    peft_format.PEFT,
-    diffusers.DIFFUSERS,
-    loralib.LORALIB,
-    # not read, but called by name
-    unread.KOHYA,
-    unread.PEFT_STATE,
-    unread.OTHERS,  # after all that are more exact
-)
+FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
 
-WRITTEN = {format.name: format for format in FORMATS if format.write is not None}  # by name
+WRITTEN = {format.name: format for format in FORMATS if isinstance(format, WrittenFormat)}  # by name
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
@@ -37,12 +30,11 @@ def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader]
     return None
 
 
-def find_unread_format(names: Iterable[str]) -> Format | None:
-    """Return the format of a file that is not read, by the names of its tensors."""
-    names = list(names)
-    for format in FORMATS:
-        if format.is_told_by(names):
-            return format
+def find_unread_tool(names: Collection[str]) -> UnreadTool | None:
+    """Return the tool of a file that is not read, by the names of its tensors."""
+    for tool in UNREAD_TOOLS:
+        if tool.is_told_by(names):
+            return tool
     return None
 
 
@@ -52,8 +44,10 @@ def find_unread_format(names: Iterable[str]) -> Format | None:
 def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return the file with adapters in a folder, and its format."""
     for format in FORMATS:
-        for file in format.files_in(folder):
-            return format, file
+        for name in format.files:
+            file = folder / name
+            if file.is_file():
+                return format, file
     return None
 
 

@@ -16,28 +16,27 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import Renaming, entries_inside, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import modules_around, not_in, renamed, where, without
+from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
 from lightning_lora.tensors.names import is_inside, join, named_modules
 
 
 @dataclass(frozen=True)
 class Source:
-    """Adapters to write, and the model that they are from, or None for a file."""
+    """Adapters to write, which are from a file. Its model is not known."""
 
     stored: StoredAdapters
-    model: nn.Module | None = None
 
     def name_there(self, name: str) -> str:
         """Return a name in the module that the reader has: without the root's prefix."""
         return Renaming(self.stored.root, "").name_here(name)
 
-    @cached_property
+    @property
     def modules_here(self) -> dict[str, nn.Module]:
         """All modules of the model. Those of a file are not known: there are none."""
-        return {} if self.model is None else named_modules(self.model, remove_duplicate=False)
+        return {}
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -49,6 +48,10 @@ class Source:
         """The module that the reader has, with all others in it. That of a file is not known."""
         return self.modules.get("")
 
+    def as_targets(self, names: list[str]) -> list[str] | str:
+        """Return the argument that means exactly the modules with these names there."""
+        return list_or_expression(names, present=None)
+
     @cached_property
     def layers_with_rows(self) -> dict[str, StoredLayer]:
         """The embeddings of which single rows train."""
@@ -57,7 +60,7 @@ class Source:
     @cached_property
     def saved(self) -> dict[str, Tensor]:
         """All entries of modules that are trained whole, unchanged ones too."""
-        present = self._present()
+        present = self.present
         names = list(chain.from_iterable(self.stored.saved.values()))
         missing = not_in(names, present)
         if missing:
@@ -65,12 +68,32 @@ class Source:
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
                 "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
             )
-        return {name: present[name] for name in names}
+        return only(present, set(names))
 
-    def _present(self) -> dict[str, Tensor]:
-        """What training changed, and of a model all the rest."""
-        if self.model is None:
-            return self.stored.state
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """All tensors that are known: of a file, those that training changed."""
+        return self.stored.state
+
+
+@dataclass(frozen=True)
+class ModelSource(Source):
+    """Adapters to write, and the model that they are from."""
+
+    model: nn.Module
+
+    @cached_property
+    def modules_here(self) -> dict[str, nn.Module]:
+        """All modules of the model."""
+        return named_modules(self.model, remove_duplicate=False)
+
+    def as_targets(self, names: list[str]) -> list[str] | str:
+        """Return the argument that means exactly the modules with these names there: a list, if no others end so."""
+        return list_or_expression(names, self.modules)
+
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """All tensors of the model: also those that training has not changed."""
         view = view_of(self.model)
         return {**view.parameters, **view.buffers, **self.stored.state}
 
@@ -80,19 +103,20 @@ def _has_rows(layer: StoredLayer) -> bool:
     return bool(layer.tokens)
 
 
-def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
+def for_reader(source: Source, root: str | None) -> Source:
     """Return what to write for a reader that has the module ``root``."""
+    stored = source.stored
     if root is not None:
         _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
     state = without(stored.state, set(stored.random))
-    return Source(replace(stored, state=state), model)
+    return replace(source, stored=replace(stored, state=state))
 
 
 def _check_root(root: str, stored: StoredAdapters) -> None:
     """Refuse a name of no module around adapted layers."""
-    if root and root not in modules_around(stored.layers):
+    if root not in {"", *modules_around(stored.layers)}:
         raise ConfigError(
             f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
             f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
@@ -145,7 +169,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     """The update of one weight, with the sum of all its parts."""
     config = source.stored.config
     settings = layer.settings(config)
-    tensor = partial(_tensor, source.stored, layer)
+    tensor = partial(_value_of, source.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, tensor)
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
@@ -162,7 +186,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     )
 
 
-def _tensor(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
+def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
     """The value of one of an adapter's parameters."""
     value: Tensor = stored.state[join(layer.name, parameter)]
     value = value.detach().cpu()

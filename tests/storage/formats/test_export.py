@@ -154,6 +154,14 @@ def exported_config(source: Any, folder: Path, **how: Any) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def test_a_slice_that_is_named_after_a_bias_is_no_bias(tmp_path: Path) -> None:
+    slices = {"q": {"bias_rows": (0, 4)}}
+    config = LoRAConfig(r=2, target_modules=["q"], target_slices=slices, bias="all")
+    export_peft(trained(nn.ModuleDict({"q": nn.Linear(4, 8)}), config), tmp_path)
+    in_layer = {name.removeprefix("base_model.model.q.") for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert in_layer == {"lora_A.weight", "lora_B.weight", "base_layer.bias"}
+
+
 def test_names_are_exact(tmp_path: Path) -> None:
     """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
     inner = nn.ModuleDict({"q": nn.Linear(4, 4)})

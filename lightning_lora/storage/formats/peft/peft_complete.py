@@ -21,11 +21,12 @@ def check_complete(file: PeftFile) -> None:
     lacking = contents.missing_rows()
     elsewhere = list[str]()
     for name in contents.modules():
-        is_missed = contents.is_missed(name)
-        if contents.is_saved_in_part(name) or (is_missed and owner_of(name) in contents.parts):
+        if contents.is_saved_in_part(name):
             lacking.append(name)
-        elif is_missed:
-            elsewhere.append(name)
+        elif contents.is_missed(name):
+            is_beside_others = owner_of(name) in contents.parts
+            missed = lacking if is_beside_others else elsewhere
+            missed.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
@@ -58,7 +59,7 @@ class _Contents:
 
     def missing_rows(self) -> list[str]:
         """Return the embeddings whose rows train, and are not in the file."""
-        with_rows = list(map(without_wrappers, where(self.file.adapters, _has_rows)))
+        with_rows = list(map(without_wrappers, where(self.file.adapters, _holds_rows)))
         missing = list[str]()
         for end in self.file.peft.tokens:
             if not any(name.endswith(end) for name in with_rows):
@@ -78,9 +79,9 @@ class _Contents:
     def is_missed(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self.adapted) and self._is_meant(name)
+        return around.isdisjoint(self.adapted) and self._is_adapted_there(name)
 
-    def _is_meant(self, name: str) -> bool:
+    def _is_adapted_there(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
         there = self.file.place.name_there(name)
         if any(map(self.file.config.is_saved, starts_of(there))):
@@ -94,14 +95,13 @@ class _Contents:
     def is_saved_in_part(self, name: str) -> bool:
         """Return whether a module trains whole, and the file lacks some of it. PEFT takes any ending of a name."""
         there = self.file.place.name_there(name)
-        ends = self.file.config.modules_to_save or ()
-        if not there.endswith(tuple(ends)):
+        if not there.endswith(tuple(self.file.peft.saved)):
             return False
         view = self.file.view
         entries = entries_inside(name, {**view.base, **view.buffers})
         return not entries.keys() <= self.file.rest.keys()
 
 
-def _has_rows(tensors: Tensors) -> bool:
+def _holds_rows(tensors: Tensors) -> bool:
     """Whether a file has single rows in place of A and B."""
     return "tokens" in tensors

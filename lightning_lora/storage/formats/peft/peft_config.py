@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,6 +20,11 @@ class PeftConfig(NamedTuple):
     config: LoRAConfig
     tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
     layers: list[int] | None  # the only numbers in the names of adapted layers
+
+    @property
+    def saved(self) -> Sequence[str]:
+        """The ends of the names of modules that train whole."""
+        return self.config.modules_to_save or ()
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
@@ -89,7 +94,7 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    given = where(only(fields, _OURS), _is_given)
+    given = where(only(fields, _OURS), _says_something)
     arguments = renamed(given, _OURS.__getitem__)
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **arguments})
@@ -98,7 +103,7 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
 
 
-def _is_given(value: object) -> bool:
+def _says_something(value: object) -> bool:
     """Whether a field says something: one that is empty is as one that is left out."""
     return value not in (None, [], "")
 

@@ -35,15 +35,15 @@ def _without_zeros(source: Source) -> Source:
         return source
     zeros = list[str]()
     for name in chain.from_iterable(refused_layers(source).values()):
-        if _is_zero(stored.layers[name], stored.state):
+        if _has_zero_update(stored.layers[name], stored.state):
             zeros.append(name)
-    if not zeros or len(zeros) == len(stored.layers):
+    if len(zeros) in (0, len(stored.layers)):
         return source
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
     return replace(source, stored=_without_layers(stored, zeros))
 
 
-def _is_zero(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
+def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
     """Whether each B of a layer is zero. Single rows have none."""
     if layer.tokens:
         return False

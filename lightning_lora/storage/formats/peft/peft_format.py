@@ -1,10 +1,10 @@
 """PEFT's format."""
 
-from lightning_lora.storage.formats.format import Format
+from lightning_lora.storage.formats.format import WrittenFormat
 from lightning_lora.storage.formats.peft import peft_read, peft_write
 from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, PEFT_WEIGHTS
 
-PEFT = Format(
+PEFT = WrittenFormat(
     name="peft",
     tool="PEFT",
     read=peft_read.read,

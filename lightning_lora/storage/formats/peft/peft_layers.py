@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Options = Mapping[str, Any]
 
 
-def _same(factors: Factors, _: Shape, __: Options) -> Factors:
+def _as_they_are(factors: Factors, _: Shape, __: Options) -> Factors:
     """The factors as they are."""
     return factors
 
@@ -32,8 +32,8 @@ class PeftLayer:
     """PEFT's counterpart of one of our adapters."""
 
     why_not: Callable[[StoredLayer], str]  # why PEFT computes something else for one such layer, or nothing
-    there: Callable[[Factors, Shape, Options], Factors] = _same  # our factors of a weight as PEFT has them
-    here: Callable[[Factors, Shape, Options], Factors] = _same  # PEFT's factors as ours
+    to_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are  # our factors of a weight as PEFT has them
+    from_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are  # PEFT's factors as ours
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the ends of the names of A and B
     is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
@@ -42,7 +42,7 @@ def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str:
     """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or nothing."""
     counterpart = _PEFT_LAYERS.get(layer.adapter_class)
     if counterpart is None or _is_registered(layer.layer_class):
-        return f"PEFT has no counterpart for our adapter of {_title(layer)}."
+        return f"PEFT has no counterpart for our adapter of {_class_name(layer)}."
     other_names = layer.options.get(ALSO)
     if other_names:
         return f"the layer is used as {listed(other_names)} too, and PEFT would adapt the first use alone."
@@ -61,7 +61,7 @@ def peft_layer(layer: StoredLayer) -> PeftLayer:
     return _PEFT_LAYERS[layer.adapter_class]
 
 
-def _title(layer: StoredLayer) -> str:
+def _class_name(layer: StoredLayer) -> str:
     """The name of the layer's class, for messages."""
     return layer.layer_class.rpartition(".")[2]
 
@@ -81,24 +81,24 @@ _COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
 _SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 
 
-def _added(layer: StoredLayer) -> str:
+def _why_not_added(layer: StoredLayer) -> str:
     """Why PEFT would compute something else around this layer's own forward."""
     if layer.is_additive or layer.layer_class == _COMPUTES_THE_SAME:
         return ""
-    return f"{_title(layer)} has a forward of its own, and PEFT adds the update outside of it, with other results."
+    return f"{_class_name(layer)} has a forward of its own, and PEFT adds the update outside of it, with other results."
 
 
-def _embedding(layer: StoredLayer) -> str:
+def _why_not_embedding(layer: StoredLayer) -> str:
     """As of other layers, but PEFT scales the update of a scaled embedding too."""
     if _SCALED_EMBEDDING.fullmatch(layer.layer_class):
         return ""
-    return _added(layer)
+    return _why_not_added(layer)
 
 
 # Convolutions
 
 
-def _convolution(layer: StoredLayer) -> str:
+def _why_not_convolution(layer: StoredLayer) -> str:
     """Why PEFT fails with a convolution, or computes another one."""
     options = layer.options
     dilation = options.get("dilation", 1)  # one number, or one for each side
@@ -110,7 +110,7 @@ def _convolution(layer: StoredLayer) -> str:
     groups = options.get("groups", 1)
     if groups > 1:
         return f"it has groups={groups}. PEFT's A reads the channels of all groups; here, those of one."
-    return _added(layer)
+    return _why_not_added(layer)
 
 
 def _with_kernel(factors: Factors, shape: Shape, _: Options) -> Factors:
@@ -131,7 +131,7 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
 # Attention
 
 
-def _attention(layer: StoredLayer) -> str:
+def _why_not_attention(layer: StoredLayer) -> str:
     """Why PEFT does not support an attention."""
     if layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}:
         return ""
@@ -141,7 +141,7 @@ def _attention(layer: StoredLayer) -> str:
 # Parameters
 
 
-def _parameters(layer: StoredLayer) -> str:
+def _why_not_parameters(layer: StoredLayer) -> str:
     """Why PEFT would not update each of these parameters wherever it is read."""
     for matrix in layer.matrices:
         if "." in matrix.weight:
@@ -151,16 +151,16 @@ def _parameters(layer: StoredLayer) -> str:
     return ""
 
 
-def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:
+def _flattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
     """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
     if len(shape) == 2:
         return factors
-    a, b = _transposed(factors) if options.get("is_transposed") else factors
+    a, b = _turned(factors, options)
     b = b.permute(1, 2, 0)
     return a.flatten(0, 1), b.flatten(1)
 
 
-def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
+def _unflattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
     """The stacks again."""
     if len(shape) == 2:
         return factors
@@ -169,24 +169,28 @@ def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
     a = a.reshape(experts, -1, a.shape[-1])
     b = b.reshape(len(b), -1, experts)
     b = b.permute(2, 0, 1)
-    return _transposed((a, b)) if options.get("is_transposed") else (a, b)
+    return _turned((a, b), options)
 
 
-def _transposed(factors: Factors) -> Factors:
-    """The factors of the transposed matrices."""
+def _turned(factors: Factors, options: Options) -> Factors:
+    """The factors of the transposed matrices, if the stack is transposed on one of the two sides."""
+    if not options.get("is_transposed"):
+        return factors
     a, b = factors
     return b.mT, a.mT
 
 
 _PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user's own adapter
-    kinds.LoRALinear: PeftLayer(_added),
-    kinds.LoRALinear4bit: PeftLayer(_added),
-    kinds.LoRALinear8bit: PeftLayer(_added),
-    kinds.LoRAConv1D: PeftLayer(_added),
-    kinds.LoRAEmbedding: PeftLayer(_embedding, keys=("lora_embedding_A", "lora_embedding_B")),
-    kinds.LoRATokens: PeftLayer(_embedding),
-    kinds.LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
-    kinds.LoRAAttention: PeftLayer(_attention),
-    kinds.LoRARecurrent: PeftLayer(_parameters, is_parameter=True),
-    kinds.LoRAParameters: PeftLayer(_parameters, _stack_there, _stack_here, is_parameter=True),
+    kinds.LoRALinear: PeftLayer(_why_not_added),
+    kinds.LoRALinear4bit: PeftLayer(_why_not_added),
+    kinds.LoRALinear8bit: PeftLayer(_why_not_added),
+    kinds.LoRAConv1D: PeftLayer(_why_not_added),
+    kinds.LoRAEmbedding: PeftLayer(_why_not_embedding, keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRATokens: PeftLayer(_why_not_embedding),
+    kinds.LoRAConvNd: PeftLayer(_why_not_convolution, to_peft=_with_kernel, from_peft=_without_kernel),
+    kinds.LoRAAttention: PeftLayer(_why_not_attention),
+    kinds.LoRARecurrent: PeftLayer(_why_not_parameters, is_parameter=True),
+    kinds.LoRAParameters: PeftLayer(
+        _why_not_parameters, to_peft=_flattened_stack, from_peft=_unflattened_stack, is_parameter=True
+    ),
 }

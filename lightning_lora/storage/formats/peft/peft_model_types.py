@@ -28,10 +28,9 @@ def why_not_in_model_type(layer: StoredLayer, source: Source) -> str:
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         return ""
-    try:
+    with suppress(ImportError):
         return _why_not_by_rules(leaf, model_type, source.inner)
-    except ImportError:
-        return ""
+    return ""
 
 
 def _why_not_in_unknown_type(leaf: str, stored: StoredAdapters) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.tensors.named import of_type, without
+from lightning_lora.tensors.named import not_in, of_type, without
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -20,6 +20,7 @@ DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.b
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
 PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+_NAME_IN_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
 _OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
@@ -39,6 +40,9 @@ _KEYS = {
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
+_NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _KEYS))})")
+_NAME_NOT_OF_COMFYUI = re.compile(rf"(?!diffusion_model\.){_NAME_IN_ADAPTER.pattern}")  # which has the same ends
+
 _WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
 
 
@@ -51,16 +55,17 @@ class PeftKey(NamedTuple):
 
 def peft_key(name: str) -> PeftKey:
     """Return the layer of a PEFT tensor and what it is."""
-    for suffix, what in _KEYS.items():
-        end = f".{suffix}"
-        if name.endswith(end):
-            return PeftKey(name.removesuffix(end), what)
-    return PeftKey(name, "")
+    parts = _NAME_IN_ADAPTER.fullmatch(name)
+    if parts is None:
+        return PeftKey(name, "")
+    wrapped, end = parts.groups()
+    return PeftKey(wrapped, _KEYS[end])
 
 
 def without_wrappers(name: str) -> str:
     """Return a name in the base: without PEFT's wrappers inside."""
-    return ".".join(component for component in name.split(".") if component not in _WRAPPERS)
+    components = not_in(name.split("."), _WRAPPERS)
+    return ".".join(components)
 
 
 # Whose a file is
@@ -76,12 +81,10 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
     return _has_updates(contents) and _is_of_a_pipeline(contents, path)
 
 
-def _has_updates(names: Iterable[object]) -> bool:
-    """Whether these are names of PEFT's. ComfyUI has the same ends."""
-    for name in names:
-        if isinstance(name, str) and peft_key(name).what and not name.startswith("diffusion_model."):
-            return True
-    return False
+def _has_updates(contents: Iterable[object]) -> bool:
+    """Whether there are names of PEFT's."""
+    names = map(str, contents)
+    return any(map(_NAME_NOT_OF_COMFYUI.fullmatch, names))
 
 
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
@@ -89,7 +92,7 @@ def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
     names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})
     if config_beside(path) is not None:
-        has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
+        has_prefix = any(map(_NAME_IN_PEFT.match, names))
         return has_header and not has_prefix
     return has_header or all(map(_OLDER_NAME.match, names))
 

@@ -36,7 +36,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+        return adapters_of(view, updates, rest, peft.config, peft.saved)
 
     return reader
 
@@ -70,9 +70,9 @@ def _adapters_and_others(
         wrapped, what = peft_key(name)
         if what:
             adapters.setdefault(wrapped, {})[what] = value
-        elif _is_without_effect(name):
+        elif _WITHOUT_EFFECT.search(name):
             continue
-        elif _is_of_another_method(name):
+        elif _OTHER_METHOD.search(name):
             unknown.append(key)
         elif not _is_copy(key, tensors):
             others[without_wrappers(name)] = value
@@ -81,19 +81,9 @@ def _adapters_and_others(
     return adapters, others
 
 
-_WITHOUT_EFFECT = (".original_module.", ".lora_velora_embed.")  # a trained module's base values; training's own
+_WITHOUT_EFFECT = re.compile(r"\.(original_module|lora_velora_embed)(\.|$)")  # a trained module's base; training's own
+_OTHER_METHOD = re.compile(r"(^|\.)(lora_|trainable_tokens)")  # what is no key of an adapter, and begins as one
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
-
-
-def _is_without_effect(name: str) -> bool:
-    """Whether a tensor is none of those that change what is computed."""
-    return any(mark in f"{name}." for mark in _WITHOUT_EFFECT)
-
-
-def _is_of_another_method(name: str) -> bool:
-    """Whether a tensor belongs to an adapter of a kind that is not known."""
-    marks = ("lora_", "trainable_tokens")
-    return any(component.startswith(marks) for component in name.split("."))
 
 
 def _is_copy(key: str, tensors: Mapping[str, Any]) -> bool:

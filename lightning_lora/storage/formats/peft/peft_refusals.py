@@ -20,9 +20,9 @@ _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and sav
 def check_exportable(source: Source) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
     saved = source.saved  # first: a file may lack some of these
-    _check_layers(source)
+    _refuse_layers(source)
     _check_modules_to_save(source)
-    _check_root(source.stored)
+    _check_is_in_root(source.stored)
     _check_entries(source.stored, saved)
     source.stored.check_finite()
 
@@ -30,7 +30,7 @@ def check_exportable(source: Source) -> None:
 # Layers
 
 
-def _check_layers(source: Source) -> None:
+def _refuse_layers(source: Source) -> None:
     """Refuse layers by the reasons below, all of them at once."""
     reasons = list[str]()
     for why, names in refused_layers(source).items():
@@ -124,7 +124,7 @@ def _check_modules_to_save(source: Source) -> None:
             )
 
 
-def _check_root(stored: StoredAdapters) -> None:
+def _check_is_in_root(stored: StoredAdapters) -> None:
     """Refuse what was trained outside of the module that the reader has."""
     outside = without(stored.state, entries_inside(stored.root, stored.state))
     if outside:
@@ -149,5 +149,5 @@ def trained_biases(stored: StoredAdapters) -> list[str]:
     """Return the biases that the configuration trains. They may lie in modules trained whole too."""
     if stored.config.bias == "none":
         return []
-    biases = [name for name in stored.state if is_bias(name)]
-    return not_in(biases, stored.changed)
+    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
+    return [name for name in not_in(stored.state, of_others) if is_bias(name)]

@@ -32,7 +32,7 @@ def updates_in(file: PeftFile) -> list[Update]:
         by_layer.setdefault(_layer_of(name, file), {})[name] = tensors
     updates = list[Update]()
     for there, wrapped in by_layer.items():
-        update = _adapted_module(file, there, wrapped).update()
+        update = _adapted_as(file, there, wrapped).update()
         if update.layer.matrices:  # an attention's may all be zero
             updates.append(update)
     return updates
@@ -47,8 +47,8 @@ def _layer_of(wrapped: str, file: PeftFile) -> str:
     return name
 
 
-def _adapted_module(file: PeftFile, there: str, wrapped: Mapping[str, Tensors]) -> "_AdaptedModule":
-    """The class that reads what PEFT wraps around a module or inside of it."""
+def _adapted_as(file: PeftFile, there: str, wrapped: Mapping[str, Tensors]) -> "_AdaptedModule":
+    """The module as PEFT adapts it: its parameters, its rows, or it itself as an attention or another layer."""
     module = file.module(there)
     kind = adapter_for(module)
     if kind is None or kind is LoRARecurrent or _is_adapted_by_parameters(module):
@@ -102,10 +102,10 @@ class _AdaptedModule:
     def factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, named: str) -> Factors:
         """Return A and B of one matrix as they are here. ``named``: the name by which patterns mean it."""
         self._check_start(layer, matrix)
-        rank = self._checked_rank(matrix, in_file, named)
+        rank = self._rank_in_file(matrix, in_file, named)
         factors = in_file
         with suppress(IndexError, RuntimeError):  # other shapes, which are refused below
-            factors = peft_layer(layer).here(in_file, layer.shapes[matrix.weight], layer.options)
+            factors = peft_layer(layer).from_peft(in_file, layer.shapes[matrix.weight], layer.options)
         check_shapes(layer, matrix, factors, rank)
         return factors
 
@@ -127,7 +127,7 @@ class _AdaptedModule:
                 "start off it for each use, and its merge gives another model. Train anew, from another start."
             )
 
-    def _checked_rank(self, matrix: AdaptedMatrix, factors: Factors, named: str) -> int:
+    def _rank_in_file(self, matrix: AdaptedMatrix, factors: Factors, named: str) -> int:
         """The rank of A. It must be the one in the configuration: the scaling depends on it."""
         a, _ = factors
         rows = a.shape[0] if a.dim() else 0
@@ -199,7 +199,7 @@ class _Attention(_AdaptedModule):
             elif name.endswith(".base_layer.out_proj"):
                 found.append((out, (a, 2 * b)))
             else:
-                self._leave_out(name)
+                self._warn_of_uncalled(name)
         matrices = list[AdaptedMatrix]()
         factors = list[Factors]()
         for matrix, in_file in found:
@@ -208,7 +208,7 @@ class _Attention(_AdaptedModule):
         layer = replace(layer, scaling=self.file.config.scaling(self.there), matrices=tuple(matrices))
         return Update(layer, tuple(factors))
 
-    def _leave_out(self, name: str) -> None:
+    def _warn_of_uncalled(self, name: str) -> None:
         """Warn of a layer inside that nothing calls. Refuse it, if PEFT took a start off its weight."""
         if self.is_difference:
             raise AdapterMismatchError(

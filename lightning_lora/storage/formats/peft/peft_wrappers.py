@@ -51,15 +51,15 @@ def _wrapper_of(update: WeightUpdate) -> Wrapper:
     """What PEFT has for an update."""
     counterpart = peft_layer(update.layer)
     shape = update.layer.shapes[update.weight]
-    factors = counterpart.there(update.factors, shape, update.layer.options)
+    factors = counterpart.to_peft(update.factors, shape, update.layer.options)
     tensors = dict(zip(counterpart.keys, factors, strict=True))
     if update.magnitude is not None:  # without .weight in its name, transformers would ignore it
         _, b = factors
-        tensors["lora_magnitude_vector.weight"] = _beside(b, update.magnitude)
+        tensors["lora_magnitude_vector.weight"] = _magnitude_beside(b, update.magnitude)
     return tensors
 
 
-def _beside(b: Tensor, magnitude: Tensor) -> Tensor:
+def _magnitude_beside(b: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA's magnitudes in the shape that PEFT gives them beside B: of a convolution, they have as many dimensions."""
     if b.dim() == 2:
         return magnitude.view(-1)

@@ -26,7 +26,7 @@ from lightning_lora.storage.formats.writing import (
     with_scaling,
     write_files,
 )
-from lightning_lora.storage.renaming import Renaming, list_or_expression
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.names import join
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
@@ -90,12 +90,11 @@ def _refuse_rows(source: Source) -> None:
 def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     settings = source.stored.config
-    targets = _Targets()
+    targets = _PeftTargets()
     for update in updates:
         targets.add(update)
     r, rank_pattern = most_common(targets.ranks)
     alpha, alpha_pattern = most_common(targets.alphas)
-    modules = None if source.inner is None else source.modules
     config = {
         "peft_type": "LORA",
         **_pretrained(source.inner),
@@ -107,7 +106,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
         "use_dora": settings.use_dora,
         "bias": settings.bias,
         "fan_in_fan_out": targets.are_transposed(),
-        "target_modules": list_or_expression(targets.modules, modules),
+        "target_modules": source.as_targets(targets.modules),
     }
     if targets.parameters:
         config["target_parameters"] = targets.parameters
@@ -125,7 +124,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
 
 
 @dataclass
-class _Targets:
+class _PeftTargets:
     """What PEFT is to adapt: the names of layers and of parameters, with the rank and alpha of each."""
 
     modules: list[str] = field(default_factory=list)

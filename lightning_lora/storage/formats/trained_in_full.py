@@ -1,0 +1,102 @@
+"""What a file of another library trains in full, beside its updates: modules, single parameters and biases."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.model.base_values import base_value
+from lightning_lora.model.view import View
+from lightning_lora.tensors.named import inside, modules_around, names_by, only, without
+from lightning_lora.tensors.names import is_bias, is_in_any, owner_of, starts_of
+from lightning_lora.tensors.values import same_bits
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
+
+
+@dataclass(frozen=True)
+class TrainedInFull:
+    """What trains beside updates."""
+
+    modules: list[str]
+    parameters: list[str]  # single ones, in no such module
+    biases: set[str]  # likewise
+    names: set[str]  # of all these tensors
+
+
+def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> TrainedInFull:
+    """Return what trains in full: modules of which the file holds each tensor, and what has changed beside them.
+
+    The names of these modules end in one of ``saved``. None: the file does not say so, and they have changed.
+    """
+    changed = [name for name in entries if not is_the_base(view, name, entries[name])]
+    whole = _whole_modules(view, entries)
+    if saved is None:
+        trained = modules_around(changed).intersection(whole)
+    else:
+        trained = {module for module in whole if module.endswith(tuple(saved))}
+    modules = _outermost(trained, whole)
+    names_in_modules = set(inside(entries, modules))
+    others = without(only(entries, view.base), names_in_modules)
+    biases = {name for name in others if is_bias(name)}
+    parameters = list(without(only(others, changed), biases))
+    names = names_in_modules.union(parameters, biases)
+    return TrainedInFull(modules, parameters, biases, names)
+
+
+def _outermost(trained: Collection[str], whole: Iterable[str]) -> list[str]:
+    """Those of the whole modules that train, and lie in no other one that does."""
+    return [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
+
+
+def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
+    """The modules of which the file holds each tensor, outer ones first. Containers are none: they do not train."""
+    tensors_in_model = _tensors_by_module((*view.base, *view.buffers))
+    tensors_in_file = _tensors_by_module(entries)
+    modules = list[str]()
+    for module, count in tensors_in_file.items():
+        is_whole = count == tensors_in_model[module]
+        if is_whole and not isinstance(view.modules.get(module), _CONTAINERS):
+            modules.append(module)
+    return modules
+
+
+def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
+    """The number of these tensors in each module, the modules inside it included."""
+    count = Counter[str]()
+    for name in names:
+        *around, _ = starts_of(name)
+        count.update(around)
+    return count
+
+
+# Which values are those of the base
+
+
+def is_the_base(view: View, name: str, value: Tensor) -> bool:
+    """Whether a value is the base's, in the narrower of the two dtypes."""
+    base = base_value(view, name).cpu()
+    if base.is_meta:  # it has no values to compare
+        return True
+    return same_bits(base, value) or same_bits(value, base)
+
+
+def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
+    """Refuse new values for one use of a tied weight: here they would change its other uses too."""
+    names_of = names_by(view.base)
+    for name, value in only(state, view.base).items():
+        uses = names_of[view.base[name]]
+        if _has_each(state, uses, value) or is_the_base(view, name, value):
+            continue
+        other_uses = set(uses) - {name}
+        raise AdapterMismatchError(
+            f"The file holds new values for {name!r}, which is tied to {listed(other_uses)} in "
+            f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
+        )
+
+
+def _has_each(state: Mapping[str, Tensor], names: Iterable[str], value: Tensor) -> bool:
+    """Whether a state has this value under each of the names."""
+    return all(name in state and same_bits(value, state[name]) for name in names)
