@@ -1,7 +1,7 @@
 """Which layers and parameters can be adapted, and why others cannot."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.named import below, joined, where, without
-from lightning_lora.tensors.names import named_modules, own_parameter, owner_of
+from lightning_lora.tensors.named import below, where, without
+from lightning_lora.tensors.names import named_modules, own_parameter, owner_of, parameters_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -21,15 +21,17 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str | None:
     """Return why ``layer`` cannot be adapted, or None. The ``modules`` are those of its model, by name."""
     kind = adapter_for(layer)
-    if isinstance(layer, LoRALayer):
-        return None if kind else "only its parameters can be adapted, and some are"
     if kind is None:
         return _about_unsupported(modules, name, layer)
+    if isinstance(layer, LoRALayer):
+        return None
     return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
 
 
 def _about_unsupported(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
+    if isinstance(layer, LoRALayer):
+        return "only its parameters can be adapted, and some are"
     modules_inside = below(name, without(named_modules(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
@@ -62,10 +64,9 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     """Why no update of the layer's weights can be computed, or merged."""
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
-    matrices = kind.lora_matrices_of(layer)
-    if not _have_numbers(matrices):
+    if not has_matrices(layer):
         return "it has no weights"
-    for matrix in matrices:
+    for matrix in kind.lora_matrices_of(layer):
         dtype = kind.lora_dtype(layer, own_parameter(layer, matrix.weight))
         if not dtype.is_floating_point:
             return f"its {matrix.weight} is {dtype}, not floating point"
@@ -76,25 +77,25 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
 
 def is_computed(layer: nn.Module) -> bool:
     """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
-    kind = adapter_for(layer)
-    if kind is None:
+    if adapter_for(layer) is None:
         return isinstance(layer, ParametrizationList)
-    try:
-        return not kind.lora_matrices_of(layer)
-    except AttributeError:  # a weight is not a parameter
-        return True
+    return not _matrices_of(layer)
 
 
 def has_matrices(layer: nn.Module) -> bool:
     """Whether a layer has matrices to update, which are neither computed nor empty."""
+    return any(matrix.largest_rank for matrix in _matrices_of(layer))
+
+
+def _matrices_of(layer: nn.Module) -> tuple[AdaptedMatrix, ...]:
+    """The matrices of a layer that can be updated: none if a weight is computed, or the layer is not supported."""
     kind = adapter_for(layer)
-    if kind is None or is_computed(layer):
-        return False
-    return _have_numbers(kind.lora_matrices_of(layer))
-
-
-def _have_numbers(matrices: Iterable[AdaptedMatrix]) -> bool:
-    return any(matrix.largest_rank for matrix in matrices)
+    if kind is None:
+        return ()
+    try:
+        return kind.lora_matrices_of(layer)
+    except AttributeError:  # a weight is not a parameter
+        return ()
 
 
 # Parameters that a module reads by itself
@@ -105,14 +106,12 @@ def own_matrices(name: str, layer: nn.Module) -> list[str]:
     is_model = not name
     if is_model or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
         return []
-    return joined(name, where(layer._parameters, _is_matrix_or_stack))
+    return list(where(parameters_of({name: layer}), _is_matrix_or_stack))
 
 
-def _is_matrix_or_stack(parameter: nn.Parameter | None) -> bool:
-    if parameter is None or not parameter.is_floating_point():
-        return False
+def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
     is_stack = parameter.dim() == 3 and len(parameter) > 1
-    return is_stack or parameter.dim() == 2
+    return parameter.is_floating_point() and (is_stack or parameter.dim() == 2)
 
 
 def has_forward(module: nn.Module) -> bool:
