@@ -28,9 +28,10 @@ BAD: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, values in BAD.items() for bad in values], ids=str)
-def test_a_bad_argument_is_an_error_that_names_it(name: str, bad: Any) -> None:
-    for cls in (LoRAConfig, LoRACallback):
+@pytest.mark.parametrize("cls", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_argument_is_an_error_that_names_it(name: str, cls: Any) -> None:
+    for bad in BAD[name]:
         with pytest.raises(ConfigError, match=name):
             cls(**{name: bad})
 
@@ -50,8 +51,11 @@ def test_a_scale_is_above_zero_and_of_a_or_b(bad: Any) -> None:
 
 
 def test_scaling_is_alpha_over_r_and_alpha_does_not_follow_the_rank_by_default() -> None:
-    assert [LoRAConfig(r=r).scaling("q") for r in (2, 8, 32)] == [4.0, 1.0, 0.25]
-    assert [LoRAConfig(r=r, alpha=None).scaling("q") for r in (2, 32)] == [1.0, 1.0]
+    assert LoRAConfig(r=2).scaling("q") == 4.0
+    assert LoRAConfig(r=8).scaling("q") == 1.0
+    assert LoRAConfig(r=32).scaling("q") == 0.25
+    assert LoRAConfig(r=2, alpha=None).scaling("q") == 1.0
+    assert LoRAConfig(r=32, alpha=None).scaling("q") == 1.0
     assert LoRAConfig(r=16, alpha=16, use_rslora=True).scaling("q") == 4.0  # 16 / sqrt(16)
 
 
@@ -72,10 +76,9 @@ def test_a_key_is_looked_up_as_quickly_among_more_than_re_remembers() -> None:  
 
 
 def test_what_is_left_out_too_is_no_part_of_another_expression() -> None:
-    inside, name = r"enc\.(q|head|v)", "head"
-    assert all(
-        LoRAConfig(exclude_modules=a).excluding(b).is_excluded("head") for a, b in ((inside, name), (name, inside))
-    )
+    inside = r"enc\.(q|head|v)"
+    assert LoRAConfig(exclude_modules=inside).excluding("head").is_excluded("head")
+    assert LoRAConfig(exclude_modules="head").excluding(inside).is_excluded("head")
 
 
 def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> None:

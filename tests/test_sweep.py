@@ -69,8 +69,12 @@ def fitting(folder: Path, build: Callable[[], Any] = Rich, *others: Any, **optio
     given = options.pop("loaders", loaders)
 
     def fit(callback: Any, ckpt_path: Any = None) -> None:
-        made.append(trainer(folder, [callback, *(each() for each in others)], **{"max_epochs": 3, **options}))
-        made[-1].fit(build(), *given(), ckpt_path=ckpt_path)
+        callbacks = [callback]
+        for make in others:
+            callbacks.append(make())
+        t = trainer(folder, callbacks, **{"max_epochs": 3, **options})
+        made.append(t)
+        t.fit(build(), *given(), ckpt_path=ckpt_path)
 
     return fit, made
 
@@ -80,7 +84,8 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     L.seed_everything(3, verbose=False)
     fit(LoRACallback(**{**sweep.runs[name], "merge": False}))
     made[-1].save_checkpoint(file)
-    one, other = (torch.load(each, weights_only=True) for each in (file, sweep.directory / f"{name}.ckpt"))
+    one = torch.load(file, weights_only=True)
+    other = torch.load(sweep.directory / f"{name}.ckpt", weights_only=True)
     assert one["optimizer_states"][0]["state"]
     assert one["global_step"] == other["global_step"]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
@@ -309,7 +314,8 @@ def test_names_have_what_differs() -> None:
     assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
     sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])  # whose names would be the same
     assert list(sweep.runs) == ["target_modules_q_proj_v_proj", "target_modules_q_proj_v_proj_2"]
-    long = [[f"encoder.layers.{number}.attention" for number in range(count)] for count in (11, 12)]
+    names = [f"encoder.layers.{number}.attention" for number in range(12)]
+    long = [names[:11], names]
     assert all("-r" in name for name in LoRASweep(target_modules=long, r=[1, 2]).runs)
     lists = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), long)
     assert max(map(len, LoRASweep(**lists).runs)) < 220  # the name of a file may have 255

@@ -4,6 +4,7 @@ import argparse
 import logging
 import platform
 import random
+import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -38,6 +39,22 @@ CASES = {
 
 
 def main() -> None:
+    """Measure the cases that are asked for, and print a table of each."""
+    asked = arguments()
+    be_quiet_and_the_same_each_time()
+    bench = Bench(torch.device(asked.device), asked.rounds)
+    console = Console(width=150)
+    console.print(machine(bench))
+    for name in asked.cases or CASES:
+        start = time.monotonic()
+        with console.status(name):
+            found = list(CASES[name](bench))
+        minutes = (time.monotonic() - start) / 60
+        console.print(table(f"{name} ({minutes:.0f} minutes)", found))
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     cases = "\n".join(f"  {name:10} {case.__doc__}" for name, case in CASES.items())
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
@@ -53,42 +70,60 @@ def main() -> None:
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
         parser.error(f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
+    return asked
+
+
+def be_quiet_and_the_same_each_time() -> None:
+    """Measure with one thread and with the same random numbers, without warnings and logs."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench = Bench(torch.device(asked.device), asked.rounds)
-    console = Console(width=150)
-    console.print(machine(bench))
-    for name in asked.cases or CASES:
-        start = time.monotonic()
-        with console.status(name):
-            found = list(CASES[name](bench))
-        console.print(table(f"{name} ({(time.monotonic() - start) / 60:.0f} minutes)", found))
 
 
 def table(title: str, rows: Iterable[Row]) -> Table:
     """Make a table for a terminal: each value, its goal, and all methods."""
     made = Table("case", "measure", "ours", "middle half", "goal", "", "all methods", title=title)
     for row in rows:
-        spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
-        goal = "" if row.goal is None else f"≤ {row.goal:g}"
-        met = "" if row.goal is None else "[green]✓[/]" if row.value <= row.goal else "[red]✗[/]"
         details = " · ".join(f"{name} {value:.3f}" for name, value in row.details.items())
-        made.add_row(row.case, row.measure, f"{row.value:.4g}", spread, goal, met, details)
+        made.add_row(row.case, row.measure, f"{row.value:.4g}", spread_of(row), *goal_of(row), details)
     return made
+
+
+def spread_of(row: Row) -> str:
+    """The middle half of the values, if there were several."""
+    if row.spread is None:
+        return ""
+    low, high = row.spread
+    return f"{low:.3g} – {high:.3g}"
+
+
+def goal_of(row: Row) -> tuple[str, str]:
+    """The goal, and whether it is met."""
+    if row.goal is None:
+        return "", ""
+    mark = "[green]✓[/]" if row.value <= row.goal else "[red]✗[/]"
+    return f"≤ {row.goal:g}", mark
 
 
 def machine(bench: Bench) -> str:
     """Describe the machine, the settings and the package versions."""
-    device = platform.processor()
+    device = processor()
     if bench.device.type == "cuda":
         device = torch.cuda.get_device_name(bench.device)
-    elif (cpus := Path("/proc/cpuinfo")).exists():
-        device = next((line[12:].strip() for line in cpus.read_text().splitlines() if "model name" in line), device)
     versions = [f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft", "loralib")]
     return f"{device}, {torch.get_num_threads()} threads, {bench.rounds} rounds, {', '.join(versions)}"
+
+
+def processor() -> str:
+    """The name of the processor: on Linux, as the kernel says it."""
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        names = re.findall(r"model name\s*: (.*)", cpus.read_text())
+        if names:
+            return str(names[0])
+    return platform.processor()
 
 
 if __name__ == "__main__":

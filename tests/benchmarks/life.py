@@ -1,6 +1,5 @@
 """Cost of the callback around the steps: start, save, evaluation, end of a fit."""
 
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.models import Bert
+from tests.support.parameters import bytes_of, trainable
 
 _BASES = {"85 M": (12, 768), "300 M": (24, 1024)}
 """Layers and width, as in transformer encoders."""
@@ -24,8 +24,14 @@ _GOALS = {
     "set-up of fit": 0.4, "first save": 1.0, "save": 0.05, "end of fit": 1.6, "validate": 0.05, "test a file": 2.5,
 }  # fmt: skip
 
-QUIET: dict[str, Any] = {"accelerator": "cpu", "max_steps": 1, "num_sanity_val_steps": 0}
-QUIET |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_steps": 1,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class Task(LightningModule):
@@ -44,7 +50,7 @@ class Task(LightningModule):
     validation_step = test_step = training_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer([p for p in self.parameters() if p.requires_grad], lr=1e-4)  # type: ignore[call-arg]
+        return self.optimizer(trainable(self), lr=1e-4)  # type: ignore[call-arg]
 
     def train_dataloader(self) -> Any:
         return DataLoader(torch.randn(1, *self.shape))
@@ -54,8 +60,12 @@ class Task(LightningModule):
 
 def stack(layers: int, width: int) -> Task:
     """The linear layers of a transformer encoder, one after the other."""
-    sizes = [width] * 5 + [4 * width, width]  # q, k, v, o, up and down
-    network = nn.Sequential(*(nn.Linear(*each, bias=False) for each in [*itertools.pairwise(sizes)] * layers))
+    network = nn.Sequential()
+    for _ in range(layers):
+        for _ in ("q", "k", "v", "o"):
+            network.append(nn.Linear(width, width, bias=False))
+        network.append(nn.Linear(width, 4 * width, bias=False))
+        network.append(nn.Linear(4 * width, width, bias=False))
     for weight in network.parameters():  # signals keep their size: sums with denormal updates would take long
         nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return Task(network, width)
@@ -84,38 +94,54 @@ def life(bench: Bench) -> Iterator[Row]:
     for size, (layers, width) in _BASES.items():
         runs = [_moments(layers, width) for _ in range(3)]
         for moment, goal in _GOALS.items():
-            passes, seconds = zip(*sorted(run[moment] for run in runs), strict=True)
-            spread = (passes[0], passes[-1])
-            yield Row(f"{moment}, base of {size}", "passes over the base", passes[0], goal, spread, {"s": seconds[0]})
+            found = sorted(run[moment] for run in runs)
+            passes, seconds = found[0]
+            most_passes, _ = found[-1]
+            case = f"{moment}, base of {size}"
+            yield Row(case, "passes over the base", passes, goal, (passes, most_passes), {"s": seconds})
 
 
 def _moments(layers: int, width: int) -> dict[str, tuple[float, float]]:
     """Return each moment's passes over the base and seconds, less a plain Trainer's."""
     model = stack(layers, width)
-    one_pass = min(_seconds(lambda: [p.detach().clone() for p in model.parameters()]) for _ in range(3))
+    one_pass = _seconds_of_a_pass(model)
     ours = _fit(model, adapted=True)
     plain = _fit(stack(layers, width), adapted=False)
-    extra = {moment: ours[moment] - plain[moment] for moment in ours}
-    return {moment: (seconds / one_pass, seconds) for moment, seconds in extra.items()}
+    moments = {}
+    for moment, seconds in ours.items():
+        extra = seconds - plain[moment]
+        moments[moment] = (extra / one_pass, extra)
+    return moments
+
+
+def _seconds_of_a_pass(model: nn.Module) -> float:
+    """How long one clone of all parameters takes: the shortest of three."""
+    seconds = []
+    for _ in range(3):
+        seconds.append(_seconds(lambda: [p.detach().clone() for p in model.parameters()]))
+    return min(seconds)
 
 
 def _fit(model: Task, *, adapted: bool) -> dict[str, float]:
     """Time the moments of one fit, in seconds."""
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         marks = Marks(Path(folder) / "first.ckpt")
-        callbacks: list[Callback] = [LoRACallback(r=8)] if adapted else []
         keep = ModelCheckpoint(folder, filename="best", save_weights_only=True, every_n_train_steps=1)
-        trainer = Trainer(callbacks=[*callbacks, marks, keep], default_root_dir=folder, **QUIET)
+        callbacks: list[Callback] = [marks, keep]
+        if adapted:
+            callbacks.insert(0, LoRACallback(r=8))
+        trainer = Trainer(callbacks=callbacks, default_root_dir=folder, **QUIET)
         start = time.perf_counter()
         trainer.fit(model)
-        found["set-up of fit"] = marks.began - start
-        found["end of fit"] = time.perf_counter() - marks.ended
+        found = {"set-up of fit": marks.began - start, "end of fit": time.perf_counter() - marks.ended}
         # A plain Trainer's file would hold the base: its save is not measured, and its test loads none.
-        found["first save"] = marks.first_save if adapted else 0.0
-        found["save"] = _seconds(lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt")) if adapted else 0.0
+        path = None
+        found["first save"] = found["save"] = 0.0
+        if adapted:
+            path = keep.best_model_path
+            found["first save"] = marks.first_save
+            found["save"] = _seconds(lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt"))
         found["validate"] = _seconds(lambda: trainer.validate(model, verbose=False))
-        path = keep.best_model_path if adapted else None
         found["test a file"] = _seconds(lambda: trainer.test(model, ckpt_path=path, verbose=False))
     return found
 
@@ -147,4 +173,4 @@ def _file_size(*callbacks: Callback) -> tuple[int, int]:
         path = Path(folder) / "file.ckpt"
         trainer.save_checkpoint(path)
         size = path.stat().st_size
-    return size, 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each
+    return size, 3 * bytes_of(trainable(task))  # AdamW keeps two values for each

@@ -73,7 +73,7 @@ class Bench:
 
 def ratios(times: Times, of: str, over: str) -> list[float]:
     """Return the ratio of two methods in each round."""
-    return [a / b for a, b in zip(times[of], times[over], strict=True)]
+    return [one / other for one, other in zip(times[of], times[over], strict=True)]
 
 
 def over(times: Times, floor: str) -> dict[str, float]:
@@ -97,25 +97,27 @@ def overheads(case: str, times: Times, of: str, peers: list[str], floor: str, go
     details = over(times, floor)
     best = min(peers, key=details.__getitem__)
     share = (details[of] - 1) / max(details[best] - 1, 1e-9)
-    rounds = [(a - 1) / (b - 1) for a, b in zip(ratios(times, of, floor), ratios(times, best, floor), strict=True)]
-    return Row(case, f"overhead over that of {best}", share, goal, middle_half(rounds), details)
+    shares = []
+    for ours, theirs in zip(ratios(times, of, floor), ratios(times, best, floor), strict=True):
+        shares.append((ours - 1) / (theirs - 1))
+    return Row(case, f"overhead over that of {best}", share, goal, middle_half(shares), details)
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the bytes that autograd keeps from a forward pass, without input and parameters."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}  # bytes by address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(x)  # kept until the count is done, so that no memory is reused
     del output
-    return sum(kept.values())
+    for tensor in (x, *model.parameters()):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
 
 
 def in_new_process(module: str, *args: str) -> Any:

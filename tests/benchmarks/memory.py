@@ -17,6 +17,7 @@ from tests.benchmarks.life import QUIET, Task, stack
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Llama, Projections, step
 from tests.benchmarks.ways import FLOOR, OURS, PEFT, WAYS, each_way, linear_names, ways_in
+from tests.support.parameters import bytes_of
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -29,16 +30,30 @@ def memory(bench: Bench) -> Iterator[Row]:
     del kept[FLOOR]
     yield Row("kept for backward beyond x, d=768, bf16, dropout 0.1", "share of x", kept[OURS], 0.02, None, kept)
     if sys.platform == "linux":
-        grown = {name: in_new_process("tests.benchmarks.memory", name) for name in ways_in(dtype)}
-        details = {name: bytes_ / grown[FLOOR] for name, bytes_ in grown.items() if name != FLOOR}
-        case = "Llama bf16, dropout 0.05: growth of a process in a step"
-        yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], 0.5, None, details)
-        grown_by, base = in_new_process("tests.benchmarks.memory", "fit")
-        case = f"fit of {base / 1e9:.1f} GB, then a merge for good: growth"
-        yield Row(case, "share of the base", grown_by / base, 0.1)
-        grown_by, largest = in_new_process("tests.benchmarks.memory", "merge")
-        case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
-        yield Row(case, "MB beyond the largest tensor", (grown_by - largest) / 1e6, 200)
+        yield growth_in_a_step()
+        yield growth_in_a_fit()
+        yield growth_in_a_merge()
+
+
+def growth_in_a_step() -> Row:
+    """Compare the methods, each in a process of its own."""
+    grown = {name: in_new_process("tests.benchmarks.memory", name) for name in ways_in(torch.bfloat16)}
+    details = {name: growth / grown[FLOOR] for name, growth in grown.items()}
+    del details[FLOOR]
+    case = "Llama bf16, dropout 0.05: growth of a process in a step"
+    return Row(case, "bytes over peft", grown[OURS] / grown[PEFT], 0.5, None, details)
+
+
+def growth_in_a_fit() -> Row:
+    growth, base = in_new_process("tests.benchmarks.memory", "fit")
+    case = f"fit of {base / 1e9:.1f} GB, then a merge for good: growth"
+    return Row(case, "share of the base", growth / base, 0.1)
+
+
+def growth_in_a_merge() -> Row:
+    growth, largest = in_new_process("tests.benchmarks.memory", "merge")
+    case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
+    return Row(case, "MB beyond the largest tensor", (growth - largest) / 1e6, 200)
 
 
 def grow(way: str) -> int:
@@ -48,15 +63,25 @@ def grow(way: str) -> int:
     model = Llama().bfloat16()
     adapted = WAYS[way](model, linear_names(model), 8, 0.05).train()
     run = step(adapted, torch.randn(4, 256, 768, dtype=torch.bfloat16, requires_grad=True))
-    return peak_growth(lambda: (run(), run()))
+
+    def two_steps() -> None:
+        run()
+        run()
+
+    return peak_growth(two_steps)
 
 
 def grow_in_fit() -> tuple[int, int]:
     """Return the peak memory growth of a fit and a merge for good, and the size of the base."""
     fit(stack(1, 64))  # imports, and what torch sets up once
     model = stack(12, 2048)
-    size = sum(p.nbytes for p in model.parameters())
-    return peak_growth(lambda: (fit(model), merge_adapters(model, keep_base=False))), size
+    size = bytes_of(model.parameters())
+
+    def fit_and_merge() -> None:
+        fit(model)
+        merge_adapters(model, keep_base=False)
+
+    return peak_growth(fit_and_merge), size
 
 
 def fit(model: Task) -> None:
@@ -69,9 +94,12 @@ def grow_in_merge() -> tuple[int, int]:
     """Return the peak memory growth of a merge of files, and the size of the largest tensor."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        base, adapter, out = (Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out"))
-        sizes = [4096] * 30 + [8192]
-        model = nn.Sequential(*(nn.Linear(4096, size, bias=False) for size in sizes))
+        base = Path(folder) / "base.safetensors"
+        adapter = Path(folder) / "adapter.safetensors"
+        out = Path(folder) / "out.safetensors"
+        model = nn.Sequential()
+        for size in [4096] * 30 + [8192]:
+            model.append(nn.Linear(4096, size, bias=False))
         save_file(model.state_dict(), base)
         inject_adapters(model, LoRAConfig(r=8))
         save_adapter(model, adapter)
@@ -81,5 +109,11 @@ def grow_in_merge() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    own = {"fit": grow_in_fit, "merge": grow_in_merge}
-    print(json.dumps(own[sys.argv[1]]() if sys.argv[1] in own else grow(*sys.argv[1:])))
+    what = sys.argv[1]
+    if what == "fit":
+        found: object = grow_in_fit()
+    elif what == "merge":
+        found = grow_in_merge()
+    else:
+        found = grow(what)
+    print(json.dumps(found))

@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from tests.support.parameters import trainable
 
 
 class Bert(nn.Module):
@@ -49,14 +52,11 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     It computes gradients of the input and of all trainable parameters.
     """
     with torch.no_grad():
-        outputs = model(x)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = [torch.randn_like(output) for output in outputs]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = tree_map(torch.randn_like, model(x))
+    trained = trainable(model)
 
     def run() -> None:
-        made = model(x)
-        torch.autograd.backward(made if isinstance(made, tuple) else (made,), gradients)
+        torch.autograd.backward(model(x), gradients)
         x.grad = None
         for parameter in trained:
             parameter.grad = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, adapter_names, disable_adapters, inject_adapters, set_adapter
 from tests.benchmarks.measure import Bench, Row, Times, overheads, row
 from tests.benchmarks.models import Bert, Llama
-from tests.benchmarks.ways import FLOOR, OURS, PEFT, copy_of, linear_names, randomise
+from tests.benchmarks.ways import FLOOR, OURS, PEFT, copy_of, counted, linear_names, randomise
 
 ADAPTERS, TOKENS = 8, 128
 ONE, ENTERED, SECOND = "one adapter", "lightning_lora, a block for each batch", "a second model"
@@ -27,7 +27,7 @@ def mixed(bench: Bench) -> Iterator[Row]:
 
 
 def _batches(bench: Bench, base: nn.Module, x: Tensor) -> Times:
-    names = [f"a{i % ADAPTERS}" for i in range(len(x))]
+    names = [f"a{row % ADAPTERS}" for row in range(len(x))]
     ours, theirs = _adapted(base, names[:ADAPTERS])
 
     def entered() -> None:
@@ -43,22 +43,22 @@ def _batches(bench: Bench, base: nn.Module, x: Tensor) -> Times:
 def switch(bench: Bench) -> Iterator[Row]:
     """Two adapters on one base: switches, and the base as a reference, compared with peft and a second model."""
     base = Llama().to(bench.device).eval().requires_grad_(False)
-    ours, theirs = _adapted(base, "ab")
+    ours, theirs = _adapted(base, ["a", "b"])
 
     def there_and_back() -> None:
-        for name in "ab":
-            set_adapter(ours, name)
+        set_adapter(ours, "a")
+        set_adapter(ours, "b")
 
     def in_peft() -> None:
-        for name in "ab":
-            theirs.set_adapter(name)
+        theirs.set_adapter("a")
+        theirs.set_adapter("b")
 
     times = bench.take_turns({OURS: there_and_back, PEFT: in_peft}, 3 * bench.rounds)
     yield row(f"switch two adapters of {len(linear_names(base))} layers", times, OURS, PEFT, PEFT, 1.2)
     for tokens in (1, 128):
         times = _references(bench, base, ours, theirs, torch.randn(1, tokens, 768, device=bench.device))
         goal = 1.05 if tokens > 1 else None
-        yield row(f"the base as a reference, {tokens} token{'s' * (tokens > 1)}", times, OURS, SECOND, SECOND, goal)
+        yield row(f"the base as a reference, {counted(tokens)}", times, OURS, SECOND, SECOND, goal)
 
 
 @torch.no_grad()

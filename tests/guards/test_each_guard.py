@@ -16,7 +16,14 @@ from tests.support.models import LitTiny, data, lora, same, state, trainer
 
 HOUSE = Path(lightning_lora.__file__).parent
 ROOM = HOUSE / "guards"
-MOMENTS = {name for name in vars(Guard) if not name.startswith("_")}
+
+
+def methods_of(cls: type) -> set[str]:
+    """The names of what a class itself has for others."""
+    return {name for name in vars(cls) if not name.startswith("_")}
+
+
+MOMENTS = methods_of(Guard)
 
 # Fits, merges and loads, in a script of its own
 LIFE = """
@@ -68,9 +75,8 @@ def test_nothing_of_the_package_needs_a_guard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
 def test_a_guard_has_a_moment_and_no_moment_is_mistyped(guard: type[Guard]) -> None:
-    methods = {name for name in vars(guard) if not name.startswith("_")}
-    assert methods
-    assert methods <= MOMENTS
+    assert methods_of(guard)
+    assert methods_of(guard) <= MOMENTS
 
 
 def test_each_file_of_the_room_is_in_the_list() -> None:
@@ -80,4 +86,4 @@ def test_each_file_of_the_room_is_in_the_list() -> None:
 
 
 def test_each_moment_reaches_each_guard() -> None:
-    assert {name for name in vars(moments.Guards) if not name.startswith("_")} - {"close"} == MOMENTS
+    assert methods_of(moments.Guards) - {"close"} == MOMENTS

@@ -50,6 +50,14 @@ def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
         assert not each._load_state_dict_pre_hooks
 
 
+@pytest.mark.filterwarnings("ignore:A state of the base was loaded below trained adapters:lightning_lora.LoRAWarning")
+def test_the_same_base_loaded_again_leaves_the_adapters() -> None:
+    model = as_trained(LitTiny())
+    before = state(model)
+    model.load_state_dict(LitTiny().state_dict(), strict=False)
+    assert_state(model, before)
+
+
 REPLACED: dict[str, Callable[[LitTiny], Any]] = {
     "loaded": lambda model: model.load_state_dict(LitTiny().state_dict()),
     "converted there and back": lambda model: model.bfloat16().float(),

@@ -99,8 +99,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kinds(model: nn.Module) -> list[Any]:
-    parts = [(name, type(module), module.training) for name, module in model.named_modules()]
-    return [*parts, *((name, type(p), p.requires_grad) for name, p in model.named_parameters())]
+    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+    parameters = [(name, type(p), p.requires_grad) for name, p in model.named_parameters()]
+    return [*modules, *parameters]
 
 
 class FailsAt(TorchFunctionMode):

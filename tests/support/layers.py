@@ -141,15 +141,21 @@ class Model(nn.Sequential):
     """A model of one layer. It returns all that the layer puts out, as one vector."""
 
     def forward(self, x: Any) -> Tensor:
-        inside = [self[0](*x) if type(x) is tuple else self[0](x)]
-        found: list[Tensor] = []
-        while inside:
-            each = inside.pop()
-            if isinstance(each, nn.utils.rnn.PackedSequence):
-                each = each.data
-            inside += each if isinstance(each, tuple) else []
-            found += [each.reshape(-1)] if isinstance(each, Tensor) else []
-        return torch.cat(found)
+        output = self[0](*x) if type(x) is tuple else self[0](x)
+        return torch.cat(vectors_in(output))
+
+
+def vectors_in(output: Any) -> list[Tensor]:
+    """The tensors that a layer puts out, alone or in tuples, each as a vector: the last one first."""
+    if isinstance(output, nn.utils.rnn.PackedSequence):
+        output = output.data
+    if isinstance(output, Tensor):
+        return [output.reshape(-1)]
+    vectors: list[Tensor] = []
+    if isinstance(output, tuple):
+        for part in reversed(output):
+            vectors += vectors_in(part)
+    return vectors
 
 
 def is_float(value: Any) -> bool:
@@ -170,20 +176,40 @@ def factors(layer: Any) -> Factors:
     return {name: p.detach().clone().requires_grad_() for name, p in layer.lora_parameters().items()}
 
 
+def updates_by_part(lora: Factors, scaling: float) -> dict[str, Tensor]:
+    """s B A for each matrix of a layer that has several."""
+    updates = {}
+    for name, a in lora.items():
+        if name.startswith("lora_A_"):
+            part = name.removeprefix("lora_A_")
+            updates[part] = scaling * lora[f"lora_B_{part}"] @ a
+    return updates
+
+
+def reference_weights_of_attention(layer: nn.MultiheadAttention, updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of q, k and v may lie in one, or each in its own."""
+    weights = {"out_proj.weight": layer.out_proj.weight + updates["out"]}
+    if layer.in_proj_weight is not None:
+        update = torch.cat([updates["q"], updates["k"], updates["v"]])
+        weights["in_proj_weight"] = layer.in_proj_weight + update
+        return weights
+    for part in ("q", "k", "v"):
+        name = f"{part}_proj_weight"
+        weights[name] = layer.get_parameter(name) + updates[part]
+    return weights
+
+
 def reference_weights(layer: Any, lora: Factors) -> dict[str, Tensor]:
     """W + s B A of the paper for each of the layer's matrices, in the layout of the weight that it lies in."""
     scaling = 1.5
     if isinstance(layer, nn.MultiheadAttention):
-        update = {part: scaling * lora[f"lora_B_{part}"] @ lora[f"lora_A_{part}"] for part in ("q", "k", "v", "out")}
-        out = {"out_proj.weight": layer.out_proj.weight + update["out"]}
-        if layer.in_proj_weight is not None:
-            return {"in_proj_weight": layer.in_proj_weight + torch.cat([update[part] for part in "qkv"]), **out}
-        return {**{f"{p}_proj_weight": getattr(layer, f"{p}_proj_weight") + update[p] for p in "qkv"}, **out}
+        return reference_weights_of_attention(layer, updates_by_part(lora, scaling))
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase | Experts):
         prefix = "" if isinstance(layer, Experts) else "weight_"
-        names = [name.removeprefix("lora_A_") for name in lora if name.startswith("lora_A_")]
-        updates = {prefix + name: scaling * lora[f"lora_B_{name}"] @ lora[f"lora_A_{name}"] for name in names}
-        return {name: getattr(layer, name) + update for name, update in updates.items()}
+        weights = {}
+        for part, update in updates_by_part(lora, scaling).items():
+            weights[prefix + part] = layer.get_parameter(prefix + part) + update
+        return weights
     delta = scaling * lora["lora_B"] @ lora["lora_A"]
     weight = layer.weight
     transposed = isinstance(layer, nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd)
@@ -199,12 +225,23 @@ def reference(model: Model, lora: Factors, x: Any) -> Tensor:
         rows = weights["weight"].T if transposed else weights["weight"].flatten(1)
         rows = lora["lora_magnitude"][:, None] * rows / rows.norm(dim=1, keepdim=True).detach()
         weights = {"weight": (rows.T if transposed else rows).reshape(layer.weight.shape)}
-    if starts := {name.replace("0", "", 1): p.detach() for name, p in lora.items() if name[5:7] in ("A0", "B0")}:
-        started = reference_weights(layer, starts)  # PiSSA and OLoRA
+    starts = factors_at_the_start(lora)
+    if starts:  # PiSSA and OLoRA
+        started = reference_weights(layer, starts)
         weights = {name: layer.get_parameter(name) + weights[name] - started[name] for name in weights}
     plain = copy.deepcopy(model)
     remove_adapters(plain)
-    return torch.func.functional_call(plain, {f"0.{name}": weight for name, weight in weights.items()}, (x,))
+    weights_of_model = {f"0.{name}": weight for name, weight in weights.items()}
+    return torch.func.functional_call(plain, weights_of_model, (x,))
+
+
+def factors_at_the_start(lora: Factors) -> Factors:
+    """The factors that an adapter began with, by the names of those that train now."""
+    starts = {}
+    for name, p in lora.items():
+        if name.startswith(("lora_A0", "lora_B0")):
+            starts[name.replace("0", "", 1)] = p.detach()
+    return starts
 
 
 def train(model: Model) -> None:

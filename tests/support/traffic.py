@@ -39,9 +39,9 @@ class Traffic(TorchDispatchMode):
             return NotImplemented  # what is done to its parts comes here too
         name = func.__name__.partition(".")[0]
         if func.namespace in ("c10d", "_c10d_functional") and name not in _EMPTY:
-            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
+            largest = max(bytes_in(argument) for argument in args)
             parts = args[1] if name == "all_gather_into_tensor" else 1  # it is given one part, and their number
-            self.messages.append((_KINDS.get(name, name), max(sizes) * parts))
+            self.messages.append((_KINDS.get(name, name), largest * parts))
         return func(*args, **(kwargs or {}))
 
     def leave(self) -> Messages:
@@ -50,6 +50,11 @@ class Traffic(TorchDispatchMode):
         found = self.messages
         self.messages = []
         return found
+
+
+def bytes_in(values: Any) -> int:
+    """The bytes of all tensors in a nested structure."""
+    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
 def sizes_of(messages: Messages, kind: str) -> list[int]:

@@ -57,6 +57,15 @@ def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monke
     assert not copied.is_still(other)
 
 
+def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_are_the_same() -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
+    seen = Seen(weight)
+    written = weight.detach().clone()
+    written[0, 1] += 1  # between two samples
+    weight.data = written
+    assert not seen.is_still(weight)
+
+
 @pytest.mark.parametrize("times", [1, 1 << 17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_any_moved_row_is_another_digest(dtype: torch.dtype, times: int) -> None:

@@ -153,10 +153,16 @@ def _differ_in_one_character(one: str, other: str) -> bool:
 def _check_base(plan: MergePlan) -> None:
     """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
     found = _nearest_comparison(plan)
-    if not found.is_same:
+    if found.differ:
         raise BaseMismatchError(
             f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
             f"frozen tensors in {plan.base} differ, such as {listed(found.differ)}. Pass the same weights."
+        )
+    if not found.is_same:
+        raise BaseMismatchError(
+            f"Nothing in {plan.base} can be compared with the base of the adapters in {plan.source}: all of its "
+            "frozen weights were quantised. Merge in memory: load_adapter(model, path, check_base=False), then "
+            "save_merged."
         )
     if found.converted:
         warn(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from tests.storage.formats.test_reading import IMAGES, INDEX
@@ -57,6 +58,24 @@ class Block(Attending):  # layers inside of a module with parameters
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x @ self.v) @ self.u
+
+
+TRANSPOSED: list[tuple[nn.Module, dict[str, Any], bool]] = [
+    (Mixed(), {"target_modules": ["c_proj"]}, True),
+    (Mixed(), {"target_modules": ["c_proj", "embed"]}, True),
+    (Mixed(), {"target_modules": ["c_proj", "linear"]}, False),
+    (Mixed(), {"target_modules": ["linear"]}, False),
+    (nn.Sequential(Conv1D(8, 8), Experts()), {"target_modules": ["0"], "target_parameters": ["1.up"]}, False),
+]
+
+
+@pytest.mark.parametrize(("base", "config", "is_told"), TRANSPOSED)
+def test_peft_is_told_that_weights_are_transposed_if_no_others_are_beside(
+    tmp_path: Path, base: nn.Module, config: dict[str, Any], is_told: bool
+) -> None:
+    export_peft(trained(base, LoRAConfig(r=2, **config)), tmp_path / "peft")
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] is is_told
 
 
 class Recurrent(nn.Module):

@@ -1,5 +1,6 @@
 """PEFT's files load, and give the outputs that PEFT gives."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, confi
     for model, path in ((loaded, tmp_path / "peft"), (around, tmp_path / "peft" / "adapter_model.safetensors")):
         load_adapter(model, path)
         assert gap(model(inputs), expected) < 2e-6
+
+
+@pytest.mark.parametrize("layer", ["linear", "c_proj"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_layer_tells_whether_its_weight_is_transposed_and_not_the_file(
+    tmp_path: Path, layer: str, is_transposed: bool
+) -> None:
+    """PEFT itself corrects what its file says, with a warning."""
+    theirs = write_peft(tmp_path / "peft", built(Mixed), target_modules=[layer], fan_in_fan_out=is_transposed)
+    config_file = tmp_path / "peft" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "fan_in_fan_out": is_transposed}))
+    model = built(Mixed)
+    load_adapter(model, tmp_path / "peft")
+    assert gap(model(INDEX), theirs(INDEX)) < 2e-6
 
 
 class Heads(nn.Module):  # two heads in an nn.ModuleDict, which PEFT cannot save whole

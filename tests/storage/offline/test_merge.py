@@ -184,6 +184,16 @@ def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: 
     refused(tmp_path, error, says)
 
 
+def test_a_base_that_was_quantised_as_a_whole_cannot_be_compared(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(64, 64)
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    save_files(tmp_path, nn.Sequential(layer.to("cpu")))
+    save_file({"0.weight": weight}, tmp_path / "base.safetensors")
+    refused(tmp_path, ll.BaseMismatchError, "Nothing in .* can be compared .* were quantised. Merge in memory")
+
+
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
     save_files(tmp_path, TinyLM(), target_modules=["embed"])
     refused(tmp_path, ll.AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters")
