@@ -4,13 +4,16 @@
 ``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED
+
+Modules = Mapping[str, nn.Module]  # by name
+Parameters = Mapping[str, nn.Parameter]
 
 _WRAPPED = (COMPILED, CHECKPOINTED)
 
@@ -54,6 +57,14 @@ def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[n
     for child, inner in module._modules.items():
         if inner is not None:
             _walk(inner, f"{name}.{child}" if name else child, named, seen)
+
+
+def with_all_inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return these modules, and all modules inside them."""
+    inside: set[nn.Module] = set()
+    for module in modules:
+        inside.update(module.modules())
+    return inside
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
