@@ -10,8 +10,8 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import matched_whole, several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
-from lightning_lora.tensors.named import first_names, not_in, of_type, where, with_values, without
-from lightning_lora.tensors.names import Modules, named_modules, owner_of, parameters_of
+from lightning_lora.tensors.named import not_in, of_type, where, with_values, without
+from lightning_lora.tensors.names import Modules, first_names, named_modules, owner_of, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
