@@ -21,32 +21,39 @@ _shortener.maxstring = _shortener.maxother = 200
 brief = _shortener.repr
 """How an error shows a value that may be long."""
 
+_Check = Callable[[str, Any], Any]  # of an argument's name and its value; it returns what is kept
+_Rows = tuple[int, ...]
+_Range = tuple[int, int]  # the first row of a part, and the one after its last
+
 
 def _expect(is_valid: object, name: str, value: object, expected: str, *, found: str = "is not valid") -> None:
     """Refuse a value that is not valid, and say what was expected."""
     if not is_valid:
-        raise ConfigError(f"{name}={brief(value)} {found}. Expected {expected}.")
+        what_is_wrong = f"{name}={brief(value)} {found}"
+        raise ConfigError(f"{what_is_wrong}. Expected {expected}.")
 
 
 # Numbers and words
 
 
-def check_rank(name: str, value: object) -> None:
+def check_rank(name: str, value: Any) -> None:
     """Refuse what is no rank."""
-    is_rank = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    is_rank = _is_numeric(value, int) and value >= 1
     _expect(is_rank, name, value, "an integer of at least 1, such as r=8", found="is not a valid rank")
 
 
-def check_alpha(name: str, value: Any) -> None:
-    """Refuse what is no finite number above zero."""
+def checked_alpha(name: str, value: Any) -> float:
+    """Return a finite number above zero."""
     is_alpha = _is_number(value) and value > 0
     _expect(is_alpha, name, value, "a finite number above 0, such as alpha=16")
+    return _python_number(value)
 
 
-def check_dropout(name: str, value: Any) -> None:
-    """Refuse what is no probability, and the one that drops all."""
+def checked_dropout(name: str, value: Any) -> float:
+    """Return a probability that does not drop all."""
     is_dropout = _is_number(value) and 0 <= value < 1
     _expect(is_dropout, name, value, "a number that is at least 0 and below 1")
+    return _python_number(value)
 
 
 def check_batches(name: str, value: object) -> None:
@@ -62,12 +69,17 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     _expect(is_choice, name, value, f"one of {words}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether it is a finite number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return _is_numeric(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def python_number(value: float) -> float:
+def _is_numeric(value: object, kind: Any) -> bool:
+    """Whether it is a number of this kind: a flag is none, though Python takes it for an integer."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _python_number(value: float) -> float:
     """Make a number Python's own: files that are loaded safely cannot hold numpy's."""
     return value if type(value) is int else float(value)
 
@@ -77,10 +89,9 @@ def python_number(value: float) -> float:
 
 def is_given(value: object) -> bool:
     """Whether an optional pattern is given: an empty list or dict counts as None."""
-    if value is None:
-        return False
-    is_empty = isinstance(value, Sequence | Mapping | Set) and len(value) == 0
-    return not is_empty
+    if isinstance(value, Sequence | Mapping | Set):
+        return len(value) > 0
+    return value is not None
 
 
 def check_is_list(name: str, value: object) -> None:
@@ -113,6 +124,8 @@ def _in_order(entries: Any) -> Any:
     return sorted(entries) if isinstance(entries, Set) else entries
 
 
+_Make = Callable[[str], re.Pattern[str]]
+
 _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
 """What ``re.compile`` raises."""
 
@@ -122,7 +135,7 @@ def _check_expression(name: str, expression: str) -> None:
     _check_compiles(re.compile, name, expression, _remedy(name, expression))
 
 
-def _check_compiles(make: Callable[[str], object], name: str, expression: str, remedy: str = "") -> None:
+def _check_compiles(make: _Make, name: str, expression: str, remedy: str = "") -> None:
     """Refuse a text of which ``make`` can make no expression."""
     try:
         make(expression)
@@ -150,10 +163,13 @@ def _check_keys(name: str, value: Any, values: str) -> None:
         _check_compiles(ending, name, key)  # after the components of a name, it may be none
 
 
-def _checked_entries(name: str, value: Any, values: str, checked: Callable[[str, Any], Any]) -> dict[str, Any]:
+def _checked_entries(name: str, value: Any, values: str, checked: _Check) -> dict[str, Any]:
     """A dict from names to ``values``, each of which is checked."""
     _check_keys(name, value, values)
-    return {str(key): checked(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+    entries = dict[str, Any]()
+    for key, entry in value.items():
+        entries[str(key)] = checked(f"{name}[{key!r}]", entry)
+    return entries
 
 
 # Numbers by name
@@ -170,18 +186,12 @@ def _checked_ranks(name: str, value: Any) -> dict[str, float]:
 def _checked_rank(name: str, rank: Any) -> float:
     """A rank as Python's own number."""
     check_rank(name, rank)
-    return python_number(rank)
+    return _python_number(rank)
 
 
 def _checked_alphas(name: str, value: Any) -> dict[str, float]:
     """Values of alpha by name."""
-    return _checked_entries(name, value, _NUMBERS, _checked_alpha)
-
-
-def _checked_alpha(name: str, alpha: Any) -> float:
-    """A value of alpha as Python's own number."""
-    check_alpha(name, alpha)
-    return python_number(alpha)
+    return _checked_entries(name, value, _NUMBERS, checked_alpha)
 
 
 # Parts of layers
@@ -192,7 +202,7 @@ def _checked_slices(name: str, value: Any) -> dict[str, Any]:
     return _checked_entries(name, value, "parts, such as {'c_attn': ['q', 'v']}", _checked_parts)
 
 
-def _checked_parts(name: str, parts: Any) -> tuple[str, ...] | dict[str, tuple[int, int]]:
+def _checked_parts(name: str, parts: Any) -> tuple[str, ...] | dict[str, _Range]:
     """Names of parts, each once; or the rows of each part."""
     expected = "names of parts, such as ['q', 'v'], or a dict from names to rows, such as {'q': [0, 64]}"
     _expect(_are_parts(parts), name, parts, expected)
@@ -205,23 +215,36 @@ def _are_parts(parts: object) -> bool:
     """Whether these are some names of parts, with or without their rows."""
     if isinstance(parts, str) or not isinstance(parts, Sequence | Set | Mapping):
         return False
-    return len(parts) > 0 and all(isinstance(part, str) and part.isidentifier() for part in parts)
+    return len(parts) > 0 and all(map(_is_part, parts))
 
 
-def _checked_ranges(name: str, parts: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def _is_part(part: object) -> bool:
+    """Whether it is the name of a part."""
+    return isinstance(part, str) and part.isidentifier()
+
+
+def _checked_ranges(name: str, parts: Mapping[str, Any]) -> dict[str, _Range]:
     """Ranges of rows by name. No row is in two of them."""
-    ranges: dict[str, tuple[int, int]] = {}
+    ranges: dict[str, _Range] = {}
     for part, rows in parts.items():
-        first, end = _checked_range(f"{name}[{part!r}]", rows)
-        if any(first < other[1] and other[0] < end for other in ranges.values()):
+        checked = _checked_range(f"{name}[{part!r}]", rows)
+        if any(_share_rows(checked, other) for other in ranges.values()):
             raise ConfigError(f"{name}={brief(parts)} has parts that share rows. Expected ranges without overlap.")
-        ranges[part] = (first, end)
+        ranges[part] = checked
     return ranges
 
 
-def _checked_range(name: str, rows: Any) -> tuple[int, int]:
+def _share_rows(one: _Range, other: _Range) -> bool:
+    """Whether two ranges have a row in common."""
+    last_first = max(one[0], other[0])
+    first_end = min(one[1], other[1])
+    return last_first < first_end
+
+
+def _checked_range(name: str, rows: Any) -> _Range:
     """The first row, and the one after the last."""
-    is_range = isinstance(rows, Sequence) and list(map(type, rows)) == [int, int] and 0 <= rows[0] < rows[1]
+    are_integers = isinstance(rows, Sequence) and list(map(type, rows)) == [int, int]
+    is_range = are_integers and 0 <= rows[0] < rows[1]
     _expect(is_range, name, rows, "[first, end], such as [0, 64]", found="is not a range of rows")
     first, end = rows
     return first, end
@@ -230,14 +253,14 @@ def _checked_range(name: str, rows: Any) -> tuple[int, int]:
 # Rows of embeddings
 
 
-def _checked_tokens(name: str, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+def _checked_tokens(name: str, value: Any) -> _Rows | dict[str, _Rows]:
     """Rows in their order; or those of each embedding by name."""
     if not isinstance(value, Mapping):
         return _checked_rows(name, value)
     return _checked_entries(name, value, "rows, such as {'embed_tokens': [50257, 50258]}", _checked_rows)
 
 
-def _checked_rows(name: str, value: Any) -> tuple[int, ...]:
+def _checked_rows(name: str, value: Any) -> _Rows:
     """Numbers of rows, in their order."""
     if not _are_rows(value):
         raise ConfigError(
@@ -251,11 +274,13 @@ def _are_rows(value: Any) -> bool:
     """Whether these are some numbers from 0 on, each once."""
     if not isinstance(value, list | tuple | range | Set):
         return False
-    are_integers = set(map(type, value)) == {int}
-    return are_integers and min(value) >= 0 and len(set(value)) == len(value)
+    if set(map(type, value)) != {int}:
+        return False
+    is_each_once = len(set(value)) == len(value)
+    return is_each_once and min(value) >= 0
 
 
-PATTERNS: dict[str, Callable[[str, Any], Any]] = {
+PATTERNS: dict[str, _Check] = {
     "exclude_modules": checked_names,
     "modules_to_save": checked_names,
     "target_parameters": checked_names,

@@ -56,9 +56,12 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        unknown = [name for name in kwargs if name not in names]
-        if unknown:
-            hints = [f"{name}: {_hint(cls, name, names)}" for name in unknown]
+        hints = list[str]()
+        for name in kwargs:
+            if name not in names:
+                hint = _hint(cls, name, names)
+                hints.append(f"{name}: {hint}")
+        if hints:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(hints)}.")
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}

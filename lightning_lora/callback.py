@@ -26,6 +26,7 @@ from lightning_lora.tensors.named import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise
+from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.merging import (
     check_layers_stayed,
@@ -39,8 +40,8 @@ from lightning_lora.training.optimizers.scales import scales_of
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.returned_records import extend_launchers
-from lightning_lora.training.running import Running
-from lightning_lora.training.stage import Phase, Stage
+from lightning_lora.training.running import NotRunning, Running
+from lightning_lora.training.stage import Fit, Phase, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
@@ -109,7 +110,7 @@ class LoRACallback(Callback):
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
     _strategy: Any = None  # our methods for the Trainer's strategy, in a stage
-    _running: Any = None  # a training
+    _running: NotRunning = NotRunning()  # until a training runs
 
     def __init__(
         self,
@@ -204,15 +205,15 @@ class LoRACallback(Callback):
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
         is_named = self.name != "default" or "name" in self.given
-        return Stage(
+        kind = Fit if is_fit else Stage
+        return kind(
             self.config,
-            name=self.name if is_named else None,
             given=self.given,
+            adapter=ChosenAdapter(self.name if is_named else None),
             save=self.save,
-            is_fit=is_fit,
-            callbacks=compatibility.callbacks_of(trainer),
             lr_scale=self.lr_scale,
             filled=self._filled.setdefault(pl_module, set()),
+            callbacks=compatibility.callbacks_of(trainer),
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,7 +257,7 @@ class LoRACallback(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
-        if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
+        if self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
@@ -285,35 +286,31 @@ class LoRACallback(Callback):
         if is_new:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()
-        self._running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
-        self._running.begin(self._strategy, is_new=is_new, base=base)
+        running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
+        self._running = running
+        running.begin(self._strategy, is_new=is_new, base=base)
         if self._stage.resumed is not None:
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what hooks made new."""
-        if self._running is not None:
-            self._running.begin_batch()
-
-    def _is_in_training(self, trainer: Trainer) -> bool:
-        """Whether a training step runs: evaluations and hooks around the training may call ``manual_backward`` too."""
-        return self._running is not None and trainer.training
+        self._running.begin_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
-        if self._is_in_training(trainer):
+        if trainer.training:  # evaluations may call ``manual_backward`` too
             self._running.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        if self._is_in_training(trainer):
+        if trainer.training:
             self._running.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
-        if not self._is_in_training(trainer):
+        if not trainer.training:
             follow(optimizer)
         elif self._running.begin_optimizer_step(optimizer) and trainer.is_global_zero:
             share = summarize(pl_module).share
@@ -322,7 +319,6 @@ class LoRACallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End a step. After the first, name weights that are read by hand."""
-        self._check_set_up()
         self._running.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -333,7 +329,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._running = None
+        self._running = NotRunning()
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,23 +13,25 @@ from lightning_lora.argument_checks import (
     Bias,
     Init,
     brief,
-    check_alpha,
     check_batches,
     check_choice,
-    check_dropout,
     check_is_list,
     check_rank,
+    checked_alpha,
+    checked_dropout,
     checked_names,
     checked_pattern,
     is_given,
-    python_number,
 )
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
 from lightning_lora.patterns import as_expression, begins_or_ends, look_up, matches
 
-Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
-Tokens = Sequence[int] | Mapping[str, Sequence[int]]
+Rows = Sequence[int]
+Slices = Mapping[str, Sequence[str] | Mapping[str, Rows]]
+Tokens = Rows | Mapping[str, Rows]
+
+_FLAGS = (False, True)
 
 _DROPPED = ("pack_base",)  # arguments of earlier versions that have no effect any more; a file may name them
 
@@ -128,17 +130,16 @@ class LoRAConfig:
             )
         check_rank("r", self.r)
         if self.alpha is not None:
-            check_alpha("alpha", self.alpha)
-            self._keep("alpha", python_number(self.alpha))
-        check_dropout("dropout", self.dropout)
-        self._keep("dropout", python_number(self.dropout))
+            self._keep("alpha", checked_alpha("alpha", self.alpha))
+        self._keep("dropout", checked_dropout("dropout", self.dropout))
         check_choice("bias", self.bias, get_args(Bias))
         check_choice("init", self.init, get_args(Init))
         check_batches("init_batches", self.init_batches)
-        for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
-            check_choice(field, getattr(self, field), (False, True))
-        for field in ("modules_to_save", "target_parameters"):
-            check_is_list(field, getattr(self, field))
+        check_choice("use_rslora", self.use_rslora, _FLAGS)
+        check_choice("use_dora", self.use_dora, _FLAGS)
+        check_choice("autocast_adapter_dtype", self.autocast_adapter_dtype, _FLAGS)
+        check_is_list("modules_to_save", self.modules_to_save)
+        check_is_list("target_parameters", self.target_parameters)
         for field in PATTERNS:
             self._keep(field, checked_pattern(field, getattr(self, field)))
         self._keep("target_modules", self._checked_targets())

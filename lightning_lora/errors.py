@@ -14,12 +14,20 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 def shortened(texts: Iterable[str], most: int = 5) -> str:
     """Return the first of some texts, and the number of the others."""
     texts = list(texts)
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+    shown = ", ".join(texts[:most])
+    others = len(texts) - most
+    return f"{shown} and {others} more" if others > 0 else shown
 
 
-def pairs_of(originals: Mapping[str, str]) -> str:
-    """Return copies with their originals: ``'a' of 'b', 'c' of 'd'``."""
-    return ", ".join(f"{copy!r} of {original!r}" for copy, original in originals.items())
+def counted(number: int, noun: str) -> str:
+    """Return how many of these there are: ``1 layer``, ``2 layers``."""
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def pairs_of(copies: Mapping[str, str]) -> str:
+    """Return copies with what each is a copy of: ``'a' of 'b', 'c' of 'd'``."""
+    pairs = [f"{copy!r} of {copied!r}" for copy, copied in copies.items()]
+    return ", ".join(pairs)
 
 
 class LoRAError(Exception):
@@ -84,14 +92,26 @@ class MergePrecisionWarning(LoRAWarning):
 
 def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool = False) -> None:
     """Warn at the user's own line: once, or ``anew`` each time."""
-    frame = last = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
-        last, frame = frame, frame.f_back
-    found: Any = frame or last
-    registry = {} if anew else found.f_globals.setdefault("__warningregistry__", {})
-    file, module = found.f_code.co_filename, found.f_globals.get("__name__")
-    warnings.warn_explicit(message, category, file, found.f_lineno, module, registry)
+    frame = _frame_of_user()
+    file = frame.f_code.co_filename
+    module = frame.f_globals.get("__name__")
+    registry = {} if anew else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, category, file, frame.f_lineno, module, registry)
 
 
-# Modules whose lines are not the user's. And of a warning whose file is Lightning's, Lightning does not show the class.
-_INSIDE = (__name__.partition(".")[0], "contextlib", "torch", "lightning", "pytorch_lightning", "lightning_fabric")
+# Packages whose lines are not the user's. Of a warning whose file is Lightning's, Lightning does not show the class.
+_NOT_OF_USER = (__name__.partition(".")[0], "contextlib", "torch", "lightning", "pytorch_lightning", "lightning_fabric")
+
+
+def _frame_of_user() -> Any:
+    """The innermost frame in code of the user. In a thread without any, the outermost one."""
+    frame: Any = inspect.currentframe()
+    while _package_of(frame) in _NOT_OF_USER and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _package_of(frame: Any) -> str:
+    """The package whose code a frame runs."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0]

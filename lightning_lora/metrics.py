@@ -7,6 +7,7 @@ it, and other numbers are means. Processes have equal adapters, so each computes
 weights are gathered, so every process must call ``update``.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -26,6 +27,7 @@ from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix
 from lightning_lora.model.switch import adapters_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.offline.layers import layer_on, read_layers
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
@@ -121,10 +123,12 @@ def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
 def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
+    bases = defaultdict[str, dict[str, Tensor]](dict)
+    for merged in view.merged:
+        bases[merged.layer][merged.weight] = merged.base
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
-        bases = {merged.weight: merged.base for merged in view.merged if merged.layer == name}
-        layers[name] = MeasuredLayer(view.modules[name], adapter, bases)
+        layers[name] = MeasuredLayer(view.modules[name], adapter, bases[name])
     return layers
 
 
@@ -153,8 +157,10 @@ class _AdapterMetric(Metric):
 
     def update(self, model: Source) -> None:
         """Measure an adapter."""
-        numbers = {name: self._number(name, matrix) for name, matrix in measured(model).items()}
-        self.values = {name: number.float() for name, number in numbers.items()}
+        values = dict[str, Tensor]()
+        for name, matrix in measured(model).items():
+            values[name] = self._number(name, matrix).float()
+        self.values = values
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
         raise NotImplementedError
@@ -324,9 +330,7 @@ class SubspaceSimilarity(_AdapterMetric):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        numbers = [number for number in (i, j) if number is not None]
-        is_j_alone = i is None and j is not None
-        if is_j_alone or min(numbers, default=1) < 1:
+        if not _are_sizes(i, j):
             raise ConfigError(f"i={i!r}, j={j!r}. Expected numbers from 1 on, and j only with i.")
         _check_choice("side", side, "A", "B")
         self.i = i
@@ -336,15 +340,15 @@ class SubspaceSimilarity(_AdapterMetric):
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]
         """Compare two adapters."""
         first, second = measured(one), measured(other)
-        if first.keys().isdisjoint(second):
+        common = only(first, second)
+        if not common:
             raise AdapterStateError(
                 f"They adapt no matrix in common: one {listed(first)}, the other {listed(second)}. Compare adapters of "
                 "the same model."
             )
         self.values = {}
-        for name, matrix in first.items():
-            if name in second:
-                self.values[name] = self._similarity(matrix, second[name])
+        for name, matrix in common.items():
+            self.values[name] = self._similarity(matrix, second[name])
 
     def _similarity(self, one: Measured, other: Measured) -> Tensor:
         """A number of two matrices, or their grid."""
@@ -374,6 +378,13 @@ class SubspaceSimilarity(_AdapterMetric):
             image = _draw_grid(panel, name, grid)
         panels[0].figure.colorbar(image, ax=panels, aspect=30)
         return figure, axes
+
+
+def _are_sizes(i: int | None, j: int | None) -> bool:
+    """Whether these are two sizes of sets of directions, or one for both, or none."""
+    if i is None:
+        return j is None
+    return i >= 1 and (j is None or j >= 1)
 
 
 def _make_panels(number: int) -> tuple[Any, Any, list[Any]]:

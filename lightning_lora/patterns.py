@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -22,14 +22,14 @@ def ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(?:.*\.)?(?:{key})")
 
 
-def look_up(pattern: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
-    """Return the value of the first key that fits one of these names. Those that are empty are left out."""
+def look_up(pattern: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
+    """Return the value of the first key that fits one of these names. An empty one is none."""
     if pattern is None:
         return default
-    names = [name for name in names if name]
     for key, value in pattern.items():
-        if any(matches_pattern(key, name) for name in names):
-            return value
+        for name in names:
+            if name and matches_pattern(key, name):
+                return value
     return default
 
 

@@ -76,8 +76,8 @@ class FittingConsole(Console):
         try:
             super().print(*objects, **options)
         except UnicodeEncodeError:
-            with self.capture():  # it takes what is left of the first attempt
-                pass
+            self.begin_capture()
+            self.end_capture()  # it takes what is left of the first attempt
             self._is_ascii = True
             super().print(*objects, **options)
         except BrokenPipeError:  # rich before 13.8 does not call it

@@ -12,14 +12,14 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_lora.errors import listed
+from lightning_lora.errors import counted, listed
 from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
-from lightning_lora.tables import LayerName, grouped, layer_table
+from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
@@ -71,7 +71,8 @@ class LoRASummary:
     ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
         headline = Text(self._headline(), style="bold")
-        layers = self._layers(trained_only)
+        shown = self._groups_that_train_most() if trained_only else self.groups
+        layers = self._layers(shown)
         if self.plain:
             return Writable(headline, layers)
         costs = self._costs(optimizers)
@@ -84,29 +85,29 @@ class LoRASummary:
             return f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
         headline = f"{self.title} is a plain model"
         if self.adapters:
-            adapters = "1 adapter" if self.adapters == 1 else f"{self.adapters} adapters"
-            headline += f", with {adapters} merged into it{self.active}"
+            headline += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
         return headline
 
-    def _layers(self, trained_only: bool) -> Table:
-        shown = set(self._groups_that_train_most() if trained_only else self.groups)
-        others = [group for group in self.groups if group not in shown]
-        table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
-        for group in self.groups:
-            if group in shown:
-                numbers = _numbers(group.trained, group.frozen)
-                table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
-        if others:
-            numbers = _numbers(*_sums(others))
-            table.add_row(LayerName(_name_of_others(others)), "", "–", *numbers)
-        table.add_section()
-        numbers = _numbers(self.trained, self.frozen)
-        table.add_row("Total", "", "", *numbers, style="bold")
-        return table
-
     def _groups_that_train_most(self) -> list[LayerGroup]:
+        """The groups of the 15 rows that train most, in the order of all groups."""
         most_first = sorted(self.groups, key=attrgetter("trained"), reverse=True)
-        return [group for group in most_first[:15] if group.trained > 0]
+        first_15 = most_first[:15]
+        return [group for group in self.groups if group.trained > 0 and group in first_15]
+
+    def _layers(self, shown: Sequence[LayerGroup]) -> Table:
+        """The table of these groups, with a row for all others."""
+        table = layer_table("r", "Trained", "Frozen")
+        for group in shown:
+            numbers = _numbers(group.trained, group.frozen)
+            table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
+        others = _others_than(shown, self.groups)
+        if others:
+            trained, frozen = _sums(others)
+            name = _name_of_others(others, trains=trained > 0)
+            table.add_row(LayerName(name), "", "–", *_numbers(trained, frozen))
+        table.add_section()
+        table.add_row("Total", "", "", *_numbers(self.trained, self.frozen), style="bold")
+        return table
 
     def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
         costs = Table.grid(padding=(0, 2))
@@ -145,12 +146,9 @@ def summarize(model: nn.Module) -> LoRASummary:
         (128, 544, ['0', '2'])
     """
     view = View(model)
-    layers = _counted_layers(view)
-    described = {name: layer.described for name, layer in layers.items()}
-    groups = []
-    for pattern, names in grouped(described):
-        members = [layers[name] for name in names]
-        groups.append(_group(pattern, members))
+    groups = list[LayerGroup]()
+    for pattern, layers in grouped_by_name(_counted_layers(view), attrgetter("described")):
+        groups.append(_group(pattern, list(layers.values())))
     return _with_costs(view, tuple(groups))
 
 
@@ -167,13 +165,19 @@ def _shown_name(group: LayerGroup) -> str:
     return name
 
 
-def _name_of_others(groups: Sequence[LayerGroup]) -> str:
-    """What stands for groups that a table leaves out. If some of them train, it says how to see them."""
+def _name_of_others(groups: Iterable[LayerGroup], *, trains: bool) -> str:
+    """What stands for groups that a table leaves out. If something in them trains, it says how to see them."""
     layers = sum(group.layers for group in groups)
-    name = "1 other layer" if layers == 1 else f"{layers} other layers"
-    if any(group.trained for group in groups):
+    name = counted(layers, "other layer")
+    if trains:
         name += ": lightning_lora.summarize(model)"
     return name
+
+
+def _others_than(shown: Iterable[LayerGroup], groups: Iterable[LayerGroup]) -> list[LayerGroup]:
+    """The groups that are not shown."""
+    shown = set(shown)
+    return [group for group in groups if group not in shown]
 
 
 def _numbers(trained: int, frozen: int) -> tuple[str, str]:
@@ -221,9 +225,7 @@ def _counted_layers(view: View) -> dict[str, _CountedLayer]:
         parameters = [p for p in _parameters(module) if p not in counted]
         counted.update(parameters)
         if parameters:
-            trained = _values_in(_trained(parameters))
-            frozen = _values_in(parameters) - trained
-            layers[name] = _CountedLayer(_describe(module), trained, frozen)
+            layers[name] = _CountedLayer(_describe(module), *_trained_and_frozen(parameters))
     return layers
 
 
@@ -253,9 +255,7 @@ def _describe(module: nn.Module) -> _Described:
 def _ranks(layer: LoRALayer) -> str:
     """The rank of a layer's updates, or the least and the largest one."""
     ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
-    least = min(ranks)
-    largest = max(ranks)
-    return str(least) if least == largest else f"{least}–{largest}"
+    return shown_range(str(min(ranks)), str(max(ranks)))
 
 
 def _parts(layer: LoRALayer) -> tuple[str, ...]:
@@ -295,15 +295,14 @@ def _sums(counted: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     parameters = list(view.model.parameters())
     adapters = set(view.adapters.values())
-    trained = _trained(parameters)
     base = [p for p in parameters if p not in adapters]
-    values_trained = _values_in(trained)
+    trained, frozen = _trained_and_frozen(parameters)
     return LoRASummary(
         title=view.title,
         groups=groups,
-        trained=values_trained,
-        frozen=_values_in(parameters) - values_trained,
-        optimizer_bytes=2 * _bytes(trained),
+        trained=trained,
+        frozen=frozen,
+        optimizer_bytes=2 * _bytes(_trained(parameters)),
         full_optimizer_bytes=2 * _full_bytes(base),
         checkpoint_bytes=_bytes(_stored(view).values()),
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
@@ -337,14 +336,25 @@ def _active(view: View) -> str:
         return ""
     if record.shown == "default" and not record.others:
         return ""
-    is_new = view.layers and not record.adapter.is_trained and view.is_fresh()
-    states = ["new" if is_new else "trained before"]
+    states = [_age_of_adapter(view)]
     if record.others:
         rest = "rests" if len(record.others) == 1 else "rest"
         states.append(f"{listed(record.others)} {rest}")
     if record.is_disabled:
         states.append("the base is shown")
     return f" {record.adapter.name!r} ({'; '.join(states)})"
+
+
+def _age_of_adapter(view: View) -> str:
+    """Whether the active adapter has been trained."""
+    is_new = view.layers and not view.adapter.is_trained and view.is_fresh()
+    return "new" if is_new else "trained before"
+
+
+def _trained_and_frozen(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """How many values of these parameters train, and how many do not."""
+    trained = _values_in(_trained(parameters))
+    return trained, _values_in(parameters) - trained
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -366,8 +376,9 @@ def _bytes(values: Iterable[Any]) -> int:
 
 def _place(tensor: Tensor) -> int:
     """Where the values of a tensor are, or which object it is: on meta it has no address, nor have other classes."""
-    address = tensor.data_ptr() if type(tensor) in _USUAL else 0
-    return id(tensor) if address == 0 else address
+    if type(tensor) in _USUAL and tensor.data_ptr() != 0:
+        return tensor.data_ptr()
+    return id(tensor)
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -69,11 +69,11 @@ class LoRASweep:
         self.runs = {}
         self.results = []
         self._arguments = arguments
-        lists = _lists_in(arguments)
-        self._varied = [name for name, values in lists.items() if len(values) > 1]
-        combinations = list(itertools.product(*lists.values()))
-        for values in combinations:
-            self._add(arguments | dict(zip(lists, values, strict=True)))
+        values_of = {name: _values_of(name, value) for name, value in arguments.items()}
+        self._varied = [name for name, values in values_of.items() if len(values) > 1]
+        combinations = list(itertools.product(*values_of.values()))
+        for combination in combinations:
+            self._add(dict(zip(arguments, combination, strict=True)))
         if len(self.runs) < max(2, len(combinations)):
             raise ConfigError(
                 f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, and none twice: lists "
@@ -110,7 +110,9 @@ class LoRASweep:
                 adapter is on the module then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        runs = [Run(name, arguments, self.directory, self.monitor) for name, arguments in self.runs.items()]
+        runs = list[Run]()
+        for name, arguments in self.runs.items():
+            runs.append(Run(name, arguments, self.directory, self.monitor))
         self._train(runs, fit)
         runs.sort(key=self._rank)
         self.results = [run.result(self._varied) for run in runs]
@@ -126,17 +128,17 @@ class LoRASweep:
             stops = len(runs) > 1 and self.keep < 1
             for run in runs:
                 run.go_on(fit, stops=stops)
-            going_on = [run for run in runs if not run.has_ended]
-            runs = self._drop_worse(going_on)
+            runs = [run for run in runs if not run.has_ended]
+            if runs:
+                runs = self._drop_worse(runs)
 
     def _drop_worse(self, runs: Sequence[Run]) -> list[Run]:
         """Drop the worse ones. Return those that go on."""
-        if not runs:
-            return []
         ranked = sorted(runs, key=self._rank)
         best = ranked[0]
         count = math.ceil(len(ranked) * self.keep)
-        rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {count} of {len(ranked)} go on.")
+        going_on = f"{count} of {len(ranked)} go on"
+        rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {going_on}.")
         for run in ranked[count:]:
             run.dropped = run.epochs
         return ranked[:count]
@@ -144,8 +146,9 @@ class LoRASweep:
     def _rank(self, run: Run) -> tuple[bool, float, float]:
         """Those with numbers first, then those that trained longest, then by the last metric."""
         value = run.metrics[-1]
-        trained = run.dropped or math.inf
-        return math.isnan(value), -trained, value if self.mode == "min" else -value
+        trained_epochs = run.dropped or math.inf
+        badness = value if self.mode == "min" else -value
+        return math.isnan(value), -trained_epochs, badness
 
     def _merge(self, best: Run, fit: Fit) -> None:
         """Merge the best adapter, in a fit that ends at once."""
@@ -166,17 +169,17 @@ class LoRASweep:
         for result in self.results:
             values = [str(result[name]) for name in self._varied]
             metrics = [f"{value:.4g}" for value in result["metrics"]]
-            table.add_row(result["name"], *values, "  ".join(metrics), str(result["dropped"] or ""))
+            dropped = result["dropped"] or ""
+            table.add_row(result["name"], *values, "  ".join(metrics), str(dropped))
         return table
 
 
-def _lists_in(arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    """The arguments that are lists of values."""
-    lists = {}
-    for name, value in arguments.items():
-        if isinstance(value, list) and (name not in _LISTS or any(isinstance(each, list) for each in value)):
-            lists[name] = value
-    return lists
+def _values_of(argument: str, given: object) -> list[Any]:
+    """The values of an argument: one, or those in a list."""
+    if not isinstance(given, list):
+        return [given]
+    is_one_list = argument in _LISTS and not any(isinstance(each, list) for each in given)
+    return [given] if is_one_list else given
 
 
 def _part_of_name(argument: str, value: object) -> str:

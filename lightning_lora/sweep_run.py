@@ -41,16 +41,19 @@ class Run:
         callback = _Callback(self, {**self.arguments, "merge": False}, stops=stops)
         with isolate_rng():  # each begins with the same random numbers, or with those in its file
             try:
-                fit(callback, str(self.file) if self.epochs else None)
+                fit(callback, self._path_to_resume())
             finally:
-                if callback.module is not None and find_record(callback.module):
-                    remove_adapters(callback.module)
+                callback.leave_no_adapter()
         has_validated = len(self.metrics) > callback.known
         if not self.metrics or not (has_validated or self.has_ended):
             raise ConfigError(
                 "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
                 "validation has run."
             )
+
+    def _path_to_resume(self) -> str | None:
+        """The file from which the next fit goes on, or None for the first fit."""
+        return str(self.file) if self.epochs else None
 
     def merge(self, fit: Fit) -> bool:
         """Merge what is in its file into the module. Return False if no fit has run."""
@@ -70,6 +73,11 @@ class _Callback(LoRACallback):
         self.known = len(run.metrics)
         self.module: LightningModule | None = None
         self.most: int | None = None  # epochs
+
+    def leave_no_adapter(self) -> None:
+        """Take what the fit has left off the module, if it had one."""
+        if self.module is not None and find_record(self.module):
+            remove_adapters(self.module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.containers import Lines
@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lora.printing import printable
+
+Layer = TypeVar("Layer")
 
 
 class LayerName(Text):
@@ -37,34 +39,39 @@ def _lines_of(name: str, width: int) -> list[str]:
     return [*lines, line]
 
 
-def layer_table(*headings: str, title: str = "") -> Table:
-    """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
-    table = Table()
-    if title:
-        table.title = Text(printable(title))
-    for heading in headings:
-        if heading in ("Layers", "Type"):
-            table.add_column(heading, justify="left", no_wrap=False, overflow="fold")
-        else:
-            table.add_column(heading, justify="right", no_wrap=True, overflow="fold")
+def layer_table(*numbers: str, title: str = "") -> Table:
+    """Return a table without rows, of layers, their types and numbers. Names may take several lines, numbers one."""
+    table = Table(title=Text(printable(title)))
+    table.add_column("Layers", overflow="fold")
+    table.add_column("Type", overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True, overflow="fold")
     return table
+
+
+def shown_range(least: str, greatest: str, sign: str = "–") -> str:
+    """Return two numbers as a range, or as one if they look alike."""
+    return least if least == greatest else f"{least}{sign}{greatest}"
 
 
 _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is
 
 
-def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
-    """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and theirs."""
-    groups: dict[tuple[str, Hashable], list[str]] = {}
-    for name, kind in kinds.items():
+def grouped_by_name(
+    layers: Mapping[str, Layer], kind_of: Callable[[Layer], Hashable]
+) -> Iterator[tuple[str, dict[str, Layer]]]:
+    """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and them."""
+    groups: dict[tuple[str, Hashable], dict[str, Layer]] = {}
+    for name, layer in layers.items():
         pattern = _BLOCK.sub("*", name)
-        groups.setdefault((pattern, kind), []).append(name)
+        group = groups.setdefault((pattern, kind_of(layer)), {})
+        group[name] = layer
     groups_of_pattern = Counter(pattern for pattern, _ in groups)
-    for (pattern, _), names in groups.items():
-        yield _title(names, is_only_group=groups_of_pattern[pattern] == 1), names
+    for (pattern, _), group in groups.items():
+        yield _title(list(group), is_only_group=groups_of_pattern[pattern] == 1), group
 
 
-def _title(names: list[str], *, is_only_group: bool) -> str:
+def _title(names: Sequence[str], *, is_only_group: bool) -> str:
     """The name of a group. A star stands for all blocks, so another group of the same names must not have it too."""
     blocks_of_names = [_BLOCK.findall(name) for name in names]
     columns = zip(*blocks_of_names, strict=True)
@@ -85,10 +92,5 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ",".join(map(_run, runs))
-
-
-def _run(numbers: list[int]) -> str:
-    """Numbers that follow each other, as text: the first and the last."""
-    first, last = numbers[0], numbers[-1]
-    return f"{first}" if first == last else f"{first}-{last}"
+    texts = [shown_range(str(run[0]), str(run[-1]), "-") for run in runs]
+    return ",".join(texts)

@@ -26,13 +26,15 @@ def test_alternatives_take_turns_and_ratios_are_of_one_round() -> None:
 
 
 def test_bytes_that_autograd_keeps_are_counted_once() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.ones(16, 8, requires_grad=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    x = torch.ones(16, 8, requires_grad=True)
     assert saved_bytes(model, x) == 16 * 8 * 4  # the tanh's output, which the second layer keeps too
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> None:
-    model, x = Projections(16, 2), torch.randn(2, tokens, 16, requires_grad=True)
+    model = Projections(16, 2)
+    x = torch.randn(2, tokens, 16, requires_grad=True)
     ways = each_way(model, linear_names(model), r=2, only=(OURS, ARITHMETIC))
     ways[OURS].load_state_dict(ways[ARITHMETIC].state_dict())
     found = {}
@@ -47,7 +49,8 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
 
 def test_the_page_shows_the_estimates_for_llamas_shapes() -> None:
     seven, seventy = each = [Sizes.of(shape) for shape in LARGE.values()]
-    assert seven.layers + seven.rest == 6_738_415_616 and seventy.layers + seventy.rest == 68_976_648_192
+    assert seven.layers + seven.rest == 6_738_415_616
+    assert seventy.layers + seventy.rest == 68_976_648_192
     assert seven.adapters == 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     page = (Path(__file__).parent.parent / "docs" / "sharded.md").read_text()
     for sizes, (cards, group), lora in product(each, PLACES, (True, False)):

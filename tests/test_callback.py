@@ -1,8 +1,9 @@
 """One line in a Trainer fine-tunes and merges."""
 
 import copy
+import logging
 import pickle
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,37 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
+from tests.support.compared import assert_all_have_moved
 from tests.support.faults import unchanged
 from tests.support.fits import beside, either_order
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
+from tests.support.parameters import (
+    attributes_of_adapters,
+    flags_of,
+    names_of_parameters,
+    names_that_differ,
+    trainable_names,
+)
 
 
 def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
-    adapted, merged = LitTiny(), LitTiny()
-    keys, flags = list(merged.state_dict()), [p.requires_grad for p in merged.parameters()]
+    adapted = LitTiny()
+    merged = LitTiny()
+    keys = list(merged.state_dict())
+    flags = flags_of(merged)
     for model, merge in ((adapted, False), (merged, "last")):
         torch.manual_seed(5)
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
-    assert is_plain(merged) and type(merged.q_proj) is nn.Linear
+    assert is_plain(merged)
+    assert type(merged.q_proj) is nn.Linear
     assert "merged the last adapters into 2 layers" in caplog.text
-    assert list(merged.state_dict()) == keys and [p.requires_grad for p in merged.parameters()] == flags
+    assert list(merged.state_dict()) == keys
+    assert flags_of(merged) == flags
     torch.testing.assert_close(merged(X), adapted(X))
-    assert not torch.equal(merged(X), LitTiny()(X)) and all(adapted.get_parameter(name).any() for name in ADAPTERS)
-    base, trained = state(LitTiny()), state(adapted)
-    assert [name for name in base if not torch.equal(trained[name], base[name])] == ["head.weight", "head.bias"]
+    assert not torch.equal(merged(X), LitTiny()(X))
+    assert_all_have_moved(adapted, ADAPTERS)
+    assert names_that_differ(state(LitTiny()), state(adapted)) == ["head.weight", "head.bias"]
 
 
 def interrupt(*_: Any) -> None:
@@ -50,20 +63,48 @@ def is_shown(bar: RichProgressBar) -> bool:
     return bar.progress is not None and bar.progress.live.is_started
 
 
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_the_last_line_comes_below_the_bar(tmp_path: Path, is_stopped: bool, caplog: Any) -> None:
-    stops, bar, said = [LambdaCallback(on_train_batch_end=interrupt)] if is_stopped else [], RichProgressBar(), []
-    caplog.handler.addFilter(lambda record: said.append((record.getMessage(), is_shown(bar))) or True)
-    with pytest.raises(SystemExit) if is_stopped else nullcontext():
-        trainer(tmp_path, [lora(), bar, *stops], enable_progress_bar=True).fit(LitTiny(), data())
-    (last,) = [shown for each, shown in said if "merged the last" in each or "Interrupted after" in each]
-    assert not last and (is_stopped or any(shown for _, shown in said))  # where rich writes over what others write
+class Lines:
+    """Each line of a log, and whether the bar was shown then: rich writes over what others write below it."""
+
+    def __init__(self, bar: RichProgressBar) -> None:
+        self.bar = bar
+        self.lines: list[tuple[str, bool]] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.lines.append((record.getMessage(), is_shown(self.bar)))
+        return True
+
+    def shown_at(self, text: str) -> list[bool]:
+        """Whether the bar was shown, at each line with this text."""
+        return [shown for line, shown in self.lines if text in line]
+
+
+def test_the_last_line_of_a_fit_comes_below_the_bar(tmp_path: Path, caplog: Any) -> None:
+    bar = RichProgressBar()
+    lines = Lines(bar)
+    caplog.handler.addFilter(lines)
+    trainer(tmp_path, [lora(), bar], enable_progress_bar=True).fit(LitTiny(), data())
+    assert lines.shown_at("merged the last") == [False]
+    assert lines.shown_at("Interrupted after") == []
+    assert True in lines.shown_at("")
+
+
+def test_the_last_line_of_an_interrupted_fit_comes_below_the_bar(tmp_path: Path, caplog: Any) -> None:
+    bar = RichProgressBar()
+    lines = Lines(bar)
+    caplog.handler.addFilter(lines)
+    stops = LambdaCallback(on_train_batch_end=interrupt)
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, [lora(), bar, stops], enable_progress_bar=True).fit(LitTiny(), data())
+    assert lines.shown_at("Interrupted after") == [False]
+    assert lines.shown_at("merged the last") == []
 
 
 def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora(merge=False)]).test(model, data(), verbose=False)
-    assert "LitTiny has no adapters, and no ckpt_path was given" in caplog.text and is_plain(model)
+    assert "LitTiny has no adapters, and no ckpt_path was given" in caplog.text
+    assert is_plain(model)
     caplog.clear()
     t = trainer(tmp_path, [lora(merge=False), best(tmp_path)])
     t.fit(model, data(), data())
@@ -73,18 +114,21 @@ def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> 
 
 
 def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -> None:
-    model, said = LitTiny(), "LoRA: merged the file's adapters. LitTiny is plain again."
+    model = LitTiny()
+    said = "LoRA: merged the file's adapters. LitTiny is plain again."
     t = trainer(tmp_path, [lora(), best(tmp_path)])
     t.fit(model, data(), data())
     t.test(model, data(), verbose=False)
     assert said not in caplog.text
     t.test(model, data(), ckpt_path="best", verbose=False)
-    assert said in caplog.text and is_plain(model)
+    assert said in caplog.text
+    assert is_plain(model)
     caplog.clear()
     trainer(tmp_path / "y", [lora(name="y")]).fit(model, data(), data())  # which is merged then
     file = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
     trainer(tmp_path, [lora(name="default")]).test(model, data(), ckpt_path=file, verbose=False)
-    assert said not in caplog.text and is_plain(model)
+    assert said not in caplog.text
+    assert is_plain(model)
 
 
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
@@ -102,7 +146,8 @@ def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, h
     late = LambdaCallback(**{hook: lambda trainer, *_: trainer.callbacks.append(lora())})  # type: ignore[arg-type]
     with pytest.raises(ll.ConfigError, match="whose fit had begun"):
         trainer(tmp_path, [late], max_epochs=1).fit(model, data())
-    assert is_plain(model) and (hook == "on_train_epoch_end" or same(state(model), state(LitTiny())))
+    assert is_plain(model)
+    assert hook == "on_train_epoch_end" or same(state(model), state(LitTiny()))
 
 
 @pytest.mark.parametrize("kinds", [[ll.LoRACallback], [ll.LoRACallback(), ll.LoRAMonitor]])
@@ -128,36 +173,54 @@ def test_a_file_of_another_run_is_named_where_lightning_has_found_it(tmp_path: P
         fit(modules_to_save=["head"])
 
 
-def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ll.ConfigError, match="2 LoRACallbacks"):
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
-    for callbacks in (
-        [best(tmp_path, save_top_k=0)],
-        [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
-    ):
-        model = LitTiny(lr=0 if len(callbacks) > 1 else 0.05)
-        with pytest.warns(ll.BestCheckpointWarning):
-            trainer(tmp_path, [lora(merge="best"), *callbacks]).fit(model, data(), data())
-        assert is_plain(model)
+
+
+def test_merge_best_without_a_file_merges_the_last_adapters_and_says_so(tmp_path: Path) -> None:
+    model = LitTiny()
+    with pytest.warns(ll.BestCheckpointWarning):
+        trainer(tmp_path, [lora(merge="best"), best(tmp_path, save_top_k=0)]).fit(model, data(), data())
+    assert is_plain(model)
+
+
+def test_merge_best_whose_file_was_removed_merges_the_last_adapters_and_says_so(tmp_path: Path) -> None:
+    def remove_files(*_: Any) -> None:
+        for path in tmp_path.glob("*.ckpt"):
+            path.unlink()
+
+    model = LitTiny(lr=0)  # so that no later file is better
+    with pytest.warns(ll.BestCheckpointWarning):
+        trainer(tmp_path, [lora(merge="best"), best(tmp_path), At(7, remove_files)]).fit(model, data(), data())
+    assert is_plain(model)
 
 
 def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
     trial = {"fast_dev_run": 2}
-    for callbacks, options in (
-        ([lora()], trial),
-        ([lora(merge="best"), best(tmp_path)], trial),
-        ([lora(merge=False)], {}),
-        ([lora(), At(2, stop)], {}),
-    ):
-        model = LitTiny()
-        with suppress(StopError):
-            trainer(tmp_path, callbacks, **options).fit(model, data(), data())
-        assert isinstance(model.q_proj, LoRALayer) and model.get_parameter("q_proj.lora_B").any()
-        assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    assert_is_not_merged(fitted([lora()], tmp_path, trial))
+    assert_is_not_merged(fitted([lora(merge="best"), best(tmp_path)], tmp_path, trial))
+    assert_is_not_merged(fitted([lora(merge=False)], tmp_path, {}))
+    assert_is_not_merged(fitted([lora(), At(2, stop)], tmp_path, {}))
+
+
+def fitted(callbacks: list[L.Callback], folder: Path, options: dict[str, Any]) -> LitTiny:
+    model = LitTiny()
+    with suppress(StopError):
+        trainer(folder, callbacks, **options).fit(model, data(), data())
+    return model
+
+
+def assert_is_not_merged(model: LitTiny) -> None:
+    assert isinstance(model.q_proj, LoRALayer)
+    assert model.get_parameter("q_proj.lora_B").any()
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
 def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: Path) -> None:
-    model, again, checkpoint = LitTiny(), LitTiny(), best(tmp_path)
+    model = LitTiny()
+    again = LitTiny()
+    checkpoint = best(tmp_path)
     model.embed.max_norm = again.embed.max_norm = 0.5
     trainer(tmp_path, [lora(merge="best"), checkpoint]).fit(model, data(), data())
     ll.load_adapter(again, checkpoint.best_model_path)
@@ -170,23 +233,28 @@ def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged
     output = model(X)
     with pytest.raises(ll.AdapterMismatchError, match="remove_adapters"):
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
-    assert is_plain(model) and torch.equal(model(X), output)
+    assert is_plain(model)
+    assert torch.equal(model(X), output)
     ll.remove_adapters(model)
-    assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
+    assert attributes_of_adapters(model) == []
+    assert torch.equal(model(X), output)
     trainer(tmp_path, [lora(r=4)]).fit(model, data())
-    assert is_plain(model) and not torch.equal(model(X), output)
+    assert is_plain(model)
+    assert not torch.equal(model(X), output)
 
 
 def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alone(tmp_path: Path) -> None:
     """As a module saves it that has its callbacks among its hyperparameters."""
-    callback, file = lora(merge=False, alpha=3), tmp_path / "callback.pt"
+    callback = lora(merge=False, alpha=3)
+    file = tmp_path / "callback.pt"
     save = At(2, lambda t, m: torch.save({"callbacks": [callback]}, file))
     trainer(tmp_path, [callback, save], max_epochs=1).fit(LitTiny(), data())
     assert file.stat().st_size < 3000
     with torch.serialization.safe_globals([ll.LoRACallback]):
         (loaded,) = torch.load(file, weights_only=True)["callbacks"]
     assert (loaded.config, loaded.merge, loaded.given) == (callback.config, False, callback.given)
-    trainer(tmp_path, [loaded], max_epochs=1).fit(model := LitTiny(), data())
+    model = LitTiny()
+    trainer(tmp_path, [loaded], max_epochs=1).fit(model, data())
     assert model.q_proj.lora_B.any()
 
 
@@ -194,28 +262,40 @@ def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -
     copies: list[nn.Module] = []
     take = At(2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))]))
     trainer(tmp_path, [lora(), take]).fit(LitTiny(), data())
-    assert len(copies) == 2 and all(isinstance(each.q_proj, LoRALayer) for each in copies)
+    copy_in_memory, unpickled = copies
+    assert isinstance(copy_in_memory.q_proj, LoRALayer)
+    assert isinstance(unpickled.q_proj, LoRALayer)
+
+
+def in_the_other_package() -> Any:
+    """LitTiny, as a LightningModule of pytorch_lightning."""
+    import pytorch_lightning as pl
+
+    methods = {name: value for name, value in vars(LitTiny).items() if callable(value) and name != "__init__"}
+    model: Any = type("Other", (pl.LightningModule,), methods)()
+    for name, layer in LitTiny().named_children():
+        model.add_module(name, layer)
+    model.hparams["lr"] = 0.05
+    return model
 
 
 def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint
 
-    own = {name: value for name, value in vars(LitTiny).items() if callable(value) and name != "__init__"}
-    model: Any = type("Other", (pl.LightningModule,), own)()
-    for name, layer in LitTiny().named_children():
-        model.add_module(name, layer)
-    model.hparams["lr"] = 0.05
-
-    assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
+    model = in_the_other_package()
+    assert isinstance(lora(), pl.Callback)
+    assert isinstance(lora(), L.Callback)
     checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
     t = pl.Trainer(
         callbacks=[lora(merge="best"), ll.LoRAMonitor(), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     t.fit(model, data(), data())
-    assert isinstance(ll.LoRAMonitor(), pl.Callback) and "lora/update_norm" in t.callback_metrics
-    assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
+    assert isinstance(ll.LoRAMonitor(), pl.Callback)
+    assert "lora/update_norm" in t.callback_metrics
+    assert is_plain(model)
+    assert sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
     tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
 
@@ -223,7 +303,8 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trial", [False, 2])
 def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: Path, trial: Any) -> None:
     for others in ([], [ModelCheckpoint(tmp_path)]):
-        with unchanged(model := LitTiny()), pytest.raises(ll.ConfigError, match="with a monitor"):
+        model = LitTiny()
+        with unchanged(model), pytest.raises(ll.ConfigError, match="with a monitor"):
             trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
 
 
@@ -232,8 +313,12 @@ def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: 
 def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, make: Any, first: bool) -> None:
     model = LitTiny()
     model.backbone = model.q_proj
-    before, other = state(model), make()
+    before = state(model)
+    other = make()
     with pytest.raises(ll.ConfigError, match=type(other).__name__):
         trainer(tmp_path, beside(other, first)).fit(model, data(), data())
-    assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
-    assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
+    assert is_plain(model)
+    assert same(state(model), before)
+    assert attributes_of_adapters(model) == []
+    if not first:  # listed first, it has frozen its part already
+        assert trainable_names(model) == names_of_parameters(model)

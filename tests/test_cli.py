@@ -63,9 +63,8 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     config = {"trainer": {"callbacks": callbacks}, "optimizer": optimizer}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}")
-    assert (
-        callback_of(fit).config.scaling("q_proj") == 2.0 and "lora/update_norm/q_proj" in fit.trainer.callback_metrics
-    )
+    assert callback_of(fit).config.scaling("q_proj") == 2.0
+    assert "lora/update_norm/q_proj" in fit.trainer.callback_metrics
     test = run(tmp_path, "test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
     expected = trainer(tmp_path).test(fit.model, data(), verbose=False)[0]["test_loss"]
     assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)
@@ -86,8 +85,10 @@ def test_a_scale_of_rates_is_a_flag_and_in_yaml(tmp_path: Path, scale: Any) -> N
 
 def test_flags_and_an_optimizer_that_the_cli_builds_train_in_two_fits(tmp_path: Path) -> None:
     cli = run(tmp_path, *flags(r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"))
-    assert callback_of(cli).config.rank("v_proj") == 1 and callback_of(cli).merge is False
-    x, outputs = torch.arange(20), [CLIModule()(torch.arange(20))]
+    assert callback_of(cli).config.rank("v_proj") == 1
+    assert callback_of(cli).merge is False
+    x = torch.arange(20)
+    outputs = [CLIModule()(torch.arange(20))]
     for epochs in (1, 2):
         cli.trainer.fit_loop.max_epochs = epochs
         cli.trainer.fit(cli.model)
@@ -120,7 +121,9 @@ def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str
         with pytest.raises(SystemExit):
             run(tmp_path, "fit", *OPTIMIZER, wrong, cls=LoRACLI)
         said = capsys.readouterr().err.partition("error: ")[2]
-        assert name in said and "bset" in said and [choice for choice in CHOICES[name] if choice not in said] == []
+        assert name in said
+        assert "bset" in said
+        assert [choice for choice in CHOICES[name] if choice not in said] == []
 
 
 def test_help_explains_every_option(capsys: Any) -> None:
@@ -130,7 +133,8 @@ def test_help_explains_every_option(capsys: Any) -> None:
     for option in LoRACallback.__init__.__annotations__.keys() - {"return"}:
         assert f".{option} " in shown
     assert not [option for option in ("loraplus", "args", "kwargs", "lora_alpha") if f"callbacks.{option}" in shown]
-    assert "Rank of the update" in shown and "ModelCheckpoint's best file" in " ".join(shown.split())
+    assert "Rank of the update" in shown
+    assert "ModelCheckpoint's best file" in " ".join(shown.split())
 
 
 class LoRACLI(LightningCLI):  # the callback's arguments as flags of their own, as the guide shows it

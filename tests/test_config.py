@@ -85,11 +85,13 @@ def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> N
 
 
 def test_a_configuration_survives_plain_types_and_keeps_no_reference_to_its_arguments() -> None:
-    targets, ranks = ["q"], {"q": 2}
+    targets = ["q"]
+    ranks = {"q": 2}
     config = LoRAConfig(target_modules=targets, rank_pattern=ranks, modules_to_save=("head",))
     targets.append("v")
     ranks["q"] = 7
-    assert config.target_modules == ("q",) and config.rank("q") == 2
+    assert config.target_modules == ("q",)
+    assert config.rank("q") == 2
     assert LoRAConfig.from_dict(config.to_dict()) == config
     assert LoRAConfig.from_dict({"r": 2, "pack_base": True}) == LoRAConfig(r=2)  # of an earlier version
     with pytest.raises(ConfigError, match="unknown"):

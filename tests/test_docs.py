@@ -7,7 +7,6 @@ import runpy
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,26 @@ def blocks_in(text: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def commands(page: str) -> list[str]:
-    """The lines that one types. A line that ends in a backslash goes on in the next one."""
-    return "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+def commands_of(program: str) -> list[str]:
+    """The lines of the page on the command line that call a program. A backslash joins a line and the next one."""
+    lines = "".join(blocks("command-line", "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith(program)]
 
 
 def sections(page: str) -> dict[str, list[str]]:
     """The code below each heading that has some."""
     _, *parts = re.split(r"^## (.*)\n", PAGES[page], flags=re.MULTILINE)
-    code = {heading: blocks_in(text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
-    return {heading: found for heading, found in code.items() if found}
+    code = {}
+    for heading, text in zip(parts[::2], parts[1::2], strict=True):
+        blocks_below = blocks_in(text)
+        if blocks_below:
+            code[heading] = blocks_below
+    return code
 
 
 BLOCKS = blocks_in(README)
 MODULE = blocks("first-steps")[0]
+WITH_CODE = {page for page in PAGES if blocks(page)}
 STARTED = ("command-line", "strategies", "privacy", "sharded")
 """Pages with a program that is started in another way, or in another file of tests."""
 BY_HAND = ("frameworks",)
@@ -86,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in (*STARTED, *BY_HAND)])
+@pytest.mark.parametrize("page", sorted(WITH_CODE.difference(STARTED, BY_HAND)))
 def test_code_of_a_page_runs(page: str, here: Path) -> None:
     if page == "targets":
         pytest.importorskip("torchao")
@@ -124,19 +129,27 @@ def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
 def test_program_with_a_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = [line for line in commands("command-line") if line.startswith("python")]
-    quiet = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false"]
-    flags = [*(f"--trainer.{each}" for each in quiet), "--seed_everything=0"]
+    (line,) = commands_of("python")
+    flags = [
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--seed_everything=0",
+    ]
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
     runpy.run_path(str(program(here, "command-line")), run_name="__main__")
     assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
 
 
 def test_settings_of_the_command_line_are_the_callbacks() -> None:
-    own, listed = [yaml.safe_load(text) for text in blocks("command-line", "yaml")]
+    section, entry_of_list = blocks("command-line", "yaml")
+    own = yaml.safe_load(section)
+    listed = yaml.safe_load(entry_of_list)
     assert LoRACallback(**own["lora"]).merge == "last"
     (entry,) = listed["trainer"]["callbacks"]
-    assert entry["class_path"] == "lightning_lora.LoRACallback" and LoRACallback(**entry["init_args"])
+    assert entry["class_path"] == "lightning_lora.LoRACallback"
+    assert LoRACallback(**entry["init_args"])
 
 
 def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,11 +159,12 @@ def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]
         inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
         randomise(model, seed)
         save_adapter(model, f"{name}.safetensors")
-    lines = [line for line in commands("command-line") if line.startswith("lightning-lora")]
+    lines = commands_of("lightning-lora")
     assert len(lines) == 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert {path.stem for path in here.iterdir()} >= {"merged", "both", "small", "peft_folder"}
+    written_files = {path.stem for path in here.iterdir()}
+    assert written_files >= {"merged", "both", "small", "peft_folder"}
 
 
 @pytest.mark.parametrize("page", BY_HAND)
@@ -158,15 +172,18 @@ def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page:
     code = "\n".join(blocks(page))
     ast.parse(code)
     calls = re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
-    assert len(calls) >= 5 and all(eval(call, {"LoRACallback": LoRACallback}).config for call in calls)
+    assert len(calls) >= 5
+    for call in calls:
+        assert eval(call, {"LoRACallback": LoRACallback}).config
 
 
 def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
-    first = [found[0] for page in PAGES if (found := blocks(page)) and page != "first-steps"]
-    modules = {
-        text for code in first for text in re.findall(r"^class MyModule.*?(?=^\w|\Z)", code, re.DOTALL | re.MULTILINE)
-    }
-    assert len({text.strip() for text in modules}) == 1
+    modules = set()
+    for page in PAGES.keys() - {"first-steps"}:
+        for code in blocks(page)[:1]:
+            found = re.findall(r"^class MyModule.*?(?=^\w|\Z)", code, re.DOTALL | re.MULTILINE)
+            modules.update(text.strip() for text in found)
+    assert len(modules) == 1
 
 
 def test_reference_has_every_public_name_once() -> None:
@@ -174,18 +191,24 @@ def test_reference_has_every_public_name_once() -> None:
     assert sorted(shown) == sorted(lightning_lora.__all__)
 
 
-def leaves(tree: Any) -> Iterator[str]:
-    for entry in tree:
-        for value in entry.values() if isinstance(entry, dict) else [entry]:
-            yield from [value] if isinstance(value, str) else leaves(value)
+def files_in(tree: Any) -> list[str]:
+    """The files that a navigation leads to, at all depths."""
+    if isinstance(tree, str):
+        return [tree]
+    files = []
+    for entry in tree.values() if isinstance(tree, dict) else tree:
+        files += files_in(entry)
+    return files
 
 
 SITE = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
 
 
 def test_every_page_is_in_the_site_and_on_its_first_page() -> None:
-    assert sorted(leaves(SITE["nav"])) == sorted(f"{page}.md" for page in PAGES)
-    assert {*re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"])} == PAGES.keys() - {"index"}
+    files = [f"{page}.md" for page in PAGES]
+    assert sorted(files_in(SITE["nav"])) == sorted(files)
+    linked = re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"])
+    assert set(linked) == PAGES.keys() - {"index"}
 
 
 # README
@@ -202,8 +225,10 @@ def test_rooms_that_the_house_has_are_all_there_are() -> None:
     package = ROOT / "lightning_lora"
     (house,) = re.findall(r"^## How the code is organised\n(.*?)^## ", PAGES["contributing"], re.DOTALL | re.MULTILINE)
     listed = set(re.findall(r"`(\w+\.py|\w+/)`", house))
-    there = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if "__" not in path.name}
-    assert listed == there - {"py.typed"}
+    there = set()
+    for path in package.iterdir():
+        there.add(f"{path.name}/" if path.is_dir() else path.name)
+    assert listed == there - {"py.typed", "__init__.py", "__main__.py", "__pycache__/"}
 
 
 def test_tests_that_guard_hazards_are_there() -> None:
@@ -212,9 +237,11 @@ def test_tests_that_guard_hazards_are_there() -> None:
     assert len(tables) >= 5
     for table in tables:
         rows = table.partition("\n\n")[0].splitlines()
-        named = [re.fullmatch(r"\| .* \| `(test_\w+)` \|", row) for row in rows]
-        assert len(named) > 5 and [row for row, name in zip(rows, named, strict=True) if name is None] == []
-        assert [name[1] for name in named if name and f"def {name[1]}(" not in tests] == []
+        assert len(rows) > 5
+        for row in rows:
+            test = re.fullmatch(r"\| .* \| `(test_\w+)` \|", row)
+            assert test is not None, row
+            assert f"def {test[1]}(" in tests
 
 
 class MyModule(LitTiny):
@@ -228,16 +255,25 @@ class MyModule(LitTiny):
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
 def test_code_of_the_readme_runs(here: Path) -> None:
-    own: dict[str, Any] = {"L": L, "ModelCheckpoint": ModelCheckpoint, "LightningCLI": LightningCLI}
-    own |= {"MyModule": MyModule, "model": MyModule(), "fresh_model": MyModule()}
-    known = {name: getattr(lightning_lora, name) for name in lightning_lora.__all__} | own
+    known: dict[str, Any] = {
+        "L": L,
+        "ModelCheckpoint": ModelCheckpoint,
+        "LightningCLI": LightningCLI,
+        "MyModule": MyModule,
+        "model": MyModule(),
+        "fresh_model": MyModule(),
+    }
+    for name in lightning_lora.__all__:
+        known[name] = getattr(lightning_lora, name)
     for code in BLOCKS:
         exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
         if "ModelCheckpoint(" in code:
             known["trainer"].save_checkpoint("best.ckpt")
         if "save_merged" in code:
-            plain, x = MyModule.load_from_checkpoint("merged.ckpt"), torch.arange(4)
-            assert torch.equal(plain(x), known["model"](x)) and not torch.equal(plain(x), MyModule()(x))
+            plain = MyModule.load_from_checkpoint("merged.ckpt")
+            x = torch.arange(4)
+            assert torch.equal(plain(x), known["model"](x))
+            assert not torch.equal(plain(x), MyModule()(x))
             known["model"] = known["trainer"].lightning_module
     lightning_lora.remove_adapters(known["model"])
     assert same(state(known["model"]), state(MyModule()))
@@ -254,15 +290,26 @@ def texts() -> list[str]:
     """The texts in the code, with … for what is filled in. Docstrings are left out."""
     found = []
     for path in (ROOT / "lightning_lora").rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
-        for node in nodes:
-            if isinstance(node, ast.JoinedStr):
-                parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-                found.append("".join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in alone:
-                found.append(node.value)
+        found += texts_in(ast.parse(path.read_text()))
     return found
+
+
+def texts_in(tree: ast.Module) -> list[str]:
+    nodes = list(ast.walk(tree))
+    alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            parts = [text_of(part) for part in node.values]
+            found.append("".join(parts))
+        elif isinstance(node, ast.Constant) and node not in alone:
+            found.append(text_of(node))
+    return found
+
+
+def text_of(part: ast.expr) -> str:
+    """A part of an f-string, or … if it is filled in."""
+    return str(part.value) if isinstance(part, ast.Constant) else "…"
 
 
 TEXTS = texts()
@@ -272,10 +319,11 @@ TEXTS = texts()
 def test_a_message_on_the_page_is_one_of_the_code(heading: str) -> None:
     kind, _, text = heading.partition(": ")
     text = text if kind in lightning_lora.__all__ else heading
-    quoted = ".*".join(re.escape(part) for part in text.split("…"))
+    quoted = re.escape(text).replace("…", ".*")
     assert [found for found in TEXTS if re.search(quoted, found, re.DOTALL)], text
 
 
 def test_every_error_and_warning_is_on_the_page() -> None:
     kinds = {name for name in lightning_lora.__all__ if name.endswith(("Error", "Warning"))}
-    assert kinds - {"LoRAError"} == {heading.partition(": ")[0] for heading in HEADINGS} & kinds
+    on_the_page = {heading.partition(": ")[0] for heading in HEADINGS}
+    assert kinds - {"LoRAError"} == on_the_page & kinds

@@ -14,6 +14,7 @@ from lightning_lora.model.view import View
 from tests.support.faults import unchanged
 from tests.support.fits import adapted
 from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state
+from tests.support.parameters import base_parameters, trainable
 from tests.support.ranks import run_ranks
 
 
@@ -23,8 +24,7 @@ def fabric(**kwargs: Any) -> L.Fabric:
 
 def fit(fabric: L.Fabric, model: nn.Module) -> tuple[Any, Any]:
     """Train as Fabric's pages do; return the model and the optimizer as Fabric wraps them."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    wrapped, optimizer = fabric.setup(model, torch.optim.Adam(trained, lr=0.01))
+    wrapped, optimizer = fabric.setup(model, torch.optim.Adam(trainable(model), lr=0.01))
     for index, labels in fabric.setup_dataloaders(data()):
         optimizer.zero_grad()
         fabric.backward(nn.functional.cross_entropy(wrapped(index), labels))
@@ -36,21 +36,27 @@ def fit(fabric: L.Fabric, model: nn.Module) -> tuple[Any, Any]:
 def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
     model = adapted()
     wrapped, _ = fit(fabric(), torch.compile(model, backend="eager"))
-    trained, base = state(model), LitTiny()(X)
-    assert type(wrapped).__name__ != type(model).__name__ and list(ll.adapter_state_dict(wrapped)) == TRAINED
-    assert ll.summarize(wrapped).title == "LitTiny" and ll.summarize(wrapped).trained == ll.summarize(model).trained
+    trained = state(model)
+    base = LitTiny()(X)
+    assert type(wrapped).__name__ != type(model).__name__
+    assert list(ll.adapter_state_dict(wrapped)) == TRAINED
+    assert ll.summarize(wrapped).title == "LitTiny"
+    assert ll.summarize(wrapped).trained == ll.summarize(model).trained
     ll.load_adapter_state_dict(wrapped, ll.adapter_state_dict(model))
     ll.save_adapter(wrapped, tmp_path / "a.safetensors")
-    ll.load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
+    again = LitTiny()
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     assert same(state(again), trained)
-    ll.load_adapter(other := fabric().setup(LitTiny()), tmp_path / "a.safetensors")
+    other = fabric().setup(LitTiny())
+    ll.load_adapter(other, tmp_path / "a.safetensors")
     assert same(state(other), trained)
     with ll.disable_adapters(wrapped):
         assert torch.equal(wrapped(X), base)
     ll.export_peft(wrapped, tmp_path / "peft")
     ll.save_merged(wrapped, tmp_path / "merged.ckpt")
     ll.merge_adapters(wrapped)
-    assert is_plain(model) and same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
+    assert is_plain(model)
+    assert same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
     ll.unmerge_adapters(wrapped)
     assert same(state(model), trained)
     ll.remove_adapters(wrapped)
@@ -62,18 +68,35 @@ def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
 # Files
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_file_of_fabric_is_loaded_onto_an_adapted_model(tmp_path: Path, whole: bool) -> None:
+def test_a_whole_model_in_a_file_of_fabric_is_loaded_onto_an_adapted_model(tmp_path: Path) -> None:
     f = fabric()
-    wrapped, adam = fit(f, model := adapted())
-    saved = wrapped if whole else ll.adapter_state_dict(wrapped)
-    f.save(path := tmp_path / "a.ckpt", {"model": saved, "optimizer": adam})
-    again, adam = f.setup(adapted(), torch.optim.Adam(adapted().parameters()))
-    rest = f.load(path, {"model": again} if whole else {})
-    if not whole:
-        ll.load_adapter_state_dict(again, rest["model"])
-    assert same(state(again.module), state(model)) and not same(state(model), state(adapted()))
-    with unchanged(plain := LitTiny()), pytest.raises(ll.AdapterFileError, match="load_adapter_state_dict"):
+    model = adapted()
+    wrapped, adam = fit(f, model)
+    path = tmp_path / "a.ckpt"
+    f.save(path, {"model": wrapped, "optimizer": adam})
+    again, _ = f.setup(adapted(), torch.optim.Adam(adapted().parameters()))
+    f.load(path, {"model": again})
+    assert same(state(again.module), state(model))
+    assert not same(state(model), state(adapted()))
+    assert_refused_as_a_file_of_adapters(path)
+
+
+def test_adapters_in_a_file_of_fabric_are_loaded_onto_an_adapted_model(tmp_path: Path) -> None:
+    f = fabric()
+    model = adapted()
+    wrapped, adam = fit(f, model)
+    path = tmp_path / "a.ckpt"
+    f.save(path, {"model": ll.adapter_state_dict(wrapped), "optimizer": adam})
+    again, _ = f.setup(adapted(), torch.optim.Adam(adapted().parameters()))
+    ll.load_adapter_state_dict(again, f.load(path)["model"])
+    assert same(state(again.module), state(model))
+    assert not same(state(model), state(adapted()))
+    assert_refused_as_a_file_of_adapters(path)
+
+
+def assert_refused_as_a_file_of_adapters(path: Path) -> None:
+    plain = LitTiny()
+    with unchanged(plain), pytest.raises(ll.AdapterFileError, match="load_adapter_state_dict"):
         ll.load_adapter(plain, path)
 
 
@@ -92,16 +115,19 @@ def train_in_two(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.processes
 def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path) -> None:
     first, second = run_ranks(train_in_two, tmp_path)
-    assert same(first, second) and first["q_proj.lora_B"].any()
-    ll.load_adapter(model := LitTiny(), tmp_path / "a.safetensors")
+    assert same(first, second)
+    assert first["q_proj.lora_B"].any()
+    model = LitTiny()
+    ll.load_adapter(model, tmp_path / "a.safetensors")
     assert same(ll.adapter_state_dict(model), first)
 
 
 def adapt_late() -> None:
     f = fabric(devices=2, strategy="ddp")
     f.launch()
+    model = f.setup(LitTiny())
     with pytest.raises(ll.AdapterStateError, match=r"before fabric.setup"):
-        ll.inject_adapters(model := f.setup(LitTiny()), lora().config)
+        ll.inject_adapters(model, lora().config)
     assert is_plain(model)
     with pytest.raises(ll.AdapterStateError, match="before DistributedDataParallel"):
         ll.inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), ll.LoRAConfig(r=2))
@@ -127,13 +153,13 @@ def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
     ll.remove_adapters(model)
     before.step()
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    before.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
+    before.add_param_group({"params": trainable(model)})
     before.step()
 
 
 def test_an_optimizer_is_looked_at_once_in_several_processes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.Adam(trainable(model))
     looks: list[nn.Module] = []
 
     def look(seen: nn.Module) -> View:
@@ -162,20 +188,21 @@ def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps(
     model = LitTiny()
     others = torch.optim.SGD(model.parameters(), lr=0.01)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    adapters = torch.optim.Adam([p for name, p in model.named_parameters() if "lora_" in name])  # not stepped yet
+    adapters = torch.optim.Adam(View(model).adapters.values())  # not stepped yet
     others.step()
     adapters.step()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]), name="second")
-    for optimizer in (others, adapters):  # of the adapter that rests now: its gradients may wait
-        optimizer.step()
+    others.step()
+    adapters.step()  # of the adapter that is inactive now: its gradients may wait
 
 
 @pytest.mark.parametrize("has_stepped", [False, True])
 @pytest.mark.parametrize("saved", [None, ["head"]])
 def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(saved: Any, has_stepped: bool) -> None:
-    model, config = LitTiny(), ll.LoRAConfig(r=2, modules_to_save=saved)
+    model = LitTiny()
+    config = ll.LoRAConfig(r=2, modules_to_save=saved)
     ll.inject_adapters(model, config, name="first")
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.Adam(trainable(model), lr=0.01)
     if has_stepped:
         model.loss(next(iter(data()))).backward()
         optimizer.step()
@@ -184,17 +211,18 @@ def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(sav
     model.loss(next(iter(data()))).backward()
     with pytest.raises(ll.OptimizerError, match=r"Adam holds adapters of LitTiny that rest.*'second'"):
         optimizer.step()
-    own = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for each in (optimizer, own):  # a loop over both is no mistake
+    of_the_second = torch.optim.Adam(trainable(model), lr=0.01)
+    for each in (optimizer, of_the_second):  # a loop over both is no mistake
         each.step()
 
 
 def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:
-    ll.inject_adapters(model := LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    others = [p for p in model.parameters() if all(p is not each for each in adapters)]
-    for optimizer in [torch.optim.Adam(adapters), torch.optim.Adam(others)]:  # the second one has the head
-        optimizer.step()
+    model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    adapters = torch.optim.Adam(View(model).adapters.values())
+    others = torch.optim.Adam(base_parameters(model).values())  # which has the head
+    adapters.step()
+    others.step()
     model.q_proj.weight.requires_grad_(True)
     torch.optim.Adam([model.q_proj.weight]).step()
     torch.optim.Adam(nn.Linear(2, 2).parameters()).step()

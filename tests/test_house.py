@@ -66,7 +66,8 @@ LIMITS = {
 
 @pytest.mark.parametrize("root", LIMITS, ids=lambda root: root.name)
 def test_code_asks_no_more_of_its_reader(root: Path) -> None:
-    density, limits = density_of(root.rglob("*.py")), LIMITS[root]
+    density = density_of(root.rglob("*.py"))
+    limits = LIMITS[root]
     assert density.branches_in_100_lines <= limits.branches_in_100_lines
     assert density.comprehensions_in_1000_lines <= limits.comprehensions_in_1000_lines
     assert density.share_of_dense_lines <= limits.share_of_dense_lines

@@ -19,6 +19,7 @@ from lightning_lora import metrics
 from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm, measured
 from tests.support.layers import LAYERS, Model, config, train
 from tests.support.models import LitTiny, data, lora, randomise, trainer
+from tests.support.parameters import values_of
 from tests.support.ranks import has_shards, join_group, run_ranks
 
 mpl.use("agg")
@@ -36,17 +37,29 @@ def two(r: int = 4, seed: int = 0, name: str = "default", **kwargs: Any) -> Any:
 
 def plain(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """W and ΔW of each adapted matrix, as stacks of matrices, from the weights before and after a merge."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    matrices = {name: (name.removesuffix(f".{m.matrix.name}"), m.matrix) for name, m in measured(model).items()}
+    updates = measured(model)
+    before = values_of(model)
     ll.merge_adapters(model)
-    after, found = dict(model.named_parameters()), {}
-    for name, (layer, matrix) in matrices.items():
-        both = [state[f"{layer}.{matrix.weight}"].detach() for state in (before, after)]
-        rows = slice(matrix.first, matrix.first + matrix.writes) if not matrix.has_all_rows else slice(None)
-        w, merged = (p if matrix.stack else p.flatten(1)[rows] for p in both)
-        found[name] = w, merged - w
+    after = values_of(model)
     ll.unmerge_adapters(model)
+    found = {}
+    for name, update in updates.items():
+        matrix = update.matrix
+        layer = name.removesuffix(f".{matrix.name}")
+        weight = f"{layer}.{matrix.weight}"
+        w = part_of(matrix, before[weight])
+        found[name] = w, part_of(matrix, after[weight]) - w
     return found
+
+
+def part_of(matrix: Any, weight: Tensor) -> Tensor:
+    """The matrix, or the stack of matrices, that lies in a weight."""
+    if matrix.stack:
+        return weight
+    rows = weight.flatten(1)
+    if matrix.has_all_rows:
+        return rows
+    return rows[matrix.first : matrix.first + matrix.writes]
 
 
 def entropy_rank(delta: Tensor) -> Tensor:
@@ -61,26 +74,47 @@ def projected(of: Tensor, w: Tensor, r: int) -> Tensor:
     return u[..., :r].mT @ w @ vh[..., :r, :].mT
 
 
-def check(model: nn.Module, r: int = 2, **tolerance: float) -> None:
+def check(model: nn.Module, r: int = 2) -> None:
     """Compare all metrics of one model with plain matrices."""
-    norms, ranks, factors, top = UpdateNorm()(model), EffectiveRank()(model), Amplification(), Amplification("weight")
+    norms = UpdateNorm()(model)
+    ranks = EffectiveRank()(model)
+    factors = Amplification()
+    top = Amplification("weight")
     amplification = factors(model)
     top.update(model)
-    known = plain(model)
-    assert norms.keys() == ranks.keys() == amplification.keys() == known.keys()
-    close = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False, **tolerance}
-    for name, (w, delta) in known.items():
-        torch.testing.assert_close(norms[name], delta.norm() / w.norm(), **close)
-        torch.testing.assert_close(ranks[name], entropy_rank(delta), **close)
-        size = [delta.norm(), projected(delta, w, r).norm(), w.norm()]
-        torch.testing.assert_close(torch.stack(factors.norms[name]), torch.stack(size), **close)
-        torch.testing.assert_close(amplification[name], size[0] / size[1], **close)
-        torch.testing.assert_close(top.norms[name][1], projected(w, w, r).norm(), **close)
+    matrices = plain(model)
+    assert norms.keys() == ranks.keys() == amplification.keys() == matrices.keys()
+    for name, (w, delta) in matrices.items():
+        size = delta.norm()
+        size_in_directions = projected(delta, w, r).norm()
+        assert_near(norms[name], size / w.norm())
+        assert_near(ranks[name], entropy_rank(delta))
+        assert_near(torch.stack(factors.norms[name]), torch.stack([size, size_in_directions, w.norm()]))
+        assert_near(amplification[name], size / size_in_directions)
+        assert_near(top.norms[name][1], projected(w, w, r).norm())
 
 
-KINDS: list[tuple[str, dict[str, Any]]] = [("linear", {"use_dora": True}), ("linear", {"init": "pissa"})]
-KINDS += [("linear", {"target_modules": ["0"], "target_slices": {"0": {"q": [0, 1], "v": [2, 4]}}})]
-KINDS += [(k, {}) for k in ("conv1d", "embedding", "grouped convolution", "lstm", "attention", "experts")]
+def assert_near(found: Tensor, exact: Tensor) -> None:
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def of_each_update(model: Any) -> list[Any]:
+    """What each metric of updates says of a model."""
+    return [UpdateNorm()(model), Amplification()(model), EffectiveRank()(model)]
+
+
+SLICES = {"0": {"q": [0, 1], "v": [2, 4]}}
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"use_dora": True}),
+    ("linear", {"init": "pissa"}),
+    ("linear", {"target_modules": ["0"], "target_slices": SLICES}),
+    ("conv1d", {}),
+    ("embedding", {}),
+    ("grouped convolution", {}),
+    ("lstm", {}),
+    ("attention", {}),
+    ("experts", {}),
+]
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS, ids=str)
@@ -94,9 +128,9 @@ def test_each_kind_of_update_is_measured_as_its_plain_matrices(kind: str, kwargs
 def test_half_precision_is_measured_in_float32_also_under_autocast() -> None:
     model = two().bfloat16()
     check(copy.deepcopy(model).double(), 4)
-    expected = [metric(model) for metric in (UpdateNorm(), Amplification(), EffectiveRank())]
+    expected = of_each_update(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert [metric(model) for metric in (UpdateNorm(), Amplification(), EffectiveRank())] == expected
+        assert of_each_update(model) == expected
     w = model[0].weight.float()
     delta = 0.75 * model[0].lora_B @ model[0].lora_A
     torch.testing.assert_close(expected[0]["0"], delta.norm() / w.norm())
@@ -116,24 +150,28 @@ def test_a_quantised_weight_has_the_values_that_the_layer_computes_with() -> Non
 
 
 def test_a_fresh_update_is_zero_in_all() -> None:
-    ll.inject_adapters(model := nn.Sequential(nn.Linear(12, 16)), ll.LoRAConfig(r=4))
-    for metric in (UpdateNorm(), EffectiveRank(), Amplification()):
-        assert metric(model) == {"0": 0}
+    model = nn.Sequential(nn.Linear(12, 16))
+    ll.inject_adapters(model, ll.LoRAConfig(r=4))
+    assert of_each_update(model) == [{"0": 0}, {"0": 0}, {"0": 0}]
     assert SubspaceSimilarity(2, side="B")(model, model) == {"0": 0}
 
 
 def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one() -> None:
-    model, alone = two(name="de"), two(seed=1, r=2)
-    expected = [metric(model) for metric in (UpdateNorm(), Amplification(), EffectiveRank())]
+    model = two(name="de")
+    alone = two(seed=1, r=2)
+    expected = of_each_update(model)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=3), name="fr")
     randomise(model, 1)
-    metric = SubspaceSimilarity()
-    for merge in (False, True):
-        if merge:
-            ll.merge_adapters(model)
-        assert [metric((model, "de")) for metric in (UpdateNorm(), Amplification(), EffectiveRank())] == expected
+
+    def check_both() -> None:
+        assert of_each_update((model, "de")) == expected
         assert UpdateNorm()((model, "fr")) == UpdateNorm()(model) == UpdateNorm()(alone)
+        metric = SubspaceSimilarity()
         torch.testing.assert_close(metric((model, "de"), (model, "fr")), metric(two(), alone))
+
+    check_both()
+    ll.merge_adapters(model)
+    check_both()
     with pytest.raises(ll.AdapterStateError, match="'it'"):
         UpdateNorm().update((model, "it"))
 
@@ -143,30 +181,43 @@ def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one
 
 @pytest.mark.parametrize(("i", "j", "side"), [(1, 8, "A"), (5, 3, "A"), (2, 2, "B")])
 def test_similarity_is_that_of_singular_vectors(i: int, j: int, side: str) -> None:
-    one, other = two(5), two(8, seed=1)
-    metric, grid = SubspaceSimilarity(i, j, side=side), SubspaceSimilarity(side=side)  # type: ignore[arg-type]
-    found, grids = metric(one, other), grid(one, other)
-    for name, layer in (("0", 0), ("1", 1)):
-        pair = (getattr(model[layer], f"lora_{side}").detach() for model in (one, other))
-        u, v = (SVD(p if side == "A" else p.mT).Vh.mT for p in pair)
-        expected = (u[:, :i].mT @ v[:, :j]).square().sum() / min(i, j)
+    one = two(5)
+    other = two(8, seed=1)
+    found = SubspaceSimilarity(i, j, side=side)(one, other)  # type: ignore[arg-type]
+    grids = SubspaceSimilarity(side=side)(one, other)  # type: ignore[arg-type]
+    for name in ("0", "1"):
+        u = directions(one.get_submodule(name), side)[:, :i]
+        v = directions(other.get_submodule(name), side)[:, :j]
+        expected = (u.mT @ v).square().sum() / min(i, j)
         torch.testing.assert_close(found[name], expected.float())
-        assert found[name] == grids[name][i - 1, j - 1] and grids[name].shape == (5, 8)
+        assert found[name] == grids[name][i - 1, j - 1]
+        assert grids[name].shape == (5, 8)
+
+
+def directions(layer: nn.Module, side: str) -> Tensor:
+    """The singular vectors of A on its inputs, or of B on its outputs, as columns."""
+    factor = layer.get_parameter(f"lora_{side}").detach()
+    rows = factor if side == "A" else factor.mT
+    return SVD(rows).Vh.mT
 
 
 def test_similarity_of_stacks_is_the_mean_over_their_matrices() -> None:
-    one, other = (nn.Sequential(LAYERS["experts"][0]()) for _ in range(2))
-    for model in (one, other):
+    def experts() -> nn.Sequential:
+        model = nn.Sequential(LAYERS["experts"][0]())
         ll.inject_adapters(model, config(model))
-    expected = []
-    for a, b in zip(one[0].lora_A_stack, other[0].lora_A_stack, strict=True):
-        u, v = (SVD(each.detach().double()).Vh[:2] for each in (a, b))
-        expected.append((u @ v.mT).square().sum() / 2)
-    torch.testing.assert_close(SubspaceSimilarity(2)(one, other)["0.stack"], torch.stack(expected).mean().float())
+        return model
+
+    one = experts()
+    other = experts()
+    u = SVD(one[0].lora_A_stack.detach().double()).Vh[:, :2]
+    v = SVD(other[0].lora_A_stack.detach().double()).Vh[:, :2]
+    similarities = (u @ v.mT).square().sum((1, 2)) / 2  # one for each matrix of the stack
+    torch.testing.assert_close(SubspaceSimilarity(2)(one, other)["0.stack"], similarities.mean().float())
 
 
 def test_similarity_is_read_from_files_as_from_models(tmp_path: Path) -> None:
-    one, other = two(2), two(4, seed=1)
+    one = two(2)
+    other = two(4, seed=1)
     ll.save_adapter(one, tmp_path / "one.safetensors")
     metric = SubspaceSimilarity()
     torch.testing.assert_close(metric(tmp_path / "one.safetensors", other), metric(one, other))
@@ -183,7 +234,8 @@ def test_similarity_is_of_the_matrices_that_both_have() -> None:
 
 
 def test_grids_are_pooled_as_far_as_all_matrices_go_and_i_stops_there_too() -> None:
-    one, other = two(rank_pattern={"1": 2}), two(seed=1, rank_pattern={"1": 3})
+    one = two(rank_pattern={"1": 2})
+    other = two(seed=1, rank_pattern={"1": 3})
     grids = SubspaceSimilarity()(one, other)
     assert [grids["0"].shape, grids["1"].shape] == [(4, 4), (2, 3)]
     pooled = SubspaceSimilarity(reduction="mean")(one, other)
@@ -195,30 +247,38 @@ def test_grids_are_pooled_as_far_as_all_matrices_go_and_i_stops_there_too() -> N
 
 
 def test_one_number_is_pooled() -> None:
-    each = torch.stack(list(UpdateNorm()(model := two()).values()))
+    model = two()
+    each = torch.stack(list(UpdateNorm()(model).values()))
     for reduction in ("mean", "max", "min"):
         assert UpdateNorm(reduction=reduction)(model) == getattr(each, reduction)()  # type: ignore[arg-type]
 
 
 def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    metric, model, looked = EffectiveRank(), two(), list[Any]()
-    monkeypatch.setattr(metrics, "measured", lambda model: looked.append(model) or measured(model))
+    looked: list[Any] = []
+
+    def look(model: Any) -> Any:
+        looked.append(model)
+        return measured(model)
+
+    monkeypatch.setattr(metrics, "measured", look)
+    metric = EffectiveRank()
+    model = two()
     metric.update(two(2))
     metric.update(model)
-    assert metric.compute() == metric(model) and len(looked) == 3
+    assert metric.compute() == metric(model)
+    assert len(looked) == 3
     metric.reset()
     for ask in (metric.compute, metric.plot, SubspaceSimilarity().plot, UpdateNorm(reduction="mean").plot):
-        with (
-            pytest.warns(UserWarning, match="before the ``update``"),
-            pytest.raises(ll.AdapterStateError, match="Nothing was measured"),
-        ):
+        refused = pytest.raises(ll.AdapterStateError, match="Nothing was measured")
+        with pytest.warns(UserWarning, match="before the ``update``"), refused:
             ask()
 
 
 def test_metrics_stay_apart_in_a_collection() -> None:
     """It updates only one of two metrics whose states were once the same, as all are in a fresh model."""
     model = two()
-    fresh, collection = copy.deepcopy(model), MetricCollection([UpdateNorm(), EffectiveRank(reduction="mean")])
+    fresh = copy.deepcopy(model)
+    collection = MetricCollection([UpdateNorm(), EffectiveRank(reduction="mean")])
     for layer in fresh:
         nn.init.zeros_(layer.lora_B)
     collection.update(fresh)
@@ -243,9 +303,17 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
 
 
 def test_an_unknown_word_is_refused() -> None:
-    for kind, name in ((UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")):
+    words: list[tuple[Any, str]] = [
+        (UpdateNorm, "reduction"),
+        (Amplification, "directions"),
+        (SubspaceSimilarity, "side"),
+    ]
+    for metric, name in words:
         with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
-            kind(**{name: "sum"})
+            metric(**{name: "sum"})
+
+
+def test_a_number_of_directions_begins_at_one() -> None:
     for number in ({"i": 0}, {"i": 2, "j": -1}, {"j": 2}):
         with pytest.raises(ll.ConfigError, match="Expected numbers from 1 on, and j only with i"):
             SubspaceSimilarity(**number)
@@ -257,7 +325,8 @@ def test_an_unknown_word_is_refused() -> None:
 class Logs(LitTiny):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.rank = UpdateNorm(reduction="mean"), EffectiveRank(reduction="max")
+        self.norm = UpdateNorm(reduction="mean")
+        self.rank = EffectiveRank(reduction="max")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.norm(self)
@@ -271,19 +340,21 @@ class Logs(LitTiny):
 
 class Keeps(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        found = [trainer.callback_metrics[name] for name in ("norm_step", "norm_epoch", "rank")]
-        torch.save(
-            [*found, EffectiveRank(reduction="max")(pl_module)], f"{trainer.default_root_dir}/{trainer.global_rank}.pt"
-        )
+        logged = trainer.callback_metrics
+        found = [logged["norm_step"], logged["norm_epoch"], logged["rank"], EffectiveRank(reduction="max")(pl_module)]
+        torch.save(found, f"{trainer.default_root_dir}/{trainer.global_rank}.pt")
 
 
 @pytest.mark.processes
 def test_a_trainer_logs_them_and_each_process_has_the_same(tmp_path: Path) -> None:
     options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False}
     trainer(tmp_path, [lora(), Keeps()], **options).fit(Logs(), data())
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first = torch.load(tmp_path / "0.pt", weights_only=True)
+    second = torch.load(tmp_path / "1.pt", weights_only=True)
     step, epoch, rank, expected = first
-    assert first == second and step == epoch > 0 and rank == expected
+    assert first == second
+    assert step == epoch > 0
+    assert rank == expected
 
 
 def shards() -> Any:
@@ -295,14 +366,13 @@ def shards() -> Any:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return [metric(model) for metric in (UpdateNorm(), Amplification(), EffectiveRank())]
+    return of_each_update(model)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 def test_a_sharded_model_has_the_numbers_of_a_whole_one() -> None:
-    model = two(use_dora=True)
-    whole = [metric(model) for metric in (UpdateNorm(), Amplification(), EffectiveRank())]
+    whole = of_each_update(two(use_dora=True))
     assert run_ranks(shards) == [whole, whole]
 
 
@@ -310,15 +380,21 @@ def test_a_sharded_model_has_the_numbers_of_a_whole_one() -> None:
 
 
 def test_plots_name_the_matrices_and_figure_3_has_a_panel_for_each() -> None:
-    metric, grid = UpdateNorm(), SubspaceSimilarity()
-    first, grids = metric(two()), grid(two(), two(seed=1))
+    metric = UpdateNorm()
+    grid = SubspaceSimilarity()
+    norms = metric(two())
+    grids = grid(two(), two(seed=1))
     _, axes = metric.plot()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"] and axes.get_ylabel() == "UpdateNorm"
-    assert [line.get_ydata().item() for line in axes.lines] == [value.item() for value in first.values()]
+    assert axes.get_ylabel() == "UpdateNorm"
+    for name, line, label in zip(("0", "1"), axes.lines, axes.get_xticklabels(), strict=True):
+        assert label.get_text() == name
+        assert line.get_ydata().item() == norms[name].item()
     figure, axes = grid.plot()
-    panels = {each.get_title(): each.images[0].get_array() for each in axes.flatten()}
-    assert [*panels] == ["0", "1"] and all((panels[name] == grids[name].numpy()).all() for name in grids)
-    assert len(figure.axes) == 3 and grid.plot(ax=mpl.figure.Figure().subplots())[0] is None
+    for name, panel in zip(("0", "1"), axes.flatten(), strict=True):
+        assert panel.get_title() == name
+        assert (panel.images[0].get_array() == grids[name].numpy()).all()
+    assert len(figure.axes) == 3
+    assert grid.plot(ax=mpl.figure.Figure().subplots())[0] is None
     pooled = SubspaceSimilarity(reduction="mean")
     pooled(two(), two(seed=1))
     pooled.plot()[0].canvas.draw()

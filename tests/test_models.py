@@ -1,5 +1,6 @@
 """Architectures that others wrote are adapted, trained, merged and restored."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from lightning_lora.model.view import View
+from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.layers import is_float
 from tests.support.models import randomise, same, state, trainer
+from tests.support.parameters import base_of, classes, trainable
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
 IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
@@ -89,18 +93,30 @@ class Lit(L.LightningModule):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1)
             self.net = self.case.build()
-            for p in self.parameters():
-                if not p.any():  # as some heads start, through which nothing would be seen
-                    p.normal_(std=0.1)
-            norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
-            for norm in norms:
-                norm.momentum = None  # so that their statistics are those of the one batch
-            if norms:
-                self()
+            self.fill_zeros()
+            self.measure_statistics()
+
+    def fill_zeros(self) -> None:
+        """Some heads start with zeros, through which nothing would be seen."""
+        for p in self.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
+
+    def measure_statistics(self) -> None:
+        """Let the statistics of all norms be those of the one batch."""
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        for norm in norms:
+            norm.momentum = None
+        if norms:
+            self()
 
     def forward(self) -> Any:
         dtype = next(self.parameters()).dtype
-        return self.net(**tree_map(lambda x: x.to(dtype) if is_float(x) else x, self.case.inputs))
+
+        def converted(x: Any) -> Any:
+            return x.to(dtype) if is_float(x) else x
+
+        return self.net(**tree_map(converted, self.case.inputs))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         output = self()
@@ -116,14 +132,11 @@ class Lit(L.LightningModule):
 def run(model: Lit) -> Tensor:
     """All that the model puts out in eval mode, as one vector."""
     with torch.no_grad():
-        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if is_float(x)])
+        outputs = tree_leaves(model.eval()())
+        return torch.cat([x.flatten() for x in outputs if is_float(x)])
 
 
 FAST = "torch.backends.mha._is_fastpath_enabled"
-
-
-def base_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in values.items() if "lora_" not in name}
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -144,13 +157,18 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     name: str, config: ll.LoRAConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(FAST, False)  # which rounds in its own way, as torch's products with weights that train
-    model, other = (Lit(name).to(CASES[name].dtype).requires_grad_(False) for _ in range(2))
-    before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
+    model = Lit(name).to(CASES[name].dtype).requires_grad_(False)
+    other = copy.deepcopy(model)
+    before = state(model)
+    output = run(model)
+    classes_before = classes(model)
     ll.inject_adapters(model, config)
-    assert torch.equal(run(model), output) and same(base_of(state(model)), before)
+    assert torch.equal(run(model), output)
+    assert_same_tensors(base_of(state(model)), before)
     randomise(model)
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
-    with_adapters, adapted = state(model), run(model)
+    with_adapters = state(model)
+    adapted = run(model)
     assert not torch.equal(adapted, output)
     ll.merge_adapters(model)
     monkeypatch.setattr(FAST, True)
@@ -158,32 +176,36 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     ll.unmerge_adapters(model)
     torch.testing.assert_close(run(model), adapted)
     monkeypatch.setattr(FAST, False)
-    assert same(state(model), with_adapters) and torch.equal(run(model), adapted)
+    assert same(state(model), with_adapters)
+    assert torch.equal(run(model), adapted)
     ll.load_adapter(other, tmp_path / "adapter.safetensors")
     assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
     torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
     ll.remove_adapters(model)
-    assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
-    assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
+    assert same(state(model), before)
+    assert classes(model) == classes_before
+    assert torch.equal(run(model), output)
+    assert trainable(model) == []
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # they are random on purpose
 @pytest.mark.filterwarnings("ignore:.*leaves .* of the weights:lightning_lora.LoRAWarning")  # of so small a ViT
 def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
-    before, output = state(model), run(model)
+    before = state(model)
+    output = run(model)
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
     trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
-    after = state(model)
-    assert same(base_of(after), before)
-    idle = [key for key, value in after.items() if "lora_" in key and not value.any()]
-    assert not idle and not torch.equal(run(model), output)
+    assert_same_tensors(base_of(state(model)), before)
+    assert_all_have_moved(model, View(model).adapters)
+    assert not torch.equal(run(model), output)
 
 
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("name", ["gpt2", "wav2vec2", "mixtral", "mamba"], indirect=True)
 def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
-    model, again = Lit(name), Lit(name)
+    model = Lit(name)
+    again = Lit(name)
     ll.inject_adapters(model, config)
     randomise(model)
     model.net.save_pretrained(tmp_path)

@@ -20,15 +20,18 @@ from tests.support.ranks import run_ranks
 
 
 def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> None:
-    notes, model = Notes(), LitTiny()
+    notes = Notes()
+    model = LitTiny()
     monitor = LoRAMonitor(3, per_layer=True)
     callbacks = [monitor, lora(alpha=None, merge=False)]
     trainer(tmp_path, callbacks, logger=notes, log_every_n_steps=1, max_steps=6).fit(model, data())
-    norms, ranks = {}, {}
+    norms = {}
+    ranks = {}
     for name, layer in View(model).layers.items():
         values = torch.linalg.svdvals(layer.get_parameter("lora_B").double() @ layer.get_parameter("lora_A").double())
         shares = (values / values.sum())[:2]
-        norms[f"/{name}"], ranks[f"/{name}"] = values.norm(), (-shares * shares.log()).sum().exp()
+        norms[f"/{name}"] = values.norm()
+        ranks[f"/{name}"] = (-shares * shares.log()).sum().exp()
     norms[""] = torch.stack([*norms.values()]).norm()
     ranks[""] = torch.stack([*ranks.values()]).mean()
     last = {name: value for name, value in notes.metrics[-1].items() if name.startswith("lora/")}
@@ -37,14 +40,16 @@ def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> N
         **{f"lora/effective_rank{name}": pytest.approx(value.item(), 1e-5) for name, value in ranks.items()},
     }
     each = [line["lora/update_norm"] for line in notes.metrics if "lora/update_norm" in line]
-    assert len(set(each)) == 3 and each[0] == each[1] > 0  # of the steps 1, 3 and 6
+    assert len(set(each)) == 3
+    assert each[0] == each[1] > 0
 
 
 def test_a_run_that_diverges_goes_on_and_shows_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spoils = At(2, lambda _, module: module.q_proj.lora_A.data.fill_(torch.nan))
     t = trainer(tmp_path, [LoRAMonitor(1), lora(merge=False), spoils])
     t.fit(LitTiny(), data())
-    assert t.global_step == 8 and t.callback_metrics["lora/update_norm"].isnan()
+    assert t.global_step == 8
+    assert t.callback_metrics["lora/update_norm"].isnan()
     assert "ERROR" not in capfd.readouterr().out  # LAPACK's
 
 
@@ -53,11 +58,14 @@ def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path) -> None:
     for monitor in ([], [LoRAMonitor(1)]):
         torch.manual_seed(4)
         t = trainer(tmp_path, [*monitor, lora()])
-        t.fit(model := LitTiny(), data(), data())
+        model = LitTiny()
+        t.fit(model, data(), data())
         own = {name: value for name, value in t.callback_metrics.items() if not name.startswith("lora/")}
         ends.append((state(model), own, torch.get_rng_state()))
     (weights, *numbers, random), (weights2, *numbers2, random2) = ends
-    assert same(weights, weights2) and torch.equal(random, random2) and numbers == numbers2
+    assert same(weights, weights2)
+    assert torch.equal(random, random2)
+    assert numbers == numbers2
 
 
 def sharded_fit(folder: Path) -> dict[str, float]:

@@ -23,7 +23,8 @@ def signature(name: str, value: object) -> str:
 
 def listed() -> list[str]:
     """What the page should say: the names that are called, and the errors and warnings."""
-    calls, raised = [], []
+    calls = []
+    raised = []
     for name in lightning_lora.__all__:
         value = getattr(lightning_lora, name)
         if isinstance(value, type) and issubclass(value, Exception):
@@ -41,7 +42,8 @@ def test_the_page_lists_the_public_names_with_their_arguments() -> None:
 
 
 def test_the_lowest_versions_on_the_page_are_those_of_the_package() -> None:
-    page, project = PAGE.read_text(), (PAGE.parent.parent / "pyproject.toml").read_text()
+    page = PAGE.read_text()
+    project = (PAGE.parent.parent / "pyproject.toml").read_text()
     for name, row in (("torch", "torch"), ("lightning", "Lightning")):
         (lowest,) = re.findall(rf'^    "{name}>=([\d.]+)",$', project, re.MULTILINE)
         assert re.search(rf"^\| {row}\b[^|]*\| {re.escape(lowest)}\b", page, re.MULTILINE)

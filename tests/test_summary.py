@@ -12,6 +12,7 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LoRASummary
 from tests.support.models import LitTiny, TinyLM, aged, data, trainer
+from tests.support.parameters import bytes_of, count_of, trainable
 
 
 def normed() -> nn.Module:
@@ -21,10 +22,18 @@ def normed() -> nn.Module:
     return model
 
 
+def three_layers() -> nn.Module:
+    return nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+def not_tied() -> nn.Module:
+    return TinyLM(tied=False)
+
+
 COUNTED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "plain": (lambda: nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2)), {"modules_to_save": ["2"]}),
+    "plain": (three_layers, {"modules_to_save": ["2"]}),
     "tied": (TinyLM, {"target_modules": ["q_proj"]}),
-    "not tied": (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}),
+    "not tied": (not_tied, {"target_modules": ["q_proj"]}),
     "tied, and trained whole": (TinyLM, {"target_modules": ["q_proj"], "modules_to_save": ["embed"]}),
     "buffers": (normed, {}),
 }
@@ -34,11 +43,11 @@ COUNTED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def test_summary_counts_what_trains_and_what_it_costs(build: Callable[[], nn.Module], config: dict[str, Any]) -> None:
     model = build()
     stored = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}  # a tied weight once
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_of(model.parameters())
     inject_adapters(model, LoRAConfig(r=2, **config))
-    summary, trained = summarize(model), [p for p in model.parameters() if p.requires_grad]
-    assert summary.trained == sum(p.numel() for p in trained)
-    assert summary.frozen == sum(p.numel() for p in model.parameters()) - summary.trained
+    summary = summarize(model)
+    assert summary.trained == count_of(trainable(model))
+    assert summary.frozen == count_of(model.parameters()) - summary.trained
     assert summary.optimizer_bytes == 2 * 4 * summary.trained  # Adam's two moments, fp32
     assert summary.checkpoint_bytes == 4 * summary.trained  # buffers as the base has them are not stored
     assert summary.full_optimizer_bytes == 2 * 4 * parameters
@@ -47,8 +56,11 @@ def test_summary_counts_what_trains_and_what_it_costs(build: Callable[[], nn.Mod
 
 def test_summary_prints_every_layer_of_a_plain_model_too() -> None:
     shown = str(summarize(TinyLM()))
-    assert all(name in shown for name in ("embed", "q_proj", "v_proj", "norm")) and "TinyLM is a plain model" in shown
-    inject_adapters(model := TinyLM(), LoRAConfig(r=2))
+    for name in ("embed", "q_proj", "v_proj", "norm"):
+        assert name in shown
+    assert "TinyLM is a plain model" in shown
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2))
     merge_adapters(model)
     assert "TinyLM is a plain model, with 2 adapters merged into it" in str(summarize(model))
 
@@ -59,7 +71,7 @@ def test_what_looks_untrained_counts_in_a_checkpoint_and_is_judged_anew_in_a_fit
     assert summarize(model).checkpoint_bytes == 4 * 2 * 2 * 64  # of most layers, it is no sign
     aged(model[:2])
     size = summarize(model).checkpoint_bytes
-    assert size == sum(value.nbytes for value in adapter_state_dict(model).values()) == 4 * (2 * 2 * 64 + 65 * 16)
+    assert size == bytes_of(adapter_state_dict(model).values()) == 4 * (2 * 2 * 64 + 65 * 16)
 
 
 class Block(nn.Module):
@@ -77,9 +89,11 @@ class Stacks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict({f"encoder_layer_{i}": Block() for i in range(12)})
-        self.layer0, self.layer1 = Block(), Block()
+        self.layer0 = Block()
+        self.layer1 = Block()
         self.chain = nn.Sequential(Block(), Block())
-        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fc1 = nn.Linear(8, 8)
+        self.fc2 = nn.Linear(8, 8)
         self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
 
 
@@ -90,18 +104,34 @@ def printed(summary: LoRASummary, width: int, **kwargs: Any) -> str:
     return capture.get()
 
 
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of each row of a printed table, without its head."""
+    rows = []
+    for line in table.splitlines():
+        if "│" in line:
+            _, *cells, _ = line.split("│")
+            rows.append([cell.strip() for cell in cells])
+    return rows
+
+
+def first_cells(table: str) -> list[str]:
+    return [row[0] for row in rows_of(table)]
+
+
 def test_blocks_are_one_row_and_different_layers_are_several() -> None:
     model = Stacks()
     inject_adapters(model, LoRAConfig(r=2))
     groups = {group.name: group for group in summarize(model).groups}
-    assert {name: group.layers for name, group in groups.items()} == {
+    layers = {name: group.layers for name, group in groups.items()}
+    assert layers == {
         "blocks.encoder_layer_*.self_attention": 12, "blocks.encoder_layer_*.mlp.0": 12,
         "blocks.encoder_layer_*.mlp.2": 12, "layer*.self_attention": 2, "layer*.mlp.0": 2, "layer*.mlp.2": 2,
         "chain.*.self_attention": 2, "chain.*.mlp.0": 2, "chain.*.mlp.2": 2, "fc1": 1, "fc2": 1,
         "heads.0": 1, "heads.1": 1, "heads.2": 1,
     }  # fmt: skip
     assert groups["layer*.self_attention"].parts == ("q", "k", "v", "out")
-    assert [groups[name].kind for name in ("layer*.self_attention", "fc1")] == ["MultiheadAttention", "Linear"]
+    assert groups["layer*.self_attention"].kind == "MultiheadAttention"
+    assert groups["fc1"].kind == "Linear"
 
 
 def test_rows_fit_a_terminal_and_hold_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,45 +139,83 @@ def test_rows_fit_a_terminal_and_hold_whole_names(monkeypatch: pytest.MonkeyPatc
     inject_adapters(model, LoRAConfig(r=2))
     assert "network.blocks.encoder_layer_*.self_attention " in str(summarize(model))  # as in logs, which are wide
     monkeypatch.setenv("COLUMNS", "44")
-    for text in (str(summarize(model)), printed(summarize(model), 44, trained_only=True)):
-        lines = text.splitlines()
-        assert all(len(line) <= 44 for line in lines)
-        names = "".join(line.split("│")[1] for line in lines if "│" in line).replace(" ", "")
-        assert "network.blocks.encoder_layer_*.self_attention[q,k,v,out](×12)network.blocks" in names
-    assert "network.heads.21otherlayer" in names and "1,536" in "".join(lines)
+    assert_fits(str(summarize(model)), 44)
+    of_a_fit = printed(summarize(model), 44, trained_only=True)
+    assert_fits(of_a_fit, 44)
+    assert "network.heads.21otherlayer" in names_in(of_a_fit)
+    assert "1,536" in of_a_fit
+
+
+def assert_fits(table: str, width: int) -> None:
+    longest = max(len(line) for line in table.splitlines())
+    assert longest <= width
+    assert "network.blocks.encoder_layer_*.self_attention[q,k,v,out](×12)network.blocks" in names_in(table)
+
+
+def names_in(table: str) -> str:
+    """All names of a table, though broken over lines."""
+    return "".join(first_cells(table)).replace(" ", "")
 
 
 def test_names_break_behind_dots() -> None:
-    inject_adapters(model := nn.ModuleDict({"first": nn.ModuleDict({"second_part": nn.Linear(8, 8)})}), LoRAConfig(r=2))
-    rows = [line.split("│")[1].strip() for line in printed(summarize(model), 52).splitlines() if "│" in line]
-    assert rows[:2] == ["first.", "second_part"]
+    model = nn.ModuleDict({"first": nn.ModuleDict({"second_part": nn.Linear(8, 8)})})
+    inject_adapters(model, LoRAConfig(r=2))
+    names = first_cells(printed(summarize(model), 52))
+    assert names[:2] == ["first.", "second_part"]
 
 
 def test_a_fit_shows_the_fifteen_rows_that_train_most_and_counts_the_others() -> None:
-    model = nn.ModuleDict({f"layer_{chr(97 + i)}": nn.Linear(8, 4 + i) for i in range(20)} | {"norm": nn.LayerNorm(8)})
+    names = [f"layer_{letter}" for letter in "abcdefghijklmnopqrst"]
+    model = nn.ModuleDict()
+    for width, name in enumerate(names, start=4):
+        model[name] = nn.Linear(8, width)
+    model["norm"] = nn.LayerNorm(8)
     inject_adapters(model, LoRAConfig(r=2))
-    summary, shown = summarize(model), printed(summarize(model), 120, trained_only=True)
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
-    assert [row[0] for row in rows[:15]] == [f"layer_{chr(97 + i)}" for i in range(5, 20)]
-    trained, frozen = sum(2 * (8 + 4 + i) for i in range(5)), sum(9 * (4 + i) for i in range(5)) + 16
+    rows = rows_of(printed(summarize(model), 120, trained_only=True))
+    shown = [row[0] for row in rows[:15]]
+    assert shown == names[5:]
+    widths = (4, 5, 6, 7, 8)  # of the five that are not shown
+    trained = sum(2 * (8 + width) for width in widths)
+    frozen = sum(9 * width for width in widths) + 16  # with biases, and with the norm
     assert rows[15] == ["6 other layers: lightning_lora.summarize(model)", "", "–", f"{trained}", f"{frozen}"]
-    assert rows[16][0] == "Total" and all(group.name in str(summary) for group in summary.groups)
+    assert rows[16][0] == "Total"
+    in_full = str(summarize(model))
+    for name in (*names, "norm"):
+        assert name in in_full
 
 
-@pytest.mark.parametrize(
-    ("kind", "named"), [(torch.optim.AdamW, "State of AdamW"), (torch.optim.SGD, None)], ids=["AdamW", "SGD"]
-)
-def test_a_fit_names_its_optimizer(tmp_path: Path, kind: Any, named: Any, capsys: Any) -> None:
+class WithSGD(LitTiny):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def shown_by_a_fit(model: LitTiny, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a fit prints before it begins."""
+    trainer(folder, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(model, data())
+    shown = capsys.readouterr().out
+    assert "q_proj" in shown
+    assert f"LoRA: {type(model).__name__} trains" in shown
+    assert "full fine-tuning" in shown
+    assert "Weights in a checkpoint" in shown
+    assert "Adam" not in str(summarize(model))
+    return shown
+
+
+def test_a_fit_names_its_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "State of AdamW" in shown_by_a_fit(LitTiny(), tmp_path, capsys)
+
+
+def test_a_fit_with_an_optimizer_without_state_says_nothing_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = shown_by_a_fit(WithSGD(), tmp_path, capsys)
+    assert "State of" not in shown
+    assert "moments" not in shown
+
+
+def test_a_fit_without_a_summary_shows_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
-    model = LitTiny()
-    model.configure_optimizers = lambda: kind(model.parameters(), lr=0.1)  # type: ignore[method-assign]
-    trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(model, data())
-    shown = capsys.readouterr().out
-    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
-    assert "Weights in a checkpoint" in shown and (named or "Weights") in shown
-    assert named is not None or ("State of" not in shown and "moments" not in shown)
-    assert "Adam" not in str(summarize(model))
 
 
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
@@ -156,4 +224,5 @@ def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
     inject_adapters(model, LoRAConfig(r=4, target_modules="all"))
     ranks = {group.name: group.r for group in summarize(model).groups}
     assert ranks == {"lstm": "1–4", "attention": "2", "body": "4", "heads.0": "1"}
-    assert "lstm [4 matrices] " in str(summarize(model)) and "attention [q,k,v,out] " in str(summarize(model))
+    assert "lstm [4 matrices] " in str(summarize(model))
+    assert "attention [q,k,v,out] " in str(summarize(model))

@@ -81,7 +81,8 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     fit(LoRACallback(**{**sweep.runs[name], "merge": False}))
     made[-1].save_checkpoint(file)
     one, other = (torch.load(each, weights_only=True) for each in (file, sweep.directory / f"{name}.ckpt"))
-    assert one["optimizer_states"][0]["state"] and one["global_step"] == other["global_step"]
+    assert one["optimizer_states"][0]["state"]
+    assert one["global_step"] == other["global_step"]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
         assert same_parts(one[key], other[key]), key
     return made[-1].lightning_module
@@ -114,7 +115,8 @@ def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, va
     alone = check_as_alone(sweep, best, fit, made, tmp_path / "alone.ckpt")
     L.seed_everything(3, verbose=False)
     fit(LoRACallback(**sweep.runs[best]))
-    assert same(state(made[-1].lightning_module), state(swept)) and not is_plain(alone)
+    assert same(state(made[-1].lightning_module), state(swept))
+    assert not is_plain(alone)
 
 
 def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Path) -> None:
@@ -129,7 +131,8 @@ def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Pa
     base = state(model)
     L.seed_everything(3, verbose=False)
     sweep.run(fit_and_validate)
-    assert is_plain(model) and not same(state(model), base)
+    assert is_plain(model)
+    assert not same(state(model), base)
     assert [len(each["metrics"]) for each in sweep.results] == [3, 3]
     for name in sweep.runs:
         fit, made = fitting(tmp_path)
@@ -143,7 +146,8 @@ def test_the_better_half_goes_on_after_each_epoch(tmp_path: Path, capsys: Any, c
         results = sweep.run(fit)
     assert [each["dropped"] for each in results] == [None, 2, 1, 1]
     assert [len(each["metrics"]) for each in results] == [3, 2, 1, 1]
-    assert len(made) == 4 + 2 + 1 + 1 and results is sweep.results
+    assert len(made) == 4 + 2 + 1 + 1
+    assert results is sweep.results
     assert results[2]["metrics"] < results[3]["metrics"]
     assert f"LoRASweep, epoch 2: {results[0]['name']} is best; 1 of 2 go on." in caplog.text
     shown = capsys.readouterr().out
@@ -157,7 +161,8 @@ def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(tmp_path: Pat
     with caplog.at_level("INFO"):
         results = sweep.run(fit)
     assert [each["dropped"] for each in results] == [None, 6, 3, 3]
-    assert "LoRASweep, epoch 3: " in caplog.text and "LoRASweep, epoch 6: " in caplog.text
+    assert "LoRASweep, epoch 3: " in caplog.text
+    assert "LoRASweep, epoch 6: " in caplog.text
     trained = [torch.load(tmp_path / "sweep" / f"{each['name']}.ckpt", weights_only=True)["epoch"] for each in results]
     assert trained[1:] == [6, 3, 3]
 
@@ -176,7 +181,8 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     L.seed_everything(3, verbose=False)
     swept = made[-1].lightning_module
     fit(LoRACallback(**sweep.runs[best["name"]]))
-    assert same(state(swept), state(made[-1].lightning_module)) and is_plain(swept)
+    assert same(state(swept), state(made[-1].lightning_module))
+    assert is_plain(swept)
 
 
 def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:
@@ -192,7 +198,8 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) ->
 
 
 def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> None:
-    inject_adapters(model := LitTiny(), LoRACallback(r=2).config, name="de")
+    model = LitTiny()
+    inject_adapters(model, LoRACallback(r=2).config, name="de")
     fit, _ = fitting(tmp_path, lambda: model)
     with pytest.raises(ConfigError, match=r"a module with adapters .*unmerge_adapters"):
         LoRASweep(r=[1, 2], directory=tmp_path).run(fit)
@@ -297,7 +304,8 @@ def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
 def test_names_have_what_differs() -> None:
     sweep = LoRASweep(lr_scale=[1.0, {"A": 10, "B": 160}], dropout=[0.0, 0.1], modules_to_save=[["head"]], r=[4])
     scales = {name: LoRACallback(**arguments).lr_scale for name, arguments in sweep.runs.items()}
-    assert scales["lr_scale_A_10_B_160-dropout0.1"] == {"A": 10, "B": 160} and len(scales) == 4
+    assert scales["lr_scale_A_10_B_160-dropout0.1"] == {"A": 10, "B": 160}
+    assert len(scales) == 4
     assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
     sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])  # whose names would be the same
     assert list(sweep.runs) == ["target_modules_q_proj_v_proj", "target_modules_q_proj_v_proj_2"]

@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
 from lightning_lora.networks.roles import Networks
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.values import copy_to_host
 
 
@@ -42,10 +43,10 @@ class AdapterState:
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
 
-    resting: dict[str, Adapter] = field(default_factory=dict)
+    inactive_adapters: dict[str, Adapter] = field(default_factory=dict)
     """While another one is active: this one, off its layers, by their names."""
 
-    resting_tensors: dict[str, Tensor] = field(default_factory=dict)
+    inactive_tensors: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
     sum_of: dict[str, float] | None = None
@@ -60,9 +61,9 @@ class AdapterState:
         return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))
 
     def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
-        """It rests, and shows others from now on."""
+        """It is inactive, and shows others from now on."""
         self.sum_of = dict(weights)
-        for adapter in self.resting.values():
+        for adapter in self.inactive_adapters.values():
             adapter.settings = replace(adapter.settings, follows=True)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
@@ -90,4 +91,4 @@ class AdapterState:
     def base_was_loaded(self, values: Mapping[str, Tensor]) -> None:
         """Other code loads a new base, with these values."""
         self.random = None
-        self.set_base_values({name: value for name, value in values.items() if name in self.originals})
+        self.set_base_values(only(values, self.originals))

@@ -11,6 +11,7 @@ examples::
 
 from typing import Any
 
+from lightning_lora.errors import counted
 from lightning_lora.storage.offline.combine_files import combine_files
 
 
@@ -28,5 +29,5 @@ def run(arguments: Any) -> str:
     equal_shares = [1 / len(files)] * len(files)
     weights = arguments.weights or equal_shares  # argparse gives at least one, or None
     count = combine_files(files, arguments.out, weights, arguments.rank)
-    layers = "1 layer" if count == 1 else f"{count} layers"
+    layers = counted(count, "layer")
     return f"Combined {len(files)} files, {layers}, into {arguments.out}."

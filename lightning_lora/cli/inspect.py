@@ -11,21 +11,26 @@ examples::
 """
 
 import json
+from collections.abc import Sequence
 from os import SEEK_END
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import counted
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.disk import opened
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import LayerName, grouped, layer_table
+from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
+from lightning_lora.tensors.named import of_type
+
+_Plain = dict[str, Any]  # what is said of something, in types that JSON has
 
 
 def add_arguments(parser: Any) -> None:
@@ -43,13 +48,13 @@ def run(arguments: Any) -> None:
         _show(found)
 
 
-def inspect(stored: StoredAdapters) -> dict[str, Any]:
+def inspect(stored: StoredAdapters) -> _Plain:
     """Return what a file holds, in plain types."""
     base = stored.base[0]
-    layers = list[dict[str, Any]]()
+    layers = list[_Plain]()
     rows = dict[str, list[int]]()
     for name, layer in stored.layers.items():
-        if layer.tokens:
+        if layer.tokens:  # they are no update: the base's rows are not in the file
             rows[name] = list(layer.tokens)
         else:
             layers.append(_describe_layer(stored, name))
@@ -73,13 +78,16 @@ def _size_of(source: str) -> int:
     return size
 
 
-def _describe_layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
+def _describe_layer(stored: StoredAdapters, name: str) -> _Plain:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
     updates = matrix_updates(stored, name)
-    values = [directions(update)[1] for update in updates.values()]
-    squares = sum(each.square().sum().item() for each in values)
-    ranks = sum(effective_rank(each).mean().item() for each in values)
+    squared_norms = list[float]()
+    ranks = list[float]()
+    for update in updates.values():
+        _, sizes, _ = directions(update)
+        squared_norms.append(sizes.square().sum().item())
+        ranks.append(effective_rank(sizes).mean().item())
     return {
         "name": name,
         "class": layer.layer_class,
@@ -87,25 +95,24 @@ def _describe_layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
         "r": layer.r,
         "scaling": layer.scaling,
         "shapes": {weight: list(shape) for weight, shape in layer.shapes.items()},
-        "norm": squares**0.5,
-        "effective_rank": ranks / len(values),
+        "norm": sum(squared_norms) ** 0.5,
+        "effective_rank": sum(ranks) / len(ranks),
     }
 
 
-def _describe_besides(stored: StoredAdapters) -> dict[str, Any]:
+def _describe_besides(stored: StoredAdapters) -> _Plain:
     """The shape and dtype of each tensor that is no adapter's."""
-    described = dict[str, Any]()
-    for name, value in besides(stored).items():
-        if isinstance(value, torch.Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            described[name] = {"shape": list(value.shape), "dtype": dtype}
+    described = _Plain()
+    for name, tensor in of_type(besides(stored), Tensor).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        described[name] = {"shape": list(tensor.shape), "dtype": dtype}
     return described
 
 
 # For a terminal
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: _Plain) -> None:
     """Print what a file holds: a table of its layers, then a line for all else."""
     console = fitting_console()
     console.print(_table(found))
@@ -116,28 +123,25 @@ def _show(found: dict[str, Any]) -> None:
     console.print(_line_of_arguments(found["config"]), soft_wrap=True, markup=False)
 
 
-def _table(found: dict[str, Any]) -> Table:
+def _table(found: _Plain) -> Table:
     """A table with a row for each group of like layers."""
     layers = {layer["name"]: layer for layer in found["layers"]}
-    kinds = {name: _kind_of(layer) for name, layer in layers.items()}
-    count = len(layers)
-    adapted = "1 adapted layer" if count == 1 else f"{count} adapted layers"
     size = decimal(found["bytes"])
+    adapted = counted(len(layers), "adapted layer")
     title = f"{found['file']}: {size}, {adapted}"
-    table = layer_table("Layers", "Type", "r", "scaling", "norm\nof ΔW", "effective\nrank", title=title)
-    for title_of_group, names in grouped(kinds):
-        group = [layers[name] for name in names]
-        table.add_row(*_cells(title_of_group, group))
+    table = layer_table("r", "scaling", "norm\nof ΔW", "effective\nrank", title=title)
+    for title_of_group, group in grouped_by_name(layers, _kind_of):
+        cells = _cells(title_of_group, list(group.values()))
+        table.add_row(*cells)
     return table
 
 
-def _kind_of(layer: dict[str, Any]) -> str:
+def _kind_of(layer: _Plain) -> str:
     """What layers of one group have in common."""
-    common = [layer[key] for key in ("class", "r", "scaling", "shapes")]
-    return str(common)
+    return str([layer["class"], layer["r"], layer["scaling"], layer["shapes"]])
 
 
-def _cells(title: str, group: list[dict[str, Any]]) -> tuple[RenderableType, ...]:
+def _cells(title: str, group: Sequence[_Plain]) -> tuple[RenderableType, ...]:
     """The row of a group."""
     first = group[0]
     if len(group) > 1:
@@ -150,20 +154,18 @@ def _cells(title: str, group: list[dict[str, Any]]) -> tuple[RenderableType, ...
     return LayerName(title), LayerName(class_name), r, scaling, norm, rank
 
 
-def _range_of(key: str, group: list[dict[str, Any]]) -> str:
+def _range_of(key: str, group: Sequence[_Plain]) -> str:
     """The least and the greatest number in a group, or one if both look alike."""
     values = [layer[key] for layer in group]
-    least = f"{min(values):.3g}"
-    greatest = f"{max(values):.3g}"
-    return least if least == greatest else f"{least}–{greatest}"
+    return shown_range(f"{min(values):.3g}", f"{max(values):.3g}")
 
 
-def _line_of_besides(described: dict[str, Any]) -> str:
+def _line_of_besides(described: _Plain) -> str:
     texts = [f"{name} {value['shape']}" for name, value in described.items()]
     return f"Besides adapters: {', '.join(texts)}"
 
 
-def _line_of_base(found: dict[str, Any]) -> str:
+def _line_of_base(found: _Plain) -> str:
     """What the adapters were trained on, and which single rows of it."""
     count = found["base"]["tensors"]
     dtypes = ", ".join(found["base"]["dtypes"])
@@ -173,7 +175,7 @@ def _line_of_base(found: dict[str, Any]) -> str:
     return line
 
 
-def _line_of_arguments(config: dict[str, Any]) -> str:
+def _line_of_arguments(config: _Plain) -> str:
     """The arguments that differ from the defaults, and those that are always shown."""
     always_shown = ("r", "alpha", "target_modules")
     usual = LoRAConfig().to_dict()

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from lightning_lora.errors import counted
 from lightning_lora.storage.offline.merge_files import merge_files
 
 
@@ -35,5 +36,5 @@ def run(arguments: Any) -> str:
             bar.update(task, total=total, advance=1)
 
         count = merge_files(arguments.base, arguments.adapter, arguments.out, step)
-    weights = "1 weight" if count == 1 else f"{count} weights"
+    weights = counted(count, "weight")
     return f"Merged {weights} into {arguments.out}."

@@ -8,9 +8,10 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
+from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
-from lightning_lora.tensors.names import named_modules, submodule
+from lightning_lora.tensors.names import submodule
 
 
 class RefusedExports(Guard):
@@ -18,13 +19,13 @@ class RefusedExports(Guard):
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Name them with the reason."""
-        inner_name = root_of(view.model)
-        inner = submodule(view.model, inner_name)
+        root = root_of(view.model)
+        inner = submodule(view.model, root)
         config = getattr(inner, "config", None)
         if not hasattr(config, "model_type"):  # it is not of transformers
             return
-        layers = {layer.name: layer for layer in layers_of(view)}
-        stored = StoredAdapters(view.config, {}, layers, root=inner_name)
-        refused = refused_layers(stored, named_modules(inner, remove_duplicate=False))
+        layers = layers_of(view)
+        stored = StoredAdapters(view.config, {}, layers, root=root)
+        refused = refused_layers(Source(stored, view.model))
         for why, names in refused.items():
             rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")

@@ -119,8 +119,8 @@ def _resting_parameters(view: View) -> set[Tensor]:
     """All parameters of the adapters that rest, and what trains in full with them."""
     found = set[Tensor]()
     for state in _resting_adapters(view):
-        found.update(state.resting_tensors.values())
-        found.update(_parameters_of(state.resting.values()))
+        found.update(state.inactive_tensors.values())
+        found.update(_parameters_of(state.inactive_adapters.values()))
     return found
 
 
@@ -150,7 +150,7 @@ def _adapters_of(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     for layer in only(view.layers, layers).values():
         found.update(layer.lora_parameters().values())
     for state in _resting_adapters(view):
-        found.update(_parameters_of(only(state.resting, layers).values()))
+        found.update(_parameters_of(only(state.inactive_adapters, layers).values()))
     return found
 
 

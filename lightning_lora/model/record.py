@@ -99,17 +99,17 @@ class Record:
     # Other events
 
     def was_switched(
-        self, resting: dict[str, Adapter], resting_tensors: dict[str, Tensor], coming: AdapterState
+        self, inactive_adapters: dict[str, Adapter], inactive_tensors: dict[str, Tensor], coming: AdapterState
     ) -> None:
         """The active adapter was taken off, and keeps these tensors. Another one was put on."""
         leaving = self.adapter
-        leaving.resting = resting
-        leaving.resting_tensors = resting_tensors
+        leaving.inactive_adapters = inactive_adapters
+        leaving.inactive_tensors = inactive_tensors
         self.others[leaving.name] = leaving
         self.others.pop(coming.name, None)
         self.adapter = coming
-        coming.resting = {}
-        coming.resting_tensors = {}
+        coming.inactive_adapters = {}
+        coming.inactive_tensors = {}
 
     def base_was_loaded(self, names: Iterable[str], values: Mapping[str, Tensor]) -> None:
         """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""

@@ -167,7 +167,7 @@ def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterStat
     base = here
     if not original.is_meta and not view.record.base.row(name).is_filled:
         base = original.to(here)
-    values: dict[Name, Tensor] = {state.name: state.resting_tensors.get(name, base) for state in states}
+    values: dict[Name, Tensor] = {state.name: state.inactive_tensors.get(name, base) for state in states}
     values[None] = base
     values[view.adapter.name] = here
     return values

@@ -112,7 +112,7 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     record = record_of(model)
     check_known(record, name, model)
     if name in record.others:
-        return record.others[name].resting
+        return record.others[name].inactive_adapters
     if record.is_merged:
         return record.merged
     return {layer_name: layer.lora_adapter() for layer_name, layer in View(model).layers.items()}
@@ -157,17 +157,17 @@ def move_to_model(view: View, state: AdapterState) -> None:
     _follow_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for name, tensor in state.resting_tensors.items():
+        for name, tensor in state.inactive_tensors.items():
             attach.move_to(tensor, present[name].device, present[name].dtype)
-        for name, adapter in state.resting.items():
+        for name, adapter in state.inactive_adapters.items():
             attach.move_to_layer(view.modules[name], adapter, None, undo)
         undo.pop_all()
 
 
 def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> None:
     """Refuse a model that has lost what a resting adapter is for."""
-    needed = list(state.resting_tensors)
-    for name, adapter in state.resting.items():
+    needed = list(state.inactive_tensors)
+    for name, adapter in state.inactive_adapters.items():
         needed += [join(name, weight) for weight in adapter.weights]
     absent = not_in(dict.fromkeys(needed), present)
     if absent:
@@ -179,7 +179,7 @@ def _check_still_there(view: View, state: AdapterState, present: Set[str]) -> No
 
 def _follow_kinds(view: View, state: AdapterState) -> None:
     """Give a resting adapter the kinds of its layers, which may have been quantised since."""
-    for name, adapter in state.resting.items():
+    for name, adapter in state.inactive_adapters.items():
         if adapter.kind in ADAPTERS.values():  # the others are for any layer
             adapter.kind = adapter_for(view.modules[name]) or adapter.kind
 
@@ -188,7 +188,7 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was resting."""
     resized = [
         name
-        for name, adapter in state.resting.items()
+        for name, adapter in state.inactive_adapters.items()
         if is_resized(view.modules[name], adapter.kind, adapter.matrices)
     ]
     if resized:
@@ -207,16 +207,16 @@ def exchange(view: View, coming: AdapterState) -> None:
     view.check_present()
     if view.record.is_disabled:
         _show_adapter(view)
-    resting_tensors = kept_tensors(view)
-    resting = attach.detach_adapters(view)
+    inactive_tensors = kept_tensors(view)
+    inactive_adapters = attach.detach_adapters(view)
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
-    attach.attach_adapters(view, coming.resting)
+    attach.attach_adapters(view, coming.inactive_adapters)
     view.look_again(coming.config)
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
     attach.weights_have_changed(view)
-    view.record.was_switched(resting, resting_tensors, coming)
+    view.record.was_switched(inactive_adapters, inactive_tensors, coming)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
@@ -227,7 +227,7 @@ def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The adapter's own tensors by name. Where only the active one has its own, the base's."""
-    put = dict(coming.resting_tensors)
+    put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
     made = dict[int, Tensor]()  # a tied one has several names
     for name, tensor in kept_tensors(view).items():

@@ -50,29 +50,27 @@ def check_file(path: Any, *, is_any_kind: bool = False) -> None:
         place = _downloaded(path)
         source = f"{path} (kept in {place})"
     local = local_path(place)
-    if local is not None and not local.exists():
-        return
-    check_is_file(place, source)
+    if local is not None:
+        if not local.exists():
+            return
+        check_is_file(local, source)
     with opened(place) as file:
         kind = kind_of(file)
         if kind is Kind.ARCHIVE:
             check_archive(file, source)
         is_read_by_torch = kind in (Kind.ARCHIVE, Kind.OLD)
-        if not is_read_by_torch and not is_any_kind:
+        if not (is_read_by_torch or is_any_kind):
             raise AdapterFileError(f"{source} is no archive of torch: {what_it_is(file)}")
 
 
-def check_is_file(place: Any, source: Any) -> None:
-    """Refuse a folder, or what else is no file. ``source`` is its name in messages."""
-    local = local_path(place)
-    if local is None or not local.exists():
-        return
+def check_is_file(local: Path, source: Any) -> None:
+    """Refuse a folder, or what else is there and no file. ``source`` is its name in messages."""
     if (local / "checkpoint").is_dir():  # as Lightning calls it
         raise AdapterFileError(
             f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
             "of lightning.pytorch.utilities.deepspeed, and pass that."
         )
-    if not local.is_file():
+    if local.exists() and not local.is_file():
         raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
 
 

@@ -1,6 +1,6 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,54 +10,45 @@ from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
-from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.named import only, without
-
-Shapes = Mapping[str, Sequence[int]]  # of the trained tensors in a file, by name
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import of_type, only, without
 
 
-def check_base(
-    view: View,
-    stored: Sequence[Fingerprint],
-    shapes: Shapes,
-    random: Collection[str],
-    *,
-    anew: bool,
-    renaming: Renaming,
-    refuse: bool,
-) -> bool:
+def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
     """Refuse another base. Return whether this one is converted.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    here = fingerprint(view, anew=anew, renaming=renaming)
-    if _is_stored(here, view.record.adapter.fingerprints, stored):
+    here = fingerprint(view, anew=anew, renaming=stored.renaming)
+    if _is_stored(view, here, stored.base):
         return False
-    comparisons = [_compare_with_model(view, each, here, random, renaming) for each in stored]
-    for there, found in zip(stored, comparisons, strict=True):
-        if found is None or not found.is_same:
+    base = _BaseHere(view, here, stored)
+    comparisons = [base.compare(there) for there in stored.base]
+    for there, found in zip(stored.base, comparisons, strict=True):
+        if not found.is_same:
             continue
         if found.has_same_bits:
             return False
-        warn(_converted_message(view, there, here, found))
+        warn(_converted_message(base, there, found))
         return True
-    nearest = _place_of_nearest(stored, here)
-    message = _difference(view, stored[nearest], here, comparisons[nearest], shapes)
+    nearest = _place_of_nearest(stored.base, here)
+    there = stored.base[nearest]
+    message = _difference(base, there, comparisons[nearest])
     if refuse:
         raise BaseMismatchError(message)
     end_of_first_sentence = message.index(". ") + 1
     warn(f"{message[:end_of_first_sentence]} They were loaded all the same, because of check_base=False.")
-    return bool(here["dtypes"] != stored[nearest]["dtypes"])
+    return bool(here["dtypes"] != there["dtypes"])
 
 
-def _is_stored(here: Fingerprint, fingerprints_of_run: Sequence[Fingerprint], stored: Sequence[Fingerprint]) -> bool:
+def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
+    known = [here]
+    if here in view.adapter.fingerprints:
+        known += view.adapter.fingerprints
     without_halves = [only(each, here) for each in stored]
-    if here in without_halves:
-        return True
-    is_of_this_run = here in fingerprints_of_run
-    return is_of_this_run and any(each in without_halves for each in fingerprints_of_run)
+    return any(each in without_halves for each in known)
 
 
 def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
@@ -68,68 +59,76 @@ def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
     return 0
 
 
-# The comparison of tensors
+class _BaseHere:
+    """The base of a model, to be compared with the fingerprints in a file."""
 
+    def __init__(self, view: View, about: Fingerprint, stored: StoredAdapters) -> None:
+        """Read the names that its tensors have in the file. ``about`` is its own fingerprint."""
+        self.view = view
+        self.about = about
+        self.stored = stored
+        self.tensors = base_tensors(view)
+        self.digests: dict[str, int] = dict(zip(self.tensors, about["digests"], strict=True))
+        self.quantised = quantised_names(view)
+        self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
-def _compare_with_model(
-    view: View, stored: Fingerprint, here: Fingerprint, random: Collection[str], renaming: Renaming
-) -> Comparison | None:
-    """Compare a model with a fingerprint. None: the file does not say which names it has."""
-    if "rounded" not in stored and stored["layout"] != here["layout"]:
-        return None
-    tensors = base_tensors(view)
-    names_there = {name: renaming.name_there(name) for name in tensors}
-    no_halves = {name_there: list[int]() for name_there in names_there.values()}
-    halves: Mapping[str, Any] = stored.get("rounded", no_halves)
-    quantised = quantised_names(view)
-    is_same_form = have_one_form(stored, here) and _same_are_quantised(names_there, halves, quantised)
-    digests = dict(zip(tensors, here["digests"], strict=True))
-    compared = list[ComparedTensor]()
-    for name, tensor in without(tensors, random).items():
-        halves_here = partial(_halves_of, view, name, tensor, digests[name])
-        compared.append(
-            ComparedTensor(names_there[name], name, tensor, digests[name], halves_here, is_packed=name in quantised)
-        )
-    found = compare({**stored, "rounded": halves}, compared, is_same_form=is_same_form)
-    found.differ = _names_only_there(halves, names_there.values()) + found.differ
-    found.quantised = [name for name in found.quantised if name in view.parameters]
-    return found
+    def compare(self, there: Fingerprint) -> Comparison:
+        """Compare it with a fingerprint. Nothing is compared with one that does not say which names it has."""
+        if "rounded" not in there:
+            if there["layout"] != self.about["layout"]:
+                return Comparison()
+            there = {**there, "rounded": {name: list[int]() for name in self.names_there.values()}}
+        found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
+        found.differ = [*self._only_there(there), *found.differ]
+        found.quantised = [name for name in found.quantised if name in self.view.parameters]
+        return found
 
+    def _has_form_of(self, there: Fingerprint) -> bool:
+        """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
+        if not have_one_form(there, self.about):
+            return False
+        quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
+        return quantised_there == self.quantised & self.tensors.keys()
 
-def _same_are_quantised(names_there: Mapping[str, str], halves: Mapping[str, Any], quantised: set[str]) -> bool:
-    """Whether the same tensors are quantised here and there."""
-    quantised_there = {name for name, name_there in names_there.items() if halves[name_there] is None}
-    return quantised_there == quantised & names_there.keys()
+    def _only_there(self, there: Fingerprint) -> list[str]:
+        """The tensors there that are not here. Quantised ones may have other names."""
+        others: Mapping[str, Any] = without(there["rounded"], set(self.names_there.values()))
+        return [name for name, half_digests in others.items() if half_digests is not None]
 
+    def _compared_tensors(self) -> list[ComparedTensor]:
+        """The tensors that are compared: of those that look untrained, files hold the values."""
+        compared = list[ComparedTensor]()
+        for name, tensor in without(self.tensors, self.stored.random).items():
+            halves = partial(self._halves_of, name)
+            is_packed = name in self.quantised
+            name_there = self.names_there[name]
+            compared.append(ComparedTensor(name_there, name, tensor, self.digests[name], halves, is_packed=is_packed))
+        return compared
 
-def _names_only_there(halves: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """The tensors there that are not here. Quantised ones may have other names."""
-    absent = halves.keys() - names
-    return [name for name, half_digests in halves.items() if name in absent and half_digests is not None]
-
-
-def _halves_of(view: View, name: str, tensor: Tensor, exact: int) -> list[int]:
-    """A base tensor's digests in half precision. The list is empty if the run has changed its values."""
-    base = view.record.base
-    if base.row(name).change is not None:
-        return base.half_digests.get(exact, [])
-    return base.halves(exact, tensor)
+    def _halves_of(self, name: str) -> list[int]:
+        """A tensor's digests in half precision. The list is empty if the run has changed its values."""
+        base = self.view.record.base
+        exact = self.digests[name]
+        if base.row(name).change is not None:
+            return base.half_digests.get(exact, [])
+        return base.halves(exact, self.tensors[name])
 
 
 # What is said
 
 
-def _converted_message(view: View, stored: Fingerprint, here: Fingerprint, found: Comparison) -> str:
+def _converted_message(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
     """The same base in another precision."""
+    trained_on = f"These adapters were trained on a base in {_dtypes(there)}"
     result = "It is the same base, converted."
     if found.quantised:
         result = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-    return f"These adapters were trained on a base in {_dtypes(stored)}; {view.title} is in {_dtypes(here)}. {result}"
+    return f"{trained_on}; {base.view.title} is in {_dtypes(base.about)}. {result}"
 
 
-def _dtypes(stored: Fingerprint) -> str:
+def _dtypes(fingerprint: Fingerprint) -> str:
     """The dtypes of a fingerprint, in a message."""
-    return " and ".join(stored["dtypes"])
+    return " and ".join(fingerprint["dtypes"])
 
 
 def _left_out(found: Comparison) -> str:
@@ -141,57 +140,63 @@ def _left_out(found: Comparison) -> str:
     return f"; {count} quantised {weights_were} not compared"
 
 
-def _difference(view: View, stored: Fingerprint, here: Fingerprint, found: Comparison | None, shapes: Shapes) -> str:
+def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
     """What is different. The first sentence says how much, the others what to do."""
-    if found is None or _is_other_architecture(view, stored, here):
-        return _other_architecture(view, stored, here, shapes)
+    title = base.view.title
+    if _is_other_architecture(base, there):
+        return _other_architecture(base, there)
     counted = len(found.differ) + found.equal
     if not counted:
         return (
-            f"All frozen weights of {view.title}, or of the base that these adapters were trained on, are quantised: "
+            f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
             "there is nothing to compare. Load it as it was loaded for training, or pass check_base=False to "
             "load_adapter."
         )
     examples = listed(found.differ, 3)
-    how_many = f"{len(found.differ)} of {counted} frozen tensors of {view.title} differ, such as {examples}"
+    how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {examples}"
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the same pretrained weights as for the "
             "training: in the module's __init__ or setup, or before load_adapter. New layers and rows are random, so "
             "they must train: modules_to_save, trainable_token_indices. If this model is merged, load its base."
         )
-    dtypes_there = _dtypes(stored)
+    dtypes_there = _dtypes(there)
     return (
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
-        f"{_dtypes(here)}{_left_out(found)}. Load the same pretrained weights as for the training, in {dtypes_there}, "
-        "and then convert the model. A base that was rounded twice, or to float16 there and to bfloat16 here, is not "
-        "recognised."
+        f"{_dtypes(base.about)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
+        f"{dtypes_there}, and then convert the model. A base that was rounded twice, or to float16 there and to "
+        "bfloat16 here, is not recognised."
     )
 
 
-def _is_other_architecture(view: View, stored: Fingerprint, here: Fingerprint) -> bool:
+def _is_other_architecture(base: _BaseHere, there: Fingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
-    if stored["layout"] == here["layout"]:
+    if there["layout"] == base.about["layout"]:
         return False
-    is_quantised_there = None in stored.get("rounded", {}).values()
-    return not is_quantised_there and not quantised_names(view)
+    if "rounded" not in there:
+        return True
+    is_quantised_there = None in there["rounded"].values()
+    return not is_quantised_there and not base.quantised
 
 
-def _other_architecture(view: View, stored: Fingerprint, here: Fingerprint, shapes: Shapes) -> str:
+def _other_architecture(base: _BaseHere, there: Fingerprint) -> str:
     """Names or shapes differ."""
-    count_there = len(stored["digests"])
-    count_here = len(here["digests"])
+    title = base.view.title
+    count_there = len(there["digests"])
     return (
         f"These adapters were trained on another architecture: their base has {count_there} frozen "
-        f"tensors, {view.title} has {count_here}, and names or shapes differ.{_example(view, shapes)} Build "
+        f"tensors, {title} has {len(base.digests)}, and names or shapes differ.{_example(base)} Build "
         "the model as it was built for training, with the same modules_to_save and bias."
     )
 
 
-def _example(view: View, shapes: Shapes) -> str:
+def _example(base: _BaseHere) -> str:
     """A sentence about one trained tensor that has another shape here."""
-    for name, shape_there in shapes.items():
-        parameter = view.parameters.get(name)
-        if parameter is not None and parameter.shape != shape_there:
-            return f" For example, {name!r} is {tuple(shape_there)} there and {tuple(parameter.shape)} here."
+    parameters = base.view.parameters
+    tensors_there = of_type(base.stored.state, Tensor)
+    for name, tensor in only(tensors_there, parameters).items():
+        shape_there = tuple(tensor.shape)
+        shape_here = tuple(parameters[name].shape)
+        if shape_here != shape_there:
+            return f" For example, {name!r} is {shape_there} there and {shape_here} here."
     return ""

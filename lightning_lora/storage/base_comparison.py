@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.storage.fingerprint import Fingerprint
 from lightning_lora.tensors.digests import digests_as
+from lightning_lora.tensors.named import only
 
 
 @dataclass
@@ -81,30 +82,30 @@ class _BaseThere:
 
     def has_converted(self, here: ComparedTensor) -> bool:
         """Whether one of two tensors is the other, converted to another floating-point dtype."""
-        tensor = here.tensor
-        if here.name not in self.digests:
+        has_values = here.tensor.is_floating_point() and not here.tensor.is_meta
+        if here.name not in self.digests or not has_values:
             return False
-        dtypes = [dtype for dtype in self.floating_dtypes if dtype != tensor.dtype]
-        if not dtypes or not tensor.is_floating_point() or tensor.is_meta:
-            return False
-        if self._becomes(here):
-            return True
-        digest_there = self.digests[here.name]
-        others = [dtype for dtype in dtypes if dtype not in HALVES]
-        may_be_half = len(others) < len(dtypes)
-        if may_be_half and digest_there in here.halves():
-            return True
-        return digest_there in digests_as(tensor, others)
+        return self._became(here) or self._came_from(here)
 
-    def _becomes(self, here: ComparedTensor) -> bool:
+    def _became(self, here: ComparedTensor) -> bool:
         """Whether the tensor there, converted to half precision, is the one here."""
         halves = self.halves[here.name]
         if not halves or here.tensor.dtype not in HALVES:
             return False
         return here.exact == halves[HALVES.index(here.tensor.dtype)]
 
+    def _came_from(self, here: ComparedTensor) -> bool:
+        """Whether the tensor here, converted to a dtype there, is the one there."""
+        digest_there = self.digests[here.name]
+        dtypes = [dtype for dtype in self.floating_dtypes if dtype != here.tensor.dtype]
+        wider = [dtype for dtype in dtypes if dtype not in HALVES]
+        may_be_half = len(wider) < len(dtypes)
+        if may_be_half and digest_there in here.halves():
+            return True
+        return digest_there in digests_as(here.tensor, wider)
+
 
 def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
     """The floating-point dtypes with these names. A later torch has more."""
-    dtypes = [getattr(torch, name) for name in names if hasattr(torch, name)]
+    dtypes = only(vars(torch), set(names)).values()
     return [dtype for dtype in dtypes if dtype.is_floating_point]

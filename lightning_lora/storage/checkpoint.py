@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import Change
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.fresh import random_weights
@@ -17,24 +16,27 @@ from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
-from lightning_lora.storage.fingerprint import base_tensors, fingerprint, have_one_form, note_changed, with_halves
+from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import Way, put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
-from lightning_lora.storage.state import NOTE, without_base, without_notes
+from lightning_lora.storage.state import NOTE, adapters_in, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
-from lightning_lora.tensors.plain_states import load_state_dict, state_dict
+from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors
 from lightning_lora.tensors.values import detached
+
+Checkpoint = dict[str, Any]  # as a Trainer writes it
+
 
 # Write
 
 
-def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
+def adapter_only(model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False) -> Checkpoint:
     """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
     fingerprints = note_changed(model, anew=False)
     view = view_of(model)
@@ -51,8 +53,8 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
 
 
 def with_merged_model(
-    model: nn.Module, checkpoint: Mapping[str, Any], *, written_later: bool = False
-) -> tuple[dict[str, Any], dict[str, float]]:
+    model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False
+) -> tuple[Checkpoint, dict[str, float]]:
     """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
     adapters = without_notes(checkpoint["state_dict"])
     description = checkpoint[KEY]
@@ -64,25 +66,29 @@ def with_merged_model(
     return whole, lost
 
 
-def _with_small_states(view: View, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose states of the model hold only what training changed: also those of averages."""
     small = dict(checkpoint)
-    for key, state in only(checkpoint, ("state_dict", MOVED)).items():
-        small[key] = _small(view, state)
-    if "callbacks" in small:
-        small["callbacks"] = dict(small["callbacks"])
-        for key, state in _with_averages(checkpoint).items():
-            small["callbacks"][key] = {**state, AVERAGE: _small(view, state[AVERAGE])}
+    for key, state in only(checkpoint, _STATES).items():
+        small[key] = _small_state(view, state)
+    averages = _with_averages(checkpoint)
+    if averages:
+        small["callbacks"] = dict(checkpoint["callbacks"])
+    for callback, state in averages.items():
+        small["callbacks"][callback] = {**state, AVERAGE: _small_state(view, state[AVERAGE])}
     return small
 
 
-def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+_STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
+
+
+def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     """A state of the model without the base."""
     changed = without_base(view, state, random_weights(view))
     return {name: _alone(value) for name, value in changed.items()}
 
 
-def _with_averages(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_averages(checkpoint: Checkpoint) -> dict[str, Any]:
     """The states of callbacks that hold a full model, by callback: Lightning's StochasticWeightAveraging has one."""
     return where(checkpoint.get("callbacks", {}), _has_average)
 
@@ -96,11 +102,12 @@ def _alone(value: Any) -> Any:
     """Copy a tensor that shares a larger memory: torch would write all of that memory into the file."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
         return value
-    has_memory_of_its_own = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if has_memory_of_its_own else value.clone(memory_format=torch.contiguous_format)
+    if value.untyped_storage().nbytes() == value.numel() * value.element_size():
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
-def _copy(checkpoint: dict[str, Any]) -> Any:
+def _copy(checkpoint: Checkpoint) -> Any:
     """A copy that later steps do not change. torch copies no tensor with a graph, such as a kept loss."""
     return deepcopy(tree_map(detached, checkpoint))
 
@@ -108,26 +115,22 @@ def _copy(checkpoint: dict[str, Any]) -> Any:
 # Read
 
 
-def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for state in _with_averages(checkpoint).values():
-        state[AVERAGE] = _completed(model, state[AVERAGE], base_values(view_of(model)))
+        state[AVERAGE] = _with_base(model, state[AVERAGE], base_values(view_of(model)))
 
 
-def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
+def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
     """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
     if not merged:
         return False
     view = view_of(model)
-    here = fingerprint(view, anew=False)
-    fitting = [each for each in checkpoint[KEY]["base"] if have_one_form(each, here)]
-    if not fitting or not take_updates_out(view, merged, checkpoint["state_dict"]):
+    there = find_one_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
+    if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
-    digests_now = fingerprint(view, anew=False)["digests"]
-    digests_there = fitting[0]["digests"]
-    for name, now, there in zip(base_tensors(view), digests_now, digests_there, strict=True):
-        if now != there:
-            view.record.base.row(name).rounding = Change(now, there)
+    for name, change in changes_between(view, there, fingerprint(view, anew=False)).items():
+        view.record.base.row(name).rounding = change
     return True
 
 
@@ -146,7 +149,7 @@ def naming_the_file(path: object) -> Iterator[None]:
 _CALL = "To load a checkpoint"
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
+def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
 
     Args:
@@ -161,7 +164,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
         return
     load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
     if whole:
-        _complete_states(model, checkpoint)
+        _add_base_to_states(model, checkpoint)
 
 
 def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
@@ -169,26 +172,32 @@ def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
     put(model, stored, Way(call=_CALL, reads_base=False))
 
 
-def _complete_states(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
     base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
-    for key, state in only(checkpoint, ("state_dict", MOVED)).items():
-        checkpoint[key] = _completed(model, state, base)
+    for key, state in only(checkpoint, _STATES).items():
+        checkpoint[key] = _with_base(model, state, base)
 
 
-def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
+def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
-    given = {plain_name(name): value for name, value in state.items() if value is not None}
-    values = {**base, **given}
-    names_in_model = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
-    present = {name: values[plain] for plain, name in names_in_model.items() if plain in values}
-    return {**present, **without(values, names_in_model)}
+    values = {**base, **renamed(where(state, _is_there), plain_name)}
+    completed = dict[str, Any]()
+    for name in model.state_dict(keep_vars=True):
+        if plain_name(name) in values:
+            completed[name] = values.pop(plain_name(name))
+    return {**completed, **values}
+
+
+def _is_there(value: object) -> bool:
+    """Whether an entry of a state has a value."""
+    return value is not None
 
 
 # A full checkpoint
 
 
-def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _load_base(model: nn.Module, state: StateDict) -> None:
     """Write a full state into the base, and initialise the adapters again."""
     check_start(model, _CALL)
     state = renamed(state, plain_name)
@@ -204,9 +213,9 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     record.base.forget_changes()
 
 
-def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _check_base_fits(model: nn.Module, state: StateDict) -> None:
     """Refuse a full state that does not fit this model."""
-    wrong = _differences(_state_of_base(model), state)
+    wrong = _misfits(_state_of_base(model), state)
     if wrong:
         raise BaseMismatchError(
             f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
@@ -216,12 +225,11 @@ def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _state_of_base(model: nn.Module) -> dict[str, Any]:
     """The state of a model without its adapters."""
-    adapters = {id(parameter) for parameter in view_of(model).adapters.values()}
     state = state_dict(model, keep_vars=True)
-    return {name: value for name, value in state.items() if id(value) not in adapters}
+    return without(state, adapters_in(view_of(model), state))
 
 
-def _differences(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def _misfits(expected: StateDict, state: StateDict) -> list[str]:
     """What is missing in a state, is unexpected, or has another shape, in words."""
     wrong = [f"{name} is missing" for name in not_in(expected, state)]
     for name, value in state.items():

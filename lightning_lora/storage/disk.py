@@ -34,18 +34,21 @@ from lightning_lora.private import STORAGE_BYTES
 def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
     """Yield a temporary file, then move it to its place: there is always a whole file, the old one or the new one."""
     local = local_path(path) if beside else None
-    if local is None:
-        with write_errors(path):
-            yield path
-        return
     with write_errors(path):  # such as too long a name
+        if local is None:
+            yield path
+            return
         target = local.resolve()  # the target of a link, so that the link stays
-        is_device = target.exists() and not target.is_file() and not target.is_dir()
-        if is_device:
-            raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
-    with _temporary(target) as temporary, write_errors(path):
-        yield temporary
-        temporary.replace(target)  # an error if nothing was written: Lightning has none when nobody may write there
+        _refuse_device(target, path)
+        with _temporary(target) as temporary:
+            yield temporary
+            temporary.replace(target)  # an error if nothing was written: Lightning has none if nobody may write there
+
+
+def _refuse_device(target: Path, path: Any) -> None:
+    """Refuse a place that is neither free nor a file or folder."""
+    if target.is_char_device() or target.is_block_device() or target.is_fifo() or target.is_socket():
+        raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
 
 
 @contextmanager
@@ -137,8 +140,7 @@ def remove_left_parts(folder: Path) -> None:
 
 def _is_left(path: Path, name: re.Match[str]) -> bool:
     """Whether nobody is writing a temporary file any more."""
-    is_named = name["process"] is not None
-    can_be_asked_for = is_named and name["machine"] == _machine() and os.name == "posix"
+    can_be_asked_for = name["machine"] == _machine() and os.name == "posix"
     if not can_be_asked_for:
         return time.time() - path.stat().st_mtime > _ABANDONED
     process = int(name["process"])
@@ -193,24 +195,21 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    places = [(local / file).resolve() for file in files]
+    written = set[Path]()
+    for file in files:
+        place = (local / file).resolve()
+        written.update((place, *place.parents))
     for each in inputs:
         source = local_path(each)
-        if source is not None and _is_any_inside(places, source):
+        if source is not None and any(_are_one(source, place) for place in written):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."
             )
 
 
-def _is_any_inside(places: Iterable[Path], source: Path) -> bool:
-    """Whether one of these places is a file or folder that exists, or is inside of it."""
-    if not source.exists():
-        return False
-    for place in places:
-        for path in (place, *place.parents):
-            if path.exists() and path.samefile(source):
-                return True
-    return False
+def _are_one(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def local_path(path: Any) -> Path | None:

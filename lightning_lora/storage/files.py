@@ -1,7 +1,6 @@
 """Save, export and load adapters without a Trainer."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -33,6 +32,7 @@ from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import where
+from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.values import is_tensor
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         own.write_adapter_file(path, stored)
 
 
-def _tensors_in(state: Mapping[str, Any], title: str) -> dict[str, Tensor]:
+def _tensors_in(state: StateDict, title: str) -> dict[str, Tensor]:
     """The tensors in a state. Warn of what else is in it."""
     tensors = where(state, is_tensor)
     odd = state.keys() - tensors.keys()
@@ -151,8 +151,7 @@ def export_peft(
         >>> config["r"], config["lora_alpha"], config["target_modules"]
         (2, 4, ['0', '2'])
     """
-    chosen = WRITTEN.get(format)
-    if chosen is None or chosen.write is None:
+    if format not in WRITTEN:
         raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
@@ -161,6 +160,8 @@ def export_peft(
     else:
         stored = own.read_adapter_file(model_or_file)
         source = source_of(stored, None, root)
+    chosen = WRITTEN[format]
+    assert chosen.write is not None
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
 
@@ -168,7 +169,8 @@ def export_peft(
 def _state_of(view: View) -> dict[str, Any]:
     """All that training changed, if it has values."""
     state = without_extra(view, adapter_state(view))
-    empty = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    tensors = where(state, is_tensor)
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise AdapterStateError(
             f"{listed(empty)} of {view.title} are on the meta device and have no values. Load the base, which moves "
@@ -243,16 +245,23 @@ def _reader_of(path: Any, asked: Asked) -> Reader:
     file = path if local is None else weights_of(local)
     contents = own.read_contents(file)
     found = find_format(contents, file, asked)
-    if asked != Asked() and (found is None or found[0].name != "loralib"):
+    if found is None:
+        _refuse_options(asked, path)
+        return partial(with_names_of, stored=own.adapters_in(contents, path))
+    format, reader = found
+    if format.name != "loralib":
+        _refuse_options(asked, path)
+    check_usual(contents, path)
+    return reader
+
+
+def _refuse_options(asked: Asked, path: Any) -> None:
+    """Refuse arguments for loralib's files beside a file of another library."""
+    if asked != Asked():
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
-    if found is None:
-        return partial(with_names_of, stored=own.adapters_in(contents, path))
-    _, reader = found
-    check_usual(contents, path)
-    return reader
 
 
 def load_from_checkpoint(

@@ -16,8 +16,8 @@ from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import joined, where, with_values, without
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.named import joined, of_type, only, where, where_not, with_values, without
+from lightning_lora.tensors.names import first_names, join
 
 Fingerprint = Mapping[str, Any]  # its layout, dtypes and digests; in files also "rounded", by the names of tensors
 Halves = dict[str, list[int] | None]  # the digests of tensors in half precision, by name
@@ -48,27 +48,14 @@ def base_digests(model: nn.Module) -> dict[str, int]:
 
 
 def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
-    """The digests of these tensors as they are. Tied weights are hashed once."""
-    rows = rows_of(view)
-    first_names = dict[int, str]()
-    weights = dict[str, Tensor]()
-    copies = dict[str, Tensor]()  # with rows set to zero: new ones each time, which nothing remembers
-    for name, tensor in tensors.items():
-        first_name = first_names.setdefault(id(tensor), name)
-        if first_name != name or tensor.is_meta:
-            continue
-        if name in rows:
-            copies[name] = tensor
-        else:
-            weights[name] = tensor
-    digests = view.record.base.digests(weights, anew=anew)
+    """The digests of these tensors as they are, 0 on the meta device. Tied weights are hashed once."""
+    present = where_not(first_names(tensors), _is_meta)
+    copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
+    numbers = view.record.base.digests(without(present, copies), anew=anew)
     for name, tensor in copies.items():
-        digests[name] = digest(tensor)
-    digests_by_name = dict[str, int]()
-    for name, tensor in tensors.items():
-        first_name = first_names[id(tensor)]
-        digests_by_name[name] = digests.get(first_name, 0)  # none on the meta device
-    return digests_by_name
+        numbers[name] = digest(tensor)
+    digests = {tensor: numbers[name] for name, tensor in present.items()}
+    return {name: digests.get(tensor, 0) for name, tensor in tensors.items()}
 
 
 def _layout(tensors: Tensors, renaming: Renaming) -> str:
@@ -104,10 +91,8 @@ def base_tensors(view: View) -> dict[str, Tensor]:
 
 def _rescaled_embeddings(view: View) -> set[str]:
     """All names of the weights that embeddings with ``max_norm`` rescale."""
-    rescaled = set[Tensor]()
-    for module in view.modules.values():
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            rescaled.add(module.weight)
+    embeddings = of_type(view.modules, nn.Embedding).values()
+    rescaled = {embedding.weight for embedding in embeddings if embedding.max_norm is not None}
     return set(with_values(view.base, rescaled))
 
 
@@ -168,22 +153,29 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     fingerprints = record.adapter.fingerprints
     if now in fingerprints:
         return fingerprints
-    before = _find_one_form(fingerprints, now)
+    before = find_one_form(fingerprints, now)
     if before is None:
         return [now]
-    names = base_tensors(view)
-    for name, digest_before, digest_now in zip(names, before["digests"], now["digests"], strict=True):
-        if digest_before != digest_now:
-            record.base.row(name).change = Change(digest_now, digest_before)
+    for name, change in changes_between(view, before, now).items():
+        record.base.row(name).change = change
     return fingerprints
 
 
-def _find_one_form(fingerprints: Iterable[dict[str, Any]], other: Fingerprint) -> dict[str, Any] | None:
-    """The first fingerprint that has the same form as another one."""
+def find_one_form(fingerprints: Iterable[dict[str, Any]], other: Fingerprint) -> dict[str, Any] | None:
+    """Return the first fingerprint that has the same form as another one, or None."""
     for each in fingerprints:
         if have_one_form(each, other):
             return each
     return None
+
+
+def changes_between(view: View, before: Fingerprint, now: Fingerprint) -> dict[str, Change]:
+    """Return what differs in two fingerprints of one form, by the names of tensors."""
+    changes = dict[str, Change]()
+    for name, digest_before, digest_now in zip(base_tensors(view), before["digests"], now["digests"], strict=True):
+        if digest_before != digest_now:
+            changes[name] = Change(digest_now, digest_before)
+    return changes
 
 
 def have_one_form(one: Fingerprint, other: Fingerprint) -> bool:
@@ -213,26 +205,28 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     """
     tensors = base_tensors(view)
     quantised = quantised_names(view)
-    convertible = _convertible_tensors(tensors, quantised.union(view.record.base.changed))
+    convertible = where(without(tensors, quantised.union(view.record.base.changed)), _is_convertible)
     here = {"layout": _layout(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
     described = list[dict[str, Any]]()
-    for each in map(dict, fingerprints):
+    for each in fingerprints:
+        about = dict(each)
         if each["layout"] == here["layout"]:
             digests = dict(zip(tensors, each["digests"], strict=True))
-            each["rounded"] = _remembered_halves(view.record.base, digests, quantised)
+            about["rounded"] = _remembered_halves(view.record.base, digests, quantised)
             if have_one_form(each, here):
-                each["rounded"] |= _computed_halves(view.record.base, digests, convertible)
-        described.append(each)
+                about["rounded"] |= _computed_halves(view.record.base, digests, convertible)
+        described.append(about)
     return described
 
 
-def _convertible_tensors(tensors: Tensors, left_out: set[str]) -> dict[str, Tensor]:
-    """The tensors that have values in half precision, but for those that are left out."""
-    return where(without(tensors, left_out), _is_convertible)
-
-
 def _is_convertible(tensor: Tensor) -> bool:
+    """Whether a tensor has values in half precision."""
     return tensor.is_floating_point() and not tensor.is_meta
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return tensor.is_meta
 
 
 def _remembered_halves(base: Base, digests: Mapping[str, int], quantised: set[str]) -> Halves:

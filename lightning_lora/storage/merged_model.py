@@ -1,7 +1,7 @@
 """Save the whole merged model, for code that does not know adapters."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -21,9 +21,11 @@ from lightning_lora.networks.inner_model import root_of
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.merged_state import merged_state
-from lightning_lora.storage.state import check_not_diverged
-from lightning_lora.tensors.named import beginning_with
-from lightning_lora.tensors.names import is_inside, plain_module, plain_name, submodule
+from lightning_lora.storage.renaming import names_outside
+from lightning_lora.storage.state import check_not_diverged, required
+from lightning_lora.tensors.named import beginning_with, only, renamed
+from lightning_lora.tensors.names import plain_module, plain_name, submodule
+from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import reshard
 
 
@@ -81,37 +83,40 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         _write_folder(view_of(model), path)
 
 
-def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
-    """The merged state, after checks. Adapters must be finite, and no weight may be tied again."""
-    untied = [weight.layer for weight in view.merged if weight.was_tied]
-    untied += tied_weights(view)
-    if is_folder and untied:
-        _refuse_to_tie_again(view, untied)
-    state, lost = merged_state(view, given)
+def _merged(view: View, changed: StateDict) -> dict[str, Any]:
+    """The merged state, after checks. Adapters must be finite."""
+    state, lost = merged_state(view, changed)
     check_not_diverged(view)
     _refuse_overflow(view, state)
-    Guards().merged(view.title, lost, untied)
+    Guards().merged(view.title, lost, _untied(view))
     return state
 
 
-def _refuse_to_tie_again(view: View, untied: Collection[str]) -> None:
+def _untied(view: View) -> list[str]:
+    """The layers whose weight is no longer tied to another layer's."""
+    untied = [weight.layer for weight in view.merged if weight.was_tied]
+    return [*untied, *tied_weights(view)]
+
+
+def _refuse_to_tie_again(view: View) -> None:
     """Refuse a model whose ``from_pretrained`` would make one weight of two."""
+    untied = _untied(view)
     inner = submodule(view.model, root_of(view.model))
     config = getattr(inner, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    if untied and getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(
             f"The weight of {listed(untied)} in {view.title} is tied to another layer's and has its own "
             "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
         )
 
 
-def _refuse_overflow(view: View, state: Mapping[str, Any]) -> None:
+def _refuse_overflow(view: View, state: StateDict) -> None:
     """Refuse merged weights that are not finite in their dtype."""
-    weights = set(view.adapted_weights)
-    for name, value in state.items():
-        if plain_name(name) in weights and not value.isfinite().all():
+    weights = only(renamed(state, plain_name), set(view.adapted_weights))
+    for name, value in weights.items():
+        if not value.isfinite().all():
             raise AdapterStateError(
-                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
+                f"Merged, {name!r} would hold values that {value.dtype} cannot. Convert the model first: "
                 "model.to(torch.float32)."
             )
 
@@ -127,19 +132,26 @@ def _write_checkpoint(view: View, path: Path) -> None:
             f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
             "in .safetensors, or, if it has save_pretrained, one without ending."
         )
-    is_dict = isinstance(model.hparams, dict)  # otherwise omegaconf's
+    hyperparameters, kind_of_them = _hyperparameters(model)
     checkpoint = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
-        "state_dict": _merged(view),
-        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_dict else model.hparams,
-        model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_dict else type(model.hparams),
+        "state_dict": _merged(view, {}),
+        model.CHECKPOINT_HYPER_PARAMS_KEY: hyperparameters,
+        model.CHECKPOINT_HYPER_PARAMS_TYPE: kind_of_them,
         model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, HPARAMS_NAME, None),
     }
     model.on_save_checkpoint(checkpoint)
     with writing(path) as part:
         torch.save(checkpoint, part)
+
+
+def _hyperparameters(model: Any) -> tuple[Any, type | None]:
+    """A LightningModule's hyperparameters as checkpoints hold them, and their class if that is omegaconf's."""
+    if isinstance(model.hparams, dict):
+        return dict(model.hparams), None
+    return model.hparams, type(model.hparams)
 
 
 def _package_of_lightning(model: nn.Module) -> str | None:
@@ -152,7 +164,7 @@ def _package_of_lightning(model: nn.Module) -> str | None:
 
 
 def _write_safetensors(view: View, path: Path) -> None:
-    state = _merged(view)
+    state = _merged(view, {})
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise AdapterFileError(
@@ -180,13 +192,14 @@ def _write_folder(view: View, path: Path) -> None:
             f"{title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
             "LightningModule, or in .safetensors."
         )
-    outside = [name for name in (*view.adapters, *view.trained) if not is_inside(name, root)]
+    outside = names_outside(root, required(view))
     if outside:
         raise AdapterFileError(
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    state = _merged(view, is_folder=True)
+    _refuse_to_tie_again(view)
+    state = _merged(view, {})
     with writing_folder(path) as part, _answering(view.model, state):
         save(part)
 
@@ -204,7 +217,8 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     if has_values_of_its_own or is_inside_another_save:
         return save(model, *args, **kwargs)
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
-    state = _merged(view, given, is_folder=True)
+    _refuse_to_tie_again(view)
+    state = _merged(view, given or {})
     if view.layers:
         warn(
             f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
@@ -231,7 +245,7 @@ def _by_name(
 
 
 @contextmanager
-def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+def _answering(model: nn.Module, state: StateDict) -> Iterator[None]:
     """Let the state dict of a model hold these values. Those of modules in it do too."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
@@ -239,11 +253,11 @@ def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
             if "state_dict" in attributes:  # somebody's
                 undo.callback(attributes.update, state_dict=attributes["state_dict"])
             undo.callback(attributes.pop, "state_dict")
-            attributes["state_dict"] = partial(_below, state, name)
+            attributes["state_dict"] = partial(_part_of_state, state, name)
         yield
 
 
-def _below(state: Mapping[str, Any], module: str, *_: Any, **__: Any) -> dict[str, Any]:
+def _part_of_state(state: StateDict, module: str, *_: Any, **__: Any) -> dict[str, Any]:
     """The values of a module, by the names in it."""
     start = f"{module}." if module else ""
     return beginning_with(start, state)

@@ -16,18 +16,20 @@ from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.tensors.named import names_by, only, renamed, where, without
+from lightning_lora.storage.state import adapters_in
+from lightning_lora.tensors.named import names_by, only, renamed, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
+from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import detached, replace_values
 
 
-def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory.
 
     Args:
         view: The model.
-        changed: Values to take in place of the model's own, by name: of adapters too.
+        changed: Values to take in place of the model's own, by name: of adapters too. It may be empty.
 
     Returns:
         The state, and the share of each layer's update that is lost to rounding.
@@ -36,19 +38,19 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
         check_as_merged(view)
         state = plain_module(view.model).state_dict()
         return _noted(view, state), {}
-    changed = renamed(changed or {}, plain_name)
+    changed = renamed(changed, plain_name)
     _refuse_spread(view, changed)
     check_weights(view)
     check_mergeable(view)
-    with _showing(view, changed):
+    with _replaced_values(view, changed):
         merged, lost = _merged_weights(view)
     return _noted(view, _state_with(view, changed, merged)), lost
 
 
-def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
+def _refuse_spread(view: View, changed: StateDict) -> None:
     """Refuse a model whose weights are in no process as a whole."""
-    present = {**view.parameters, **changed}
-    if where(only(present, view.parameters), is_dtensor):
+    parameters = {**view.parameters, **only(changed, view.parameters)}
+    if any(is_dtensor(value) for value in parameters.values()):
         title = type(plain_module(view.model)).__name__
         raise AdapterStateError(
             f"{title} is spread over processes. Call save_adapter(model, path) in each, then "
@@ -56,18 +58,17 @@ def _refuse_spread(view: View, changed: Mapping[str, Any]) -> None:
         )
 
 
-def _state_with(view: View, changed: Mapping[str, Any], merged: Mapping[str, Tensor]) -> Any:
+def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) -> Any:
     """The model's state dict without adapters, with other values."""
     new_values = without({**changed, **merged}, view.adapters)
-    adapters = {id(parameter) for parameter in view.adapters.values()}  # a hook may have given them other names
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
-    for name, value in list(state.items()):
+    for name in adapters_in(view, state):
+        del state[name]
+        new_values.pop(plain_name(name), None)
+    for name, value in state.items():
         new_value = new_values.pop(plain_name(name), value)
-        if id(value) in adapters:
-            del state[name]
-        else:
-            state[name] = detached(new_value)
+        state[name] = detached(new_value)
     absent = merged.keys() & new_values.keys()
     if absent:
         raise AdapterStateError(
@@ -91,21 +92,21 @@ def _noted(view: View, state: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
+def _replaced_values(view: View, values: StateDict) -> Iterator[None]:
     """Give the adapters and their weights other values, and their own ones back."""
     with ExitStack() as undo, torch.no_grad():
         for name, layer in view.layers.items():
-            _show(view, name, layer, changed, undo)
+            _replace_values_of_layer(name, layer, values, undo)
         yield
 
 
-def _show(view: View, name: str, layer: LoRALayer, changed: Mapping[str, Any], undo: ExitStack) -> None:
-    """Give one adapter and its weights other values, where these are."""
-    first = join(name, layer.lora_weights()[0])
-    device = changed.get(first, view.parameters[first]).device
-    for leaf in (*layer.lora_weights(), *layer.lora_roles()):
+def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, undo: ExitStack) -> None:
+    """Give one adapter and its weights other values, where these are. All go to the device of the first weight."""
+    leaves = (*layer.lora_weights(), *layer.lora_roles())
+    first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))
+    for leaf in leaves:
         parameter = own_parameter(layer, leaf)
-        value = changed.get(join(name, leaf), parameter).to(device, parameter.dtype)
+        value = values.get(join(name, leaf), parameter).to(first_weight.device, parameter.dtype)
         if value is not parameter:
             undo.callback(set_parameter, layer, leaf, parameter)
             set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
@@ -136,45 +137,51 @@ def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
 # The base again
 
 
-def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
+def take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
     """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
-    merged = renamed(merged, plain_name)
-    if not _fit(view, changed) or not _can_be_taken_out(view) or not view.is_fresh():
+    adapters = only(changed, view.adapters)
+    if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
         return False
-    if not _has_weights(view, merged):
-        return False
-    with _showing(view, only(changed, view.adapters)), torch.no_grad():
+    with _replaced_values(view, adapters), torch.no_grad():
         for layer in view.layers.values():
-            for name in layer.lora_weights():
-                weight = own_parameter(layer, name)
-                update = layer.lora_effective_weight(name).sub_(weight)
-                base = weight.to(wide(weight.dtype)) - update
-                replace_values(weight, base.to(weight.dtype))
-            layer.lora_weights_changed()
+            _take_update_out(layer)
     return True
 
 
-def _fit(view: View, changed: Mapping[str, Any]) -> bool:
-    """Whether a file has all adapters, in the shapes of the model's."""
-    if not changed.keys() >= view.adapters.keys():
-        return False
-    return all(changed[name].shape == parameter.shape for name, parameter in view.adapters.items())
+def _take_update_out(layer: LoRALayer) -> None:
+    """Subtract the update of a layer from its weights."""
+    for name in layer.lora_weights():
+        weight = own_parameter(layer, name)
+        update = layer.lora_effective_weight(name).sub_(weight)
+        base = weight.to(wide(weight.dtype)) - update
+        replace_values(weight, base.to(weight.dtype))
+    layer.lora_weights_changed()
 
 
-def _can_be_taken_out(view: View) -> bool:
+def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
+    """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
+    have_one_shape = _shapes(adapters) == _shapes(view.adapters)
+    return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of tensors by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _is_exact_sum(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
-    if any(layer.lora_settings.use_dora for layer in view.layers.values()):
-        return False
-    return not any(_is_narrow_or_spread(parameter) for parameter in view.base.values())
+    uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
+    is_rounded = any(_is_narrow(parameter) for parameter in view.base.values())
+    return not (uses_dora or is_rounded or view.is_sharded)
 
 
-def _is_narrow_or_spread(parameter: Tensor) -> bool:
-    """Whether it is less precise than float32, or spread over processes."""
-    is_narrow = parameter.is_floating_point() and parameter.element_size() < 4
-    return is_narrow or is_dtensor(parameter)
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is less precise than float32."""
+    return parameter.is_floating_point() and parameter.element_size() < 4
 
 
-def _has_weights(view: View, merged: Mapping[str, Any]) -> bool:
+def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
     for name, parameter in view.base.items():
         if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):

@@ -13,7 +13,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import renamed
+from lightning_lora.tensors.named import renamed, without
 from lightning_lora.tensors.names import is_inside, join
 
 Value = TypeVar("Value")
@@ -66,6 +66,11 @@ def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in named.items() if is_inside(name, prefix)}
 
 
+def names_outside(prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the names that are not ``prefix``, and do not lie inside it."""
+    return [name for name in names if not is_inside(name, prefix)]
+
+
 SAME_NAMES = Renaming()
 
 
@@ -96,17 +101,17 @@ def _all_known(names: Iterable[str], known: Collection[str], renaming: Renaming)
 def _other_renamings(
     names: Sequence[str], known: Collection[str], root_there: str, root_here: str
 ) -> Iterator[Renaming]:
-    """Other prefixes: all that could go from the file's names, and all below which they could lie in the model."""
+    """Other prefixes: all that could go from the file's names, and all modules in which they could lie in the model."""
     shared = _shared_prefixes(names)
     for there in shared:
         yield Renaming(there, "")
         yield Renaming(there, root_here)
-    yield from _below_other_modules(names[0], known)
+    yield from _into_other_modules(names[0], known, "")
     if root_there in shared[1:]:  # not the empty one again
-        yield from _below_other_modules(names[0], known, root_there)
+        yield from _into_other_modules(names[0], known, root_there)
 
 
-def _below_other_modules(first: str, known: Collection[str], there: str = "") -> Iterator[Renaming]:
+def _into_other_modules(first: str, known: Collection[str], there: str) -> Iterator[Renaming]:
     """The prefix of each known name that ends as the first name does after its own prefix ``there``."""
     end = "." + first.removeprefix(f"{there}.")
     for name in known:
@@ -131,20 +136,8 @@ def by_whole_names(
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
         targets.add(layer)
-    r, *_ = targets.ranks.values()
-    alpha, *_ = targets.alphas.values()
-    return replace(
-        settings,
-        r=r,
-        alpha=alpha,
-        target_modules=list_or_expression(targets.modules, present),
-        target_parameters=targets.parameters or None,
-        target_slices=targets.slices or None,
-        trainable_token_indices=targets.tokens or None,
-        exclude_modules=None,
-        rank_pattern=_others_than(r, targets.ranks),
-        alpha_pattern=_others_than(alpha, targets.alphas),
-    )
+    target_modules = list_or_expression(targets.modules, present)
+    return replace(settings, target_modules=target_modules, exclude_modules=None, **targets.arguments())
 
 
 @dataclass
@@ -158,6 +151,20 @@ class _Targets:
     tokens: dict[str, Sequence[int]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all but the modules as arguments: None where none is named."""
+        r, *_ = self.ranks.values()
+        alpha, *_ = self.alphas.values()
+        named = {
+            "target_parameters": self.parameters,
+            "target_slices": self.slices,
+            "trainable_token_indices": self.tokens,
+            "rank_pattern": _others_than(r, self.ranks),
+            "alpha_pattern": _others_than(alpha, self.alphas),
+        }
+        given = {argument: value or None for argument, value in named.items()}
+        return {**given, "r": r, "alpha": alpha}
 
     def add(self, layer: StoredLayer) -> None:
         """Name one more layer."""
@@ -191,10 +198,9 @@ class _Targets:
         self.alphas[name] = rounded if rounded / growth == scaling else alpha
 
 
-def _others_than(usual: float, numbers: Mapping[str, float]) -> Any:
-    """A pattern for the names with another number. None: there are none."""
-    pattern = {_exactly(name): number for name, number in numbers.items() if number != usual}
-    return pattern or None
+def _others_than(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
+    """A pattern for the names with another number."""
+    return {_exactly(name): number for name, number in numbers.items() if number != usual}
 
 
 def _exactly(name: str) -> str:
@@ -240,11 +246,9 @@ def _ends_of(name: str) -> list[str]:
 
 def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, view: View) -> LoRAConfig:
     """Return the configuration of a file for a model with other names."""
-    saved = list[str]()
-    for name in (*view.modules, *view.parameters):
-        is_of_the_file = is_inside(name, renaming.here) and name != renaming.here
-        if is_of_the_file and config.is_saved(renaming.name_there(name)):
-            saved.append(name)
+    inside = entries_inside(renaming.here, {**view.modules, **view.parameters})
+    of_the_file = without(inside, [renaming.here])
+    saved = [name for name in of_the_file if config.is_saved(renaming.name_there(name))]
     renamed = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
     settings = replace(config, modules_to_save=saved or None)
     return by_whole_names(renamed, settings, view.modules.keys())

@@ -61,18 +61,18 @@ def set_adapter(
         ...     adapters(model)
         ('0.5 de + 1 fr', 'de', 'fr')
     """
-    names = _named_several(model, name)
-    if names is None:
+    record = record_of(model, "set_adapter")
+    weights = _weights_of_sum(record, name)
+    if weights is None:
         return switch.set_adapter(model, name)  # type: ignore[arg-type]  # one name, or None
-    return _show_sum(model, names)
+    return _show_sum(model, weights)
 
 
-def _named_several(model: nn.Module, name: object) -> Mapping[str, float] | None:
+def _weights_of_sum(record: Record, name: object) -> Mapping[str, float] | None:
     """The weights of the adapters whose sum is meant. None: one adapter is, or the base."""
     if isinstance(name, str):
-        state = record_of(model, "set_adapter").adapters.get(name)
+        state = record.adapters.get(name)
         return None if state is None else state.sum_of
-    record_of(model, "set_adapter")
     if isinstance(name, Mapping):
         return name
     return Counter(name) if isinstance(name, Iterable) else None
@@ -100,7 +100,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
 
 def _title(weights: Mapping[str, float]) -> str:
     """The name of a sum: ``0.5 de + 1 fr``."""
-    terms = []
+    terms = list[str]()
     for name, weight in weights.items():
         number = repr(float(weight)).removesuffix(".0")
         terms.append(f"{number} {name}")
@@ -108,14 +108,14 @@ def _title(weights: Mapping[str, float]) -> str:
 
 
 def _drop_sums(record: Record, title: str) -> None:
-    """Drop the resting sum of this name, which is made anew, or else the oldest ones."""
+    """Drop the inactive sum of this name, which is made anew, or else the oldest ones."""
     sums = [name for name, other in record.others.items() if other.sum_of]
-    dropped = [title] if title in sums else sums[:-_RESTING_SUMS]
+    dropped = [title] if title in sums else sums[:-_INACTIVE_SUMS]
     for name in dropped:
         del record.others[name]
 
 
-_RESTING_SUMS = 8  # some are shown again after a block
+_INACTIVE_SUMS = 8  # some are shown again after a block
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:
@@ -170,7 +170,7 @@ def _are_numbers(weights: object) -> bool:
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
-    """Let it rest beside the active one, also if the base is shown."""
+    """Put an adapter beside the active one, also if the base is shown."""
     active = record_of(model, "set_adapter").adapter.name
     with switch.set_adapter(model, active):
         put(model, stored, Way(call="load_adapter", adapts=True, name=name))
@@ -182,13 +182,13 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
     trained = without(stored.state, set(stored.random))
-    state = {key: _to_add(value) for key, value in trained.items()}
+    state = {key: _as_summand(value) for key, value in trained.items()}
     return replace(stored, state=state, random=[], source=f"the adapter {name!r} of {stored.source}")
 
 
-def _to_add(value: Any) -> Any:
+def _as_summand(value: Any) -> Any:
     """A value as it is added to others: in the host's memory, and in float32 or wider."""
     if not isinstance(value, Tensor):
         return value
-    dtype = wide(value.dtype) if value.is_floating_point() else value.dtype
-    return value.detach().cpu().to(dtype)
+    on_host = value.detach().cpu()
+    return on_host.to(wide(on_host.dtype)) if on_host.is_floating_point() else on_host

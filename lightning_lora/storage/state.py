@@ -11,9 +11,9 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.tensors.named import joined, only, renamed, with_values, without
+from lightning_lora.tensors.named import joined, of_type, only, renamed, with_values, without
 from lightning_lora.tensors.names import plain_name
-from lightning_lora.tensors.plain_states import state_dict
+from lightning_lora.tensors.plain_states import StateDict, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
@@ -60,13 +60,13 @@ def adapter_state(view: View) -> dict[str, Any]:
     return {name: full_tensor(value) for name, value in state.items()}
 
 
-def without_extra(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def without_extra(view: View, state: StateDict) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
     unchanged = view.adapter.extra.items() & extra_digests(view).items()
     return without(state, dict(unchanged))
 
 
-def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
+def without_notes(state: StateDict) -> dict[str, Any]:
     """Return a state without the note, of any version."""
     return {name: value for name, value in state.items() if not is_note(name)}
 
@@ -76,46 +76,61 @@ def is_note(name: object) -> bool:
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
-def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
+def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
     """Remove the base's values from a state of the model: frozen weights, and buffers with the base's values.
 
     What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
     noted = {*view.record.base.changed, *random}
-    values = _frozen_that_may_differ(view, noted)
-    values.update(_not_frozen(view, state))
-    kept: dict[str, Any] = {name: tensor.detach() for name, tensor in required(view).items()}
-    originals = without(view.adapter.originals, view.trained)
-    for name, value in values.items():
-        if name in noted or not _is_of_base(value, originals.get(name)):
-            kept[name] = value
-    for name, parameter in view.trained.items():
-        is_tied_and_merged = name in values and view.parameters[name] is not parameter
-        if is_tied_and_merged:  # its other use trains
-            kept[name] = parameter.detach()
-    return kept
+    originals = without(view.adapter.originals, {*view.trained, *noted})
+    values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
+    left_out = _names_of_base_values(values, originals) | _names_merged_over(view)
+    return {**_without_graphs(required(view)), **without(values, left_out)}
 
 
-def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Any]:
+def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
     """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
     frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
     changed_buffers = only(view.buffers, view.record.base.changed)
-    return {name: tensor.detach() for name, tensor in {**frozen, **changed_buffers}.items()}
+    return _without_graphs({**frozen, **changed_buffers})
 
 
-def _not_frozen(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    adapters_by_all_names = with_values(view.parameters, set(view.adapters.values()))
-    other_names = adapters_by_all_names.keys() - view.adapters.keys()
+    other_names = adapters_in(view, view.parameters).keys() - view.adapters.keys()
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
-def _is_of_base(value: object, original: Tensor | None) -> bool:
-    """Whether something that does not train still has the value that is kept of the base."""
-    if original is None or not isinstance(value, Tensor) or is_dtensor(value):
+def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
+    """The names of what still has the value that is kept of the base."""
+    unchanged = set[str]()
+    for name, original in originals.items():
+        if name in values and _is_original(values[name], original):
+            unchanged.add(name)
+    return unchanged
+
+
+def _is_original(value: object, original: Tensor) -> bool:
+    """Whether a value has the base's bits. Of a shard, that is not known."""
+    if not isinstance(value, Tensor) or is_dtensor(value):
         return False
     return same_bits(value.detach(), original)
+
+
+def _names_merged_over(view: View) -> set[str]:
+    """The tied weights that train in their other use, while a state has merged values under these names."""
+    return {name for name, parameter in view.trained.items() if parameter is not view.parameters[name]}
+
+
+def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a state dict holds them."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
+    """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
+    return with_values(of_type(state, Tensor), set(view.adapters.values()))
 
 
 def check_not_diverged(view: View) -> None:
@@ -128,7 +143,7 @@ def check_not_diverged(view: View) -> None:
         )
 
 
-def diverged(view: View, values: Mapping[str, Any]) -> list[str]:
+def diverged(view: View, values: StateDict) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
     names = [*view.adapters]
     originals = dict[str, Tensor]()
@@ -140,16 +155,15 @@ def diverged(view: View, values: Mapping[str, Any]) -> list[str]:
 
 def _statistics(view: View) -> list[str]:
     """The running statistics of norms. A step that is skipped for its overflow, as in 16-mixed, spoils them alone."""
-    names = []
-    for name, module in view.modules.items():
-        if isinstance(module, NormBase):
-            names += joined(name, only(module._buffers, ("running_mean", "running_var")))
+    names = list[str]()
+    for name, norm in of_type(view.modules, NormBase).items():
+        names += joined(name, only(norm._buffers, ("running_mean", "running_var")))
     return names
 
 
-def _is_sound(value: Tensor | None, original: Tensor | None) -> bool:
+def _is_sound(value: Tensor, original: Tensor | None) -> bool:
     """Whether a value is finite, but for what the base has too: a mask may be infinite."""
-    if value is None or value.is_meta:
+    if value.is_meta:
         return True
     value = full_tensor(value)
     odd = ~value.isfinite()

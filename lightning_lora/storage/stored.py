@@ -21,6 +21,7 @@ from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import inside, not_in, only, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.plain_states import StateDict
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
 FORMAT = 3  # the version of that entry
@@ -55,11 +56,11 @@ class StoredAdapters:
         check_as_adapted(view)
         config = view.config
         layers = layers_of(view)
-        _check_as_configured(view, config, layers)
+        _check_as_configured(view, config, layers.values())
         return cls(
             config=config,
             state=state,
-            layers=_by_name(layers),
+            layers=layers,
             base=base,
             changed=list(only(state, view.frozen)),
             random=list(random_weights(view)),
@@ -71,7 +72,9 @@ class StoredAdapters:
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
-        layers = _by_name(map(StoredLayer.from_dict, description["layers"]))
+        layers = dict[str, StoredLayer]()
+        for about in description["layers"]:
+            layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
         as_they_are = only(description, _AS_THEY_ARE)
         return cls(config, state, layers, source=str(source), **as_they_are)
@@ -109,16 +112,10 @@ class StoredAdapters:
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
-    if not config.modules_to_save:
-        return {}
     modules = [name for name in view.modules if config.is_saved(name)]
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
     return {module: inside(names, [module]) for module in outermost}
-
-
-def _by_name(layers: Iterable[StoredLayer]) -> dict[str, StoredLayer]:
-    return {layer.name: layer for layer in layers}
 
 
 def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:
@@ -159,7 +156,7 @@ def _is_head(layer: str) -> bool:
 _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
 
 
-def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+def checksum(state: StateDict, about: Mapping[str, Any]) -> int:
     """Return one number for all names and tensors, and for their description."""
     said = without(about, ["checksum"])
     tensors = dict(sorted(where(state, _has_values).items()))
@@ -176,7 +173,7 @@ def _has_values(value: object) -> bool:
     return isinstance(value, Tensor) and not value.is_meta
 
 
-def check_checksum(state: Mapping[str, Any], description: object, path: object) -> None:
+def check_checksum(state: StateDict, description: object, path: object) -> None:
     """Refuse adapters of another format, or that were changed after they were written."""
     about = description if isinstance(description, dict) else {}
     if about.get("format") != FORMAT:

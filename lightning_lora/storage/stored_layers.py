@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers import (
     ADAPTERS,
     AdaptedMatrix,
-    Adapter,
     LoRALayer,
     LoRAParameters,
     LoRATokens,
     Settings,
     adapter_parameters,
+    weights_of,
 )
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.named import names_by, not_in, only, with_values, without
 from lightning_lora.tensors.names import join, own_parameter
 
 ALSO = "also"  # the option that holds the other names of a layer that is used in several places
@@ -93,10 +93,8 @@ def _matrix_from_dict(stored: dict[str, Any]) -> AdaptedMatrix:
 def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[str, Any]:
     """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
     names = {field.name for field in fields(kind)}
-    later = []
-    for name, value in stored.items():
-        if name not in names and name != besides and value is not None:
-            later.append(name)
+    others = without(stored, {*names, besides})
+    later = [name for name, value in others.items() if value is not None]
     if later:
         raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
     return only(stored, names)
@@ -132,50 +130,31 @@ def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -
 # Describe the layers of a model
 
 
-def layers_of(view: View) -> list[StoredLayer]:
-    """Describe the adapted layers of a model, merged or not."""
-    layers = [_of_adapted(view, name, layer) for name, layer in view.layers.items()]
-    layers += [_of_merged(view, name, adapter) for name, adapter in view.record.merged.items()]
-    parameters = _parameters_before_merge(view)
-    uses = _names_of_each(parameters)
-    for layer in layers:
-        for weight in layer.shapes:
-            name = join(layer.name, weight)
-            others = [other for other in uses[id(parameters[name])] if other != name]
-            if others:
-                layer.tied[weight] = tuple(others)
+def layers_of(view: View) -> dict[str, StoredLayer]:
+    """Describe the adapted layers of a model, merged or not, by name."""
+    adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
+    adapters.update(view.record.merged)
+    names_by_weight = names_by(view.base)
+    layers = dict[str, StoredLayer]()
+    for name, adapter in adapters.items():
+        kind = cast(type[LoRALayer], adapter.kind)
+        settings = adapter.settings
+        stored = described(view, name, kind, adapter.matrices, settings.r, float(settings.scaling))
+        layers[name] = replace(stored, tied=_other_names(view, stored, names_by_weight))
     return layers
 
 
-def _of_adapted(view: View, name: str, layer: LoRALayer) -> StoredLayer:
-    """Describe a layer that has its adapter."""
-    settings = layer.lora_settings
-    kind = cast(type[LoRALayer], layer.overlaid[0])
-    return described(view, name, kind, layer.lora_matrices, settings.r, float(settings.scaling))
-
-
-def _of_merged(view: View, name: str, adapter: Adapter) -> StoredLayer:
-    """Describe a layer whose adapter is merged."""
-    settings = adapter.settings
-    kind = cast(type[LoRALayer], adapter.kind)
-    return described(view, name, kind, adapter.matrices, settings.r, float(settings.scaling))
-
-
-def _parameters_before_merge(view: View) -> dict[str, Tensor]:
-    """The parameters by name. A weight that was tied, and was merged, is the one that its other use still has."""
-    parameters = dict[str, Tensor](view.parameters)
-    for merged in view.merged:
-        if merged.was_tied:
-            parameters[merged.name] = merged.base
-    return parameters
-
-
-def _names_of_each(parameters: Mapping[str, Tensor]) -> dict[int, list[str]]:
-    """All names of each parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    return names
+def _other_names(
+    view: View, layer: StoredLayer, names_by_weight: Mapping[nn.Parameter, list[str]]
+) -> dict[str, tuple[str, ...]]:
+    """The other names of a layer's tied weights, by their names in the layer."""
+    tied = dict[str, tuple[str, ...]]()
+    for weight in layer.shapes:
+        name = join(layer.name, weight)
+        others = not_in(names_by_weight[view.base[name]], [name])
+        if others:
+            tied[weight] = tuple(others)
+    return tied
 
 
 def described(
@@ -200,21 +179,17 @@ def described(
 
 def _shapes(layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's adapted weights. Those of quantised ones say nothing of their values."""
-    is_packed = kind.lora_is_quantised(layer)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for matrix in matrices:
-        if is_packed:
-            shapes[matrix.weight] = (matrix.writes, matrix.reads)
-        else:
-            shapes[matrix.weight] = tuple(own_parameter(layer, matrix.weight).shape)
-    return shapes
+    if kind.lora_is_quantised(layer):
+        return {matrix.weight: (matrix.writes, matrix.reads) for matrix in matrices}
+    return {weight: tuple(own_parameter(layer, weight).shape) for weight in weights_of(matrices)}
 
 
 def _options(view: View, name: str, kind: type[LoRALayer]) -> dict[str, Any]:
     """What a layer's update depends on beside its weights, and the other names that the layer has."""
     layer = view.modules[name]
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
-    also = [other for other, module in view.modules.items() if module is layer and other != name]
+    names = with_values(view.modules, {layer})
+    also = not_in(names, [name])
     if also:
         options[ALSO] = also
     return options

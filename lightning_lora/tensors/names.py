@@ -40,17 +40,17 @@ def plain_module(module: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by name. In place of a wrapped module, it is the module inside."""
     named: dict[str, nn.Module] = {}
-    _add_all_inside(model, "", named)
+    _walk(model, "", named)
     return first_names(named) if remove_duplicate else named
 
 
-def _add_all_inside(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:
+def _walk(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:
     """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
     module = plain_module(module)
     named[name] = module
     for child, inner in module._modules.items():
         if inner is not None:
-            _add_all_inside(inner, join(name, child), named)
+            _walk(inner, join(name, child), named)
 
 
 def first_names(named: Mapping[str, Thing]) -> dict[str, Thing]:

@@ -11,6 +11,8 @@ from lightning_lora.tensors.named import joined, of_type, only, where, with_valu
 from lightning_lora.tensors.names import named_modules, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
+StateDict = Mapping[str, Any]  # values by name, as torch has them: tensors, and what else modules keep
+
 
 def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     """Return the state dict of ``model``, with plain names."""

@@ -1,5 +1,9 @@
 """What a module had before its own hooks ran. These may fill buffers, and load the base."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.model.record import records_in
@@ -11,31 +15,50 @@ from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import Seen
 
 
+@dataclass
 class BeforeHooks:
-    """The buffers of a module, and its tensors that have a base value, as they came."""
+    """A module's buffers, and its tensors that have a base value, as they came. By default, there were none."""
 
-    def __init__(self, view: View) -> None:
-        self._modules = set(view.modules)
-        self._buffers = _digests_of_buffers(view)
-        self._with_base_value: dict[str, Seen] = {}
-        with_base_value = set[str]()
-        for prefix, record in records_in(view.modules).items():
-            with_base_value.update(joined(prefix, where(record.adapter.originals, _has_values)))
-        for name, tensor in only({**view.parameters, **view.buffers}, with_base_value).items():
-            self._with_base_value[name] = Seen(tensor)
+    digests: dict[str, int] = field(default_factory=dict)
+    """Of the buffers."""
 
-    def filled_buffers(self, view: View) -> set[str]:
-        """Return the buffers that the hooks have filled, in modules that were there before."""
-        filled = set()
-        for name, now in _digests_of_buffers(view).items():
-            if now != self._buffers.get(name) and owner_of(name) in self._modules:
+    with_base_value: dict[str, Seen] = field(default_factory=dict)
+
+    modules: set[str] = field(default_factory=set)
+    """The modules that were there, until their hooks have run."""
+
+    @classmethod
+    def of(cls, pl_module: LightningModule) -> "BeforeHooks":
+        """Look at a module as it came."""
+        view = View(pl_module)
+        return cls(_digests_of_buffers(view), _seen_with_base_value(view), set(view.modules))
+
+    def take_filled_buffers(self, pl_module: LightningModule) -> set[str]:
+        """Return the buffers that the hooks have filled in modules that were there. Later, it is others who do."""
+        filled = set[str]()
+        if not self.modules:
+            return filled
+        for name, now in _digests_of_buffers(View(pl_module)).items():
+            if now != self.digests.get(name) and owner_of(name) in self.modules:
                 filled.add(name)
+        self.modules.clear()
         return filled
 
-    def has_changed(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor with a base value is another than it was, or new."""
-        before = self._with_base_value.get(name)
-        return before is None or not before.is_still(tensor)
+    def changed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of these tensors with a base value that are others than they were, or new."""
+        return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
+
+    def _is_as_before(self, name: str, tensor: Tensor) -> bool:
+        return name in self.with_base_value and self.with_base_value[name].is_still(tensor)
+
+
+def _seen_with_base_value(view: View) -> dict[str, Seen]:
+    """The tensors whose base values an adapter keeps."""
+    names = set[str]()
+    for prefix, record in records_in(view.modules).items():
+        names.update(joined(prefix, where(record.adapter.originals, _has_values)))
+    tensors = only({**view.parameters, **view.buffers}, names)
+    return {name: Seen(tensor) for name, tensor in tensors.items()}
 
 
 def _digests_of_buffers(view: View) -> dict[str, int]:

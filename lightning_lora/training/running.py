@@ -11,7 +11,7 @@ from lightning_lora.model.settle import follow_copied
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.compatibility import callbacks_of, share_base
+from lightning_lora.training.compatibility import callbacks_of, came_too_late, share_base
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.groups_behind import follow
 from lightning_lora.training.optimizers.places import check_frozen
@@ -20,8 +20,35 @@ from lightning_lora.training.steps.feeding import Feeding, leave_unfed
 from lightning_lora.training.steps.gradients import Gradients
 
 
-class Running:
+class NotRunning:
+    """No training runs. Steps that a user's hooks take around one are not watched."""
+
+    def begin_batch(self) -> None:
+        """Watch nothing."""
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Watch nothing."""
+
+    def end_backward(self) -> None:
+        """Watch nothing."""
+
+    def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
+        """Let adapters follow the module's rates. As many parameters train as before."""
+        follow(optimizer)
+        return False
+
+    def end_batch(self) -> None:
+        """Refuse a batch whose training had begun when the callback came."""
+        raise came_too_late()
+
+
+class Running(NotRunning):
     """One training that runs. The callback's hooks ask it only in training steps, not in evaluations between them."""
+
+    gradients: Gradients
+    feeding: Feeding
+    has_copies: bool
+    """Whether the optimizers train copies of the parameters, which are in float32."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self.trainer = trainer
@@ -29,6 +56,17 @@ class Running:
         self.stage = stage
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
+
+    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
+        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
+        self._note_trained_layers()
+        self._base_at_the_start = base
+        self.gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
+        self.gradients.begins = is_new
+        self.has_copies = self.gradients.copied is not None
+        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
+        if not self.has_copies:
+            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(self.module)))
 
     def _note_trained_layers(self) -> None:
         """Note which layers train, with what came since the set-up, and let averages share the base."""
@@ -40,27 +78,6 @@ class Running:
         if self.trainer.is_global_zero:
             self.stage.guards.adapters_ready(view)
         share_base(callbacks_of(self.trainer), self.module)
-
-    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
-        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
-        self._note_trained_layers()
-        self._base_at_the_start = base
-        self.gradients: Gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
-        self.gradients.begins = is_new
-        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
-        if not self.has_copies:
-            self._take_steps_in_float32()
-
-    def _take_steps_in_float32(self) -> None:
-        """Let float16 weights that train in full take their steps in float32, if there are any."""
-        steps = self._at_the_end.enter_context(closing(Float32Steps(self.module)))
-        if steps.are_needed:
-            self.stage.float32 = steps
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether the optimizers train copies of the parameters, which are in float32."""
-        return self.gradients.copied is not None
 
     def begin_batch(self) -> None:
         """Before the first step, warn of what the module's own hooks have made new since the training began."""
@@ -89,18 +106,15 @@ class Running:
         unreached = self.gradients.check(optimizer)
         if unreached:
             self.stage.guards.optimizer_begins(View(self.module), unreached)
-        if self.stage.float32 is not None:
-            self.stage.float32.begin_step(optimizer)
+        self.stage.float32.begin_step(optimizer)
         return train_fewer
 
     def end_batch(self) -> None:
         """End dropout until the next step. After the first, name weights that other code reads."""
         self.stage.dropout.end_step()
-        if self.stage.float32 is not None:
-            self.stage.float32.pause_step()  # one that was left out
+        self.stage.float32.pause_step()  # one that was left out
         self.stage.first_steps.end_batch(self.module)
 
     def close(self) -> None:
         """Stop watching."""
         self._at_the_end.close()
-        self.stage.float32 = None

@@ -58,7 +58,8 @@ def main() -> None:
     random.seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench, console = Bench(torch.device(asked.device), asked.rounds), Console(width=150)
+    bench = Bench(torch.device(asked.device), asked.rounds)
+    console = Console(width=150)
     console.print(machine(bench))
     for name in asked.cases or CASES:
         start = time.monotonic()

@@ -35,7 +35,8 @@ class Task(LightningModule):
 
     def __init__(self, network: nn.Module, *shape: int) -> None:
         super().__init__()
-        self.network, self.shape = network, shape
+        self.network = network
+        self.shape = shape
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.network(batch).square().mean()
@@ -92,7 +93,8 @@ def _moments(layers: int, width: int) -> dict[str, tuple[float, float]]:
     """Return each moment's passes over the base and seconds, less a plain Trainer's."""
     model = stack(layers, width)
     one_pass = min(_seconds(lambda: [p.detach().clone() for p in model.parameters()]) for _ in range(3))
-    ours, plain = _fit(model, adapted=True), _fit(stack(layers, width), adapted=False)
+    ours = _fit(model, adapted=True)
+    plain = _fit(stack(layers, width), adapted=False)
     extra = {moment: ours[moment] - plain[moment] for moment in ours}
     return {moment: (seconds / one_pass, seconds) for moment, seconds in extra.items()}
 
@@ -126,7 +128,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def checkpoints(bench: Bench) -> Iterator[Row]:
     """Checkpoints of BERT-base and AdamW, compared with a plain Trainer's."""
-    plain, ours = _file_size(), _file_size(LoRACallback(r=8, merge=False))
+    plain = _file_size()
+    ours = _file_size(LoRACallback(r=8, merge=False))
     case = "checkpoint of BERT-base, all linear"
     yield Row(case, "bytes over adapters and their AdamW state", ours[0] / ours[1], 1.05)
     yield Row(case, "bytes over a plain Trainer's", ours[0] / plain[0])
@@ -141,6 +144,7 @@ def _file_size(*callbacks: Callback) -> tuple[int, int]:
     trainer = Trainer(callbacks=[*callbacks], **QUIET, enable_checkpointing=False)
     trainer.fit(task)
     with tempfile.TemporaryDirectory() as folder:
-        trainer.save_checkpoint(path := Path(folder) / "file.ckpt")
+        path = Path(folder) / "file.ckpt"
+        trainer.save_checkpoint(path)
         size = path.stat().st_size
     return size, 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each

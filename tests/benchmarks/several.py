@@ -78,7 +78,9 @@ def _adapted(base: nn.Module, names: Sequence[str]) -> tuple[nn.Module, Any]:
     """The base with several adapters, in this package and in peft. All share its weights."""
     from peft import LoraConfig, get_peft_model
 
-    ours, theirs, layers = copy_of(base), copy_of(base), linear_names(base)
+    ours = copy_of(base)
+    theirs = copy_of(base)
+    layers = linear_names(base)
     for name in names:
         inject_adapters(ours, LoRAConfig(r=8, target_modules=layers), name=name)
         randomise(ours)

@@ -161,7 +161,9 @@ class Sizes:
         pass and again for the backward pass, the outermost unit once. In a ring of n, a card sends (n - 1)/n of what is
         gathered or scattered, and twice that of what is reduced for all.
         """
-        base, in_group, in_all = self.layers + self.rest, (group - 1) / group, (cards - 1) / cards
+        base = self.layers + self.rest
+        in_group = (group - 1) / group
+        in_all = (cards - 1) / cards
         gathered = in_group * 2 * (2 * self.layers + self.rest)
         if lora:
             return {

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, LoRASweep
 from tests.benchmarks.measure import Bench, Row, middle_half
 
-WIDTH, BATCHES, LISTS = 512, 40, {"r": [4, 16], "lr_scale": [1, 2, 4, 8]}
+WIDTH = 512
+BATCHES = 40
+LISTS = {"r": [4, 16], "lr_scale": [1, 2, 4, 8]}
 
 
 class Net(L.LightningModule):

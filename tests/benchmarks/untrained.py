@@ -88,7 +88,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     pixels, labels = load_digits(return_X_y=True)
-    images, digits = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
+    images = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 8 - 1
+    digits = torch.tensor(labels)
     for model_name, build in MODELS.items():
         for optimizer_name, make in OPTIMIZERS.items():
             torch.manual_seed(0)

@@ -48,7 +48,8 @@ def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mo
         how = {"r": r, "lora_alpha": r, "lora_dropout": dropout, "bias": old.bias is not None}
         new = Linear(old.in_features, old.out_features, merge_weights=False, **how)
         new.to(old.weight.device, old.weight.dtype)
-        new.weight, new.bias = old.weight, old.bias
+        new.weight = old.weight
+        new.bias = old.bias
         model.set_submodule(name, new)
     mark_only_lora_as_trainable(model)
     return model
@@ -90,7 +91,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h = ctx.saved_tensors
         out = grad.reshape(-1, grad.shape[-1])
-        g, grad_B = b.T @ out.T, (h @ out).T
+        g = b.T @ out.T
+        grad_B = (h @ out).T
         grad_x = grad @ weight
         grad_x.view(-1, x.shape[-1]).addmm_(g.T, a)
         return grad_x, None, None, g @ x.reshape(-1, x.shape[-1]), grad_B

@@ -41,7 +41,8 @@ FRAMEWORKS = {
 
 def measured(name: str, folder: Path) -> None:
     """Install a framework into a folder, unless it is there, and write its file: what it gives, or why it fails."""
-    python, result = folder / "bin" / "python", RESULTS / f"{name}.json"
+    python = folder / "bin" / "python"
+    result = RESULTS / f"{name}.json"
     try:
         if not python.exists():
             started(sys.executable, "-m", "venv", str(folder))

@@ -110,7 +110,8 @@ class Case(ABC):
 
     def from_state(self, run: Run) -> Any:
         """What a file's own ``state_dict`` gives to a model."""
-        model, state = self.base(run.folder.parent), torch.load(run.file, weights_only=False)["state_dict"]
+        model = self.base(run.folder.parent)
+        state = torch.load(run.file, weights_only=False)["state_dict"]
         self.network(model).load_state_dict({name.removeprefix(self.prefix): value for name, value in state.items()})
         return model
 

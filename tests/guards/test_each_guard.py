@@ -69,7 +69,8 @@ def test_nothing_of_the_package_needs_a_guard(tmp_path: Path) -> None:
 @pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
 def test_a_guard_has_a_moment_and_no_moment_is_mistyped(guard: type[Guard]) -> None:
     methods = {name for name in vars(guard) if not name.startswith("_")}
-    assert methods and methods <= MOMENTS
+    assert methods
+    assert methods <= MOMENTS
 
 
 def test_each_file_of_the_room_is_in_the_list() -> None:

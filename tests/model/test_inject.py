@@ -39,7 +39,8 @@ VALUES: dict[str, Any] = {"init": "lora_ga", "init_batches": 4}
 @pytest.mark.parametrize("name", WITHOUT_TRAINER)
 def test_what_only_a_trainer_can_serve_is_refused(name: str) -> None:
     config = ll.LoRAConfig(**{name: VALUES[name]})
-    with unchanged(model := LitTiny()), pytest.raises(ll.ConfigError, match=re.escape(WITHOUT_TRAINER[name])):
+    model = LitTiny()
+    with unchanged(model), pytest.raises(ll.ConfigError, match=re.escape(WITHOUT_TRAINER[name])):
         ll.inject_adapters(model, config)
     ll.LoRACallback(**{name: VALUES[name]})
 

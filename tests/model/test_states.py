@@ -67,7 +67,8 @@ def starts_of(call: str) -> frozenset[State]:
 
 
 def test_each_call_of_the_table_is_tried() -> None:
-    assert CALLS.keys() == STARTS.keys() and FOLLOWING.keys() == set(State)
+    assert CALLS.keys() == STARTS.keys()
+    assert FOLLOWING.keys() == set(State)
 
 
 @pytest.mark.parametrize("state", State)

@@ -144,7 +144,8 @@ def test_a_file_that_is_trusted_must_be_an_archive_too(tmp_path: Path) -> None:
 
 def test_a_pointer_of_git_lfs_is_named_where_adapters_are_expected(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(NO_ARCHIVES["a pointer of git-lfs"][0])
-    with leaves_alone(model := LitTiny(), ll.AdapterFileError, "git lfs pull"):
+    model = LitTiny()
+    with leaves_alone(model, ll.AdapterFileError, "git lfs pull"):
         ll.load_adapter(model, tmp_path / "a.safetensors")
 
 
@@ -160,7 +161,8 @@ def test_a_run_goes_on_from_its_file_in_the_old_format_of_torch(tmp_path: Path) 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if name not in OF_TRAINERS])
 def test_other_readers_say_how_to_write_an_old_file_again(tmp_path: Path, reader: str, capsys: Any) -> None:
-    torch.save(LitTiny().state_dict(), path := tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    path = tmp_path / "a.ckpt"
+    torch.save(LitTiny().state_dict(), path, _use_new_zipfile_serialization=False)
     refused(reader, path, capsys, "Write it again: torch.save(torch.load(path, weights_only=True), path)")
 
 

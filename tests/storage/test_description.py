@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
@@ -210,3 +211,24 @@ def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: An
     rewrite(path, add_a_number)
     with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as later versions do"):
         ll.load_adapter(LitTiny(), path)
+
+
+class _SharedAndTied(nn.Module):
+    """A layer that is used under two names, and whose weight is a head's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.first.weight
+
+
+def test_a_merged_model_is_described_as_before_its_merge(tmp_path: Path) -> None:
+    model = _SharedAndTied()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["first"]))
+    ll.save_adapter(model, tmp_path / "before.safetensors")
+    with pytest.warns(ll.LoRAWarning, match="was tied"):
+        ll.merge_adapters(model)
+    ll.save_adapter(model, tmp_path / "after.safetensors")
+    assert (tmp_path / "after.safetensors").read_bytes() == (tmp_path / "before.safetensors").read_bytes()

@@ -127,7 +127,8 @@ def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path:
 def test_a_name_may_look_like_several(file: Path) -> None:  # as fsspec chains them
     model = LitTiny()
     ll.load_adapter(model, file)
-    ll.save_adapter(model, other := file.with_name("a::b.safetensors"))
+    other = file.with_name("a::b.safetensors")
+    ll.save_adapter(model, other)
     assert other.read_bytes() == file.read_bytes()
     assert len(list(file.parent.iterdir())) == 2
 

@@ -53,3 +53,15 @@ def assert_all_refused(model: nn.Module, calls: Iterable[Callable[[Any], object]
         with pytest.raises(error, match=match):
             call(model)
         assert_state(model, before)
+
+
+def assert_rows_are_parallel(found: Tensor, expected: Tensor) -> None:
+    """Each row has the direction of the row that is expected in its place, or the opposite one."""
+    cosines = torch.cosine_similarity(found.double(), expected.double(), dim=1)
+    assert (cosines.abs() > 0.999).all(), cosines
+
+
+def assert_all_have_moved(module: nn.Module, names: Iterable[str]) -> None:
+    """No parameter of these names is zero."""
+    for name in names:
+        assert module.get_parameter(name).any(), name

@@ -135,9 +135,11 @@ def fails_at(place: int, call: Callable[[], object], *errors: type[Exception]) -
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Expect ``model`` to be afterwards what it was, bit for bit."""
-    before, kinds_before = state(model), kinds(model)
+    before = state(model)
+    kinds_before = kinds(model)
     yield
-    assert same(state(model), before) and kinds(model) == kinds_before
+    assert same(state(model), before)
+    assert kinds(model) == kinds_before
 
 
 def adapted(seed: int = 5) -> LitTiny:
@@ -160,7 +162,8 @@ WAYS: dict[str, Callable[[LitTiny, Path], object]] = {
 def refused(path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (LitTiny, adapted)) -> None:
     """Expect ``path`` to be refused in every way in which it could be loaded, and a model to be what it was."""
     for way, build in product(ways or WAYS, builds):
-        with unchanged(model := build()), pytest.raises(OURS):
+        model = build()
+        with unchanged(model), pytest.raises(OURS):
             WAYS[way](model, path)
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import StopError, trained
-from tests.support.checks import assert_same_tensors, parameters_that_train
+from tests.support.compared import assert_same_tensors
 from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.versions import keeps_random
 
@@ -133,10 +133,6 @@ def loaded(path: Any) -> LitTiny:
 
 
 either_order = pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-
-
-def trainable(model: LitTiny) -> list[nn.Parameter]:
-    return parameters_that_train(model)
 
 
 def adam(parameters: Any) -> Optimizer:

@@ -41,7 +41,8 @@ class Kept(L.LightningModule):
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.norm = nn.BatchNorm1d(width)
-        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.one = nn.Linear(width, width)
+        self.two = nn.Linear(width, width, bias=False)
         self.head = nn.Linear(width, 3)
         for number, value in enumerate(self.parameters()):
             steps = torch.arange(value.numel()) * 7 + number * 3
@@ -89,7 +90,8 @@ def write(folder: Path) -> None:
         (export_peft if name == "peft" else save_adapter)(model, folder / name)
         computed[name] = outputs(model)
     for epochs, name in ((1, "run.ckpt"), (2, "the run, gone on")):
-        model, t = Kept(), quiet(epochs)
+        model = Kept()
+        t = quiet(epochs)
         t.fit(model, ckpt_path=folder / "run.ckpt" if epochs > 1 else None)
         if epochs == 1:
             t.save_checkpoint(folder / name)

@@ -19,7 +19,8 @@ class BornInSetup(LitTiny):
 
     def make(self) -> None:
         other = LitTiny()
-        self.q_proj, self.v_proj = other.q_proj, other.v_proj
+        self.q_proj = other.q_proj
+        self.v_proj = other.v_proj
 
 
 class BornInConfigureModel(BornInSetup):

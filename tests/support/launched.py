@@ -36,7 +36,8 @@ class Requeue(L.Callback):
 def fit(make: Make, folder: Path, name: str, ckpt_path: Path | None = None) -> None:
     """Train until the second epoch, and write the merged weights."""
     L.seed_everything(7, verbose=False)
-    model, files = LitTiny(), ModelCheckpoint(folder / name, filename="{epoch}", save_top_k=-1)
+    model = LitTiny()
+    files = ModelCheckpoint(folder / name, filename="{epoch}", save_top_k=-1)
     t = make([lora(dropout=0.3), files, LeaveTheGroup()])
     t.fit(model, data(), ckpt_path=ckpt_path)
     if t.is_global_zero:

@@ -63,7 +63,8 @@ class Linear(nn.Module):
 
     def __init__(self, reads: int, writes: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(writes, reads)), nn.Parameter(torch.zeros(writes))
+        self.weight = nn.Parameter(torch.randn(writes, reads))
+        self.bias = nn.Parameter(torch.zeros(writes))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -74,7 +75,8 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stack, self.scale = nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(5))
+        self.stack = nn.Parameter(torch.randn(3, 4, 5))
+        self.scale = nn.Parameter(torch.randn(5))
         self.mix = nn.Parameter(torch.randn(4, 6))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +184,8 @@ def reference_weights(layer: Any, lora: Factors) -> dict[str, Tensor]:
         names = [name.removeprefix("lora_A_") for name in lora if name.startswith("lora_A_")]
         updates = {prefix + name: scaling * lora[f"lora_B_{name}"] @ lora[f"lora_A_{name}"] for name in names}
         return {name: getattr(layer, name) + update for name, update in updates.items()}
-    delta, weight = scaling * lora["lora_B"] @ lora["lora_A"], layer.weight
+    delta = scaling * lora["lora_B"] @ lora["lora_A"]
+    weight = layer.weight
     transposed = isinstance(layer, nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd)
     return {"weight": weight + (delta.T if transposed else delta).reshape(weight.shape)}
 

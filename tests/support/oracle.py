@@ -288,7 +288,8 @@ class Oracle:
         assert (embed is head) is self.is_tied()
 
     def check_names(self, model: nn.Module) -> None:
-        active, resting = ll.adapters(model)[:1], ll.adapters(model)[1:]
+        active = ll.adapters(model)[:1]
+        resting = ll.adapters(model)[1:]
         if self.config:
             assert active == (self.name,)
         else:

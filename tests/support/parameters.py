@@ -1,6 +1,6 @@
 """The parameters of a model: those that train, what they hold, and their gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,21 @@ from torch import Tensor, nn
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """What trains, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def count_of(parameters: Iterable[Tensor]) -> int:
+    """How many numbers these parameters have."""
+    return sum(p.numel() for p in parameters)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """How many bytes these tensors have."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def names_that_differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """The names of what one state has, and the other has with other bits."""
+    return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
 def trainable_names(model: nn.Module) -> list[str]:
@@ -64,6 +79,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" not in name}
 
 
+def base_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a state that are no adapter's."""
+    return {name: value for name, value in tensors.items() if is_base(name)}
+
+
 def base_keys(model: nn.Module) -> list[str]:
     """The names in a model's state dict that are no adapter's."""
     return [name for name in model.state_dict() if "lora_" not in name]
@@ -77,3 +97,33 @@ def attributes_of_adapters(model: nn.Module) -> list[str]:
 def classes(model: nn.Module) -> list[type]:
     """The class of each module, in the model's order."""
     return [type(module) for module in model.modules()]
+
+
+def names_of_parameters(module: nn.Module, ending: str = "") -> list[str]:
+    """The names of a module's parameters that end so."""
+    return [name for name, _ in module.named_parameters() if name.endswith(ending)]
+
+
+def flags_of(module: nn.Module) -> dict[str, bool]:
+    """Of each parameter, whether it requires a gradient."""
+    return {name: p.requires_grad for name, p in module.named_parameters()}
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of each parameter."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def adapted_layers(module: nn.Module) -> list[str]:
+    """The names of the layers that have an adapter."""
+    return [name.removesuffix(".lora_A") for name in names_of_parameters(module, ".lora_A")]
+
+
+def is_base(name: str) -> bool:
+    """Whether a parameter of this name is none of an adapter's."""
+    return "lora_" not in name
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a module that are linear, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}

@@ -46,7 +46,8 @@ def read(base: nn.Module, directory: Path, *, merged: bool = False) -> Any:
 
 
 def check_equal(there: Tensor, here: Tensor, most: float = 1e-6) -> None:
-    assert there.shape == here.shape and (there - here).norm() <= most * here.norm()
+    assert there.shape == here.shape
+    assert (there - here).norm() <= most * here.norm()
 
 
 def exports(model: nn.Module, folder: Path, **kwargs: Any) -> Iterator[Path]:
@@ -67,7 +68,8 @@ def check_read(base: nn.Module, config: LoRAConfig, run: Run, folder: Path, *, r
     model = trained(base, config)
     inner = root if root is not None else ""
     with torch.no_grad():
-        here, plain = run(model.get_submodule(inner)), run(base.get_submodule(inner))
+        here = run(model.get_submodule(inner))
+        plain = run(base.get_submodule(inner))
         assert (here - plain).norm() > 1e-3 * plain.norm()
         directories = list(exports(model, folder, root=root))
         for directory in directories:

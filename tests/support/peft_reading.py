@@ -44,7 +44,8 @@ class Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
         nn.init.normal_(self.attn.in_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ class Experts(nn.Module):
         up, down = (6, 8), (8, 6)
         self.up = nn.Parameter(0.3 * torch.randn(experts, *(up[::-1] if is_transposed else up)))
         self.down = nn.Parameter(0.3 * torch.randn(experts, *(down[::-1] if is_transposed else down)))
-        self.gate, self.fc = nn.Parameter(torch.randn(experts, 8)), nn.Linear(8, 8)
+        self.gate = nn.Parameter(torch.randn(experts, 8))
+        self.fc = nn.Linear(8, 8)
         self.bias = nn.Parameter(torch.ones(8))
         self.is_transposed = is_transposed
 
@@ -75,7 +77,8 @@ class Expert(nn.Module):
 
     def __init__(self, *, is_transposed: bool = False) -> None:
         super().__init__()
-        self.experts, self.rnn = Experts(is_transposed=is_transposed), nn.GRU(8, 5, batch_first=True)
+        self.experts = Experts(is_transposed=is_transposed)
+        self.rnn = nn.GRU(8, 5, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rnn(self.experts(x))[0]

@@ -28,8 +28,11 @@ class RankError(AssertionError):
 
 def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2, **kwargs: Any) -> list[Any]:
     """Call a function in forked processes, and return what each returns: anything that torch can save."""
-    port, context, function = free_port(), multiprocessing.get_context("fork"), partial(function, **kwargs)
-    ends, processes = [], []
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    function = partial(function, **kwargs)
+    ends = []
+    processes = []
     for rank in range(size):
         receiving, sending = context.Pipe(duplex=False)
         processes.append(context.Process(target=_child, args=(sending, rank, size, port, function, args), daemon=True))

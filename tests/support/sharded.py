@@ -30,8 +30,10 @@ WIDTH, CLASSES = 16, 3
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x) + self.q(x))))
@@ -105,7 +107,8 @@ class InPairs(LitNet):
 
 def data() -> DataLoader[Any]:
     draws = torch.Generator().manual_seed(0)
-    x, y = torch.randn(32, WIDTH, generator=draws), torch.randint(0, CLASSES, (32,), generator=draws)
+    x = torch.randn(32, WIDTH, generator=draws)
+    y = torch.randint(0, CLASSES, (32,), generator=draws)
     return DataLoader(TensorDataset(x, y), batch_size=4)
 
 

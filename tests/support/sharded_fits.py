@@ -20,7 +20,8 @@ class Saves(L.Callback):
     """Writes a file at the end of each epoch, as the user's code may: on every process. It keeps copies in the file."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+        self.folder = folder
+        self.kind = kind
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
@@ -76,7 +77,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def differing(found: Path, expected: Path, part: str = "") -> list[str]:
     """The leaves of two files that are not the same to the bit, among those with this in their names."""
-    ours, theirs = read(found), read(expected)
+    ours = read(found)
+    theirs = read(expected)
     assert part or ours.keys() == theirs.keys()
     return [name for name, value in theirs.items() if part in name and not equal(value, ours[name])]
 

@@ -47,7 +47,8 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
 
 def restores(file: Any, model: Any, onto: Any = None) -> Any:
     """A plain base, of which a file makes what ``model`` is, bit for bit."""
-    load_adapter(onto := LitTiny() if onto is None else onto, file)
+    onto = LitTiny() if onto is None else onto
+    load_adapter(onto, file)
     assert same(state(onto), state(model))
     return onto
 
@@ -61,7 +62,8 @@ def saved(file: Path, model: Any, **config: Any) -> Any:
 def fitted(file: Path, model: Any = None, *callbacks: L.Callback, plain: bool = False, **options: Any) -> Any:
     """A model after a fit, whose Trainer wrote a file: with adapters, unless it is ``plain``."""
     weights_only = options.pop("weights_only", False)
-    model, used = model or LitTiny(), [] if plain else list(callbacks) or [lora(merge=False)]
+    model = model or LitTiny()
+    used = [] if plain else list(callbacks) or [lora(merge=False)]
     t = trainer(file.parent, used, **{"max_epochs": 1, "enable_checkpointing": False} | options)
     t.fit(model, data())
     t.save_checkpoint(file, weights_only=weights_only)

@@ -47,7 +47,8 @@ class Traffic(TorchDispatchMode):
     def leave(self) -> Messages:
         """Leave the context, and return the messages since it was entered."""
         self.__exit__(None, None, None)
-        found, self.messages = self.messages, []
+        found = self.messages
+        self.messages = []
         return found
 
 
@@ -60,7 +61,8 @@ class Counts(L.Callback):
     """Counts the messages of each batch, of two saves and of the end of a fit, and what this process holds."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.traffic = folder, Traffic()
+        self.folder = folder
+        self.traffic = Traffic()
         self.batches: list[Messages] = []
         self.saves: list[Messages] = []
         self.end: Messages = []

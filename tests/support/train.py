@@ -68,7 +68,8 @@ def run(
     tests: bool = False,
 ) -> None:
     L.seed_everything(7, verbose=False)
-    model, checkpoint = module(), ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
+    model = module()
+    checkpoint = ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     adapters = lora(merge=merge, dropout=0.3 if keeps_random else 0.0)
     callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(kill_at)] if kill_at else [])]
     t = trainer(folder, callbacks, strategy=strategy, devices=2, max_epochs=4)

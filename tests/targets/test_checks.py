@@ -172,7 +172,8 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("build", "config", "message"), MISTAKES)
 def test_mistake_is_named_and_changes_nothing(build: Any, config: dict[str, Any], message: str) -> None:
-    with unchanged(model := build()), pytest.raises(TargetError, match=message):
+    model = build()
+    with unchanged(model), pytest.raises(TargetError, match=message):
         adapted(model, **config)
     assert is_plain(model)
 
@@ -197,7 +198,8 @@ class Alike(nn.Module):
 
 
 def test_matrices_whose_factors_would_have_one_name_are_refused() -> None:
-    with unchanged(model := nn.Sequential(Alike())), pytest.raises(TargetError, match=r"'read_weight', 'read\.weight'"):
+    model = nn.Sequential(Alike())
+    with unchanged(model), pytest.raises(TargetError, match=r"'read_weight', 'read\.weight'"):
         adapted(model, target_modules=[], target_parameters=["read_weight", "read.weight"])
     for one in ("read_weight", "read.weight"):
         adapted(nn.Sequential(Alike()), target_modules=[], target_parameters=[one])

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.tables import grouped
+from lightning_lora.tables import grouped_by_name
 
 
 def model() -> nn.ModuleDict:
@@ -55,7 +55,7 @@ def test_a_wildcard_or_a_row_of_a_table_is_answered_with_an_expression_that_mean
 def test_each_name_in_a_table_is_answered_with_all_layers_in_its_row() -> None:
     kinds = {name: type(layer).__name__ for name, layer in model().named_modules() if isinstance(layer, nn.Linear)}
     kinds = {name: kind for name, kind in kinds.items() if kind == "Linear"}
-    for row, names in grouped(kinds):
+    for row, names in grouped_by_name(kinds, str):
         if row not in names:
             (written,) = re.findall(r'r"(.*?)"', said(target_modules=[row]))
             assert adapted(target_modules=written) == tuple(names)

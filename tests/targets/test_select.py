@@ -114,7 +114,8 @@ def test_a_module_is_looked_at_a_few_times_however_deep_it_lies(monkeypatch: pyt
 def test_each_weight_is_sampled_once_where_a_frozen_network_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(**{half: nn.ModuleList(net(q=linear(), k=linear()) for _ in range(5)) for half in ("frozen", "free")})
     model["frozen"].requires_grad_(False)
-    monkeypatch.setattr(copies, "_Sample", samples := Mock(wraps=copies._Sample))
+    samples = Mock(wraps=copies._Sample)
+    monkeypatch.setattr(copies, "_Sample", samples)
     with pytest.warns(ll.LoRAWarning, match="No adapter for 'frozen'"):
         adapted(model)
     assert 0 < samples.call_count <= 20

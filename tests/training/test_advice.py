@@ -18,9 +18,9 @@ import lightning_lora as ll
 from lightning_lora.training.reports import log_values
 from tests.benchmarks.untrained import residual
 from tests.support import fits
-from tests.support.checks import lines_with
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
+from tests.support.messages import lines_with
 from tests.support.models import LitTiny, X, aged, data, lora, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -465,7 +465,8 @@ def test_a_resumed_run_and_a_second_fit_say_the_same_and_a_logger_that_refuses_i
 
 
 def test_another_base_has_another_name_in_loggers(tmp_path: Path) -> None:
-    notes, of_other = Notes(), Notes()
+    notes = Notes()
+    of_other = Notes()
     log(tmp_path, notes)
     other = LitTiny()
     other.embed.weight.data += 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
-from tests.support.checks import parameters_that_train
+from tests.support.parameters import trainable
 from tests.training.test_known_modules import Checkpointed, Net, fitted, mean_square
 
 # Before any fit
@@ -71,7 +71,7 @@ class MetaOfAdapters(Meta):
     """An inner step over what trains."""
 
     def fast(self) -> Any:
-        return parameters_that_train(self.net)
+        return trainable(self.net)
 
 
 def test_an_inner_loop_over_frozen_weights_ends_in_an_error_and_over_adapters_it_runs(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tests.support import fits
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
-from tests.support.checks import assert_same_tensors, lines_with
+from tests.support.compared import assert_same_tensors
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
+from tests.support.messages import lines_with
 from tests.support.models import LitTiny, X, best, is_plain, lora, state, trainer
 from tests.support.versions import needs_averaging
 

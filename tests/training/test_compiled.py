@@ -9,9 +9,9 @@ from torch import nn
 
 import lightning_lora as ll
 from tests.support.cases import held, three
-from tests.support.checks import parameters_that_train
 from tests.support.fits import fit, loaded
 from tests.support.models import LitTiny, X, data, lora, state, trainer
+from tests.support.parameters import trainable
 
 
 class Compiled(LitTiny):
@@ -81,7 +81,7 @@ def test_no_step_compiles_again(trains: bool) -> None:
     backend, graphs = counted()
     model = three(dropout=0.1).train(trains)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    optimizer = torch.optim.SGD(parameters_that_train(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     for _ in range(4):
         compiled(X).sum().backward()
         optimizer.step()

@@ -15,9 +15,10 @@ from lightning_lora.tensors import digests as hashing
 from lightning_lora.training.optimizers import float32_steps, places
 from lightning_lora.training.steps import feeding, gradients
 from tests.support.cases import StopError
-from tests.support.checks import assert_same_tensors, names_that_train
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, best, is_plain, lora, state, trainer
+from tests.support.parameters import trainable_names
 
 WIDTH = 128
 BASE = 2 * WIDTH * WIDTH
@@ -125,7 +126,7 @@ def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(tmp
     model.freeze()
     outcome(t, "test", model, ckpt_path="best")
     assert reads.passes() <= 1
-    assert names_that_train(model) == []
+    assert trainable_names(model) == []
 
 
 class Judged(LitTiny):

@@ -25,17 +25,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.training.data_init import check_data_init
-from tests.support.checks import (
-    assert_holds_tensors,
-    assert_rows_are_parallel,
-    assert_same_tensors,
-    flags_of,
-    lines_with,
-    names_of_parameters,
-)
+from tests.support.compared import assert_holds, assert_rows_are_parallel, assert_same_tensors
 from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
 from tests.support.kept import Kept, words
+from tests.support.messages import lines_with
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.support.parameters import flags_of, names_of_parameters
 from tests.support.versions import needs_averaging
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
@@ -222,7 +217,9 @@ def fit_of(folder: Path, init: Any, train: Callable[[], Any] = numbers) -> tuple
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    model, found, notes = Busy(), Begun(), Notes()
+    model = Busy()
+    found = Begun()
+    notes = Notes()
     model.layers[4].eval()
     callback = ll.LoRACallback(r=3, init=init, merge=False, modules_to_save=["layers.1"])
     t = trainer(folder, [callback, found], max_epochs=2, logger=notes, log_every_n_steps=1)
@@ -271,7 +268,7 @@ def streamed() -> Any:
 
 def assert_module_is_as_it_came(found: Begun, of_plain: Begun) -> None:
     """Where a fit with such a start begins to train, all but the adapters is as where it starts as usual."""
-    assert_holds_tensors(found.state, state(Busy()))  # with all buffers
+    assert_holds(found.state, state(Busy()))  # with all buffers
     assert found.grads == [None] * len(found.grads)
     assert found.flags.items() >= of_plain.flags.items()
     assert found.modes == of_plain.modes
@@ -342,7 +339,8 @@ def test_a_second_fit_goes_on(tmp_path: Path, init: Any) -> None:
 @for_each_init
 def test_a_fit_after_a_tuner_starts(tmp_path: Path, init: Any) -> None:
     alone = begun(tmp_path, LitTiny(), data(), init=init)
-    model, found = LitTiny(), Begun()
+    model = LitTiny()
+    found = Begun()
     torch.manual_seed(5)
     adapters = ll.LoRACallback(r=3, merge=False, init=init)
     t = trainer(tmp_path, [adapters], max_steps=1)
@@ -687,13 +685,14 @@ class Writes(Deep):
 @pytest.mark.filterwarnings("ignore:.*returned .None.")
 @for_each_init
 def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tmp_path: Path, init: Any) -> None:
-    model, loader = Writes(), numbers()
+    model = Writes()
+    loader = numbers()
     loader.dataset.tensors[0][5] = math.nan  # type: ignore[attr-defined]
     before = state(model)
     statistics = state(model.teacher[0])
     found = begun(tmp_path, model, loader, init=init, exclude_modules=["decays"])
     assert found.state["layers.0.lora_A"].isfinite().all()
-    assert_holds_tensors(found.state, before)
+    assert_holds(found.state, before)
     assert not found.should_stop
     assert found.rate == 0.05
     means, indices = found.sums

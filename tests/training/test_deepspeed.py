@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp3
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.for_strategy import overlay_strategy
-from tests.support.checks import lines_with
 from tests.support.cpu_deepspeed import CpuDeepSpeed
+from tests.support.messages import lines_with
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
 from tests.support.sharded_fits import State, assert_same, differing, fit, message_of, path_of, read
@@ -178,7 +178,8 @@ def strategy_of(kind: str) -> dict[str, Any]:
 def fits_again(folder: Path, kinds: list[str]) -> tuple[State, State, State]:
     """Two fits of one module, with the states that are saved after the second, and after an evaluation."""
     L.seed_everything(1, verbose=False)
-    fitted, evaluated = folder / f"{kinds}-a.ckpt", folder / f"{kinds}-b.ckpt"
+    fitted = folder / f"{kinds}-a.ckpt"
+    evaluated = folder / f"{kinds}-b.ckpt"
     module = LitNet()
     for kind in kinds:
         t = trainer_of("ddp", folder, [lora()], **strategy_of(kind))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import StopError
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit
 from tests.support.models import WIDTH, LitTiny, X, data, randomise, state
 

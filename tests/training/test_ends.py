@@ -17,8 +17,9 @@ import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from lightning_lora.training import merging
 from tests.support.cases import At, StopError, stop
-from tests.support.checks import assert_same_tensors, names_that_train
+from tests.support.compared import assert_same_tensors
 from tests.support.models import LitTiny, X, data, is_plain, lora, state, trainer
+from tests.support.parameters import trainable_names
 
 FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
 NO_BATCHES: dict[str, Any] = {"limit_train_batches": 0}
@@ -48,7 +49,7 @@ def about(model: LitTiny) -> tuple[Any, ...]:
     record = find_record(model)
     if record is not None:
         shown = (record.shown, record.is_merged)
-    return ll.adapters(model), shown, is_plain(model), names_that_train(model)
+    return ll.adapters(model), shown, is_plain(model), trainable_names(model)
 
 
 def all_values(model: LitTiny) -> dict[str, Tensor]:

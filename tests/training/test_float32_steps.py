@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.checks import assert_same_tensors, parameters_that_train
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, lora, state
+from tests.support.parameters import trainable
 from tests.support.versions import exact
 
 
@@ -87,7 +88,7 @@ def test_a_loop_of_ones_own_is_refused_before_its_first_step() -> None:
     model = LitTiny().half()
     ll.inject_adapters(model, lora().config)
     before = state(model)
-    trained = parameters_that_train(model)
+    trained = trainable(model)
     batch = next(iter(data()))
     model.loss(batch).backward()
     with pytest.raises(ll.OptimizerError, match=r"'head.weight', 'head.bias' of LitTiny .*float16.*Adam ends in NaN"):

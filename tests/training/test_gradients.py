@@ -20,15 +20,10 @@ from lightning_lora import (
     TargetError,
     disable_adapters,
 )
-from tests.support.checks import (
-    assert_all_have_moved,
-    assert_same_tensors,
-    is_base,
-    names_of_parameters,
-    parameters_that_train,
-)
+from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, X, as_trained, data, lora, same, state, trainer
+from tests.support.parameters import is_base, names_of_parameters, trainable
 
 train = partial(fit, limit_val_batches=0)
 
@@ -366,7 +361,7 @@ class Probe(LitTiny):
 
     def configure_optimizers(self) -> Any:
         self.freeze_body()
-        return torch.optim.AdamW(parameters_that_train(self), 0.05)
+        return torch.optim.AdamW(trainable(self), 0.05)
 
 
 class FreezesLate(Probe):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.models import LitTiny, X, data, state, trainer
 
 

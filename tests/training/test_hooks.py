@@ -18,7 +18,7 @@ from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held, tensors
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.faults import unchanged
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.late import Normed
@@ -305,7 +305,8 @@ def fitted_without_a_saved_head(file: Path, value: float = 2.0) -> Scaled:
 
 
 def test_they_are_combined(tmp_path: Path) -> None:
-    file, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    file = tmp_path / "a.ckpt"
+    other = tmp_path / "b.ckpt"
     both = tmp_path / "both.safetensors"
     model = fitted_without_a_saved_head(file)
     combine_files([file, file], both, (0.25, 0.75))

@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from tests.support.checks import (
-    assert_holds_tensors,
-    assert_same_tensors,
-    is_base,
-    names_of_parameters,
-    names_that_train,
-)
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import state, trainer
+from tests.support.parameters import is_base, names_of_parameters, trainable_names
 
 
 def layers(*sizes: int) -> nn.Sequential:
@@ -190,7 +185,7 @@ def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_pa
     fitted(tmp_path, model)
     torch.testing.assert_close(model.critic(ones), before)
     assert {"critic.0", "critic.1"} < learned(model)
-    assert names_that_train(model.critic) == []
+    assert trainable_names(model.critic) == []
     model.stage = ("net", "critic")
     fitted(tmp_path, model)
     assert not torch.allclose(model.critic(ones), before, atol=1e-3)
@@ -198,7 +193,7 @@ def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_pa
 
 def train_by_hand(module: nn.Module) -> None:
     with torch.no_grad():
-        for name in names_that_train(module):
+        for name in trainable_names(module):
             module.get_parameter(name).add_(0.1)
 
 
@@ -211,7 +206,7 @@ def test_a_network_that_learned_elsewhere_rests_whole(tmp_path: Path, options: d
     model.stage = ("net",)
     fitted(tmp_path, model, **options)
     assert_same_tensors(state(model.critic), before)
-    assert [name for name in names_that_train(model.critic) if not is_base(name)] == []
+    assert [name for name in trainable_names(model.critic) if not is_base(name)] == []
 
 
 def test_a_network_that_rests_is_not_said_to_train_on(tmp_path: Path) -> None:
@@ -410,7 +405,7 @@ def test_a_tuner_gives_back_a_copy_that_its_trial_has_moved(tmp_path: Path) -> N
     model = Moved()
     t = trainer(tmp_path, [lora()], max_epochs=1)
     Tuner(t).lr_find(model, numbers(), num_training=5, update_attr=False)
-    assert_holds_tensors(state(model), state(Moved()))
+    assert_holds(state(model), state(Moved()))
 
 
 class Averaged(Net):

@@ -17,7 +17,7 @@ import torch
 from tests.support import launched
 from tests.support import train as training
 from tests.support.cases import files_hold_adapters_alone, held
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.faults import FORK, fork
 from tests.support.fits import loaded, outcome
 from tests.support.models import TRAINED, LitTiny, X, trainer
@@ -263,7 +263,8 @@ def assert_came_back(result: dict[str, Any], file: Path) -> None:
 
 
 def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path) -> None:
-    through, killed = tmp_path / "through", tmp_path / "killed"
+    through = tmp_path / "through"
+    killed = tmp_path / "killed"
     expected = train(through)
     failing(killed, kill_at=5)  # in the third epoch
     assert {path.name for path in killed.glob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt"}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.checks import lines_with, messages_of
 from tests.support.fits import fit
+from tests.support.messages import lines_with, messages_of
 from tests.support.models import state
 from tests.training.test_known_modules import numbers
 

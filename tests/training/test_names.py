@@ -11,7 +11,7 @@ from torch import Tensor
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import held
-from tests.support.checks import assert_holds_tensors, assert_same_tensors
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, X, best, data, lora, state, trainer
 
@@ -81,7 +81,7 @@ def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: 
     assert ll.adapters(model) == ("de", "fr", "default")
     assert_same_tensors(state(model), state(alone))
     assert_same_files(tmp_path / "beside", tmp_path / "alone")
-    assert_holds_tensors(values(model), before)
+    assert_holds(values(model), before)
     file = tmp_path / "de.safetensors"
     assert adapter_file_of(model, file) == adapter_file_of(alone, file)
 
@@ -151,7 +151,7 @@ def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path, caplog: Any) 
     fit(tmp_path / "on", callback_of("de"), model=model, ckpt_path=file, max_epochs=2)
     assert "a new adapter" not in caplog.text
     assert_same_tensors(state(model), state(whole))
-    assert_holds_tensors(values(model), before)
+    assert_holds(values(model), before)
 
 
 def test_without_a_name_the_active_adapter_is_trained(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
     fit(tmp_path / "forked", lora(name="de"), model=model, strategy="ddp_fork")
     assert ll.adapters(model) == ("de", "fr", "default")
     assert_same_tensors(state(model), state(alone))
-    assert_holds_tensors(values(model), before)
+    assert_holds(values(model), before)
 
 
 @pytest.mark.parametrize(("name", "trained", "rests"), [(None, "default", "fr"), ("fr", "fr", "default")])

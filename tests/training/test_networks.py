@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lora as ll
-from tests.support.checks import adapted_layers, assert_holds_tensors, linear_layers, lines_with, names_that_train
+from tests.support.compared import assert_holds
 from tests.support.fits import KeepsStates
+from tests.support.messages import lines_with
 from tests.support.models import trainer
+from tests.support.parameters import adapted_layers, linear_layers, trainable_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -217,7 +219,7 @@ def keeps_each_epoch(folder: Path) -> ModelCheckpoint:
 
 def assert_same_values(module: nn.Module, other: nn.Module) -> None:
     """All that the first one holds, the other holds too."""
-    assert_holds_tensors(other.state_dict(), module.state_dict())
+    assert_holds(other.state_dict(), module.state_dict())
 
 
 # What stands still
@@ -342,7 +344,7 @@ def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, 
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, kind(optimized), epochs=8)
     assert f"Copies in {kind.__name__}: 'copy" in caplog.text
-    assert not lines_with("lora", names_that_train(module.copy))
+    assert not lines_with("lora", trainable_names(module.copy))
     ll.merge_adapters(module)
     assert_follows(module, kind("net"))
 
@@ -439,7 +441,7 @@ def test_two_critics_and_their_targets_are_two_pairs() -> None:
 @pytest.mark.parametrize("kind", [Momentum, Average])
 def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> None:
     module = fit(tmp_path, kind("net"), modules_to_save=["2"], bias="lora_only")
-    assert names_that_train(module) == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
+    assert trainable_names(module) == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
     ll.merge_adapters(module)
     base = kind("net").net[2].weight
     of_net = module.net[2].weight - base

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lightning_lora as ll
-from tests.support.checks import names_that_train, values_of
 from tests.support.models import LitTiny, data, trainer
+from tests.support.parameters import trainable_names, values_of
 from tests.training.test_advice import fit
 
 
@@ -53,7 +53,7 @@ class Averages(LitTiny):
 
     def begin(self) -> None:
         now = values_of(self)
-        self.keep({name: now[name] for name in names_that_train(self)})
+        self.keep({name: now[name] for name in trainable_names(self)})
 
     def on_train_start(self) -> None:
         if self.average is None:

@@ -20,9 +20,10 @@ from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.optimizers.optimizer_states import states_fit
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
-from tests.support.checks import assert_all_have_moved, assert_same_tensors, is_base, names_of_parameters, values_of
+from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, state
+from tests.support.parameters import is_base, names_of_parameters, values_of
 from tests.support.ranks import join_group, run_ranks
 
 A = ["q_proj.lora_A", "v_proj.lora_A"]
@@ -228,7 +229,8 @@ class Chosen(LitTiny):
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        optimizers, schedulers = [], []
+        optimizers = []
+        schedulers = []
         for choose in self.chosen:
             optimizer = adam(parameters_named(self, choose))
             optimizers.append(optimizer)
@@ -548,8 +550,10 @@ def test_a_part_follows_what_is_not_itself_rounded() -> None:
 
 
 def test_states_of_another_class_leave_all_optimizers_as_they_were() -> None:
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    adamw, sgd = torch.optim.AdamW(first.parameters()), torch.optim.SGD(second.parameters(), lr=0.1)
+    first = nn.Linear(2, 2)
+    second = nn.Linear(2, 2)
+    adamw = torch.optim.AdamW(first.parameters())
+    sgd = torch.optim.SGD(second.parameters(), lr=0.1)
     stored = [torch.optim.SGD(each.parameters(), lr=0.5).state_dict() for each in (first, second)]
 
     def load() -> None:
@@ -559,7 +563,8 @@ def test_states_of_another_class_leave_all_optimizers_as_they_were() -> None:
 
     with pytest.raises(ValueError, match="it has the state of SGD, and configure_optimizers returns AdamW"):
         load()
-    assert adamw.param_groups[0]["lr"] == 1e-3 and sgd.param_groups[0]["lr"] == 0.1
+    assert adamw.param_groups[0]["lr"] == 1e-3
+    assert sgd.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("lr_scale", [1, 4, {"A": 2, "B": 8}])

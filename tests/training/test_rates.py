@@ -18,9 +18,11 @@ from torch.optim.swa_utils import SWALR
 
 from lightning_lora import DeadAdapterWarning, OptimizerError, remove_adapters
 from tests.support.cases import At
-from tests.support.checks import assert_all_have_moved, lines_with, values_of
+from tests.support.compared import assert_all_have_moved
 from tests.support.fits import Notes, fit, resumes_to_the_bit
+from tests.support.messages import lines_with
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, trainer
+from tests.support.parameters import values_of
 
 A = ["q_proj.lora_A", "v_proj.lora_A"]
 B = ["q_proj.lora_B", "v_proj.lora_B"]
@@ -241,7 +243,8 @@ def second_rate(step: int) -> float:
 
 
 def rates_of_two_groups(step: int) -> Rated:
-    first, second = first_rate(step), second_rate(step)
+    first = first_rate(step)
+    second = second_rate(step)
     return {
         "q_proj.lora_A": 10 * first,
         "q_proj.lora_B": 10 * first,
@@ -253,7 +256,8 @@ def rates_of_two_groups(step: int) -> Rated:
 
 
 def logged_of_two_groups(step: int) -> Rated:
-    first, second = first_rate(step), second_rate(step)
+    first = first_rate(step)
+    second = second_rate(step)
     return {
         "lr-AdamW/first": first,
         "lr-AdamW/second": second,
@@ -264,7 +268,8 @@ def logged_of_two_groups(step: int) -> Rated:
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="optimizers take names from there on")
 def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
-    notes, model = Notes(), TwoGroups()
+    notes = Notes()
+    model = TwoGroups()
     seen = rates_in(tmp_path, model, scaled(), LearningRateMonitor(), logger=notes, log_every_n_steps=1)
     assert seen == [rates_of_two_groups(step) for step in (1, 2, 3, 4)]
     for step in (0, 1, 2, 3):
@@ -384,7 +389,8 @@ def with_optimizer(model: LitTiny, optimizer: Optimizer, scheduler: Any) -> LitT
 
 
 def test_rates_that_are_tensors_stay_the_same_ones(tmp_path: Path) -> None:
-    model, first = LitTiny(), list[Tensor]()
+    model = LitTiny()
+    first = list[Tensor]()
     optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.05))
     with_optimizer(model, optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5))
 
@@ -555,7 +561,8 @@ def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
 
 
 def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
-    model, rates = Plain(), Rates()
+    model = Plain()
+    rates = Rates()
     t = trainer(tmp_path, [scaled(), rates], max_epochs=10)
     found = Tuner(t).lr_find(model, data(), min_lr=1e-5, max_lr=0.1, num_training=30, early_stop_threshold=None)
     assert found is not None

@@ -17,7 +17,8 @@ import lightning_lora as ll
 from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from tests.support.cases import StopError
-from tests.support.checks import assert_same_tensors, lines_with, messages_of
+from tests.support.compared import assert_same_tensors
+from tests.support.messages import lines_with, messages_of
 from tests.support.models import WIDTH, WORDS, LitTiny, data, state, trainer
 
 ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import disable_adapters, load_adapter, save_adapter, set_adapter
 from tests.support.cases import trained
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit
 from tests.support.models import LitTiny, as_trained, data, lora, state
 from tests.training.test_compiled import counted

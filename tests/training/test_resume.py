@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAWarning, MergePrecisionWarning
 from tests.support.cases import held
-from tests.support.checks import assert_same_tensors, messages_of
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
+from tests.support.messages import messages_of
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
 
@@ -120,7 +121,8 @@ def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_firs
         )
         return state(model)
 
-    first, second = tmp_path / "through", tmp_path / "resumed"
+    first = tmp_path / "through"
+    second = tmp_path / "resumed"
     through = run(first)
     assert_same_tensors(run(second, first / "step=1.ckpt"), through)
     assert_same_tensors(run(tmp_path / "again", second / "step=3.ckpt"), through)
@@ -213,7 +215,8 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
         model, _ = fit(tmp_path, adapters, counts, saves, model=Moves, **options)
         return model
 
-    counts, counts_again = Counts(), Counts()
+    counts = Counts()
+    counts_again = Counts()
     whole = run(tmp_path / "a", counts, plugins=[WritesLater()])
     file = tmp_path / "a" / "best-epoch=0.ckpt"
     if save == "model":

@@ -23,7 +23,8 @@ from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adap
 from lightning_lora.model.record import find_record
 from tests.support import sharded
 from tests.support import sharded_fits as fits
-from tests.support.checks import is_base, lines_with
+from tests.support.messages import lines_with
+from tests.support.parameters import is_base
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, Net, data, fully_shard, lora, pretrained, shard, trainer_of, whole_state
 from tests.support.sharded_fits import State, assert_same, built, differing, fit_in_processes, message_of, path_of, read
@@ -268,7 +269,8 @@ def evaluated(kind: str, folder: Path) -> Evaluations:
     L.seed_everything(1, verbose=False)
     full, adapters = write_files(folder)
     found = Evaluations()
-    plain, adapted = LitNet(), LitNet()
+    plain = LitNet()
+    adapted = LitNet()
     for module, path in ((plain, None), (plain, full), (adapted, adapters), (adapted, None)):
         t = trainer_of(kind, folder, [LoRACallback()])
         (losses,) = t.test(module, data(), ckpt_path=path, verbose=False, weights_only=True)
@@ -349,7 +351,8 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> N
 
 def without_the_callback(kind: str, folder: Path) -> list[tuple[State, State]]:
     """Fit with the callback, and then without it: the merged module and a new one. Their states before and after."""
-    merged, new = LitNet(), LitNet()
+    merged = LitNet()
+    new = LitNet()
     callback = lora(merge="last")
     t = trainer_of(kind, folder, [callback], max_epochs=1)
     t.fit(merged, data())

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import LlamaForCausalLM
 
 import lightning_lora as ll
-from tests.support.checks import assert_holds_tensors, lines_with, messages_of
+from tests.support.compared import assert_holds
+from tests.support.messages import lines_with, messages_of
 from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
@@ -82,7 +83,7 @@ def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path) -> None
         module = built(tmp_path / source)
         whole = whole_state(module)
         assert_same(whole, found.trained)
-        assert_holds_tensors(whole, found.adapters)
+        assert_holds(whole, found.adapters)
         module.eval()
         torch.testing.assert_close(output_of(module), found.output)
     torch.testing.assert_close(other.output, found.output)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checks import linear_layers
+from tests.support.parameters import linear_layers
 from tests.support.ranks import run_ranks
 from tests.support.sharded import InPairs, LitNet, Net, data, lora, trainer_of
 from tests.support.traffic import Counts, sizes_of

@@ -16,7 +16,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.training import returned_records
-from tests.support.checks import assert_same_tensors
+from tests.support.compared import assert_same_tensors
 from tests.support.kept import Kept
 from tests.support.models import LitTiny, as_merged, data, is_plain, lora, state, trainer
 

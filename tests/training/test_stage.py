@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
 from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
-from tests.support.checks import assert_same_tensors, flags_of
-from tests.support.fits import adam, by_hand, fit, loaded, outcome, trainable
+from tests.support.compared import assert_same_tensors
+from tests.support.fits import adam, by_hand, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.parameters import flags_of, trainable
 
 
 def run_stage(t: L.Trainer, stage: str, model: Any, **options: Any) -> None:
@@ -146,7 +147,8 @@ def assert_gives_back(
 
 
 def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
-    cut, good = tmp_path / "cut.ckpt", tmp_path / "good.ckpt"
+    cut = tmp_path / "cut.ckpt"
+    good = tmp_path / "good.ckpt"
     cut.write_bytes(b"PK")
     model = Broken()
     t = trainer(tmp_path, [lora()])

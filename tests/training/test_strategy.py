@@ -21,7 +21,7 @@ from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
-from tests.support.checks import assert_holds_tensors, assert_same_tensors
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, state, trainer
@@ -119,7 +119,7 @@ def test_a_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp_path:
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
     (again,) = (tmp_path / "again").rglob("*.ckpt")
     assert_same_tensors(state_in(again), before)
-    assert_holds_tensors(state(model), before)
+    assert_holds(state(model), before)
 
 
 @pytest.mark.parametrize("cls", [BornInSetup, BornInConfigureModel])
@@ -318,9 +318,11 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
 def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(tmp_path: Path) -> None:
     _, t = fit(tmp_path, lora(), max_epochs=1)
     for copied in (deepcopy(t.strategy), pickle.loads(pickle.dumps(t.strategy))):
-        assert methods_of(copied) is None and copied.training_step.__self__ is copied
+        assert methods_of(copied) is None
+        assert copied.training_step.__self__ is copied
         methods = overlay_strategy(copied, Stage(LoRAConfig()))
-        assert methods.strategy is copied and not methods.is_by_other_code("training_step")
+        assert methods.strategy is copied
+        assert not methods.is_by_other_code("training_step")
 
 
 class RestoresLate(SingleDeviceStrategy):

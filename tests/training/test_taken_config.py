@@ -11,8 +11,9 @@ from torch import Tensor
 
 import lightning_lora as ll
 from lightning_lora.model.view import view_of
-from tests.support.checks import assert_same_tensors, lines_with
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, loaded, outcome
+from tests.support.messages import lines_with
 from tests.support.models import LitTiny, best, is_plain, lora, state, trainer
 from tests.support.versions import needs_averaging
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, OptimizerError
-from tests.support.checks import assert_holds_tensors, assert_same_tensors, lines_with, names_of_parameters, values_of
+from tests.support.compared import assert_holds, assert_same_tensors
+from tests.support.messages import lines_with
 from tests.support.models import trainer
+from tests.support.parameters import names_of_parameters, values_of
 
 
 class Student(L.LightningModule):
@@ -89,4 +91,4 @@ def test_a_backbone_that_no_group_holds_is_an_error_before_the_first_step(tmp_pa
     before = values_of(module)
     with pytest.raises(OptimizerError, match=r"'teacher.0.lora_A'.*2 parameter groups.*exclude_modules=\['teacher'\]"):
         fit(tmp_path, module)
-    assert_holds_tensors(values_of(module), before)
+    assert_holds(values_of(module), before)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.checks import names_that_train
 from tests.support.models import LitTiny, data, state, trainer
+from tests.support.parameters import trainable_names
 
 
 class Tied(LitTiny):
@@ -62,7 +62,7 @@ class Run:
 def test_weights_that_setup_ties_are_as_if_tied_in_init(tmp_path: Path, options: dict[str, Any]) -> None:
     early = Run(tmp_path / "early", late=False, **options)
     late = Run(tmp_path / "late", late=True, **options)
-    assert names_that_train(late.model) == names_that_train(early.model)
+    assert trainable_names(late.model) == trainable_names(early.model)
     assert list(state(late.model)) == list(state(early.model))
     assert list(state(late.resumed)) == list(state(early.resumed))
     assert late.loss == pytest.approx(early.loss, rel=0.1)  # A is drawn anew

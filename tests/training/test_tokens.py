@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import lightning_lora as ll
 from tests.support.cases import held
-from tests.support.checks import assert_same_tensors, lines_with, messages_of
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import resumes_to_the_bit
+from tests.support.messages import lines_with, messages_of
 from tests.support.models import exact, is_plain, state, trainer
 
 TOKENS = [20, 21]

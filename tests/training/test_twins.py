@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from tests.support.checks import assert_holds_tensors, assert_same_tensors, names_of_parameters, parameters_that_train
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit
 from tests.support.models import lora, state
+from tests.support.parameters import names_of_parameters, trainable
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 
@@ -42,7 +43,7 @@ class Towers(L.LightningModule):
         return self.loss_of(tower, batch)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(parameters_that_train(self), lr=0.01)
+        return torch.optim.Adam(trainable(self), lr=0.01)
 
 
 class RunsOne(Towers):
@@ -204,7 +205,7 @@ def test_what_is_frozen_stands_still_once_its_adapters_are_gone(tmp_path: Path, 
     before = state(module.one)
     freeze_one(module)
     trained(tmp_path, module)
-    assert_holds_tensors(state(module.one), before)
+    assert_holds(state(module.one), before)
     assert learned(module.other)
     assert not learned(module.one)
 

@@ -15,9 +15,11 @@ import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, stop
-from tests.support.checks import assert_same_tensors, copied, messages_of
+from tests.support.compared import assert_same_tensors
 from tests.support.fits import WritesLater, loaded, outcome
+from tests.support.messages import messages_of
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, state, trainer
+from tests.support.parameters import cloned
 from tests.support.versions import needs_averaging
 from tests.training.test_compiled import Compiled
 
@@ -115,7 +117,7 @@ def states_that_do_not_fit(folder: Path) -> list[tuple[State, dict[str, Any], St
     last = state_in(folder / "last.ckpt")
     for name, value in averaged.items():  # as code that averages files does: the notes on them stay
         value.add_(last[name]).div_(2)
-    without_the_notes = copied(last)
+    without_the_notes = cloned(last)
     return [(averaged, {}, last), (last, {"r": 4}, last), (without_the_notes, {}, last)]
 
 

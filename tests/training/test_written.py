@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.cases import StopError
-from tests.support.checks import lines_with, messages_of
 from tests.support.fits import AVERAGES, fit
+from tests.support.messages import lines_with, messages_of
 from tests.support.models import LitTiny, lora
 
 NO_SAVES: dict[str, Any] = {"enable_checkpointing": False}

@@ -17,9 +17,18 @@ from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Format, Reader
-from lightning_lora.storage.formats.peft import peft_config as peft
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
+from lightning_lora.storage.formats.peft.peft_names import (
+    DIFFUSERS_WEIGHTS,
+    METADATA,
+    PARTS,
+    PREFIX,
+    is_diffusers,
+    peft_key,
+    tensors_in,
+)
 from lightning_lora.storage.formats.peft.peft_read import read_updates
-from lightning_lora.storage.formats.peft.peft_write import exported
+from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
@@ -33,7 +42,7 @@ from lightning_lora.tensors.names import is_in_any, named_modules, starts_of, su
 def _member_name(model: nn.Module | None, root: str) -> str | None:
     """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. None: it has none."""
     name = root.rpartition(".")[2]
-    if peft.PARTS.fullmatch(name):
+    if PARTS.fullmatch(name):
         return name
     for base in type(model).__mro__:
         if base.__module__.startswith("diffusers.models.unets"):
@@ -71,14 +80,14 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     for stored in _split(source):
         member = replace(source, stored=stored)
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported(member, uniform, scaling=1.0)
+        member_tensors, config = exported_with_scaling(member, uniform, scaling=1.0)
         name = _checked_member(member.inner, stored, member_tensors)
         below = Renaming(here=name)
         tensors |= below.with_names_here(member_tensors)
         header |= below.with_names_here(config)
-    file = peft.DIFFUSERS_WEIGHTS[0]
+    file = DIFFUSERS_WEIGHTS[0]
     _warn_of_replaced(directory / file, tensors)
-    contents = save(tensors, {peft.METADATA: json.dumps(header)})
+    contents = save(tensors, {METADATA: json.dumps(header)})
     write_files(directory, {file: contents})
 
 
@@ -141,7 +150,7 @@ def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: It
             "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
             "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
-    not_of_adapters = [name for name in tensors if peft.peft_key(name) is None]
+    not_of_adapters = [name for name in tensors if not peft_key(name).what]
     if not_of_adapters:
         raise ExportError(
             f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
@@ -155,13 +164,13 @@ def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: It
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
-    if not peft.is_diffusers(contents, path):
+    if not is_diffusers(contents, path):
         return None
-    text = contents.get(HEADER, {}).get(peft.METADATA, "{}")
-    tensors = peft.tensors_in(contents, path)
+    text = contents.get(HEADER, {}).get(METADATA, "{}")
+    tensors = tensors_in(contents, path)
 
     def reader(view: View) -> StoredAdapters:
-        header = peft.json_object(text, f"{peft.METADATA!r} of {path}")
+        header = json_object(text, f"{METADATA!r} of {path}")
         return _read(view, tensors, header, path)
 
     return reader
@@ -193,10 +202,10 @@ def _members_of(tensors: Iterable[str], header: Iterable[str]) -> set[str]:
     starts = _starts(tensors)
     members = {key.rpartition(".")[0] for key in header}
     if not members:
-        members = {start for start in starts if peft.PARTS.fullmatch(start)}
+        members = {start for start in starts if PARTS.fullmatch(start)}
     if not members:
         return {""}
-    is_one_model = not members.isdisjoint(("", peft.PREFIX))
+    is_one_model = not members.isdisjoint(("", PREFIX))
     return members if is_one_model else members | starts
 
 
@@ -224,7 +233,7 @@ def _check_places(members: set[str], places: Mapping[str, str], path: Any) -> No
 
 def _member(
     member: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any
-) -> tuple[dict[str, Tensor], peft.PeftConfig]:
+) -> tuple[dict[str, Tensor], PeftConfig]:
     """The tensors of one member of a pipeline, and their configuration."""
     below = Renaming(there=member)
     member_tensors = below.with_names_here(entries_inside(member, tensors))
@@ -235,30 +244,27 @@ def _member(
             f"{path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be the rank. "
             "If it was another, save the file again with save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
-    return member_tensors, peft.config_of({"peft_type": "LORA", **config}, path)
-
-
-def _is_magnitude(name: str) -> bool:
-    key = peft.peft_key(name)
-    return key is not None and key.what == "magnitude"
+    return member_tensors, config_of({"peft_type": "LORA", **config}, path)
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration with which the scaling of each layer is one."""
     ranks = dict[str, int]()
+    kinds = set[str]()
     for name, value in tensors.items():
-        key = peft.peft_key(name)
-        if key is not None and key.what == "A" and value.dim():
-            ranks[key.wrapped] = len(value)
+        wrapped, what = peft_key(name)
+        kinds.add(what)
+        if what == "A" and value.dim():
+            ranks[wrapped] = len(value)
     if not ranks:  # a damaged file, which is refused with the name of a layer
         return {}
-    r, other_ranks = peft.most_common(ranks)
+    r, other_ranks = most_common(ranks)
     return {
         "r": r,
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "use_dora": any(map(_is_magnitude, tensors)),
+        "use_dora": "magnitude" in kinds,
         "target_modules": list(ranks),
     }
 
@@ -268,6 +274,6 @@ DIFFUSERS = Format(
     tool="diffusers",
     read=read,
     write=write,
-    files=peft.DIFFUSERS_WEIGHTS,
-    expected_files=peft.DIFFUSERS_WEIGHTS[0],
+    files=DIFFUSERS_WEIGHTS,
+    expected_files=DIFFUSERS_WEIGHTS[0],
 )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -17,8 +17,18 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import inside, joined, not_in, only, without
-from lightning_lora.tensors.names import is_bias, join, owner_of, starts_of
+from lightning_lora.tensors.named import (
+    inside,
+    joined,
+    modules_around,
+    names_by,
+    not_in,
+    of_type,
+    only,
+    where_not,
+    without,
+)
+from lightning_lora.tensors.names import is_bias, is_in_any, join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
@@ -32,47 +42,60 @@ class Update:
     """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
 
     layer: StoredLayer
-    factors: tuple[Factors, ...]  # of each matrix
+    factors: tuple[Factors, ...] = ()  # of each matrix
     magnitude: Tensor | None = None
-    rows: Tensor | None = None  # in place of the factors
 
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
         ranks = [matrix.rank(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
-        return max(ranks, default=self.layer.r)
+        return max(ranks)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
-        in_layer = self._rows_or_factors()
-        if self.magnitude is not None:
-            name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
-            in_layer[name] = self.magnitude.flatten()
-        return {join(self.layer.name, name): value.contiguous() for name, value in in_layer.items()}
+        named = dict[str, Tensor]()
+        for name, value in self._tensors_in_layer().items():
+            named[join(self.layer.name, name)] = value.contiguous()
+        return named
 
-    def _rows_or_factors(self) -> dict[str, Tensor]:
-        """What adds to the weights, by name in the layer."""
-        if self.rows is not None:
-            name = self.layer.matrices[0].parameter(Role.ROWS)
-            return {name: self.rows}
+    def _tensors_in_layer(self) -> dict[str, Tensor]:
+        """The adapter's tensors, by name in the layer."""
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
             r = matrix.rank(self.r)
             named |= matrix.named(with_rank(factors, r))
+        if self.magnitude is not None:
+            name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
+            named[name] = self.magnitude.flatten()
         return named
 
     def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
-        """Each matrix with its factors. That of single rows has none."""
-        return zip(self.layer.matrices, self.factors, strict=False)
+        """Each matrix with its factors."""
+        return zip(self.layer.matrices, self.factors, strict=True)
+
+
+@dataclass(frozen=True)
+class RowsUpdate(Update):
+    """The update of an embedding of which single rows train: they are in place of the factors."""
+
+    rows: Tensor = field(kw_only=True)
+
+    @property
+    def r(self) -> int:
+        """The rank in the configuration, which means nothing here."""
+        return self.layer.r
+
+    def _tensors_in_layer(self) -> dict[str, Tensor]:
+        """The rows, by name in the layer."""
+        name = self.layer.matrices[0].parameter(Role.ROWS)
+        return {name: self.rows}
 
 
 def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
     """Return A and B of what has this name in the file."""
-    a = tensors.get("A")
-    b = tensors.get("B")
-    if a is None or b is None:
+    if not tensors.keys() >= {"A", "B"}:
         raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
-    return a, b
+    return tensors["A"], tensors["B"]
 
 
 def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
@@ -94,21 +117,19 @@ def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r:
 def check_usual(contents: Mapping[Any, Any], path: object) -> None:
     """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
     odd = list[str]()
-    for group in (contents, *contents.values()):
-        if isinstance(group, Mapping):
-            odd += [str(name) for name in group if not _is_usual(group[name])]
+    for group in (contents, *of_type(contents, dict).values()):
+        tensors = of_type(group, Tensor)
+        odd += where_not(tensors, _is_usual)
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(odd)}, with which nothing can be computed: they are sparse, of 8 bits, or have no "
-            "values. Write the file again with the values of .to_dense() or .float()."
+            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
+            "have no values. Write the file again with the values of .to_dense() or .float()."
         )
 
 
-def _is_usual(value: object) -> bool:
-    """Whether a value is no tensor, or one with which torch can compute."""
-    if not isinstance(value, Tensor):
-        return True
-    return is_dense(value) and not value.is_quantized and not value.is_meta
+def _is_usual(tensor: Tensor) -> bool:
+    """Whether torch can compute with a tensor."""
+    return is_dense(tensor) and not tensor.is_quantized and not tensor.is_meta
 
 
 def _check_floating(updates: Iterable[Update]) -> None:
@@ -239,9 +260,12 @@ class _TrainedInFull:
 def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> _TrainedInFull:
     """Return what trains in full. The names of the file's tensors say so."""
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
-    modules = _whole_modules(view, entries, saved)
+    whole = _whole_modules(view, entries)
     if saved is None:
-        modules = [module for module in modules if inside(changed, [module])]
+        trained = modules_around(changed).intersection(whole)
+    else:
+        trained = {module for module in whole if module.endswith(tuple(saved))}
+    modules = [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
     names_in_modules = set(inside(entries, modules))
     others = without(only(entries, view.base), names_in_modules)
     biases = {name for name in others if is_bias(name)}
@@ -250,17 +274,14 @@ def _find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[s
     return _TrainedInFull(modules, parameters, biases, names)
 
 
-def _whole_modules(view: View, entries: Iterable[str], saved: Collection[str] | None) -> list[str]:
-    """The outermost modules of which the file holds each tensor. ``saved``: only those whose names end so."""
+def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
+    """The modules of which the file holds each tensor, outer ones first. Containers are none: they do not train."""
     tensors_in_model = _count_below((*view.base, *view.buffers))
     tensors_in_file = _count_below(entries)
     modules = list[str]()
-    for module, count in tensors_in_file.items():  # outer ones come first
+    for module, count in tensors_in_file.items():
         is_whole = count == tensors_in_model[module]
-        is_named = saved is None or module.endswith(tuple(saved))
-        if not is_whole or not is_named or isinstance(view.modules.get(module), _CONTAINERS):
-            continue
-        if set(modules).isdisjoint(starts_of(module)):
+        if is_whole and not isinstance(view.modules.get(module), _CONTAINERS):
             modules.append(module)
     return modules
 
@@ -276,8 +297,9 @@ def _count_below(names: Iterable[str]) -> Counter[str]:
 
 def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change its other uses too."""
-    for name, value in state.items():
-        uses = _uses(view, name)
+    names_of = names_by(view.base)
+    for name, value in only(state, view.base).items():
+        uses = names_of[view.base[name]]
         if _has_each(state, uses, value) or is_the_base(view, name, value):
             continue
         other_uses = set(uses) - {name}
@@ -285,12 +307,6 @@ def _check_ties(view: View, state: Mapping[str, Tensor]) -> None:
             f"The file holds new values for {name!r}, which is tied to {listed(other_uses)} in "
             f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
         )
-
-
-def _uses(view: View, name: str) -> list[str]:
-    """All names of a parameter of the base. A buffer has none."""
-    parameter = view.base.get(name)
-    return [other for other, p in view.base.items() if p is parameter]
 
 
 def _has_each(state: Mapping[str, Tensor], names: Iterable[str], value: Tensor) -> bool:

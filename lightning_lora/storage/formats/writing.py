@@ -1,6 +1,6 @@
 """What the writers of other libraries' files share: the adapters to write, the update of each weight, the files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,14 +13,14 @@ from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, li
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
-from lightning_lora.layers.matrices import Role, weight_factors
+from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import modules_around, not_in, without
-from lightning_lora.tensors.names import is_inside, join, named_modules, submodule
+from lightning_lora.tensors.named import modules_around, not_in, renamed, where, without
+from lightning_lora.tensors.names import is_inside, join, named_modules
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,24 @@ class Source:
         return Renaming(self.stored.root, "").name_here(name)
 
     @cached_property
-    def inner(self) -> nn.Module | None:
-        """The module that the reader has. That of a file is not known."""
-        return None if self.model is None else submodule(self.model, self.stored.root)
+    def modules_here(self) -> dict[str, nn.Module]:
+        """All modules of the model. Those of a file are not known: there are none."""
+        return {} if self.model is None else named_modules(self.model, remove_duplicate=False)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules inside it, by their names there. Those of a file are not known: there are none."""
-        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+        """The modules that the reader has, by their names there."""
+        return renamed(entries_inside(self.stored.root, self.modules_here), self.name_there)
+
+    @property
+    def inner(self) -> nn.Module | None:
+        """The module that the reader has, with all others in it. That of a file is not known."""
+        return self.modules.get("")
+
+    @cached_property
+    def layers_with_rows(self) -> dict[str, StoredLayer]:
+        """The embeddings of which single rows train."""
+        return where(self.stored.layers, _has_rows)
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:
@@ -63,6 +73,11 @@ class Source:
             return self.stored.state
         view = view_of(self.model)
         return {**view.parameters, **view.buffers, **self.stored.state}
+
+
+def _has_rows(layer: StoredLayer) -> bool:
+    """Whether single rows of a layer train, in place of factors."""
+    return bool(layer.tokens)
 
 
 def source_of(stored: StoredAdapters, model: nn.Module | None, root: str | None) -> Source:
@@ -120,10 +135,9 @@ class WeightUpdate:
 def weight_updates(source: Source) -> list[WeightUpdate]:
     """Return the updates of all weights, but not single rows that train."""
     updates = list[WeightUpdate]()
-    for layer in source.stored.layers.values():
-        if layer.tokens:
-            continue
-        updates += [_update_of(source, layer, weight) for weight in layer.shapes]
+    for layer in without(source.stored.layers, source.layers_with_rows).values():
+        for weight in layer.shapes:
+            updates.append(_update_of(source, layer, weight))
     return updates
 
 
@@ -136,7 +150,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
     parameter = join(layer.name, weight) if is_parameter else ""
-    first, *_ = [matrix for matrix in layer.matrices if matrix.weight == weight]
+    first, *_ = rows_of_weight(layer.matrices, weight)
     return WeightUpdate(
         layer=layer,
         name=source.name_there(layer.name),
@@ -157,13 +171,19 @@ def _tensor(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tenso
     return value
 
 
-def with_scaling(updates: Iterable[WeightUpdate], scaling: float, rank: int = 0) -> list[WeightUpdate]:
-    """Give all the same scaling: B takes over what differs. And at least this rank, with zeros."""
+def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
+    """Give all the largest rank of any, with zeros. Alpha is as before."""
+    rank = max(update.rank for update in updates)
+    return [replace(update, factors=with_rank(update.factors, rank)) for update in updates]
+
+
+def with_scaling(updates: Iterable[WeightUpdate], scaling: float) -> list[WeightUpdate]:
+    """Give all the same scaling: B takes over what differs, in float32 or wider."""
     changed = list[WeightUpdate]()
     for update in updates:
-        a, b = with_rank(update.factors, max(rank, update.rank))
+        a, b = with_rank(update.factors, update.rank)
         factors = a, b * (update.scaling / scaling)
-        alpha = scaling * a.shape[-2]
+        alpha = scaling * update.rank
         changed.append(replace(update, factors=factors, alpha=alpha, scaling=scaling))
     return changed
 

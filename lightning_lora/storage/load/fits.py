@@ -1,7 +1,6 @@
 """Whether stored adapters fit a model: all of it is checked before anything is written."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -17,18 +16,19 @@ from lightning_lora.storage.base_check import check_base
 from lightning_lora.storage.state import diverged, required, without_base
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
-from lightning_lora.tensors.named import not_in, only, where, without
-from lightning_lora.tensors.plain_states import state_dict
-from lightning_lora.tensors.values import is_tensor
+from lightning_lora.tensors.named import not_in, only, without
+from lightning_lora.tensors.plain_states import StateDict, state_dict
 
 
 def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_base: bool) -> None:
     """Refuse stored adapters that do not fit an adapted model."""
     _check_settings(view, stored.config)
-    _check_names(view, stored)
+    random = _random_weights_besides(view, stored)
+    remedy = _as_trained(view, stored.config)
+    _check_names(view, stored.state, random=random, changed=stored.changed, remedy=remedy)
     is_converted = False
     if stored.base:
-        is_converted = _check_base(view, stored, anew=reads_base, refuse=refuses_base)
+        is_converted = check_base(view, stored, anew=reads_base, refuse=refuses_base)
     compared = without(stored.state, stored.filled)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
     _check_finite(view, stored.state)
@@ -36,12 +36,10 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_
     _check_changed(view, stored.state)
 
 
-def check_state_fits(view: View, state: Mapping[str, Any]) -> None:
+def check_state_fits(view: View, state: StateDict) -> None:
     """Refuse a state without a description that does not fit an adapted model."""
-    wrong = _wrong_names(view, state, random=random_weights(view))
-    if wrong:
-        remedy = "Use the same targets, modules_to_save and bias as for the training."
-        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
+    remedy = "Use the same targets, modules_to_save and bias as for the training."
+    _check_names(view, state, random=random_weights(view), remedy=remedy)
     _check_tensors(view, state)
 
 
@@ -86,8 +84,10 @@ def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: Adap
 def _as_trained(view: View, config: LoRAConfig) -> str:
     """What to do: take the arguments of the training that are others here, or the module."""
     here = view.config.to_dict()
-    there = config.to_dict()
-    different = [f"{name}={there[name]!r}, not {here[name]!r}" for name in there if there[name] != here[name]]
+    different = list[str]()
+    for name, value in config.to_dict().items():
+        if value != here[name]:
+            different.append(f"{name}={value!r}, not {here[name]!r}")
     if not different:
         return "Build the module as it was built for training."
     return f"Use the arguments of the training: {'; '.join(different)}."
@@ -95,9 +95,10 @@ def _as_trained(view: View, config: LoRAConfig) -> str:
 
 def _check_layers(view: View, stored: StoredAdapters) -> None:
     """Refuse a file that describes other layers than the model now has."""
-    for name, layer in view.layers.items():
-        there = stored.layers.get(stored.renaming.name_there(name))
-        if there is not None and set(map(bare, there.matrices)) != set(map(bare, layer.lora_matrices)):
+    layers_there = stored.renaming.with_names_here(stored.layers)
+    for name, layer in only(view.layers, layers_there).items():
+        matrices_there = set(map(bare, layers_there[name].matrices))
+        if matrices_there != set(map(bare, layer.lora_matrices)):
             raise AdapterMismatchError(
                 f"In {name!r}, the file adapts other rows of the weight than this model does. "
                 f"{_as_trained(view, stored.config)}"
@@ -107,40 +108,35 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
 # Names
 
 
-def _check_names(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file with missing or unexpected names."""
-    random: Collection[str] = ()
-    if not stored.base and view.adapter.random is not None:  # a file of this package says which it holds
-        random = view.adapter.random
-    wrong = _wrong_names(view, stored.state, random=random, changed=stored.changed)
-    if wrong:
-        remedy = _as_trained(view, stored.config)
-        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
+def _random_weights_besides(view: View, stored: StoredAdapters) -> Collection[str]:
+    """The weights that look untrained, which a file may hold although it does not say so: none of this package."""
+    if stored.base or view.adapter.random is None:
+        return ()
+    return view.adapter.random
 
 
-def _wrong_names(
-    view: View, state: Mapping[str, Any], *, random: Collection[str], changed: Collection[str] = ()
-) -> str:
-    """What is missing or unexpected in a state, if anything: all that trains must be there. Changed tensors may be."""
+def _check_names(
+    view: View, state: StateDict, *, random: Collection[str], remedy: str, changed: Collection[str] = ()
+) -> None:
+    """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
     needed = {**required(view), **only(view.base, changed)}
     unexpected = not_in(state, {*needed, *view.buffers, *kept_tensors(view)})
     if unexpected:  # what modules' own code adds may be there too
         unexpected = not_in(unexpected, without_base(view, state_dict(view.model), random))
-    wrong = {"missing": not_in(needed, state), "unexpected": unexpected}
-    return " and ".join(f"{what} {listed(names)}" for what, names in where(wrong, bool).items())
+    missing = not_in(needed, state)
+    wrong = list[str]()
+    if missing:
+        wrong.append(f"missing {listed(missing)}")
+    if unexpected:
+        wrong.append(f"unexpected {listed(unexpected)}")
+    if wrong:
+        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {' and '.join(wrong)}. {remedy}")
 
 
 # The base
 
 
-def _check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
-    """Refuse another base. Return whether this one is converted."""
-    tensors = where(stored.state, is_tensor)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return check_base(view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse)
-
-
-def _check_changed(view: View, state: Mapping[str, Any]) -> None:
+def _check_changed(view: View, state: StateDict) -> None:
     """Refuse a file without the values of weights that have changed since."""
     lost = sorted(set(view.record.base.changed) - state.keys())
     if lost:
@@ -153,16 +149,16 @@ def _check_changed(view: View, state: Mapping[str, Any]) -> None:
 # Tensors
 
 
-def _check_tensors(view: View, state: Mapping[str, Any], *, is_converted: bool = False) -> None:
+def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
     present = {**view.base, **view.buffers, **required(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapters
         _check_shape(name, value, present[name], is_adapter=is_adapter)
-        may_be_rounded = is_converted and not is_adapter
-        if may_be_rounded and _is_rounded_by(value, present[name].dtype):
-            continue
-        _check_dtype(name, value.dtype, present[name].dtype)
+        dtype = present[name].dtype
+        is_rounded_base = is_converted and not is_adapter and _is_rounded_by(value, dtype)
+        if not is_rounded_base:
+            _check_dtype(name, value.dtype, dtype)
 
 
 def _check_shape(name: str, value: object, present: Tensor, *, is_adapter: bool) -> None:
@@ -194,7 +190,7 @@ def _check_dtype(name: str, there: torch.dtype, here: torch.dtype) -> None:
         )
 
 
-def _check_finite(view: View, state: Mapping[str, Any]) -> None:
+def _check_finite(view: View, state: StateDict) -> None:
     """Refuse what a diverged training has left."""
     broken = diverged(view, state)
     if broken:

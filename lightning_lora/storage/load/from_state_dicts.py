@@ -13,6 +13,7 @@ from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.load.put import WRITTEN, Way, put
 from lightning_lora.storage.state import without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters, checksum
+from lightning_lora.tensors.plain_states import StateDict
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -65,13 +66,13 @@ def note_adapters(state: Any, description: Mapping[str, Any]) -> None:
     setattr(state, STATE_NOTES, {"": {KEY: description}})
 
 
-def note_adapters_beside(merged: Any, description: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
+def note_adapters_beside(merged: Any, description: Mapping[str, Any], adapters: StateDict) -> None:
     """Note the adapters of a merged state dict in torch's notes, likewise."""
     notes = getattr(merged, STATE_NOTES)
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), description, adapters)}
 
 
-def _put_noted(model: nn.Module, state: Mapping[str, Any], notes: Mapping[str, Any]) -> bool:
+def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
     """Put the adapters of a state dict that is described in torch's notes. Return whether there were any."""
     if _WHOLE in notes:
         return _put_beside_merged(model, state, notes)
@@ -81,7 +82,7 @@ def _put_noted(model: nn.Module, state: Mapping[str, Any], notes: Mapping[str, A
     return True
 
 
-def _put_beside_merged(model: nn.Module, state: Mapping[str, Any], notes: Mapping[str, Any]) -> bool:
+def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
     """Put the adapters of a merged model. It is loaded as it is before training, or if other code has changed it."""
     number, description, adapters = notes[_WHOLE]
     if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
@@ -93,7 +94,7 @@ def _put_beside_merged(model: nn.Module, state: Mapping[str, Any], notes: Mappin
     return True
 
 
-def _put_described(model: nn.Module, state: Mapping[str, Any], description: dict[str, Any]) -> None:
+def _put_described(model: nn.Module, state: StateDict, description: dict[str, Any]) -> None:
     """Put adapters as their description says."""
     stored = StoredAdapters.from_file(without_notes(state), description, "")
     put(model, stored, Way(call="load_state_dict"))

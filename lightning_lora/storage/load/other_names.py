@@ -5,10 +5,10 @@ from dataclasses import replace
 from lightning_lora.errors import AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.networks.inner_model import root_of
-from lightning_lora.storage.renaming import find_renamings, renamed_config
+from lightning_lora.storage.renaming import find_renamings, names_outside, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import is_inside, owner_of
+from lightning_lora.tensors.names import owner_of
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -35,15 +35,14 @@ def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 def _is_all_inside(view: View, prefix: str) -> bool:
     """Whether all weights of a model have this prefix."""
-    names = [*view.parameters, *view.buffers]
-    return all(is_inside(name, prefix) for name in names)
+    return not names_outside(prefix, [*view.parameters, *view.buffers])
 
 
 def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return what a file holds by the model's names."""
-    title, renaming = view.title, stored.renaming
-    _refuse_outside(stored, title)
-    warn(renaming.told(title))
+    renaming = stored.renaming
+    _refuse_outside(stored, view.title)
+    warn(renaming.told(view.title))
     return replace(
         stored,
         config=renamed_config(stored.config, stored.layers.values(), renaming, view),
@@ -56,7 +55,7 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
 def _refuse_outside(stored: StoredAdapters, title: str) -> None:
     """Refuse a file that holds other modules too, for which the model has no place."""
     prefix = stored.renaming.there
-    outside = [owner_of(name) or name for name in stored.state if not is_inside(name, prefix)]
+    outside = [owner_of(name) or name for name in names_outside(prefix, stored.state)]
     if outside:
         raise AdapterMismatchError(
             f"The file's adapters fit {title}, but it also holds {listed(dict.fromkeys(outside))}, outside of "

@@ -5,7 +5,7 @@ All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`
 loads.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.config import LoRAConfig
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
 from lightning_lora.model.inject import inject
@@ -23,10 +24,10 @@ from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in, only, where
+from lightning_lora.tensors.named import not_in, of_type, only
 from lightning_lora.tensors.names import is_bias, join, own_parameter
-from lightning_lora.tensors.plain_states import load_state_dict, state_dict
-from lightning_lora.tensors.values import is_tensor, replace_values
+from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
+from lightning_lora.tensors.values import replace_values
 
 Reader = Callable[[View], StoredAdapters]
 """Reads what a file holds for a model that is not merged, by the model's names."""
@@ -47,7 +48,7 @@ class Way:
 def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
     """Put stored adapters on a model. Everything is checked before anything is written, and an error changes nothing.
 
-    Beside the active adapter, one of another name is loaded, and rests.
+    Beside the active adapter, one of another name is loaded, and stays inactive.
     """
     record = check_start(model, way.call)
     if record is not None and way.name is not None and way.name != record.adapter.name:
@@ -57,7 +58,8 @@ def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
         if not isinstance(stored, StoredAdapters):
             stored = stored(view)
         if way.adapts:
-            stored = _adapted(view, stored, way)
+            is_new = _adapt_if_plain(view, stored.config, way)
+            stored = _with_values_of_base(view, stored, is_new=is_new)
         if way.is_described:
             check_fits(view, stored, reads_base=way.reads_base, refuses_base=way.refuses_base)
             _note_description(view, stored)
@@ -113,34 +115,37 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
 # Adapt a plain model
 
 
-def _adapted(view: View, stored: StoredAdapters, way: Way) -> StoredAdapters:
-    """Adapt a model as a file says, if it is plain. Return the file with all values that the model then needs."""
-    is_new = not _has_layers(view)
+def _adapt_if_plain(view: View, config: LoRAConfig, way: Way) -> bool:
+    """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
+    is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
-        name = view.adapter.name if view.is_adapted else way.name
-        inject(view.model, stored.config, name="default" if name is None else name, find_still=False)
+        inject(view.model, config, name=_name_of_new(view, way), find_still=False)
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
     view.check_present()
+    return is_new
+
+
+def _name_of_new(view: View, way: Way) -> str:
+    """The name of an adapter that is new on a model."""
+    if view.is_adapted:  # it has an adapter without layers
+        return view.adapter.name
+    return "default" if way.name is None else way.name
+
+
+def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
+    """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
     if stored.base:
         return stored
-    return replace(stored, state=_completed(view, stored.state, is_new=is_new))
-
-
-def _has_layers(view: View) -> bool:
-    """Whether a model has adapters of its own, not only those of a module inside it."""
-    return view.is_adapted and bool(view.adapter.layers)
-
-
-def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
-    """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
-    trained = [name for name in view.trained if is_new or is_bias(name)]
-    added: dict[str, Any] = {name: base_value(view, name) for name in trained}
+    added = dict[str, Any]()
+    for name in view.trained:
+        if is_new or is_bias(name):
+            added[name] = base_value(view, name)
     for layer_name, layer in view.layers.items():
         for parameter, about in layer.lora_roles().items():
             if not about.role.trains:
                 added[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
-    return {**added, **state}
+    return replace(stored, state={**added, **stored.state})
 
 
 # Write
@@ -149,17 +154,17 @@ WRITTEN = "lightning_lora_written"  # in torch's notes on what is written here: 
 
 
 def _note_description(view: View, stored: StoredAdapters) -> None:
-    """Note what a file of this package says of frozen weights and buffers."""
+    """Note what a file says of frozen weights and buffers, if it is one of this package."""
     if stored.base:
         view.adapter.random = tuple(stored.random)
         view.record.base.buffers_were_filled(stored.filled)
 
 
-def _write(view: View, state: Mapping[str, Any]) -> None:
+def _write(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
-        undo.callback(load_state_dict, view.model, _copy_of_what_changes(view, state), notes=[WRITTEN])
+        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[WRITTEN])
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[WRITTEN])
@@ -167,14 +172,14 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
         undo.pop_all()
 
 
-def _copy_of_what_changes(view: View, state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
     """Copies of the tensors of a model that are written."""
-    present = where(state_dict(view.model), is_tensor)
+    present = of_type(state_dict(view.model), Tensor)
     written = only(present, {*state, *view.adapter.originals})
     return {name: tensor.clone() for name, tensor in written.items()}
 
 
-def _write_filled_buffers(view: View, state: Mapping[str, Any], undo: ExitStack) -> None:
+def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None:
     """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
     for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
@@ -185,6 +190,6 @@ def _write_filled_buffers(view: View, state: Mapping[str, Any], undo: ExitStack)
         replace_values(buffer, value.to(buffer.device, dtype, copy=True))
 
 
-def _left_to_the_base(view: View, state: Mapping[str, Any]) -> Iterable[str]:
+def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
     """What has other values than the base, does not train, and is not in a state: it gets the base's."""
     return not_in(view.adapter.originals, {*state, *view.trained})

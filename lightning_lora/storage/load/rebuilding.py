@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.named import of_type, only, where
 from lightning_lora.tensors.names import named_modules, starts_of
-from lightning_lora.tensors.plain_states import loads_in_own_way, state_dict
-from lightning_lora.tensors.values import is_tensor, replace_values
+from lightning_lora.tensors.plain_states import StateDict, loads_in_own_way, state_dict
+from lightning_lora.tensors.values import replace_values
 
 
-def rebuild_modules(model: nn.Module, state: Mapping[str, Any], layers: Iterable[str]) -> None:
+def rebuild_modules(model: nn.Module, state: StateDict, layers: Iterable[str]) -> None:
     """Let modules build the adapted ``layers`` of a file that they lack, such as an ensemble that grows in training.
 
     torch loads into whatever a module's ``_load_from_state_dict`` leaves behind. Here, the names are compared first. So
@@ -47,8 +47,7 @@ def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
 @contextmanager
 def _values_kept(module: nn.Module) -> Iterator[None]:
     """Give a module its own values back."""
-    held: dict[str, Any] = {**module._parameters, **module._buffers}
-    tensors = where(held, is_tensor)  # None stands for one that is not there
+    tensors = of_type({**module._parameters, **module._buffers}, Tensor)  # None stands for one that is not there
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
         yield

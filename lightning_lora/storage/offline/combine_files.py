@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -112,8 +111,10 @@ def _rank_of(update: Factors) -> int:
 
 def _owners_in_base(stored: StoredAdapters) -> set[str]:
     """The modules that hold the tensors of a base."""
-    tensors = [fingerprint.get("rounded", ()) for fingerprint in stored.base]
-    return set(map(owner_of, chain.from_iterable(tensors)))
+    owners = set[str]()
+    for fingerprint in stored.base:
+        owners.update(map(owner_of, fingerprint.get("rounded", ())))
+    return owners
 
 
 # Checks
@@ -137,10 +138,10 @@ def _check_bases(files: Sequence[StoredAdapters]) -> None:
 
 def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     """Whether two files are of the same model, and of the same base in one dtype at least."""
-    have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
-    if not have_one_fingerprint or one.root != other.root or one.filled != other.filled:
+    if (one.root, one.filled) != (other.root, other.filled):
         return False
-    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
+    have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
+    return have_one_fingerprint and all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
 
 
 def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
@@ -178,4 +179,4 @@ def _check_can_be_added(file: StoredAdapters) -> None:
 
 def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:
     """Whether the same parts of the same weights are adapted, in the same way."""
-    return one.kind == other.kind and one.shapes == other.shapes and one.matrices == other.matrices
+    return (one.kind, one.shapes, one.matrices) == (other.kind, other.shapes, other.matrices)

@@ -37,16 +37,16 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
 
 def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
-    layer = stored.layers.get(name)
-    updates = dict[AdaptedMatrix, Factors]()
-    if layer is None or layer.tokens:  # such rows are no update: the base's are not in the file
-        return updates
+    if name not in stored.layers:
+        return {}
+    layer = stored.layers[name]
     settings = layer.settings(stored.config)
 
     def parameter_of_layer(parameter: str) -> Tensor:
         value: Tensor = stored.state[join(name, parameter)]
         return value
 
+    updates = dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         a, b = matrix_factors(matrix, settings, parameter_of_layer)
         scale = matrix.scale(layer.scaling)

@@ -16,29 +16,48 @@ from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
-from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
+from lightning_lora.storage.offline.tensor_files import (
+    INDEX,
+    CheckpointFile,
+    SafetensorsFolder,
+    TensorFiles,
+    dict_or_empty,
+    tensor_files,
+    write_tensors,
+)
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
     """Merge adapters into a base. Return how many weights. Only a checkpoint is in memory as a whole."""
     base = path_here(base)
     out = path_here(out)
-    files = TensorFiles(base)
+    files = tensor_files(base)
     check_output(out, [base, adapter, *files.files])
     _check_no_adapters(out)
     merge = _Merge(files, adapter, progress)
     check_plan(merge.plan)
-    if base.is_dir():
-        _write_folder(merge, out)
-    elif out.suffix == ".safetensors":
-        _write_safetensors(merge, out)
-    elif files.checkpoint is not None and out.suffix in (".ckpt", base.suffix):
-        _write_checkpoint(merge, files.checkpoint, out)
-    else:
-        kinds = ".safetensors" if files.checkpoint is None else f".safetensors or {base.suffix}"
-        raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
+    _write(merge, files, out)
     merge.warn_of_rounding()
     return len(merge.plan.adapted)
+
+
+def _write(merge: "_Merge", files: TensorFiles, out: Path) -> None:
+    """Write the merged model as what the base is, or as one safetensors file."""
+    if isinstance(files, SafetensorsFolder):
+        _write_folder(merge, files, out)
+    elif out.suffix == ".safetensors":
+        _write_safetensors(merge, out)
+    elif not isinstance(files, CheckpointFile):
+        raise _cannot_be_written(files.path, out, ".safetensors")
+    elif out.suffix in (".ckpt", files.path.suffix):
+        _write_checkpoint(merge, files, out)
+    else:
+        raise _cannot_be_written(files.path, out, f".safetensors or {files.path.suffix}")
+
+
+def _cannot_be_written(base: Path, out: Path, endings: str) -> AdapterFileError:
+    """The error for a file that ends as no output can."""
+    return AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {endings}.")
 
 
 def _check_no_adapters(out: Path) -> None:
@@ -109,20 +128,20 @@ def _write_safetensors(merge: _Merge, out: Path) -> None:
         merge.write(part, merge.plan.file_of, merge.plan.base)
 
 
-def _write_checkpoint(merge: _Merge, checkpoint: dict[str, Any], out: Path) -> None:
+def _write_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
-    unread = unread_in(checkpoint)
+    unread = unread_in(base.checkpoint)
     if unread:
         kinds = dict.fromkeys(unread)
         raise AdapterFileError(
-            f"{merge.plan.base} holds objects of {listed(kinds)}, which would be lost in {out}. Name a "
+            f"{base.path} holds objects of {listed(kinds)}, which would be lost in {out}. Name a "
             "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
         )
-    state = dict(merge.plan.files.entries)
+    state = dict(base.entries)
     for name in merge.plan.file_of:
         state[name] = merge.merged(name)
-    is_state_alone = checkpoint.keys() <= state.keys()
-    contents = state if is_state_alone else {**as_base(checkpoint), "state_dict": state}
+    is_state_alone = base.checkpoint.keys() <= state.keys()
+    contents = state if is_state_alone else {**as_base(base.checkpoint), "state_dict": state}
     with writing(out) as part:
         torch.save(contents, part)
 
@@ -130,22 +149,21 @@ def _write_checkpoint(merge: _Merge, checkpoint: dict[str, Any], out: Path) -> N
 # A folder
 
 
-def _write_folder(merge: _Merge, out: Path) -> None:
+def _write_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     check_tensors_alone(merge.plan)
-    base = merge.plan.base
     sources = list(dict.fromkeys(merge.plan.file_of.values()))
     with writing_folder(out) as folder:
         folder.mkdir()
         size = 0
         for source in sources:
             names = merge.plan.names_in(source)
-            place = _make_folder_of(folder / source.relative_to(base))
+            place = _make_folder_of(folder / source.relative_to(base.path))
             size += merge.write(place, names, source)
-        if merge.plan.files.index is not None:
-            index = _new_index(merge.plan, merge.plan.files.index, size)
+        if base.index:
+            index = _new_index(merge.plan, base.index, size)
             (folder / INDEX).write_text(json.dumps(index, indent=2))
-        _copy_others(base, folder, sources)
+        _copy_others(base.path, folder, sources)
 
 
 def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -153,9 +171,7 @@ def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str
     weight_map = dict[str, str]()
     for name, file in plan.file_of.items():
         weight_map[name] = file.relative_to(plan.base).as_posix()
-    metadata = index.get("metadata")
-    if not isinstance(metadata, dict):
-        metadata = {}
+    metadata = dict_or_empty(index.get("metadata"))
     return {**index, "weight_map": weight_map, "metadata": {**metadata, "total_size": size}}
 
 

@@ -11,7 +11,7 @@ from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import joined, only, with_values, without
+from lightning_lora.tensors.named import joined, only, renamed, with_values, without
 from lightning_lora.tensors.names import is_inside, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
@@ -44,6 +44,7 @@ class MergePlan:
         self.base = files.path
         self.source = stored.source
         self.renaming = _find_renaming(files, stored)
+        _check_inside(self.renaming, files, stored)
         self.adapted = self._find_adapted()  # the weights that get an update
         self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
         self.file_of = self._find_files()  # of the base, in whose place each merged tensor is written
@@ -97,7 +98,7 @@ class MergePlan:
         """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
         in_base = [name for name in self.stored.filled if self.is_in_base(self.name_in_base(name))]
         replaced = {**besides(self.stored), **only(self.stored.state, in_base)}
-        return {self.name_in_base(name): value for name, value in replaced.items()}
+        return renamed(replaced, self.name_in_base)
 
     def _find_files(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
@@ -120,7 +121,13 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
             f"The weights that {stored.source} adapts are in {files.path} in several places: "
             f"{listed(places)}. Pass a base that holds the model once."
         )
-    renaming = fitting[0] if fitting else Renaming()  # what is absent then is named later
+    if not fitting:
+        return Renaming()  # what is absent is named later
+    return fitting[0]
+
+
+def _check_inside(renaming: Renaming, files: TensorFiles, stored: StoredAdapters) -> None:
+    """Refuse what the adapters' file holds for modules that the base has not."""
     others = besides(stored)
     outside = without(others, entries_inside(renaming.there, others))
     if outside:
@@ -128,4 +135,3 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
             f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
             f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
         )
-    return renaming

@@ -1,6 +1,7 @@
 """Read and write files one tensor at a time."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -23,92 +24,133 @@ INDEX = "model.safetensors.index.json"  # says which file of a folder holds whic
 # Reading
 
 
-class TensorFiles:
-    """The tensors of a model: a ``.safetensors`` file, a folder of them, or a checkpoint of torch or Lightning."""
+class TensorFiles(ABC):
+    """The tensors of a model in files, which are read one by one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint: dict[str, Any] | None = None
-        self.index: dict[str, Any] | None = None  # of a folder that is divided
-        self.file_of: dict[str, Path] = {}
-        self.entries: dict[str, Any] = {}  # a checkpoint's own state
-        self._open_files: dict[Path, Any] = {}
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist.")
-        self._find_tensors()
-        if not self.file_of:
-            raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
+        self.file_of: dict[str, Path] = {}  # of each tensor by its name
 
     @property
     def files(self) -> list[Path]:
         """All files that hold tensors."""
         return list(dict.fromkeys(self.file_of.values()))
 
+    @abstractmethod
     def get(self, name: str) -> Tensor:
         """Return one tensor."""
-        if name in self.entries:
-            value: Tensor = self.entries[name]
-        else:
-            value = self._open(self.file_of[name]).get_tensor(name)
+
+    @abstractmethod
+    def metadata(self, file: Path) -> dict[str, str]:
+        """Return what a ``.safetensors`` file says of itself."""
+
+
+def tensor_files(path: Path) -> TensorFiles:
+    """Return the tensors of a ``.safetensors`` file, a folder of them, or a checkpoint of torch or Lightning."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    files = _opened_files(path)
+    if not files.file_of:
+        raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
+    return files
+
+
+def _opened_files(path: Path) -> TensorFiles:
+    """The tensors in what lies at a path, by its kind."""
+    if path.is_dir():
+        return SafetensorsFolder(path)
+    if not path.is_file():
+        raise AdapterFileError(f"{path} is a pipe or a device, not a file. Write its contents into a file first.")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    return CheckpointFile(path)
+
+
+class CheckpointFile(TensorFiles):
+    """A file of torch: a state, or a checkpoint with one inside. All of it is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with reading(path):
+            check_file(path)
+            with path.open("rb") as file:
+                check_new_format(kind_of(file), path)
+            loaded = load_plain(path, mmap=True)
+        self.checkpoint = dict_or_empty(loaded)
+        self.entries = dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))  # of its state
+        self.file_of = dict.fromkeys(of_type(self.entries, Tensor), path)
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor."""
+        value: Tensor = self.entries[name]
         return value
 
     def metadata(self, file: Path) -> dict[str, str]:
-        """Return what a ``.safetensors`` file says of itself."""
-        if self.checkpoint is not None:
-            return {}
-        return self._open(file).metadata() or {}
+        """Return nothing: it is not a ``.safetensors`` file."""
+        return {}
 
-    def _open(self, file: Path) -> Any:
-        """An open file. It stays open: its header may be long."""
+
+class _SafetensorsFiles(TensorFiles):
+    """Files of safetensors. They stay open: their headers may be long."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._open_files: dict[Path, Any] = {}
+
+    def get(self, name: str) -> Tensor:
+        value: Tensor = self._opened(self.file_of[name]).get_tensor(name)
+        return value
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        return self._opened(file).metadata() or {}
+
+    def _names_in(self, file: Path) -> dict[str, Path]:
+        """The tensors in a file, with the file itself."""
+        return dict.fromkeys(self._opened(file).keys(), file)
+
+    def _opened(self, file: Path) -> Any:
         if file not in self._open_files:
             with reading(file):
                 self._open_files[file] = safe_open(file, "pt")
         return self._open_files[file]
 
-    def _find_tensors(self) -> None:
-        """Find out which file holds which tensor."""
-        if self.path.is_dir():
-            self._find_in_folder()
-        elif not self.path.is_file():
-            raise AdapterFileError(
-                f"{self.path} is a pipe or a device, not a file. Write its contents into a file first."
-            )
-        elif self.path.suffix == ".safetensors":
-            self._add_file(self.path)
-        else:
-            self._read_checkpoint()
 
-    def _read_checkpoint(self) -> None:
-        """Read a file of torch: a state, or a checkpoint with one inside."""
-        with reading(self.path):
-            check_file(self.path)
-            with self.path.open("rb") as file:
-                check_new_format(kind_of(file), self.path)
-            loaded = load_plain(self.path, mmap=True)
-        self.checkpoint = _dict_or_empty(loaded)
-        self.entries = _dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))
-        self.file_of = dict.fromkeys(of_type(self.entries, Tensor), self.path)
+class SafetensorsFile(_SafetensorsFiles):
+    """One ``.safetensors`` file."""
 
-    def _find_in_folder(self) -> None:
-        """Find the file of each tensor: an index names most of them."""
-        index = self.path / INDEX
-        undivided = self.path / _UNDIVIDED
-        if index.is_file():
-            self.index = _read_index(index)
-            self.file_of = {name: self.path / file for name, file in self.index["weight_map"].items()}
-            for file in self.files:
-                self._add_file(file)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.file_of = self._names_in(path)
+
+
+class SafetensorsFolder(_SafetensorsFiles):
+    """A folder with one ``.safetensors`` file, or with several and an index."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.index: dict[str, Any] = {}  # of a folder that is divided
+        index_file = path / INDEX
+        undivided = path / _UNDIVIDED
+        if index_file.is_file():
+            self.index = _read_index(index_file)
+            self._add_files_of_index()
         elif undivided.is_file():
-            self._add_file(undivided)
+            self.file_of = self._names_in(undivided)
         else:
             raise AdapterFileError(
-                f"{self.path} has neither {_UNDIVIDED} nor {INDEX}. Save the base with save_pretrained, or pass its "
-                "file."
+                f"{path} has neither {_UNDIVIDED} nor {INDEX}. Save the base with save_pretrained, or pass its file."
             )
+
+    def _add_files_of_index(self) -> None:
+        """Find the file of each tensor: the index names most of them."""
+        for name, file in self.index["weight_map"].items():
+            self.file_of[name] = self.path / file
+        for file in self.files:
+            self._add_file(file)
 
     def _add_file(self, file: Path) -> None:
         """Add the tensors of one file. It must hold those that the index names in it."""
-        names = dict.fromkeys(self._open(file).keys(), file)
+        names = self._names_in(file)
         expected = with_values(self.file_of, [file])
         absent = without(expected, names)
         if absent:
@@ -119,8 +161,8 @@ class TensorFiles:
         self.file_of |= without(names, self.file_of)  # an index may leave tensors out
 
 
-def _dict_or_empty(value: Any) -> dict[str, Any]:
-    """A value that should be a dict. What else a file holds has no tensors with names."""
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a value that should be a dict. What else a file holds says nothing by name."""
     return value if isinstance(value, dict) else {}
 
 

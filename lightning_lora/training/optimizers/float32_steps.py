@@ -44,28 +44,32 @@ def _requires_grad(p: nn.Parameter) -> bool:
 class Float32Steps:
     """Lets each optimizer of a fit see float32 values in its steps."""
 
-    def __init__(self, model: nn.Module) -> None:
-        view = view_of(model)
-        found = float16_weights(view)
-        _refuse_spread(view.title, found)
-        self._weights = set(found.values())
+    def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
+        self._weights = set(weights)
         self._between: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
         self._shown: dict[nn.Parameter, Optimizer] = {}
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
-        self._while_open.enter_context(steps_are_in_float32(view.model))
 
-    @property
-    def are_needed(self) -> bool:
-        """Whether any weights train in full in float16."""
-        return bool(self._weights)
+    @classmethod
+    def of(cls, model: nn.Module) -> "Float32Steps":
+        """Begin with the float16 weights of a model. Most have none."""
+        view = view_of(model)
+        weights = float16_weights(view)
+        _refuse_spread(view.title, weights)
+        steps = cls(weights.values())
+        steps._while_open.enter_context(steps_are_in_float32(view.model))
+        return steps
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
-        for p in self._weights.intersection(held_by([optimizer])) - self._shown.keys():
+        hidden = self._weights - self._shown.keys()
+        if not hidden:
+            return
+        for p in hidden & held_by([optimizer]):
             _convert(p, _as_float32(p, self._pop_values(optimizer, p)))
             self._shown[p] = optimizer
-        if self._shown and optimizer not in self._hooks:
+        if optimizer not in self._hooks:
             self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
 
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
@@ -100,6 +104,7 @@ class Float32Steps:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
+        self._between.clear()
         self._while_open.close()
 
 

@@ -333,8 +333,7 @@ class StrategyMethods(OverlaidMethods):
         stage = self.stage
         module = self.strategy.lightning_module
         stage.dropout.begin_step(module)
-        if stage.float32 is not None:  # a step that computes its loss again, as LBFGS does
-            stage.float32.pause_step()
+        stage.float32.pause_step()  # one that computes its loss again, as LBFGS does
         if not self.adapts_late:  # sharded weights are other tensors from one moment to the next
             stage.first_steps.begin_step(module)
         with self._running(module, advice=asked.IN_A_STEP):

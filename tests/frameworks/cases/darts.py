@@ -63,7 +63,8 @@ class TiDE(Case):
         return type(run.model).load(str(run.folder / "whole"), trusted=True)
 
     def from_checkpoint(self, run: Run, file: Path | None = None) -> Any:
-        kind, name = type(self.new()), None if file is None else str(file)
+        kind = type(self.new())
+        name = None if file is None else str(file)
         return kind.load_from_checkpoint("model", str(run.folder), file_name=name, best=False, trusted=True)
 
     def weights_from_checkpoint(self, run: Run) -> Any:

@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from tests.frameworks.case import Case, Way
 
 WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "old", "new", "cold", "warm", "fast"]
-QUERIES, DOCS = WORDS[:8], [(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 2 : i + 5])) for i in range(8)]
+QUERIES = WORDS[:8]
+DOCS = [(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 2 : i + 5])) for i in range(8)]
 
 
 def pairs(batch: list[int]) -> TrainBatch:

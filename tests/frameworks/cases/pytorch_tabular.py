@@ -15,7 +15,8 @@ from tests.frameworks.case import Case, Run, Way
 
 DRAW = np.random.default_rng(0)
 FRAME = pd.DataFrame(DRAW.normal(size=(96, 4)).astype(np.float32), columns=list("abcd"))
-FRAME["kind"], FRAME["y"] = DRAW.choice(["one", "other"], 96), FRAME["a"] * FRAME["b"] + FRAME["c"]
+FRAME["kind"] = DRAW.choice(["one", "other"], 96)
+FRAME["y"] = FRAME["a"] * FRAME["b"] + FRAME["c"]
 
 
 class CategoryEmbedding(Case):

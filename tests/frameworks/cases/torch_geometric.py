@@ -15,7 +15,8 @@ DRAW = torch.Generator().manual_seed(0)
 
 
 def graph() -> Data:
-    edges, x = torch.randint(8, (2, 24), generator=DRAW), torch.randn(8, 6, generator=DRAW)
+    edges = torch.randint(8, (2, 24), generator=DRAW)
+    x = torch.randn(8, 6, generator=DRAW)
     return Data(x=x, edge_index=edges, y=x.prod(1).sum()[None])
 
 
@@ -25,7 +26,8 @@ GRAPHS = [graph() for _ in range(32)]
 class LitGraphs(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.other = GCNConv(6, 32), GATConv(32, 16, heads=2)
+        self.one = GCNConv(6, 32)
+        self.other = GATConv(32, 16, heads=2)
         self.head = nn.Linear(32, 1)
 
     def forward(self, batch: Data) -> Tensor:

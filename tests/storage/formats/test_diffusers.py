@@ -171,7 +171,8 @@ def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path) -
     ll.export_peft(trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers")
     for a, b in ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")):
         renamed(tmp_path, lambda name, a=a, b=b: name.replace(".lora_A.", a).replace(".lora_B.", b))
-        pipeline(part := unet()).load_lora_weights(tmp_path)
+        part = unet()
+        pipeline(part).load_lora_weights(tmp_path)
         with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
             check_equal(loaded(unet(), tmp_path), run(part))
 

@@ -293,8 +293,10 @@ def test_tensors_with_which_torch_cannot_compute_are_named(tmp_path: Path, make:
     )
     a = torch.ones(2, 8)
     b = make(torch.ones(8, 2))
-    torch.save({"model_state_dict": {"linear.lora_A": a, "linear.lora_B": b}}, file := tmp_path / "loralib.pt")
-    with refused(model := built(Mixed), ll.AdapterFileError, r"'linear.lora_B'.*\.float\(\)"):
+    file = tmp_path / "loralib.pt"
+    torch.save({"model_state_dict": {"linear.lora_A": a, "linear.lora_B": b}}, file)
+    model = built(Mixed)
+    with refused(model, ll.AdapterFileError, r"'linear.lora_B'.*\.float\(\)"):
         ll.load_adapter(model, file, alpha=2)
 
 

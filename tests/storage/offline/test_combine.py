@@ -65,7 +65,8 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
 def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path, configs: Any, r: Any) -> None:
     paths, (one, other) = saved(tmp_path, configs)
-    combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), r)
+    out = tmp_path / "sum.safetensors"
+    combine_files(paths, out, (0.7, -0.4), r)
     model = copy.deepcopy(BASE)
     ll.load_adapter(model, out)
     found = update(model)
@@ -75,7 +76,8 @@ def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path,
 
 def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
     paths, (one, other) = saved(tmp_path, [LINEAR] * 2)
-    combine_files(paths, out := tmp_path / "sum.safetensors", (0.7, -0.4), 1)
+    out = tmp_path / "sum.safetensors"
+    combine_files(paths, out, (0.7, -0.4), 1)
     model = copy.deepcopy(BASE)
     ll.load_adapter(model, out)
     whole = 0.7 * one["linear.weight"] - 0.4 * other["linear.weight"]

@@ -1,128 +1,17 @@
-"""What PEFT and diffusers name: files, tensors, fields of the configuration."""
+"""What PEFT's configuration says, in our words, and which of its fields are known."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
-from lightning_lora.storage.disk import local_path
-from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.tensors.named import of_type, where, without
-
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
-PREFIX = "base_model.model"  # before every name of the base
-
-DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
-
-PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
-_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
-
-TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
-
-_KEYS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    TOKENS: "tokens",
-    "lora.down.weight": "A",  # diffusers' older names
-    "lora.up.weight": "B",
-    "lora_linear_layer.down.weight": "A",
-    "lora_linear_layer.up.weight": "B",
-}
-"""The ends of the names of an adapter's tensors, and what they are."""
-
-
-class AdapterKey(NamedTuple):
-    """What the name of an adapter's tensor says."""
-
-    wrapped: str  # the name of what PEFT wraps
-    what: str  # "A", "B", "magnitude" or "tokens"
-
-
-def peft_key(name: str) -> AdapterKey | None:
-    """Return the layer of a PEFT tensor and what it is. None: it does not belong to an adapter."""
-    for suffix, what in _KEYS.items():
-        end = f".{suffix}"
-        if name.endswith(end):
-            return AdapterKey(name.removesuffix(end), what)
-    return None
-
-
-def base_name(name: str) -> str:
-    """Return a name of the base, without PEFT's wrappers inside."""
-    wrappers = ("base_layer", "token_adapter", "modules_to_save")
-    return ".".join(component for component in name.split(".") if component not in wrappers)
-
-
-def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the most common value, and the other ones by expressions for exactly these names."""
-    ((most, _),) = Counter(values.values()).most_common(1)
-    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
-    return most, others
-
-
-# Whose a file is
-
-
-def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether PEFT wrote a file with these contents, or other code that has its names."""
-    return _has_updates(contents) and not is_diffusers(contents, path)
-
-
-def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
-    if not _has_updates(contents):
-        return False
-    names = list(map(str, without(contents, [HEADER])))
-    has_header = METADATA in contents.get(HEADER, {})
-    if _config_beside(path) is not None:
-        has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
-        return has_header and not has_prefix
-    return has_header or all(map(_OLDER_NAME.match, names))
-
-
-def _has_updates(names: Iterable[object]) -> bool:
-    """Whether these are names of PEFT's. ComfyUI has the same ends."""
-    for name in names:
-        if isinstance(name, str) and peft_key(name) is not None and not name.startswith("diffusion_model."):
-            return True
-    return False
-
-
-def _config_beside(path: Any) -> Path | None:
-    """PEFT's configuration in the folder of a file on this machine, if it is there."""
-    local = local_path(path)
-    if local is not None and (local.parent / PEFT_CONFIG).is_file():
-        return local.parent / PEFT_CONFIG
-    return None
-
-
-def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
-    """Return all but the header of a file. Refuse what is no tensor."""
-    tensors = dict(contents)
-    tensors.pop(HEADER, None)
-    odd = without(tensors, of_type(tensors, Tensor))
-    if odd:
-        raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
-        )
-    return tensors
-
-
-# What the configuration says
+from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
+from lightning_lora.tensors.named import only, renamed, where, without
 
 
 class PeftConfig(NamedTuple):
@@ -141,7 +30,7 @@ class PeftConfig(NamedTuple):
         targets = self.config.target_modules
         if isinstance(targets, str):
             return re.fullmatch(targets, name) is not None
-        return any(matches(entry, name) for entry in targets)
+        return _matches_any(targets, name)
 
     def _is_of_layers(self, name: str) -> bool:
         """Whether a module lies in one of the layers, if these are given by number."""
@@ -153,7 +42,7 @@ class PeftConfig(NamedTuple):
 
     def names_parameter(self, name: str) -> bool:
         """Return whether ``target_parameters`` names a parameter."""
-        return any(matches(entry, name) for entry in self.config.target_parameters or ())
+        return _matches_any(self.config.target_parameters or (), name)
 
     def token_rows(self, name: str) -> list[int]:
         """Return the rows that train in an embedding."""
@@ -163,9 +52,21 @@ class PeftConfig(NamedTuple):
         return []
 
 
+def _matches_any(entries: Iterable[str], name: str) -> bool:
+    """Whether one of these entries is a name, or its last components."""
+    return any(matches(entry, name) for entry in entries)
+
+
+def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value, and the other ones by expressions for exactly these names."""
+    ((most, _),) = Counter(values.values()).most_common(1)
+    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
+    return most, others
+
+
 def read_config(weights: Any) -> PeftConfig:
     """Read the configuration beside a file."""
-    path = _config_beside(weights)
+    path = config_beside(weights)
     if path is None:
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
@@ -188,13 +89,18 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    said = {ours: fields.get(theirs) for theirs, ours in _OURS.items()}
-    given = {name: value for name, value in said.items() if value not in (None, [], "")}
+    given = where(only(fields, _OURS), _is_given)
+    arguments = renamed(given, _OURS.__getitem__)
     try:
-        config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **given})
+        config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **arguments})
     except ConfigError as error:
         raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
     return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
+
+
+def _is_given(value: object) -> bool:
+    """Whether a field says something: one that is empty is as one that is left out."""
+    return value not in (None, [], "")
 
 
 def _check_fields(fields: Mapping[str, Any], source: object) -> None:
@@ -249,11 +155,19 @@ def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
 
 MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
 
-_SAME = (
-    "r", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
-)  # fmt: skip
-_OURS = {"lora_alpha": "alpha", "lora_dropout": "dropout", **{name: name for name in _SAME}}
+_OURS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "target_parameters": "target_parameters",
+    "modules_to_save": "modules_to_save",
+}
 """PEFT's fields that decide what is computed, and ours."""
 
 _REFUSED = (

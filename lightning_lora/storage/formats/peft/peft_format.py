@@ -2,7 +2,7 @@
 
 from lightning_lora.storage.formats.format import Format
 from lightning_lora.storage.formats.peft import peft_read, peft_write
-from lightning_lora.storage.formats.peft.peft_config import PEFT_CONFIG, PEFT_WEIGHTS
+from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, PEFT_WEIGHTS
 
 PEFT = Format(
     name="peft",

@@ -4,17 +4,19 @@ An adapter that is not in the table is refused, so a new one has to be put into 
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from lightning_lora.errors import listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import kinds
+from lightning_lora.layers.contract import full_name
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import held_parameter
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -29,15 +31,15 @@ def _same(factors: Factors, _: Shape, __: Options) -> Factors:
 class PeftLayer:
     """PEFT's counterpart of one of our adapters."""
 
-    why_not: Callable[[StoredLayer], str | None]  # why PEFT computes something else for one such layer
+    why_not: Callable[[StoredLayer], str]  # why PEFT computes something else for one such layer, or nothing
     there: Callable[[Factors, Shape, Options], Factors] = _same  # our factors of a weight as PEFT has them
     here: Callable[[Factors, Shape, Options], Factors] = _same  # PEFT's factors as ours
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the ends of the names of A and B
     is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
 
-def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
-    """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or None."""
+def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str:
+    """Return why PEFT has no counterpart for a layer's adapter, or one that computes something else. Or nothing."""
     counterpart = _PEFT_LAYERS.get(layer.adapter_class)
     if counterpart is None or _is_registered(layer.layer_class):
         return f"PEFT has no counterpart for our adapter of {_title(layer)}."
@@ -68,62 +70,39 @@ def _is_registered(layer_class: str) -> bool:
     """Whether a user has registered this class of layers."""
     if layer_class.startswith(("torch.", "transformers.", "bitsandbytes.")):
         return False
-    classes = [cls for cls in kinds.ADAPTERS if isinstance(cls, type)]
-    return layer_class in [f"{cls.__module__}.{cls.__qualname__}" for cls in classes]
+    registered = [full_name(layer_type) for layer_type in kinds.ADAPTERS if isinstance(layer_type, type)]
+    return layer_class in registered
 
 
 # Layers that add the update to their output
 
 
 _COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
+_SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 
 
-def _added(layer: StoredLayer) -> str | None:
+def _added(layer: StoredLayer) -> str:
     """Why PEFT would compute something else around this layer's own forward."""
     if layer.is_additive or layer.layer_class == _COMPUTES_THE_SAME:
-        return None
+        return ""
     return f"{_title(layer)} has a forward of its own, and PEFT adds the update outside of it, with other results."
 
 
-def _embedding(layer: StoredLayer) -> str | None:
+def _embedding(layer: StoredLayer) -> str:
     """As of other layers, but PEFT scales the update of a scaled embedding too."""
-    is_scaled = layer.layer_class.startswith("transformers.") and layer.layer_class.endswith("ScaledWordEmbedding")
-    return None if is_scaled else _added(layer)
-
-
-def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Return why PEFT computes something else with rows of this layer, or None."""
-    uses = _uses_of_weight(modules, name)
-    biased = [use for use in uses if getattr(modules[use], "bias", None) is not None]
-    if biased:
-        return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
-    if len(uses) > 1 and not _says_tied(modules):
-        return f"{listed(uses)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
-    return None
-
-
-def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """The layers that have the weight of this one, each by its last name."""
-    weight = held_parameter(modules[name], "weight")
-    names = {module: other for other, module in modules.items() if held_parameter(module, "weight") is weight}
-    return list(names.values())
-
-
-def _says_tied(modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a configuration inside says that the embeddings are tied."""
-    configs = [getattr(module, "config", None) for module in modules.values()]
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if _SCALED_EMBEDDING.fullmatch(layer.layer_class):
+        return ""
+    return _added(layer)
 
 
 # Convolutions
 
 
-def _convolution(layer: StoredLayer) -> str | None:
+def _convolution(layer: StoredLayer) -> str:
     """Why PEFT fails with a convolution, or computes another one."""
     options = layer.options
-    dilation = options.get("dilation", 1)
-    dilations = dilation if isinstance(dilation, list | tuple) else [dilation]
-    if set(dilations) != {1}:
+    dilation = options.get("dilation", 1)  # one number, or one for each side
+    if (torch.as_tensor(dilation) != 1).any():
         return f"it has dilation={dilation}, with which PEFT fails."
     padding_mode = options.get("padding_mode", "zeros")
     if padding_mode != "zeros":
@@ -152,24 +131,24 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
 # Attention
 
 
-def _attention(layer: StoredLayer) -> str | None:
+def _attention(layer: StoredLayer) -> str:
     """Why PEFT does not support an attention."""
     if layer.shapes.keys() <= {"in_proj_weight", "out_proj.weight"}:
-        return None
+        return ""
     return "PEFT does not support an attention with kdim or vdim."
 
 
 # Parameters
 
 
-def _parameters(layer: StoredLayer) -> str | None:
+def _parameters(layer: StoredLayer) -> str:
     """Why PEFT would not update each of these parameters wherever it is read."""
     for matrix in layer.matrices:
         if "." in matrix.weight:
             return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
         if matrix.stack == (1,) and layer.options.get("is_transposed"):
             return "PEFT adds the update of one transposed expert the wrong way round."
-    return None
+    return ""
 
 
 def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:

@@ -1,0 +1,42 @@
+"""A file of PEFT that is read for a model: what it holds of each adapter, and where that lies in the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig
+from lightning_lora.storage.formats.peft.peft_names import without_wrappers
+from lightning_lora.storage.renaming import Renaming
+
+Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
+
+
+@dataclass(frozen=True)
+class PeftFile:
+    """A file that has been read for a model."""
+
+    path: Any
+    peft: PeftConfig
+    view: View
+    place: Renaming
+    adapters: Mapping[str, Tensors]  # by the name there of what PEFT wraps
+    rest: Mapping[str, Tensor]  # by name in the model
+
+    @property
+    def config(self) -> LoRAConfig:
+        """What PEFT's configuration says, in our words."""
+        return self.peft.config
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The names in the model of what PEFT wraps."""
+        return self.place.names_here(map(without_wrappers, self.adapters))
+
+    def module(self, there: str) -> nn.Module:
+        """Return the module of the model that has this name in the file."""
+        return self.view.modules[self.place.name_here(there)]

@@ -1,0 +1,84 @@
+"""Adapters as PEFT can hold them: without layers that no batch has reached, and with tied modules named twice."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.layers import INITIALISATIONS
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, refused_layers
+from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.named import joined, only, without
+from lightning_lora.tensors.names import join, owner_of
+
+
+def fitted(source: Source) -> Source:
+    """Return the adapters that PEFT can hold. Refuse the others."""
+    source = _without_zeros(source)
+    source = _with_tied_modules(source)
+    check_exportable(source)
+    return source
+
+
+# Layers that no batch has reached
+
+
+def _without_zeros(source: Source) -> Source:
+    """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them."""
+    stored = source.stored
+    if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:  # B alone does not tell
+        return source
+    zeros = list[str]()
+    for name in chain.from_iterable(refused_layers(source).values()):
+        if _is_zero(stored.layers[name], stored.state):
+            zeros.append(name)
+    if not zeros or len(zeros) == len(stored.layers):
+        return source
+    warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
+    return replace(source, stored=_without_layers(stored, zeros))
+
+
+def _is_zero(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
+    """Whether each B of a layer is zero. Single rows have none."""
+    if layer.tokens:
+        return False
+    for matrix in layer.matrices:
+        b = state[join(layer.name, matrix.parameter(Role.B))]
+        if b.any():
+            return False
+    return True
+
+
+def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAdapters:
+    """All adapters but those of some layers."""
+    left_out = replace(stored, layers=only(stored.layers, names))
+    return replace(stored, layers=without(stored.layers, names), state=without(stored.state, left_out.adapter_names()))
+
+
+# Modules with one weight
+
+
+def _with_tied_modules(source: Source) -> Source:
+    """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
+    stored = source.stored
+    whole = set(_holders(chain.from_iterable(stored.saved.values()), source).values())
+    trained = set[nn.Parameter]()
+    for module in whole:
+        trained.update(module.parameters(recurse=False))
+    tied = dict[str, list[str]]()
+    for name, module in without(_holders(stored.state, source), stored.layers).items():
+        if module not in whole and not trained.isdisjoint(module.parameters(recurse=False)):
+            tied[name] = joined(name, module.state_dict())
+    return replace(source, stored=replace(stored, saved={**stored.saved, **tied}))
+
+
+def _holders(entries: Iterable[str], source: Source) -> dict[str, nn.Module]:
+    """The modules that hold these entries. Those of a file are not known: there are none."""
+    modules = source.modules_here
+    names = dict.fromkeys(map(owner_of, entries))
+    return {name: modules[name] for name in only(names, modules)}

@@ -1,0 +1,114 @@
+"""What PEFT and diffusers name: files and the tensors in them, by which a file is told from others."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage.disk import local_path
+from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.tensors.named import of_type, without
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
+PREFIX = "base_model.model"  # before every name of the base
+
+DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
+
+PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
+
+TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
+
+_KEYS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    TOKENS: "tokens",
+    "lora.down.weight": "A",  # diffusers' older names
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+}
+"""The ends of the names of an adapter's tensors, and what they are."""
+
+_WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
+
+
+class PeftKey(NamedTuple):
+    """What the name of a tensor says."""
+
+    wrapped: str  # the name of what PEFT wraps
+    what: str  # "A", "B", "magnitude" or "tokens"; empty if the tensor does not belong to an adapter
+
+
+def peft_key(name: str) -> PeftKey:
+    """Return the layer of a PEFT tensor and what it is."""
+    for suffix, what in _KEYS.items():
+        end = f".{suffix}"
+        if name.endswith(end):
+            return PeftKey(name.removesuffix(end), what)
+    return PeftKey(name, "")
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name in the base: without PEFT's wrappers inside."""
+    return ".".join(component for component in name.split(".") if component not in _WRAPPERS)
+
+
+# Whose a file is
+
+
+def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether PEFT wrote a file with these contents, or other code that has its names."""
+    return _has_updates(contents) and not _is_of_a_pipeline(contents, path)
+
+
+def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
+    return _has_updates(contents) and _is_of_a_pipeline(contents, path)
+
+
+def _has_updates(names: Iterable[object]) -> bool:
+    """Whether these are names of PEFT's. ComfyUI has the same ends."""
+    for name in names:
+        if isinstance(name, str) and peft_key(name).what and not name.startswith("diffusion_model."):
+            return True
+    return False
+
+
+def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
+    """Whether updates are those of a pipeline, by the header or, in older files, by the names."""
+    names = list(map(str, without(contents, [HEADER])))
+    has_header = METADATA in contents.get(HEADER, {})
+    if config_beside(path) is not None:
+        has_prefix = any(name.startswith(f"{PREFIX}.") for name in names)
+        return has_header and not has_prefix
+    return has_header or all(map(_OLDER_NAME.match, names))
+
+
+def config_beside(path: Any) -> Path | None:
+    """Return PEFT's configuration in the folder of a file on this machine, if it is there."""
+    local = local_path(path)
+    if local is not None and (local.parent / PEFT_CONFIG).is_file():
+        return local.parent / PEFT_CONFIG
+    return None
+
+
+def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
+    """Return all but the header of a file. Refuse what is no tensor."""
+    others = without(contents, [HEADER])
+    tensors = of_type(others, Tensor)
+    odd = without(others, tensors)
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
+        )
+    return tensors

@@ -1,0 +1,78 @@
+"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.storage.formats.writing import Source, WeightUpdate
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.named import of_type, only, where
+from lightning_lora.tensors.names import starts_of
+
+
+def warn_of_merges(source: Source) -> None:
+    """Warn where PEFT's model, merged or not, computes something else."""
+    _warn_of_tied_weights(source)
+    _warn_of_encoders(source)
+
+
+def _warn_of_tied_weights(source: Source) -> None:
+    """Warn of weights that another layer has too: a merge there changes them for it."""
+    tied = where(source.stored.layers, _is_tied)
+    if not tied:
+        return
+    others = list[str]()
+    for layer in tied.values():
+        others += chain.from_iterable(layer.tied.values())
+    warn(
+        f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
+        "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
+    )
+
+
+def _is_tied(layer: StoredLayer) -> bool:
+    """Whether an update of a layer's weights would reach other layers. Rows of tokens belong to all of them."""
+    return bool(layer.tied) and not layer.tokens
+
+
+def _warn_of_encoders(source: Source) -> None:
+    """Warn of adapted layers in an ``nn.TransformerEncoder``, which reads weights past PEFT's layers."""
+    encoders = _encoder_layers(source)
+    if encoders:
+        warn(
+            f"{listed(encoders)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's "
+            "layers: a PeftModel computes the base there. Call its merge_and_unload(), which is right."
+        )
+
+
+def _encoder_layers(source: Source) -> list[str]:
+    """The names of the transformer layers around adapted ones."""
+    around = dict[str, None]()
+    for name in source.stored.layers:
+        *modules, _ = starts_of(source.name_there(name))
+        around |= dict.fromkeys(modules)
+    return list(only(around, of_type(source.modules, nn.TransformerEncoderLayer)))
+
+
+def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
+    """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
+    if not type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return
+    readers = list[str]()
+    if _is_any_scaled_otherwise(updates, config):
+        readers.append("vLLM up to 0.30")
+    if config["alpha_pattern"] or config["use_rslora"]:
+        readers.append("llama.cpp")
+    if readers:
+        warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
+
+
+def _is_any_scaled_otherwise(updates: Iterable[WeightUpdate], config: dict[str, Any]) -> bool:
+    """Whether the configuration's r and lora_alpha do not say how each update is scaled."""
+    power = 0.5 if config["use_rslora"] else 1
+    scaling = config["lora_alpha"] / config["r"] ** power
+    largest_difference = max(abs(update.scaling - scaling) for update in updates)
+    return bool(largest_difference > 1e-6 * scaling)

@@ -1,0 +1,59 @@
+"""Which of a module's adapters a stage uses. The module may come with another one, which is shown again afterwards."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from lightning.pytorch import LightningModule
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.switch import activate, adapters
+from lightning_lora.tensors.shards import is_dtensor
+
+
+@dataclass
+class ChosenAdapter:
+    """The adapter that a stage uses: the one with a name, or the one that is active."""
+
+    name: str | None = None
+    """None: the active one."""
+
+    is_new: bool = False
+    """Whether the stage has begun it, beside others."""
+
+    way_back: ExitStack = field(default_factory=ExitStack)
+    """Shows again what the module showed before."""
+
+    def name_in(self, record: Record) -> str:
+        """Return its name in a module with adapters."""
+        return self.name or record.adapter.name
+
+    def is_shown_by(self, pl_module: LightningModule) -> bool:
+        """Whether the module computes with this adapter. One without adapters shows no other."""
+        record = find_record(pl_module)
+        return record is None or record.shown == self.name_in(record)
+
+    def refuse_sum(self, pl_module: LightningModule) -> None:
+        """Refuse to train a sum of adapters."""
+        record = find_record(pl_module)
+        if record is None:
+            return
+        adapter = record.adapters.get(self.name_in(record))
+        if adapter is not None and adapter.sum_of:
+            raise AdapterStateError(
+                f"{type(pl_module).__name__} shows a sum of adapters, {adapter.name!r}, which is not trained. "
+                "Train one of them, LoRACallback(name=...), or make one of the sum with combine_adapters."
+            )
+
+    def activate(self, pl_module: LightningModule, config: LoRAConfig | None) -> None:
+        """Make this adapter the active one. ``config`` is that of one that may be new."""
+        names = adapters(pl_module)
+        name = self.name or names[0]
+        self.is_new = name not in names
+        self.way_back = activate(pl_module, name, config)
+
+    def put_back(self, pl_module: LightningModule) -> None:
+        """Show again what the module showed before."""
+        if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
+            self.way_back.close()
