@@ -22,7 +22,7 @@ brief = _shortener.repr
 """How an error shows a value that may be long."""
 
 _Check = Callable[[str, Any], Any]  # of an argument's name and its value; it returns what is kept
-_Rows = tuple[int, ...]
+_Rows = tuple[int, ...]  # the numbers of single rows
 _Range = tuple[int, int]  # the first row of a part, and the one after its last
 
 
@@ -98,10 +98,9 @@ def check_is_list(name: str, value: object) -> None:
     """Refuse a string where only a list has a meaning."""
     if isinstance(value, str):
         names = [entry.strip() for entry in value.split(",")]
+        in_python = f"{name}={names}"
         in_yaml = ", ".join(names)
-        raise ConfigError(
-            f"{name}={value!r} is a string. Expected a list of names: {name}={names}. In YAML: [{in_yaml}]."
-        )
+        raise ConfigError(f"{name}={value!r} is a string. Expected a list of names: {in_python}. In YAML: [{in_yaml}].")
 
 
 def checked_names(name: str, value: object) -> str | tuple[str, ...]:
@@ -124,7 +123,7 @@ def _in_order(entries: Any) -> Any:
     return sorted(entries) if isinstance(entries, Set) else entries
 
 
-_Make = Callable[[str], re.Pattern[str]]
+_Make = Callable[[str], re.Pattern[str]]  # makes an expression of a text
 
 _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
 """What ``re.compile`` raises."""
@@ -154,7 +153,7 @@ def _remedy(name: str, expression: str) -> str:
     return f': "*" is no wildcard in it. Perhaps write r"{with_wildcards}"'
 
 
-def _check_keys(name: str, value: Any, values: str) -> None:
+def _check_names_of_entries(name: str, value: Any, values: str) -> None:
     """Refuse what is no dict from names, or expressions, to ``values``."""
     has_names = isinstance(value, Mapping) and all(map(_is_name, value))
     _expect(has_names, name, value, f"a dict from names to {values}")
@@ -165,7 +164,7 @@ def _check_keys(name: str, value: Any, values: str) -> None:
 
 def _checked_entries(name: str, value: Any, values: str, checked: _Check) -> dict[str, Any]:
     """A dict from names to ``values``, each of which is checked."""
-    _check_keys(name, value, values)
+    _check_names_of_entries(name, value, values)
     entries = dict[str, Any]()
     for key, entry in value.items():
         entries[str(key)] = checked(f"{name}[{key!r}]", entry)

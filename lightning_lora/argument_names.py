@@ -59,7 +59,7 @@ def explains_arguments(cls: _Class) -> _Class:
         hints = list[str]()
         for name in kwargs:
             if name not in names:
-                hint = _hint(cls, name, names)
+                hint = _what_to_do_about(cls, name, names)
                 hints.append(f"{name}: {hint}")
         if hints:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(hints)}.")
@@ -73,7 +73,7 @@ def explains_arguments(cls: _Class) -> _Class:
     return cls
 
 
-def _hint(cls: type, name: str, names: Collection[str]) -> str:
+def _what_to_do_about(cls: type, name: str, names: Collection[str]) -> str:
     """What to do about an argument that is not known."""
     short = name.removeprefix("lora_")
     for elsewhere in (name, short):

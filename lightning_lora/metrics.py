@@ -7,129 +7,23 @@ it, and other numbers are means. Processes have equal adapters, so each computes
 weights are gathered, so every process must call ``update``.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import qr, vector_norm
 from torchmetrics import Metric
 from torchmetrics.utilities import plot
 
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
-from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.subspace import precise
-from lightning_lora.functional.update import magnitude_scale, wide
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
-from lightning_lora.model.switch import adapters_of
-from lightning_lora.model.view import view_of
-from lightning_lora.storage.offline.layers import layer_on, read_layers
+from lightning_lora.measured import Measured, Source, measured
 from lightning_lora.tensors.named import only
-from lightning_lora.tensors.names import join, own_parameter
-from lightning_lora.tensors.shards import full_tensor
-
-Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, one of its adapters, or a file
 
 _drawing: Any = plot  # with matplotlib or without
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
-
-
-class MeasuredLayer(NamedTuple):
-    """A layer, and an adapter of it: on it, merged into it, at rest, or in a file."""
-
-    module: nn.Module
-    adapter: Adapter
-    bases: dict[str, Tensor]  # the base's weights, where those of the module are merged
-
-
-class Measured(NamedTuple):
-    """An adapted matrix. Its numbers are tensors without gradients."""
-
-    layer: MeasuredLayer
-    matrix: AdaptedMatrix
-
-    @property
-    def settings(self) -> Settings:
-        """The settings of its adapter."""
-        return self.layer.adapter.settings
-
-    def factors(self) -> Factors:
-        """Return A and B in float64, with the scaling in B."""
-        a, b = matrix_factors(self.matrix, self.settings, self._parameter)
-        return a, b * self.matrix.scale(self.settings.scaling)
-
-    def _parameter(self, name: str) -> Tensor:
-        parameter = self.layer.adapter.parameters[name]
-        return precise(full_tensor(parameter))
-
-    def update(self) -> Factors | Tensor:
-        """Return the update: A and B, or DoRA's as one matrix."""
-        a, b = self.factors()
-        if not self.settings.use_dora:
-            return a, b
-        weight = precise(self.weight()).to(a.device)
-        magnitude = self._parameter(self.matrix.parameter(Role.MAGNITUDE))
-        direction = weight + b @ a
-        scale = magnitude_scale(magnitude, direction).unsqueeze(-1)
-        return direction * scale - weight
-
-    def weight(self) -> Tensor:
-        """Return the base's weight as a matrix, in float32 or wider."""
-        weight = full_tensor(self._base_parameter())
-        if not weight.numel():
-            raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
-        kind = self.layer.adapter.kind
-        values = kind.lora_values(self.layer.module, weight)
-        matrix: Tensor = kind.lora_as_matrix(values).detach()
-        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)
-        return rows.to(wide(rows.dtype))
-
-    def _base_parameter(self) -> Tensor:
-        name = self.matrix.weight
-        if name in self.layer.bases:
-            return self.layer.bases[name]
-        return own_parameter(self.layer.module, name)
-
-
-def measured(source: Source) -> dict[str, Measured]:
-    """Return the adapted matrices of a model or a file, by name."""
-    if isinstance(source, str | Path):
-        layers = _layers_of_file(source)
-    elif isinstance(source, tuple):
-        layers = _layers_of_model(*source)
-    else:
-        layers = _layers_of_model(source)
-    found = {}
-    for name, layer in layers.items():
-        for matrix in layer.adapter.matrices:
-            if not matrix.tokens:  # rows have no A and B
-                found[join(name, matrix.name)] = Measured(layer, matrix)
-    return found
-
-
-def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
-    """The layers in a file of adapters. They have no weights."""
-    stored = read_layers(path)
-    layers = {}
-    for name in stored.layers:
-        layer = layer_on(stored, name, {})
-        layers[name] = MeasuredLayer(layer, layer.lora_adapter(), {})
-    return layers
-
-
-def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
-    """The layers of a model that have this adapter, or the active one."""
-    view = view_of(model)
-    bases = defaultdict[str, dict[str, Tensor]](dict)
-    for merged in view.merged:
-        bases[merged.layer][merged.weight] = merged.base
-    layers = {}
-    for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
-        layers[name] = MeasuredLayer(view.modules[name], adapter, bases[name])
-    return layers
 
 
 def ratio(update: Tensor, other: Tensor) -> Tensor:
@@ -171,11 +65,8 @@ class _AdapterMetric(Metric):
             raise AdapterStateError("Nothing was measured. Call update(model) first, with a model that has adapters.")
         if self.reduction == "none":
             return dict(self.values)
-        values = list(self.values.values())
-        shapes = [value.shape for value in values]
-        common = tuple(slice(min(sizes)) for sizes in zip(*shapes, strict=True))  # empty for single numbers
-        grids = torch.stack([value[common] for value in values])
-        pooled: Tensor = _POOLED[self.reduction](grids, 0)
+        grids = _cut_to_common_size(list(self.values.values()))
+        pooled: Tensor = _POOLED[self.reduction](torch.stack(grids), 0)
         return pooled
 
     def reset(self) -> None:
@@ -199,6 +90,15 @@ class _AdapterMetric(Metric):
         if figure is not None:
             figure.set(layout_engine="constrained", figwidth=max(6, len(names) / 3))
         return figure, axes
+
+
+def _cut_to_common_size(grids: Sequence[Tensor]) -> list[Tensor]:
+    """The beginning of each grid, as far as all of them go. Single numbers stay."""
+    shapes = [grid.shape for grid in grids]
+    common = list[slice]()  # none for single numbers
+    for sizes in zip(*shapes, strict=True):
+        common.append(slice(min(sizes)))
+    return [grid[tuple(common)] for grid in grids]
 
 
 def _color_by_depth(lines: Sequence[Any]) -> None:
@@ -225,6 +125,7 @@ class UpdateNorm(_AdapterMetric):
         Hu et al. 2021, section 7.3, table 7 (the two norms).
 
     Example:
+        >>> from torch import nn
         >>> from lightning_lora import LoRAConfig, inject_adapters
         >>> model = nn.Sequential(nn.Linear(4, 4))
         >>> names = inject_adapters(model, LoRAConfig(r=2, alpha=2))

@@ -28,10 +28,10 @@ class Guard:
     def injected(self, view: "View") -> None:
         """Adapters were added by a call, outside of a Trainer."""
 
-    def networks_settled(self, view: "View", resting: Collection[str], frozen_since: Set[str]) -> None:
+    def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
         """The optimizers say which networks train.
 
-        ``resting`` are layers that do not, though their adapters have learned. ``frozen_since`` are weights that the
+        ``paused`` are layers that do not, though their adapters have learned. ``frozen_since`` are weights that the
         user has frozen since adapters learned.
         """
 
@@ -117,8 +117,8 @@ class Guards(Guard):
     def injected(self, view: "View") -> None:
         self._pass_on(Guard.injected, view)
 
-    def networks_settled(self, view: "View", resting: Collection[str], frozen_since: Set[str]) -> None:
-        self._pass_on(Guard.networks_settled, view, resting, frozen_since)
+    def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
+        self._pass_on(Guard.networks_settled, view, paused, frozen_since)
 
     def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
         self._pass_on(Guard.optimizers_built, view, optimizers, is_scaled=is_scaled)

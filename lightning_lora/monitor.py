@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
-from lightning_lora.metrics import Measured, measured
+from lightning_lora.measured import Measured, measured
 from lightning_lora.model.record import find_record
 from lightning_lora.training.compatibility import forget_module, join_other_package, needs_an_object
 

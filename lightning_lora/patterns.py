@@ -44,4 +44,6 @@ def as_expression(pattern: str | Sequence[str] | None) -> str:
 
 def begins_or_ends(expression: str, other: str) -> bool:
     """Whether an expression has another as its first or last alternative. One between these may be in a group."""
-    return expression == other or expression.startswith(f"{other}|") or expression.endswith(f"|{other}")
+    as_first = f"{other}|"
+    as_last = f"|{other}"
+    return expression == other or expression.startswith(as_first) or expression.endswith(as_last)

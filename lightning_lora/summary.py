@@ -70,23 +70,23 @@ class LoRASummary:
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
-        headline = Text(self._headline(), style="bold")
         shown = self._groups_that_train_most() if trained_only else self.groups
         layers = self._layers(shown)
         if self.plain:
-            return Writable(headline, layers)
+            return Writable(_headline(self._what_is_plain()), layers)
+        share = f"{self.share:.2%} of its parameters"
+        headline = _headline(f"LoRA{self.active}: {self.title} trains {share}")
         costs = self._costs(optimizers)
         if any(rates):
             costs.add_row("Learning rate", *rates)
         return Writable(headline, layers, costs)
 
-    def _headline(self) -> str:
-        if not self.plain:
-            return f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
-        headline = f"{self.title} is a plain model"
+    def _what_is_plain(self) -> str:
+        """The headline of a plain model, perhaps with adapters merged into it."""
+        what = f"{self.title} is a plain model"
         if self.adapters:
-            headline += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
-        return headline
+            what += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
+        return what
 
     def _groups_that_train_most(self) -> list[LayerGroup]:
         """The groups of the 15 rows that train most, in the order of all groups."""
@@ -98,22 +98,22 @@ class LoRASummary:
         """The table of these groups, with a row for all others."""
         table = layer_table("r", "Trained", "Frozen")
         for group in shown:
-            numbers = _numbers(group.trained, group.frozen)
+            numbers = _cells_of_numbers(group.trained, group.frozen)
             table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
-        others = _others_than(shown, self.groups)
+        others = _left_out_of(shown, self.groups)
         if others:
             trained, frozen = _sums(others)
             name = _name_of_others(others, trains=trained > 0)
-            table.add_row(LayerName(name), "", "–", *_numbers(trained, frozen))
+            table.add_row(LayerName(name), "", "–", *_cells_of_numbers(trained, frozen))
         table.add_section()
-        table.add_row("Total", "", "", *_numbers(self.trained, self.frozen), style="bold")
+        table.add_row("Total", "", "", *_cells_of_numbers(self.trained, self.frozen), style="bold")
         return table
 
     def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
         costs = Table.grid(padding=(0, 2))
         are_like_adam = all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers)
         if are_like_adam:
-            state = f"State of {_names_of(optimizers)}"
+            state = f"State of {_classes_of(optimizers)}"
             _add_cost(costs, state, self.optimizer_bytes, self.full_optimizer_bytes)
         _add_cost(costs, "Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes)
         return costs
@@ -148,11 +148,15 @@ def summarize(model: nn.Module) -> LoRASummary:
     view = View(model)
     groups = list[LayerGroup]()
     for pattern, layers in grouped_by_name(_counted_layers(view), attrgetter("described")):
-        groups.append(_group(pattern, list(layers.values())))
+        groups.append(_row_of(pattern, list(layers.values())))
     return _with_costs(view, tuple(groups))
 
 
 # The texts of the table
+
+
+def _headline(text: str) -> Text:
+    return Text(text, style="bold")
 
 
 def _shown_name(group: LayerGroup) -> str:
@@ -174,17 +178,17 @@ def _name_of_others(groups: Iterable[LayerGroup], *, trains: bool) -> str:
     return name
 
 
-def _others_than(shown: Iterable[LayerGroup], groups: Iterable[LayerGroup]) -> list[LayerGroup]:
+def _left_out_of(shown: Iterable[LayerGroup], groups: Iterable[LayerGroup]) -> list[LayerGroup]:
     """The groups that are not shown."""
     shown = set(shown)
     return [group for group in groups if group not in shown]
 
 
-def _numbers(trained: int, frozen: int) -> tuple[str, str]:
+def _cells_of_numbers(trained: int, frozen: int) -> tuple[str, str]:
     return f"{trained:,}", f"{frozen:,}"
 
 
-def _names_of(optimizers: Sequence[Optimizer]) -> str:
+def _classes_of(optimizers: Sequence[Optimizer]) -> str:
     """The classes of a fit's optimizers. Without a fit, it is Adam."""
     if not optimizers:
         return "Adam"
@@ -220,16 +224,16 @@ class _CountedLayer:
 def _counted_layers(view: View) -> dict[str, _CountedLayer]:
     """The layers with parameters, by name. A shared parameter counts in the first of its layers."""
     layers: dict[str, _CountedLayer] = {}
-    counted: set[nn.Parameter] = set()
+    seen: set[nn.Parameter] = set()
     for name, module in view.modules.items():
-        parameters = [p for p in _parameters(module) if p not in counted]
-        counted.update(parameters)
+        parameters = [p for p in _parameters_with_inner(module) if p not in seen]
+        seen.update(parameters)
         if parameters:
             layers[name] = _CountedLayer(_describe(module), *_trained_and_frozen(parameters))
     return layers
 
 
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
+def _parameters_with_inner(module: nn.Module) -> list[nn.Parameter]:
     """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
     holders = {module: None}  # in this order, each once
     if isinstance(module, LoRALayer):
@@ -265,7 +269,7 @@ def _parts(layer: LoRALayer) -> tuple[str, ...]:
     return tuple(names) if are_short else (f"{len(names)} matrices",)
 
 
-def _group(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
+def _row_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
     """A row of the table: layers that are described in the same way."""
     described = layers[0].described
     trained, frozen = _sums(layers)
@@ -280,12 +284,12 @@ def _group(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
     )
 
 
-def _sums(counted: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
-    """How many values train in all of these, and how many do not."""
+def _sums(layers: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
+    """How many values train in all of these layers, and how many do not."""
     trained = frozen = 0
-    for each in counted:
-        trained += each.trained
-        frozen += each.frozen
+    for layer in layers:
+        trained += layer.trained
+        frozen += layer.frozen
     return trained, frozen
 
 
@@ -304,32 +308,32 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
         frozen=frozen,
         optimizer_bytes=2 * _bytes(_trained(parameters)),
         full_optimizer_bytes=2 * _full_bytes(base),
-        checkpoint_bytes=_bytes(_stored(view).values()),
+        checkpoint_bytes=_bytes(_checkpoint_entries(view).values()),
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
         plain=not view.layers,
-        active=_active(view),
+        active=_said_of_adapters(view),
     )
 
 
-def _stored(view: View) -> Mapping[str, Any]:
+def _checkpoint_entries(view: View) -> Mapping[str, Any]:
     """What a checkpoint holds of a model."""
     if not view.is_adapted:
         return view.model.state_dict()
-    return without_base(view, state_dict(view.model), _random(view))
+    return without_base(view, state_dict(view.model), _random_in_files(view))
 
 
-def _random(view: View) -> tuple[str, ...]:
+def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
-    known = view.adapter.random
+    random = view.adapter.random
     if view.is_sharded:
-        return () if known is None else known
+        return () if random is None else random
     found = random_weights(view)
-    view.adapter.random = known  # it is not settled: the base may change until a fit begins
+    view.adapter.random = random  # it is not settled: the base may change until a fit begins
     return found
 
 
-def _active(view: View) -> str:
+def _said_of_adapters(view: View) -> str:
     """The active adapter's name, and about the others. Empty for "default" alone."""
     record = find_record(view.model)
     if record is None:

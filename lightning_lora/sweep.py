@@ -69,7 +69,7 @@ class LoRASweep:
         self.runs = {}
         self.results = []
         self._arguments = arguments
-        values_of = {name: _values_of(name, value) for name, value in arguments.items()}
+        values_of = {name: _values_to_try(name, value) for name, value in arguments.items()}
         self._varied = [name for name, values in values_of.items() if len(values) > 1]
         combinations = list(itertools.product(*values_of.values()))
         for combination in combinations:
@@ -93,7 +93,9 @@ class LoRASweep:
 
     def __repr__(self) -> str:
         """Show the arguments of the adapters."""
-        arguments = [f"{name}={value!r}" for name, value in self._arguments.items()]
+        arguments = list[str]()
+        for name, value in self._arguments.items():
+            arguments.append(f"{name}={value!r}")
         return f"LoRASweep({', '.join(arguments)})"
 
     def run(self, fit: Fit) -> list[dict[str, Any]]:
@@ -174,12 +176,14 @@ class LoRASweep:
         return table
 
 
-def _values_of(argument: str, given: object) -> list[Any]:
+def _values_to_try(argument: str, given: object) -> list[Any]:
     """The values of an argument: one, or those in a list."""
     if not isinstance(given, list):
         return [given]
-    is_one_list = argument in _LISTS and not any(isinstance(each, list) for each in given)
-    return [given] if is_one_list else given
+    if argument not in _LISTS:
+        return given
+    are_lists = any(isinstance(each, list) for each in given)
+    return given if are_lists else [given]
 
 
 def _part_of_name(argument: str, value: object) -> str:

@@ -44,7 +44,7 @@ class Run:
                 fit(callback, self._path_to_resume())
             finally:
                 callback.leave_no_adapter()
-        has_validated = len(self.metrics) > callback.known
+        has_validated = len(self.metrics) > callback.validations_before
         if not self.metrics or not (has_validated or self.has_ended):
             raise ConfigError(
                 "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
@@ -70,9 +70,9 @@ class _Callback(LoRACallback):
         self.run = run.name
         self.progress = run
         self.stops = stops
-        self.known = len(run.metrics)
+        self.validations_before = len(run.metrics)
         self.module: LightningModule | None = None
-        self.most: int | None = None  # epochs
+        self.max_epochs: int | None = None  # epochs
 
     def leave_no_adapter(self) -> None:
         """Take what the fit has left off the module, if it had one."""
@@ -81,9 +81,9 @@ class _Callback(LoRACallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            _check(trainer, pl_module)
+            _check_works_in_sweep(trainer, pl_module)
             self.module = pl_module
-            self.most = trainer.fit_loop.max_epochs
+            self.max_epochs = trainer.fit_loop.max_epochs
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,7 +93,7 @@ class _Callback(LoRACallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
-        trainer.fit_loop.max_epochs = self.most
+        trainer.fit_loop.max_epochs = self.max_epochs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.progress.epochs and not trainer.global_step:
@@ -105,30 +105,30 @@ class _Callback(LoRACallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        found = trainer.callback_metrics
+        metrics = trainer.callback_metrics
         monitor = self.progress.monitor
-        if monitor not in found:
+        if monitor not in metrics:
             raise ConfigError(
-                f"monitor={monitor!r} is not logged in validation. Found: {listed(found)}. "
+                f"monitor={monitor!r} is not logged in validation. Found: {listed(metrics)}. "
                 f"Log it in validation_step: self.log({monitor!r}, ...)."
             )
-        value = float(found[monitor])
+        value = float(metrics[monitor])
         self.progress.metrics.append(trainer.strategy.broadcast(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stops and len(self.progress.metrics) > self.known:
+        if self.stops and len(self.progress.metrics) > self.validations_before:
             trainer.fit_loop.max_epochs = trainer.current_epoch + 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         run = self.progress
         run.epochs = trainer.current_epoch
-        run.has_ended = trainer.current_epoch == self.most or trainer.should_stop or not self.stops
-        trainer.fit_loop.max_epochs = self.most
+        run.has_ended = trainer.current_epoch == self.max_epochs or trainer.should_stop or not self.stops
+        trainer.fit_loop.max_epochs = self.max_epochs
         trainer.save_checkpoint(run.file, weights_only=False)
 
 
-def _check(trainer: Trainer, pl_module: LightningModule) -> None:
+def _check_works_in_sweep(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse what does not work with a sweep."""
     averages = kinds_of(trainer) & {"WeightAveraging", "StochasticWeightAveraging"}
     refused = {

@@ -61,17 +61,18 @@ def grouped_by_name(
     layers: Mapping[str, Layer], kind_of: Callable[[Layer], Hashable]
 ) -> Iterator[tuple[str, dict[str, Layer]]]:
     """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and them."""
-    groups: dict[tuple[str, Hashable], dict[str, Layer]] = {}
+    groups = dict[tuple[str, Hashable], dict[str, Layer]]()
     for name, layer in layers.items():
         pattern = _BLOCK.sub("*", name)
         group = groups.setdefault((pattern, kind_of(layer)), {})
         group[name] = layer
     groups_of_pattern = Counter(pattern for pattern, _ in groups)
     for (pattern, _), group in groups.items():
-        yield _title(list(group), is_only_group=groups_of_pattern[pattern] == 1), group
+        is_only_group = groups_of_pattern[pattern] == 1
+        yield _name_of_group(list(group), is_only_group=is_only_group), group
 
 
-def _title(names: Sequence[str], *, is_only_group: bool) -> str:
+def _name_of_group(names: Sequence[str], *, is_only_group: bool) -> str:
     """The name of a group. A star stands for all blocks, so another group of the same names must not have it too."""
     blocks_of_names = [_BLOCK.findall(name) for name in names]
     columns = zip(*blocks_of_names, strict=True)
@@ -92,5 +93,8 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    texts = [shown_range(str(run[0]), str(run[-1]), "-") for run in runs]
+    texts = list[str]()
+    for run in runs:
+        first, last = str(run[0]), str(run[-1])
+        texts.append(shown_range(first, last, "-"))
     return ",".join(texts)

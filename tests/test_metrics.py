@@ -16,7 +16,8 @@ from torchmetrics.utilities import plot as torchmetrics_plot
 
 import lightning_lora as ll
 from lightning_lora import metrics
-from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm, measured
+from lightning_lora.measured import measured
+from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm
 from tests.support.layers import LAYERS, Model, config, train
 from tests.support.models import LitTiny, data, lora, randomise, trainer
 from tests.support.parameters import values_of

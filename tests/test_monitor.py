@@ -10,7 +10,7 @@ import torch
 
 import lightning_lora as ll
 from lightning_lora import LoRAMonitor
-from lightning_lora.metrics import measured
+from lightning_lora.measured import measured
 from lightning_lora.model.view import View
 from tests.support import sharded
 from tests.support.cases import At

@@ -1,6 +1,6 @@
 """The base of an adapted model: one row for each of its tensors. All names are as in ``named_parameters``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.tensors.digests import digest, digests, digests_as
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import Seen
+
+Tensors = Mapping[str, Tensor]  # by name
 
 HALVES = (torch.bfloat16, torch.float16)  # the dtypes of :attr:`Base.half_digests`
 
@@ -100,10 +103,7 @@ class Base:
 
     def row(self, name: str) -> BaseTensor:
         """Return a tensor's row, perhaps an empty one."""
-        row = self.rows.get(name)
-        if row is None:
-            row = self.rows[name] = BaseTensor()
-        return row
+        return self.rows.setdefault(name, BaseTensor())
 
     def snapshot(self) -> "Base":
         """Return a copy that later events do not change. Tensors are not copied."""
@@ -200,13 +200,17 @@ class Base:
         for name in names:
             self.row(name).is_filled = True
 
-    def forget_changes(self, names: Iterable[str] | None = None) -> None:
-        """These tensors, or all, have the base's values now."""
-        for name in list(self.rows) if names is None else names:
-            if name in self.rows:
-                self.rows[name].change = None
+    def forget_changes(self, names: Collection[str]) -> None:
+        """These tensors have the base's values now."""
+        for row in only(self.rows, names).values():
+            row.change = None
 
-    def changes_were_loaded(self, values: Mapping[str, Tensor]) -> None:
+    def forget_all_changes(self) -> None:
+        """All tensors have the base's values now."""
+        for row in self.rows.values():
+            row.change = None
+
+    def changes_were_loaded(self, values: Tensors) -> None:
         """A file's values of changed tensors were loaded."""
         for name in self.changed:
             row = self.rows[name]
@@ -229,15 +233,26 @@ class Base:
 
     # Digests
 
-    def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
-        """Return digests of tensors by name: changed ones, or all (``anew``), are read. Collective for shards."""
-        if anew:
-            for row in self.rows.values():
-                row.reading = None  # it may hold a tensor that the model has lost
-        to_be_read = tensors if anew else self._to_be_read(tensors)
-        numbers = digests(list(to_be_read.values()))
-        for (name, tensor), number in zip(to_be_read.items(), numbers, strict=True):
+    def digests_now(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. Those are read that may have changed. Collective for shards."""
+        self._read(self._to_be_read(tensors))
+        return self._known_digests(tensors)
+
+    def digests_read_anew(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. All are read, whatever is known of them. Collective for shards."""
+        for row in self.rows.values():
+            row.reading = None  # it may hold a tensor that the model has lost
+        self._read(tensors)
+        return self._known_digests(tensors)
+
+    def _read(self, tensors: Tensors) -> None:
+        """Read tensors in full, and remember their digests."""
+        numbers = digests(list(tensors.values()))
+        for (name, tensor), number in zip(tensors.items(), numbers, strict=True):
             self._was_read(name, tensor, number)
+
+    def _known_digests(self, tensors: Tensors) -> dict[str, int]:
+        """The digests of tensors that have been read."""
         found = dict[str, int]()
         for name in tensors:
             reading = self.rows[name].reading
@@ -253,7 +268,7 @@ class Base:
             numbers.append(number if row is None else row.base_digest(number))
         return numbers
 
-    def _to_be_read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
         """Those that have changed since they were read, in any process, or were not read. Collective for shards."""
         are_new = [not self.row(name).is_read(tensor) for name, tensor in tensors.items()]
         are_new_anywhere = agreed(are_new, list(tensors.values()))

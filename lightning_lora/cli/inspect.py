@@ -130,15 +130,16 @@ def _table(found: _Plain) -> Table:
     adapted = counted(len(layers), "adapted layer")
     title = f"{found['file']}: {size}, {adapted}"
     table = layer_table("r", "scaling", "norm\nof ΔW", "effective\nrank", title=title)
-    for title_of_group, group in grouped_by_name(layers, _kind_of):
+    for title_of_group, group in grouped_by_name(layers, _common_of_layers):
         cells = _cells(title_of_group, list(group.values()))
         table.add_row(*cells)
     return table
 
 
-def _kind_of(layer: _Plain) -> str:
+def _common_of_layers(layer: _Plain) -> str:
     """What layers of one group have in common."""
-    return str([layer["class"], layer["r"], layer["scaling"], layer["shapes"]])
+    common = [layer[key] for key in ("class", "r", "scaling", "shapes")]
+    return str(common)
 
 
 def _cells(title: str, group: Sequence[_Plain]) -> tuple[RenderableType, ...]:
@@ -157,11 +158,15 @@ def _cells(title: str, group: Sequence[_Plain]) -> tuple[RenderableType, ...]:
 def _range_of(key: str, group: Sequence[_Plain]) -> str:
     """The least and the greatest number in a group, or one if both look alike."""
     values = [layer[key] for layer in group]
-    return shown_range(f"{min(values):.3g}", f"{max(values):.3g}")
+    least = f"{min(values):.3g}"
+    greatest = f"{max(values):.3g}"
+    return shown_range(least, greatest)
 
 
 def _line_of_besides(described: _Plain) -> str:
-    texts = [f"{name} {value['shape']}" for name, value in described.items()]
+    texts = list[str]()
+    for name, value in described.items():
+        texts.append(f"{name} {value['shape']}")
     return f"Besides adapters: {', '.join(texts)}"
 
 

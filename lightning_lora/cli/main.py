@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.markup import escape
 
@@ -18,10 +19,6 @@ _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its he
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return 0, or 1 after an error."""
-    if arguments is None:
-        arguments = sys.argv[1:]
-    if not arguments:
-        arguments = ["--help"]
     return _run(_parser().parse_args(arguments))
 
 
@@ -31,35 +28,42 @@ def _parser() -> argparse.ArgumentParser:
     version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def show_help(_: argparse.Namespace) -> None:
+        parser.print_help()
+
+    parser.set_defaults(run=show_help, usage="")  # without a command
+    commands = parser.add_subparsers(metavar="command")
     for module in _COMMANDS:
-        _, _, name = module.__name__.rpartition(".")
-        text = module.__doc__ or ""
-        first_line, _, _ = text.partition("\n")
-        command = commands.add_parser(
-            name,
-            help=first_line,
-            description=text.replace("::\n", ":\n").strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        usage = command.format_usage().strip().removeprefix("usage: ")
-        command.set_defaults(run=module.run, usage=usage)
+        _add_command(commands, module)
     return parser
+
+
+def _add_command(commands: Any, module: Any) -> None:
+    """Add the command that a module is: its docstring is the help, and its ``run`` does the work."""
+    _, _, name = module.__name__.rpartition(".")
+    text = module.__doc__ or ""
+    first_line, _, _ = text.partition("\n")
+    description = text.replace("::\n", ":\n").strip()
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=first_line, description=description, formatter_class=keep_lines)
+    module.add_arguments(command)
+    usage = command.format_usage().strip().removeprefix("usage: ")
+    command.set_defaults(run=module.run, usage=usage)
 
 
 def _run(command: argparse.Namespace) -> int:
     """Run a command, and print what it says, its warnings and its error."""
     try:
         with warnings.catch_warnings(record=True) as noticed:
-            warnings.simplefilter("always")
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", LoRAWarning)
             failure = _attempt(command)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     for each in noticed:
-        if issubclass(each.category, LoRAWarning):
-            _say("[bold yellow]warning:[/]", str(each.message))
+        _say("[bold yellow]warning:[/]", str(each.message))
     if failure is None:
         return 0
     if failure.usage:

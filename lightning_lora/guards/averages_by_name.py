@@ -19,17 +19,14 @@ from lightning_lora.tensors.values import is_tensor
 class AveragesByName(Guard):
     """Names a dict of tensors by the names of frozen weights, which begins with the module.
 
-    The weights below adapters never move, so an average of them stays as it is, and so does a distance to them.
+    Adapted weights never move, so an average of them stays as it is, and so does a distance to them.
     """
 
     def training_begins(self, view: View) -> None:
         """Look at the module's dicts."""
-        dicts = list(_dicts_in(view.model))
-        if not dicts:
-            return
         frozen = _Shapes(view.frozen)
         adapted = _Shapes(only(view.frozen, set(view.adapted_weights)))
-        for found in dicts:
+        for found in _dicts_in(view.model):
             if frozen.have_all(found.tensors) and adapted.have_any(found.tensors):
                 _warn_of(view, found)
 
@@ -79,15 +76,13 @@ class _Shapes:
     """The shapes of parameters by each ending of their names: a network's own names are those."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.by_ending: dict[str, set[tuple[int, ...]]] = {}
+        self.by_ending: dict[object, set[tuple[int, ...]]] = {}
         for name, parameter in parameters.items():
             for ending in _endings(name):
                 self.by_ending.setdefault(ending, set()).add(tuple(parameter.shape))
 
     def have(self, name: object, tensor: Tensor) -> bool:
         """Whether one of the parameters has this name, or one that ends so, and this shape."""
-        if not isinstance(name, str):
-            return False
         return tuple(tensor.shape) in self.by_ending.get(name, ())
 
     def have_all(self, tensors: Mapping[Any, Tensor]) -> bool:

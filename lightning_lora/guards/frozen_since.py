@@ -12,10 +12,10 @@ from lightning_lora.tensors.named import joined, without
 class FrozenSince(Guard):
     """Names such layers, unless all are frozen: then somebody means the base."""
 
-    def networks_settled(self, view: View, resting: Collection[str], frozen_since: Set[str]) -> None:
+    def networks_settled(self, view: View, paused: Collection[str], frozen_since: Set[str]) -> None:
         """Look at the layers that train on."""
         frozen = []
-        for name, layer in without(layers_that_have_learned(view), resting).items():
+        for name, layer in without(layers_that_have_learned(view), paused).items():
             if frozen_since >= set(joined(name, layer.lora_weights())):
                 frozen.append(name)
         if frozen and len(frozen) < len(view.layers):

@@ -1,6 +1,6 @@
 """Hyperparameters that hold weights: every file has them whole, beside the adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,12 +53,18 @@ def _bytes_in(value: object) -> int:
         if id(each) in seen:
             continue
         seen.add(id(each))
+        inside += _parts_of(each)
         if isinstance(each, Tensor):
             size += each.numel() * each.element_size()
-        elif isinstance(each, nn.Module):
-            inside += [*each.parameters(), *each.buffers()]
-        elif isinstance(each, Mapping):
-            inside += each.values()
-        elif isinstance(each, list | tuple):
-            inside += each
     return size
+
+
+def _parts_of(value: object) -> Iterable[object]:
+    """The tensors of a network, or what a container holds. Anything else has no parts."""
+    if isinstance(value, nn.Module):
+        return (*value.parameters(), *value.buffers())
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    return ()

@@ -16,24 +16,20 @@ class LeftCopies(Guard):
     def __init__(self) -> None:
         self.copies = FrozenCopies()
         self.versions: dict[str, int | None] = {}  # how often each weight was written in place
-        self.has_spoken = False
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note which weights were written before."""
         self.copies = copies
-        if copies.originals:
-            self.versions = _versions_of(view)
+        self.versions = _versions_of(view)
 
     def base_compared(self, view: View) -> None:
         """Name those that were moved, or written into."""
-        if self.has_spoken:
-            return
         moved = {}
         for copy, original in self.copies.originals.items():
             if self.copies.moved_weights(view, copy) or self._is_written(view, copy):
                 moved[copy] = original
         if moved:
-            self.has_spoken = True
+            self.copies = FrozenCopies()  # that is said once
             warn(
                 f"Code moves copies in {view.title} that have no adapters: {pairs_of(moved)}. They do not follow what "
                 "the originals learn, unless your code adds the updates. Let them have adapters too, which then "

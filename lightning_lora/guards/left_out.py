@@ -1,7 +1,8 @@
 """What automatic targets leave out: most of the weights, or layers whose weight is computed."""
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -16,7 +17,7 @@ from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, ow
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.tensors.named import grouped, only, outside, where, with_values, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import holder_of, owner_of
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
@@ -50,18 +51,16 @@ class LeftAlone(NamedTuple):
 
 
 def left_alone(view: View) -> LeftAlone:
-    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes. Also their share.
+    """Return matrices that automatic targets have left alone, with their layers' classes. Also their share.
 
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
     """
-    if view.config.target_modules not in AUTOMATIC:
-        return LeftAlone({}, 0)
-    adapted = set(only(view.base, set(view.adapted_weights)).values())
-    meant = _meant(view, adapted)
+    weights = _Weights(view)
+    meant = weights.meant()
     size_of_meant = max(view.size_of(meant), 1)
-    left = [name for name in meant if _is_left_alone(view, name, adapted)]
-    by_class = grouped(left, lambda name: _class_of_owner(view, name))
+    left = filter(weights.is_left_alone, meant)
+    by_class = grouped(left, weights.class_of_layer)
     sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
     classes: dict[str, str] = {}
     for layer_class in sorted(without(sizes, [COMPUTED]), key=sizes.__getitem__, reverse=True):
@@ -70,25 +69,38 @@ def left_alone(view: View) -> LeftAlone:
     return LeftAlone(classes, sum(sizes.values()) / size_of_meant)
 
 
-def _meant(view: View, adapted: Set[nn.Parameter]) -> list[str]:
-    """The parameters that targets could mean: not those that the user froze or excluded, unless they are adapted."""
-    by_user = view.frozen_by_user.union(excluded_names(view))
-    left_to_targets = {*outside(view.base, by_user), *with_values(view.base, adapted)}
-    return list(only(view.base, left_to_targets))
+class _Weights:
+    """The weights of a base, and what automatic targets make of them."""
 
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.adapted = set(only(view.base, set(view.adapted_weights)).values())
 
-def _is_left_alone(view: View, name: str, adapted: Set[nn.Parameter]) -> bool:
-    """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
-    p = view.base[name]
-    if name not in view.frozen or p in adapted:
-        return False
-    return _is_matrix(p) and not _is_usually_left(view.modules[owner_of(name)])
+    def meant(self) -> list[str]:
+        """Return those that targets could mean: not what the user froze or excluded, unless it is adapted."""
+        base = self.view.base
+        by_user = self.view.frozen_by_user.union(excluded_names(self.view))
+        left_to_targets = {*outside(base, by_user), *with_values(base, self.adapted)}
+        return list(only(base, left_to_targets))
 
+    def is_left_alone(self, name: str) -> bool:
+        """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
+        p = self.view.base[name]
+        if name not in self.view.frozen or p in self.adapted:
+            return False
+        return _is_matrix(p) and not _is_usually_left(self._layer_of(name))
 
-def _class_of_owner(view: View, name: str) -> str:
-    """The class of the layer that holds a matrix. All with computed weights are one: another message names them."""
-    layer = view.modules[owner_of(name)]
-    return COMPUTED if is_computed(layer) else class_of(layer)
+    def class_of_layer(self, name: str) -> str:
+        """Return the class of the layer that holds a matrix.
+
+        All layers with computed weights have one class here: another message names them.
+        """
+        layer = self._layer_of(name)
+        return COMPUTED if is_computed(layer) else class_of(layer)
+
+    def _layer_of(self, name: str) -> nn.Module:
+        """The layer that holds a parameter."""
+        return self.view.modules[owner_of(name)]
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
@@ -107,7 +119,7 @@ def _is_usually_left(layer: nn.Module) -> bool:
 
 def _about_left_alone(view: View, left: LeftAlone) -> str:
     """What is said of layers that are left alone, with the arguments that would train them."""
-    layers = dict.fromkeys(owner_of(name) or name for name in left.classes)
+    layers = dict.fromkeys(map(holder_of, left.classes))
     classes = dict.fromkeys(left.classes.values())
     return (
         f'target_modules="{view.config.target_modules}" leaves {left.share:.0%} of the weights of '
@@ -118,7 +130,7 @@ def _about_left_alone(view: View, left: LeftAlone) -> str:
 
 def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
     """The arguments that would train these matrices."""
-    ways = grouped(matrices, lambda name: _way_to_train(view, name))
+    ways = grouped(matrices, partial(_way_to_train, view))
     arguments = []
     if _Way.LAYER in ways:
         arguments.append('target_modules="all"')
@@ -140,6 +152,7 @@ class _Way(Enum):
 
 
 def _way_to_train(view: View, name: str) -> _Way:
+    """How a matrix may be trained where it is."""
     owner = owner_of(name)
     layer = view.modules[owner]
     if adapter_for(layer):

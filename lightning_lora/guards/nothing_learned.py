@@ -18,7 +18,7 @@ class NothingLearned(Guard):
         if steps <= 1 or not view.layers or not view.is_fresh():
             return
         rates_of_adapters, _ = peak_rates(view, optimizers)
-        if any(rate > 0 for rate in rates_of_adapters):
+        if max(rates_of_adapters, default=0) > 0:
             warn(
                 f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "
                 "optimizer may keep a list of parameters of its own, without the adapters: use another one. Or an "

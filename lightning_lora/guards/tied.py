@@ -6,6 +6,7 @@ from lightning_lora.layers import LoRALayer, LoRATokens
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.tensors.named import where
 
 
 class Tied(Guard):
@@ -26,10 +27,10 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update. Layers of another class compute something else with it."""
     layers: dict[tuple[int, type], list[str]] = {}
-    for name, layer in view.layers.items():
-        if _has_update_of_its_own(layer):
-            for weight in view.weights_of(name):
-                layers.setdefault((id(weight), layer.overlaid[0]), []).append(name)
+    for name, layer in where(view.layers, _has_update_of_its_own).items():
+        adapter_class, _ = layer.overlaid
+        for weight in view.weights_of(name):
+            layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())
 
 

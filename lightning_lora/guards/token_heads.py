@@ -20,8 +20,6 @@ class TokenHeads(Guard):
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Name each, with the argument that trains its rows too."""
         weights_with_rows = rows_of(view).keys()
-        if not weights_with_rows:
-            return
         embeddings = [owner for owner in map(owner_of, weights_with_rows) if owner in view.matrices]
         for head in _heads_beside(view, weights_with_rows):
             warn_in_each_fit(_about_head(head, embeddings))

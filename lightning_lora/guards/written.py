@@ -1,4 +1,4 @@
-"""Frozen weights below adapters that other code writes into: what it does reaches the base, and not the update.
+"""Frozen weights of adapted layers that other code writes into: what it does reaches the base, and not the update.
 
 SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps them. The base then holds what was
 written, and so do files. But the layer computes with the sum of base and update.
@@ -20,15 +20,15 @@ class Written(Guard):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.digests: dict[str, int] = {}  # those that the record knows
-        self.has_spoken = False
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
-        """Note the weights below adapters: what hooks load before is the base. What follows is moved by other code."""
+        """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
         for name, layer in where(view.layers, _moves_by_itself).items():
-            for weight in _weights_below(view, name, layer):
+            for weight in _weights_inside(view, name, layer):
                 self._note(view, weight)
 
     def _note(self, view: View, name: str) -> None:
+        """Note how a weight looks, and the digest that the record has of it."""
         weight = view.base[name]
         self.seen[name] = Seen(weight)
         reading = view.record.base.row(name).reading
@@ -37,14 +37,12 @@ class Written(Guard):
 
     def base_compared(self, view: View) -> None:
         """Compare the weights with what was noted."""
-        if self.has_spoken:
-            return
         written = []
         for name, layer in view.layers.items():
-            if any(self._is_written(view, weight) for weight in _weights_below(view, name, layer)):
+            if any(self._is_written(view, weight) for weight in _weights_inside(view, name, layer)):
                 written.append(name)
         if written:
-            self.has_spoken = True
+            self.seen = {}  # that is said once
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
@@ -58,10 +56,11 @@ class Written(Guard):
 
 
 def _moves_by_itself(layer: LoRALayer) -> bool:
+    """Whether a layer is in no copy, which other code moves."""
     return not layer.lora_settings.follows
 
 
-def _weights_below(view: View, name: str, layer: LoRALayer) -> list[str]:
+def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
     """The weights of an adapted layer. A quantised one may change the layout of its own."""
     if layer.lora_is_quantised(layer):
         return []

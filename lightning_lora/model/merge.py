@@ -244,7 +244,7 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
     """The digest of a parameter of the base, read again only if it has changed. None: of spread or absent values."""
     if parameter.is_meta or is_dtensor(parameter):
         return None
-    return view.record.base.digests({name: parameter})[name]
+    return view.record.base.digests_now({name: parameter})[name]
 
 
 def check_mergeable(view: View) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """The record: what an adapted model remembers. It is an attribute of the model, and so survives copy and pickle."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -111,7 +111,7 @@ class Record:
         coming.inactive_adapters = {}
         coming.inactive_tensors = {}
 
-    def base_was_loaded(self, names: Iterable[str], values: Mapping[str, Tensor]) -> None:
+    def base_was_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
         """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""
         self.base.forget_changes(names)
         for adapter in self.adapters.values():
@@ -123,7 +123,7 @@ class Record:
         if fingerprint in fingerprints:
             return
         if fingerprints:  # a new adapter's fit begins on what others left
-            self.base.forget_changes()
+            self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:

@@ -9,9 +9,18 @@ from torch import Tensor
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.fingerprint import Fingerprint, base_tensors, fingerprint, have_one_form, quantised_names
+from lightning_lora.storage.fingerprint import (
+    Fingerprint,
+    base_tensors,
+    digests_by_name,
+    fingerprint,
+    have_one_form,
+    quantised_names,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import of_type, only, without
+
+_Compared = tuple[Fingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 
 
 def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
@@ -20,64 +29,62 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    here = fingerprint(view, anew=anew, renaming=stored.renaming)
+    here: Fingerprint = fingerprint(view, anew=anew, renaming=stored.renaming)
     if _is_stored(view, here, stored.base):
         return False
     base = _BaseHere(view, here, stored)
-    comparisons = [base.compare(there) for there in stored.base]
-    for there, found in zip(stored.base, comparisons, strict=True):
-        if not found.is_same:
-            continue
-        if found.has_same_bits:
-            return False
-        warn(_converted_message(base, there, found))
-        return True
-    nearest = _place_of_nearest(stored.base, here)
-    there = stored.base[nearest]
-    message = _difference(base, there, comparisons[nearest])
+    compared = [(there, base.compare(there)) for there in stored.base]
+    for there, found in compared:
+        if found.is_same:
+            if found.has_same_bits:
+                return False
+            warn(_converted_message(base, there, found))
+            return True
+    nearest, difference = _nearest(compared, here)
+    message = _difference(base, nearest, difference)
     if refuse:
         raise BaseMismatchError(message)
     end_of_first_sentence = message.index(". ") + 1
     warn(f"{message[:end_of_first_sentence]} They were loaded all the same, because of check_base=False.")
-    return bool(here["dtypes"] != there["dtypes"])
+    return bool(here["dtypes"] != nearest["dtypes"])
 
 
 def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
-    known = [here]
-    if here in view.adapter.fingerprints:
-        known += view.adapter.fingerprints
+    forms = [here]
+    if here in view.adapter.fingerprints:  # all of these are of this base
+        forms += view.adapter.fingerprints
     without_halves = [only(each, here) for each in stored]
-    return any(each in without_halves for each in known)
+    return any(form in without_halves for form in forms)
 
 
-def _place_of_nearest(stored: Sequence[Fingerprint], here: Fingerprint) -> int:
-    """The place of the first fingerprint with the same dtypes, or of the first of all."""
-    for place, there in enumerate(stored):
+def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
+    """The first fingerprint with the same dtypes, or the first of all."""
+    for there, found in compared:
         if there["dtypes"] == here["dtypes"]:
-            return place
-    return 0
+            return there, found
+    return compared[0]
 
 
 class _BaseHere:
     """The base of a model, to be compared with the fingerprints in a file."""
 
-    def __init__(self, view: View, about: Fingerprint, stored: StoredAdapters) -> None:
-        """Read the names that its tensors have in the file. ``about`` is its own fingerprint."""
+    def __init__(self, view: View, here: Fingerprint, stored: StoredAdapters) -> None:
+        """Note the names that its tensors have in the file. ``here`` is its own fingerprint."""
         self.view = view
-        self.about = about
+        self.fingerprint = here
         self.stored = stored
         self.tensors = base_tensors(view)
-        self.digests: dict[str, int] = dict(zip(self.tensors, about["digests"], strict=True))
+        self.digests = digests_by_name(self.tensors, here)
         self.quantised = quantised_names(view)
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
     def compare(self, there: Fingerprint) -> Comparison:
-        """Compare it with a fingerprint. Nothing is compared with one that does not say which names it has."""
+        """Compare it with a fingerprint. Nothing is compared with one of other names that does not list them."""
         if "rounded" not in there:
-            if there["layout"] != self.about["layout"]:
+            if there["layout"] != self.fingerprint["layout"]:
                 return Comparison()
-            there = {**there, "rounded": {name: list[int]() for name in self.names_there.values()}}
+            there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
         found.quantised = [name for name in found.quantised if name in self.view.parameters]
@@ -85,7 +92,7 @@ class _BaseHere:
 
     def _has_form_of(self, there: Fingerprint) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
-        if not have_one_form(there, self.about):
+        if not have_one_form(there, self.fingerprint):
             return False
         quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
         return quantised_there == self.quantised & self.tensors.keys()
@@ -123,7 +130,7 @@ def _converted_message(base: _BaseHere, there: Fingerprint, found: Comparison) -
     result = "It is the same base, converted."
     if found.quantised:
         result = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-    return f"{trained_on}; {base.view.title} is in {_dtypes(base.about)}. {result}"
+    return f"{trained_on}; {base.view.title} is in {_dtypes(base.fingerprint)}. {result}"
 
 
 def _dtypes(fingerprint: Fingerprint) -> str:
@@ -163,7 +170,7 @@ def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
     dtypes_there = _dtypes(there)
     return (
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
-        f"{_dtypes(base.about)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
+        f"{_dtypes(base.fingerprint)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
         f"{dtypes_there}, and then convert the model. A base that was rounded twice, or to float16 there and to "
         "bfloat16 here, is not recognised."
     )
@@ -171,7 +178,7 @@ def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
 
 def _is_other_architecture(base: _BaseHere, there: Fingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
-    if there["layout"] == base.about["layout"]:
+    if there["layout"] == base.fingerprint["layout"]:
         return False
     if "rounded" not in there:
         return True

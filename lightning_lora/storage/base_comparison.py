@@ -1,13 +1,13 @@
 """The comparison of a base with a fingerprint, tensor by tensor: the same bits, or converted to another precision."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
-from lightning_lora.storage.fingerprint import Fingerprint
+from lightning_lora.storage.fingerprint import Fingerprint, Halves, digests_by_name
 from lightning_lora.tensors.digests import digests_as
 from lightning_lora.tensors.named import only
 
@@ -68,8 +68,8 @@ class _BaseThere:
 
     def __init__(self, stored: Fingerprint) -> None:
         """Read a fingerprint that says which names it has."""
-        self.halves: Mapping[str, Sequence[int] | None] = stored["rounded"]
-        self.digests: dict[str, int] = dict(zip(self.halves, stored["digests"], strict=True))
+        self.halves: Halves = stored["rounded"]
+        self.digests = digests_by_name(self.halves, stored)
         self.floating_dtypes = _floating_dtypes(stored["dtypes"])
 
     def is_quantised(self, name: str) -> bool:

@@ -20,9 +20,9 @@ from lightning_lora.storage.fingerprint import changes_between, find_one_form, f
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
-from lightning_lora.storage.load.put import Way, put
+from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
-from lightning_lora.storage.state import NOTE, adapters_in, without_base, without_notes
+from lightning_lora.storage.state import NOTE, adapters_in, copies_of, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
@@ -71,11 +71,9 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
     small = dict(checkpoint)
     for key, state in only(checkpoint, _STATES).items():
         small[key] = _small_state(view, state)
-    averages = _with_averages(checkpoint)
-    if averages:
-        small["callbacks"] = dict(checkpoint["callbacks"])
-    for callback, state in averages.items():
-        small["callbacks"][callback] = {**state, AVERAGE: _small_state(view, state[AVERAGE])}
+    for callback, state in _with_averages(checkpoint).items():
+        small_average = _small_state(view, state[AVERAGE])
+        small["callbacks"] = {**small["callbacks"], callback: {**state, AVERAGE: small_average}}
     return small
 
 
@@ -118,7 +116,8 @@ def _copy(checkpoint: Checkpoint) -> Any:
 def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
     for state in _with_averages(checkpoint).values():
-        state[AVERAGE] = _with_base(model, state[AVERAGE], base_values(view_of(model)))
+        base = base_values(view_of(model))
+        state[AVERAGE] = _with_base(model, state[AVERAGE], base)
 
 
 def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
@@ -129,7 +128,8 @@ def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) ->
     there = find_one_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
-    for name, change in changes_between(view, there, fingerprint(view, anew=False)).items():
+    rounded = fingerprint(view, anew=False)
+    for name, change in changes_between(view, there, rounded).items():
         view.record.base.row(name).rounding = change
     return True
 
@@ -169,12 +169,12 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bo
 
 def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
     """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
-    put(model, stored, Way(call=_CALL, reads_base=False))
+    put(model, stored, call=_CALL, reads_base=False)
 
 
 def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Add the base's values to the states of the model in a checkpoint."""
-    base = {name: value.detach().clone() for name, value in base_values(view_of(model)).items()}
+    base = copies_of(base_values(view_of(model)))
     for key, state in only(checkpoint, _STATES).items():
         checkpoint[key] = _with_base(model, state, base)
 
@@ -210,7 +210,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.forget_changes()
+    record.base.forget_all_changes()
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

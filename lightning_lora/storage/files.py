@@ -27,7 +27,7 @@ from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
 from lightning_lora.storage.load.other_names import with_names_of
-from lightning_lora.storage.load.put import Reader, Way, put
+from lightning_lora.storage.load.put import Reader, adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
-
-
-_CALL = "load_adapter"  # as errors name it
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -236,7 +233,7 @@ def load_adapter(
         True
     """
     reader = _reader_of(path, Asked(alpha, target_slices))
-    put(model, reader, Way(call=_CALL, adapts=True, name=name, refuses_base=check_base))
+    adapt_and_put(model, reader, name=name, refuses_base=check_base)
 
 
 def _reader_of(path: Any, asked: Asked) -> Reader:
@@ -303,7 +300,7 @@ def load_from_checkpoint(
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
     rebuild_modules(model, state, stored.layers)
     reader = partial(with_names_of, stored=replace(stored, state=state))
-    put(model, reader, Way(call=_CALL, adapts=True, refuses_base=check_base))
+    adapt_and_put(model, reader, refuses_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)

@@ -42,16 +42,21 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
 def base_digests(model: nn.Module) -> dict[str, int]:
     """Return the digests of an adapted model's base, read again where a quick look shows a change. Collective."""
     view = view_of(model)
-    names = base_tensors(view)
-    digests = fingerprint(view, anew=False)["digests"]
-    return dict(zip(names, digests, strict=True))
+    return digests_by_name(base_tensors(view), fingerprint(view, anew=False))
+
+
+def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]:
+    """Return the digests in a fingerprint, by the names of its tensors."""
+    return dict(zip(names, stored["digests"], strict=True))
 
 
 def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
     """The digests of these tensors as they are, 0 on the meta device. Tied weights are hashed once."""
     present = where_not(first_names(tensors), _is_meta)
     copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
-    numbers = view.record.base.digests(without(present, copies), anew=anew)
+    weights = without(present, copies)
+    base = view.record.base
+    numbers = base.digests_read_anew(weights) if anew else base.digests_now(weights)
     for name, tensor in copies.items():
         numbers[name] = digest(tensor)
     digests = {tensor: numbers[name] for name, tensor in present.items()}
@@ -70,8 +75,8 @@ def _layout(tensors: Tensors, renaming: Renaming) -> str:
 
 def dtypes_of(tensors: Tensors) -> list[str]:
     """Return the names of the dtypes of some tensors."""
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    return sorted(names)
 
 
 # The tensors of a base
@@ -125,7 +130,7 @@ def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> di
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
     rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
-    for layer, (matrix, *_) in view.matrices.items():
+    for layer, (matrix, *_) in view.matrices.items():  # what has tokens is its layer's only matrix
         weight = view.base.get(join(layer, matrix.weight))
         rows_by_weight[weight] = matrix.tokens
     rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base.items()}
@@ -171,18 +176,22 @@ def find_one_form(fingerprints: Iterable[dict[str, Any]], other: Fingerprint) ->
 
 def changes_between(view: View, before: Fingerprint, now: Fingerprint) -> dict[str, Change]:
     """Return what differs in two fingerprints of one form, by the names of tensors."""
+    names = list(base_tensors(view))
+    digests_before = digests_by_name(names, before)
     changes = dict[str, Change]()
-    for name, digest_before, digest_now in zip(base_tensors(view), before["digests"], now["digests"], strict=True):
-        if digest_before != digest_now:
-            changes[name] = Change(digest_now, digest_before)
+    for name, digest_now in digests_by_name(names, now).items():
+        if digest_now != digests_before[name]:
+            changes[name] = Change(digest_now, digests_before[name])
     return changes
 
 
 def have_one_form(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints are of the same names, shapes and dtypes."""
-    have_one_layout = one["layout"] == other["layout"]
-    have_same_dtypes = one["dtypes"] == other["dtypes"]
-    return bool(have_one_layout and have_same_dtypes)
+    return _form_of(one) == _form_of(other)
+
+
+def _form_of(stored: Fingerprint) -> tuple[Any, Any]:
+    return stored["layout"], stored["dtypes"]
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
@@ -205,13 +214,14 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     """
     tensors = base_tensors(view)
     quantised = quantised_names(view)
-    convertible = where(without(tensors, quantised.union(view.record.base.changed)), _is_convertible)
+    unchanged = without(tensors, {*quantised, *view.record.base.changed})
+    convertible = where(unchanged, _is_convertible)
     here = {"layout": _layout(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
     described = list[dict[str, Any]]()
     for each in fingerprints:
         about = dict(each)
         if each["layout"] == here["layout"]:
-            digests = dict(zip(tensors, each["digests"], strict=True))
+            digests = digests_by_name(tensors, each)
             about["rounded"] = _remembered_halves(view.record.base, digests, quantised)
             if have_one_form(each, here):
                 about["rounded"] |= _computed_halves(view.record.base, digests, convertible)

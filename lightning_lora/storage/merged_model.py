@@ -1,7 +1,7 @@
 """Save the whole merged model, for code that does not know adapters."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -23,7 +23,7 @@ from lightning_lora.storage.disk import check_output, path_here, writing, writin
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.renaming import names_outside
 from lightning_lora.storage.state import check_not_diverged, required
-from lightning_lora.tensors.named import beginning_with, only, renamed
+from lightning_lora.tensors.named import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import reshard
@@ -165,7 +165,7 @@ def _package_of_lightning(model: nn.Module) -> str | None:
 
 def _write_safetensors(view: View, path: Path) -> None:
     state = _merged(view, {})
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    odd = without(state, of_type(state, Tensor))
     if odd:
         raise AdapterFileError(
             f"{listed(odd)} are not tensors, which is all that safetensors holds. Use a name that ends in .ckpt, or "
@@ -211,12 +211,11 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     view = View(model)
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
-    adapters = view.adapters  # the view keeps them, also those whose layers it leaves out below: none is written
-    has_values_of_its_own = given is not None and adapters.keys().isdisjoint(map(plain_name, given))
     is_inside_another_save = "state_dict" in vars(model)
-    if has_values_of_its_own or is_inside_another_save:
+    if is_inside_another_save or _is_plain_state(given, view.adapters):
         return save(model, *args, **kwargs)
-    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
+    # Of a shown base, no layer is merged. The view keeps all adapters, as it has named them above: none is written.
+    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
     _refuse_to_tie_again(view)
     state = _merged(view, given or {})
     if view.layers:
@@ -228,6 +227,11 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**kwargs, "state_dict": state}
     with _answering(model, state):
         return save(model, *args, **kwargs)
+
+
+def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:
+    """Whether a caller has given a state without adapters, to be written as it is."""
+    return given is not None and adapters.keys().isdisjoint(map(plain_name, given))
 
 
 def _by_name(
@@ -250,8 +254,7 @@ def _answering(model: nn.Module, state: StateDict) -> Iterator[None]:
     with ExitStack() as undo:
         for name, module in model.named_modules():
             attributes = vars(module)
-            if "state_dict" in attributes:  # somebody's
-                undo.callback(attributes.update, state_dict=attributes["state_dict"])
+            undo.callback(attributes.update, only(attributes, ["state_dict"]))  # somebody's
             undo.callback(attributes.pop, "state_dict")
             attributes["state_dict"] = partial(_part_of_state, state, name)
         yield

@@ -130,8 +130,14 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
     """All names under which the weights of each module are used: also those of a layer that is tied to it."""
-    owners = {name: vars(module).get("lora_tied_to", (module,))[0] for name, module in view.modules.items()}
+    owners = {name: _owner_of_rows(module) for name, module in view.modules.items()}
     return names_by(owners)
+
+
+def _owner_of_rows(module: nn.Module) -> nn.Module:
+    """The layer whose adapter a module computes with: its own, or of one that it is tied to."""
+    owners: tuple[nn.Module] = vars(module).get("lora_tied_to", (module,))
+    return owners[0]
 
 
 # The base again

@@ -246,9 +246,9 @@ def _ends_of(name: str) -> list[str]:
 
 def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, view: View) -> LoRAConfig:
     """Return the configuration of a file for a model with other names."""
-    inside = entries_inside(renaming.here, {**view.modules, **view.parameters})
-    of_the_file = without(inside, [renaming.here])
-    saved = [name for name in of_the_file if config.is_saved(renaming.name_there(name))]
-    renamed = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
+    of_the_file = entries_inside(renaming.here, {**view.modules, **view.parameters})
+    names = without(of_the_file, [renaming.here])
+    saved = [name for name in names if config.is_saved(renaming.name_there(name))]
+    renamed_layers = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
     settings = replace(config, modules_to_save=saved or None)
-    return by_whole_names(renamed, settings, view.modules.keys())
+    return by_whole_names(renamed_layers, settings, view.modules.keys())

@@ -13,8 +13,8 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
 from lightning_lora.model.record import Record, record_of
-from lightning_lora.model.view import view_of
-from lightning_lora.storage.load.put import Way, put
+from lightning_lora.model.view import View, view_of
+from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
@@ -166,14 +166,20 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
 
 def _are_numbers(weights: object) -> bool:
     """Whether these are numbers by names."""
-    return isinstance(weights, Mapping) and all(isinstance(weight, int | float) for weight in weights.values())
+    if not isinstance(weights, Mapping):
+        return False
+    return all(isinstance(weight, int | float) for weight in weights.values())
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
     """Put an adapter beside the active one, also if the base is shown."""
+
+    def read(_: View) -> StoredAdapters:
+        return stored
+
     active = record_of(model, "set_adapter").adapter.name
     with switch.set_adapter(model, active):
-        put(model, stored, Way(call="load_adapter", adapts=True, name=name))
+        adapt_and_put(model, read, name=name)
 
 
 def _stored(model: nn.Module, name: str) -> StoredAdapters:

@@ -128,6 +128,11 @@ def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
+def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors by name, with memory of their own."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
     """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
     return with_values(of_type(state, Tensor), set(view.adapters.values()))
@@ -150,7 +155,11 @@ def diverged(view: View, values: StateDict) -> list[str]:
     if view.is_adapted:  # otherwise a part of an adapted module is saved by itself
         names += [*view.trained, *_statistics(view)]
         originals = view.adapter.originals
-    return [name for name in names if name in values and not _is_sound(values[name], originals.get(name))]
+    broken = list[str]()
+    for name in names:
+        if name in values and not _is_sound(values[name], originals.get(name)):
+            broken.append(name)
+    return broken
 
 
 def _statistics(view: View) -> list[str]:
@@ -166,12 +175,12 @@ def _is_sound(value: Tensor, original: Tensor | None) -> bool:
     if value.is_meta:
         return True
     value = full_tensor(value)
-    odd = ~value.isfinite()
-    if not odd.any():
+    not_finite = ~value.isfinite()
+    if not not_finite.any():
         return True
     if original is None or is_dtensor(original):  # a shard of it does not tell
         return False
-    return same_bits(value[odd].cpu(), original[odd.cpu()])
+    return same_bits(value[not_finite].cpu(), original[not_finite.cpu()])
 
 
 def required(view: View) -> dict[str, Tensor]:

@@ -34,6 +34,9 @@ DIVERGED = (
 _AS_THEY_ARE = ("base", "changed", "random", "saved", "root")  # entries that :class:`StoredAdapters` has too
 
 
+Description = Mapping[str, Any]  # what a file says of adapters, in plain types
+
+
 @dataclass(frozen=True)
 class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it."""
@@ -70,7 +73,7 @@ class StoredAdapters:
         )
 
     @classmethod
-    def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
+    def from_file(cls, state: dict[str, Any], description: Description, source: object) -> "StoredAdapters":
         """Return what a file holds."""
         layers = dict[str, StoredLayer]()
         for about in description["layers"]:
@@ -79,9 +82,9 @@ class StoredAdapters:
         as_they_are = only(description, _AS_THEY_ARE)
         return cls(config, state, layers, source=str(source), **as_they_are)
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Description:
         """Return all but the state in plain types, with a checksum of both."""
-        about = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        about: dict[str, Any] = only(vars(self), _AS_THEY_ARE)
         about["format"] = FORMAT
         about["config"] = self.config.to_stored()
         about["entries"] = len(self.state)
@@ -134,7 +137,7 @@ def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[Stored
         )
 
 
-def stored_config(description: Mapping[str, Any]) -> LoRAConfig:
+def stored_config(description: Description) -> LoRAConfig:
     """Return the configuration in a file's description."""
     try:
         config = LoRAConfig.from_dict(description["config"])
@@ -156,11 +159,13 @@ def _is_head(layer: str) -> bool:
 _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
 
 
-def checksum(state: StateDict, about: Mapping[str, Any]) -> int:
+def checksum(state: StateDict, about: Description) -> int:
     """Return one number for all names and tensors, and for their description."""
     said = without(about, ["checksum"])
     tensors = dict(sorted(where(state, _has_values).items()))
-    kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+    kinds = list[Any]()
+    for name, tensor in tensors.items():
+        kinds.append([name, str(tensor.dtype), list(tensor.shape)])
     text = json.dumps([said, kinds], sort_keys=True).encode()
     total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     for tensor in tensors.values():

@@ -25,6 +25,10 @@ from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.named import names_by, not_in, only, with_values, without
 from lightning_lora.tensors.names import join, own_parameter
 
+Kind = type[LoRALayer]
+Matrices = tuple[AdaptedMatrix, ...]
+Shape = tuple[int, ...]
+
 ALSO = "also"  # the option that holds the other names of a layer that is used in several places
 
 
@@ -37,8 +41,8 @@ class StoredLayer:
     kind: str  # the name of its adapter class, such as "LoRALinear"
     r: int  # where a matrix does not have its own
     scaling: float  # of B @ A, where a matrix does not have its own
-    matrices: tuple[AdaptedMatrix, ...]
-    shapes: dict[str, tuple[int, ...]]  # of the weights, by their names in the layer
+    matrices: Matrices
+    shapes: dict[str, Shape]  # of the weights, by their names in the layer
     tied: dict[str, tuple[str, ...]]  # other names of these weights in the model
     options: dict[str, Any]  # what the update depends on beside the weights, such as the groups of a convolution
     is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
@@ -49,9 +53,9 @@ class StoredLayer:
         return self.matrices[0].tokens
 
     @property
-    def adapter_class(self) -> type[LoRALayer] | None:
+    def adapter_class(self) -> Kind | None:
         """The adapter class, or None for a user's own."""
-        known: tuple[type[LoRALayer], ...] = (*ADAPTERS.values(), LoRAParameters, LoRATokens)
+        known: tuple[Kind, ...] = (*ADAPTERS.values(), LoRAParameters, LoRATokens)
         for cls in known:
             if cls.__name__ == self.kind:
                 return cls
@@ -137,7 +141,7 @@ def layers_of(view: View) -> dict[str, StoredLayer]:
     names_by_weight = names_by(view.base)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():
-        kind = cast(type[LoRALayer], adapter.kind)
+        kind = cast(Kind, adapter.kind)
         settings = adapter.settings
         stored = described(view, name, kind, adapter.matrices, settings.r, float(settings.scaling))
         layers[name] = replace(stored, tied=_other_names(view, stored, names_by_weight))
@@ -157,9 +161,7 @@ def _other_names(
     return tied
 
 
-def described(
-    view: View, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], r: int = 1, scaling: float = 1.0
-) -> StoredLayer:
+def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1, scaling: float = 1.0) -> StoredLayer:
     """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
     layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
@@ -173,18 +175,18 @@ def described(
         shapes=_shapes(layer, kind, matrices),
         tied={},
         options=_options(view, name, kind),
-        is_additive=cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive,
+        is_additive=cast(Kind, combined(kind, layer_class))._lora_is_additive,
     )
 
 
-def _shapes(layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> dict[str, tuple[int, ...]]:
+def _shapes(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict[str, Shape]:
     """The shapes of a layer's adapted weights. Those of quantised ones say nothing of their values."""
     if kind.lora_is_quantised(layer):
         return {matrix.weight: (matrix.writes, matrix.reads) for matrix in matrices}
     return {weight: tuple(own_parameter(layer, weight).shape) for weight in weights_of(matrices)}
 
 
-def _options(view: View, name: str, kind: type[LoRALayer]) -> dict[str, Any]:
+def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
     """What a layer's update depends on beside its weights, and the other names that the layer has."""
     layer = view.modules[name]
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}

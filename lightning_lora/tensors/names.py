@@ -114,6 +114,11 @@ def owner_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
+def holder_of(parameter: str) -> str:
+    """Return the name of the module that holds a parameter. The model itself has none: the parameter's own name."""
+    return owner_of(parameter) or parameter
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name in :func:`named_modules`."""
     module = plain_module(model)

@@ -39,6 +39,8 @@ def advise_again(model: nn.Module, guards: Guards, changed: Collection[str], *, 
 def _those_around(fresh: Fresh, weights: Collection[str]) -> Fresh:
     """What looks untrained, and holds one of these weights."""
     around = modules_around(weights)
-    random = [name for name in fresh.random if name in around]
-    unsure = [name for name in fresh.unsure if name in around]
-    return replace(fresh, random=tuple(random), unsure=tuple(unsure))
+    return replace(fresh, random=_those_among(around, fresh.random), unsure=_those_among(around, fresh.unsure))
+
+
+def _those_among(modules: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in modules)

@@ -152,9 +152,12 @@ class _Start:
             arguments.append(number)
         with self.trainer.precision_plugin.train_step_context():
             output = step(*arguments)
-        if output is None or not self.initialisation.needs_gradients:
-            return
-        loss: Any = output
+        if output is not None and self.initialisation.needs_gradients:
+            self._run_backward(output)
+
+    def _run_backward(self, output: Any) -> None:
+        """Run the backward pass of what a step has returned: a loss, or a dict with one."""
+        loss = output
         if isinstance(output, Mapping):
             loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:

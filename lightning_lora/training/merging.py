@@ -34,7 +34,9 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    comes_back = bool(merge) != was_adapted and not (was_adapted and switches)
+    comes_back = bool(merge)
+    if was_adapted:
+        comes_back = not (merge or switches)
     if returns_state_only(trainer) and not comes_back:
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
@@ -95,7 +97,7 @@ def _refuse_whole_files(names: Collection[str], why: str) -> None:
 def check_layers_stayed(pl_module: LightningModule) -> None:
     """Refuse the end of a fit whose module has lost all of its adapters in training. Warn if it has lost some."""
     view = View(pl_module)
-    if not view.is_adapted or view.is_merged:
+    if not view.is_on_layers:
         return
     gone = not_in(view.adapter.layers, view.layers)
     if not gone:
@@ -146,9 +148,9 @@ def _read_in_all_processes(trainer: Trainer, path: str) -> StoredAdapters:
         stored = _read(path)
     except (OSError, LoRAError) as error:
         failure = error
-    is_read_everywhere = trainer.strategy.reduce_boolean_decision(stored is not None)
-    if stored is None or not is_read_everywhere:
+    if not trainer.strategy.reduce_boolean_decision(stored is not None):
         raise failure
+    assert stored is not None  # as all processes have read it
     return stored
 
 

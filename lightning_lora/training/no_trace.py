@@ -23,22 +23,36 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
     """Let ``undo`` give back gradients, modes, buffers, metrics, and what modules keep in lists and numbers."""
     undo.enter_context(isolate_rng())
     undo.enter_context(gradients_pass(pl_module))
+    _keep_parameters(pl_module, undo)
+    _keep_trainer(trainer, undo)
+    if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+    undo.enter_context(torch.no_grad())  # to write the values back
+    memory = _Memory(undo)
+    memory.remember(pl_module)
+    for optimizer in trainer.optimizers:
+        memory.remember(optimizer.param_groups)
+    undo.enter_context(torch.enable_grad())
+    _log_nothing_in(pl_module)
+
+
+def _keep_parameters(pl_module: LightningModule, undo: ExitStack) -> None:
+    """Let ``undo`` give parameters their memory and their gradients back. Meanwhile, they begin without gradients."""
     for parameter in pl_module.parameters():
         undo.callback(setattr, parameter, "grad", parameter.grad)
         undo.callback(_put_back, parameter, parameter.data)
         parameter.grad = None
+
+
+def _keep_trainer(trainer: Trainer, undo: ExitStack) -> None:
+    """Let ``undo`` give back what a step sets on the Trainer. Meanwhile, its loggers take nothing."""
     undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
     undo.callback(setattr, trainer, "loggers", trainer.loggers)
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-    if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(torch.no_grad())  # to write the values back
-    seen: set[int] = set()
-    _remember(pl_module, undo, seen)
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            _remember(group, undo, seen)
-    undo.enter_context(torch.enable_grad())
+
+
+def _log_nothing_in(pl_module: LightningModule) -> None:
+    """Let ``log`` of all LightningModules inside do nothing. Their attributes are remembered by now."""
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
             vars(module)["log"] = _log_nothing
@@ -48,26 +62,34 @@ def _log_nothing(*_: object, **__: object) -> None:
     """Stand for a module's ``log``."""
 
 
-def _remember(value: Any, undo: ExitStack, seen: set[int]) -> None:
-    """Note what a tensor or a container holds now. ``undo`` writes it back into the same object."""
-    if id(value) in seen or isinstance(value, nn.Parameter):
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        _remember(vars(value), undo, seen)
-        return
-    if isinstance(value, Tensor):
-        if not value.is_meta:
-            undo.callback(_write_back, value, value.detach().clone())
-        return
-    if isinstance(value, _CONTAINERS):
-        undo.callback(_fill_again, value, copy(value))
-    for each in _held_values(value):
-        _remember(each, undo, seen)
+class _Memory:
+    """What tensors and containers held. ``undo`` writes it back into the same objects."""
+
+    def __init__(self, undo: ExitStack) -> None:
+        self.undo = undo
+        self.seen: set[int] = set()
+
+    def remember(self, value: Any) -> None:
+        """Note what a module, a tensor or a container holds now, and what is inside."""
+        if isinstance(value, nn.Module):
+            value = vars(value)
+        if id(value) in self.seen or isinstance(value, nn.Parameter):
+            return
+        self.seen.add(id(value))
+        if isinstance(value, Tensor):
+            self._remember_tensor(value)
+        elif isinstance(value, _CONTAINERS):
+            self.undo.callback(_fill_again, value, copy(value))
+        for each in _values_in(value):
+            self.remember(each)
+
+    def _remember_tensor(self, tensor: Tensor) -> None:
+        if not tensor.is_meta:
+            self.undo.callback(_write_back, tensor, tensor.detach().clone())
 
 
-def _held_values(container: Any) -> Iterator[Any]:
-    """The values in a container, unless it holds data."""
+def _values_in(container: Any) -> Iterator[Any]:
+    """The values in a container, unless it holds data. Anything else has none."""
     if not isinstance(container, (*_CONTAINERS, tuple)) or len(container) >= _MANY:
         return
     if isinstance(container, dict):
@@ -76,6 +98,7 @@ def _held_values(container: Any) -> Iterator[Any]:
 
 
 def _fill_again(container: Any, held_before: Any) -> None:
+    """Let a container hold what it held before."""
     container.clear()
     if isinstance(container, dict | set):
         container.update(held_before)
@@ -84,10 +107,12 @@ def _fill_again(container: Any, held_before: Any) -> None:
 
 
 def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
+    """Let a parameter have its own memory again, if other code has given it another."""
     if parameter.data_ptr() != values.data_ptr():
         parameter.data = values
 
 
 def _write_back(tensor: Tensor, values: Tensor) -> None:
+    """Write earlier values, if they have changed: a tensor that is written to counts that."""
     if not torch.equal(tensor, values):
         tensor.copy_(values)

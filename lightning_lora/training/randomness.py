@@ -2,10 +2,11 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from struct import Struct
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -81,13 +82,13 @@ def _state_of_others() -> Tensor:
 
 
 def _set_states(states: States, device: torch.device) -> None:
+    setters: dict[str, Callable[[Tensor], None]] = {
+        "cpu": torch.set_rng_state,
+        "cuda": partial(torch.cuda.set_rng_state, device=device),
+        "others": _set_state_of_others,
+    }
     for name, state in states.items():
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            _set_state_of_others(state)
+        setters[name](state)
 
 
 def _set_state_of_others(state: Tensor) -> None:
@@ -104,14 +105,14 @@ def _stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:
     states: States = {}
     for name, here in _states_here(trainer.strategy.root_device).items():
         rows = stored.get(name)
-        if isinstance(rows, Tensor) and _fits(rows, here, trainer.world_size):
+        if _fits(rows, here, trainer.world_size):
             states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
     return states
 
 
-def _fits(rows: Tensor, here: Tensor, processes: int) -> bool:
+def _fits(rows: object, here: Tensor, processes: int) -> TypeGuard[Tensor]:
     """Whether there is a state for each process, as it is here."""
-    return rows.dtype == here.dtype and rows.shape == (processes, len(here))
+    return isinstance(rows, Tensor) and rows.dtype == here.dtype and rows.shape == (processes, len(here))
 
 
 class Resumed:
@@ -130,6 +131,7 @@ class Resumed:
         vars(self.loop)["setup_data"] = self._setup_data
 
     def _setup_data(self) -> None:
+        """Stand for Lightning's ``setup_data``, and note the states when the data have begun."""
         self.loader_states = loader_states(self.loop) or self.loader_states
         self.setup_data()
         if self.data_begin:
@@ -144,14 +146,14 @@ class Resumed:
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
-        begins_data_later = self._begins_data_later()
-        begins_data_again = self._begin_another_epoch() or self._began_without_states()
-        if begins_data_again or begins_data_later:
+        has_another_epoch = self._set_another_epoch()
+        if self._begins_data_later():
             _set_states(self.states, self.device)
+        elif has_another_epoch or self._began_without_states():
+            _set_states(self.states, self.device)
+            begin_loaders_again(self.loop, self.loader_states)
         else:
             _set_states(self.after_the_data, self.device)
-        if begins_data_again and not begins_data_later:
-            begin_loaders_again(self.loop, self.loader_states)
         if self._goes_on_within_an_epoch():
             _set_states(self.states, self.device)  # of a moment when the epoch's data had begun
 
@@ -161,7 +163,7 @@ class Resumed:
             return False
         return self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting
 
-    def _begin_another_epoch(self) -> bool:
+    def _set_another_epoch(self) -> bool:
         """Set the epoch of loaders that began with another one. Return whether one has an epoch."""
         epoch = self.loop.epoch_progress.current.processed
         if epoch == self.epoch:
@@ -176,6 +178,7 @@ class Resumed:
         return bool(self.loop.restarting and loader_states(self.loop))
 
     def _goes_on_within_an_epoch(self) -> bool:
+        """Whether the checkpoint was written in the middle of an epoch, where Lightning goes on."""
         if not (self._knows_resuming and self.loop.restarting):
             return False
         epoch_loop = self.loop.epoch_loop

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -49,7 +50,7 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     if view.adapter.fingerprints:
         values["base"] = _digest_of(view.adapter.fingerprints[0])
     named = {f"lora/{name}": _plain(value) for name, value in where(values, _is_given).items()}
-    log_values(trainer, named, _hyperparameters(trainer, pl_module))
+    _log(trainer, _Report(named, _hyperparameters(trainer, pl_module)))
 
 
 def _digest_of(fingerprint: Values) -> str:
@@ -80,51 +81,62 @@ def _hyperparameters(trainer: Trainer, pl_module: LightningModule) -> Values:
     return values
 
 
-def log_values(trainer: Trainer, named: Values, hyperparameters: Values | None = None) -> None:
-    """Log values as hyperparameters, if the Trainer logs any.
+def log_values(trainer: Trainer, named: Values) -> None:
+    """Add values to the hyperparameters of a fit, if the Trainer logs any."""
+    _log(trainer, _Report(named, adds=True))
 
-    Args:
-        trainer: The Trainer, whose loggers get them.
-        named: The values.
-        hyperparameters: Those that Lightning logs by itself. Without them, the values add to those of the fit.
-    """
+
+# What each logger gets
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Values by name, and the hyperparameters that Lightning logs by itself."""
+
+    values: Values
+    hyperparameters: Values = field(default_factory=dict)
+    adds: bool = False  # whether the logger has got others of this fit already
+
+
+def _log(trainer: Trainer, report: _Report) -> None:
+    """Log a report as hyperparameters, if the Trainer logs any."""
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return
     for logger in trainer.loggers:
-        _try_to_log(logger, named, hyperparameters)
+        _try_to_log(logger, report)
 
 
-def _try_to_log(logger: Any, named: Values, hyperparameters: Values | None) -> None:
-    """Log values, or warn: a record is no reason to end a fit."""
+def _try_to_log(logger: Any, report: _Report) -> None:
+    """Give a logger a report, or warn: a record is no reason to end a fit."""
     try:
-        _log(logger, named, hyperparameters)
+        _give(logger, report)
     except Exception as error:  # of any library
         warn(
-            f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
-            "on without them there."
+            f"{type(logger).__name__} did not take {listed(report.values)} ({type(error).__name__}: {error}). The fit "
+            "goes on without them there."
         )
 
 
-def _log(logger: Any, named: Values, hyperparameters: Values | None) -> None:
-    """Log values, but not into ``hparams.yaml``. From there, Lightning would pass them to a module."""
+def _give(logger: Any, report: _Report) -> None:
+    """Give a logger a report, but not for ``hparams.yaml``. From there, Lightning would pass it to a module."""
     kinds = class_names(logger)
     if "CSVLogger" in kinds:
-        _log_beside_csv(logger, named, adds=hyperparameters is None)
+        _write_beside_csv(logger, report)
     elif "TensorBoardLogger" in kinds:
-        logger.log_hyperparams({**(hyperparameters or {}), **named})  # it shows the first ones alone
-        for name in named:
+        logger.log_hyperparams({**report.hyperparameters, **report.values})  # it shows the first ones alone
+        for name in report.values:
             logger.hparams.pop(name, None)
     else:
-        logger.log_hyperparams(dict(named))
+        logger.log_hyperparams(dict(report.values))
 
 
-def _log_beside_csv(logger: Any, named: Values, *, adds: bool) -> None:
+def _write_beside_csv(logger: Any, report: _Report) -> None:
     """Write values into ``lora.json``, beside the logger's own files, which may be on another machine."""
     path = f"{logger.log_dir}/lora.json"
     values: Values = {}
-    if adds:
+    if report.adds:
         with fsspec.open(path) as file:
             values = json.load(file)
-    values.update(named)
+    values.update(report.values)
     with fsspec.open(path, "w") as file:  # makes its folder
         json.dump(values, file, indent=2)

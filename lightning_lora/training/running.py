@@ -63,7 +63,7 @@ class Running(NotRunning):
         self._base_at_the_start = base
         self.gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
         self.gradients.begins = is_new
-        self.has_copies = self.gradients.copied is not None
+        self.has_copies = bool(self.gradients.copied)
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
         if not self.has_copies:
             self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(self.module)))
@@ -100,7 +100,10 @@ class Running(NotRunning):
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
-        train_fewer = leave_unfed(self.module, optimizer, self.trainer.strategy, self.feeding, copied=self.has_copies)
+        strategy = self.trainer.strategy
+        train_fewer = False
+        if self.feeding.below:  # only until all networks are judged
+            train_fewer = leave_unfed(self.module, optimizer, strategy, self.feeding, copied=self.has_copies)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         follow(optimizer)
         unreached = self.gradients.check(optimizer)

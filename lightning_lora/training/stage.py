@@ -305,8 +305,10 @@ class Fit(Stage):
         return find_record(pl_module) is None or shows_adapters(pl_module)
 
     def end(self, pl_module: LightningModule) -> None:
-        """Undo all of a fit that did not even load. What was loaded or trained stays."""
-        if self._close() is Phase.SET_UP:
+        """Undo all of a fit that did not even load. One that trained nothing is given back; what was trained stays."""
+        if self.phase is Phase.LOADED:  # as after a tuner's trials
+            super().end(pl_module)
+        elif self._close() is Phase.SET_UP:
             self.undo.close()
 
     def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:

@@ -545,7 +545,7 @@ def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) 
 def test_a_part_follows_what_is_not_itself_rounded() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, 3.0], dtype=torch.bfloat16))
     part = torch.tensor([1.001, 9.0])
-    Partition([parameter], part, [(0, 0, 2)]).follow()
+    Partition([parameter], part, [(0, 0, 2)]).copy_parameters()
     assert torch.equal(part, torch.tensor([1.001, 3.0]))
 
 

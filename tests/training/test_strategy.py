@@ -357,7 +357,7 @@ def of_stage_3() -> Any:
 
 
 def without_zero() -> Any:
-    return DeepSpeedStrategy(None)
+    return DeepSpeedStrategy({})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from lightning_lora.layers import LoRALayer
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import held_parameter, owner_of, submodule
 
 
@@ -16,23 +17,24 @@ class OwnForward:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.id_of_layer = id(layer)
-        self.before: Callable[..., Any] | None = None
+        self.before: dict[str, Callable[..., Any]] = {}  # what other code had set on the layer
         self.was_called = False
         self._places = _places_of_weights(layer)
         self._shown: list[tuple[nn.Module, str]] = []
 
     def put_on(self) -> None:
         """Put it in place of the layer's own, or of what other code has put there."""
-        self.before = vars(self.layer).get("forward")
-        vars(self.layer)["forward"] = self
+        attributes = vars(self.layer)
+        self.before = only(attributes, ["forward"])
+        attributes["forward"] = self
 
     def take_off(self) -> None:
         """Put back what was there."""
         self._hide()
-        if vars(self.layer).get("forward") is self:
-            del vars(self.layer)["forward"]
-            if self.before is not None:
-                vars(self.layer)["forward"] = self.before
+        attributes = vars(self.layer)
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+            attributes.update(self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  # the layer's own forward
         if id(self.layer) != self.id_of_layer:  # of a copy that was made meanwhile
@@ -47,8 +49,9 @@ class OwnForward:
             self._hide()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None:
-            return self.before(*args, **kwargs)
+        """Run what other code had put there, or the forward of the layer's class."""
+        if self.before:
+            return self.before["forward"](*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _show_plain_weights(self) -> None:
@@ -60,6 +63,7 @@ class OwnForward:
                 self._shown.append((owner, name))
 
     def _hide(self) -> None:
+        """Remove these attributes."""
         while self._shown:
             owner, name = self._shown.pop()
             vars(owner).pop(name, None)

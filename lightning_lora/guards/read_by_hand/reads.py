@@ -1,6 +1,6 @@
 """Adapted weights that the first training step reads outside of their layers: without their updates, so by mistake.
 
-In the first batch, each frozen weight below an adapter is of a class that sees what torch computes with it. Its own
+In the first batch, each frozen weight of an adapted layer is of a class that sees what torch computes with it. Its own
 layer gets a plain tensor with the same values instead. So what the class sees is other code: a penalty, a decay by
 name, a forward hook, a product by hand. It gives that code a tensor with a graph. A backward pass that comes there
 shows that the loss depends on what was read. No value changes by that, and after the batch, nothing is left of it.
@@ -23,6 +23,7 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import joined, only, where, with_values, without
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class ReadByHand(Guard):
@@ -33,14 +34,18 @@ class ReadByHand(Guard):
         self.layers: dict[str, LoRALayer] = {}
         self.watched: dict[nn.Parameter, str] = {}  # with their layers
         self.forwards: list[OwnForward] = []
-        self.has_begun = False
         self.is_on = False
+
+    def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
+        """Choose what is watched."""
+        if not is_compiled(view.model):
+            self.layers = view.layers
+            self.watched = watched_weights(view)
+            self.forwards = list(map(OwnForward, _readers(view, self.watched)))
 
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
-        """Watch the weights of ``model`` meanwhile."""
-        if not self.has_begun:
-            self._begin(model)
+        """Watch the weights meanwhile."""
         if self.is_on or not self.watched:
             yield
             return
@@ -59,16 +64,8 @@ class ReadByHand(Guard):
         if names:
             warn(_about_reads(type(model).__name__, names))
 
-    def _begin(self, model: nn.Module) -> None:
-        self.has_begun = True
-        if is_compiled(model):
-            return
-        view = View(model)
-        self.layers = view.layers
-        self.watched = watched_weights(view)
-        self.forwards = list(map(OwnForward, _readers(view, self.watched)))
-
     def _set_on(self) -> None:
+        """Let weights see what is computed with them, and their layers see plain tensors."""
         self.is_on = True
         for weight, layer in self.watched.items():
             watch(weight, layer, self.found)
@@ -76,6 +73,7 @@ class ReadByHand(Guard):
             forward.put_on()
 
     def _set_off(self) -> None:
+        """Make weights and layers plain again."""
         self.is_on = False
         for weight in self.watched:
             unwatch(weight)
@@ -103,7 +101,7 @@ def _about_reads(title: str, names: list[str]) -> str:
 
 
 def watched_weights(view: View) -> dict[nn.Parameter, str]:
-    """Return the plain frozen weights below adapters that train, with their layers. None is sharded or quantised."""
+    """Return the plain frozen weights of layers whose adapters train, by layer. None is sharded or quantised."""
     candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
     found = {}
     for name, layer in where(view.layers, _trains).items():
@@ -113,10 +111,12 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
 
 
 def _trains(layer: LoRALayer) -> bool:
+    """Whether an adapter trains."""
     return any(p.requires_grad for p in layer.lora_trained())
 
 
 def _can_be_watched(weight: nn.Parameter) -> bool:
+    """Whether a weight is plain, frozen, and has values with gradients."""
     has_values = type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference())
     return has_values and weight.is_floating_point() and not weight.requires_grad
 
@@ -132,4 +132,5 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module holds no others, and is not scripted."""
     return not module._modules and not isinstance(module, torch.jit.ScriptModule)

@@ -10,9 +10,9 @@ from lightning_lora.model.loading import note_plain_state
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.storage.load.put import WRITTEN, Way, put
+from lightning_lora.storage.load.put import WRITTEN, put, put_state
 from lightning_lora.storage.state import without_notes
-from lightning_lora.storage.stored import KEY, StoredAdapters, checksum
+from lightning_lora.storage.stored import KEY, Description, StoredAdapters, checksum
 from lightning_lora.tensors.plain_states import StateDict
 
 
@@ -31,9 +31,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             was written.
         AdapterStateError: ``model`` has no adapters.
     """
-    view = view_of(model)
-    stored = StoredAdapters(view.config, without_notes(state))
-    put(model, stored, Way(call="load_adapter_state_dict", is_described=False))
+    view_of(model)  # refuses one that has no adapters, or has lost some
+    put_state(model, without_notes(state))
 
 
 # What torch loads
@@ -61,12 +60,12 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
 _WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the adapters
 
 
-def note_adapters(state: Any, description: Mapping[str, Any]) -> None:
+def note_adapters(state: Any, description: Description) -> None:
     """Describe a state dict of adapters in torch's notes, for the module itself, if other code loads it."""
     setattr(state, STATE_NOTES, {"": {KEY: description}})
 
 
-def note_adapters_beside(merged: Any, description: Mapping[str, Any], adapters: StateDict) -> None:
+def note_adapters_beside(merged: Any, description: Description, adapters: StateDict) -> None:
     """Note the adapters of a merged state dict in torch's notes, likewise."""
     notes = getattr(merged, STATE_NOTES)
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), description, adapters)}
@@ -94,7 +93,7 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
     return True
 
 
-def _put_described(model: nn.Module, state: StateDict, description: dict[str, Any]) -> None:
+def _put_described(model: nn.Module, state: StateDict, description: Description) -> None:
     """Put adapters as their description says."""
     stored = StoredAdapters.from_file(without_notes(state), description, "")
-    put(model, stored, Way(call="load_state_dict"))
+    put(model, stored, call="load_state_dict")

@@ -1,19 +1,19 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
-All that loads adapters leads here: ``load_adapter`` and ``load_from_checkpoint`` (``files.py``), a Trainer's checkpoint
-(``checkpoint.py``), sums of adapters (``several.py``), and state dicts (``from_state_dicts.py``), also those that torch
-loads.
+All that loads adapters leads here. :func:`adapt_and_put` takes a plain model too: for ``load_adapter`` and
+``load_from_checkpoint`` (``files.py``), and sums of adapters (``several.py``). :func:`put` takes an adapted one: for a
+Trainer's checkpoint (``checkpoint.py``), and state dicts that torch loads (``from_state_dicts.py``). And
+:func:`put_state` has nothing but the state.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
@@ -23,6 +23,7 @@ from lightning_lora.model.record import check_start, find_record, keep_record, r
 from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
+from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, of_type, only
 from lightning_lora.tensors.names import is_bias, join, own_parameter
@@ -33,61 +34,65 @@ Reader = Callable[[View], StoredAdapters]
 """Reads what a file holds for a model that is not merged, by the model's names."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """What differs between the ways in."""
+def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, refuses_base: bool = True) -> None:
+    """Put the adapters of a file on a model, which is adapted first if it is plain. An error changes nothing.
 
-    call: str  # the user's call, as an error names it
-    adapts: bool = False  # whether a plain model is adapted first. One that was merged then stays unmerged
-    name: str | None = None  # of the adapter. None: the active one
-    is_described: bool = True  # otherwise there is a state alone, and nothing says how it was trained
-    refuses_base: bool = True  # otherwise another base is only named
-    reads_base: bool = True  # otherwise the base has just been read, and is only looked at
-
-
-def put(model: nn.Module, stored: StoredAdapters | Reader, way: Way) -> None:
-    """Put stored adapters on a model. Everything is checked before anything is written, and an error changes nothing.
-
-    Beside the active adapter, one of another name is loaded, and stays inactive.
+    Args:
+        model: The model. One that was merged stays unmerged then.
+        read: Reads the file.
+        name: The adapter's name. Beside the active adapter, another one is loaded, and stays inactive. None: the
+            active one.
+        refuses_base: Whether another base is refused. Otherwise it is only named.
     """
-    record = check_start(model, way.call)
-    if record is not None and way.name is not None and way.name != record.adapter.name:
-        _put_beside(model, record.adapter, way.name, stored, way)
+    record = check_start(model, "load_adapter")
+    if record is None or name is None or name == record.adapter.name:
+        _adapt_and_put(model, read, name, refuses_base=refuses_base)
         return
-    with _opened(model, way) as view:
-        if not isinstance(stored, StoredAdapters):
-            stored = stored(view)
-        if way.adapts:
-            is_new = _adapt_if_plain(view, stored.config, way)
-            stored = _with_values_of_base(view, stored, is_new=is_new)
-        if way.is_described:
-            check_fits(view, stored, reads_base=way.reads_base, refuses_base=way.refuses_base)
-            _note_description(view, stored)
-        else:
-            check_state_fits(view, stored.state)
-        _write(view, stored.state)
-
-
-def _put_beside(model: nn.Module, active: AdapterState, name: str, stored: StoredAdapters | Reader, way: Way) -> None:
-    """Put an adapter beside the active one."""
+    active = record.adapter
     with unmerged(model), activate(model, name, active.config) as undo:
-        put(model, stored, way)
+        _adapt_and_put(model, read, name, refuses_base=refuses_base)
         undo.pop_all()
         set_adapter(model, active.name)
 
 
-# Open a model for the change
+def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base: bool = True) -> None:
+    """Put stored adapters on an adapted model. An error changes nothing.
+
+    Args:
+        model: The model. If it is merged, it is merged again with the new adapters.
+        stored: The adapters, by the model's names.
+        call: The user's call, as an error names it.
+        reads_base: Whether all of the base is read to be compared. Otherwise it has just been read.
+    """
+    check_start(model, call)
+    with _opened(model) as view:
+        check_fits(view, stored, reads_base=reads_base, refuses_base=True)
+        _write_adapters(view, stored)
 
 
-def _opened(model: nn.Module, way: Way) -> AbstractContextManager[View]:
-    """Take a merge out of a model for a change, and undo all after an error."""
-    if way.adapts:
-        return _opened_to_adapt(model)
-    return _opened_to_write(model)
+def put_state(model: nn.Module, state: StateDict) -> None:
+    """Put a state alone on an adapted model, as :func:`put` does: nothing says how it was trained."""
+    check_start(model, "load_adapter_state_dict")
+    with _opened(model) as view:
+        check_state_fits(view, state)
+        _write_state(view, state)
+
+
+def _adapt_and_put(model: nn.Module, read: Reader, name: str | None, *, refuses_base: bool) -> None:
+    """Put the adapters of a file in the place of the active one."""
+    with _opened_to_adapt(model) as view:
+        stored = read(view)
+        is_new = _adapt_if_plain(view, stored.config, name)
+        stored = _with_values_of_base(view, stored, is_new=is_new)
+        check_fits(view, stored, reads_base=True, refuses_base=refuses_base)
+        _write_adapters(view, stored)
+
+
+# Open a model for the change: take a merge out of it, and undo all after an error
 
 
 @contextmanager
-def _opened_to_write(model: nn.Module) -> Iterator[View]:
+def _opened(model: nn.Module) -> Iterator[View]:
     """Open a model that is adapted. If it is merged, it is merged again with the new adapters."""
     view_of(model)  # refuses one that has no adapters, or has lost some
     with unmerged(model):
@@ -115,22 +120,22 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
 # Adapt a plain model
 
 
-def _adapt_if_plain(view: View, config: LoRAConfig, way: Way) -> bool:
+def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
     """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
     is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
-        inject(view.model, config, name=_name_of_new(view, way), find_still=False)
+        inject(view.model, config, name=_name_of_new(view, name), find_still=False)
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
     view.check_present()
     return is_new
 
 
-def _name_of_new(view: View, way: Way) -> str:
+def _name_of_new(view: View, name: str | None) -> str:
     """The name of an adapter that is new on a model."""
     if view.is_adapted:  # it has an adapter without layers
         return view.adapter.name
-    return "default" if way.name is None else way.name
+    return "default" if name is None else name
 
 
 def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
@@ -153,14 +158,15 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
 WRITTEN = "lightning_lora_written"  # in torch's notes on what is written here: it is no news for the model's hook
 
 
-def _note_description(view: View, stored: StoredAdapters) -> None:
-    """Note what a file says of frozen weights and buffers, if it is one of this package."""
+def _write_adapters(view: View, stored: StoredAdapters) -> None:
+    """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
     if stored.base:
         view.adapter.random = tuple(stored.random)
         view.record.base.buffers_were_filled(stored.filled)
+    _write_state(view, stored.state)
 
 
-def _write(view: View, state: StateDict) -> None:
+def _write_state(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
@@ -175,8 +181,7 @@ def _write(view: View, state: StateDict) -> None:
 def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
     """Copies of the tensors of a model that are written."""
     present = of_type(state_dict(view.model), Tensor)
-    written = only(present, {*state, *view.adapter.originals})
-    return {name: tensor.clone() for name, tensor in written.items()}
+    return copies_of(only(present, {*state, *view.adapter.originals}))
 
 
 def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None:

@@ -1,11 +1,11 @@
 """Modules that build parts of themselves when a state is loaded: they get to do so before it is checked."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.storage.state import copies_of
 from lightning_lora.tensors.named import of_type, only, where
 from lightning_lora.tensors.names import named_modules, starts_of
 from lightning_lora.tensors.plain_states import StateDict, loads_in_own_way, state_dict
@@ -40,17 +40,10 @@ def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
     """Let a module load its part of a state, and give it its own values back: all is checked before any is written."""
-    with _values_kept(module):
-        module._load_from_state_dict(state, f"{name}.", {}, False, [], [], [])
-
-
-@contextmanager
-def _values_kept(module: nn.Module) -> Iterator[None]:
-    """Give a module its own values back."""
     tensors = of_type({**module._parameters, **module._buffers}, Tensor)  # None stands for one that is not there
-    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    values = copies_of(tensors)
     try:
-        yield
+        module._load_from_state_dict(state, f"{name}.", {}, False, [], [], [])
     finally:
-        for name, tensor in tensors.items():
-            replace_values(tensor, values[name])
+        for leaf, tensor in tensors.items():
+            replace_values(tensor, values[leaf])

@@ -21,8 +21,13 @@ from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.named import below, only
 from lightning_lora.tensors.names import owner_of
 
+_Path = str | Path
+_Files = Sequence[StoredAdapters]
+_Weights = Sequence[float]  # one for each file
+_Updates = dict[AdaptedMatrix, Factors]  # of one layer
 
-def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequence[float], r: int | None = None) -> int:
+
+def combine_files(paths: Sequence[_Path], out: _Path, weights: _Weights, r: int | None = None) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
     if len(paths) < 2 or len(weights) != len(paths):
@@ -35,9 +40,7 @@ def combine_files(paths: Sequence[str | Path], out: str | Path, weights: Sequenc
 
 
 @torch.no_grad()
-def combined(
-    files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None, module_names: Iterable[str] = ()
-) -> StoredAdapters:
+def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iterable[str] = ()) -> StoredAdapters:
     """Return the weighted sum of all updates on one base. It is exact with the ranks added up, or cut to rank r.
 
     Args:
@@ -84,9 +87,7 @@ class _WeightedSum:
         return truncated(update, highest_rank)
 
 
-def _summed_updates(
-    files: Sequence[StoredAdapters], weights: Sequence[float], name: str, r: int | None
-) -> dict[AdaptedMatrix, Factors]:
+def _summed_updates(files: _Files, weights: _Weights, name: str, r: int | None) -> _Updates:
     """The sum for each matrix of a layer. The update is zero in files that do not adapt it."""
     sums = defaultdict[AdaptedMatrix, _WeightedSum](_WeightedSum)
     for file, weight in zip(files, weights, strict=True):
@@ -95,7 +96,7 @@ def _summed_updates(
     return {matrix: weighted_sum.factors(matrix, r) for matrix, weighted_sum in sums.items()}
 
 
-def _named_factors(name: str, updates: dict[AdaptedMatrix, Factors], r: int) -> dict[str, Tensor]:
+def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
     named = dict[str, Tensor]()
     for matrix, update in updates.items():
@@ -120,7 +121,7 @@ def _owners_in_base(stored: StoredAdapters) -> set[str]:
 # Checks
 
 
-def _check_numbers(weights: Sequence[float], r: int | None) -> None:
+def _check_numbers(weights: _Weights, r: int | None) -> None:
     """Refuse weights and a rank with which no sum can be computed."""
     are_finite = all(map(math.isfinite, weights))
     is_rank = r is None or (isinstance(r, int) and r > 0)
@@ -128,7 +129,7 @@ def _check_numbers(weights: Sequence[float], r: int | None) -> None:
         raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
 
 
-def _check_bases(files: Sequence[StoredAdapters]) -> None:
+def _check_bases(files: _Files) -> None:
     """Refuse files of several bases."""
     first = files[0]
     for file in files:
@@ -141,23 +142,22 @@ def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     if (one.root, one.filled) != (other.root, other.filled):
         return False
     have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
-    return have_one_fingerprint and all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
+    if not have_one_fingerprint:
+        return False
+    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
 
 
-def _layers_of_all(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
+def _layers_of_all(files: _Files) -> dict[str, StoredLayer]:
     """The layers of all files, each with a scaling of one. Updates that cannot be added are refused."""
     layers = dict[str, StoredLayer]()
     first_source = dict[str, str]()  # the first file that adapts a layer
     for file in files:
         _check_can_be_added(file)
         for name, layer in file.layers.items():
-            if layer.tokens:
-                raise AdapterMismatchError(f"{file.source} trains single rows of {name!r}, which cannot be added up.")
-            matrices = tuple(map(bare, layer.matrices))
-            comparable = replace(layer, scaling=1.0, matrices=matrices)
-            known = layers.setdefault(name, comparable)
+            comparable = _comparable(layer, file.source)
+            first = layers.setdefault(name, comparable)
             source = first_source.setdefault(name, file.source)
-            if not _have_same_parts(known, comparable):
+            if not _have_same_parts(first, comparable):
                 raise AdapterMismatchError(
                     f"{name!r} is adapted in other parts in {source} than in {file.source}. Use one base, "
                     "and the same target_slices and target_parameters."
@@ -175,6 +175,14 @@ def _check_can_be_added(file: StoredAdapters) -> None:
             f"{file.source} also holds {listed(others)}, which cannot be combined: they were trained in full, or "
             "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
         )
+
+
+def _comparable(layer: StoredLayer, source: str) -> StoredLayer:
+    """A layer without its ranks and scalings, in which files may differ. Single rows are refused."""
+    if layer.tokens:
+        raise AdapterMismatchError(f"{source} trains single rows of {layer.name!r}, which cannot be added up.")
+    matrices = tuple(map(bare, layer.matrices))
+    return replace(layer, scaling=1.0, matrices=matrices)
 
 
 def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:

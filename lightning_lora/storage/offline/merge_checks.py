@@ -19,6 +19,7 @@ from lightning_lora.tensors.named import of_type, only, where, with_values, with
 def check_plan(plan: MergePlan) -> None:
     """Refuse what does not fit."""
     _check_adapted_weights(plan)
+    _check_not_tied(plan)
     _check_complete(plan)
     _check_base(plan)
 
@@ -37,17 +38,21 @@ def check_tensors_alone(plan: MergePlan) -> None:
 
 
 def _check_adapted_weights(plan: MergePlan) -> None:
-    """Refuse a base without the adapted weights, and updates that would reach other layers."""
+    """Refuse a base without the adapted weights."""
     wrong = list[str]()
     for place, adapted in plan.adapted.items():
-        found = _found_in_place(plan, place, adapted)
-        if found is not None:
+        if not _can_be_updated(plan, place, adapted):
+            found = _found_in_place(plan, place)
             wrong.append(f"{place} {list(adapted.shape)}, {found}")
     if wrong:
         raise AdapterMismatchError(
             f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
             f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
         )
+
+
+def _check_not_tied(plan: MergePlan) -> None:
+    """Refuse updates that would reach other layers."""
     tied = [place for place, adapted in plan.adapted.items() if adapted.is_tied]
     if tied:
         raise AdapterMismatchError(
@@ -56,13 +61,19 @@ def _check_adapted_weights(plan: MergePlan) -> None:
         )
 
 
-def _found_in_place(plan: MergePlan, place: str, adapted: AdaptedWeight) -> str | None:
-    """What the base has in place of a weight to which the update can be added, or None."""
+def _can_be_updated(plan: MergePlan, place: str, adapted: AdaptedWeight) -> bool:
+    """Whether the base has a weight there to which the update can be added."""
+    if not plan.is_in_base(place):
+        return False
+    value = plan.files.get(place)
+    return is_dense(value) and value.is_floating_point() and value.shape == adapted.shape
+
+
+def _found_in_place(plan: MergePlan, place: str) -> str:
+    """What the base has in place of a weight."""
     if not plan.is_in_base(place):
         return "absent"
     value = plan.files.get(place)
-    if is_dense(value) and value.is_floating_point() and value.shape == adapted.shape:
-        return None
     return f"{value.dtype} {list(value.shape)}"
 
 
@@ -90,8 +101,10 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     halves = fingerprint["rounded"]
     places = {name: plan.name_in_base(name) for name in halves}
     digests = dict(zip(places, fingerprint["digests"], strict=True))
-    present_digests = only(digests, where(places, plan.is_in_base)).values()
-    absent = without(only(digests, _expected_tensors(plan, halves)), with_values(digests, set(present_digests)))
+    present = only(digests, where(places, plan.is_in_base))
+    present_or_tied = with_values(digests, set(present.values()))
+    expected = only(digests, _expected_tensors(plan, halves))
+    absent = without(expected, present_or_tied)
     if not absent:
         return []
     explained = {*places.values(), *plan.adapted, *plan.replaced}

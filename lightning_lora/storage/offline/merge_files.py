@@ -36,21 +36,21 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     _check_no_adapters(out)
     merge = _Merge(files, adapter, progress)
     check_plan(merge.plan)
-    _write(merge, files, out)
+    _write_as_base(merge, files, out)
     merge.warn_of_rounding()
     return len(merge.plan.adapted)
 
 
-def _write(merge: "_Merge", files: TensorFiles, out: Path) -> None:
+def _write_as_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
     if isinstance(files, SafetensorsFolder):
-        _write_folder(merge, files, out)
+        _merge_into_folder(merge, files, out)
     elif out.suffix == ".safetensors":
-        _write_safetensors(merge, out)
+        _merge_into_file(merge, out)
     elif not isinstance(files, CheckpointFile):
         raise _cannot_be_written(files.path, out, ".safetensors")
     elif out.suffix in (".ckpt", files.path.suffix):
-        _write_checkpoint(merge, files, out)
+        _merge_into_checkpoint(merge, files, out)
     else:
         raise _cannot_be_written(files.path, out, f".safetensors or {files.path.suffix}")
 
@@ -91,21 +91,21 @@ class _Merge:
         """Return a tensor as it is before an update: that of the training, or of the base."""
         if name in self.plan.replaced:
             value: Tensor = self.plan.replaced[name]
-        else:
-            value = self.plan.files.get(name)
-        return value
+            return value
+        return self.plan.files.get(name)
 
     def _with_update(self, name: str, base: Tensor, adapted: AdaptedWeight) -> Tensor:
         """The sum of a weight and its update. It must fit into the dtype of the base."""
-        layer = adapted.layer.name
+        layer_name = adapted.layer.name
+        layer = layer_on(self.plan.stored, layer_name, {adapted.weight: base})
         with torch.no_grad():
-            shell = layer_on(self.plan.stored, layer, {adapted.weight: base})
-            merged, lost_share = shell.lora_merged_weight(adapted.weight)
+            merged, lost_share = layer.lora_merged_weight(adapted.weight)
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
                 f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
             )
-        self.lost_share[layer] = max(lost_share, self.lost_share.get(layer, 0.0))
+        lost_before = self.lost_share.get(layer_name, 0.0)
+        self.lost_share[layer_name] = max(lost_share, lost_before)
         return merged
 
     def warn_of_rounding(self) -> None:
@@ -121,14 +121,14 @@ class _Merge:
 # A file
 
 
-def _write_safetensors(merge: _Merge, out: Path) -> None:
+def _merge_into_file(merge: _Merge, out: Path) -> None:
     """Write the merged model as one safetensors file."""
     check_tensors_alone(merge.plan)
     with writing(out) as part:
         merge.write(part, merge.plan.file_of, merge.plan.base)
 
 
-def _write_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
+def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
     unread = unread_in(base.checkpoint)
     if unread:
@@ -149,7 +149,7 @@ def _write_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
 # A folder
 
 
-def _write_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
+def _merge_into_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     check_tensors_alone(merge.plan)
     sources = list(dict.fromkeys(merge.plan.file_of.values()))

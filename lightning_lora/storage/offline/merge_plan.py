@@ -96,9 +96,9 @@ class MergePlan:
 
     def _find_replaced(self) -> dict[str, Any]:
         """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
-        in_base = [name for name in self.stored.filled if self.is_in_base(self.name_in_base(name))]
-        replaced = {**besides(self.stored), **only(self.stored.state, in_base)}
-        return renamed(replaced, self.name_in_base)
+        replaced = renamed(besides(self.stored), self.name_in_base)
+        filled = renamed(only(self.stored.state, self.stored.filled), self.name_in_base)
+        return {**replaced, **only(filled, self.files.file_of)}
 
     def _find_files(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""

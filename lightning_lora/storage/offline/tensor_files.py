@@ -109,6 +109,7 @@ class _SafetensorsFiles(TensorFiles):
         return dict.fromkeys(self._opened(file).keys(), file)
 
     def _opened(self, file: Path) -> Any:
+        """An open file, which is opened once."""
         if file not in self._open_files:
             with reading(file):
                 self._open_files[file] = safe_open(file, "pt")

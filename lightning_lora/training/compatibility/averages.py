@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_a
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import AVERAGE, AVERAGES_WITH
+from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 
@@ -32,8 +33,8 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
     """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
     frozen = view_of(pl_module).frozen
     for average in _averages(callbacks):
-        for name, weight in View(average.copy).base.items():
-            if name in frozen and weight.device == frozen[name].device:  # an average may be on another device
+        for name, weight in only(View(average.copy).base, frozen).items():
+            if weight.device == frozen[name].device:  # an average may be on another device
                 replace_values(weight, frozen[name].data)
         average.leave_equal_tensors()
 
@@ -83,7 +84,7 @@ class _Average:
     def leave_equal_tensors(self) -> None:
         """Average only tensors that differ."""
         average = getattr(self.callback, AVERAGES_WITH)
-        setattr(self.callback, AVERAGES_WITH, _only_changed(average))
+        setattr(self.callback, AVERAGES_WITH, _only_where_they_differ(average, _average_tensor))
 
     def drop(self) -> None:
         """Drop nothing: SWA does nothing outside of fit."""
@@ -107,9 +108,9 @@ class _TorchAverage(_Average):
         if not self.model.avg_fn and not self.model.multi_avg_fn:
             self._set_default()
         if self.model.avg_fn:
-            self.model.avg_fn = _only_changed(self.model.avg_fn)
+            self.model.avg_fn = _only_where_they_differ(self.model.avg_fn, _average_tensor)
         else:
-            self.model.multi_avg_fn = _only_changed(self.model.multi_avg_fn)
+            self.model.multi_avg_fn = _only_where_they_differ(self.model.multi_avg_fn, _average_tensors)
 
     def _set_default(self) -> None:
         """Set what torch averages with by default. On CPU, the one for lists of tensors takes only float32."""
@@ -130,32 +131,30 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
     return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))
 
 
-# How tensors are averaged
+# How tensors are averaged, where they are not equal: arithmetic would lose -0.0 and infinity
 
 
-def _only_changed(average: Any) -> Any:
-    """A function that averages only tensors that differ."""
-    if getattr(average, "func", None) is _average_changed:  # it is one already
+def _only_where_they_differ(average: Any, averages_changed: Callable[..., Any]) -> Any:
+    """A function that averages with ``average`` what has changed, as ``averages_changed`` does."""
+    if getattr(average, "func", None) is averages_changed:  # it is one already
         return average
-    return partial(_average_changed, average)
-
-
-def _average_changed(average: Callable[..., Any], averaged: Any, current: Any, count: Any) -> Any:
-    """Average two tensors, or two lists of them, where they are not equal: arithmetic would lose -0.0 and infinity."""
-    if isinstance(averaged, Tensor):
-        return _average_tensor(average, averaged, current, count)
-    pairs = [pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)]
-    if not pairs:
-        return None
-    averaged, current = zip(*pairs, strict=True)
-    return average(list(averaged), list(current), count)
+    return partial(averages_changed, average)
 
 
 def _average_tensor(average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any) -> Any:
-    """Average two tensors, where they are not equal."""
+    """Average two tensors, if they differ."""
     if _is_same(averaged, current):
         return averaged
     return average(averaged, current, count)
+
+
+def _average_tensors(average: Callable[..., Any], averaged: list[Tensor], current: list[Tensor], count: Any) -> Any:
+    """Average two lists of tensors, of those that differ."""
+    pairs = [pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)]
+    if not pairs:
+        return None
+    some_averaged, some_current = zip(*pairs, strict=True)
+    return average(list(some_averaged), list(some_current), count)
 
 
 def _is_same(averaged: Tensor, current: Tensor) -> bool:

@@ -26,15 +26,18 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def kinds_of(trainer: Trainer) -> set[str]:
     """Return the names of all classes that a Trainer's callbacks have."""
-    return set[str]().union(*map(class_names, callbacks_of(trainer)))
+    kinds: set[str] = set()
+    for callback in callbacks_of(trainer):
+        kinds |= class_names(callback)
+    return kinds
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
-    number = sum(map(_is_ours, callbacks))
-    if number > 1:
+    ours = list(filter(_is_ours, callbacks))
+    if len(ours) > 1:
         raise ConfigError(
-            f"The Trainer has {number} LoRACallbacks. Expected one. For several adapters, fit once for each "
+            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
             "name, or use LoRASweep."
         )
     if stage == "fit":
@@ -75,7 +78,6 @@ def states_are_read(callbacks: list[Callback]) -> bool:
 def _reads_states(callback: Callback) -> bool:
     """Whether a callback does something when a checkpoint is loaded."""
     for kind in type(callback).__mro__:
-        is_plain = kind.__name__ == "Callback"  # that of either Lightning package, which does nothing
-        if "on_load_checkpoint" in vars(kind) and not is_plain:
-            return True
+        if "on_load_checkpoint" in vars(kind):
+            return kind.__name__ != "Callback"  # that of either Lightning package, which does nothing
     return False

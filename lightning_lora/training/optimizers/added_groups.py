@@ -15,7 +15,7 @@ from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import with_values
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.training.optimizers.groups import Group, held_by, torch_optimizers
+from lightning_lora.training.optimizers.groups import Group, held_by, layers_trained_by, torch_optimizers
 
 
 @contextmanager
@@ -68,12 +68,8 @@ def _parameter_of(item: Any) -> Any:
 
 def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
     """Layers whose weights are added, and whose adapters the optimizer trains in their place."""
-    found = []
-    for name, layer in view.layers.items():
-        trains = not held.isdisjoint(layer.lora_trained())
-        if trains and not added.isdisjoint(view.weights_of(name)):
-            found.append(name)
-    return found
+    trained = layers_trained_by(held, view)
+    return [name for name in trained if not added.isdisjoint(view.weights_of(name))]
 
 
 def _tell(layers: Collection[str], frozen: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze
 from lightning_lora.model.user_flags import note_frozen
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.optimizers.groups import groups_of
+from lightning_lora.training.optimizers.groups import base_weights_of, groups_of
 
 
 @contextmanager
@@ -18,9 +18,8 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
     """Show the user's code a trainable base, as it expects."""
     view = view_of(module)
     unfreeze(view)
-    for name in view.layers:
-        for weight in view.weights_of(name):  # a user's filter must keep it: its adapter takes its place
-            set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
+    for weight in base_weights_of(view.layers, view):  # a user's filter must keep it: its adapter takes its place
+        set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
     try:
         yield
     finally:

@@ -19,6 +19,10 @@ class _Written(NamedTuple):
     built: list[Params]
     left: list[Params]
 
+    def is_still_in(self, groups: list[Params]) -> bool:
+        """Whether no other code has edited the groups since. The order in a group may differ."""
+        return list(map(set, self.left)) == list(map(set, groups))
+
 
 _WRITTEN = "_lora_edited"
 """An optimizer's attribute: what we have written. LightningCLI returns the same optimizer in every fit.
@@ -44,9 +48,10 @@ class Edit:
 def built_groups(optimizer: Optimizer) -> list[Params]:
     """Return the groups as they were built. If other code edited them since: as they are now."""
     now = listed_parameters(optimizer)
-    written = vars(optimizer).get(_WRITTEN, _Written(now, now))
-    is_as_left = list(map(set, written.left)) == list(map(set, now))
-    return written.built if is_as_left else now
+    written: _Written | None = vars(optimizer).get(_WRITTEN)
+    if written is not None and written.is_still_in(now):
+        return written.built
+    return now
 
 
 def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -> None:

@@ -1,11 +1,14 @@
 """Parameter groups of optimizers, and what is asked of them."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.view import View
 
 Params = list[nn.Parameter]
 Group = dict[str, Any]
@@ -66,7 +69,17 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     return held
 
 
-def parameters_in(groups: Iterable[Params]) -> set[nn.Parameter]:
+def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
+    """Return the layers with adapters that train, of which some are among these parameters."""
+    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
+
+
+def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:
+    """Return the base's weights of some adapted layers."""
+    return parameters_in(map(view.weights_of, layers))
+
+
+def parameters_in(groups: Iterable[Iterable[nn.Parameter]]) -> set[nn.Parameter]:
     """Return the parameters of some groups."""
     return set[nn.Parameter]().union(*groups)
 

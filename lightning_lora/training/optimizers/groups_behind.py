@@ -37,9 +37,10 @@ class _Behind:
     hidden: list[Group] = field(default_factory=list)  # the groups, in a scheduler's step
     steps: WatchedSteps = field(default_factory=WatchedSteps)
 
-    def pairs(self, groups: list[Group]) -> Iterator[tuple[Group, _Followed]]:
-        """Yield each of an optimizer's groups that is behind, and what it follows."""
-        yield from zip(groups[self.place], self.follows, strict=False)  # DeepSpeed steps one group at a time
+    def pairs(self, groups: list[Group]) -> Iterator[tuple[Group, Group, float]]:
+        """Yield each of an optimizer's groups that is behind, the one of the module that it follows, and its scale."""
+        for group, followed in zip(groups[self.place], self.follows, strict=False):  # DeepSpeed steps one at a time
+            yield group, groups[followed.number], followed.scale
 
 
 _BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
@@ -116,8 +117,8 @@ def unsplit(optimizer: Optimizer) -> None:
     if behind is None:
         return
     groups = optimizer.param_groups
-    for group, followed in behind.pairs(groups):
-        groups[followed.number]["params"].extend(group["params"])
+    for group, of_module, _ in behind.pairs(groups):
+        of_module["params"].extend(group["params"])
     del groups[behind.place]
     for hook in behind.hooks:
         hook.remove()
@@ -148,9 +149,8 @@ def follow(*optimizers: Any) -> None:
     for each in optimizers:
         optimizer = each if each in _BEHIND else getattr(each, "optimizer", each)  # DeepSpeed's has it inside
         if optimizer in _BEHIND:
-            groups = optimizer.param_groups
-            for group, followed in _BEHIND[optimizer].pairs(groups):
-                _follow_group(group, groups[followed.number], followed.scale)
+            for group, of_module, scale in _BEHIND[optimizer].pairs(optimizer.param_groups):
+                _follow_group(group, of_module, scale)
 
 
 def _follow_group(group: Group, of_module: Group, scale: float) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
 from lightning_lora.tensors.named import where
-from lightning_lora.training.optimizers.groups import Group
+from lightning_lora.training.optimizers.groups import Group, torch_optimizers
 
 _NOT_SETTINGS = {"params", "param_names", "name"}
 _BY_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
@@ -24,10 +24,7 @@ def states_fit(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> I
 
     torch would load them: an optimizer takes its settings from them too, and fails in a step if one is missing.
     """
-    loading = []
-    for optimizer, stored in zip(optimizers, states, strict=False):
-        if isinstance(optimizer, Optimizer):
-            loading.append(_begin(optimizer, stored))
+    loading = list(map(_begin, torch_optimizers(optimizers), states))
     try:
         yield
         for each in loading:

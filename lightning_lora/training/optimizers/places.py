@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import only, outside, where, with_values
-from lightning_lora.tensors.names import named_parameters, owner_of
+from lightning_lora.tensors.names import holder_of, named_parameters, owner_of
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
@@ -72,7 +72,7 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     lost = only(held, trained_before)
     if not lost:
         return
-    networks = networks_around(owner_of(name) or name for name in lost)
+    networks = networks_around(map(holder_of, lost))
     title = f"Optimizer {number} of {view.title} ({type(edit.optimizer).__name__})"
     raise OptimizerError(
         f"{title} would train nothing: it holds only frozen weights of {listed(networks)}, whose adapters, if any, "
@@ -90,11 +90,14 @@ def networks_around(modules: Iterable[str]) -> list[str]:
 
 def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
     """Refuse frozen weights that were added to an optimizer after its set-up."""
-    if all(frozen.isdisjoint(group["params"]) for group in optimizer.param_groups):
-        return
-    added = frozen & held_by([optimizer])
+    for group in optimizer.param_groups:
+        if not frozen.isdisjoint(group["params"]):
+            raise _error_of_added(model, frozen & held_by([optimizer]))
+
+
+def _error_of_added(model: nn.Module, added: set[nn.Parameter]) -> OptimizerError:
     names = with_values(view_of(model).frozen, added)
-    raise OptimizerError(
+    return OptimizerError(
         f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
         "their modules in modules_to_save to train them, or remove the code or the callback that adds them."
     )

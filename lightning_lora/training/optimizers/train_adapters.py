@@ -13,7 +13,7 @@ from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.groups import Params, parameters_in
+from lightning_lora.training.optimizers.groups import Params, base_weights_of, layers_trained_by, parameters_in
 from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
 from lightning_lora.training.optimizers.places import check_emptied, place_rest
 from lightning_lora.training.optimizers.scales import Scale, scales_in
@@ -47,13 +47,8 @@ def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
     held = _built_by(optimizers)
-    adapted = set[nn.Parameter]()
-    for name, layer in view.layers.items():
-        weights = view.weights_of(name)
-        adapted |= weights
-        if not held.isdisjoint(layer.lora_trained()):
-            held |= weights
-    if held.isdisjoint(adapted):
+    held |= base_weights_of(layers_trained_by(held, view), view)
+    if held.isdisjoint(base_weights_of(view.layers, view)):
         return set()
     return set(view.base.values()) - held
 
@@ -101,23 +96,21 @@ class _Places:
         placed = set[nn.Parameter]()
         edited = []
         for group in groups:
-            trained = self._trained_in(group)
-            new = [p for p in trained if p not in placed]
-            placed.update(new)
-            edited.append(new)
+            elsewhere = placed | self.chosen.difference(group)
+            trained = [p for p in self._trained_in(group) if p not in elsewhere]
+            placed.update(trained)
+            edited.append(trained)
         return edited
 
-    def _trained_in(self, group: Params) -> list[nn.Parameter]:
-        """What trains in one group, each once: its own parameters that are not frozen, and adapters."""
+    def _trained_in(self, group: Params) -> Iterable[nn.Parameter]:
+        """What may train in one group, each once: its own parameters that are not frozen, and adapters."""
         following = parameters_in(map(self._followers_of, group))
         found: dict[nn.Parameter, None] = {}
         for parameter in group:
             found.update(dict.fromkeys(self._followers_of(parameter)))
             if parameter.requires_grad and parameter not in following:
                 found[parameter] = None
-        for elsewhere in self.chosen.difference(group):
-            found.pop(elsewhere, None)
-        return list(found)
+        return found
 
     def _followers_of(self, weight: nn.Parameter) -> Params:
         """The adapters' parameters that take the place of a weight."""

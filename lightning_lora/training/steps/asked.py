@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import only, where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import holder_of
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 
@@ -60,6 +60,7 @@ class OwnCheckpoints:
         return value
 
     def _is_frozen(self, value: Any) -> bool:
+        """Whether a value is a frozen weight that no code has thawed since."""
         return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
 
 
@@ -77,11 +78,12 @@ IN_BACKWARD = (
 
 def explain(error: BaseException, model: nn.Module, advice: str) -> None:
     """If torch refused gradients of frozen weights of ``model``, raise an error that names them, and gives advice."""
-    if isinstance(error, LoRAError) or find_record(model) is None:
+    asked_for = _asked_for(error)
+    if not asked_for or isinstance(error, LoRAError) or find_record(model) is None:
         return
-    names = _names_of(View(model), _asked_for(error))
+    names = _names_of(View(model), asked_for)
     if names:
-        layers = list(dict.fromkeys(owner_of(name) or name for name in names))
+        layers = list(dict.fromkeys(map(holder_of, names)))
         raise TargetError(
             f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
             f"Train their layers in full: modules_to_save={layers}. {advice}"
@@ -90,8 +92,6 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
-    if not asked:
-        return []
     ids = set(map(id, asked))
     trained_before = where(view.record.base.flags_before(), bool)
     candidates = where(only(view.frozen, trained_before), _is_still_frozen)
@@ -99,6 +99,7 @@ def _names_of(view: View, asked: Collection[object]) -> list[str]:
 
 
 def _is_still_frozen(p: nn.Parameter) -> bool:
+    """Whether no code has thawed a weight since."""
     return not p.requires_grad
 
 
@@ -108,14 +109,14 @@ def _asked_for(error: BaseException) -> list[object]:
     The step's own code may have met that error before.
     """
     code = inspect.unwrap(torch.autograd.grad).__code__
-    for frame in _frames_behind(error):
+    for frame in _calls_behind(error):
         if frame.f_code is code:
             values = frame.f_locals
             return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
     return []
 
 
-def _frames_behind(error: BaseException) -> Iterator[FrameType]:
+def _calls_behind(error: BaseException) -> Iterator[FrameType]:
     """Go through the calls in which torch's errors were raised, among an error and those from which it came."""
     for each in _chain(error):
         if isinstance(each, RuntimeError):

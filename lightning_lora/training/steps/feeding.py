@@ -115,24 +115,21 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
-    if not feeding.below:
-        return False
     alone, fed = _judge(optimizer, strategy, feeding, copied=copied)
-    if not alone and not fed:
-        return False
-    view = view_of(model)
-    if not copied:
-        _check_places(view, fed, strategy.optimizers)
-    _tell_of_fed(view, fed, alone)
+    if fed and not copied:
+        _check_places(view_of(model), fed, strategy.optimizers)
+    if fed:
+        _tell_of_fed(view_of(model), fed, alone)
     if not alone:
         return False
+    said = left_still(alone, view_of(model).title)
     if copied:
         raise StrategyError(
-            f"{left_still(alone, view.title)} DeepSpeed cannot take parameters out of a fit that has begun. "
+            f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
             f"Name it yourself: exclude_modules={alone}."
         )
     leave_alone(model, alone)
-    rank_zero_info(left_still(alone, view.title))
+    rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
 
@@ -173,12 +170,12 @@ def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer
 
 def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    if not fed or not outside(view.layers, (*fed, *alone)):
-        return
-    rank_zero_info(
-        f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} too. "
-        f"To leave that as it is: exclude_modules={fed}."
-    )
+    others = outside(view.layers, (*fed, *alone))
+    if others:
+        rank_zero_info(
+            f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "
+            f"too. To leave that as it is: exclude_modules={fed}."
+        )
 
 
 def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:

@@ -1,73 +1,41 @@
 """Gradients of adapters and frozen weights in a run's steps."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import compress
-from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_of
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import outside, with_values
 from lightning_lora.tensors.shards import agreed, to_local
-from lightning_lora.training.optimizers.groups import held_by
+from lightning_lora.training.optimizers.groups import held_by, layers_trained_by
 from lightning_lora.training.steps.asked import OwnCheckpoints
+from lightning_lora.training.steps.received import Received
 
 
 class Gradients:
-    """Watches the gradients of one run. With ``notes``, it notes which parameters get one: they may be given one later.
+    """Watches the gradients of one run: frozen weights get none, and each optimizer's first step shows who has some.
 
-    ``copied`` are the parameters of which the optimizer trains copies; for those in ``joined``, DDP waits. DDP fails if
-    a batch does not use a layer (an expert, an unused pooler). Here, unused parameters get a zero gradient, so
-    ``find_unused_parameters``, which searches the graph in every step, is not needed.
+    ``copied`` are the parameters of which the optimizer trains copies.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        wrapped: object,
-        *,
-        notes: bool = False,
-        copied: list[nn.Parameter] | None = None,
-        joined: Sequence[nn.Parameter] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, received: Received, copied: Sequence[nn.Parameter] = ()) -> None:
         self.model = model
-        self.wrapped: Any = wrapped
-        self.fills_gradients = _waits_for_all_gradients(wrapped)
+        self.received = received
+        self.copied = set(copied)
         self.frozen = set(view_of(model).frozen.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
         self.was_thawed = False
         self.has_begun = False
         self.begins = True  # whether its fit loaded no adapters
         self.optimizers: list[Optimizer] = []  # those that have made a step
-        self.copied = copied
-        self.notes = notes or self.fills_gradients
-        self.trained: dict[int, nn.Parameter] = {}  # by their ids
-        self.reached: set[int] = set()  # those with a gradient since the last backward pass
-        self.ever_reached: set[int] = set()
-        self.hooks: list[RemovableHandle] = []
-        if self.notes:
-            self._note_gradients(joined)
-
-    def _note_gradients(self, joined: Sequence[nn.Parameter]) -> None:
-        """Begin to note which parameters get a gradient."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                self.trained[id(parameter)] = parameter
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(self._note_gradient))
-        for parameter in joined:
-            self.trained[id(parameter)] = parameter
-
-    def _note_gradient(self, parameter: Tensor) -> None:
-        self.reached.add(id(parameter))
 
     # Each backward pass
 
@@ -80,24 +48,20 @@ class Gradients:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
         self.has_begun = True
         self._keep_frozen()
-        self.ever_reached |= self.reached
-        if self.fills_gradients and self.wrapped.require_backward_grad_sync:
-            idle = [p for key, p in self.trained.items() if key not in self.reached]
-            if idle:
-                _give_zero_gradients(idle)
-        self.reached.clear()
+        self.received.end_backward()
 
     def _keep_frozen(self) -> None:
         """Freeze again what code has thawed, and remove gradients."""
-        thawed = {p for p in self.frozen if p.requires_grad}  # a GAN's step may set it on a full network
+        thawed = set[nn.Parameter]()
+        for p in self.frozen:
+            if p.requires_grad:  # a GAN's step may set it on a full network
+                p.requires_grad_(False)
+                thawed.add(p)
+            if p.grad is not None:
+                p.grad = None
         if thawed and not self.was_thawed:
             self.was_thawed = True
             self._tell_of_thawed(thawed)
-        for p in thawed:
-            p.requires_grad_(False)
-        for p in self.frozen:
-            if p.grad is not None:
-                p.grad = None
 
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
         names = with_values(view_of(self.model).frozen, thawed)
@@ -117,32 +81,24 @@ class Gradients:
             self._keep_frozen()  # a step by hand may call loss.backward()
         if optimizer in self.optimizers:
             return []
-        held = self._held_by(optimizer)
-        missed = self._without_gradient(held)
-        if not self.has_begun and len(missed) == len(held):  # no backward pass yet
+        held = self.copied or held_by([optimizer])
+        missed = self.received.missed(held)
+        if not self.has_begun and missed == held:  # no backward pass yet
             return []
         self.optimizers.append(optimizer)
         view = view_of(self.model)
         check_weights(view)  # hooks may compute them since training began
-        unreached = _layers_with(view, missed)
-        copies = self._copies(view, held.keys())
+        unreached = layers_trained_by(missed, view)
+        copies = self._copies(view, layers_trained_by(held, view))
         return outside(unreached, copies)
 
-    def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
-        """The parameters that an optimizer trains, perhaps copies of them, by their ids."""
-        held = self.copied or held_by([optimizer])
-        return {id(p): p for p in held}
+    def _copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
+        """Networks of these layers that copy others, and have no gradient yet.
 
-    def _without_gradient(self, parameters: dict[int, nn.Parameter]) -> set[int]:
-        """Those of these parameters, by their ids, that have received no gradient."""
-        if self.notes:
-            return parameters.keys() - self.ever_reached - self.reached
-        return {key for key, p in parameters.items() if p.grad is None}
-
-    def _copies(self, view: View, held: Set[int]) -> dict[str, str]:
-        """Networks that copy others, and have no gradient yet. In a fit that begins, they get the same adapters."""
-        idle = _layers_that_stay(view, _layers_with(view, held))
-        if self.copied is not None or not self.begins:
+        In a fit that begins, they get the same adapters.
+        """
+        idle = _layers_that_stay(view, layers)
+        if self.copied or not self.begins:
             return copies_among(view, idle)
         copies = begin_alike(view, idle)
         if copies:
@@ -153,51 +109,28 @@ class Gradients:
         return copies
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Keep nothing thawed, and remove the hooks."""
         self._keep_frozen()
-        for hook in self.hooks:
-            hook.remove()
+        self.received.close()
 
 
-def _waits_for_all_gradients(wrapped: object) -> bool:
-    """Whether a module is one of DDP's, which waits for a gradient of each parameter."""
-    if not isinstance(wrapped, DistributedDataParallel):
-        return False
-    return not (wrapped.find_unused_parameters or wrapped.static_graph)
-
-
-def _layers_with(view: View, parameters: Set[int]) -> list[str]:
-    """The layers with a trained parameter among these, which are given by their ids."""
-    layers = []
-    for name, layer in view.layers.items():
-        if not parameters.isdisjoint(map(id, layer.lora_trained())):
-            layers.append(name)
-    return layers
-
-
-def _layers_that_stay(view: View, layers: Sequence[str]) -> set[str]:
+def _layers_that_stay(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
-    move = [any(map(_moves, view.layers[name].lora_trained())) for name in layers]
+    move = list(map(_moves, layers.values()))
     move_anywhere = agreed(move, list(view.adapters.values()))
     return set(layers).difference(compress(layers, move_anywhere))
 
 
-def _moves(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has a gradient other than zero in this process."""
-    if parameter.grad is None:
+def _moves(layer: LoRALayer) -> bool:
+    """Whether a layer's adapter has a gradient other than zero in this process."""
+    return any(map(_has_gradient, layer.lora_trained()))
+
+
+def _has_gradient(p: nn.Parameter) -> bool:
+    """Whether this process's part of a gradient is other than zero."""
+    if p.grad is None:
         return False
-    return bool(to_local(parameter.grad).any())
-
-
-def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
-    frozen = {p: p.grad for p in parameters if not p.requires_grad}
-    for p in frozen:
-        p.requires_grad_()
-    torch.autograd.backward(parameters, list(map(torch.zeros_like, parameters)))
-    for p, grad in frozen.items():
-        p.requires_grad_(False)
-        p.grad = grad
+    return bool(to_local(p.grad).any())
 
 
 def check_loss(model: LightningModule, loss: object) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 
-from lightning_lora.model.record import find_record
+from lightning_lora.model.record import state_of
 
 CHECKPOINT_FUNCTION = recompute.CheckpointFunction
 """torch's own."""
@@ -43,13 +43,20 @@ class _RequiringGradients(CHECKPOINT_FUNCTION):
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and not _requires_any_grad(inputs) and not any(map(_shows_base, _RUNNING)):
+        if _are_overlooked(inputs):
             inputs = tuple(map(_requiring_grad, inputs))
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
 
 
-def _requires_any_grad(inputs: tuple[Any, ...]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+def _are_overlooked(inputs: tuple[Any, ...]) -> bool:
+    """Whether torch would keep nothing of a call with these inputs, though adapters inside it may train."""
+    if not torch.is_grad_enabled() or any(map(_shows_base, _RUNNING)):
+        return False
+    return not any(map(_requires_grad, inputs))
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _requiring_grad(value: Any) -> Any:
@@ -61,5 +68,4 @@ def _requiring_grad(value: Any) -> Any:
 
 def _shows_base(model: nn.Module) -> bool:
     """Whether adapters are disabled in a model whose step runs."""
-    record = find_record(model)
-    return record is not None and record.is_disabled
+    return state_of(model).shows_base

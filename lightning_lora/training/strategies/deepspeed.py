@@ -18,8 +18,10 @@ from lightning_lora.training.optimizers.building import build_optimizers, showin
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.steps.received import NotedGradients
+from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
 from lightning_lora.training.strategies.partitions import Partition, full_state, local_state, partitions_of
-from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
+from lightning_lora.training.strategies.strategy import State
 
 _COPIES = "float32"
 """The entry of an optimizer's state in half precision with DeepSpeed's copies."""
@@ -49,8 +51,7 @@ class DeepSpeedMethods(LateStrategyMethods):
     @classmethod
     def check(cls, strategy: Any) -> None:
         """Accept ZeRO stage 1 or 2."""
-        config: Any = strategy.config or {}  # read from its arguments or from a file
-        settings = config.get("zero_optimization") or {}
+        settings = strategy.config.get("zero_optimization") or {}  # from its arguments or from a file
         stage = int(settings.get("stage", 0))
         called = type(strategy).__name__
         if stage == 0:
@@ -83,30 +84,34 @@ class DeepSpeedMethods(LateStrategyMethods):
                 group["params"].append(self._idle[name])
 
     def init_deepspeed(self) -> None:
-        """Build the engine, and find this process's shards in it."""
+        """Build the engine."""
         if self.stage.is_fitting:
-            self._check_dtypes()
-            self._check_scale()
+            self._build_for_fit()
+            return
+        self.original.init_deepspeed()  # for an evaluation, Lightning removes all hooks
+        record = find_record(self.module)
+        if record is not None:
+            keep_record(self.module, record)
+
+    def _build_for_fit(self) -> None:
+        """Build the engine of a fit, and find this process's shards in it."""
+        self._check_dtypes()
+        self._check_scale()
         self._idle = {}
         try:
             self.original.init_deepspeed()
         finally:
             for name in self._idle:
                 delattr(self.module, name)
-        record = find_record(self.module)
-        if record is not None:
-            keep_record(self.module, record)  # for an evaluation, Lightning removes all hooks
-        if self.stage.is_fitting:
-            (optimizer,) = self.strategy.optimizers
-            self.partitions = partitions_of(optimizer, set(self._idle.values()))
+        (optimizer,) = self.strategy.optimizers
+        self.partitions = partitions_of(optimizer, set(self._idle.values()))
 
     def _check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
         view = View(self.module)
-        is_in_one_dtype = self._is_enabled("fp16") or (self._is_enabled("bf16") and bool(view.trained))
         layers_with_dora = where(view.layers, _uses_dora)
         layers_in_float32 = {**layers_with_dora, **where(view.layers, _is_autocast)}
-        if not is_in_one_dtype or not layers_in_float32:
+        if not layers_in_float32 or not self._trains_in_one_dtype(view):
             return
         remedy = "autocast_adapter_dtype=False"
         if layers_with_dora:
@@ -116,18 +121,26 @@ class DeepSpeedMethods(LateStrategyMethods):
             f"{remedy}: its own copies are float32."
         )
 
+    def _trains_in_one_dtype(self, view: View) -> bool:
+        """Whether all that trains must have one dtype: in bfloat16, only where weights train beside adapters."""
+        if self._is_enabled("fp16"):
+            return True
+        return self._is_enabled("bf16") and bool(view.trained)
+
     def _is_enabled(self, precision: str) -> bool:
+        """Whether DeepSpeed's configuration has a precision on."""
         settings = self.strategy.config.get(precision, {})
         return bool(settings.get("enabled"))
 
     def _check_scale(self) -> None:
+        """Refuse a rate for the adapters alone, if DeepSpeed makes the optimizer."""
         if self.stage.lr_scale != 1 and "optimizer" in self.strategy.config:
             raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
 
     def on_train_start(self) -> None:
         """Copy what was loaded since the engine was built."""
         for partition in self.partitions:
-            partition.follow()
+            partition.copy_parameters()
         self.original.on_train_start()
 
     def teardown(self) -> None:
@@ -136,6 +149,7 @@ class DeepSpeedMethods(LateStrategyMethods):
         self._end_engine()
 
     def _end_engine(self) -> None:
+        """End the engine, and give its optimizer the module's own parameters back."""
         engine = self.strategy.model
         if not hasattr(engine, "destroy"):  # the set-up has failed before
             return
@@ -146,23 +160,21 @@ class DeepSpeedMethods(LateStrategyMethods):
 
     # Files
 
-    def adapt_for(self, checkpoint: State, path: Any) -> bool:
-        """Adapt the module, and build the engine again for new adapters."""
-        replaced = super().adapt_for(checkpoint, path)
-        if replaced and self.stage.is_fitting:
-            self._end_engine()
-            self.strategy.model = self.module
-            self.strategy.init_deepspeed()
-        return replaced
+    def train_new_adapters(self) -> None:
+        """Build the engine again: it has those from before."""
+        self._end_engine()
+        self.strategy.model = self.module
+        self.strategy.init_deepspeed()
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizer's state, each process its own shard."""
-        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
-            for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
-                partition.local.detach().copy_(partition.local_of(values))
-            if _SCALE in state and hasattr(optimizer, "loss_scaler"):
-                vars(optimizer.loss_scaler).update(state[_SCALE])
+        (optimizer,) = self.strategy.optimizers
+        (state,) = checkpoint["optimizer_states"]
+        optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
+        for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
+            partition.local.detach().copy_(partition.local_of(values))
+        if _SCALE in state and hasattr(optimizer, "loss_scaler"):
+            vars(optimizer.loss_scaler).update(state[_SCALE])
 
     def optimizer_state(self, optimizer: Any) -> State:
         """Return the state of the optimizer, made full."""
@@ -182,10 +194,11 @@ class DeepSpeedMethods(LateStrategyMethods):
         copied: list[nn.Parameter] = []
         for partition in self.partitions:
             copied += partition.parameters
-        return Gradients(self.module, self.strategy.model, notes=True, copied=copied)
+        return Gradients(self.module, NotedGradients(self.module), copied)
 
 
 def _uses_dora(layer: LoRALayer) -> bool:
+    """Whether a layer has a magnitude of DoRA."""
     return layer.lora_settings.use_dora
 
 

@@ -30,10 +30,12 @@ def overlay_strategy(strategy: Any, stage: Stage) -> StrategyMethods:
 
 def methods_of(strategy: Any) -> StrategyMethods | None:
     """Return our methods that lie over those of a strategy, if there are any."""
-    return overlaid_methods(strategy, StrategyMethods)
+    methods: StrategyMethods | None = overlaid_methods(strategy)
+    return methods
 
 
 def _kind_of(strategy: Any) -> type[StrategyMethods]:
+    """The class of our methods for a strategy."""
     for name in class_names(strategy):
         if name in KINDS:
             return KINDS[name]

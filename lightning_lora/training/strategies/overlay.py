@@ -3,49 +3,51 @@
 from collections.abc import Callable
 from functools import update_wrapper
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
+
+from lightning_lora.tensors.named import only
 
 _ATTRIBUTE = "lora_methods"  # of a strategy: what lies over its methods
 
 
 class OverlaidMethod:
-    """One method of ours, set on a strategy. It calls what is ``below`` alone once it has stepped aside.
+    """One method of ours, set on a strategy. Once it has stepped aside, it only calls the ``original`` method.
 
     Other code may have wrapped it in a method of its own, or kept it: so it stays callable for good.
     """
 
-    def __init__(self, ours: Callable[..., Any], own: Any, by_other_code: Any) -> None:
+    def __init__(self, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
         update_wrapper(self, ours)
-        self.by_other_code = by_other_code  # what that had set on the strategy, or None
-        self.below: Callable[..., Any] = own if by_other_code is None else by_other_code
-        self.runs: Callable[..., Any] = ours
+        self.original = original
+        self.runs = ours
 
     def step_aside(self) -> None:
-        """Let what is below run alone."""
-        self.runs = self.below
+        """Let the original method run alone."""
+        self.runs = self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run our method, which calls what is below."""
+        """Run our method, which calls the original one."""
         return self.runs(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Pickle and copy what is below: the next set-up of a copied strategy adds our methods again."""
-        return _same, (self.below,)
+        """Pickle and copy the original method: the next set-up of a copied strategy adds ours again."""
+        return _unchanged, (self.original,)
 
 
 class OverlaidMethods:
-    """Our methods for one strategy. ``original`` has those below: of other code, or else the strategy's own."""
+    """Our methods for one strategy. ``original`` has those from before: of other code, or of its class."""
 
     overlaid: ClassVar[tuple[str, ...]] = ()
     """The names of the methods that lie over the strategy's."""
 
     of_all_strategies: ClassVar[tuple[str, ...]] = ()
-    """Of these, the strategy's own method is left out: below is that of the class of all strategies."""
+    """Of these, the original is that of the class of all strategies: the strategy's own is left out."""
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.original: Any = SimpleNamespace()
         self._set: dict[str, OverlaidMethod] = {}
+        self._by_other_code: dict[str, Any] = {}  # the methods that it had set on the strategy
 
     def __reduce__(self) -> Any:
         """Pickle and copy nothing: a copied strategy is as it was before."""
@@ -60,18 +62,21 @@ class OverlaidMethods:
                 if on_strategy.get(name) is self._set[name]:
                     continue
                 self._set[name].step_aside()  # other code may still call it
-            self._set[name] = on_strategy[name] = self._overlaid_method(name)
-            setattr(self.original, name, self._set[name].below)
+            self._lay_over(name)
 
-    def _overlaid_method(self, name: str) -> OverlaidMethod:
+    def _lay_over(self, name: str) -> None:
+        """Put our method of a name over the one that the strategy has now."""
+        on_strategy = vars(self.strategy)
         kind = type(self.strategy)
-        own = self._method_of(kind, name)
-        by_other_code = vars(self.strategy).get(name)
-        if by_other_code == own:  # a copied strategy has it
-            by_other_code = None
-        if name in self.of_all_strategies:
-            own = self._method_of(_class_of_all_strategies(kind), name)
-        return OverlaidMethod(getattr(self, name), own, by_other_code)
+        of_class = self._method_of(kind, name)
+        original = on_strategy.get(name, of_class)
+        self._by_other_code.pop(name, None)
+        if original != of_class:  # a copied strategy has that of its class
+            self._by_other_code[name] = original
+        elif name in self.of_all_strategies:
+            original = self._method_of(_class_of_all_strategies(kind), name)
+        self._set[name] = on_strategy[name] = OverlaidMethod(getattr(self, name), original)
+        setattr(self.original, name, original)
 
     def _method_of(self, kind: type, name: str) -> Any:
         """A class's method for the strategy. None: the class has none, so nothing calls ours."""
@@ -80,29 +85,22 @@ class OverlaidMethods:
 
     def is_by_other_code(self, name: str) -> bool:
         """Whether other code has set a method of this name on the strategy."""
-        return self._set[name].by_other_code is not None
+        return name in self._by_other_code
 
     def take_away(self) -> None:
         """Give the strategy back as it was: with its own methods, and those that other code has set on it."""
         on_strategy = vars(self.strategy)
         for name, method in self._set.items():
             method.step_aside()
-            if on_strategy.get(name) is not method:
-                continue
-            if method.by_other_code is None:
+            if on_strategy.get(name) is method:
                 del on_strategy[name]
-            else:
-                on_strategy[name] = method.by_other_code
+                on_strategy.update(only(self._by_other_code, [name]))
         del on_strategy[_ATTRIBUTE]
 
 
-_Methods = TypeVar("_Methods", bound=OverlaidMethods)
-
-
-def overlaid_methods(strategy: Any, kind: type[_Methods]) -> _Methods | None:
-    """Return the methods that lie over those of a strategy."""
-    found = vars(strategy).get(_ATTRIBUTE)
-    return found if isinstance(found, kind) else None
+def overlaid_methods(strategy: Any) -> Any:
+    """Return the methods that lie over those of a strategy, if there are any."""
+    return vars(strategy).get(_ATTRIBUTE)
 
 
 def _class_of_all_strategies(kind: type) -> type:
@@ -110,5 +108,5 @@ def _class_of_all_strategies(kind: type) -> type:
     return next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")
 
 
-def _same(method: Callable[..., Any]) -> Callable[..., Any]:
+def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
     return method

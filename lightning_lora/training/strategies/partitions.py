@@ -1,9 +1,9 @@
 """DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from itertools import repeat, starmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,26 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.private import own_place
+from lightning_lora.tensors.named import where
 
 State = dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """The numbers of one parameter that are in this process's shard: a run of them, or none."""
+
+    parameter: nn.Parameter
+    first: int  # in the parameter
+    first_in_shard: int
+    length: int
+
+    def of_parameter(self, values: Tensor) -> Tensor:
+        """Return this piece of values of the parameter's shape."""
+        return values.reshape(-1)[self.first : self.first + self.length]
+
+    def of_shard(self, shard: Tensor) -> Tensor:
+        """Return this piece of a shard."""
+        return shard[self.first_in_shard : self.first_in_shard + self.length]
 
 
 class Partition:
@@ -25,47 +43,45 @@ class Partition:
     def __init__(self, parameters: list[nn.Parameter], local: Tensor, places: list[tuple[int, int, int]]) -> None:
         self.parameters = parameters
         self.local = local
-        self.places = places
+        self.pieces = [Piece(p, *place) for p, place in zip(parameters, places, strict=True)]
 
-    def _shared(self, number: int, values: Tensor, shard: Tensor) -> tuple[Tensor, Tensor]:
-        """The piece that is here of one parameter: of its values, and of a shard."""
-        in_values, in_shard, count = self.places[number]
-        return values.reshape(-1)[in_values : in_values + count], shard[in_shard : in_shard + count]
+    # Values
 
     def full(self, shard: Tensor, device: torch.device) -> list[Tensor]:
         """Return the values of all parameters, from all shards."""
         all_values = []
-        for number, p in enumerate(self.parameters):
-            values = torch.zeros(p.shape, dtype=shard.dtype, device=device)
-            here, piece = self._shared(number, values, shard)
-            here.copy_(piece)
+        for piece in self.pieces:
+            values = torch.zeros(piece.parameter.shape, dtype=shard.dtype, device=device)
+            piece.of_parameter(values).copy_(piece.of_shard(shard))
             dist.all_reduce(values.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
             all_values.append(values)
         return all_values
 
     def local_of(self, all_values: Iterable[Tensor]) -> Tensor:
         """Return this process's shard of the values of all parameters."""
-        return self._local_of(dict(enumerate(all_values)))
+        return self._local_of_some(dict(enumerate(all_values)))
 
-    def _local_of(self, all_values: Mapping[int, Tensor]) -> Tensor:
+    def _local_of_some(self, values_by_number: Mapping[int, Tensor]) -> Tensor:
         """The same, of the parameters with these numbers. The others' values are zero."""
         shard = torch.zeros_like(self.local)
-        for number, values in all_values.items():
-            here, piece = self._shared(number, values, shard)
-            piece.copy_(here)
+        for number, values in values_by_number.items():
+            piece = self.pieces[number]
+            piece.of_shard(shard).copy_(piece.of_parameter(values))
         return shard
 
-    def follow(self) -> None:
-        """Copy the parameters, except those that are this shard rounded."""
-        for number, p in enumerate(self.parameters):
-            values, piece = self._shared(number, p.detach(), self.local.detach())
-            values = values.to(piece.device)
-            is_rounded = piece.to(values.dtype) == values
-            piece.copy_(torch.where(is_rounded, piece, values.to(piece.dtype)))
+    def copy_parameters(self) -> None:
+        """Copy the parameters into the shard, except those that are this shard rounded."""
+        for piece in self.pieces:
+            copies = piece.of_shard(self.local.detach())
+            values = piece.of_parameter(piece.parameter.detach()).to(copies.device)
+            is_rounded = copies.to(values.dtype) == values
+            copies.copy_(torch.where(is_rounded, copies, values.to(copies.dtype)))
 
     def has_other_dtype(self) -> bool:
         """Whether what trains is in another dtype than the parameters: copies in float32."""
         return any(p.dtype != self.local.dtype for p in self.parameters)
+
+    # States of the optimizer
 
     def full_states(self, state: State, device: torch.device) -> list[State]:
         """Return the optimizer's state of each parameter."""
@@ -78,31 +94,39 @@ class Partition:
 
     def _full_entry(self, value: Any, device: torch.device) -> list[Any]:
         """An entry of this shard's state for each parameter: its values, or one for all, as the number of steps."""
-        if isinstance(value, Tensor) and value.shape == self.local.shape:
+        if _has_shape_of(self.local, value):
             return self.full(value, device)
-        copies = repeat(value, len(self.parameters))
-        return list(map(deepcopy, copies))
+        return [deepcopy(value) for _ in self.parameters]
 
     def local_state(self, states: Sequence[State]) -> State:
         """Return the optimizer's state of this shard."""
-        entries: dict[str, dict[int, Any]] = {}  # by name, the values of the parameters that have one
+        entries: dict[str, dict[int, Any]] = defaultdict(dict)  # by name, the values of the parameters that have one
         for number, state in enumerate(states):
-            for name, value in state.items():
-                if value is not None:
-                    entries.setdefault(name, {})[number] = value
+            for name, value in where(state, _is_there).items():
+                entries[name][number] = value
         return {name: self._local_entry(name, values) for name, values in entries.items()}
 
     def _local_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
-        if all(starmap(self._has_shape_of, values.items())):
-            return self._local_of(values)
+        if all(_has_shape_of(self.parameters[number], value) for number, value in values.items()):
+            return self._local_of_some(values)
         for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")
         return for_all
 
-    def _has_shape_of(self, number: int, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.shape == self.parameters[number].shape
+
+def _is_there(value: object) -> bool:
+    """Whether an entry has a value: an optimizer may hold None in place of one."""
+    return value is not None
+
+
+def _has_shape_of(tensor: Tensor, value: object) -> bool:
+    """Whether a value has a number for each of a tensor's."""
+    return isinstance(value, Tensor) and value.shape == tensor.shape
+
+
+# The states of a whole optimizer
 
 
 def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
@@ -121,10 +145,10 @@ def local_state(partitions: Sequence[Partition], state: State) -> State:
     _check_sizes(partitions, state)
     states: list[State] = []
     groups = []
-    for number, (partition, group) in enumerate(zip(partitions, state["param_groups"], strict=True)):
-        of_group = [state["state"].get(key, {}) for key in group["params"]]
-        states.append(partition.local_state(of_group))
-        groups.append({**group, "params": [number]})
+    for partition, group in zip(partitions, state["param_groups"], strict=True):
+        states_in_group = [state["state"].get(key, {}) for key in group["params"]]
+        groups.append({**group, "params": [len(states)]})
+        states.append(partition.local_state(states_in_group))
     return {"state": _without_empty(states), "param_groups": groups}
 
 
@@ -134,10 +158,14 @@ def _without_empty(states: list[State]) -> dict[int, State]:
 
 
 def _check_sizes(partitions: Sequence[Partition], state: State) -> None:
+    """Refuse a state of other groups."""
     saved = [len(group["params"]) for group in state["param_groups"]]
     expected = [len(partition.parameters) for partition in partitions]
     if saved != expected:
         raise ValueError(f"its groups have {saved} parameters, and the module's have {expected}")
+
+
+# The groups of DeepSpeed's optimizer
 
 
 def partitions_of(optimizer: Any, idle: set[nn.Parameter]) -> list[Partition]:

@@ -16,20 +16,26 @@ def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: A
     disk.check_path(path)
     _refuse_safetensors(path)
     is_trusted = _is_trusted(*args, **kwargs)
-    load = methods.original.load_checkpoint
     with disk.reading(path, _how_to_trust(methods)):
         archives.check_file(path, is_any_kind=not _is_read_by_torch(methods))
         if is_trusted:
-            return load(path, *args, **kwargs)
-        if _takes_weights_only(methods):
-            return load(path, weights_only=True)
-        if methods.is_by_other_code("load_checkpoint") or not uses_torch(methods.strategy):
-            return load(path)
-        with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return methods.original.load_checkpoint(path, *args, **kwargs)
+        return _read_plain_types(methods, path)
+
+
+def _read_plain_types(methods: OverlaidMethods, path: Any) -> Any:
+    """Let a strategy read a file of plain types. One that cannot be told so reads it in its own way."""
+    load = methods.original.load_checkpoint
+    if _takes_weights_only(methods):
+        return load(path, weights_only=True)
+    if methods.is_by_other_code("load_checkpoint") or not uses_torch(methods.strategy):
+        return load(path)
+    with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _refuse_safetensors(path: Any) -> None:
+    """Refuse a file that no Trainer has written, and say what loads it."""
     if str(path).endswith(".safetensors"):
         raise AdapterFileError(
             f"{path} is no Trainer's checkpoint. If save_merged wrote it, call safetensors.torch.load_model(model, "

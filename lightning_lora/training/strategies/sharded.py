@@ -1,13 +1,13 @@
 """ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -17,12 +17,14 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.named import grouped, where, without
+from lightning_lora.tensors.named import grouped, only, where, without
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
-from lightning_lora.training.strategies.strategy import LateStrategyMethods, State
+from lightning_lora.training.steps.received import NotedGradients
+from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
+from lightning_lora.training.strategies.strategy import State
 
 
 class ShardedMethods(LateStrategyMethods):
@@ -53,8 +55,8 @@ class ShardedMethods(LateStrategyMethods):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
-        record = find_record(self.module)
-        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
+        view = View(self.module)
+        adapters = detach_adapters(view) if view.is_on_layers else {}
         try:
             with self.original.model_sharded_context():
                 yield
@@ -80,6 +82,7 @@ class ShardedMethods(LateStrategyMethods):
         return self.strategy.device_mesh["data_parallel"]
 
     def _warn_of_whole_model(self) -> None:
+        """Warn of a model that is not sharded."""
         if self.strategy.is_global_zero and not any(map(shards.is_split, self.module.parameters())):
             warn(
                 f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
@@ -109,6 +112,7 @@ class ShardedMethods(LateStrategyMethods):
         _spread_beside_others(view)
 
     def _refuse_sharded_adapters(self, view: View) -> None:
+        """Refuse adapters that were there before ``configure_model`` sharded the module."""
         sharded = where(view.adapters, shards.split_over_data)
         if sharded:
             raise StrategyError(
@@ -133,12 +137,9 @@ class ShardedMethods(LateStrategyMethods):
         """Load a plain model: Lightning leaves that to its own ``load_checkpoint``."""
         load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
-    def adapt_for(self, checkpoint: State, path: Any) -> bool:
-        """Adapt the module, and let its optimizers train the new adapters."""
-        replaced = super().adapt_for(checkpoint, path)
-        if replaced and self.stage.is_fitting:  # they exist already, and hold the adapters from before
-            self.strategy.setup_optimizers(self.module.trainer)
-        return replaced
+    def train_new_adapters(self) -> None:
+        """Build the optimizers again: they hold those from before."""
+        self.strategy.setup_optimizers(self.module.trainer)
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
@@ -149,7 +150,14 @@ class ShardedMethods(LateStrategyMethods):
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
 
-    # Gradients
+    # Training
+
+    def begin_first_steps(self, module: LightningModule) -> None:
+        """Look at nothing: sharded weights are other tensors from one moment to the next."""
+
+    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+        """Let no guard watch them either."""
+        return nullcontext()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -162,6 +170,7 @@ class ShardedMethods(LateStrategyMethods):
             self._let_gradients_be_averaged(True)
 
     def _let_gradients_be_averaged(self, flag: bool) -> None:
+        """Turn the averages of gradients on or off: ours, and those of FSDP2."""
         self.averages_gradients = flag
         for module in self.module.modules():
             set_sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
@@ -170,14 +179,14 @@ class ShardedMethods(LateStrategyMethods):
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self.strategy.model, self)
+        return ShardedGradients(self.module, self)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, wrapped: Any, methods: ShardedMethods) -> None:
-        super().__init__(model, wrapped, notes=True)
+    def __init__(self, model: nn.Module, methods: ShardedMethods) -> None:
+        super().__init__(model, NotedGradients(model))
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)
@@ -197,13 +206,13 @@ class ShardedGradients(Gradients):
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
-        here = list(map(_local_gradient, parameters))
-        message = torch.cat(list(map(torch.ravel, here)))
+        gradients = list(map(_local_gradient, parameters))
+        message = torch.cat(list(map(torch.ravel, gradients)))
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = list(map(torch.numel, here))
-        for p, mean in zip(parameters, message.split(sizes), strict=True):
-            _set_local_gradient(p, mean)
+        sizes = list(map(torch.numel, gradients))
+        for gradient, mean in zip(gradients, message.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _is_left_to_us(p: nn.Parameter) -> bool:
@@ -216,20 +225,16 @@ def _dtype_of(p: nn.Parameter) -> torch.dtype:
 
 
 def _local_gradient(p: nn.Parameter) -> Tensor:
-    """This process's part of a gradient. One that is missing is zero."""
+    """This process's part of a gradient, which can be written to. One that is missing is zero.
+
+    A parameter that the user froze in the run gets none: of it, the zeros are only sent.
+    """
     gradient = p.grad
     if gradient is None:
         gradient = torch.zeros_like(p)
+        if p.requires_grad:
+            p.grad = gradient
     return shards.to_local(gradient)
-
-
-def _set_local_gradient(p: nn.Parameter, values: Tensor) -> None:
-    """Write this process's part of a gradient. A parameter that the user froze in the run gets none."""
-    if p.grad is None and p.requires_grad:
-        p.grad = torch.zeros_like(p)
-    if p.grad is not None:
-        gradient = shards.to_local(p.grad)
-        gradient.copy_(values.view_as(gradient))
 
 
 def _spread_beside_others(view: View) -> None:
@@ -271,10 +276,10 @@ def _spread_state(state: State, optimizer: Any) -> State:
     numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
         return state  # torch refuses it, and says why
+    by_number = dict(zip(numbers, parameters, strict=True))
     spread = {}
-    for number, p in zip(numbers, parameters, strict=True):
-        if number in state["state"]:
-            spread[number] = _spread_entries(state["state"][number], p)
+    for number, p in only(by_number, state["state"]).items():
+        spread[number] = _spread_entries(state["state"][number], p)
     return {**state, "state": spread}
 
 

@@ -1,7 +1,7 @@
 """What a strategy does where callbacks have no hook, such as before a checkpoint is loaded."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterStateError, OptimizerError
+from lightning_lora.errors import AdapterStateError, OptimizerError
 from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.merged import is_as_merged
@@ -31,7 +31,7 @@ from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.named import inside
+from lightning_lora.tensors.named import inside, without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.float32_steps import states_in_float32
@@ -41,6 +41,7 @@ from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.steps.reentrant import gradients_pass
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 from lightning_lora.training.strategies.plain_types import read_checkpoint, uses_torch
@@ -133,6 +134,7 @@ class StrategyMethods(OverlaidMethods):
         self.stage.adapt(self.module, stored=stored, replaced=replaced)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
+        """Say that a plain module is evaluated, if no file will give it adapters."""
         if find_record(self.module) is None and not trainer.ckpt_path:
             title = type(self.module).__name__
             rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
@@ -175,25 +177,19 @@ class StrategyMethods(OverlaidMethods):
         check_readable(checkpoint, checkpoint_path)
         leave_callback(checkpoint)
         if merged_weights and self._evaluates_plain_module():
-            checkpoint["state_dict"] = merged_weights
-            merged_weights = {}
-            del checkpoint[KEY]
+            return _plain_model_in(checkpoint, merged_weights)
         if self.stage.phase is not Phase.OVER:
             self.adapt_for(checkpoint, checkpoint_path)
             self._find_base(merged_weights, checkpoint, checkpoint_path)
         if find_record(self.module) is None:  # outside of a stage, or in the evaluation of a plain module
             return checkpoint
-        if KEY not in checkpoint:
-            rank_zero_info(
-                f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins "
-                "anew."
-            )
-            return as_base(checkpoint)
-        if self.stage.is_fitting and self.stage.phase is not Phase.TRAINING:
-            check_resumable(checkpoint, checkpoint_path)
-        checkpoints.complete_averages(self.module, checkpoint)
-        show_base(self.module, checkpoint)  # to on_load_checkpoint
-        return checkpoint
+        if KEY in checkpoint:
+            self._complete(checkpoint, checkpoint_path)
+            return checkpoint
+        rank_zero_info(
+            f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
+        )
+        return as_base(checkpoint)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
@@ -202,20 +198,24 @@ class StrategyMethods(OverlaidMethods):
             disk.remove_left_parts(local.parent)
 
     def _evaluates_plain_module(self) -> bool:
+        """Whether the module has no adapters, and gets none."""
         return not self.stage.is_fitting and find_record(self.module) is None
 
-    def adapt_for(self, checkpoint: State, path: Any) -> bool:
-        """Adapt the module as its arguments and the file say. Return whether adapters were replaced."""
+    def adapt_for(self, checkpoint: State, path: Any) -> None:
+        """Adapt the module as its arguments and the file say."""
         stage = self.stage
-        record = find_record(self.module)
-        if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
+        if View(self.module).is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.module)
         stored = _config_in(checkpoint)
         replaced = False
         if stored is not None and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
             replaced = stage.take_config(self.module, stored, path)
         self.adapt(stored=stored, replaced=replaced)
-        return replaced
+        if replaced and stage.is_fitting:
+            self.train_new_adapters()
+
+    def train_new_adapters(self) -> None:
+        """Let optimizers train the adapters that have replaced others. Here, there are none yet."""
 
     def _find_base(self, merged_weights: State, checkpoint: State, path: Any) -> None:
         """Find the base in a module into which other code has loaded the file's merged weights."""
@@ -224,6 +224,13 @@ class StrategyMethods(OverlaidMethods):
                 f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
                 "out, up to rounding. For the same bits, load the base's own weights."
             )
+
+    def _complete(self, checkpoint: State, path: Any) -> None:
+        """Give a checkpoint of adapters what hooks expect in it. A fit must be able to go on from it."""
+        if self.stage.is_fitting and self.stage.phase is not Phase.TRAINING:
+            check_resumable(checkpoint, path)
+        checkpoints.complete_averages(self.module, checkpoint)
+        show_base(self.module, checkpoint)  # to on_load_checkpoint
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
@@ -283,16 +290,21 @@ class StrategyMethods(OverlaidMethods):
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
-        if self.stage.is_fitting and self.stage.phase is Phase.SET_UP:
+        if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies()
         writes_at_once = uses_torch(self.strategy) and not self.is_by_other_code("save_checkpoint")
         if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
-            self._forget_replaced_merge()
-            if find_record(self.module) is not None:
-                checkpoint = self._checkpoint_of_adapters(checkpoint, written_later=not writes_at_once)
+            checkpoint = self._as_written(checkpoint, written_later=not writes_at_once)
         beside = writes_at_once and self.strategy.is_global_zero  # the other processes get the path itself
         with disk.writing(filepath, beside=beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
+
+    def _as_written(self, checkpoint: State, *, written_later: bool) -> State:
+        """A checkpoint with what the file shall hold. That of a plain module is Lightning's own."""
+        self._forget_replaced_merge()
+        if find_record(self.module) is None:
+            return checkpoint
+        return self._checkpoint_of_adapters(checkpoint, written_later=written_later)
 
     def _forget_replaced_merge(self) -> None:
         """Forget a merge if other code has loaded a file into the merged module. A file of the whole model holds it."""
@@ -306,7 +318,7 @@ class StrategyMethods(OverlaidMethods):
         keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))
 
     def _checkpoint_of_adapters(self, checkpoint: State, *, written_later: bool) -> State:
-        """Return a checkpoint with what the file shall hold."""
+        """A checkpoint with what training changed, and with the merged model if that is wanted too."""
         module = self.module
         stage = self.stage
         is_first = self.strategy.is_global_zero
@@ -334,13 +346,16 @@ class StrategyMethods(OverlaidMethods):
         module = self.strategy.lightning_module
         stage.dropout.begin_step(module)
         stage.float32.pause_step()  # one that computes its loss again, as LBFGS does
-        if not self.adapts_late:  # sharded weights are other tensors from one moment to the next
-            stage.first_steps.begin_step(module)
+        self.begin_first_steps(module)
         with self._running(module, advice=asked.IN_A_STEP):
             output = self.original.training_step(*args, **kwargs)
         if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             stage.dropout.end_step()
         return output
+
+    def begin_first_steps(self, module: LightningModule) -> None:
+        """Look at weights before the first steps."""
+        self.stage.first_steps.begin_step(module)
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
@@ -357,17 +372,25 @@ class StrategyMethods(OverlaidMethods):
     @contextmanager
     def _running(self, module: LightningModule, *, advice: str) -> Iterator[None]:
         """Let the module's code run: with gradients through its checkpoints, watched, and with errors explained."""
-        is_aloud = self.strategy.is_global_zero and not self.adapts_late
-        with gradients_pass(module), self.stage.first_steps.watching(module, is_aloud=is_aloud):
+        with gradients_pass(module), self.watching(module):
             try:
                 yield
             except Exception as error:
                 asked.explain(error, module, advice)
                 raise
 
+    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+        """Let guards watch a part of the first batch, in the process that warns for all."""
+        return self.stage.first_steps.watching(module, is_aloud=self.strategy.is_global_zero)
+
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return Gradients(self.module, self.strategy.model, joined=self.joined)
+        return Gradients(self.module, received_gradients(self.module, self.strategy.model, self.joined))
+
+
+def _plain_model_in(checkpoint: State, merged_weights: State) -> State:
+    """A checkpoint of adapters as one of the plain model that it holds beside them."""
+    return {**without(checkpoint, [KEY]), "state_dict": merged_weights}
 
 
 def _config_in(checkpoint: State) -> LoRAConfig | None:
@@ -375,23 +398,3 @@ def _config_in(checkpoint: State) -> LoRAConfig | None:
     if KEY not in checkpoint:
         return None
     return stored_config(checkpoint[KEY])
-
-
-class LateStrategyMethods(StrategyMethods):
-    """For a strategy that restores checkpoints after its set-up. Its files are those of the other strategies."""
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
-        super().load_model_state_dict(checkpoint, strict)
-        if self.stage.is_fitting and checkpoint.get("optimizer_states"):
-            self.strategy.load_optimizer_state_dict(checkpoint)
-
-    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
-        path = disk.local_path(filepath)
-        if path is not None and path.is_dir():
-            raise AdapterFileError(
-                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
-                "another name, or move the folder away."
-            )
-        super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -1,0 +1,115 @@
+"""What is measured of an adapter: each adapted matrix, of a model or of a file."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.functional.factors import Factors
+from lightning_lora.functional.subspace import precise
+from lightning_lora.functional.update import magnitude_scale, wide
+from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
+from lightning_lora.model.switch import adapters_of
+from lightning_lora.model.view import view_of
+from lightning_lora.storage.offline.layers import layer_on, read_layers
+from lightning_lora.tensors.names import join, own_parameter
+from lightning_lora.tensors.shards import full_tensor
+
+Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, one of its adapters, or a file
+
+
+class MeasuredLayer(NamedTuple):
+    """A layer, and an adapter of it: on it, merged into it, inactive, or in a file."""
+
+    module: nn.Module
+    adapter: Adapter
+    bases: dict[str, Tensor]  # the base's weights, where those of the module are merged
+
+
+class Measured(NamedTuple):
+    """An adapted matrix. Its numbers are tensors without gradients."""
+
+    layer: MeasuredLayer
+    matrix: AdaptedMatrix
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of its adapter."""
+        return self.layer.adapter.settings
+
+    def factors(self) -> Factors:
+        """Return A and B in float64, with the scaling in B."""
+        a, b = matrix_factors(self.matrix, self.settings, self._parameter)
+        return a, b * self.matrix.scale(self.settings.scaling)
+
+    def _parameter(self, name: str) -> Tensor:
+        parameter = self.layer.adapter.parameters[name]
+        return precise(full_tensor(parameter))
+
+    def update(self) -> Factors | Tensor:
+        """Return the update: A and B, or DoRA's as one matrix."""
+        a, b = self.factors()
+        if not self.settings.use_dora:
+            return a, b
+        weight = precise(self.weight()).to(a.device)
+        magnitude = self._parameter(self.matrix.parameter(Role.MAGNITUDE))
+        direction = weight + b @ a
+        scale = magnitude_scale(magnitude, direction).unsqueeze(-1)
+        return direction * scale - weight
+
+    def weight(self) -> Tensor:
+        """Return the base's weight as a matrix, in float32 or wider."""
+        weight = full_tensor(self._base_parameter())
+        if not weight.numel():
+            raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
+        kind = self.layer.adapter.kind
+        values = kind.lora_values(self.layer.module, weight)
+        matrix: Tensor = kind.lora_as_matrix(values).detach()
+        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)
+        return rows.to(wide(rows.dtype))
+
+    def _base_parameter(self) -> Tensor:
+        name = self.matrix.weight
+        if name in self.layer.bases:
+            return self.layer.bases[name]
+        return own_parameter(self.layer.module, name)
+
+
+def measured(source: Source) -> dict[str, Measured]:
+    """Return the adapted matrices of a model or a file, by name."""
+    if isinstance(source, str | Path):
+        layers = _layers_of_file(source)
+    elif isinstance(source, tuple):
+        layers = _layers_of_model(*source)
+    else:
+        layers = _layers_of_model(source)
+    found = {}
+    for name, layer in layers.items():
+        for matrix in layer.adapter.matrices:
+            if not matrix.tokens:  # rows have no A and B
+                found[join(name, matrix.name)] = Measured(layer, matrix)
+    return found
+
+
+def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
+    """The layers in a file of adapters. They have no weights."""
+    stored = read_layers(path)
+    layers = {}
+    for name in stored.layers:
+        layer = layer_on(stored, name, {})
+        layers[name] = MeasuredLayer(layer, layer.lora_adapter(), {})
+    return layers
+
+
+def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
+    """The layers of a model that have this adapter, or the active one."""
+    view = view_of(model)
+    bases = defaultdict[str, dict[str, Tensor]](dict)
+    for merged in view.merged:
+        bases[merged.layer][merged.weight] = merged.base
+    layers = {}
+    for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
+        layers[name] = MeasuredLayer(view.modules[name], adapter, bases[name])
+    return layers

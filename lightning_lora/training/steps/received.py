@@ -1,0 +1,95 @@
+"""Which parameters have received a gradient in a run. Under DDP, each of them does."""
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+
+class Received:
+    """Judges by the gradients that are there."""
+
+    def missed(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
+        """Return those of these parameters that have received no gradient."""
+        return {p for p in parameters if p.grad is None}
+
+    def end_backward(self) -> None:
+        """End a backward pass."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+
+
+class NotedGradients(Received):
+    """Notes which parameters get a gradient in a backward pass: they may be given one later, or lose it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.reached = set[Tensor]()  # in this backward pass
+        self.ever_reached = set[Tensor]()
+        self.hooks: list[RemovableHandle] = []
+        for p in self.trained:
+            self.hooks.append(p.register_post_accumulate_grad_hook(self.reached.add))
+
+    def missed(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
+        """Return those of these parameters that no backward pass has reached."""
+        return set(parameters - self.ever_reached - self.reached)
+
+    def end_backward(self) -> None:
+        """Note what a backward pass has reached."""
+        self.ever_reached |= self.reached
+        self.reached.clear()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class CompletedGradients(NotedGradients):
+    """Gives parameters that a batch has not used a zero gradient.
+
+    DDP waits for a gradient of each parameter, and fails if a batch does not use a layer (an expert, an unused pooler).
+    So ``find_unused_parameters``, which searches the graph in every step, is not needed.
+    """
+
+    def __init__(self, model: nn.Module, wrapped: Any, joined: Sequence[nn.Parameter]) -> None:
+        super().__init__(model)
+        self.wrapped = wrapped
+        self.awaited = dict.fromkeys([*self.trained, *joined])  # each once, in an order that all processes have
+
+    def end_backward(self) -> None:
+        """Complete a pass, unless it only accumulates."""
+        unused = [p for p in self.awaited if p not in self.reached]
+        super().end_backward()
+        if unused and self.wrapped.require_backward_grad_sync:
+            _give_zero_gradients(unused)
+            self.reached.clear()  # these have not received any
+
+
+def received_gradients(model: nn.Module, wrapped: object, joined: Sequence[nn.Parameter]) -> Received:
+    """Return what knows of a model's gradients. If DDP has wrapped it, that waits for those in ``joined`` too."""
+    if _waits_for_all(wrapped):
+        return CompletedGradients(model, wrapped, joined)
+    return Received()
+
+
+def _waits_for_all(wrapped: object) -> bool:
+    """Whether a module is one of DDP's that fails if a parameter gets no gradient."""
+    if not isinstance(wrapped, DistributedDataParallel):
+        return False
+    return not (wrapped.find_unused_parameters or wrapped.static_graph)
+
+
+def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
+    frozen = {p: p.grad for p in parameters if not p.requires_grad}
+    for p in frozen:
+        p.requires_grad_()
+    torch.autograd.backward(parameters, list(map(torch.zeros_like, parameters)))
+    for p, grad in frozen.items():
+        p.requires_grad_(False)
+        p.grad = grad
