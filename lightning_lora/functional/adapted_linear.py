@@ -57,7 +57,9 @@ def adapted_linear(
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
     if is_autocast_enabled(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
     if not differentiates:
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
@@ -93,11 +95,17 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
         return False
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # the sum would have another memory layout
         return False
+    return _keeps_small_updates(weight.dtype)
+
+
+def _keeps_small_updates(dtype: torch.dtype) -> bool:
+    """Whether sums and products in this dtype do not round small updates away."""
+    if dtype is not torch.float32:
+        return dtype is torch.float64
     try:
-        exact = torch.get_float32_matmul_precision() == "highest"
+        return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # some backends round and others do not
-        exact = False
-    return weight.dtype is torch.float64 or (weight.dtype is torch.float32 and exact)
+        return False
 
 
 def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -117,7 +125,8 @@ class _AdaptedLinear(torch.autograd.Function):
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
         if _pays_to_update(rows, weight, dropout):
-            return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
+            updated = _updated(weight, a, b, scaling)
+            return F.linear(x, updated, bias), None, 0
         seed = 0
         if dropout:
             seed = new_seed()
@@ -125,7 +134,8 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             h = a @ rows.T
         y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
-        y.view(-1, y.shape[-1]).addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
+        y_rows = y.view(-1, y.shape[-1])
+        y_rows.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
     @staticmethod
@@ -146,34 +156,43 @@ class _AdaptedLinear(torch.autograd.Function):
         *inputs, h = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _AdaptedLinear.differentiable(ctx, grad, inputs)
+        return _AdaptedLinear.gradients(ctx, grad, inputs, h)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradients as written out. Without h, the forward pass has multiplied by the sum."""
         x, weight, _, lora_A, lora_B = inputs
         rows = x.reshape(-1, x.shape[-1])
         out = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
         scaling = ctx.scaling
-        for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
+        for_x, for_weight, for_bias, _, for_B, *_ = ctx.needs_input_grad
         g = b.T @ out.T
-        has_multiplied_by_sum = h is None
-        if has_multiplied_by_sum:
-            h = a @ rows.T
-        grad_B = torch.addmm(b.T, h, out, beta=0, alpha=scaling).T if for_B else None
-        grad_input = grad_rows = grad_A = None
-        if for_x:
-            matrix = _updated(weight, a, b, scaling) if has_multiplied_by_sum else weight
-            grad_input = out.view(grad.shape) @ matrix  # no view: torch may add to it in place
-            grad_rows = grad_input.view(rows.shape)
-        if ctx.dropout:
-            g.mul_(scaling)  # not g A, which could overflow in half precision
-            grad_A = _add_dropped_gradients(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
-        else:
-            if for_x and not has_multiplied_by_sum:
-                grad_rows.addmm_(g.T, a, alpha=scaling)  # type: ignore[union-attr]
-            if for_A:
-                grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
+        grad_B = grad_input = unfinished_rows = None
+        if for_B:
+            hidden = a @ rows.T if h is None else h
+            grad_B = torch.addmm(b.T, hidden, out, beta=0, alpha=scaling).T
+        if for_x and h is None:
+            grad_input = out.view(grad.shape) @ _updated(weight, a, b, scaling)
+        elif for_x:
+            grad_input = out.view(grad.shape) @ weight  # no view: torch may add to it in place
+            unfinished_rows = grad_input.view(rows.shape)
+        grad_A = _AdaptedLinear.gradient_of_a(ctx, g, a, rows, unfinished_rows)
         grad_weight = out.T @ rows if for_weight else None
         grad_bias = out.sum(0) if for_bias else None
         return grad_input, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
+
+    @staticmethod
+    def gradient_of_a(ctx: Any, g: Tensor, a: Tensor, rows: Tensor, unfinished_rows: Tensor | None) -> Tensor | None:
+        """Compute that of A. Add the update's part to gradients of rows that lack it."""
+        if ctx.dropout:
+            g.mul_(ctx.scaling)  # not g A, which could overflow in half precision
+            return _add_dropped_gradients(g, a, rows, unfinished_rows, ctx.dropout, ctx.seed)
+        if unfinished_rows is not None:
+            unfinished_rows.addmm_(g.T, a, alpha=ctx.scaling)
+        for_A = ctx.needs_input_grad[3]
+        return torch.addmm(a, g, rows, beta=0, alpha=ctx.scaling) if for_A else None
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -181,7 +200,8 @@ class _AdaptedLinear(torch.autograd.Function):
         inputs = [None if t is None else t.view_as(t) for t in inputs]  # x may depend on A if a layer is used twice
         x, weight, bias, lora_A, lora_B = inputs
         if weight is None:  # no gradient depends on it
-            weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=ctx.needs_input_grad[1])
+            for_weight = ctx.needs_input_grad[1]
+            weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=for_weight)
             inputs[1] = weight
         mask = torch.ones_like(x, memory_format=torch.contiguous_format)
         if ctx.dropout:

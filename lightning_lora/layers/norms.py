@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.tensors.names import with_all_inside
 
 
 class FrozenNorm(InPlace, nn.Module):
@@ -25,9 +26,7 @@ class FrozenNorm(InPlace, nn.Module):
 
 def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
     """Freeze the running statistics of norms, but not inside modules that are trained in full."""
-    trained_modules: set[nn.Module] = set()
-    for module in trained:
-        trained_modules.update(module.modules())
+    trained_modules = with_all_inside(trained)
     for module in modules:
         if has_running_statistics(module) and module not in trained_modules:
             set_frozen(module, True)

@@ -28,8 +28,8 @@ from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.named import first_names, inside, names_by, only, outside, where, without
-from lightning_lora.tensors.names import named_modules, owner_of, parameters_of
+from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
+from lightning_lora.tensors.names import first_names, named_modules, owner_of, parameters_of
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import check_start, forget_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
-from lightning_lora.tensors.named import first_names, not_in
-from lightning_lora.tensors.names import join, own_parameter, parameters_of, set_parameter
+from lightning_lora.tensors.named import not_in
+from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 

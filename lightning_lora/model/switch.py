@@ -21,8 +21,8 @@ from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import first_names, joined, not_in, only, with_values, without
-from lightning_lora.tensors.names import plain_module, set_parameter
+from lightning_lora.tensors.named import joined, not_in, only, with_values, without
+from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 

@@ -15,19 +15,9 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import (
-    below,
-    first_names,
-    joined,
-    not_in,
-    of_type,
-    only,
-    outside,
-    where,
-    with_values,
-    without,
-)
+from lightning_lora.tensors.named import below, joined, not_in, of_type, only, outside, where, with_values, without
 from lightning_lora.tensors.names import (
+    first_names,
     is_bias,
     join,
     named_modules,

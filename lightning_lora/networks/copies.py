@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_lora.networks.roles import Modules, Parameters
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.named import grouped, inside, modules_around, only, with_values, without
-from lightning_lora.tensors.names import is_in_any, owner_of, starts_of
+from lightning_lora.tensors.names import Modules, Parameters, is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import to_local
 
 _SAME = 0.9

@@ -6,8 +6,9 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lightning_lora.networks.roles import Modules, Networks, Parameters
+from lightning_lora.networks.roles import Networks
 from lightning_lora.tensors.named import by_owner, modules_around, only, outermost_outside, outside, where, without
+from lightning_lora.tensors.names import Modules, Parameters
 
 HEAD_LAYERS = 2
 HEAD_SHARE = 0.25

@@ -3,12 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
 from lightning_lora.tensors.named import inside, outside, with_values, without
-
-Modules = Mapping[str, nn.Module]
-Parameters = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)

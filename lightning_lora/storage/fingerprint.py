@@ -16,8 +16,8 @@ from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import first_names, joined, of_type, only, where, where_not, with_values, without
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.named import joined, of_type, only, where, where_not, with_values, without
+from lightning_lora.tensors.names import first_names, join
 
 Fingerprint = Mapping[str, Any]  # its layout, dtypes and digests; in files also "rounded", by the names of tensors
 Halves = dict[str, list[int] | None]  # the digests of tensors in half precision, by name

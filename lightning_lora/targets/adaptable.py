@@ -1,7 +1,6 @@
 """Which layers and parameters can be adapted, and why others cannot."""
 
 import re
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,7 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
 from lightning_lora.tensors.named import below, where, without
-from lightning_lora.tensors.names import named_modules, own_parameter, owner_of, parameters_of
+from lightning_lora.tensors.names import Modules, named_modules, own_parameter, owner_of, parameters_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -18,17 +17,17 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 # Layers
 
 
-def why_not(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str | None:
-    """Return why ``layer`` cannot be adapted, or None. The ``modules`` are those of its model, by name."""
+def why_not(modules: Modules, name: str, layer: nn.Module) -> str:
+    """Return why ``layer`` cannot be adapted, or nothing. The ``modules`` are those of its model, by name."""
     kind = adapter_for(layer)
     if kind is None:
         return _about_unsupported(modules, name, layer)
     if isinstance(layer, LoRALayer):
-        return None
+        return ""
     return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
 
 
-def _about_unsupported(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> str:
+def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
         return "only its parameters can be adapted, and some are"
@@ -44,7 +43,7 @@ def _about_unsupported(modules: Mapping[str, nn.Module], name: str, layer: nn.Mo
     return said
 
 
-def _why_not_called(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+def _why_not_called(modules: Modules, name: str, layer: nn.Module, kind: type[LoRALayer]) -> str:
     """Why the adapter's methods would not be called, or not be the adapter's."""
     outer = owner_of(name)
     if isinstance(modules.get(outer), nn.MultiheadAttention):
@@ -57,10 +56,10 @@ def _why_not_called(modules: Mapping[str, nn.Module], name: str, layer: nn.Modul
         return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
-    return None
+    return ""
 
 
-def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
     """Why no update of the layer's weights can be computed, or merged."""
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
@@ -72,7 +71,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
             return f"its {matrix.weight} is {dtype}, not floating point"
         if dtype.itemsize == 1:
             return f"its {matrix.weight} is {dtype}, with which torch does not compute"
-    return None
+    return ""
 
 
 def is_computed(layer: nn.Module) -> bool:

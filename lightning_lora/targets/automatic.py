@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import ADAPTERS, adapter_for
-from lightning_lora.patterns import matches
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
+from lightning_lora.targets.near_misses import ending_in
 from lightning_lora.tensors.named import only, with_values
-from lightning_lora.tensors.names import held_parameter, is_inside, owner_of
+from lightning_lora.tensors.names import held_parameter, is_inside, owner_of, with_all_inside
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
@@ -24,11 +24,8 @@ def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
 
 def _inside_attentions(names: Names) -> set[Any]:
     """The modules inside torch's attentions, which read their weights without calling them."""
-    inside: set[Any] = set()
-    for attention in names.of_type(nn.MultiheadAttention).values():
-        inside.update(attention.modules())
-        inside.remove(attention)
-    return inside
+    attentions = names.of_type(nn.MultiheadAttention).values()
+    return with_all_inside(attentions).difference(attentions)
 
 
 def _output_heads(names: Names) -> set[Any]:
@@ -47,7 +44,7 @@ def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
 def _heads_that_models_name(names: Names) -> list[object]:
     """What models say that their output heads are, as those of transformers do. It may be None."""
     heads = []
-    for model in (names.model, *names.modules.values()):
+    for model in names.with_model.values():
         ask = getattr(model, "get_output_embeddings", None)
         if callable(ask):
             heads.append(ask())
@@ -56,11 +53,11 @@ def _heads_that_models_name(names: Names) -> list[object]:
 
 def _heads_by_name_and_size(names: Names) -> list[nn.Module]:
     """Output heads that only their names and sizes tell, as in litgpt: beside an embedding of as many words."""
+    linears = names.of_type(nn.Linear)
     heads: list[nn.Module] = []
-    for name, linear in names.of_type(nn.Linear).items():
-        is_named_so = matches(OUTPUT_HEAD, name)
-        if is_named_so and linear.out_features in _numbers_of_words(names, owner_of(name)):
-            heads.append(linear)
+    for name in ending_in(linears, [OUTPUT_HEAD]):
+        if linears[name].out_features in _numbers_of_words(names, owner_of(name)):
+            heads.append(linears[name])
     return heads
 
 

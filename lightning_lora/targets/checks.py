@@ -1,5 +1,6 @@
 """Checks of a selection of layers, with errors that explain."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
@@ -16,7 +17,7 @@ from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
 from lightning_lora.tensors.named import inside, joined, names_by, where, where_not, with_values, without
-from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.names import Modules, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -27,7 +28,7 @@ _SHOWN = 5  # the number of layers that an error names
 def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = list(where(names.parameters, _is_lazy))
-    for prefix, module in names.with_model().items():
+    for prefix, module in names.with_model.items():
         lazy += joined(prefix, where(module._buffers, _is_lazy))
         if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():  # a file gave its shapes
             lazy.append(prefix)
@@ -45,23 +46,18 @@ def _is_lazy(tensor: object) -> bool:
 # Layers that cannot be adapted
 
 
-def check_supported(
-    names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
-) -> None:
+def check_supported(names: Names, config: LoRAConfig, layers: Modules, targets: Collection[nn.Module]) -> None:
     """Refuse targets that cannot be adapted."""
     refused = names.refused(with_values(layers, targets))
     if refused:
         raise TargetError(_about_refused_layers(names, config, layers, refused))
 
 
-def _about_refused_layers(
-    names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], refused: Mapping[str, str]
-) -> str:
+def _about_refused_layers(names: Names, config: LoRAConfig, layers: Modules, refused: Mapping[str, str]) -> str:
     """Why some of the targeted layers cannot be adapted, and what to name instead."""
     reasons = [f"{name!r}: {why}" for name, why in refused.items()]
-    said_reasons = "; ".join(reasons[:_SHOWN])
     if len(reasons) > _SHOWN:
-        said_reasons += f"; and {len(reasons) - _SHOWN} more"
+        reasons[_SHOWN:] = [f"and {len(reasons) - _SHOWN} more"]
     adaptable = inside(names.adaptable(), refused)
     supported = such = remedy = ""
     if adaptable:
@@ -70,6 +66,7 @@ def _about_refused_layers(
         supported = f"Supported are {supported_types()} and their subclasses. "
     if len(refused) < len(layers):
         remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}"
+    said_reasons = "; ".join(reasons)
     return (
         f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons}). "
         f"{supported}Name other layers{such}{remedy}."
@@ -123,7 +120,7 @@ def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
     return any(config.is_saved(outer) for outer in starts_of(name))
 
 
-def _adaptable_by_class(names: Names, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+def _adaptable_by_class(names: Names, layers: Modules) -> dict[str, list[str]]:
     """The layers that can be adapted, by the names of their classes."""
     classes = {name: type(layer).__name__ for name, layer in layers.items()}
     return names_by(without(classes, names.refused(layers)))
@@ -140,7 +137,7 @@ def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     )
 
 
-def _hint_of_what_there_is(names: Names, layers: Mapping[str, nn.Module]) -> str:
+def _hint_of_what_there_is(names: Names, layers: Modules) -> str:
     """Which kinds of layers can be adapted, and which parameters of these."""
     hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
     matrices: list[str] = []
@@ -163,8 +160,9 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
             parameters |= dict.fromkeys(joined(name, weights_of(choice.matrices)), name)
         else:
             layers[name] = name
-    _check_keys(names, "rank_pattern", config.rank_pattern, {**layers, **parameters})
-    _check_keys(names, "alpha_pattern", config.alpha_pattern, {**layers, **parameters})
+    adapted = layers | parameters
+    _check_keys(names, "rank_pattern", config.rank_pattern, adapted)
+    _check_keys(names, "alpha_pattern", config.alpha_pattern, adapted)
     _check_keys(names, "target_slices", config.target_slices, layers)  # parameters have no slices
 
 
@@ -208,8 +206,8 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -
     """Refuse a key whose layers all match earlier keys: the first match decides."""
     earlier: dict[str, set[str]] = {}
     for key, layers in matched.items():
-        deciding = {other: its_layers for other, its_layers in earlier.items() if not layers.isdisjoint(its_layers)}
-        if layers.issubset(chain.from_iterable(deciding.values())):
+        if layers.issubset(chain.from_iterable(earlier.values())):
+            deciding = where_not(earlier, layers.isdisjoint)
             raise TargetError(
                 f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "
                 "layers, and the first key that matches decides. Put it first."
@@ -223,8 +221,8 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -
 def check_factor_names(choices: Mapping[str, Choice]) -> None:
     """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
     for name, choice in choices.items():
-        endings = [matrix.name for matrix in choice.matrices]
-        alike = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
+        endings = Counter(matrix.name for matrix in choice.matrices)
+        alike = [matrix.weight for matrix in choice.matrices if endings[matrix.name] > 1]
         if alike:
             raise TargetError(
                 f"{listed(alike)} of {name!r} cannot be adapted together: their factors would have the same name. Name "

@@ -1,18 +1,17 @@
 """A model's layers by name: what a pattern matches, and what is said of one that matches nothing."""
 
 import difflib
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import ClassVar, TypeVar
 
 from torch import nn
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.targets.adaptable import why_not
-from lightning_lora.targets.meant import several_names, wildcards
+from lightning_lora.targets.meant import matched_whole, several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
-from lightning_lora.tensors.named import first_names, not_in, of_type, with_values, without
-from lightning_lora.tensors.names import named_modules, owner_of, parameters_of, plain_module
+from lightning_lora.tensors.named import not_in, of_type, where, with_values, without
+from lightning_lora.tensors.names import Modules, first_names, named_modules, owner_of, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,9 +28,9 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.title = type(model).__name__
-        modules = named_modules(model, remove_duplicate=False)
-        self.parameters = parameters_of(modules)
-        self.modules = without(modules, [""])
+        self.with_model = named_modules(model, remove_duplicate=False)  # the model itself has an empty name
+        self.modules = without(self.with_model, [""])
+        self.parameters = parameters_of(self.with_model)
 
     # What matches
 
@@ -47,10 +46,10 @@ class Names:
     def _find_by_expression(self, argument: str, expression: str) -> list[str]:
         """The names that an expression matches whole."""
         candidates = _argument(argument).candidates(self)
-        found = [name for name in candidates if re.fullmatch(expression, name)]
+        found = matched_whole(expression, candidates)
         if found:
             return found
-        ends = [end for end in ends_of(candidates) if re.fullmatch(expression, end)]
+        ends = matched_whole(expression, ends_of(candidates))
         if ends:
             raise TargetError(
                 f"{argument}={expression!r} is an expression, which must match the whole name of a module of "
@@ -69,10 +68,6 @@ class Names:
 
     # What there is
 
-    def with_model(self) -> dict[str, nn.Module]:
-        """Return the modules and the model itself, whose name is empty."""
-        return {"": plain_module(self.model), **self.modules}
-
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
         return first_names(with_values(self.modules, modules))
@@ -81,14 +76,10 @@ class Names:
         """Return the layers that can be adapted."""
         return list(without(self.modules, self.refused(self.modules)))
 
-    def refused(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    def refused(self, layers: Modules) -> dict[str, str]:
         """Return why some of these layers cannot be adapted."""
-        reasons: dict[str, str] = {}
-        for name, layer in layers.items():
-            why = why_not(self.modules, name, layer)
-            if why is not None:
-                reasons[name] = why
-        return reasons
+        reasons = {name: why_not(self.modules, name, layer) for name, layer in layers.items()}
+        return where(reasons, bool)
 
     def of_type(self, kind: type[Module]) -> dict[str, Module]:
         """Return the modules of a class, and of its subclasses."""

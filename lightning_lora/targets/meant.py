@@ -27,7 +27,7 @@ def several_names(argument: str, entries: Iterable[str], names: Sequence[str]) -
             found += parts
     if not found:
         return ""
-    return f"For several names, write {_FORMS[argument].written(argument, found)}."
+    return f"For several names, write {_FORMS[argument].written(found)}."
 
 
 def wildcards(argument: str, given: str | Sequence[str], missing: Iterable[str], names: Sequence[str]) -> str:
@@ -43,7 +43,7 @@ def wildcards(argument: str, given: str | Sequence[str], missing: Iterable[str],
         advice = f'Perhaps write {argument}=r"{expressions[given]}".'
         about_star = '"*" is no wildcard in an expression; ".*" is. '
     else:
-        advice = form.instead(argument, given, expressions, names)
+        advice = form.instead(given, expressions, names)
         about_star = '"*" is no wildcard in a name. '
     if "*" in "".join(expressions):
         return about_star + advice
@@ -53,55 +53,58 @@ def wildcards(argument: str, given: str | Sequence[str], missing: Iterable[str],
 # How arguments are written
 
 
-class _Expression:
-    """One regular expression, or a list of names."""
+class _ExpressionOrNames:
+    """An argument that is one regular expression, or a list of names."""
 
     wildcard = ".*"
 
-    def written(self, argument: str, found: list[str]) -> str:
-        """Several names in this form."""
-        return f"a list: {argument}={found}. In YAML: [{', '.join(found)}]"
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
 
-    def instead(self, argument: str, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
+    def written(self, found: list[str]) -> str:
+        """Several names in this form."""
+        return f"a list: {self.argument}={found}. In YAML: [{', '.join(found)}]"
+
+    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
         """What to write instead of the ``given`` entries, some of which were meant as these expressions."""
         alternatives = [expressions.get(entry, _as_end(_escaped(entry))) for entry in given]
-        return f'Write one regular expression, and no list: {argument}=r"{"|".join(alternatives)}".'
+        return f'Write one regular expression, and no list: {self.argument}=r"{"|".join(alternatives)}".'
 
 
-class _Names(_Expression):
-    """A list of names, and no expression."""
+class _OnlyNames(_ExpressionOrNames):
+    """One that is a list of names, and no expression."""
 
     wildcard = "[^.]*"
 
-    def instead(self, argument: str, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
+    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
         matching: dict[str, None] = {}  # each name once
         for expression in expressions.values():
-            matching |= dict.fromkeys(_matched_whole(expression, names))
+            matching |= dict.fromkeys(matched_whole(expression, names))
         if len(matching) > _MOST_NAMES:
             return "Write names, or their ends."
-        return f"Write the names: {argument}={list(matching)}."
+        return f"Write the names: {self.argument}={list(matching)}."
 
 
-class _Keys(_Expression):
-    """A key for each layer: an expression, or a name."""
+class _Keys(_ExpressionOrNames):
+    """One that has a key for each layer: an expression, or a name."""
 
-    def written(self, argument: str, found: list[str]) -> str:
+    def written(self, found: list[str]) -> str:
         return f"a key for each: {', '.join(map(repr, found))}"
 
-    def instead(self, argument: str, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
+    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
         keys = [f'r"{expression}"' for expression in expressions.values()]
         return f"Write a regular expression as the key: {', '.join(keys)}."
 
 
-_FORMS: dict[str, _Expression] = {
-    "target_modules": _Expression(),
-    "exclude_modules": _Expression(),
-    "modules_to_save": _Names(),
-    "target_parameters": _Names(),
-    "rank_pattern": _Keys(),
-    "alpha_pattern": _Keys(),
-    "target_slices": _Keys(),
-    "trainable_token_indices": _Keys(),
+_FORMS = {
+    "target_modules": _ExpressionOrNames("target_modules"),
+    "exclude_modules": _ExpressionOrNames("exclude_modules"),
+    "modules_to_save": _OnlyNames("modules_to_save"),
+    "target_parameters": _OnlyNames("target_parameters"),
+    "rank_pattern": _Keys("rank_pattern"),
+    "alpha_pattern": _Keys("alpha_pattern"),
+    "target_slices": _Keys("target_slices"),
+    "trainable_token_indices": _Keys("trainable_token_indices"),
 }
 
 
@@ -113,15 +116,15 @@ def _expressions_meant(entries: Iterable[str], names: Sequence[str], wildcard: s
     meant = {}
     for entry in entries:
         expression = _as_expression(entry, wildcard)
-        if _matched_whole(expression, names):
+        if matched_whole(expression, names):
             meant[entry] = expression
-        elif _matched_whole(_as_end(expression), names):
+        elif matched_whole(_as_end(expression), names):
             meant[entry] = _as_end(expression)
     return meant
 
 
-def _matched_whole(expression: str, names: Sequence[str]) -> list[str]:
-    """The names that an expression matches whole: none if it is no expression."""
+def matched_whole(expression: str, names: Sequence[str]) -> list[str]:
+    """Return the names that an expression matches whole: none if it is no expression."""
     try:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error:

@@ -15,7 +15,7 @@ from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.named import only, where
-from lightning_lora.tensors.names import owner_of, starts_of, submodule
+from lightning_lora.tensors.names import owner_of, starts_of, submodule, with_all_inside
 
 Matrices = tuple[AdaptedMatrix, ...]
 
@@ -46,19 +46,25 @@ class _Selection:
         saved = names.find("modules_to_save", config.modules_to_save)
         excluded = names.find("exclude_modules", config.exclude_modules)
         self.left_out = {*saved, *excluded}  # names of modules and parameters
-        self.untouched = _modules_below(names, self.left_out)
+        self.untouched = _modules_of(names, self.left_out)
         self.parameters = _parameters_by_reader(names, config, self.untouched)  # those in ``target_parameters``
-        layers_of_parameters = _layers_of(self.parameters)
-        self.named = _targets(names, config)  # all that ``target_modules`` names
-        self.targets = self.named - self.untouched - layers_of_parameters  # what other arguments leave of them
-        named_elsewhere = layers_of_parameters | _modules_below(names, saved)
-        if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
-            named_elsewhere |= self.targets
-        self.token_rows = token_rows(names, config, named_elsewhere)
-        adapted_layers = self.targets - self.token_rows.layers
-        adapted_layers |= self.parameters.keys()
-        adapted_layers |= self.token_rows.matrices.keys()
-        self.layers = names.first_names(adapted_layers)
+        self.layers_of_parameters = _layers_of(self.parameters)
+        self.named = _named_by_target_modules(names, config)
+        self.targets = self.named - self.untouched - self.layers_of_parameters
+        self.token_rows = token_rows(names, config, self._without_token_rows(saved))
+        self.layers = names.first_names(self._adapted())
+
+    def _without_token_rows(self, saved: Collection[str]) -> set[nn.Module]:
+        """The modules in which no single rows may train, as another argument means them."""
+        modules = self.layers_of_parameters | _modules_of(self.names, saved)
+        if self.config.target_modules in AUTOMATIC:  # the words leave embeddings to their rows
+            return modules
+        return modules | self.targets
+
+    def _adapted(self) -> set[nn.Module]:
+        """The layers that get an adapter. One in which rows train gets no other."""
+        targets = self.targets - self.token_rows.layers
+        return targets.union(self.parameters, self.token_rows.matrices)
 
     def choices(self) -> dict[str, Choice]:
         """Return how each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
@@ -92,20 +98,16 @@ class _Selection:
         return matrix.largest_rank > 0 and self.left_out.isdisjoint(inside_layer)
 
 
-def _modules_below(names: Names, left_out: Collection[str]) -> set[nn.Module]:
+def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
     """The named modules, or the layers of named weights, and all modules inside them."""
-    below: set[nn.Module] = set()
-    for name in left_out:
-        module = names.modules.get(name.removesuffix(".weight"))
-        if module is not None:
-            below.update(module.modules())
-    return below
+    modules = {name.removesuffix(".weight") for name in named}
+    return with_all_inside(only(names.modules, modules).values())
 
 
 # target_modules
 
 
-def _targets(names: Names, config: LoRAConfig) -> set[nn.Module]:
+def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]:
     """The modules that ``target_modules`` names, supported or not."""
     targets = config.target_modules
     if targets in AUTOMATIC:
@@ -129,7 +131,7 @@ def _parameters_by_reader(names: Names, config: LoRAConfig, untouched: Set[nn.Mo
     for name in names.find("target_parameters", config.target_parameters):
         reader = _reader_of(names, name)
         why = _why_not_there(names, name, reader)
-        if why is not None:
+        if why:
             raise TargetError(f"target_parameters {list(config.target_parameters or ())} match {name!r}, but {why}.")
         module = names.modules[reader]
         if module not in untouched:
@@ -149,15 +151,13 @@ def _layers_of(parameters: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
 def _reader_of(names: Names, parameter: str) -> str:
     """The module that reads a parameter: the one that holds it, or the one around a layer. The model has no name."""
     owner = owner_of(parameter)
-    if not owner:
-        return owner
-    module = names.modules[owner]
+    module = names.with_model[owner]
     reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
     return owner if reads_its_own else owner_of(owner)
 
 
-def _why_not_there(names: Names, name: str, reader: str) -> str | None:
-    """Why a parameter that a module reads cannot be adapted, or None."""
+def _why_not_there(names: Names, name: str, reader: str) -> str:
+    """Why a parameter that a module reads cannot be adapted, or nothing."""
     if not reader:
         return (
             f"{names.title} itself may read it: move it into a module, or name its layer in target_modules, with "
@@ -174,4 +174,4 @@ def _why_not_there(names: Names, name: str, reader: str) -> str | None:
         return f"its {class_name} has no forward of its own, so other code reads it"
     if "forward" in vars(module) and not isinstance(module, LoRALayer):
         return "its forward is replaced on the instance, which would bypass the adapter"
-    return None
+    return ""

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.named import not_in, only
 from lightning_lora.tensors.names import starts_of
 
 Rows = dict[str, tuple[int, int]]
@@ -28,7 +28,7 @@ def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, s
         parts = _ranges_of_rows(names, name, kind, matrices[0], slices)
     else:
         parts = _named_matrices(name, matrices, slices)
-    unknown = [part for part in slices if part not in parts]
+    unknown = not_in(slices, parts)
     if unknown:
         raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
     return tuple(only(parts, slices).values())
@@ -51,7 +51,7 @@ def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], weight: Adap
         title = type(names.modules[name]).__name__
         raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
     rows = slices if isinstance(slices, dict) else _known_rows(names, name, weight)
-    if rows is None:
+    if not rows:
         raise TargetError(_about_unknown_rows(name, weight, slices))
     beyond = [part for part, (_, end) in rows.items() if end > weight.writes]
     if beyond:
@@ -74,28 +74,29 @@ def _about_unknown_rows(name: str, weight: AdaptedMatrix, slices: Slices) -> str
     )
 
 
-def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows | None:
-    """The rows of each part of a fused projection: one part after the other. None: they are not known."""
+def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows:
+    """The rows of each part of a fused projection, one part after the other, if they are known."""
     sizes = _known_sizes(names, name, weight)
-    if sizes is None or sum(sizes.values()) != weight.writes:
-        return None
-    rows, first = {}, 0
+    if sum(sizes.values()) != weight.writes:
+        return {}
+    rows: Rows = {}
+    first = 0
     for part, size in sizes.items():
         rows[part] = (first, first + size)
         first += size
     return rows
 
 
-def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, int] | None:
-    """How many rows each part of a fused projection has, by its name and the configuration around it."""
+def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, int]:
+    """How many rows each part of a fused projection has, as far as its name and the configuration around it tell."""
     leaf = name.rpartition(".")[2]
     if leaf == "gate_up_proj":
         return dict.fromkeys(("gate", "up"), weight.writes // 2)
     if leaf not in _ATTENTION:
-        return None
+        return {}
     modules_around = _modules_around(names, name)
     if any(type(module).__name__ in _INTERLEAVED for module in modules_around):
-        return None
+        return {}
     for module in modules_around:
         config = getattr(module, "config", None)
         if hasattr(config, "num_attention_heads"):  # the nearest one counts: a model may have several encoders
@@ -105,16 +106,15 @@ def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, in
 
 def _modules_around(names: Names, name: str) -> list[nn.Module]:
     """The modules around a layer, the innermost first and the model last."""
-    outer_names = starts_of(name)[:-1]
-    modules = [names.modules[outer] for outer in reversed(outer_names)]
-    return [*modules, names.model]
+    outer_names = ["", *starts_of(name)[:-1]]
+    return [names.with_model[outer] for outer in reversed(outer_names)]
 
 
-def _sizes_by_heads(config: Any, reads: int) -> dict[str, int] | None:
+def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:
     """Sizes of q, k and v. In grouped-query and multi-query attention, k and v are smaller than q."""
     multi_query = getattr(config, "multi_query", None)
     if multi_query is False:  # then the rows are ordered head by head
-        return None
+        return {}
     query_heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or query_heads
     if multi_query:

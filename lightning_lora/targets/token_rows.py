@@ -10,9 +10,9 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
-from lightning_lora.patterns import matches
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.near_misses import ending_in
 from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -23,16 +23,28 @@ _USUAL = "embed_tokens"  # the name that most language models have for their inp
 def token_rows(names: Names, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
     """Return the embeddings whose rows train. Other arguments mean the modules that are ``named_elsewhere``."""
     found = TokenRows(names, named_elsewhere)
-    given = config.trainable_token_indices
-    if given is None:
-        return found
-    if not isinstance(given, Mapping):
-        given = dict.fromkeys(_input_embeddings(names, given), given)
-    for key, rows in given.items():
-        is_whole_name = key in names.modules  # which means no end of another
-        for name in [key] if is_whole_name else names.find(_ARGUMENT, (key,)):
+    for key, rows in _rows_by_key(names, config.trainable_token_indices).items():
+        for name in _meant_by(names, key):
             found.add(name, rows)
     return found
+
+
+def _rows_by_key(
+    names: Names, given: Sequence[int] | Mapping[str, Sequence[int]] | None
+) -> Mapping[str, Sequence[int]]:
+    """The rows by names of embeddings, or by ends of these."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return given
+    return dict.fromkeys(_input_embeddings(names, given), given)
+
+
+def _meant_by(names: Names, key: str) -> list[str]:
+    """The names of embeddings that a key means. A whole name means no end of another."""
+    if key in names.modules:
+        return [key]
+    return names.find(_ARGUMENT, (key,))
 
 
 class TokenRows:
@@ -55,12 +67,12 @@ class TokenRows:
         owners = self._owners_of_weight(layer)
         for owner in (name, *owners):
             why = self._why_not(owner, rows)
-            if why is not None:
+            if why:
                 raise TargetError(f"{_ARGUMENT} means {name!r} of {self._names.title}. {owner!r} does not fit: {why}.")
         if layer not in self._rows:
             self.matrices[layer] = _matrix_of_rows(layer, rows)
             for owner in owners:
-                self._rows[self._names.modules[owner]] = rows
+                self._rows[self._names.with_model[owner]] = rows
         elif self._rows[layer] != rows:
             raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
 
@@ -69,22 +81,22 @@ class TokenRows:
         weight = held_parameter(layer, "weight")
         return [owner_of(name) for name, parameter in self._names.parameters.items() if parameter is weight]
 
-    def _why_not(self, name: str, rows: Iterable[int]) -> str | None:
-        """Why rows of a module's weight cannot train, or None."""
-        layer: Any = self._names.modules.get(name, self._names.model)
+    def _why_not(self, name: str, rows: Iterable[int]) -> str:
+        """Why rows of a module's weight cannot train, or nothing."""
+        layer: Any = self._names.with_model[name]
         if layer in self._named_elsewhere:
             return "target_modules, target_parameters or modules_to_save name it too"
         if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
             return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
         why = why_not(self._names.modules, name, layer)
-        if why is not None:
+        if why:
             return why
         if is_dtensor(layer.weight):
             return "its weight is sharded (FSDP2 or tensor parallelism), where single rows cannot train"
         beyond = [row for row in rows if row >= len(layer.weight)]
         if beyond:
             return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first"
-        return None
+        return ""
 
 
 def _matrix_of_rows(layer: nn.Module, rows: Iterable[int]) -> AdaptedMatrix:
@@ -97,7 +109,7 @@ def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
     found = _embeddings_that_models_name(names)
     if found:
         return found
-    if any(matches(_USUAL, name) for name in names.modules):
+    if ending_in(names.modules, [_USUAL]):
         return [_USUAL]
     raise TargetError(_about_unknown_embedding(names, rows))
 
@@ -105,7 +117,7 @@ def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
 def _embeddings_that_models_name(names: Names) -> list[str]:
     """The input embedding of each outermost model that says which it is, as those of transformers do."""
     found: dict[str, str] = {}  # by the name of the model
-    for name, model in names.with_model().items():
+    for name, model in names.with_model.items():
         ask = getattr(model, "get_input_embeddings", None)
         is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
         if callable(ask) and is_outermost:

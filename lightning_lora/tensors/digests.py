@@ -63,8 +63,6 @@ def _digest_of_sparse(tensor: Tensor) -> int:
 def _digest_of_integers(integers: Tensor) -> int:
     """The hash of a vector of integers. A device is waited for once."""
     count = integers.numel()
-    if count == 0:
-        return 0
     if count > _CHUNK:
         return _total(_sums_of_chunks(integers), count)
     # One chunk, as in every look at a tensor: to stack it would take longer than to hash it.
@@ -135,7 +133,7 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
     is_plain = tensor.layout is torch.strided and not consists_of_others(tensor)
-    if not is_plain or tensor.numel() == 0:
+    if not is_plain:
         return [digest(tensor.to(dtype)) for dtype in dtypes]
     sums = defaultdict[torch.dtype, list[Tensor]](list)
     counts = Counter[torch.dtype]()

@@ -117,9 +117,3 @@ def by_owner(tensors: Mapping[str, Thing]) -> dict[str, list[Thing]]:
 def names_by(named: Mapping[str, Key]) -> dict[Key, list[str]]:
     """Return the names of each thing: a shared module or a tied tensor has several."""
     return grouped(named, named.__getitem__)
-
-
-def first_names(named: Mapping[str, Thing]) -> dict[str, Thing]:
-    """Return each thing once, by the first of its names."""
-    names = names_by(named)
-    return {its_names[0]: thing for thing, its_names in names.items()}

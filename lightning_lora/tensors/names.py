@@ -4,21 +4,24 @@
 ``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED
+
+Thing = TypeVar("Thing")
+
+Modules = Mapping[str, nn.Module]  # by name
+Parameters = Mapping[str, nn.Parameter]
 
 _WRAPPED = (COMPILED, CHECKPOINTED)
 
 
 def plain_name(name: str) -> str:
     """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
-    if COMPILED not in name and CHECKPOINTED not in name:  # as nearly all names
-        return name
     components = [component for component in name.split(".") if component not in _WRAPPED]
     return ".".join(components)
 
@@ -26,8 +29,6 @@ def plain_name(name: str) -> str:
 def plain_module(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of torch and Fabric. Other modules are returned unchanged."""
     children: Any = module._modules
-    if not children:
-        return module
     for wrapped in _WRAPPED:
         if wrapped in children:  # a scripted module's children have no ``get``
             return plain_module(children[wrapped])
@@ -39,50 +40,53 @@ def plain_module(module: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by name. In place of a wrapped module, it is the module inside."""
     named: dict[str, nn.Module] = {}
-    _walk(model, "", named, set() if remove_duplicate else None)
-    return named
+    _walk(model, "", named)
+    return first_names(named) if remove_duplicate else named
 
 
-def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
+def _walk(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:
     """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
     module = plain_module(module)
-    if seen is not None:
-        if module in seen:
-            return
-        seen.add(module)
     named[name] = module
     for child, inner in module._modules.items():
         if inner is not None:
-            _walk(inner, f"{name}.{child}" if name else child, named, seen)
+            _walk(inner, join(name, child), named)
 
 
-def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` by name."""
-    return parameters_of(named_modules(model, remove_duplicate=remove_duplicate), remove_duplicate=remove_duplicate)
+def first_names(named: Mapping[str, Thing]) -> dict[str, Thing]:
+    """Return each thing once, by the first of its names: a shared module or a tied tensor has several."""
+    names: dict[Thing, str] = {}
+    for name, thing in named.items():
+        names.setdefault(thing, name)
+    return {name: thing for thing, name in names.items()}
 
 
-def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
+def with_all_inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return these modules, and all modules inside them."""
+    inside: set[nn.Module] = set()
+    for module in modules:
+        inside.update(module.modules())
+    return inside
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` by name, each once."""
+    return first_names(parameters_of(named_modules(model)))
+
+
+def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:
     """Return the parameters of these modules by name, without those of modules inside them."""
     named: dict[str, nn.Parameter] = {}
-    seen: set[nn.Parameter] = set()
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if remove_duplicate and parameter in seen:
-                continue
-            seen.add(parameter)
-            named[join(prefix, name)] = parameter
+            if parameter is not None:
+                named[join(prefix, name)] = parameter
     return named
 
 
 def join(prefix: str, name: str) -> str:
     """Join a module's name and a name in it. That of the model itself is ``""``."""
-    if not prefix:
-        return name
-    if not name:
-        return prefix
-    return f"{prefix}.{name}"
+    return f"{prefix}.{name}".strip(".")
 
 
 def starts_of(name: str) -> list[str]:
@@ -133,10 +137,8 @@ def held_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
-    parameter = held_parameter(module, name)
-    if parameter is None and "." in name:
-        owner, _, leaf = name.rpartition(".")
-        parameter = held_parameter(submodule(module, owner), leaf)
+    owner, _, leaf = name.rpartition(".")
+    parameter = held_parameter(submodule(module, owner), leaf)
     if parameter is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     return parameter

@@ -1,7 +1,7 @@
 """State dicts with plain names, of tied and distributed tensors too."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,14 +27,16 @@ def loads_in_own_way(module: nn.Module) -> bool:
     return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
 
 
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, note: str = "") -> None:
+def load_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, notes: Collection[str] = ()
+) -> None:
     """Load a state dict with plain names, full tensors into DTensors too.
 
     Args:
         model: The model.
         state: The state dict.
         strict: Whether all entries must be there.
-        note: What hooks of the model find in torch's notes on the state dict.
+        notes: What hooks of the model find in torch's notes on the state dict.
     """
     present = model.state_dict(keep_vars=True)
     names_in_model = {plain_name(name): name for name in present}
@@ -46,8 +48,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     loaded = {**only(present, read_in_own_way), **loaded}
     shared = _under_all_names(present, loaded)
     noted: Any = OrderedDict({**shared, **loaded})
-    if note:
-        setattr(noted, STATE_NOTES, {"": {note: True}})
+    setattr(noted, STATE_NOTES, {"": dict.fromkeys(notes, True)})
     model.load_state_dict(noted, strict=strict)
 
 

@@ -1,5 +1,6 @@
 """Tensors distributed over processes (DTensor). Calls marked as collective: by every process, in the same order."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeGuard, TypeVar
@@ -101,22 +102,20 @@ def split_over_data(tensor: Tensor) -> bool:
 def data_processes(tensor: Any) -> int:
     """Return the number of processes with different data that a DTensor is distributed over."""
     mesh = tensor.device_mesh
-    processes = 1
-    for dim in range(mesh.ndim):
-        if _has_different_data(tensor, dim):
-            processes *= mesh.size(dim)
-    return processes
+    sizes = [mesh.size(dim) for dim in range(mesh.ndim) if _has_different_data(tensor, dim)]
+    return math.prod(sizes)
 
 
 def _has_different_data(tensor: Any, dim: int) -> bool:
     """Whether the processes along a dimension of a DTensor's mesh get different data."""
-    names = _mesh_names(tensor)
-    return dim >= len(names) or names[dim] != TENSOR_PARALLEL
+    return _mesh_names(tensor)[dim] != TENSOR_PARALLEL
 
 
 def _mesh_names(tensor: Any) -> tuple[str, ...]:
-    """The names of the dimensions of a DTensor's mesh. A mesh may have none."""
-    return tensor.device_mesh.mesh_dim_names or ()
+    """The names of the dimensions of a DTensor's mesh: empty ones if it has none."""
+    mesh = tensor.device_mesh
+    names: tuple[str, ...] = mesh.mesh_dim_names or ("",) * mesh.ndim
+    return names
 
 
 def split_dims(tensor: Any) -> tuple[int, ...]:
@@ -140,9 +139,7 @@ def reshard(model: nn.Module) -> None:
     """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if sharded_class is None:  # nobody has sharded anything
-        return
+    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # likewise
     for module in model.modules():
         if isinstance(module, sharded_class):
             module.reshard()

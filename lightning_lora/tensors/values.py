@@ -58,16 +58,15 @@ def set_aside(tensor: Tensor) -> Tensor:
 
 def set_requires_grad(tensor: Tensor, flag: bool) -> None:
     """Set ``requires_grad``, also of a tensor made in ``torch.inference_mode``."""
-    if tensor.requires_grad != flag:
-        with torch.inference_mode(tensor.is_inference()):
-            tensor.requires_grad_(flag)
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.requires_grad_(flag)
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
     """Whether two tensors have the same bits in the first one's dtype. Of a DTensor, the local shard is compared."""
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
-        return tensor.is_meta and original.is_meta
+        return tensor.is_meta == original.is_meta
     return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
 
 
@@ -92,24 +91,17 @@ class Look:
         return self.device != earlier.device and self == replace(earlier, address=self.address, device=self.device)
 
 
-@dataclass(frozen=True)
-class InnerLooks:
-    """The looks at the tensors that hold another one's values."""
-
-    version: int
-    inner: "tuple[Look | InnerLooks, ...]"
-
-
-def look(tensor: Tensor) -> Look | InnerLooks | None:
+def look(tensor: Tensor) -> object:
     """Look at a tensor: address, version, device, dtype, shape and about a thousand values.
 
     Code that writes through ``.data``, numpy or torch.distributed, and a fused optimizer, change no version: such a
-    change is missed if it also misses every sample. None: the tensor must be read in full.
+    change is missed if it also misses every sample. A look at a tensor that must be read in full equals no other.
     """
     if consists_of_others(tensor):
-        return _look_inside(tensor)
+        inner_looks = [look(inner) for inner in inner_tensors(tensor)]
+        return version_of(tensor), inner_looks
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
-        return None
+        return object()
     return Look(
         address=tensor.data_ptr(),
         version=version_of(tensor),
@@ -118,16 +110,6 @@ def look(tensor: Tensor) -> Look | InnerLooks | None:
         shape=tuple(tensor.shape),
         samples=digest(samples(tensor)),
     )
-
-
-def _look_inside(tensor: Tensor) -> InnerLooks | None:
-    looks = []
-    for inner in inner_tensors(tensor):
-        seen = look(inner)
-        if seen is None:
-            return None
-        looks.append(seen)
-    return InnerLooks(version_of(tensor), tuple(looks))
 
 
 def samples(tensor: Tensor) -> Tensor:
@@ -143,9 +125,7 @@ def samples(tensor: Tensor) -> Tensor:
 def _step_between_samples(values: Tensor) -> int:
     """How many values lie between two samples. It shares no factor with the rows: or some columns would be missed."""
     step = values.numel() // _SAMPLES + 1
-    if values.dim() == 0:
-        return step
-    columns = max(1, values.shape[-1])
+    columns = max(1, values.shape[-1:].numel())
     while math.gcd(step, columns) > 1:
         step += 1
     return step
@@ -164,7 +144,7 @@ class Seen:
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
-        return tensor is self._tensor and self._look is not None and self._look == look(to_local(tensor))
+        return tensor is self._tensor and self._look == look(to_local(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values. It may have moved to another device."""
@@ -180,11 +160,10 @@ class Seen:
         if tensor.is_meta or self.is_still(tensor):
             return True
         local = to_local(tensor)
-        is_converted = local.dtype != self.dtype
-        if self._samples is None or consists_of_others(local):
-            return is_converted or self._digest is None
-        if self._digest is not None and not is_converted:
+        if self._digest is not None and local.dtype == self.dtype:  # so all values have been compared
             return False
+        if self._samples is None or consists_of_others(local):
+            return True
         return digest(samples(local).cpu()) == digest(self._samples.to(local.dtype))
 
     def _is_kept(self, tensor: Tensor) -> bool:

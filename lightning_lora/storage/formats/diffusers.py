@@ -33,8 +33,8 @@ from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import first_names, with_values, without
-from lightning_lora.tensors.names import is_in_any, owner_of, starts_of, submodule
+from lightning_lora.tensors.named import with_values, without
+from lightning_lora.tensors.names import first_names, is_in_any, owner_of, starts_of, submodule
 
 # The members of a pipeline
 

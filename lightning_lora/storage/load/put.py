@@ -170,10 +170,10 @@ def _write_state(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
-        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), note=WRITTEN)
+        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[WRITTEN])
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
-        load_state_dict(view.model, state, note=WRITTEN)
+        load_state_dict(view.model, state, notes=[WRITTEN])
         view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 
