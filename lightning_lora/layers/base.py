@@ -96,8 +96,9 @@ class LoRALayer(AdapterOnLayer):
         """Run the layer's own forward on ``W + ΔW``."""
         weights = {}
         for name in self.lora_weights():
-            dtype = self.lora_dtype(self, self._lora_weight(name))
-            weights[name] = self.lora_effective_weight(name, dropping=True).to(dtype)
+            weight = self._lora_weight(name)
+            effective = self._lora_with_update(name, weight, self.lora_dropout())
+            weights[name] = effective.to(self.lora_dtype(self, weight))
         return self.lora_run_on(weights, *args, **kwargs)
 
     def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes, dequantises
+from lightning_lora.layers.contract import LayerTypes, dequantises, of_nearest_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import held_parameter
@@ -134,12 +134,8 @@ _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' class
 
 
 def _kind_of(module: nn.Module) -> type[LoRALinear4bit] | None:
-    """The adapter class of a layer of bitsandbytes, or None. All modules of a model are asked, so it is short."""
-    for ancestor in type(module).__mro__:
-        kind = _KINDS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        if kind is not None:
-            return kind
-    return None
+    """The adapter class of a layer of bitsandbytes, or None."""
+    return of_nearest_class(_KINDS, module)
 
 
 def _scales(layer: Any) -> Tensor:
