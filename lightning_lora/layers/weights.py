@@ -66,9 +66,10 @@ class UpdatedWeights(LayerKind):
 
     def _lora_merges_by_rows(self, weight: Tensor) -> bool:
         """Whether the sum can be computed a few rows at a time, which takes less memory."""
-        is_matrix_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix and weight.dim() == 2
+        is_read_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix
+        is_matrix = weight.dim() == 2
         is_plain = type(weight.data) is Tensor
-        return is_matrix_as_it_is and is_plain and not self.lora_settings.use_dora
+        return is_read_as_it_is and is_matrix and is_plain and not self.lora_settings.use_dora
 
     def _lora_merged_by_rows(self, name: str, weight: Tensor) -> tuple[Tensor, float]:
         with torch.autocast(weight.device.type, enabled=False):

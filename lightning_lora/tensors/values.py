@@ -92,7 +92,7 @@ class Look:
 
 
 def _was_only_moved(earlier: object, now: object) -> bool:
-    """Whether a tensor is on another device, not written to, with equal samples. Tensors inside one may have changed."""
+    """Whether a tensor is on another device, not written to. Of tensors inside one, nothing tells that."""
     return isinstance(earlier, Look) and isinstance(now, Look) and now.is_of_a_moved_tensor(earlier)
 
 
