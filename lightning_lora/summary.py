@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
-from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
 
@@ -246,7 +246,7 @@ def _parameters_with_inner(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _describe(module: nn.Module) -> _Described:
-    layer_class = module.overlaid[1] if isinstance(module, InPlace) else type(module)
+    layer_class = original_class(module)
     kind = layer_class.__name__
     if not isinstance(module, LoRALayer):
         return _Described(kind)

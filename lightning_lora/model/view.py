@@ -15,7 +15,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import below, joined, not_in, of_type, only, outside, where, with_values, without
+from lightning_lora.tensors.named import joined, not_in, of_type, only, outside, prefixed, where, with_values, without
 from lightning_lora.tensors.names import (
     first_names,
     is_bias,
@@ -174,10 +174,10 @@ class View:
         adapters = dict[str, nn.Parameter]()
         if self.is_merged:
             for name, adapter in self.record.merged.items():
-                adapters.update(below(name, adapter.parameters))
+                adapters.update(prefixed(name, adapter.parameters))
         else:
             for name, layer in self.layers.items():
-                adapters.update(below(name, layer.lora_parameters()))
+                adapters.update(prefixed(name, layer.lora_parameters()))
         return adapters
 
     @cached_property
@@ -230,7 +230,7 @@ class View:
         """The extra state dict entries of quantised layers."""
         entries = dict[str, Tensor]()
         for prefix, module in self.modules.items():
-            entries.update(below(prefix, quantised_entries(module)))
+            entries.update(prefixed(prefix, quantised_entries(module)))
         return entries
 
     # What trains
@@ -288,7 +288,7 @@ class View:
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update(below(prefix, record.base.flags_before()))
+                flags.update(prefixed(prefix, record.base.flags_before()))
         return flags
 
     def is_fresh(self) -> bool:

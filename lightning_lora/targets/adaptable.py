@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.named import below, where, without
+from lightning_lora.tensors.named import prefixed, where, without
 from lightning_lora.tensors.names import Modules, named_modules, own_parameter, owner_of, parameters_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
@@ -31,7 +31,7 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
         return "only its parameters can be adapted, and some are"
-    modules_inside = below(name, without(named_modules(layer), [""]))
+    modules_inside = prefixed(name, without(named_modules(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
     said = f"a {class_of(layer)} is not supported"
@@ -82,15 +82,14 @@ def is_computed(layer: nn.Module) -> bool:
 
 
 def has_matrices(layer: nn.Module) -> bool:
-    """Whether a layer has matrices to update, which are neither computed nor empty."""
+    """Whether a layer of a supported kind has matrices to update, which are neither computed nor empty."""
     return any(matrix.largest_rank for matrix in _matrices_of(layer))
 
 
 def _matrices_of(layer: nn.Module) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer that can be updated: none if a weight is computed, or the layer is not supported."""
+    """The matrices of a layer of a supported kind that can be updated: none if a weight is computed."""
     kind = adapter_for(layer)
-    if kind is None:
-        return ()
+    assert kind is not None
     try:
         return kind.lora_matrices_of(layer)
     except AttributeError:  # a weight is not a parameter

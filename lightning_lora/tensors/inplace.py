@@ -37,6 +37,11 @@ def class_names(value: object) -> set[str]:
     return {ancestor.__name__ for ancestor in type(value).__mro__}
 
 
+def original_class(instance: object) -> type:
+    """Return the class of an object without what was added to it here."""
+    return instance.overlaid[1] if isinstance(instance, InPlace) else type(instance)
+
+
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere

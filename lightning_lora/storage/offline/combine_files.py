@@ -18,7 +18,7 @@ from lightning_lora.storage.offline.layers import besides, matrix_updates, read_
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.named import below, only
+from lightning_lora.tensors.named import only, prefixed
 from lightning_lora.tensors.names import owner_of
 
 _Path = str | Path
@@ -102,7 +102,7 @@ def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     for matrix, update in updates.items():
         a, b = with_rank(update, matrix.rank(r))
         named |= matrix.named((a.contiguous(), b.contiguous()))
-    return below(name, named)
+    return prefixed(name, named)
 
 
 def _rank_of(update: Factors) -> int:
