@@ -162,7 +162,7 @@ def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterStat
     """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
     original = view.adapter.originals.get(name, here)
     base = here
-    if not original.is_meta and not view.record.base.row(name).is_filled:
+    if not original.is_meta and name not in view.record.base.filled:
         base = original.to(here)
     values: dict[Name, Tensor] = {state.name: state.inactive_tensors.get(name, base) for state in states}
     values[None] = base
