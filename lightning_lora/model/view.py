@@ -188,7 +188,7 @@ class View:
         found = []
         record = self.record
         for layer, adapter in record.merged.items():
-            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
+            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
         return found
@@ -288,7 +288,7 @@ class View:
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update(prefixed(prefix, record.base.flags_before()))
+                flags.update(prefixed(prefix, record.base.required_grad))
         return flags
 
     def is_fresh(self) -> bool:

@@ -116,7 +116,7 @@ class _BaseHere:
         """A tensor's digests in half precision. The list is empty if the run has changed its values."""
         base = self.view.record.base
         exact = self.digests[name]
-        if base.row(name).change is not None:
+        if name in base.changes:
             return base.half_digests.get(exact, [])
         return base.halves(exact, self.tensors[name])
 

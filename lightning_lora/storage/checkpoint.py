@@ -130,7 +130,7 @@ def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) ->
         return False
     rounded = fingerprint(view, anew=False)
     for name, change in changes_between(view, there, rounded).items():
-        view.record.base.row(name).rounding = change
+        view.record.base.roundings[name] = change
     return True
 
 
@@ -210,7 +210,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.forget_all_changes()
+    record.base.changes = {}
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

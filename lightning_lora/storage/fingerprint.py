@@ -162,7 +162,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     if before is None:
         return [now]
     for name, change in changes_between(view, before, now).items():
-        record.base.row(name).change = change
+        record.base.changes[name] = change
     return fingerprints
 
 
@@ -214,7 +214,7 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     """
     tensors = base_tensors(view)
     quantised = quantised_names(view)
-    unchanged = without(tensors, {*quantised, *view.record.base.changed})
+    unchanged = without(tensors, {*quantised, *view.record.base.changes})
     convertible = where(unchanged, _is_convertible)
     here = {"layout": _layout(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
     described = list[dict[str, Any]]()

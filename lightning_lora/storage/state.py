@@ -82,7 +82,7 @@ def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> 
     What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
-    noted = {*view.record.base.changed, *random}
+    noted = {*view.record.base.changes, *random}
     originals = without(view.adapter.originals, {*view.trained, *noted})
     values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
     left_out = _names_of_base_values(values, originals) | _names_merged_over(view)
@@ -92,7 +92,7 @@ def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
     """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
     frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
-    changed_buffers = only(view.buffers, view.record.base.changed)
+    changed_buffers = only(view.buffers, view.record.base.changes)
     return _without_graphs({**frozen, **changed_buffers})
 
 

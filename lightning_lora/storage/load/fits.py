@@ -138,7 +138,7 @@ def _check_names(
 
 def _check_changed(view: View, state: StateDict) -> None:
     """Refuse a file without the values of weights that have changed since."""
-    lost = sorted(set(view.record.base.changed) - state.keys())
+    lost = sorted(set(view.record.base.changes) - state.keys())
     if lost:
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
