@@ -189,7 +189,6 @@ def _is_narrow(parameter: Tensor) -> bool:
 
 def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
-    for name, parameter in view.base.items():
-        if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):
-            return False
-    return True
+    if not view.base.keys() <= merged.keys():
+        return False
+    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base.items())

@@ -129,10 +129,11 @@ def _shared_prefixes(names: Sequence[str]) -> list[str]:
 # Configurations that name each layer in full
 
 
-def by_whole_names(
-    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
-) -> LoRAConfig:
-    """Return a configuration that names each layer in full. Each has its own rank and scaling."""
+def by_whole_names(layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str]) -> LoRAConfig:
+    """Return a configuration that names each layer in full. Each has its own rank and scaling.
+
+    ``present`` has the names of all modules.
+    """
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
         targets.add(layer)
@@ -219,10 +220,15 @@ def _slices(layer: StoredLayer) -> Any:
     return rows
 
 
-def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
+def list_or_expression(names: list[str], present: Collection[str]) -> list[str] | str:
     """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
-    if not names or (present is not None and _match_no_other(names, present)):
+    if _match_no_other(names, present):
         return names
+    return expression_of(names)
+
+
+def expression_of(names: Iterable[str]) -> str:
+    """Return an expression that matches these names alone."""
     return "|".join(map(re.escape, names))
 
 

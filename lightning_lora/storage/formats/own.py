@@ -76,7 +76,8 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
 
 def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
-    disk.check_path(path, may_be_open=True)
+    if not disk.is_open_file(path):
+        disk.check_path(path)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
         archives.check_is_file(local, path)
         with disk.opened(local) as file:  # once: another process may replace it at any time
