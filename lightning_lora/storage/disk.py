@@ -395,7 +395,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {  # what a pickle may call, by its name
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """An unpickler that finds no class or function of anybody's."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -406,4 +406,6 @@ class _Unpickler(pickle.Unpickler):
         return partial(_PLAIN[called])  # an object, which a pickle cannot change for others
 
 
-_PICKLE = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``
+_PICKLE = SimpleNamespace(
+    __name__="plain", Unpickler=_PlainUnpickler
+)  # the module that ``torch.load`` takes for ``pickle``

@@ -44,19 +44,19 @@ class Renaming:
 
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""
-        there, here = _begin(self.there), _begin(self.here)
+        there, here = _beginning_of_names(self.there), _beginning_of_names(self.here)
         return f"The names in the file {there}; in {title} they {here}. They are taken for the same model."
 
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
     """The name with the new prefix, if it has the old one."""
-    if old_prefix == new_prefix or not is_inside(name, old_prefix):
+    if not is_inside(name, old_prefix):
         return name
     rest = name[len(old_prefix) :].removeprefix(".")
     return join(new_prefix, rest)
 
 
-def _begin(prefix: str) -> str:
+def _beginning_of_names(prefix: str) -> str:
     """How names with this prefix begin, in a message."""
     return f"begin with {prefix!r}" if prefix else "have no prefix"
 
