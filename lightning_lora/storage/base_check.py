@@ -87,7 +87,7 @@ class _BaseHere:
             there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
-        found.quantised = [name for name in found.quantised if name in self.view.parameters]
+        found.quantised = list(only(self.view.parameters, set(found.quantised)))
         return found
 
     def _has_form_of(self, there: Fingerprint) -> bool:

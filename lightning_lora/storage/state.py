@@ -105,8 +105,8 @@ def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
 def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
     """The names of what still has the value that is kept of the base."""
     unchanged = set[str]()
-    for name, original in originals.items():
-        if name in values and _is_original(values[name], original):
+    for name, original in only(originals, values).items():
+        if _is_original(values[name], original):
             unchanged.add(name)
     return unchanged
 
@@ -140,7 +140,7 @@ def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
 
 def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
-    broken = diverged(view, {**view.parameters, **view.buffers})
+    broken = diverged(view, view.tensors)
     if broken:
         raise AdapterStateError(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "

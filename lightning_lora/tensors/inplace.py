@@ -37,11 +37,6 @@ def class_names(value: object) -> set[str]:
     return {ancestor.__name__ for ancestor in type(value).__mro__}
 
 
-def original_class(instance: object) -> type:
-    """Return the class of an object without what was added to it here."""
-    return instance.overlaid[1] if isinstance(instance, InPlace) else type(instance)
-
-
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere
@@ -50,6 +45,13 @@ def overlay(instance: object, mixin: type[InPlace]) -> None:
 def is_overlaid(instance: InPlace) -> bool:
     """Whether ``instance`` still has its combined class: other code may have changed it since."""
     return type(instance) is _COMBINED.get(instance.overlaid)
+
+
+def original_class(instance: object) -> type:
+    """Return the class that ``instance`` has, or had before :func:`overlay`."""
+    if isinstance(instance, InPlace):
+        return instance.overlaid[1]
+    return type(instance)
 
 
 def uncover(instance: InPlace) -> None:

@@ -110,9 +110,9 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
 
 def _random_weights_besides(view: View, stored: StoredAdapters) -> Collection[str]:
     """The weights that look untrained, which a file may hold although it does not say so: none of this package."""
-    if stored.base or view.adapter.random is None:
+    if stored.base:
         return ()
-    return view.adapter.random
+    return view.adapter.random_so_far
 
 
 def _check_names(
