@@ -273,15 +273,17 @@ class LoRACallback(Callback):
         """
         self._check_set_up()
         check_weights(View(pl_module))
-        check_adapted(pl_module)
+        view = view_of(pl_module)
+        check_adapted(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
-        if self._stage.take_base(pl_module):  # hooks may have loaded it late
+        if self._stage.take_base(view):  # hooks may have loaded it late
             self._strategy.note_base(anew=False)
         # Not before: the module's own on_fit_start may load or reset weights
-        advise(pl_module, self._stage.guards, aloud=trainer.is_global_zero)
-        base = base_digests(pl_module)
+        view = view_of(pl_module)  # their tensors may be others now
+        advise(view, self._stage.guards, aloud=trainer.is_global_zero)
+        base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
@@ -341,11 +343,13 @@ class LoRACallback(Callback):
         if not self._stage.end_fit():
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
-        check_layers_stayed(pl_module)
+        view = View(pl_module)
+        check_layers_stayed(view)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards.fit_ended(View(pl_module), trainer.optimizers, trainer.global_step)
-        note_changed(pl_module)
-        self._stage.say_what_was_written(pl_module, is_aloud=trainer.is_global_zero)
+        self._stage.guards.fit_ended(view, trainer.optimizers, trainer.global_step)
+        view = view_of(pl_module)
+        note_changed(view)
+        self._stage.say_what_was_written(view, is_aloud=trainer.is_global_zero)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merge_trained(trainer, pl_module, self.merge)
 

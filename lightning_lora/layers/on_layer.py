@@ -34,13 +34,15 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
-        return {name: own_parameter(self, name) for name in self.lora_roles()}
+        held: dict[str, Any] = self._parameters  # each is there, and itself, not computed
+        return {name: held[name] for name in self.lora_roles()}
 
     def lora_trained(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
         if self.lora_settings.follows:
             return []
-        return [own_parameter(self, name) for name, about in self.lora_roles().items() if about.role.trains]
+        held: dict[str, Any] = self._parameters
+        return [held[name] for name, about in self.lora_roles().items() if about.role.trains]
 
     # Another layer's adapter
 

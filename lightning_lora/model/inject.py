@@ -218,13 +218,12 @@ def _check_not_parallel(model: nn.Module) -> None:
         )
 
 
-def check_adapted(model: nn.Module) -> None:
+def check_adapted(view: View) -> None:
     """Refuse a model in which selected layers have no adapters: they were added or replaced after the injection."""
-    view = view_of(model)
-    missing = _to_be_adapted(select(model, view.config))
+    missing = _to_be_adapted(select(view.model, view.config))
     if missing:
         raise AdapterStateError(
-            f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced later. "
+            f"{listed(missing)} of {view.title} would not train: the layers were added or replaced later. "
             "Make all layers in __init__, setup (a callback's too) or configure_model. Or set exclude_modules."
         )
 

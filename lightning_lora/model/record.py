@@ -147,6 +147,12 @@ def find_record(model: nn.Module) -> Record | None:
     return record
 
 
+def record_on(module: nn.Module) -> Record | None:
+    """Return the record that a module itself has, which no wrapper is around, or None."""
+    record: Record | None = vars(module).get(_ATTRIBUTE)
+    return record
+
+
 def state_of(model: nn.Module) -> State:
     """Return the state of ``model``."""
     record = find_record(model)

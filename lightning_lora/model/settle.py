@@ -9,7 +9,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.fresh import find_fresh
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
@@ -122,12 +122,11 @@ def _named_beside(view: View) -> list[str]:
 # When the optimizers are known
 
 
-def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
+def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     """Find networks that stand still: frozen, or in no optimizer (``unheld``), and remove their adapters.
 
     Return layers whose adapters have learned: these stay, and are paused.
     """
-    view = view_of(model)
     frozen_by_user = set(only(view.base, view.frozen_by_user).values())
     still = unheld | frozen_by_user
     found = networks_of(view, _kinds_that_train(view), still)
@@ -141,10 +140,10 @@ def settle(model: nn.Module, unheld: Set[nn.Parameter]) -> list[str]:
     before = view.adapter.networks
     below = tuple(dict.fromkeys((*before.below, *found.below)))
     view.adapter.networks = replace(before, below=below, copies=copies)
-    leave_alone(model, found.still)
-    settled = view_of(model)
-    attach.freeze(settled)  # what trains in full does not in a copy
-    follow_originals(settled)
+    leave_alone(view, found.still)
+    view.look_again()
+    attach.freeze(view)  # what trains in full does not in a copy
+    follow_originals(view)
     return paused
 
 
@@ -184,9 +183,8 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
             layer.lora_train_again()
 
 
-def leave_alone(model: nn.Module, still: Collection[str]) -> None:
+def leave_alone(view: View, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
-    view = view_of(model)
     before = view.adapter.networks
     below = tuple(not_in(before.below, still))
     now = replace(before, still=(*before.still, *still), below=below).fitting(view.layers.keys())

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.states import USE, State
+from lightning_lora.base.states import USE
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, weights_of
-from lightning_lora.model.record import Record, find_record, record_of, records_in, state_of
+from lightning_lora.model.record import Record, record_of, record_on, records_in
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.named import joined, not_in, of_type, only, outside, prefixed, where, with_values, without
@@ -75,7 +75,7 @@ class View:
     @property
     def record(self) -> Record:
         """The record of the model, which must be adapted."""
-        record = find_record(self.model)
+        record = record_on(self.model)
         assert record is not None
         return record
 
@@ -95,17 +95,18 @@ class View:
     @property
     def is_adapted(self) -> bool:
         """Whether the model has adapters, merged or not."""
-        return state_of(self.model) is not State.PLAIN
+        return record_on(self.model) is not None
 
     @property
     def is_merged(self) -> bool:
         """Whether the updates are merged into the weights."""
-        return state_of(self.model).is_merged
+        record = record_on(self.model)
+        return record is not None and record.state.is_merged
 
     @property
     def is_on_layers(self) -> bool:
         """Whether adapters are on the layers, with or without effect."""
-        return state_of(self.model) in (State.ADAPTED, State.BASE_SHOWN)
+        return self.is_adapted and not self.is_merged
 
     @property
     def is_sharded(self) -> bool:
@@ -115,10 +116,14 @@ class View:
     # Modules
 
     @cached_property
+    def layers_by_all_names(self) -> dict[str, LoRALayer]:
+        """The adapted layers: none in a merged model."""
+        return of_type(self.modules, LoRALayer)
+
+    @cached_property
     def layers(self) -> dict[str, LoRALayer]:
-        """The adapted layers: a shared one under its first name, and none in a merged model."""
-        adapted = of_type(self.modules, LoRALayer)
-        return first_names(adapted)
+        """The adapted layers: a shared one under its first name."""
+        return first_names(self.layers_by_all_names)
 
     @cached_property
     def recorded(self) -> set[str]:
@@ -302,9 +307,9 @@ class View:
 
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
-        present = [name for name in self.adapter.layers if name in self.modules]
-        adapted = {**of_type(self.modules, LoRALayer), **self.record.merged}
-        lost = not_in(present, adapted)
+        record = self.record
+        adapted = {**self.layers_by_all_names, **record.merged}
+        lost = [name for name in not_in(record.adapter.layers, adapted) if name in self.modules]
         if lost:
             raise AdapterStateError(
                 f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "

@@ -38,8 +38,8 @@ Checkpoint = dict[str, Any]  # as a Trainer writes it
 
 def adapter_only(model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False) -> Checkpoint:
     """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
-    fingerprints = note_changed(model, anew=False)
     view = view_of(model)
+    fingerprints = note_changed(view, anew=False)
     small = _with_small_states(view, checkpoint)
     if view.is_sharded:
         small = full_tensors(small)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import Base, Change
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import joined, of_type, only, where, where_not, with_values, without
@@ -39,10 +39,11 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     }
 
 
-def base_digests(model: nn.Module) -> dict[str, int]:
+def base_digests(view: View) -> dict[str, int]:
     """Return the digests of an adapted model's base, read again where a quick look shows a change. Collective."""
-    view = view_of(model)
-    return digests_by_name(base_tensors(view), fingerprint(view, anew=False))
+    tensors = base_tensors(view)
+    digests = _digests_of_present_values(view, tensors, anew=False)
+    return dict(zip(tensors, view.record.base.digests_before_changes(digests), strict=True))
 
 
 def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]:
@@ -150,9 +151,8 @@ def quantised_names(view: View) -> set[str]:
 # The fingerprints of a run
 
 
-def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
+def note_changed(view: View, *, anew: bool = True) -> list[dict[str, Any]]:
     """Note frozen weights that have changed since the run began. Files must hold them from now on."""
-    view = view_of(model)
     record = view.record
     now = fingerprint(view, anew=anew)
     fingerprints = record.adapter.fingerprints

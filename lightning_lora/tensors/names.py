@@ -48,9 +48,10 @@ def _walk(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:
     """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
     module = plain_module(module)
     named[name] = module
+    start = f"{name}." if name else ""
     for child, inner in module._modules.items():
         if inner is not None:
-            _walk(inner, join(name, child), named)
+            _walk(inner, start + child, named)
 
 
 def first_names(named: Mapping[str, Thing]) -> dict[str, Thing]:
@@ -78,9 +79,10 @@ def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:
     """Return the parameters of these modules by name, without those of modules inside them."""
     named: dict[str, nn.Parameter] = {}
     for prefix, module in modules.items():
+        start = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                named[join(prefix, name)] = parameter
+                named[start + name] = parameter
     return named
 
 
@@ -96,7 +98,10 @@ def starts_of(name: str) -> list[str]:
 
 def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them."""
-    return any(outer in modules for outer in starts_of(name))
+    for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
+        if outer in modules:
+            return True
+    return False
 
 
 def is_bias(parameter: str) -> bool:

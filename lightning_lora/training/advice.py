@@ -6,14 +6,13 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lora.model.fresh import Fresh, find_fresh, note_random_weights
-from lightning_lora.model.view import view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import modules_around
 
 
-def advise(model: nn.Module, guards: Guards, *, aloud: bool = True) -> None:
+def advise(view: View, guards: Guards, *, aloud: bool = True) -> None:
     """Let guards say what trains too little. Collective, so that each process calls it, and one of them ``aloud``."""
-    view = view_of(model)
     if aloud:
         guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already

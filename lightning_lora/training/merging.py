@@ -94,9 +94,8 @@ def _refuse_whole_files(names: Collection[str], why: str) -> None:
         )
 
 
-def check_layers_stayed(pl_module: LightningModule) -> None:
+def check_layers_stayed(view: View) -> None:
     """Refuse the end of a fit whose module has lost all of its adapters in training. Warn if it has lost some."""
-    view = View(pl_module)
     if not view.is_on_layers:
         return
     gone = not_in(view.adapter.layers, view.layers)

@@ -59,25 +59,26 @@ class Running(NotRunning):
 
     def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
         """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
-        self._note_trained_layers()
+        view = view_of(self.module)
+        self._note_trained_layers(view)
+        share_base(callbacks_of(self.trainer), view)
         self._base_at_the_start = base
         self.gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
         self.gradients.begins = is_new
         self.has_copies = bool(self.gradients.copied)
-        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.module)))
+        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.trainer, view)))
         if not self.has_copies:
-            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(self.module)))
+            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(view)))
 
-    def _note_trained_layers(self) -> None:
-        """Note which layers train, with what came since the set-up, and let averages share the base."""
-        view = view_of(self.module)
+    def _note_trained_layers(self, view: View) -> None:
+        """Note which layers train, with what came since the set-up."""
         view.begin_anew()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
+        view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
         if self.trainer.is_global_zero:
             self.stage.guards.adapters_ready(view)
-        share_base(callbacks_of(self.trainer), self.module)
 
     def begin_batch(self) -> None:
         """Before the first step, warn of what the module's own hooks have made new since the training began."""
@@ -85,7 +86,7 @@ class Running(NotRunning):
             return
         before = self._base_at_the_start
         self._base_at_the_start = None
-        now = base_digests(self.module)
+        now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
             advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)

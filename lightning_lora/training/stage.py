@@ -158,7 +158,7 @@ class Stage:
         was_made_here = self.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
-        self.take_base(pl_module)
+        self.take_base(view_of(pl_module))
         if self.adapter.is_new:
             self.adapter.put_back(pl_module)
             self._activate_adapter(pl_module)
@@ -166,9 +166,8 @@ class Stage:
             remove_adapters(pl_module)
         return True
 
-    def take_base(self, pl_module: LightningModule) -> bool:
+    def take_base(self, view: View) -> bool:
         """Take as the base what the module's hooks changed in this stage. False: something was trained or loaded."""
-        view = view_of(pl_module)
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
         changed = self.before.changed(kept_tensors(view))
@@ -189,11 +188,12 @@ class Stage:
         if not self.adapts(pl_module, for_file=stored is not None):
             return
         self.inject(pl_module, stored)
-        view_of(pl_module).record.base.filled.update(self.filled)
+        view = view_of(pl_module)
+        view.record.base.filled.update(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
-        self.take_base(pl_module)
+        self.take_base(view)
 
     def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
         """Adapt the module, under the name of this stage's adapter. A file knows what was left out."""
@@ -214,10 +214,10 @@ class Stage:
         if state_of(pl_module).shows_base:
             self.guards.backward_begins_without_adapters(View(pl_module))
 
-    def say_what_was_written(self, pl_module: LightningModule, *, is_aloud: bool) -> None:
+    def say_what_was_written(self, view: View, *, is_aloud: bool) -> None:
         """Let guards look at the base, which the record has just compared. ``is_aloud``: one process warns for all."""
         if is_aloud:
-            self.guards.base_compared(View(pl_module))
+            self.guards.base_compared(view)
 
     # From one phase to the next
 
@@ -318,7 +318,7 @@ class Fit(Stage):
             return super().give_back_after_error(pl_module, is_alone=is_alone)
         self._close()
         if not is_alone:
-            note_changed(pl_module)
+            note_changed(view_of(pl_module))
         return True
 
 

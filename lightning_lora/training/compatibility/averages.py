@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from lightning_lora.layers.norms import FrozenNorm
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View
 from lightning_lora.private import AVERAGE, AVERAGES_WITH
 from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import named_parameters
@@ -29,9 +29,9 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
             average.begin_from(pl_module)
 
 
-def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
+def share_base(callbacks: list[Callback], view: View) -> None:
     """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
-    frozen = view_of(pl_module).frozen
+    frozen = view.frozen
     for average in _averages(callbacks):
         for name, weight in only(View(average.copy).base, frozen).items():
             if weight.device == frozen[name].device:  # an average may be on another device

@@ -23,16 +23,17 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        note_frozen(view_of(module))
-        freeze(view_of(module))  # also the norms that sync_batchnorm has made
+        view = view_of(module)  # that code may have replaced modules
+        note_frozen(view)
+        freeze(view)  # also the norms that sync_batchnorm has made
 
 
 def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
     """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
-    view = view_of(strategy.lightning_module)
     try:
         return build()
     except Exception as error:
+        view = View(strategy.lightning_module)
         if not _names_any(error, view.adapters):
             raise
         first_error = error

@@ -52,9 +52,8 @@ class Float32Steps:
         self._while_open = ExitStack()
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Float32Steps":
+    def of(cls, view: View) -> "Float32Steps":
         """Begin with the float16 weights of a model. Most have none."""
-        view = view_of(model)
         weights = float16_weights(view)
         _refuse_spread(view.title, weights)
         steps = cls(weights.values())

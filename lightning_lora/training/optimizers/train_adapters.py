@@ -23,8 +23,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     """Replace base weights in the groups by adapters. Check all optimizers before the first is changed."""
     for optimizer in optimizers:
         unsplit(optimizer)
-    rests = _let_rest(model, optimizers)
     view = view_of(model)
+    rests = _let_rest(view, optimizers)
     scales = scales_in(view, lr_scale)
     edits = _plan(view, optimizers)
     place_rest(view, edits, rests)
@@ -35,10 +35,10 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
         edit.write(view, scales)
 
 
-def _let_rest(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
+def _let_rest(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
     """Take adapters off networks that stand still. Return layers whose adapters have learned, and train no more."""
-    unheld = _unheld(view_of(model), optimizers)
-    rests = settle(model, unheld)
+    unheld = _unheld(view, optimizers)
+    rests = settle(view, unheld)
     if rests:
         rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
     return rests

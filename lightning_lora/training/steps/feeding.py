@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -35,9 +35,8 @@ class Feeding:
     A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
     """
 
-    def __init__(self, model: LightningModule) -> None:
-        view = view_of(model)
-        self.trainer = model.trainer
+    def __init__(self, trainer: Trainer, view: View) -> None:
+        self.trainer = trainer
         self.below: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
         self.found: set[int] = set()  # parameters from which inputs of what trains were computed
         self.have_run: set[str] = set()
@@ -128,7 +127,7 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
             f"Name it yourself: exclude_modules={alone}."
         )
-    leave_alone(model, alone)
+    leave_alone(view_of(model), alone)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True

@@ -126,8 +126,9 @@ class StrategyMethods(OverlaidMethods):
             self.note_base()
         with compatibility.keeping_adapters(self.strategy.precision_plugin):
             self.original.setup(trainer)
-        view_of(self.module).begin_anew()  # which may have been converted
-        self._note_converted_base()
+        view = view_of(self.module)
+        view.begin_anew()  # the base may have been converted
+        self._note_converted_base(view)
 
     def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run."""
@@ -146,11 +147,10 @@ class StrategyMethods(OverlaidMethods):
         precision = self.strategy.precision_plugin
         if str(precision.precision) == "64-true":  # otherwise a checkpoint's values would be rounded
             precision.convert_module(self.module)
-            self._note_converted_base()
+            self._note_converted_base(view_of(self.module))
 
-    def _note_converted_base(self) -> None:
+    def _note_converted_base(self, view: View) -> None:
         """Take the base's fingerprint in another dtype."""
-        view = view_of(self.module)
         fingerprints = view.record.adapter.fingerprints
         if not fingerprints:
             return
@@ -324,7 +324,7 @@ class StrategyMethods(OverlaidMethods):
         is_first = self.strategy.is_global_zero
         checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
         if stage.phase is Phase.TRAINING:
-            stage.say_what_was_written(module, is_aloud=is_first)
+            stage.say_what_was_written(View(module), is_aloud=is_first)
         if stage.save == "adapters":
             return with_callback_named(checkpoint, view_of(module).adapter.name)
         if is_first:

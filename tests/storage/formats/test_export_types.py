@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 
 import lightning_lora as ll
+from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import run
@@ -42,7 +43,7 @@ def is_advised_against(model: Any, config: dict[str, Any], caplog: Any) -> bool:
     caplog.clear()
     module = Around(deepcopy(model))
     ll.inject_adapters(module, ll.LoRAConfig(r=2, **config))
-    advise(module, Guards())
+    advise(view_of(module), Guards())
     return "export_peft refuses 'model." in caplog.text
 
 
