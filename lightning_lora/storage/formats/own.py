@@ -11,7 +11,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage import archives, disk
+from lightning_lora.storage import archives, disk, plain_pickles
 from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
@@ -96,11 +96,11 @@ def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy:
 
 def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
-    contents = disk.load_plain(file)
+    contents = plain_pickles.load_plain(file)
     if not isinstance(contents, dict):
         return contents
     of_adapters = only(contents, ("state_dict", KEY, "model"))
-    unread = disk.unread_in(of_adapters)
+    unread = plain_pickles.unread_in(of_adapters)
     if unread:
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.moments import Guards
-from lightning_lora.storage.disk import check_output, path_here, unread_in, writing, writing_folder
+from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
@@ -24,6 +24,7 @@ from lightning_lora.storage.offline.tensor_files import (
     tensor_files,
     write_tensors,
 )
+from lightning_lora.storage.plain_pickles import unread_in
 from lightning_lora.storage.stored import dict_or_empty
 
 
