@@ -20,7 +20,7 @@ from lightning_lora.tensors.names import (
     first_names,
     is_bias,
     join,
-    named_modules,
+    modules_by_all_names,
     own_parameter,
     owner_of,
     parameters_of,
@@ -57,7 +57,7 @@ class View:
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
         self.model = plain_module(model)
-        self.modules = named_modules(model, remove_duplicate=False)
+        self.modules = modules_by_all_names(model)
         self._config = config
 
     def look_again(self, config: LoRAConfig | None = None) -> None:

@@ -11,7 +11,7 @@ from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.meant import matched_whole, several_names, wildcards
 from lightning_lora.targets.near_misses import ending_in, ends_of, last_component, last_two, similar_names
 from lightning_lora.tensors.named import not_in, of_type, where, with_values, without
-from lightning_lora.tensors.names import Modules, first_names, named_modules, owner_of, parameters_of
+from lightning_lora.tensors.names import Modules, first_names, modules_by_all_names, owner_of, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,7 +28,7 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.title = type(model).__name__
-        self.with_model = named_modules(model, remove_duplicate=False)  # the model itself has an empty name
+        self.with_model = modules_by_all_names(model)  # the model itself has an empty name
         self.modules = without(self.with_model, [""])
         self.parameters = parameters_of(self.with_model)
 

@@ -132,7 +132,8 @@ def _parameters_by_reader(names: Names, config: LoRAConfig, untouched: Set[nn.Mo
         reader = _reader_of(names, name)
         why = _why_not_there(names, name, reader)
         if why:
-            raise TargetError(f"target_parameters {list(config.target_parameters or ())} match {name!r}, but {why}.")
+            given = config.to_dict()["target_parameters"]
+            raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
         module = names.modules[reader]
         if module not in untouched:
             by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))

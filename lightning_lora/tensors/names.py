@@ -37,11 +37,16 @@ def plain_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by name. In place of a wrapped module, it is the module inside."""
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of ``model``, each by its first name. In place of a wrapped module, it is the one inside."""
+    return first_names(modules_by_all_names(model))
+
+
+def modules_by_all_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` as :func:`named_modules` does, but a shared one under each of its names."""
     named: dict[str, nn.Module] = {}
     _walk(model, "", named)
-    return first_names(named) if remove_duplicate else named
+    return named
 
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:

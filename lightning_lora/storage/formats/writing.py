@@ -20,7 +20,7 @@ from lightning_lora.storage.renaming import Renaming, entries_inside, expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
-from lightning_lora.tensors.names import is_inside, join, named_modules
+from lightning_lora.tensors.names import is_inside, join, modules_by_all_names
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ModelSource(Source):
     @cached_property
     def modules_here(self) -> dict[str, nn.Module]:
         """All modules of the model."""
-        return named_modules(self.model, remove_duplicate=False)
+        return modules_by_all_names(self.model)
 
     def as_targets(self, names: list[str]) -> list[str] | str:
         """Return the argument that means exactly the modules with these names there: a list, if no others end so."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.storage.state import copies_of
 from lightning_lora.tensors.named import of_type, only, where
-from lightning_lora.tensors.names import named_modules, starts_of
+from lightning_lora.tensors.names import modules_by_all_names, starts_of
 from lightning_lora.tensors.plain_states import StateDict, loads_in_own_way, state_dict
 from lightning_lora.tensors.values import replace_values
 
@@ -18,7 +18,7 @@ def rebuild_modules(model: nn.Module, state: StateDict, layers: Iterable[str]) -
     torch loads into whatever a module's ``_load_from_state_dict`` leaves behind. Here, the names are compared first. So
     the outermost module with such a method, above a layer that is absent, loads its own part of the state now.
     """
-    modules = named_modules(model, remove_duplicate=False)
+    modules = modules_by_all_names(model)
     asked = set[nn.Module]()
     for layer in layers:
         if layer in modules:
@@ -28,7 +28,7 @@ def rebuild_modules(model: nn.Module, state: StateDict, layers: Iterable[str]) -
             continue
         asked.add(modules[builder])
         _load_own_part(modules[builder], builder, {**state_dict(model), **state})
-        modules = named_modules(model, remove_duplicate=False)
+        modules = modules_by_all_names(model)
 
 
 def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
