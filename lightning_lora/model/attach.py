@@ -43,7 +43,7 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
 
 
 def _layers_have_changed(view: View) -> None:
-    """Follow that layers have other adapters, or none."""
+    """Tie layers, switch inference paths and look at the model again: layers have other adapters, or none."""
     tie_layers(view.modules.values())
     switch_bypasses(view.modules)
     view.look_again()

@@ -1,6 +1,6 @@
 """Optimizers in a loop of one's own that train nothing, or NaN.
 
-They were made before the adapters, or of other adapters that rest now, or of float16 weights.
+They were made before the adapters, or of other adapters that are inactive now, or of float16 weights.
 """
 
 import gc
@@ -36,7 +36,7 @@ def watch_optimizers(model: nn.Module) -> None:
 
 
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
-    """Refuse an optimizer of frozen weights below adapters, or of inactive ones, if it holds none that act."""
+    """Refuse an optimizer of frozen weights of adapted layers, or of inactive adapters, if it holds no active one."""
     if optimizer in _CHECKED:
         return
     held = _held_by(optimizer)
@@ -48,8 +48,7 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
         _check_dtypes(view, optimizer, held)
         if may_hold_a_share:
             continue
-        if frozen:
-            _check_frozen(view, optimizer, held, frozen)
+        _check_frozen(view, optimizer, held, frozen)
         if not with_gradients:
             _check_active(view, optimizer, held)
     _CHECKED.add(optimizer)
@@ -97,7 +96,7 @@ def _steps_in_float32(model: nn.Module) -> bool:
 
 
 def _check_frozen(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:
-    """Refuse an optimizer that holds frozen weights below adapters, and none of these."""
+    """Refuse an optimizer that holds frozen weights of adapted layers, and none of their adapters."""
     layers_by_weight = _layers_of_frozen_weights(view, frozen)
     adapters = _adapters_on(view, set(layers_by_weight.values()))
     if not adapters or not held.isdisjoint(adapters):
@@ -149,9 +148,8 @@ def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str
     layers_by_weight = dict[str, str]()
     frozen_weights = with_values(view.base, frozen)
     for name, layer in where(view.layers, LoRALayer.lora_trained).items():
-        for weight in joined(name, layer.lora_weights()):
-            if weight in frozen_weights:
-                layers_by_weight[weight] = name
+        frozen_of_layer = only(frozen_weights, joined(name, layer.lora_weights()))
+        layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))
     return layers_by_weight
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -254,17 +254,26 @@ def check_mergeable(view: View) -> dict[str, list[str]]:
     )
     _refuse_layers(
         view,
-        [name for name in view.layers if any(weight.is_meta for weight in view.weights_of(name))],
+        _layers_with_weights(view, view.layers, _is_without_values),
         "have no values yet (they are on the meta device). Load them first.",
     )
     tied = tied_weights(view)
     _refuse_layers(
         view,
-        [name for name in tied if any(is_dtensor(weight) for weight in view.weights_of(name))],
+        _layers_with_weights(view, tied, is_dtensor),
         "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
         "the adapters, and merge them into the model on one device.",
     )
     return tied
+
+
+def _is_without_values(weight: Tensor) -> bool:
+    return weight.is_meta
+
+
+def _layers_with_weights(view: View, layers: Iterable[str], holds: Callable[[Tensor], bool]) -> list[str]:
+    """Those of these layers that have a weight of which a condition holds."""
+    return [name for name in layers if any(holds(weight) for weight in view.weights_of(name))]
 
 
 def _refuse_layers(view: View, layers: Collection[str], why: str) -> None:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, put_on
@@ -61,28 +61,26 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     shown = only(view.parameters, names)
     if len(shown) < len(names):  # prune or weight_norm computes the others
         return False
-    if not all(_is_tie_present(view, name) for name in names):
+    tied = only(view.record.base.after_merge.seen_tied, names)
+    if not all(_is_tie_present(view, name) for name in tied):
         return False
     return all(_is_still(view, name) for name in names) or _is_merged_anew(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
     """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
-    merge = view.record.base.after_merge
-    if name not in merge.seen_tied:
-        return True
     shown = view.parameters[name]
-    tied = merge.bases[name]
+    tied = view.record.base.after_merge.bases[name]
     is_present = tied in set(view.parameters.values())
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
 
 
 def _is_still(view: View, name: str) -> bool:
     """Whether a merged weight, and its other use if it was tied, have the values that the merge left."""
-    merge = view.record.base.after_merge
-    if name in merge.seen_tied and not merge.seen_tied[name].is_still(merge.bases[name]):
+    after_merge = view.record.base.after_merge
+    if name in after_merge.seen_tied and not after_merge.seen_tied[name].is_still(after_merge.bases[name]):
         return False
-    return merge.seen[name].is_still(view.parameters[name])
+    return after_merge.seen[name].is_still(view.parameters[name])
 
 
 def _is_merged_anew(view: View, layer: str, adapter: Adapter) -> bool:
@@ -91,10 +89,11 @@ def _is_merged_anew(view: View, layer: str, adapter: Adapter) -> bool:
     weights = {name: own_parameter(module, name) for name in adapter.weights}
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
         return False
-    shown = {name: weight.data for name, weight in weights.items()}
+    shown = dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, weight in weights.items():
-            undo.callback(replace_values, weight, shown[name])
+            shown[name] = weight.data
+            undo.callback(replace_values, weight, weight.data)
         _show_base_as_merged(view, layer, adapter, weights)
         put_on(module, adapter)
         undo.callback(module.lora_detach)
@@ -110,7 +109,7 @@ def _show_base_as_merged(view: View, layer: str, adapter: Adapter, weights: Mapp
     device = next(iter(weights.values())).device
     for parameter in adapter.parameters.values():
         replace_values(parameter, parameter.data.to(device))
-    merge = view.record.base.after_merge
-    for name, base in merge.bases_of(layer, adapter.weights).items():
-        dtype = merge.seen[join(layer, name)].dtype
+    after_merge = view.record.base.after_merge
+    for name, base in after_merge.bases_of(layer, adapter.weights).items():
+        dtype = after_merge.seen[join(layer, name)].dtype
         replace_values(weights[name], base.data.to(weights[name].device, dtype))

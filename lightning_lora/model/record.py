@@ -91,7 +91,7 @@ class Record:
         self._become(State.MERGED_BASE_SHOWN if self.is_merged else State.BASE_SHOWN)
 
     def adapter_is_shown(self) -> None:
-        """They have their effect again."""
+        """The active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
         self.base.put_aside = {}
 

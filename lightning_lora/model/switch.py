@@ -113,9 +113,7 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     check_known(record, name, model)
     if name in record.others:
         return record.others[name].inactive_adapters
-    if record.is_merged:
-        return record.merged
-    return {layer_name: layer.lora_adapter() for layer_name, layer in View(model).layers.items()}
+    return View(model).active_adapters
 
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
@@ -153,7 +151,7 @@ def move_to_model(view: View, state: AdapterState) -> None:
     check_switchable(view)
     check_weights(view)
     _check_still_there(view, state)
-    _follow_kinds(view, state)
+    _update_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, tensor in state.inactive_tensors.items():
@@ -176,7 +174,7 @@ def _check_still_there(view: View, state: AdapterState) -> None:
         )
 
 
-def _follow_kinds(view: View, state: AdapterState) -> None:
+def _update_kinds(view: View, state: AdapterState) -> None:
     """Give an inactive adapter the kinds of its layers, which may have been quantised since."""
     for name, adapter in state.inactive_adapters.items():
         if adapter.kind in ADAPTERS.values():  # the others are for any layer

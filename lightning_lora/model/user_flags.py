@@ -13,7 +13,7 @@ from lightning_lora.tensors.names import owner_of
 def note_what_the_user_set(view: View) -> None:
     """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
     _refuse_frozen_networks(view)
-    if not view.is_adapted or view.is_merged:
+    if not view.is_on_layers:
         return
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     _note_thawed(view)

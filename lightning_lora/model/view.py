@@ -11,7 +11,7 @@ from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.states import USE
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, weights_of
+from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, quantised_entries, weights_of
 from lightning_lora.model.record import Record, record_of, record_on, records_in
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
@@ -126,6 +126,13 @@ class View:
         return first_names(self.layers_by_all_names)
 
     @cached_property
+    def active_adapters(self) -> dict[str, Adapter]:
+        """The active adapter of each layer, merged or not. They share its parameters."""
+        if self.is_merged:
+            return self.record.merged
+        return {name: layer.lora_adapter() for name, layer in self.layers.items()}
+
+    @cached_property
     def recorded(self) -> set[str]:
         """The layers that a record knows of: not those that other code has copied with their adapters since."""
         recorded = set[str]()
@@ -177,12 +184,8 @@ class View:
     def adapters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapters, merged or not."""
         adapters = dict[str, nn.Parameter]()
-        if self.is_merged:
-            for name, adapter in self.record.merged.items():
-                adapters.update(prefixed(name, adapter.parameters))
-        else:
-            for name, layer in self.layers.items():
-                adapters.update(prefixed(name, layer.lora_parameters()))
+        for name, adapter in self.active_adapters.items():
+            adapters.update(prefixed(name, adapter.parameters))
         return adapters
 
     @cached_property
