@@ -13,6 +13,7 @@ from tests.benchmarks.measure import Bench, ratios, saved_bytes
 from tests.benchmarks.models import Projections
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
 from tests.benchmarks.ways import ARITHMETIC, OURS, each_way, linear_names
+from tests.support.parameters import trainable
 
 BENCH = Bench(torch.device("cpu"), rounds=2)
 
@@ -40,8 +41,7 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
     found = {}
     for name, each in ways.items():
         outputs = torch.stack(each(x))
-        trained = [p for p in each.parameters() if p.requires_grad]
-        found[name] = [outputs, *torch.autograd.grad(outputs.square().sum(), [x, *trained])]
+        found[name] = [outputs, *torch.autograd.grad(outputs.square().sum(), [x, *trainable(each)])]
         with torch.no_grad():
             torch.testing.assert_close(torch.stack(each(x)), outputs)
     torch.testing.assert_close(found[OURS], found[ARITHMETIC])

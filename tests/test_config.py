@@ -36,10 +36,13 @@ def test_a_bad_argument_is_an_error_that_names_it(name: str, cls: Any) -> None:
             cls(**{name: bad})
 
 
-def test_bad_arguments_of_the_callback_alone_are_errors_that_name_them() -> None:
-    for bad in (True, "first", None):
-        with pytest.raises(ConfigError, match="merge"):
-            LoRACallback(merge=bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bad", [True, "first", None])
+def test_bad_arguments_of_the_callback_alone_are_errors_that_name_them(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="merge"):
+        LoRACallback(merge=bad)
+
+
+def test_a_callback_is_given_the_arguments_themselves() -> None:
     with pytest.raises(ConfigError, match="Pass the arguments themselves"):
         LoRACallback(LoRAConfig(r=2))  # type: ignore[arg-type]
 
@@ -109,10 +112,10 @@ HINTS = {
 
 
 @pytest.mark.parametrize("name", HINTS)
-def test_unknown_arguments_are_refused_with_those_to_use(name: str) -> None:
-    for cls in (LoRAConfig, LoRACallback, Noted):
-        with pytest.raises(ConfigError, match=f"unknown arguments. task_type: leave it out.*; {name}: {HINTS[name]}"):
-            cls(**{"r": 8, "task_type": "CAUSAL_LM", name: 1})  # type: ignore[arg-type]
+@pytest.mark.parametrize("cls", [LoRAConfig, LoRACallback, Noted])
+def test_unknown_arguments_are_refused_with_those_to_use(name: str, cls: Any) -> None:
+    with pytest.raises(ConfigError, match=f"unknown arguments. task_type: leave it out.*; {name}: {HINTS[name]}"):
+        cls(**{"r": 8, "task_type": "CAUSAL_LM", name: 1})  # type: ignore[arg-type]
 
 
 def test_a_configuration_names_arguments_of_the_callback() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.faults import fork
 from tests.support.models import ADAPTERS, LitTiny, X, data, lora, trainer
 
@@ -45,13 +46,6 @@ def adapted(model: Any) -> Any:
 
 def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(dict(model.state_dict()))
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Refuse any difference, bit for bit."""
-    assert list(one) == list(other)
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 class TwoNetworks(LitTiny):
@@ -118,7 +112,7 @@ def test_unmerging_gives_every_bit_back() -> None:
     before = copy_of_state(model)
     ll.merge_adapters(model)
     ll.unmerge_adapters(model)
-    assert_same(copy_of_state(model), before)
+    assert_same_tensors(copy_of_state(model), before)
 
 
 # A fit
@@ -128,8 +122,7 @@ def test_training_changes_the_adapters_and_nothing_else(tmp_path: Path) -> None:
     model = LitTiny()
     base = copy_of_state(model)
     fitted(tmp_path, model, merge=False)
-    for name, value in base.items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert_holds(model.state_dict(), base)
     for name in ADAPTERS:
         assert model.state_dict()[name].count_nonzero() > 0
 
@@ -154,7 +147,7 @@ def test_after_a_fit_the_module_is_plain_and_merged(tmp_path: Path) -> None:
 def test_an_evaluation_with_nothing_to_load_adds_nothing(tmp_path: Path) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora()]).test(model, data(), verbose=False)
-    assert_same(copy_of_state(model), copy_of_state(LitTiny()))
+    assert_same_tensors(copy_of_state(model), copy_of_state(LitTiny()))
 
 
 def test_what_stands_still_beside_what_trains_stays_as_it_is(tmp_path: Path) -> None:
@@ -226,7 +219,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path: Path) -> None
     resumed = LitTiny()
     fitted(tmp_path, resumed, merge=False, dropout=0.1, ckpt_path=tmp_path / "cut.ckpt")
 
-    assert_same(ll.adapter_state_dict(resumed), ll.adapter_state_dict(through))
+    assert_same_tensors(ll.adapter_state_dict(resumed), ll.adapter_state_dict(through))
 
 
 class WithSGD(LitTiny):
@@ -284,7 +277,7 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path) -> N
     before = copy_of_state(other)
     with pytest.raises(ll.BaseMismatchError, match="q_proj"):
         ll.load_adapter(other, tmp_path / "adapter.safetensors")
-    assert_same(copy_of_state(other), before)
+    assert_same_tensors(copy_of_state(other), before)
 
 
 def test_a_file_in_which_one_bit_was_flipped_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Limits:
 
 LIMITS = {
     HOUSE: Limits(25, 34.2, 0.035, 2.68, 1),
-    TESTS: Limits(11.9, 27.4, 0.063, 2.54, 3),
+    TESTS: Limits(10.1, 19.4, 0.053, 2.49, 0),
     EXAMPLES: Limits(18.7, 34, 0.046, 2.79, 0),
 }
 

@@ -247,11 +247,11 @@ def test_grids_are_pooled_as_far_as_all_matrices_go_and_i_stops_there_too() -> N
 # Metrics of torchmetrics
 
 
-def test_one_number_is_pooled() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "max", "min"])
+def test_one_number_is_pooled(reduction: Any) -> None:
     model = two()
     each = torch.stack(list(UpdateNorm()(model).values()))
-    for reduction in ("mean", "max", "min"):
-        assert UpdateNorm(reduction=reduction)(model) == getattr(each, reduction)()  # type: ignore[arg-type]
+    assert UpdateNorm(reduction=reduction)(model) == getattr(each, reduction)()
 
 
 def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,21 +303,18 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
     assert not metric.norms
 
 
-def test_an_unknown_word_is_refused() -> None:
-    words: list[tuple[Any, str]] = [
-        (UpdateNorm, "reduction"),
-        (Amplification, "directions"),
-        (SubspaceSimilarity, "side"),
-    ]
-    for metric, name in words:
-        with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
-            metric(**{name: "sum"})
+@pytest.mark.parametrize(
+    ("metric", "name"), [(UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")]
+)
+def test_an_unknown_word_is_refused(metric: Any, name: str) -> None:
+    with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
+        metric(**{name: "sum"})
 
 
-def test_a_number_of_directions_begins_at_one() -> None:
-    for number in ({"i": 0}, {"i": 2, "j": -1}, {"j": 2}):
-        with pytest.raises(ll.ConfigError, match="Expected numbers from 1 on, and j only with i"):
-            SubspaceSimilarity(**number)
+@pytest.mark.parametrize("number", [{"i": 0}, {"i": 2, "j": -1}, {"j": 2}])
+def test_a_number_of_directions_begins_at_one(number: Any) -> None:
+    with pytest.raises(ll.ConfigError, match="Expected numbers from 1 on, and j only with i"):
+        SubspaceSimilarity(**number)
 
 
 # In a Trainer, and over processes

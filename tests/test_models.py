@@ -129,11 +129,11 @@ class Lit(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
+@torch.no_grad()
 def run(model: Lit) -> Tensor:
     """All that the model puts out in eval mode, as one vector."""
-    with torch.no_grad():
-        outputs = tree_leaves(model.eval()())
-        return torch.cat([x.flatten() for x in outputs if is_float(x)])
+    outputs = tree_leaves(model.eval()())
+    return torch.cat([x.flatten() for x in outputs if is_float(x)])
 
 
 FAST = "torch.backends.mha._is_fastpath_enabled"

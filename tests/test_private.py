@@ -31,13 +31,16 @@ class Doubles(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", private.RECURRENT_LISTS)
+def test_each_private_name_of_recurrent_layers_is_there(name: str) -> None:
+    assert hasattr(nn.GRU(2, 2), name)
+
+
 def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
     storage = torch.storage.TypedStorage(2, dtype=torch.int8)
     assert getattr(storage, private.STORAGE_BYTES).nbytes() == 2
     doubled = Doubles.apply(torch.ones(1, requires_grad=True))
     assert getattr(doubled.grad_fn, private.NODE_FUNCTION) is Doubles
-    for name in private.RECURRENT_LISTS:
-        assert hasattr(nn.GRU(2, 2), name)
     assert getattr(DDPStrategy(start_method="fork"), private.START_METHOD) == "fork"
     assert getattr(LitTiny(), private.HPARAMS_NAME) == "kwargs"
 

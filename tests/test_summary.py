@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LoRASummary
+from tests.support.messages import assert_in_text
 from tests.support.models import LitTiny, TinyLM, aged, data, trainer
 from tests.support.parameters import bytes_of, count_of, trainable
 
@@ -56,8 +57,7 @@ def test_summary_counts_what_trains_and_what_it_costs(build: Callable[[], nn.Mod
 
 def test_summary_prints_every_layer_of_a_plain_model_too() -> None:
     shown = str(summarize(TinyLM()))
-    for name in ("embed", "q_proj", "v_proj", "norm"):
-        assert name in shown
+    assert_in_text(["embed", "q_proj", "v_proj", "norm"], shown)
     assert "TinyLM is a plain model" in shown
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2))
@@ -179,9 +179,7 @@ def test_a_fit_shows_the_fifteen_rows_that_train_most_and_counts_the_others() ->
     frozen = sum(9 * width for width in widths) + 16  # with biases, and with the norm
     assert rows[15] == ["6 other layers: lightning_lora.summarize(model)", "", "–", f"{trained}", f"{frozen}"]
     assert rows[16][0] == "Total"
-    in_full = str(summarize(model))
-    for name in (*names, "norm"):
-        assert name in in_full
+    assert_in_text([*names, "norm"], str(summarize(model)))
 
 
 class WithSGD(LitTiny):

@@ -16,6 +16,7 @@ from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError, ad
 from tests.support.cases import StopError, same_parts
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, data, is_plain, same, state, trainer
+from tests.support.parameters import chosen
 
 HEAD = {"modules_to_save": ["head"]}
 
@@ -88,8 +89,8 @@ def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file:
     other = torch.load(sweep.directory / f"{name}.ckpt", weights_only=True)
     assert one["optimizer_states"][0]["state"]
     assert one["global_step"] == other["global_step"]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
-        assert same_parts(one[key], other[key]), key
+    stages = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
+    assert same_parts(chosen(one, stages), chosen(other, stages))
     return made[-1].lightning_module
 
 

@@ -3,7 +3,8 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,10 +111,6 @@ def grow_in_merge() -> tuple[int, int]:
 
 if __name__ == "__main__":
     what = sys.argv[1]
-    if what == "fit":
-        found: object = grow_in_fit()
-    elif what == "merge":
-        found = grow_in_merge()
-    else:
-        found = grow(what)
-    print(json.dumps(found))
+    measures: dict[str, Callable[[], object]] = {way: partial(grow, way) for way in WAYS}
+    measures |= {"fit": grow_in_fit, "merge": grow_in_merge}
+    print(json.dumps(measures[what]()))

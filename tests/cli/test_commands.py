@@ -20,6 +20,7 @@ import lightning_lora as ll
 from lightning_lora.cli.main import main
 from tests.support.compared import assert_same_tensors
 from tests.support.faults import adapted
+from tests.support.messages import assert_in_text
 from tests.support.models import LitTiny
 from tests.support.storage import rewrite, saved
 
@@ -28,12 +29,6 @@ from tests.support.storage import rewrite, saved
 def file(tmp_path: Path) -> str:
     ll.save_adapter(adapted(), tmp_path / "a.safetensors")
     return str(tmp_path / "a.safetensors")
-
-
-def assert_in_all(parts: list[str], text: str) -> None:
-    """Expect all these parts in a text."""
-    for part in parts:
-        assert part in text
 
 
 def says(capsys: Any) -> str:
@@ -55,7 +50,7 @@ SHOWN = ["q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors",
 
 def test_inspect_shows_what_a_file_holds_as_tables(file: str, capsys: Any) -> None:
     assert main(["inspect", file]) == 0
-    assert_in_all(SHOWN, capsys.readouterr().out)
+    assert_in_text(SHOWN, capsys.readouterr().out)
 
 
 def test_inspect_shows_what_a_file_holds_as_json(file: str, capsys: Any) -> None:
@@ -155,7 +150,7 @@ def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path
     saved(path, model, r=4, alpha=None, rank_pattern={r"1\.query": 2})
     assert main(["inspect", str(path)]) == 0
     rows = ["0,2-3.query (×3)", "1.query ", "*.value (×4)", "alpha=None"]
-    assert_in_all(rows, capsys.readouterr().out)
+    assert_in_text(rows, capsys.readouterr().out)
 
 
 def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,9 +198,9 @@ def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest
     ll.export_peft(adapted(), folder)
     advice = ["holds adapters of PEFT", "save_adapter(model, 'adapter.safetensors')"]
     assert main(["inspect", str(folder)]) == 1
-    assert_in_all(advice, says(capsys))
+    assert_in_text(advice, says(capsys))
     assert main(["export", f"{folder}/adapter_model.safetensors", f"{folder}/out"]) == 1
-    assert_in_all(advice, says(capsys))
+    assert_in_text(advice, says(capsys))
 
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"

@@ -215,11 +215,11 @@ def adapt(case: Case, run: Run, folder: Path, numbers: Tensor) -> str:
     return compare(predicted(case, model), predicted(case, run.model), numbers)
 
 
+@torch.no_grad()
 def predicted(case: Case, model: Any) -> Tensor:
     """The numbers of a model as its users have it after a fit."""
     case.network(model).eval()
-    with torch.no_grad():
-        return case.predict(model)
+    return case.predict(model)
 
 
 def predict(case: Case, run: Run, numbers: Tensor) -> str:

@@ -99,15 +99,15 @@ def traced_layer(tokens: int, differentiates: bool) -> tuple[Any, list[Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
-def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 400])
+def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool, rows: int) -> None:
     traced, tensors = traced_layer(tokens, differentiates)
     _, _, a, b = tensors
-    for rows in (1, 3, 400):
-        x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
-        output = traced(x)
-        expected = composed(x, *tensors, 4.0)
-        torch.testing.assert_close(output, expected)
-        assert_same_gradients(output.square().sum(), expected.square().sum(), [x, a, b])
+    x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    output = traced(x)
+    expected = composed(x, *tensors, 4.0)
+    torch.testing.assert_close(output, expected)
+    assert_same_gradients(output.square().sum(), expected.square().sum(), [x, a, b])
 
 
 class Other(Tensor):

@@ -56,9 +56,8 @@ def test_merge_says_what_share_of_the_update_rounding_took() -> None:
     dtype = torch.bfloat16
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
     inject_adapters(model, LoRAConfig(r=4, alpha=None))
-    with torch.no_grad():
-        model[0].lora_B.normal_(std=0.1)
-        model[1].lora_B.normal_(std=1e-6)
+    nn.init.normal_(model[0].lora_B, std=0.1)
+    nn.init.normal_(model[1].lora_B, std=1e-6)
     delta = (model[1].lora_B @ model[1].lora_A).double()
     weight = model[1].weight.double()
     rounded = (weight + delta).to(dtype).double()

@@ -50,13 +50,13 @@ def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any
     assert_all_equal(output_and_gradient(model, x), before)
 
 
+@torch.no_grad()
 def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
     model = nn.Sequential(adapted(Scaled(8, 8)))
     x = torch.randn(4, 8).double()
-    with torch.no_grad():
-        expected = model(x)
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(model, [x] * 400))
+    expected = model(x)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(model, [x] * 400))
     assert_all_equal(found, [expected] * 400)
 
 

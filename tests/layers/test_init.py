@@ -15,10 +15,10 @@ from tests.support.models import randomise
 from tests.support.parameters import trainable, trainable_names
 
 
-def test_each_word_is_one_object_in_the_table() -> None:
+@pytest.mark.parametrize("name", get_args(Init))
+def test_each_word_is_one_object_in_the_table(name: str) -> None:
     assert set(get_args(Init)) == INITIALISATIONS.keys()
-    for name, each in INITIALISATIONS.items():
-        assert each.name == name
+    assert INITIALISATIONS[name].name == name
 
 
 def drawn(init: str, *size: int) -> Tensor:
@@ -140,8 +140,7 @@ def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(
     assert torch.equal(adapter_state_dict(model)[factor], adapter_state_dict(pretrained)[factor])
     x = torch.randn(3, 6).to(dtype)
     assert torch.equal(model(x), nn.functional.linear(x, weight))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.randn(7, 6))
+    nn.init.normal_(model[0].weight)
     inject_adapters(model, how)  # as a Trainer does before it trains
     assert torch.equal(model(x), nn.functional.linear(x, model[0].weight))
 
@@ -236,6 +235,7 @@ def nudge(parameter: Tensor) -> None:
     parameter.add_(step * torch.randn_like(parameter))
 
 
+@torch.no_grad()
 def test_small_updates_from_a_start_keep_their_precision_in_half_precision() -> None:
     """The update is a small difference of two large products, which half precision would round away."""
     torch.manual_seed(0)
@@ -243,13 +243,12 @@ def test_small_updates_from_a_start_keep_their_precision_in_half_precision() -> 
     inject_adapters(model, LoRAConfig(r=8, init="pissa"))
     layer: Any = model[0]
     x = torch.randn(16, 64)
-    with torch.no_grad():
-        nudge(layer.lora_A)
-        nudge(layer.lora_B)
-        layer.weight.zero_()  # to see the update alone
-        now = layer.lora_B.double() @ layer.lora_A.double()
-        start = layer.lora_B0.double() @ layer.lora_A0.double()
-        with torch.autocast("cpu", torch.bfloat16):
-            update = model(x)
+    nudge(layer.lora_A)
+    nudge(layer.lora_B)
+    layer.weight.zero_()  # to see the update alone
+    now = layer.lora_B.double() @ layer.lora_A.double()
+    start = layer.lora_B0.double() @ layer.lora_A0.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        update = model(x)
     exact = x.double() @ (now - start).T
     assert (update.double() - exact).norm() < 0.02 * exact.norm()

@@ -12,7 +12,7 @@ import lightning_lora as ll
 from tests.support.compared import assert_state
 from tests.support.layers import LAYERS, Model, config, factors, reference, train
 from tests.support.models import state
-from tests.support.parameters import trainable
+from tests.support.parameters import add_to, trainable
 
 KINDS: dict[str, list[str]] = {
     "dora": ["linear", "conv1d", "normalised", "embedding", "convolution", "grouped convolution"],
@@ -126,8 +126,7 @@ def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor
     model = nn.Sequential(nn.Linear(6, 5))
     ll.inject_adapters(model, ll.LoRAConfig(r=2, **arguments))
     parameter = model.get_parameter(f"0.{factor}")
-    with torch.no_grad():
-        parameter.mul_(2)
+    add_to(parameter, 1)
     trained = parameter.detach().clone()
     with pytest.warns(ll.LoRAWarning, match="below trained adapters"):
         model.load_state_dict({"0.weight": torch.randn(5, 6), "0.bias": torch.zeros(5)})

@@ -120,10 +120,10 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
     assert_same_tensors(bits(model), frozen)
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module) -> Tensor:
     """Run it without gradients, after which bitsandbytes may hold a weight in another layout."""
-    with torch.no_grad():
-        return model.eval()(BATCH)
+    return model.eval()(BATCH)
 
 
 def gradient(model: nn.Sequential) -> Tensor:
@@ -229,8 +229,7 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_plain(
     other = copy.deepcopy(here)
     with pytest.warns(ll.LoRAWarning, match="the same; 2 quantised weights were not compared"):
         ll.load_adapter(here, file)
-    with torch.no_grad():
-        other[2].bias[0] += 1
+    add_to(other[2].bias, 1)
     with pytest.raises(ll.BaseMismatchError, match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights"):
         ll.load_adapter(other, file)
     with pytest.warns(ll.LoRAWarning, match="1 of 2 frozen tensors"):
@@ -247,13 +246,13 @@ def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+@torch.no_grad()
 def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind: str) -> None:
     model = build(PLAIN)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]), name="first")
     nn.init.normal_(model[0].lora_B)  # type: ignore[arg-type]
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["2"]), name="second")
-    with torch.no_grad():
-        plain: Any = model[0](BATCH)
+    plain: Any = model[0](BATCH)
     model[0] = KINDS[kind](model[0])
     ll.set_adapter(model, "first")
     assert (model[0](BATCH) - plain).abs().max() > 0.1  # its update
@@ -262,15 +261,15 @@ def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind:
 
 
 @pytest.mark.parametrize("double", [False, True])
+@torch.no_grad()
 def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bool) -> None:
     layer = bnb.nn.Linear4bit(128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double)
     model = nn.Sequential(layer).to("cpu")
     x = torch.randn(4, 128)
-    with torch.no_grad():
-        before = model.train()(x)
-        model.eval()(x)  # on some processors, this packs it
-        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
-        assert (model.train()(x) - before).abs().max() < 0.01 * before.abs().max()
+    before = model.train()(x)
+    model.eval()(x)  # on some processors, this packs it
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+    assert (model.train()(x) - before).abs().max() < 0.01 * before.abs().max()
 
 
 @pytest.mark.parametrize(("kind", "trial"), [("nf4", False), ("int8", True), ("torchao int8", False)])

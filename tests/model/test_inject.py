@@ -18,7 +18,7 @@ from lightning_lora.model.trainer_only import TRAINER_ONLY
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state
-from tests.support.parameters import trainable
+from tests.support.parameters import add_to, trainable
 from tests.support.storage import trained
 
 
@@ -169,9 +169,8 @@ def build(*, merged: bool, config: ll.LoRAConfig = CONFIG, rows: int = 3) -> Mod
     model = Model()
     ll.inject_adapters(model, config)
     randomise(model)
-    with torch.no_grad():
-        model.extra.weight.add_(1)
-        model.norm.running_mean.add_(rows)
+    add_to(model.extra.weight, 1)
+    add_to(model.norm.running_mean, rows)
     model.bank = torch.ones(rows, 2)
     if merged:
         ll.merge_adapters(model)

@@ -18,7 +18,7 @@ from tests.benchmarks.measure import peak_growth
 from tests.support.compared import assert_same_state, assert_state
 from tests.support.faults import unchanged
 from tests.support.models import TinyLM, as_trained, is_plain, randomise, state, unties
-from tests.support.parameters import nan_at, trainable_names
+from tests.support.parameters import flags_of, nan_at, trainable_names
 
 
 @unties
@@ -163,8 +163,7 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_sa
     ll.merge_adapters(model, keep_base=False)  # again, which ends it
     torch.testing.assert_close(model(x), output)
     assert is_plain(model)
-    for p in model.parameters():
-        assert p.requires_grad
+    assert all(flags_of(model).values())
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
@@ -209,9 +208,9 @@ def merged() -> tuple[Model, dict[str, Tensor]]:
     return model, before
 
 
+@torch.no_grad()
 def write(model: nn.Module, name: str, amount: float = 1.0) -> None:
-    with torch.no_grad():
-        model.get_parameter(name).view(-1)[1] += amount  # between the samples of a quick look
+    model.get_parameter(name).view(-1)[1] += amount  # between the samples of a quick look
 
 
 def replace(model: nn.Module, name: str) -> None:
@@ -264,11 +263,13 @@ STEPS = [*COPIES.values(), loads_its_own_state, lays_out_otherwise]
 
 @unties
 @pytest.mark.parametrize("first", STEPS)
-def test_copies_of_copies_are_unmerged_exactly_with_the_same_values_in_other_memory(first: Callable[..., Any]) -> None:
-    for second in STEPS:
-        model, before = merged()
-        model = second(first(model))
-        ll.unmerge_adapters(model)
-        assert_state(model, before)
-        assert model.head.weight is model.embed.weight
-        assert model.again is model.q
+@pytest.mark.parametrize("second", STEPS)
+def test_copies_of_copies_are_unmerged_exactly_with_the_same_values_in_other_memory(
+    first: Callable[..., Any], second: Callable[..., Any]
+) -> None:
+    model, before = merged()
+    model = second(first(model))
+    ll.unmerge_adapters(model)
+    assert_state(model, before)
+    assert model.head.weight is model.embed.weight
+    assert model.again is model.q

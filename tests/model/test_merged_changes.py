@@ -22,10 +22,10 @@ CHANGED = "changed since its adapters were merged"
 class Clips(LitTiny):
     """A module that clips all its weights after each step, as a WGAN's critic does: the frozen ones too."""
 
+    @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        with torch.no_grad():
-            for p in self.parameters():
-                p.clamp_(-0.3, 0.3)
+        for p in self.parameters():
+            p.clamp_(-0.3, 0.3)
 
 
 def assert_read_back(path: Path, model: LitTiny) -> None:

@@ -32,13 +32,14 @@ from tests.support.oracle import (
     Oracle,
     Tensors,
     assert_close,
-    chosen,
     factors_of,
+    flags_of,
     meaning,
     updated,
     wide,
     without,
 )
+from tests.support.parameters import chosen, cloned
 
 SEEDS = st.integers(0, 99)
 BOOLS = st.booleans()
@@ -80,10 +81,6 @@ def freeze(model: nn.Module, layers: set[str]) -> None:
     for name, p in model.named_parameters():
         if name.removesuffix(".bias") in layers:
             p.requires_grad_(False)
-
-
-def flags_of(model: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
@@ -290,7 +287,7 @@ class Orders(RuleBasedStateMachine):
         expected = self.it.stored()
         assert stored.keys() == expected.keys()
         assert_holds(wide(stored), expected)
-        self.states.append({name: value.detach().clone() for name, value in stored.items()})
+        self.states.append(cloned(stored))
 
     @with_states
     @rule(which=SEEDS)

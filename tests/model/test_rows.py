@@ -33,7 +33,7 @@ from lightning_lora.functional.batch_rows import taken
 from tests.support.compared import assert_all_equal, assert_state
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM, state
-from tests.support.parameters import chosen, gradients, trainable
+from tests.support.parameters import chosen, gradients, move_randomly, trainable
 
 Names = list[str | None]
 MIXED: Names = ["de", None, "fr"]
@@ -56,9 +56,7 @@ def with_adapters(model: nn.Module, de: LoRAConfig = ALL, fr: LoRAConfig = ALL) 
 def move(model: nn.Module, seed: int) -> None:
     """Move what trains."""
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in trainable(model):
-            p.add_(torch.randn_like(p), alpha=0.3)
+    move_randomly(trainable(model), 0.3)
 
 
 def linear(*more: nn.Module, **each: LoRAConfig) -> tuple[Any, Tensor]:

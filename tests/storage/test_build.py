@@ -20,6 +20,7 @@ from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
 from tests.support.compared import assert_same_state, assert_state
 from tests.support.faults import edited
+from tests.support.messages import warned_by
 from tests.support.models import TRAINED, LitTiny, X, data, lora, state, trainer
 from tests.support.storage import fitted
 
@@ -98,9 +99,7 @@ def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
     model = Strict(False)
     path = written_by_trainer(tmp_path / "a.ckpt", model, save=save, weights_only=weights_only)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer(tmp_path).test(Strict(False), data(), ckpt_path=path, verbose=False)
+    caught = warned_by(trainer(tmp_path).test, Strict(False), data(), ckpt_path=path, verbose=False)
     assert asks_for_the_callback(caught) is needs_callback
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.cases import held
+from tests.support.cases import file_names, held
 from tests.support.fits import fit
 from tests.support.models import TRAINED, LitTiny, X, as_trained, is_plain, lora
+from tests.support.parameters import flags_of
 from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained
 
 
@@ -153,7 +154,7 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, 
     for name in adapters:
         ll.save_adapter(model, f"~/{name}")
         restores(f"~/{name}", model)
-    assert sorted(path.name for path in home.iterdir()) == sorted(checkpoints + adapters)
+    assert file_names(home) == sorted(checkpoints + adapters)
 
 
 class Shared(LitTiny):  # a module that uses one layer under two names, each in a part of its own
@@ -199,8 +200,7 @@ def test_load_from_checkpoint_merges_for_good_if_asked(tmp_path: Path) -> None:
     model = fitted(file, LitTiny(lr=0.01))
     merged = ll.load_from_checkpoint(LitTiny, file, merge=True, lr=0.2)
     assert is_plain(merged)
-    for p in merged.parameters():
-        assert p.requires_grad
+    assert all(flags_of(merged).values())
     assert merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
     with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):  # it remembers nothing

@@ -12,6 +12,7 @@ import lightning_lora as ll
 from tests.support.compared import assert_holds, assert_same_state
 from tests.support.fits import fit
 from tests.support.models import LitTiny, best, lora, needs_averaging
+from tests.support.parameters import add_to
 from tests.support.storage import fitted, refused, restores, saved
 
 
@@ -63,8 +64,7 @@ def test_adapters_need_the_architecture_of_their_base(file: Path) -> None:
 def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(tmp_path: Path) -> None:
     _, (first, _) = drifted(tmp_path)
     wrong = Drifts()
-    with torch.no_grad():
-        wrong.embed.weight.mul_(0.9)
+    add_to(wrong.embed.weight, 0.1)
     wrong.bfloat16()
     says = "1 of 5 frozen tensors of Drifts differ, such as 'embed.weig"
     with refused(wrong, ll.BaseMismatchError, says):
@@ -90,8 +90,7 @@ def half_precision_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(half_precision_file: Path) -> None:
     """The error is about the one that is here."""
     other = LitTiny().bfloat16()
-    with torch.no_grad():
-        other.embed.weight.neg_()
+    add_to(other.embed.weight, 1)
     with pytest.raises(ll.BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
         ll.load_adapter(other, half_precision_file)
     ll.load_adapter(LitTiny(), half_precision_file)

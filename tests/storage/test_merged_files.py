@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.cases import three
+from tests.support.cases import file_names, three
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, state, trainer
@@ -189,7 +189,7 @@ def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
         ll.save_merged(model, f"memory://bucket/{name}")
     ll.save_merged(model, f"file://{tmp_path}/{name}")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert file_names(tmp_path) == [name]
 
 
 def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_urls_of_exports_are_folders_here_or_refused(tmp_path: Path, monkeypatch
     ll.export_peft(model, f"file://{tmp_path}/peft")
     with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
         ll.export_peft(model, "memory://bucket/peft")
-    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+    assert file_names(tmp_path) == ["peft"]
 
 
 @pytest.fixture

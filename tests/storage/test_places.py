@@ -10,6 +10,7 @@ import pytest
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage import disk
+from tests.support.cases import file_names
 from tests.support.compared import assert_same_state
 from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import goes_on, refused, restores, trained
@@ -42,7 +43,7 @@ def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsew
     assert_read_and_written(elsewhere, model, t)
     assert_read_and_written(f"file://{tmp_path}", model, t)
     assert_read_and_written(str(tmp_path), model, t)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "a.safetensors"]
+    assert file_names(tmp_path) == ["a.ckpt", "a.safetensors"]
 
 
 def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:

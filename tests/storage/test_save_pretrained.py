@@ -43,9 +43,9 @@ def adapted(model: Any = None, **config: Any) -> Any:
     return as_trained(model or LitGPT2(), **{"target_modules": ["c_attn", "c_proj"]} | config)
 
 
+@torch.no_grad()
 def output(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(X[None, :8]).logits
+    return model.eval()(X[None, :8]).logits
 
 
 def check(folder: Path, model: Any) -> None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import adapter_state_dict, unmerge_adapters
 from lightning_lora.storage.state import NOTE
 from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, as_trained
+from tests.support.parameters import cloned
 
 
 class At(L.Callback):
@@ -98,6 +99,11 @@ def assert_holds_adapters_alone(file: Path) -> None:
             assert value.untyped_storage().nbytes() == value.nbytes, (file, path)
 
 
+def file_names(folder: Path, pattern: str = "*") -> list[str]:
+    """The names in a folder that are like a pattern, in order."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
 def frozen_names_in(path: str) -> list[str]:
     return [name for name in FROZEN if name in path]
 
@@ -121,4 +127,4 @@ def base_is_whole(model: LitTiny) -> bool:
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what trains."""
-    return {name: value.clone() for name, value in adapter_state_dict(model).items()}
+    return cloned(adapter_state_dict(model))

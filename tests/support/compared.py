@@ -13,8 +13,7 @@ from tests.support.models import state
 def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Expect the same names, in the same order, and the same bits."""
     assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    assert_holds(found, expected)
 
 
 def assert_state(model: nn.Module, expected: Mapping[str, Tensor]) -> None:

@@ -68,11 +68,11 @@ def words() -> Tensor:
     return torch.arange(24).view(4, 6) % 5
 
 
+@torch.no_grad()
 def outputs(model: nn.Module) -> Any:
     """What a model makes of it."""
     model.eval()
-    with torch.no_grad():
-        return model(words()).tolist()
+    return model(words()).tolist()
 
 
 def quiet(epochs: int) -> L.Trainer:

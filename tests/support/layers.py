@@ -244,13 +244,13 @@ def factors_at_the_start(lora: Factors) -> Factors:
     return starts
 
 
+@torch.no_grad()
 def train(model: Model) -> None:
     """Move what trains, and only that."""
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(0.1))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(0.1))
 
 
 def adapted(layer: nn.Module, **arguments: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
+from tests.support.parameters import base_of, cloned, flags_of
 from tests.support.versions import exact, keeps_random, needs_averaging  # noqa: F401  # for other tests
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
@@ -128,28 +129,28 @@ def is_plain(model: nn.Module) -> bool:
     return not any(isinstance(module, LoRALayer) for module in model.modules())
 
 
+@torch.no_grad()
 def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
     """Set every adapter of ``model`` to random values, so its update is not zero."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in View(model).adapters.values():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
+    for p in View(model).adapters.values():
+        p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
 
 
+@torch.no_grad()
 def aged(model: nn.Module) -> None:
     """Change the weights of ``model`` as training does: some rows and columns grow, others shrink."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(torch.linspace(0.3, 1.3, len(p)).view(-1, *[1] * (p.dim() - 1)))
-                p.mul_(torch.linspace(0.5, 1.5, p.shape[1]).view(1, -1, *[1] * (p.dim() - 2)))
-            else:
-                p.add_(torch.linspace(-0.1, 0.1, len(p)))
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(torch.linspace(0.3, 1.3, len(p)).view(-1, *[1] * (p.dim() - 1)))
+            p.mul_(torch.linspace(0.5, 1.5, p.shape[1]).view(1, -1, *[1] * (p.dim() - 2)))
+        else:
+            p.add_(torch.linspace(-0.1, 0.1, len(p)))
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's state dict."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return cloned(model.state_dict())
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -158,7 +159,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in model.named_parameters() if "lora_" not in name}
+    return base_of(flags_of(model))
 
 
 def as_trained(model: Any, seed: int = 3, scale: float = 0.1, **config: Any) -> Any:

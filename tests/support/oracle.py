@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
 from tests.support.models import is_plain, state
+from tests.support.parameters import attributes_of_adapters, chosen
 
 WORDS = 5
 WIDTH = 3
@@ -99,12 +100,17 @@ def wide(tensors: dict[str, Any]) -> Tensors:
     return {name: value.detach().double().clone() for name, value in tensors.items()}
 
 
-def chosen(tensors: Tensors, names: Iterable[str]) -> Tensors:
-    return {name: tensors[name] for name in names}
-
-
 def without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
+
+
+def flags_of(model: nn.Module) -> dict[str, bool]:
+    """Of each name of a parameter, also of one that is tied, whether it trains."""
+    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def names_that_train(flags: dict[str, bool]) -> set[str]:
+    return {name for name, trains in flags.items() if trains}
 
 
 def updated(tensors: Tensors, new: Tensors) -> Tensors:
@@ -271,16 +277,14 @@ class Oracle:
             layer = model.get_submodule(name)
             assert isinstance(layer, cls)
             assert is_plain(layer) is (name not in adapted)
-            if name not in adapted:
-                assert type(layer) is cls
+            assert (type(layer) is cls) is (name not in adapted)
 
     def check_what_trains(self, model: nn.Module, is_adapted: bool) -> None:
-        flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        trains = {name for name, flag in flags.items() if flag}
+        trains = names_that_train(flags_of(model))
         if is_adapted:
             assert trains == {*self.factors, *self.trained()}
         else:
-            assert trains == {name for name, flag in self.flags.items() if flag}
+            assert trains == names_that_train(self.flags)
 
     def check_ties(self, model: nn.Module) -> None:
         embed = model.get_parameter("embed.weight")
@@ -294,6 +298,6 @@ class Oracle:
             assert active == (self.name,)
         else:
             assert active == ()
-            assert not [name for module in model.modules() for name in vars(module) if "lora" in name]
+            assert attributes_of_adapters(model) == []
             assert not model._load_state_dict_pre_hooks
         assert set(resting) == self.others.keys()

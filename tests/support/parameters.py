@@ -1,10 +1,12 @@
 """The parameters of a model: those that train, what they hold, and their gradients."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -42,7 +44,7 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors, without their gradients."""
     return {name: value.detach().clone() for name, value in tensors.items()}
 
@@ -50,6 +52,11 @@ def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def chosen(tensors: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Those of these names."""
     return {name: tensors[name] for name in names}
+
+
+def listed(parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> list[nn.Parameter]:
+    """Those of these names, in their order."""
+    return [parameters[name] for name in names]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -62,31 +69,38 @@ def grads_of(parameters: Iterable[nn.Parameter]) -> list[Any]:
     return [p.grad for p in parameters]
 
 
+@torch.no_grad()
 def nan_at(parameter: Tensor, *place: int) -> None:
     """Write NaN into one value, as a training that diverged does."""
-    with torch.no_grad():
-        parameter[place] = float("nan")
+    parameter[place] = float("nan")
 
 
+@torch.no_grad()
 def add_to(parameter: Any, amount: float) -> None:
     """Add a number to each value of a parameter, as if it had trained."""
-    with torch.no_grad():
-        parameter.add_(amount)
+    parameter.add_(amount)
+
+
+@torch.no_grad()
+def move_randomly(parameters: Iterable[Any], scale: float) -> None:
+    """Add random numbers to parameters, as if they had trained."""
+    for p in parameters:
+        p.add_(torch.randn_like(p), alpha=scale)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are no adapter's, by name."""
-    return {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    return base_of(dict(model.named_parameters()))
 
 
-def base_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def base_of(tensors: Mapping[str, T]) -> dict[str, T]:
     """Those of a state that are no adapter's."""
     return {name: value for name, value in tensors.items() if is_base(name)}
 
 
 def base_keys(model: nn.Module) -> list[str]:
     """The names in a model's state dict that are no adapter's."""
-    return [name for name in model.state_dict() if "lora_" not in name]
+    return list(base_of(model.state_dict()))
 
 
 def attributes_of_adapters(model: nn.Module) -> list[str]:
@@ -111,7 +125,7 @@ def flags_of(module: nn.Module) -> dict[str, bool]:
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:
     """A copy of each parameter."""
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return cloned(dict(module.named_parameters()))
 
 
 def adapted_layers(module: nn.Module) -> list[str]:
@@ -122,6 +136,11 @@ def adapted_layers(module: nn.Module) -> list[str]:
 def is_base(name: str) -> bool:
     """Whether a parameter of this name is none of an adapter's."""
     return "lora_" not in name
+
+
+def modes_of(module: nn.Module) -> dict[str, bool]:
+    """Of each module, whether it is in training mode."""
+    return {name: inner.training for name, inner in module.named_modules()}
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
 from lightning_lora.model.view import View
 from tests.support.models import randomise, same
+from tests.support.parameters import move_randomly
 
 Run = Callable[[Any], Tensor]
 
 
+@torch.no_grad()
 def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Module:
     """A copy of ``base`` with adapters, and with everything that trains changed."""
     model = deepcopy(base).eval()
     inject_adapters(model, config)
     randomise(model, scale=scale)
     view = View(model)
-    with torch.no_grad():
-        for name, p in view.adapters.items():
-            if name.endswith("lora_magnitude"):
-                p.abs_().add_(0.5)
-        for p in view.trained.values():
-            p.add_(torch.randn_like(p), alpha=scale)
-        for module in view.saved:
-            for buffer in module.buffers():
-                buffer.add_(1)
+    for name, p in view.adapters.items():
+        if name.endswith("lora_magnitude"):
+            p.abs_().add_(0.5)
+    move_randomly(view.trained.values(), scale)
+    for module in view.saved:
+        for buffer in module.buffers():
+            buffer.add_(1)
     return model
 
 
@@ -62,22 +62,22 @@ def exports(model: nn.Module, folder: Path, **kwargs: Any) -> Iterator[Path]:
             yield directory
 
 
+@torch.no_grad()
 def check_read(base: nn.Module, config: LoRAConfig, run: Run, folder: Path, *, root: str | None = None) -> None:
     """Check that peft computes what is computed here, whatever the directory was made of."""
     base = base.eval()
     model = trained(base, config)
     inner = root if root is not None else ""
-    with torch.no_grad():
-        here = run(model.get_submodule(inner))
-        plain = run(base.get_submodule(inner))
-        assert (here - plain).norm() > 1e-3 * plain.norm()
-        directories = list(exports(model, folder, root=root))
-        for directory in directories:
-            check_equal(run(read(base.get_submodule(inner), directory)), here)
-        for one, other in (directories[:2], directories[2:]):  # a file says what the model says
-            assert same(load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            merge_adapters(model)
-            export_peft(model, folder / "merged", root=root)
-        check_equal(run(read(base.get_submodule(inner), folder / "merged")), here)
+    here = run(model.get_submodule(inner))
+    plain = run(base.get_submodule(inner))
+    assert (here - plain).norm() > 1e-3 * plain.norm()
+    directories = list(exports(model, folder, root=root))
+    for directory in directories:
+        check_equal(run(read(base.get_submodule(inner), directory)), here)
+    for one, other in (directories[:2], directories[2:]):  # a file says what the model says
+        assert same(load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge_adapters(model)
+        export_peft(model, folder / "merged", root=root)
+    check_equal(run(read(base.get_submodule(inner), folder / "merged")), here)

@@ -1,5 +1,6 @@
 """A small transformer in configure_model, and fits of it in two processes."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,16 @@ def pretrained() -> dict[str, Tensor]:
         return {name: value + 0.1 * torch.randn_like(value) for name, value in Net().state_dict().items()}
 
 
-def shard(net: Net, mesh: Any) -> None:
-    for layer in net.layers:
+def pretrained_in_module() -> dict[str, Tensor]:
+    """The same, by the names that they have in a module."""
+    return {f"model.{name}": value for name, value in pretrained().items()}
+
+
+def shard(model: Any, layers: Iterable[Any], mesh: Any) -> None:
+    """Shard each layer, then the rest."""
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 class LitNet(L.LightningModule):
@@ -81,7 +88,7 @@ class LitNet(L.LightningModule):
         return net
 
     def shard(self) -> None:
-        shard(self.model, self.device_mesh["data_parallel"])
+        shard(self.model, self.model.layers, self.device_mesh["data_parallel"])
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -102,7 +109,7 @@ class InPairs(LitNet):
     """Shards in each pair of processes, and holds the same in all pairs (HSDP)."""
 
     def shard(self) -> None:
-        shard(self.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        shard(self.model, self.model.layers, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
 def data() -> DataLoader[Any]:

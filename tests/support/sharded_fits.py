@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_lora import LoRAError, load_adapter
 from tests.support.cases import equal, leaves
+from tests.support.parameters import values_of
 from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
 
@@ -27,7 +28,7 @@ class Saves(L.Callback):
         trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        checkpoint["kept"] = values_of(pl_module)
 
 
 def path_of(folder: Path, kind: str, epoch: int) -> Path:

@@ -1,6 +1,5 @@
 """Gradient hooks on weights that get adapters never run again, so they are named."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.fits import fit
+from tests.support.messages import lines_with, messages_of, warned_by
 from tests.support.models import LitTiny, lora
 
 
@@ -44,11 +44,7 @@ class Masked(LitTiny):
 
 def said(call: Any) -> list[str]:
     """What a call says of hooks."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    messages = [str(each.message) for each in caught]
-    return [message for message in messages if "radient hooks" in message]
+    return lines_with("radient hooks", messages_of(warned_by(call)))
 
 
 BY = pytest.mark.parametrize("by", ["register_hook", "register_post_accumulate_grad_hook"])

@@ -20,8 +20,9 @@ from tests.benchmarks.untrained import residual
 from tests.support import fits
 from tests.support.fits import Notes, adapted
 from tests.support.layers import Linear
-from tests.support.messages import lines_with
+from tests.support.messages import lines_with, warned_by
 from tests.support.models import LitTiny, X, aged, data, lora, state, trainer
+from tests.support.parameters import chosen, names_that_differ
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -43,10 +44,8 @@ def pretrained(width: int = 64) -> LitTiny:
 
 def fit(folder: Path, model: L.LightningModule, **options: Any) -> list[str]:
     """What a fit warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        t = trainer(folder, [ll.LoRACallback(**options)], max_epochs=1)
-        t.fit(model, data())
+    t = trainer(folder, [ll.LoRACallback(**options)], max_epochs=1)
+    caught = warned_by(t.fit, model, data())
     said = []
     for warning in caught:
         if issubclass(warning.category, ll.LoRAWarning):
@@ -90,8 +89,7 @@ class Encodes(LitTiny):
 
     def __init__(self) -> None:
         super().__init__(width=64)
-        for layer in (self.embed, self.q_proj, self.v_proj, self.head):
-            aged(layer)
+        aged(self)
         self.sizes = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
 
 
@@ -161,8 +159,7 @@ class Resets(LitTiny):
 
     def __init__(self, hook: str, width: int = 64) -> None:
         super().__init__(width)
-        for layer in (self.embed, self.q_proj, self.v_proj, self.head):
-            aged(layer)
+        aged(self)
         self.hook = hook
 
     def reset_in(self, hook: str) -> None:
@@ -182,19 +179,19 @@ class Resets(LitTiny):
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
 @pytest.mark.parametrize(("width", "found"), [(64, "that look untrained: 'head'"), (48, "Perhaps new: 'head'")])
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
 def test_a_head_that_the_modules_own_hook_resets_is_named_and_in_files(
-    tmp_path: Path, hook: str, width: int, found: str
+    tmp_path: Path, hook: str, width: int, found: str, name: str
 ) -> None:
     model = Resets(hook, width)
     (said,) = fit(tmp_path, model, **TARGETS, merge=False)
     assert found in said
     model.trainer.save_checkpoint(tmp_path / "a.ckpt")
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    for name in ("a.ckpt", "a.safetensors"):
-        fresh = Resets("", width)
-        ll.load_adapter(fresh, tmp_path / name)
-        assert torch.equal(fresh.head.weight, model.head.weight)
-        assert torch.equal(fresh(X), model(X))
+    fresh = Resets("", width)
+    ll.load_adapter(fresh, tmp_path / name)
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    assert torch.equal(fresh(X), model(X))
 
 
 def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path: Path, caplog: Any) -> None:
@@ -350,8 +347,8 @@ def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_th
     before = state(model)
     assert fit(tmp_path, model, **options, target_parameters=literal_eval(listed)) == []
     after = state(model)
-    for name in lines_with("lin.weight", before):
-        assert not torch.equal(after[name], before[name]), name
+    weights = lines_with("lin.weight", before)
+    assert names_that_differ(chosen(before, weights), after) == weights
 
 
 class Normed(Convolved):

@@ -30,7 +30,7 @@ from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
 from tests.support.kept import Kept, words
 from tests.support.messages import lines_with
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
-from tests.support.parameters import flags_of, names_of_parameters
+from tests.support.parameters import flags_of, modes_of, names_of_parameters
 from tests.support.versions import needs_averaging
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
@@ -87,7 +87,7 @@ class Begun(L.Callback):
         self.state = state(module)
         self.grads = [p.grad for p in module.parameters()]
         self.flags = flags_of(module)
-        self.modes = {name: inner.training for name, inner in module.named_modules()}
+        self.modes = modes_of(module)
         attributes = vars(module)
         self.losses = copy.deepcopy(attributes.get("losses"))
         self.last = copy.deepcopy(attributes.get("last"))

@@ -15,6 +15,7 @@ from tests.support.cases import StopError
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit
 from tests.support.models import WIDTH, LitTiny, X, data, randomise, state
+from tests.support.parameters import modes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
@@ -64,7 +65,7 @@ class Lit(LitTiny):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("train", batch)
-        self.modes.append(modes(self))
+        self.modes.append(modes_of(self))
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -81,10 +82,6 @@ class Lit(LitTiny):
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("predict", batch)
         return self(batch[0])
-
-
-def modes(module: nn.Module) -> dict[str, bool]:
-    return {name: each.training for name, each in module.named_modules()}
 
 
 def lora(**options: Any) -> LoRACallback:
@@ -115,14 +112,14 @@ class Evaluates(L.Callback):
 @pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str)
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
-    before = modes(model)
+    before = modes_of(model)
     _, t = fit(tmp_path, Evaluates(), lora(), model=model, **options)
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
     assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}, "test": {False}, "predict": {False}}
     assert model.modes == [before] * 8
-    assert modes(model) == before
+    assert modes_of(model) == before
     assert is_deterministic(model)
 
 

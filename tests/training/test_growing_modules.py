@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from tests.support.compared import assert_same_tensors
 from tests.support.models import LitTiny, X, data, state, trainer
+from tests.support.parameters import add_to
 
 
 class Collector(nn.Module):
@@ -97,8 +98,7 @@ def test_a_file_that_fits_no_longer_leaves_the_values_as_they_are(tmp_path: Path
     run(tmp_path, 3, save=file)
     other = Grows()
     projection = other.model.core[1]
-    with torch.no_grad():
-        projection.weight.add_(1)
+    add_to(projection.weight, 1)
     before = projection.weight.clone()
     t = trainer(tmp_path, [ll.LoRACallback(r=2, modules_to_save=["3"])], max_epochs=4)
     with pytest.raises(ll.BaseMismatchError):

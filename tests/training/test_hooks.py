@@ -103,22 +103,24 @@ READERS = [by_an_evaluation, by_load_from_checkpoint, by_load_adapter_of_the_che
 
 
 @pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("model", False)])
-def test_what_setup_takes_from_data_is_in_every_file_and_restored(tmp_path: Path, save: str, merge: Any) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_what_setup_takes_from_data_is_in_every_file_and_restored(
+    tmp_path: Path, save: str, merge: Any, read: Callable[[Path, Path], Scaled]
+) -> None:
     model = fitted(tmp_path / "a.ckpt", Scaled(), lora(save=save, merge=merge))
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    for read in READERS:
-        again = read(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
-        assert again.get_buffer("scale").tolist() == [2.0, 2.0, 2.0, 2.0]
-        assert again.get_buffer("weigh.weight").tolist() == [2.0, 4.0, 6.0, 8.0]
-        torch.testing.assert_close(again(X), model(X))
-        t = evaluates_any_file(tmp_path, enable_checkpointing=False)
-        t.validate(again, data(), verbose=False)
-        t.save_checkpoint(tmp_path / "b.ckpt")  # and in every file of what was loaded
-        ll.save_adapter(again, tmp_path / "b.safetensors")
-        from_checkpoint = loads(Scaled(3.0), tmp_path / "b.ckpt")
-        torch.testing.assert_close(from_checkpoint(X), model(X))
-        from_adapters = loads(Scaled(3.0), tmp_path / "b.safetensors")
-        torch.testing.assert_close(from_adapters(X), model(X))
+    again = read(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert again.get_buffer("scale").tolist() == [2.0, 2.0, 2.0, 2.0]
+    assert again.get_buffer("weigh.weight").tolist() == [2.0, 4.0, 6.0, 8.0]
+    torch.testing.assert_close(again(X), model(X))
+    t = evaluates_any_file(tmp_path, enable_checkpointing=False)
+    t.validate(again, data(), verbose=False)
+    t.save_checkpoint(tmp_path / "b.ckpt")  # and in every file of what was loaded
+    ll.save_adapter(again, tmp_path / "b.safetensors")
+    from_checkpoint = loads(Scaled(3.0), tmp_path / "b.ckpt")
+    torch.testing.assert_close(from_checkpoint(X), model(X))
+    from_adapters = loads(Scaled(3.0), tmp_path / "b.safetensors")
+    torch.testing.assert_close(from_adapters(X), model(X))
 
 
 class Still(Scaled):

@@ -19,7 +19,7 @@ import lightning_lora as ll
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import state, trainer
-from tests.support.parameters import is_base, names_of_parameters, trainable_names
+from tests.support.parameters import is_base, listed, names_of_parameters, trainable_names
 
 
 def layers(*sizes: int) -> nn.Sequential:
@@ -95,10 +95,7 @@ class Sorting(Net):
         decay = names_of_parameters(self, "weight")
         plain = names_of_parameters(self, "bias")
         assert parameters.keys() == {*decay, *plain}
-        groups = [
-            {"params": [parameters[name] for name in sorted(decay)]},
-            {"params": [parameters[name] for name in sorted(plain)]},
-        ]
+        groups = [{"params": listed(parameters, sorted(decay))}, {"params": listed(parameters, sorted(plain))}]
         return torch.optim.AdamW(groups, lr=0.02)
 
 
@@ -132,7 +129,7 @@ class Grouped(Net):
         slow = [name for name in parameters if is_base(name)]
         left = parameters.keys() - {*fast, *slow}
         assert not left, f"left: {left}"
-        groups = [{"params": [parameters[name] for name in fast]}, {"params": [parameters[name] for name in slow]}]
+        groups = [{"params": listed(parameters, fast)}, {"params": listed(parameters, slow)}]
         return torch.optim.AdamW(groups, lr=0.02)
 
 
@@ -191,10 +188,10 @@ def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_pa
     assert not torch.allclose(model.critic(ones), before, atol=1e-3)
 
 
+@torch.no_grad()
 def train_by_hand(module: nn.Module) -> None:
-    with torch.no_grad():
-        for name in trainable_names(module):
-            module.get_parameter(name).add_(0.1)
+    for name in trainable_names(module):
+        module.get_parameter(name).add_(0.1)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["adapters", "biases too"])
@@ -226,16 +223,16 @@ def test_a_network_that_stood_still_does_so_when_all_are_frozen(tmp_path: Path) 
     assert_same_tensors(state(model.vgg), vgg)
 
 
-def test_what_a_file_leaves_out_is_adapted_if_the_user_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "count"), [({}, 5), ({"exclude_modules": []}, 7)])
+def test_what_a_file_leaves_out_is_adapted_if_the_user_says_so(tmp_path: Path, options: Any, count: int) -> None:
     file = tmp_path / "a.safetensors"
     ll.save_adapter(fitted(tmp_path, Perceptual()), file)
-    for options, count in (({}, 5), ({"exclude_modules": []}, 7)):
-        model = Perceptual()
-        ll.load_adapter(model, file)
-        model.vgg.requires_grad_(True)
-        optimize_all(model)
-        fitted(tmp_path, model, **options)
-        assert len(learned(model)) == count
+    model = Perceptual()
+    ll.load_adapter(model, file)
+    model.vgg.requires_grad_(True)
+    optimize_all(model)
+    fitted(tmp_path, model, **options)
+    assert len(learned(model)) == count
 
 
 # Gradients of frozen weights

@@ -1,7 +1,6 @@
 """A frozen copy without adapters, beside a network that has some, is a reference or a mistake: who moves it is told."""
 
 import copy
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.fits import fit
-from tests.support.messages import lines_with, messages_of
+from tests.support.messages import lines_with, messages_of, warned_by
 from tests.support.models import state
 from tests.training.test_known_modules import numbers
 
@@ -79,9 +78,8 @@ def fitted(folder: Path, model: Reference, **options: Any) -> list[str]:
     """Fit, and return what was said of copies."""
     arguments = {"r": 1, "merge": False, "exclude_modules": ["target"], **options}
     callback = ll.LoRACallback(**arguments)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(folder, callback, model=model, train=numbers(), max_epochs=1, enable_checkpointing=False)
+    once = {"max_epochs": 1, "enable_checkpointing": False}
+    caught = warned_by(fit, folder, callback, model=model, train=numbers(), **once)
     return lines_with("Code moves copies", messages_of(caught))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from tests.support.cases import held
+from tests.support.cases import file_names, held
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, X, best, data, lora, state, trainer
@@ -58,9 +58,9 @@ def test_no_gradient_is_left_when_a_fit_has_ended(tmp_path: Path, merge: Any) ->
 
 def assert_same_files(found: Path, expected: Path) -> None:
     """Both folders have checkpoints of the same names, which hold the same adapters."""
-    names = sorted(file.name for file in expected.glob("*.ckpt"))
+    names = file_names(expected, "*.ckpt")
     assert names
-    assert sorted(file.name for file in found.glob("*.ckpt")) == names
+    assert file_names(found, "*.ckpt") == names
     for name in names:
         ours = torch.load(found / name, weights_only=True)
         theirs = torch.load(expected / name, weights_only=True)

@@ -186,6 +186,10 @@ def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, n
     assert_rates(found, plain, rel=1e-9)
 
 
+def rates_of_groups(optimizer: Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
 class Plain(LitTiny):
     """A module without a scheduler. It keeps the rates of its groups in each step."""
 
@@ -197,7 +201,7 @@ class Plain(LitTiny):
         return SGD(self.parameters(), self.hparams["lr"])
 
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates = rates_of_groups(optimizer)
         self.used.append(rates)
 
 
@@ -330,7 +334,7 @@ class Noam:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.rates = rates_of_groups(optimizer)
 
     def step(self) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -514,7 +518,8 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, scale: Any, options
     resumes_to_the_bit(tmp_path, partial(Scheduled, name), partial(lora, lr_scale=scale), max_epochs=3, **options)
 
 
-def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [1, {"A": 2, "B": 3}])
+def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: Path, other: Any) -> None:
     file = tmp_path / "a.ckpt"
     _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
     t.save_checkpoint(file)
@@ -522,9 +527,8 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: P
     fit(tmp_path, scaled(lr_scale=3), Moves(), rates, model=Plain, ckpt_path=file, max_epochs=2)
     expected = rate_of(0.3, 0.3, 0.1)
     assert_rates([rates.first, *rates.seen], [expected] * 5)
-    for other in (1, {"A": 2, "B": 3}):
-        with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
-            fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
+    with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
+        fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
 
 
 def test_groups_of_the_same_sizes_are_refused_by_name(tmp_path: Path) -> None:

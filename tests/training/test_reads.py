@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from tests.support.cases import StopError
 from tests.support.compared import assert_same_tensors
-from tests.support.messages import lines_with, messages_of
+from tests.support.messages import lines_with, messages_of, warned_by
 from tests.support.models import WIDTH, WORDS, LitTiny, data, state, trainer
 
 ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}
@@ -90,9 +89,7 @@ class AllRows(Transposed):
 def said(folder: Path, model: Any, **options: Any) -> list[str]:
     """What a fit says of reads."""
     callback = ll.LoRACallback(**{"r": 2, "target_modules": "all", **options})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer(folder, [callback], max_epochs=2).fit(model, data())
+    caught = warned_by(trainer(folder, [callback], max_epochs=2).fit, model, data())
     return lines_with("reads the weight", messages_of(caught))
 
 

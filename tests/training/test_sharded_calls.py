@@ -1,7 +1,6 @@
 """Calls on a model while it is sharded, and what is refused there."""
 
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from transformers import LlamaForCausalLM
 
 import lightning_lora as ll
 from tests.support.compared import assert_holds
-from tests.support.messages import lines_with, messages_of
+from tests.support.messages import lines_with, messages_of, warned_by
 from tests.support.ranks import run_ranks
-from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
+from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained_in_module, trainer_of, whole_state
 from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
 from tests.support.versions import needs_averaging
 from tests.training.test_sharded import Blocks, Llama
@@ -41,10 +40,10 @@ def fitted(folder: Path, **kwargs: Any) -> LitNet:
     return module.eval()
 
 
+@torch.no_grad()
 def output_of(module: Any) -> Tensor:
-    with torch.no_grad():
-        output: Tensor = module.model(X)
-        return output
+    output: Tensor = module.model(X)
+    return output
 
 
 # Files
@@ -145,8 +144,7 @@ def life_until_the_adapters_are_removed(folder: Path) -> None:
     if dist.get_rank() == 0:
         assert "lora" in str(ll.summarize(module)).lower()
     ll.remove_adapters(module)
-    base = {f"model.{name}": value for name, value in pretrained().items()}
-    assert_same(whole_state(module), base)
+    assert_same(whole_state(module), pretrained_in_module())
 
 
 @pytest.mark.parametrize("life", [life_until_a_merge_for_good, life_until_the_adapters_are_removed])
@@ -321,9 +319,7 @@ def changed_on_one(folder: Path) -> tuple[str, list[str]]:
             bias._local_tensor.fill_(9)
     message = message_of(ll.unmerge_adapters, module)
     t = trainer_of("sharded", folder, [lora(exclude_modules=["head"])], max_epochs=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        t.fit(module, data())
+    caught = warned_by(t.fit, module, data())
     return message, lines_with("replaced", messages_of(caught))
 
 

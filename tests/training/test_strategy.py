@@ -345,10 +345,10 @@ def of_stage(stage: int) -> Any:
     return Renamed({"zero_optimization": {"stage": stage}})
 
 
-def test_zero_1_and_2_are_accepted() -> None:
-    for stage in (1, 2):
-        methods = overlay_strategy(of_stage(stage), Stage(LoRAConfig()))
-        assert isinstance(methods, DeepSpeedMethods)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_are_accepted(stage: int) -> None:
+    methods = overlay_strategy(of_stage(stage), Stage(LoRAConfig()))
+    assert isinstance(methods, DeepSpeedMethods)
 
 
 def of_stage_3() -> Any:

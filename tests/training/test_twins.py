@@ -90,14 +90,16 @@ def learned(network: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["body", "head"]}, {"bias": "all"}], ids=str)
-def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(tmp_path: Path, options: Any) -> None:
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(
+    tmp_path: Path, options: Any, epoch: int
+) -> None:
     files = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     through = trained(tmp_path, Towers(), adapters(**options), files)
     assert learned(through.one)
     assert learned(through.other)
-    for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
-        resumed = trained(tmp_path, Towers(), adapters(**options), ckpt_path=tmp_path / name)
-        assert_same_tensors(state(resumed), state(through))
+    resumed = trained(tmp_path, Towers(), adapters(**options), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    assert_same_tensors(state(resumed), state(through))
 
 
 class WarmsUp(Towers):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,13 @@ class Stops(LitTiny):
         raise StopError
 
 
-def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path) -> None:
-    for model in (LitTiny(), Stops()):
-        callback = ll.LoRACallback(r=2)
-        with contextlib.suppress(StopError):
-            fit(tmp_path, callback, model=model, **NO_SAVES)
-        steps = callback._stage.first_steps
-        assert not steps._copies.originals
-        for guard in steps.guards.guards:
-            for note in vars(guard).values():
-                assert not getattr(note, "originals", note)
+@pytest.mark.parametrize("build", [LitTiny, Stops])
+def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path, build: Callable[[], LitTiny]) -> None:
+    callback = ll.LoRACallback(r=2)
+    with contextlib.suppress(StopError):
+        fit(tmp_path, callback, model=build(), **NO_SAVES)
+    steps = callback._stage.first_steps
+    assert not steps._copies.originals
+    for guard in steps.guards.guards:
+        for note in vars(guard).values():
+            assert not getattr(note, "originals", note)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
+from tests.support.cases import file_names
 from tests.support.compared import assert_same_tensors
 from tests.support.models import TinyLM
 from tests.support.peft_export import check_equal, read, trained
@@ -110,7 +111,7 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
     here = run(model)
     assert (here - run(build())).norm() > 1e-3 * here.norm()
     ll.export_peft(model, tmp_path, uniform=build is transformer, format="diffusers")
-    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    assert file_names(tmp_path) == [WEIGHTS]
     check_equal(loaded(build(), tmp_path), here)
     part = build()
     part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
@@ -167,14 +168,14 @@ def test_a_file_that_diffusers_wrote(tmp_path: Path) -> None:
     assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
 
 
-def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("a", "b"), [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
+def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path, a: str, b: str) -> None:
     ll.export_peft(trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers")
-    for a, b in ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")):
-        renamed(tmp_path, lambda name, a=a, b=b: name.replace(".lora_A.", a).replace(".lora_B.", b))
-        part = unet()
-        pipeline(part).load_lora_weights(tmp_path)
-        with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
-            check_equal(loaded(unet(), tmp_path), run(part))
+    renamed(tmp_path, lambda name: name.replace(".lora_A.", a).replace(".lora_B.", b))
+    part = unet()
+    pipeline(part).load_lora_weights(tmp_path)
+    with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
+        check_equal(loaded(unet(), tmp_path), run(part))
 
 
 def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
@@ -257,12 +258,14 @@ def test_a_module_or_a_model_gets_its_parts_of_a_file(tmp_path: Path) -> None:
         ll.load_adapter(DreamBooth(), tmp_path)
 
 
-def test_a_header_that_says_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "header", ["{", json.dumps({"text_encoder.peft_type": "LOKR"}), json.dumps({"text_encoder.r": "two"})]
+)
+def test_a_header_that_says_something_else(tmp_path: Path, header: str) -> None:
     ll.export_peft(trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])), tmp_path, format="diffusers")
-    for header in ("{", json.dumps({"text_encoder.peft_type": "LOKR"}), json.dumps({"text_encoder.r": "two"})):
-        save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
-        with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
-            ll.load_adapter(text_encoder(), tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
+    with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
+        ll.load_adapter(text_encoder(), tmp_path)
 
 
 def test_a_file_without_a_header_and_without_any_a(tmp_path: Path) -> None:

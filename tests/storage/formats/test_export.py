@@ -138,6 +138,7 @@ def quantised(bits: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(("bits", "r", "ranks"), [(4, 100, None), (8, 2, {"1": 3})])
+@torch.no_grad()
 def test_quantised_layers(bits: int, r: int, ranks: dict[str, int] | None, tmp_path: Path) -> None:
     layers = [nn.Embedding(WORDS, 64), quantised(bits), nn.Linear(64, 3)]
     base = nn.Sequential(*layers).to("cpu")  # which quantises it
@@ -146,10 +147,9 @@ def test_quantised_layers(bits: int, r: int, ranks: dict[str, int] | None, tmp_p
     save_adapter(model, tmp_path / "adapter.safetensors")
     export_peft(model, tmp_path / "of the model")
     export_peft(tmp_path / "adapter.safetensors", tmp_path / "of the file")
-    with torch.no_grad():  # in train mode: for eval mode, bitsandbytes rounds four-bit weights once more
-        expected = model.train()(INDEX)
-        check_equal(read(base, tmp_path / "of the model").train()(INDEX), expected)
-        check_equal(read(base, tmp_path / "of the file").train()(INDEX), expected)
+    expected = model.train()(INDEX)
+    check_equal(read(base, tmp_path / "of the model").train()(INDEX), expected)
+    check_equal(read(base, tmp_path / "of the file").train()(INDEX), expected)
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -192,6 +192,7 @@ def test_names_are_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["embed", "lm_head"])
+@torch.no_grad()
 def test_a_tied_weight_is_adapted_in_one_use_and_named(name: str, tmp_path: Path) -> None:
     """PEFT's own merge changes both."""
     base = TinyLM().eval()
@@ -202,12 +203,12 @@ def test_a_tied_weight_is_adapted_in_one_use_and_named(name: str, tmp_path: Path
         export_peft(model, tmp_path / "peft")
     with pytest.warns(LoRAWarning, match=message):
         export_peft(tmp_path / "adapter.safetensors", tmp_path / "peft")
-    with torch.no_grad():
-        check_equal(read(base, tmp_path / "peft")(INDEX), model(INDEX))
-        merged = read(base, tmp_path / "peft", merged=True)(INDEX)
+    check_equal(read(base, tmp_path / "peft")(INDEX), model(INDEX))
+    merged = read(base, tmp_path / "peft", merged=True)(INDEX)
     assert (merged - model(INDEX)).norm() > 0.03 * merged.norm()
 
 
+@torch.no_grad()
 def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
     base = nn.TransformerEncoder(layer, 2).eval()
@@ -215,8 +216,7 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
     with pytest.warns(LoRAWarning, match=r"'layers.0', 'layers.1' are .* merge_and_unload"):
         export_peft(model, tmp_path / "peft")
     x = torch.randn(2, 5, WIDTH)
-    with torch.no_grad():
-        check_equal(read(base, tmp_path / "peft", merged=True)(x), model(x))
+    check_equal(read(base, tmp_path / "peft", merged=True)(x), model(x))
 
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lightning_lora
 from lightning_lora import ExportError, LoRAConfig, LoRAWarning, export_peft
 from tests.support.models import Around
+from tests.support.parameters import move_randomly
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,9 +44,7 @@ def tiny(kind: str, head: str) -> Any:
     settings = EXPERTS if kind == "Mixtral" else OTHERS.get(kind, DECODER)
     config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0, bos_token_id=1, eos_token_id=1)
     model = getattr(transformers, kind + head)(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
+    move_randomly(model.parameters(), 0.1)
     return model
 
 
@@ -80,16 +79,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "head", "config"), CASES)
+@torch.no_grad()
 def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(kind, head)
     model = trained(Around(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
-    with torch.no_grad():
-        here = run(model.model)
-        plain = run(base)
-        assert (here - plain).norm() > 1e-4 * plain.norm()
-        for directory in exports(model, tmp_path):
-            check_equal(run(read(base, directory)), here)
-            check_equal(run(load_adapter(base, directory)), here)
+    here = run(model.model)
+    plain = run(base)
+    assert (here - plain).norm() > 1e-4 * plain.norm()
+    for directory in exports(model, tmp_path):
+        check_equal(run(read(base, directory)), here)
+        check_equal(run(load_adapter(base, directory)), here)
 
 
 SCALED: list[tuple[dict[str, Any], str]] = [
@@ -111,6 +110,7 @@ def test_readers_that_would_scale_otherwise_are_named(config: Any, says: str, tm
 
 
 @pytest.mark.parametrize("uniform", [False, True])
+@torch.no_grad()
 def test_a_tied_weight_that_trains_whole(tmp_path: Path, uniform: bool) -> None:
     """PEFT has each use by itself, with the same values, and they load onto the one weight here."""
     base = tiny("Qwen2", "ForCausalLM")
@@ -121,13 +121,12 @@ def test_a_tied_weight_that_trains_whole(tmp_path: Path, uniform: bool) -> None:
     export_peft(model, tmp_path, uniform=uniform)
     again = deepcopy(base)
     lightning_lora.load_adapter(again, tmp_path)
-    with torch.no_grad():
-        here = run(model.model)
-        plain = run(base)
-        check_equal(run(read(base, tmp_path)), here, 1e-5)
-        check_equal(run(read(base, tmp_path, merged=True)), here, 1e-5)
-        assert (run(again) - plain).norm() > 1e-3 * plain.norm()
-        check_equal(run(again), here)
+    here = run(model.model)
+    plain = run(base)
+    check_equal(run(read(base, tmp_path)), here, 1e-5)
+    check_equal(run(read(base, tmp_path, merged=True)), here, 1e-5)
+    assert (run(again) - plain).norm() > 1e-3 * plain.norm()
+    check_equal(run(again), here)
 
 
 class WithHead(Around):
@@ -159,6 +158,7 @@ def pretrained_minilm() -> Any:
     return model.double().eval()  # six layers round to 1e-6 in float32
 
 
+@torch.no_grad()
 def test_minilm(tmp_path: Path) -> None:
     """A pretrained model, which transformers' Auto class loads with its adapters."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -166,5 +166,4 @@ def test_minilm(tmp_path: Path) -> None:
     model = trained(Around(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
     export_peft(model, tmp_path / "peft")  # which names the base's folder
     found = transformers.AutoModel.from_pretrained(tmp_path / "peft", **DOUBLE).eval()
-    with torch.no_grad():
-        check_equal(run(found), run(model.model))
+    check_equal(run(found), run(model.model))

@@ -15,6 +15,7 @@ from lightning_lora.layers.linear import LoRALinear
 from tests.support.faults import contents, in_fork, limit, unchanged
 from tests.support.layers import Scaled
 from tests.support.models import LitTiny, TinyLM
+from tests.support.parameters import trainable
 from tests.support.peft_export import trained
 
 
@@ -160,7 +161,7 @@ def test_a_row_of_zeros_below_dora(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].weight[1] = 0  # as a row that was pruned
     ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     for _ in range(3):
         model(torch.randn(5, 4)).square().mean().backward()
         optimizer.step()

@@ -79,6 +79,7 @@ ADVISED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "sizes", "config"), ADVISED)
+@torch.no_grad()
 def test_the_advice_on_what_peft_does_not_hold_is_right(
     kind: str, sizes: dict[str, Any], config: dict[str, Any], tmp_path: Path, caplog: Any
 ) -> None:
@@ -86,21 +87,20 @@ def test_the_advice_on_what_peft_does_not_hold_is_right(
     base = tiny(kind, sizes)
     assert not is_advised_against(base, config, caplog)
     model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
-    with torch.no_grad():
-        assert_moved(model, base)
-        ll.export_peft(model, tmp_path / "peft")
-        check_equal(run(read(base, tmp_path / "peft")), run(model))
+    assert_moved(model, base)
+    ll.export_peft(model, tmp_path / "peft")
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
 
 
 @pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@torch.no_grad()
 def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8})
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
     ll.export_peft(model, tmp_path / "peft")
-    with torch.no_grad():
-        check_equal(run(read(base, tmp_path / "peft")), run(model))
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
     message = r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"
@@ -131,21 +131,21 @@ def zero_updates_of(model: Any, name: str) -> None:
             p.data.zero_()
 
 
+@torch.no_grad()
 def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> None:
     base = vlm()
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
     with pytest.raises(ll.ExportError, match=r"head.attention.*adds the update .* twice"):
         ll.export_peft(model, tmp_path / "peft")
     zero_updates_of(model, "vision_tower")  # it was trained on text
-    with torch.no_grad():
-        with pytest.warns(ll.LoRAWarning, match="head.attention' have updates of zero.*left out") as told:
-            ll.export_peft(model, tmp_path / "peft")
-        assert len(told) == 1
-        assert_moved(model, base)
-        check_equal(run(read(base, tmp_path / "peft")), run(model))
-        again = vlm()
-        ll.load_adapter(again, tmp_path / "peft")
-        check_equal(run(again), run(model))
+    with pytest.warns(ll.LoRAWarning, match="head.attention' have updates of zero.*left out") as told:
+        ll.export_peft(model, tmp_path / "peft")
+    assert len(told) == 1
+    assert_moved(model, base)
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
+    again = vlm()
+    ll.load_adapter(again, tmp_path / "peft")
+    check_equal(run(again), run(model))
     only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
     with pytest.raises(ll.ExportError, match="twice"):
         ll.export_peft(only, tmp_path / "other")

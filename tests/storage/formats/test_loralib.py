@@ -44,15 +44,15 @@ class Theirs(Plain):
         self.c_attn = loralib.MergedLinear(8, 24, r=r, lora_alpha=6, enable_lora=list(enabled))
 
 
+@torch.no_grad()
 def trained(model: nn.Module, base: nn.Module) -> Any:
     """loralib's model on this base, with random factors."""
     model.train()
     model.load_state_dict(base.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
     return model
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import export_peft, load_adapter
+from tests.support.compared import assert_holds
 from tests.support.models import Around
 from tests.support.peft_export import read
 from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
@@ -111,5 +112,5 @@ def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Pa
     export_peft(model, tmp_path / "here")
     there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
     assert there.keys() == here.keys()
-    assert all(torch.equal(there[name], here[name]) for name in there)
+    assert_holds(there, here)
     assert gap(read(built(Heads), tmp_path / "here")(TOKENS), model(TOKENS)) < 2e-6
