@@ -217,3 +217,13 @@ def test_autocast_computes_what_the_base_computes_it_in(merged: bool) -> None:
         dtype = base(X).dtype
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), exact(X), rtol=0.1, atol=0.1)
+
+
+def test_an_adapter_that_is_paused_is_moved_by_no_optimizer() -> None:
+    layer = adapted(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(layer.lora_parameters().values(), lr=1)
+    layer(torch.ones(4).double()).sum().backward()
+    before = cloned(layer.lora_parameters())
+    layer.lora_pause()
+    optimizer.step()
+    assert_same_tensors(layer.lora_parameters(), before)

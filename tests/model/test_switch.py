@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model.attach import move_to
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import fails_at, unchanged
 from tests.support.models import state
@@ -361,3 +362,10 @@ def another_base() -> dict[str, Tensor]:
         if value.is_floating_point():
             values[name] = torch.randn(value.shape).abs()
     return values
+
+
+def test_a_tensor_that_is_moved_off_its_model_keeps_its_gradient() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 3.0)
+    move_to(p, p.device, torch.float64)
+    assert torch.equal(p.grad, torch.full((2,), 3.0, dtype=torch.float64))

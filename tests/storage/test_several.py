@@ -136,6 +136,16 @@ def test_blocks_of_sums_show_what_was_shown_before() -> None:
     assert not torch.equal(model(X), first)
 
 
+def test_a_block_of_the_sum_that_is_shown_leaves_it_shown() -> None:
+    model = several("style", "subject")
+    names = ["style", "subject"]
+    ll.set_adapter(model, names)
+    shown = ll.adapters(model)[0]
+    with ll.set_adapter(model, names):
+        assert ll.adapters(model)[0] == shown
+    assert ll.adapters(model)[0] == shown
+
+
 def ranks(factors: dict[str, Tensor]) -> set[int]:
     """The ranks of all layers, by their lora_A."""
     return {len(factor) for name, factor in factors.items() if "lora_A" in name}

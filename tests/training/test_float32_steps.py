@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, lora, state
@@ -111,3 +112,16 @@ def test_a_file_of_a_float32_base_loads_into_a_float16_one(tmp_path: Path) -> No
     for p in half.parameters():
         assert p.dtype == torch.float16
     assert type(half.head) is nn.Linear
+
+
+def test_the_next_step_begins_from_what_other_code_has_written() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    steps = Float32Steps([p])
+    for written in (1.0, 5.0):
+        p.data.fill_(written)
+        p.grad = torch.zeros_like(p)
+        steps.begin_step(optimizer)
+        optimizer.step()
+    steps.close()
+    assert p.tolist() == [5.0, 5.0]

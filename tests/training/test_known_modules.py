@@ -460,6 +460,15 @@ def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(tmp_path: P
         fitted(tmp_path, model, modules_to_save=["net.1"])
 
 
+@pytest.mark.filterwarnings("error::lightning_lora.LoRAWarning")
+def test_a_module_that_was_frozen_whole_is_meant_by_modules_to_save(tmp_path: Path) -> None:
+    model = Net()
+    model.net[1].requires_grad_(False)
+    before = model.net[1].weight.detach().clone()
+    fitted(tmp_path, model, modules_to_save=["net.1"])
+    assert not torch.equal(model.net[1].weight, before)
+
+
 class ClearsAll(Net):
     """Of textual inversion, which writes a file of its own."""
 
