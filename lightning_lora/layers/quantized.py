@@ -79,8 +79,10 @@ class LoRALinear8bit(LoRALinear4bit):
 
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
-    weight: Any = held_parameter(module, "weight")
     kind = _kind_of(module)
+    if kind is None:
+        return {}
+    weight: Any = held_parameter(module, "weight")
     if kind is LoRALinear4bit and weight.quant_state is not None:
         packed_state = weight.quant_state.as_dict(packed=True)
         return {f"weight.{name}": value for name, value in packed_state.items()}
