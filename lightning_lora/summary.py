@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
-from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
 
@@ -246,8 +246,7 @@ def _parameters_with_inner(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _describe(module: nn.Module) -> _Described:
-    layer_class = module.overlaid[1] if isinstance(module, InPlace) else type(module)
-    kind = layer_class.__name__
+    kind = original_class(module).__name__
     if not isinstance(module, LoRALayer):
         return _Described(kind)
     tokens = module.lora_matrices[0].tokens
@@ -325,9 +324,9 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
-    random = view.adapter.random
     if view.is_sharded:
-        return () if random is None else random
+        return view.adapter.random_so_far
+    random = view.adapter.random
     found = random_weights(view)
     view.adapter.random = random  # it is not settled: the base may change until a fit begins
     return found
@@ -357,15 +356,15 @@ def _age_of_adapter(view: View) -> str:
 
 def _trained_and_frozen(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
     """How many values of these parameters train, and how many do not."""
-    trained = _values_in(_trained(parameters))
-    return trained, _values_in(parameters) - trained
+    trained = _count_values(_trained(parameters))
+    return trained, _count_values(parameters) - trained
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad]
 
 
-def _values_in(parameters: Iterable[nn.Parameter]) -> int:
+def _count_values(parameters: Iterable[nn.Parameter]) -> int:
     return sum(count(p) for p in parameters)
 
 

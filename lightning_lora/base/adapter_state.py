@@ -56,6 +56,13 @@ class AdapterState:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
 
+    @property
+    def random_so_far(self) -> tuple[str, ...]:
+        """The frozen weights that look untrained: none, if they have not been looked for."""
+        if self.random is None:
+            return ()
+        return self.random
+
     def snapshot(self) -> "AdapterState":
         """Return a copy that later events do not change. Tensors are not copied."""
         return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))

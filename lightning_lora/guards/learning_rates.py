@@ -56,8 +56,8 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
     if low:
         rank_zero_info(
             f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}, as in full fine-tuning. "
-            "LoRA usually needs about ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not "
-            "shown."
+            "LoRA usually needs about ten times as much: begin with 0.002 in configure_optimizers. If this rate was "
+            "tuned, keep it and write LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
         )
 
 

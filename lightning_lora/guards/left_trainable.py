@@ -46,5 +46,5 @@ def _frozen_by_user(view: View) -> list[str]:
 
 def _weights_left_trainable(view: View) -> list[str]:
     """The weights that required a gradient before the adapters came, and do not train now."""
-    flags = only(view.record.base.flags_before(), view.frozen)
+    flags = only(view.record.base.required_grad, view.frozen)
     return list(where(flags, bool))

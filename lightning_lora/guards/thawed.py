@@ -24,7 +24,7 @@ class Thawed(Guard):
 def _look_at(view: View, name: str, module: nn.Module) -> None:
     """Look at one module that trains in full."""
     trained = joined(name, where(named_parameters(module), _trains))
-    flags_of_user = view.record.base.flags_before()
+    flags_of_user = view.record.base.required_grad
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
     if 0 < len(frozen_by_user) < len(trained):
         warn_in_each_fit(

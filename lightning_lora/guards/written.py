@@ -31,7 +31,7 @@ class Written(Guard):
         """Note how a weight looks, and the digest that the record has of it."""
         weight = view.base[name]
         self.seen[name] = Seen(weight)
-        reading = view.record.base.row(name).reading
+        reading = view.record.base.readings.get(name)
         if reading is not None and reading.seen.is_unchanged(weight):
             self.digests[name] = reading.number
 
@@ -49,7 +49,7 @@ class Written(Guard):
         """Whether a quick look at a weight, or the digest that the record has noted, shows other values."""
         if weight not in self.seen:
             return False
-        change = view.record.base.row(weight).change
+        change = view.record.base.changes.get(weight)
         if change is not None and change.now != self.digests.get(weight, change.now):
             return True
         return not self.seen[weight].is_alike(view.base[weight])

@@ -20,8 +20,14 @@ HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
 
 
+_UPDATES_MAY_COUNT_TWICE = (  # always the same words, so that Python warns once
+    "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
+    "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."
+)
+
+
 @dataclass
-class _Before:
+class _Unconverted:
     """A parameter's values and gradient before it was moved or converted."""
 
     data: Tensor
@@ -96,8 +102,9 @@ class LoRALayer(AdapterOnLayer):
         """Run the layer's own forward on ``W + ΔW``."""
         weights = {}
         for name in self.lora_weights():
-            dtype = self.lora_dtype(self, self._lora_weight(name))
-            weights[name] = self.lora_effective_weight(name, dropping=True).to(dtype)
+            weight = self._lora_weight(name)
+            effective = self._lora_with_update(name, weight, self.lora_dropout())
+            weights[name] = effective.to(self.lora_dtype(self, weight))
         return self.lora_run_on(weights, *args, **kwargs)
 
     def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +128,7 @@ class LoRALayer(AdapterOnLayer):
         """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
         was_on_meta = self._lora_is_on_meta()
         parameters = self.lora_parameters()
-        before = {name: _Before(p.data, p.grad) for name, p in parameters.items()}
+        before = {name: _Unconverted(p.data, p.grad) for name, p in parameters.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         if was_on_meta and not self._lora_is_on_meta():
             self.lora_initialise()  # to_empty leaves arbitrary values
@@ -129,7 +136,7 @@ class LoRALayer(AdapterOnLayer):
         self.lora_begin_anew()  # the base may have been converted
         return self
 
-    def _lora_undo_rounding(self, before: Mapping[str, _Before]) -> None:
+    def _lora_undo_rounding(self, before: Mapping[str, _Unconverted]) -> None:
         """Give parameters that were converted the dtype that they should have, with the values from before."""
         for name, about in self.lora_roles().items():
             p = own_parameter(self, name)
@@ -161,8 +168,8 @@ class LoRALayer(AdapterOnLayer):
         adapter_keys = {prefix + name for name in self.lora_roles()}
         holds_adapter = not adapter_keys.isdisjoint(state_dict)
         is_merged = local_metadata.get(HAS_UPDATE)
-        if not (holds_adapter or is_merged):
-            self._lora_warn_of_base(state_dict, prefix)
+        if not holds_adapter and not is_merged and self._lora_may_count_twice(state_dict, prefix):
+            warn(_UPDATES_MAY_COUNT_TWICE)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -184,14 +191,10 @@ class LoRALayer(AdapterOnLayer):
             setattr(self, name, nn.Parameter(values, p.requires_grad))
         return True
 
-    def _lora_warn_of_base(self, state_dict: Any, prefix: str) -> None:
-        """Warn of weights below an adapter that is trained: always in the same words, so Python does it once."""
+    def _lora_may_count_twice(self, state_dict: Any, prefix: str) -> bool:
+        """Whether a state has weights of this layer, whose adapter is trained."""
         weights = {prefix + name for name in self.lora_weights()}
-        if not weights.isdisjoint(state_dict) and not self.lora_is_fresh():
-            warn(
-                "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
-                "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."
-            )
+        return not weights.isdisjoint(state_dict) and not self.lora_is_fresh()
 
     # As text
 

@@ -1,6 +1,6 @@
 """What bypasses adapted layers: inference paths of modules around them, and ``save_pretrained`` of other libraries."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple
@@ -38,23 +38,25 @@ class InferencePath(NamedTuple):
 
 def switch_bypasses(modules: Mapping[str, nn.Module]) -> None:
     """Turn off what would bypass adapted layers. Turn it on again if no layer is adapted any more."""
-    any_adapted = any(isinstance(module, LoRALayer) for module in modules.values())
+    any_adapted = _is_any_adapted(modules.values())
     for module in modules.values():
+        if hasattr(type(module), "save_pretrained"):
+            _switch_saves(module)
         path = inference_path(module)
-        has_saves = hasattr(type(module), "save_pretrained")
-        if path is None and not has_saves:
-            continue
-        is_around = any(isinstance(inner, LoRALayer) for inner in module.modules())
-        if has_saves:
-            _switch_saves(module, is_around=is_around)
         if path is not None:
-            _switch_path(module, path, is_off=is_around or (any_adapted and repacks(module)))
+            is_off = _is_any_adapted(module.modules()) or (any_adapted and repacks(module))
+            _switch_path(module, path, is_off=is_off)
 
 
-def _switch_saves(module: nn.Module, *, is_around: bool) -> None:
+def _is_any_adapted(modules: Iterable[nn.Module]) -> bool:
+    """Whether there is an adapted layer among these modules."""
+    return any(isinstance(module, LoRALayer) for module in modules)
+
+
+def _switch_saves(module: nn.Module) -> None:
     """Let a model with adapters write what it computes."""
     attributes = vars(module)
-    if is_around:
+    if _is_any_adapted(module.modules()):
         attributes.setdefault("save_pretrained", _Saves(module))
     elif isinstance(attributes.get("save_pretrained"), _Saves):
         del attributes["save_pretrained"]

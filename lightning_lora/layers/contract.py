@@ -1,8 +1,9 @@
 """What a kind of layer declares (types, matrices, update), and an adapter of that kind."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings,
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import held_parameter, own_parameter
 
+Entry = TypeVar("Entry")
+
 LayerTypes = tuple[type[nn.Module] | str, ...]
 """Layer classes. A class that this package does not import is given by its full name."""
 
@@ -19,6 +22,15 @@ LayerTypes = tuple[type[nn.Module] | str, ...]
 def full_name(cls: type) -> str:
     """Return the name of a class with that of its module."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def of_nearest_class(table: Mapping[Any, Entry], module: nn.Module) -> Entry | None:
+    """Return what a table has for a module's class, or the nearest base class, itself or by its full name."""
+    for ancestor in type(module).__mro__:
+        entry = table.get(ancestor) or table.get(full_name(ancestor))
+        if entry is not None:
+            return entry
+    return None
 
 
 def dequantises(weight: Tensor) -> bool:

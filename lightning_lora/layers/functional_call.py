@@ -62,10 +62,9 @@ def _with_weights(module: nn.Module, cls: type, weights: Mapping[str, Tensor | N
             inner_weights.setdefault(child, {})[inner_name] = weight
         else:
             attributes[name] = weight  # instance attributes come before parameters
-    if inner_weights:
-        attributes["_modules"] = dict(module._modules)
     for child, its_weights in inner_weights.items():
         inner = module.get_submodule(child)
-        attributes["_modules"][child] = _with_weights(inner, type(inner), its_weights, copied)
+        inner_copy = _with_weights(inner, type(inner), its_weights, copied)
+        attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
     copied.append(Attributes(of_module=module.__dict__, before=dict(attributes), after=attributes))
     return copy

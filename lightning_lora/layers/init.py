@@ -11,6 +11,7 @@ from lightning_lora.layers.contract import Adapter, LayerKind
 from lightning_lora.layers.inits.table import FromWeight
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import where
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, split_as
 from lightning_lora.tensors.values import replace_values
@@ -43,25 +44,22 @@ def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
 def initialise(layer: nn.Module, adapter: Adapter) -> None:
     """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
     adapter.init_digests = {}
-    start = _Start(layer, adapter, _full_values(adapter))
+    full_values = _full_values(adapter)
+    start = _Start(layer, adapter, {**adapter.parameters, **full_values})
     for matrix in adapter.matrices:
         if matrix.tokens:
             start.copy_rows(matrix)
         else:
             start.begin(matrix)
-    for name, p in adapter.parameters.items():
-        if is_dtensor(p):
-            replace_values(p, distributed_as(start.values[name], p))
+    for name, values in full_values.items():
+        p = adapter.parameters[name]
+        replace_values(p, distributed_as(values, p))
 
 
 def _full_values(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors to initialise: each process draws full factors, and keeps its shard."""
-    values: dict[str, Tensor] = {}
-    for name, p in adapter.parameters.items():
-        values[name] = p
-        if is_dtensor(p):
-            values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-    return values
+    """Full tensors to initialise in place of DTensors: each process draws full factors, and keeps its shard."""
+    distributed = where(adapter.parameters, is_dtensor)
+    return {name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in distributed.items()}
 
 
 @dataclass

@@ -6,7 +6,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bilinear import LoRABilinear
-from lightning_lora.layers.contract import full_name
+from lightning_lora.layers.contract import full_name, of_nearest_class
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.experts import LoRAParameters  # noqa: F401  # a kind too, but of no layer type
@@ -38,11 +38,7 @@ for _adapter_class in ADAPTER_CLASSES:
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
     """Return the adapter class for a layer's type, or nearest base class, or None."""
-    for ancestor in type(layer).__mro__:
-        adapter_class = ADAPTERS.get(ancestor) or ADAPTERS.get(full_name(ancestor))
-        if adapter_class is not None:
-            return adapter_class
-    return None
+    return of_nearest_class(ADAPTERS, layer)
 
 
 def name_of_kind(kind: type) -> str:

@@ -102,9 +102,9 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_begin_anew(self) -> None:
         """Start an untrained adapter again if the weights that it starts from changed."""
-        if not self.lora_init_digests or self._lora_weight(self.lora_matrices[0].weight).is_meta:
-            return
-        if self.lora_is_fresh() and self._lora_base_has_changed():
+        first_weight = self.lora_matrices[0].weight
+        starts_from_weights = bool(self.lora_init_digests) and not self._lora_weight(first_weight).is_meta
+        if starts_from_weights and self.lora_is_fresh() and self._lora_base_has_changed():
             self.lora_initialise()
 
     def _lora_base_has_changed(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes, dequantises
+from lightning_lora.layers.contract import LayerTypes, dequantises, of_nearest_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import held_parameter
@@ -48,6 +48,14 @@ class LoRALinear4bit(LoRALinear):
         return weight.quant_state.dtype  # type: ignore[no-any-return]
 
     @staticmethod
+    def lora_entries(layer: Any) -> dict[str, Tensor]:
+        """Return what the layer's state dict holds of its weight, besides the packed values."""
+        state = layer.weight.quant_state
+        if state is None:  # not quantised before it is moved
+            return {}
+        return {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+
+    @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:  # noqa: ARG004
         """Return the dequantised values of the packed weight."""
         if weight.quant_state is None:  # not quantised before it is moved
@@ -68,6 +76,13 @@ class LoRALinear8bit(LoRALinear4bit):
         return weight.dtype if weight.is_floating_point() else torch.float16
 
     @staticmethod
+    def lora_entries(layer: Any) -> dict[str, Tensor]:
+        """Return what the layer's state dict holds of its weight, besides the packed values."""
+        if layer.weight.is_floating_point():
+            return {}
+        return {"SCB": _scales(layer), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+    @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:
         """Return the dequantised values of the weight."""
         if weight.is_floating_point():
@@ -80,15 +95,7 @@ class LoRALinear8bit(LoRALinear4bit):
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
     kind = _kind_of(module)
-    if kind is None:
-        return {}
-    weight: Any = held_parameter(module, "weight")
-    if kind is LoRALinear4bit and weight.quant_state is not None:
-        packed_state = weight.quant_state.as_dict(packed=True)
-        return {f"weight.{name}": value for name, value in packed_state.items()}
-    if kind is LoRALinear8bit and not weight.is_floating_point():
-        return {"SCB": _scales(module), "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    return {}
+    return {} if kind is None else kind.lora_entries(module)
 
 
 def is_quantised(module: nn.Module, name: str) -> bool:
@@ -136,12 +143,8 @@ _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' class
 
 
 def _kind_of(module: nn.Module) -> type[LoRALinear4bit] | None:
-    """The adapter class of a layer of bitsandbytes, or None. All modules of a model are asked, so it is short."""
-    for ancestor in type(module).__mro__:
-        kind = _KINDS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        if kind is not None:
-            return kind
-    return None
+    """The adapter class of a layer of bitsandbytes, or None."""
+    return of_nearest_class(_KINDS, module)
 
 
 def _scales(layer: Any) -> Tensor:

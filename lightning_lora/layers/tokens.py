@@ -40,10 +40,8 @@ class LoRATokens(LoRAEmbedding):
         places = torch.tensor(matrix.tokens, device=device)
         return Rows(matrix.tokens, places, rows.to(device, self.weight.dtype))
 
-    def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
-        """Return the weight, or given values of it, with the trained rows."""
-        if weight is None:
-            weight = self._lora_weight(name)
+    def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+        """Given values of the weight with the trained rows."""
         rows = self.lora_rows_for(weight.device)
         return weight.index_copy(0, rows.places, rows.values.to(weight.dtype))
 

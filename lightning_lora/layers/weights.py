@@ -30,21 +30,22 @@ class UpdatedWeights(LayerKind):
     def lora_dropout(self) -> float:
         """Return the probability of dropping an input of A now: zero in evaluation."""
         settings = self.lora_settings
-        if not (settings.dropout and self.lora_drops_input):
-            return 0.0
         is_in_step = self.lora_step.runs and not settings.follows
-        return settings.dropout if self.training or is_in_step else 0.0
+        if self.lora_drops_input and (self.training or is_in_step):
+            return settings.dropout
+        return 0.0
 
     def lora_factors(self, name: str) -> Factors:
         """Return A and B of a weight's update, as :func:`.weight_factors` does."""
         return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_reader(name))
 
-    def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
+    def lora_effective_weight(self, name: str) -> Tensor:
         """Return a weight with its update, in float32 or wider."""
-        if weight is None:
-            weight = self._lora_weight(name)
+        return self._lora_with_update(name, self._lora_weight(name))
+
+    def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+        """Given values of a weight with its update, in float32 or wider."""
         weight = self.lora_values(self, weight)
-        dropout = self.lora_dropout() if dropping else 0.0
         with torch.autocast(weight.device.type, enabled=False):
             effective = added(weight, self._lora_delta(name, weight, dropout))
             if self.lora_settings.use_dora:
@@ -58,16 +59,17 @@ class UpdatedWeights(LayerKind):
         if self._lora_merges_by_rows(full):
             values, share = self._lora_merged_by_rows(name, full)
         else:
-            effective = self.lora_effective_weight(name, full)
+            effective = self._lora_with_update(name, full)
             values = effective.to(full.dtype)
             share = lost_share(full, effective, values)
         return distributed_as(values, weight), share
 
     def _lora_merges_by_rows(self, weight: Tensor) -> bool:
         """Whether the sum can be computed a few rows at a time, which takes less memory."""
-        is_matrix_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix and weight.dim() == 2
+        is_read_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix
+        is_matrix = weight.dim() == 2
         is_plain = type(weight.data) is Tensor
-        return is_matrix_as_it_is and is_plain and not self.lora_settings.use_dora
+        return is_read_as_it_is and is_matrix and is_plain and not self.lora_settings.use_dora
 
     def _lora_merged_by_rows(self, name: str, weight: Tensor) -> tuple[Tensor, float]:
         with torch.autocast(weight.device.type, enabled=False):

@@ -130,9 +130,9 @@ def freeze(view: View) -> None:
 
 def unfreeze(view: View) -> None:
     """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
-    flags_before = view.record.base.flags_before()
-    for name, parameter in only(view.parameters, flags_before).items():
-        set_requires_grad(parameter, flags_before[name] and _can_train(parameter))
+    required_grad = view.record.base.required_grad
+    for name, parameter in only(view.parameters, required_grad).items():
+        set_requires_grad(parameter, required_grad[name] and _can_train(parameter))
     for module in view.modules.values():
         set_frozen(module, False)
 

@@ -70,7 +70,7 @@ def keep_originals(view: View) -> None:
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
-    are_known = {*view.adapter.originals, *view.record.base.changed}
+    are_known = {*view.adapter.originals, *view.record.base.changes}
     view.adapter.set_base_values(only(view.base, set(names) - are_known))
 
 

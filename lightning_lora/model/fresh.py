@@ -105,7 +105,7 @@ def random_weights(view: View) -> tuple[str, ...]:
     noted = view.adapter.random
     if noted is None:
         noted = note_random_weights(view, find_fresh(view))
-    return tuple(dict.fromkeys((*noted, *view.record.base.filled)))
+    return tuple(dict.fromkeys((*noted, *sorted(view.record.base.filled))))
 
 
 def note_random_weights(view: View, found: Fresh) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import MergedTensor
+from lightning_lora.base.base_tensors import AfterMerge
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
@@ -18,7 +18,7 @@ from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import check_start, forget_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
-from lightning_lora.tensors.named import not_in
+from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
@@ -126,10 +126,10 @@ def merge(model: nn.Module) -> Merged:
         attach.weights_have_changed(view)
         view.look_again()  # tied weights have new parameters
         attach.unfreeze(view)
-        seen = _look_at_parameters(view, bases)
+        after_merge = _look_at_parameters(view, bases)
         adapters = attach.detach_adapters(view)
         undo.pop_all()
-    view.record.was_merged(adapters, seen)
+    view.record.was_merged(adapters, after_merge)
     return done
 
 
@@ -222,19 +222,18 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
     replace_values(tensor, values.to(device))
 
 
-def _look_at_parameters(view: View, bases: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
+def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
     """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
-    seen = dict[str, MergedTensor]()
+    seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
     for name, parameter in view.base.items():
         if parameter not in merged:  # a shared layer has several names
-            seen[name] = MergedTensor(Seen(parameter, _known_digest(view, name, parameter)))
-    present = set(view.parameters.values())
-    for name, base in bases.items():
-        seen_merged = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-        seen_tied = Seen(base) if base in present else None
-        seen[name] = MergedTensor(seen_merged, base, seen_tied)
-    return seen
+            seen[name] = Seen(parameter, _known_digest(view, name, parameter))
+    for name in bases:
+        seen[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
+    tied = with_values(bases, set(view.parameters.values()))
+    seen_tied = {name: Seen(parameter) for name, parameter in tied.items()}
+    return AfterMerge(seen, bases, seen_tied)
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
@@ -308,7 +307,7 @@ def _unmerge(view: View) -> None:
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
-            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
+            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 _write_base(view, layer, weight, base, undo)
         record.was_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
@@ -321,7 +320,7 @@ def _unmerge(view: View) -> None:
 def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
-    is_converted = view.parameters[name].dtype != view.record.base.merged_tensor(name).seen.dtype
+    is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
     if is_converted:
         attach.convert_to_layer(view.modules[layer], adapter, undo)
     else:

@@ -49,8 +49,8 @@ def check_own(view: View) -> None:
 
 def _is_as_merged_here(view: View) -> bool:
     """Whether the weights are as merged. Of spread ones, those of this process are."""
-    for name, other in view.record.base.beside_merged().items():
-        if name not in view.parameters or not other.seen.is_alike(view.parameters[name]):
+    for name, seen in view.record.base.after_merge.beside.items():
+        if name not in view.parameters or not seen.is_alike(view.parameters[name]):
             return False
     return all(_is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged.items())
 
@@ -68,24 +68,21 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
 
 def _is_tie_present(view: View, name: str) -> bool:
     """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
-    merged = view.record.base.merged_tensor(name)
-    if merged.tied_seen is None:
+    merge = view.record.base.after_merge
+    if name not in merge.seen_tied:
         return True
     shown = view.parameters[name]
-    tied = merged.base
-    assert tied is not None
+    tied = merge.bases[name]
     is_present = tied in set(view.parameters.values())
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
 
 
 def _is_still(view: View, name: str) -> bool:
     """Whether a merged weight, and its other use if it was tied, have the values that the merge left."""
-    merged = view.record.base.merged_tensor(name)
-    if merged.tied_seen is not None:
-        assert merged.base is not None
-        if not merged.tied_seen.is_still(merged.base):
-            return False
-    return merged.seen.is_still(view.parameters[name])
+    merge = view.record.base.after_merge
+    if name in merge.seen_tied and not merge.seen_tied[name].is_still(merge.bases[name]):
+        return False
+    return merge.seen[name].is_still(view.parameters[name])
 
 
 def _is_merged_anew(view: View, layer: str, adapter: Adapter) -> bool:
@@ -113,6 +110,7 @@ def _show_base_as_merged(view: View, layer: str, adapter: Adapter, weights: Mapp
     device = next(iter(weights.values())).device
     for parameter in adapter.parameters.values():
         replace_values(parameter, parameter.data.to(device))
-    for name, base in view.record.base.merged_bases(layer, adapter.weights).items():
-        dtype = view.record.base.merged_tensor(join(layer, name)).seen.dtype
+    merge = view.record.base.after_merge
+    for name, base in merge.bases_of(layer, adapter.weights).items():
+        dtype = merge.seen[join(layer, name)].dtype
         replace_values(weights[name], base.data.to(weights[name].device, dtype))

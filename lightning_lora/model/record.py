@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.base_tensors import Base, MergedTensor
+from lightning_lora.base.base_tensors import AfterMerge, Base
 from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
 from lightning_lora.config import LoRAConfig
@@ -74,12 +74,11 @@ class Record:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
-    def was_merged(self, adapters: dict[str, Adapter], tensors: Mapping[str, MergedTensor]) -> None:
-        """The updates are in the weights. All parameters are as these ``tensors`` say."""
+    def was_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
+        """The updates are in the weights."""
         self._become(State.MERGED)
         self.merged = adapters
-        for name, tensor in tensors.items():
-            self.base.row(name).merged = tensor
+        self.base.after_merge = after_merge
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights."""
@@ -94,7 +93,7 @@ class Record:
     def adapter_is_shown(self) -> None:
         """They have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
-        self.base.forget_put_aside()
+        self.base.put_aside = {}
 
     # Other events
 
@@ -123,7 +122,7 @@ class Record:
         if fingerprint in fingerprints:
             return
         if fingerprints:  # a new adapter's fit begins on what others left
-            self.base.forget_all_changes()
+            self.base.changes = {}
         self.adapter.fingerprints = [fingerprint]
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:

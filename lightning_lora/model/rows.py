@@ -162,7 +162,7 @@ def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterStat
     """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
     original = view.adapter.originals.get(name, here)
     base = here
-    if not original.is_meta and not view.record.base.row(name).is_filled:
+    if not original.is_meta and name not in view.record.base.filled:
         base = original.to(here)
     values: dict[Name, Tensor] = {state.name: state.inactive_tensors.get(name, base) for state in states}
     values[None] = base
@@ -217,41 +217,68 @@ def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
 # A module in the block
 
 
-class _MixedModule:
-    """A module that runs in another way for each name."""
+class _RunOfOneName:
+    """Runs a module with one adapter, or as the base. The modules inside it do so too."""
 
-    def __init__(self, block: _Block, view: View, name: str, adapters: Mapping[Name, Adapter], values: Values) -> None:
-        module: Any = view.modules[name]
-        self.name = name
+    def __init__(self, module: Any, adapters: Mapping[Name, Adapter], values: Values, running: list[Name]) -> None:
         self.module = module
-        self.record = view.record
-        self.running = block.running
+        self.adapters = adapters
+        self.values = values
+        self.running = running
         self.plain: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
-        self.values = values
-        self.adapters = {key: adapters[key] for key in block.names if key in adapters}
-        self.names = self._names_that_differ(block.names)
-        rows = grouped(range(len(self.names)), self.names.__getitem__)
-        self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
-        self.is_sum = self._is_sum()
-        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in self.adapters.values())
-        self.trains_statistics = has_running_statistics(module) and "weight" in values.get(None, ())
-        self.factors = _FactorsOfRows(self.adapters, self.names)
+        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
 
-    def _names_that_differ(self, names: Sequence[Name]) -> list[Name]:
-        """The name of each row. Without an adapter, values or modules inside that differ, it runs as the base."""
-        if self.values or self.module._modules:
-            return list(names)
-        return [key if key in self.adapters else None for key in names]
+    def __call__(self, key: Name, args: Any, kwargs: Any) -> Any:
+        """Run the module as ``key``."""
+        cls = self.plain
+        attributes = self.values.get(key, {})
+        adapter = self.adapters.get(key)
+        if adapter is not None:
+            cls = self._adapted_class(adapter)
+            attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
+        self.running.append(key)
+        try:
+            return functional_call(self.module, cls, attributes, LoRARecurrent.lora_from_weights, *args, **kwargs)
+        finally:
+            self.running.pop()
 
-    def _is_sum(self) -> bool:
-        """Whether all rows are the base's output and an update: then one product adds the updates of all."""
-        additive = [self._adds_to_output(adapter) for adapter in self.adapters.values()]
-        return bool(additive) and all(additive) and not self.values
+    def _adapted_class(self, adapter: Adapter) -> Any:
+        return combined(adapter.kind, self.plain)
+
+    def is_sum(self) -> bool:
+        """Whether all names run the base and add an update to its output: then one product adds those of all rows."""
+        if self.values or not self.adapters:
+            return False
+        return all(self._adds_to_output(adapter) for adapter in self.adapters.values())
 
     def _adds_to_output(self, adapter: Adapter) -> bool:
-        cls: Any = combined(adapter.kind, self.plain)
+        cls = self._adapted_class(adapter)
         return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
+
+    def drops(self) -> bool:
+        """Whether dropout acts now: then each name has masks of its own."""
+        return self.has_dropout and (self.module.training or self.step.runs)
+
+
+class _MixedModule:
+    """A module whose rows run with names of their own."""
+
+    def __init__(self, block: _Block, view: View, name: str, adapters: Mapping[Name, Adapter], values: Values) -> None:
+        self.name = name
+        self.module: Any = view.modules[name]
+        self.record = view.record
+        self.running = block.running
+        used = {key: adapters[key] for key in block.names if key in adapters}
+        self.run_as = _RunOfOneName(self.module, used, values, block.running)
+        self.names = list(block.names)
+        if not values and not self.module._modules:  # so that it runs as the base, wherever it has no adapter
+            self.names = [key if key in used else None for key in block.names]
+        rows = grouped(range(len(self.names)), self.names.__getitem__)
+        self.rows = {key: torch.tensor(its_rows) for key, its_rows in rows.items()}
+        self.is_sum = self.run_as.is_sum()
+        self.factors = _FactorsOfRows(used, self.names)
+        self.trains_statistics = has_running_statistics(self.module) and "weight" in values.get(None, ())
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
@@ -263,16 +290,15 @@ class _MixedModule:
                 "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
             )
         if self.running:  # a module around it runs the rows of one name
-            return self._run_as(self.running[-1], args, kwargs)
+            return self.run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
             only_name = next(iter(self.rows), None)  # None: the batch is empty
-            return self._run_as(only_name, args, kwargs)
-        drops = self.has_dropout and (module.training or self.step.runs)
-        if drops or not self.is_sum:
-            return self._run_each(args, kwargs)
-        output = self.plain.forward(module, *args, **kwargs)
-        return add_to_rows(output, x, *self.factors.now())
+            return self.run_as(only_name, args, kwargs)
+        if self.is_sum and not self.run_as.drops():
+            output = self.run_as.plain.forward(module, *args, **kwargs)
+            return add_to_rows(output, x, *self.factors.now())
+        return self._run_each(args, kwargs)
 
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
@@ -282,11 +308,11 @@ class _MixedModule:
         outputs = []
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
-                output = self._run_as(None, args, kwargs)
+                output = self.run_as(None, args, kwargs)
                 outputs.append(taken(output, rows, n, states_dim))
             else:
                 some_args, some_kwargs = taken((args, kwargs), rows, n, states_dim, mask)
-                outputs.append(self._run_as(key, some_args, some_kwargs))
+                outputs.append(self.run_as(key, some_args, some_kwargs))
         return put_back(self.name, outputs, list(self.rows.values()), states_dim)
 
     def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
@@ -295,20 +321,6 @@ class _MixedModule:
             return None
         mask: Tensor | None = args[5] if len(args) > 5 else kwargs.get("attn_mask")
         return mask
-
-    def _run_as(self, key: Name, args: Any, kwargs: Any) -> Any:
-        """Run the module with one adapter, or as the base. The modules inside it do so too."""
-        cls = self.plain
-        attributes = self.values.get(key, {})
-        adapter = self.adapters.get(key)
-        if adapter is not None:
-            cls = combined(adapter.kind, self.plain)
-            attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
-        self.running.append(key)
-        try:
-            return functional_call(self.module, cls, attributes, LoRARecurrent.lora_from_weights, *args, **kwargs)
-        finally:
-            self.running.pop()
 
     def _input(self, args: Any, kwargs: Any) -> Tensor:
         """The first argument, a tensor with a row for each name."""

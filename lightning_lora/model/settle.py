@@ -84,7 +84,7 @@ def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not before.still:
         return ()
-    requires_grad = view.record.base.flags_before()
+    requires_grad = view.record.base.required_grad
     thawed = [name for name in view.base if requires_grad.get(name, True)]
     return tuple(not_in(before.still, modules_around(thawed)))
 
@@ -135,7 +135,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     Guards().networks_settled(view, paused, view.record.base.frozen_since)
-    view.record.base.forget_frozen_since()
+    view.record.base.frozen_since = set()
 
     before = view.adapter.networks
     below = tuple(dict.fromkeys((*before.below, *found.below)))
@@ -158,7 +158,7 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 
 def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    required_grad = view.record.base.flags_before()
+    required_grad = view.record.base.required_grad
     training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
     return without(found.copies, modules_around(training))
 

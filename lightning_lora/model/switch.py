@@ -21,7 +21,7 @@ from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import joined, not_in, only, with_values, without
+from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
 from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
@@ -269,7 +269,7 @@ def _show_base(view: View) -> None:
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
         put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
-        view.record.base.row(name).put_aside = PutAside(put_aside, tensor.requires_grad)
+        view.record.base.put_aside[name] = PutAside(put_aside, tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
@@ -283,7 +283,7 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
     for name, tensor in kept_tensors(view).items():
         original = record.adapter.originals[name]
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
-        if has_base_value and not record.base.row(name).is_filled:
+        if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged:
         base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
@@ -293,33 +293,24 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
 
 def _read_merged_digests(view: View) -> None:
     """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
-    for name, row in view.record.base.rows.items():
-        if row.merged is not None and is_dtensor(view.parameters.get(name)):
-            row.merged.seen.digest()
+    spread = where(view.parameters, is_dtensor)
+    for seen in only(view.record.base.after_merge.seen, spread).values():
+        seen.digest()
 
 
 @torch.inference_mode(False)
 def _show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
-    put_aside = _put_aside(view)
-    converted = dict[Tensor, Tensor]()  # all, before any is written: an error changes nothing
-    for tensor, aside in put_aside.items():
-        converted[tensor] = aside.values.to(tensor)  # which may have been moved or converted since
-    for tensor, values in converted.items():
-        replace_values(tensor, values)
-        set_requires_grad(tensor, put_aside[tensor].required_grad)
+    put_aside = only(view.record.base.put_aside, view.tensors)
+    converted = dict[str, Tensor]()  # all, before any is written: an error changes nothing
+    for name, aside in put_aside.items():
+        converted[name] = aside.values.to(view.tensors[name])  # which may have been moved or converted since
+    for name, aside in put_aside.items():
+        replace_values(view.tensors[name], converted[name])
+        set_requires_grad(view.tensors[name], aside.required_grad)
     _enable(view, has_effect=True)
     view.record.adapter_is_shown()
-
-
-def _put_aside(view: View) -> dict[Tensor, PutAside]:
-    """What made room for the base's values, by the tensors that show these."""
-    put_aside = dict[Tensor, PutAside]()
-    for name, row in only(view.record.base.rows, view.tensors).items():
-        if row.put_aside is not None:
-            put_aside[view.tensors[name]] = row.put_aside
-    return put_aside
 
 
 def _enable(view: View, *, has_effect: bool) -> None:

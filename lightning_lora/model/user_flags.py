@@ -48,7 +48,7 @@ def _note_thawed(view: View) -> None:
     """A weight of the base that requires a gradient was thawed."""
     base = view.record.base
     trainable = where(view.frozen, _requires_grad)
-    thawed = only(trainable, base.flags_before())
+    thawed = only(trainable, base.required_grad)
     base.note_set_since(thawed, frozen=False)
     base.note_required_grad(thawed, flag=True)
 
@@ -64,7 +64,7 @@ def _note_frozen_since(view: View) -> None:
     """An adapter that has learned, and trains no more, was frozen."""
     if not view.adapter.is_trained:
         return
-    trained_before = where(view.record.base.flags_before(), bool)
+    trained_before = where(view.record.base.required_grad, bool)
     for name, layer in _frozen_layers(view).items():
         weights = trained_before.keys() & joined(name, layer.lora_weights())
         view.record.base.note_set_since(weights, frozen=True)

@@ -15,7 +15,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries, w
 from lightning_lora.model.record import Record, record_of, record_on, records_in
 from lightning_lora.networks.roles import Networks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import below, joined, not_in, of_type, only, outside, where, with_values, without
+from lightning_lora.tensors.named import joined, not_in, of_type, only, outside, prefixed, where, with_values, without
 from lightning_lora.tensors.names import (
     first_names,
     is_bias,
@@ -179,10 +179,10 @@ class View:
         adapters = dict[str, nn.Parameter]()
         if self.is_merged:
             for name, adapter in self.record.merged.items():
-                adapters.update(below(name, adapter.parameters))
+                adapters.update(prefixed(name, adapter.parameters))
         else:
             for name, layer in self.layers.items():
-                adapters.update(below(name, layer.lora_parameters()))
+                adapters.update(prefixed(name, layer.lora_parameters()))
         return adapters
 
     @cached_property
@@ -193,7 +193,7 @@ class View:
         found = []
         record = self.record
         for layer, adapter in record.merged.items():
-            for weight, base in record.base.merged_bases(layer, adapter.weights).items():
+            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
         return found
@@ -294,7 +294,7 @@ class View:
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update(below(prefix, record.base.flags_before()))
+                flags.update(prefixed(prefix, record.base.required_grad))
         return flags
 
     def is_fresh(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.named import grouped, inside, modules_around, only, with_values, without
 from lightning_lora.tensors.names import Modules, Parameters, is_in_any, owner_of, starts_of
 from lightning_lora.tensors.shards import to_local
@@ -59,8 +59,7 @@ class _Search:
 
     def _class_of(self, name: str) -> type:
         """The class of a module without adapters."""
-        module = self.modules[name]
-        return module.overlaid[1] if isinstance(module, InPlace) else type(module)
+        return original_class(self.modules[name])
 
     def _may_be_copy(self, name: str) -> bool:
         """Whether nothing in a module trains. Of a larger network that stands still, single layers say nothing."""

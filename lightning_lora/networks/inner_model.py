@@ -3,7 +3,8 @@
 from torch import nn
 
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import is_in_any, named_modules, plain_module
+from lightning_lora.tensors.named import where
+from lightning_lora.tensors.names import named_modules, plain_module, starts_of
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
@@ -26,12 +27,17 @@ def _parts_of_lightning_module(model: nn.Module) -> list[str]:
 
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
-    outermost: list[str] = []
-    for name, module in named_modules(model).items():
-        is_inside = "" in outermost or is_in_any(name, outermost)
-        if not is_inside and class_names(module) & _MODELS:
-            outermost.append(name)
-    return outermost
+    models = where(named_modules(model), _is_model_of_other_library)
+    return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
+
+
+def _is_model_of_other_library(module: nn.Module) -> bool:
+    return not _MODELS.isdisjoint(class_names(module))
+
+
+def _modules_around(name: str) -> set[str]:
+    """The modules that a module is in, with the whole model, which has no name."""
+    return {"", *starts_of(name)} - {name}
 
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:

@@ -87,7 +87,7 @@ class _BaseHere:
             there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
-        found.quantised = [name for name in found.quantised if name in self.view.parameters]
+        found.quantised = list(only(self.view.parameters, set(found.quantised)))
         return found
 
     def _has_form_of(self, there: Fingerprint) -> bool:
@@ -116,7 +116,7 @@ class _BaseHere:
         """A tensor's digests in half precision. The list is empty if the run has changed its values."""
         base = self.view.record.base
         exact = self.digests[name]
-        if base.row(name).change is not None:
+        if name in base.changes:
             return base.half_digests.get(exact, [])
         return base.halves(exact, self.tensors[name])
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
-from lightning_lora.storage.fingerprint import Fingerprint, Halves, digests_by_name
+from lightning_lora.storage.fingerprint import Fingerprint, Halves, digests_by_name, is_convertible
 from lightning_lora.tensors.digests import digests_as
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.named import only, with_values
 
 
 @dataclass
@@ -50,7 +50,7 @@ def compare(stored: Fingerprint, tensors: Iterable[ComparedTensor], *, is_same_f
     there = _BaseThere(stored)
     found = Comparison(is_same_form=is_same_form)
     for tensor in tensors:
-        is_quantised = tensor.is_packed or there.is_quantised(tensor.name)
+        is_quantised = tensor.is_packed or tensor.name in there.quantised
         if is_quantised and not is_same_form:
             found.quantised.append(tensor.title)
         elif there.has_same_bits(tensor):
@@ -69,12 +69,9 @@ class _BaseThere:
     def __init__(self, stored: Fingerprint) -> None:
         """Read a fingerprint that says which names it has."""
         self.halves: Halves = stored["rounded"]
+        self.quantised = with_values(self.halves, [None])
         self.digests = digests_by_name(self.halves, stored)
         self.floating_dtypes = _floating_dtypes(stored["dtypes"])
-
-    def is_quantised(self, name: str) -> bool:
-        """Whether a tensor there is quantised."""
-        return name in self.halves and self.halves[name] is None
 
     def has_same_bits(self, here: ComparedTensor) -> bool:
         """Whether a tensor is there, bit by bit."""
@@ -82,8 +79,7 @@ class _BaseThere:
 
     def has_converted(self, here: ComparedTensor) -> bool:
         """Whether one of two tensors is the other, converted to another floating-point dtype."""
-        has_values = here.tensor.is_floating_point() and not here.tensor.is_meta
-        if here.name not in self.digests or not has_values:
+        if here.name not in self.digests or not is_convertible(here.tensor):
             return False
         return self._became(here) or self._came_from(here)
 
@@ -97,15 +93,14 @@ class _BaseThere:
     def _came_from(self, here: ComparedTensor) -> bool:
         """Whether the tensor here, converted to a dtype there, is the one there."""
         digest_there = self.digests[here.name]
-        dtypes = [dtype for dtype in self.floating_dtypes if dtype != here.tensor.dtype]
-        wider = [dtype for dtype in dtypes if dtype not in HALVES]
-        may_be_half = len(wider) < len(dtypes)
-        if may_be_half and digest_there in here.halves():
+        other_dtypes = self.floating_dtypes - {here.tensor.dtype}
+        other_halves = other_dtypes.intersection(HALVES)
+        if other_halves and digest_there in here.halves():
             return True
-        return digest_there in digests_as(here.tensor, wider)
+        return digest_there in digests_as(here.tensor, list(other_dtypes - other_halves))
 
 
-def _floating_dtypes(names: Iterable[str]) -> list[torch.dtype]:
+def _floating_dtypes(names: Iterable[str]) -> set[torch.dtype]:
     """The floating-point dtypes with these names. A later torch has more."""
     dtypes = only(vars(torch), set(names)).values()
-    return [dtype for dtype in dtypes if dtype.is_floating_point]
+    return {dtype for dtype in dtypes if dtype.is_floating_point}

@@ -130,7 +130,7 @@ def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) ->
         return False
     rounded = fingerprint(view, anew=False)
     for name, change in changes_between(view, there, rounded).items():
-        view.record.base.row(name).rounding = change
+        view.record.base.roundings[name] = change
     return True
 
 
@@ -181,7 +181,7 @@ def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
-    values = {**base, **renamed(where(state, _is_there), plain_name)}
+    values = {**base, **renamed(where(state, _is_not_none), plain_name)}
     completed = dict[str, Any]()
     for name in model.state_dict(keep_vars=True):
         if plain_name(name) in values:
@@ -189,7 +189,7 @@ def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -
     return {**completed, **values}
 
 
-def _is_there(value: object) -> bool:
+def _is_not_none(value: object) -> bool:
     """Whether an entry of a state has a value."""
     return value is not None
 
@@ -210,7 +210,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.forget_all_changes()
+    record.base.changes = {}
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

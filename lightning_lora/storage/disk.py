@@ -54,11 +54,17 @@ def _refuse_device(target: Path, path: Any) -> None:
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """Yield a name for a temporary folder, then move it to its place. That must be free."""
-    is_empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not is_empty:
+    if not _is_free(path):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
     with writing(path) as temporary:
         yield temporary
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but perhaps an empty folder."""
+    if path.is_dir():
+        return not any(path.iterdir())
+    return not path.exists()
 
 
 def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -178,13 +184,17 @@ def _delete(path: Path) -> None:
 # Places
 
 
-def check_path(path: Any, *, may_be_open: bool = False) -> None:
-    """Refuse what is not a path, a URL or, if it ``may_be_open``, an open file: such as a model."""
-    is_open_file = may_be_open and hasattr(path, "read")
-    if not is_open_file and not isinstance(path, str | os.PathLike):
+def check_path(path: Any) -> None:
+    """Refuse what is not a path or a URL: such as a model."""
+    if not isinstance(path, str | os.PathLike):
         raise AdapterFileError(
             f"Expected a path, but a {type(path).__name__} was given. Pass the model or its class first, then the path."
         )
+
+
+def is_open_file(source: Any) -> bool:
+    """Return whether a file was given, and not its path."""
+    return hasattr(source, "read")
 
 
 def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
@@ -235,7 +245,7 @@ def path_here(path: Any) -> Path:
 @contextmanager
 def opened(source: Any, mode: str = "rb") -> Iterator[Any]:
     """Open a path or a URL. An open file is yielded as it is."""
-    if hasattr(source, "read"):
+    if is_open_file(source):
         yield source
         return
     local = local_path(source)
@@ -385,7 +395,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {  # what a pickle may call, by its name
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """An unpickler that finds no class or function of anybody's."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -396,4 +406,6 @@ class _Unpickler(pickle.Unpickler):
         return partial(_PLAIN[called])  # an object, which a pickle cannot change for others
 
 
-_PICKLE = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``
+_PICKLE = SimpleNamespace(
+    __name__="plain", Unpickler=_PlainUnpickler
+)  # the module that ``torch.load`` takes for ``pickle``

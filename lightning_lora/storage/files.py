@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     own.check_place(path)
     view = view_of(model)
-    state = _tensors_in(_state_of(view), view.title)
+    state = _tensors_in_state(_state_of(view), view.title)
     check_not_diverged(view)
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
     if view.is_sharded:
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         own.write_adapter_file(path, stored)
 
 
-def _tensors_in(state: StateDict, title: str) -> dict[str, Tensor]:
+def _tensors_in_state(state: StateDict, title: str) -> dict[str, Tensor]:
     """The tensors in a state. Warn of what else is in it."""
     tensors = where(state, is_tensor)
     odd = state.keys() - tensors.keys()
@@ -231,11 +231,11 @@ def load_adapter(
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    reader = _reader_of(path, Asked(alpha, target_slices))
+    reader = _reader_for_file(path, Asked(alpha, target_slices))
     adapt_and_put(model, reader, name=name, refuses_base=check_base)
 
 
-def _reader_of(path: Any, asked: Asked) -> Reader:
+def _reader_for_file(path: Any, asked: Asked) -> Reader:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
     file = path if local is None else weights_of(local)

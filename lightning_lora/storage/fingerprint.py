@@ -162,7 +162,7 @@ def note_changed(view: View, *, anew: bool = True) -> list[dict[str, Any]]:
     if before is None:
         return [now]
     for name, change in changes_between(view, before, now).items():
-        record.base.row(name).change = change
+        record.base.changes[name] = change
     return fingerprints
 
 
@@ -214,8 +214,8 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     """
     tensors = base_tensors(view)
     quantised = quantised_names(view)
-    unchanged = without(tensors, {*quantised, *view.record.base.changed})
-    convertible = where(unchanged, _is_convertible)
+    unchanged = without(tensors, {*quantised, *view.record.base.changes})
+    convertible = where(unchanged, is_convertible)
     here = {"layout": _layout(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
     described = list[dict[str, Any]]()
     for each in fingerprints:
@@ -229,8 +229,8 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
     return described
 
 
-def _is_convertible(tensor: Tensor) -> bool:
-    """Whether a tensor has values in half precision."""
+def is_convertible(tensor: Tensor) -> bool:
+    """Return whether a tensor has values in half precision."""
     return tensor.is_floating_point() and not tensor.is_meta
 
 

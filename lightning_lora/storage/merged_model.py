@@ -132,7 +132,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
             f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
             "in .safetensors, or, if it has save_pretrained, one without ending."
         )
-    hyperparameters, kind_of_them = _hyperparameters(model)
+    hyperparameters, kind_of_them = _hyperparameters_in_checkpoint(model)
     checkpoint = {
         "epoch": 0,
         "global_step": 0,
@@ -147,7 +147,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
         torch.save(checkpoint, part)
 
 
-def _hyperparameters(model: Any) -> tuple[Any, type | None]:
+def _hyperparameters_in_checkpoint(model: Any) -> tuple[Any, type | None]:
     """A LightningModule's hyperparameters as checkpoints hold them, and their class if that is omegaconf's."""
     if isinstance(model.hparams, dict):
         return dict(model.hparams), None

@@ -39,15 +39,15 @@ def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[s
         state = plain_module(view.model).state_dict()
         return _noted(view, state), {}
     changed = renamed(changed, plain_name)
-    _refuse_spread(view, changed)
+    _refuse_spread_weights(view, changed)
     check_weights(view)
     check_mergeable(view)
     with _replaced_values(view, changed):
-        merged, lost = _merged_weights(view)
+        merged, lost = _merged_weights_on_host(view)
     return _noted(view, _state_with(view, changed, merged)), lost
 
 
-def _refuse_spread(view: View, changed: StateDict) -> None:
+def _refuse_spread_weights(view: View, changed: StateDict) -> None:
     """Refuse a model whose weights are in no process as a whole."""
     parameters = {**view.parameters, **only(changed, view.parameters)}
     if any(is_dtensor(value) for value in parameters.values()):
@@ -112,7 +112,7 @@ def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, und
             set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
     merged = dict[str, Tensor]()
     lost = dict[str, float]()
@@ -166,11 +166,11 @@ def _take_update_out(layer: LoRALayer) -> None:
 
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
     """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
-    have_one_shape = _shapes(adapters) == _shapes(view.adapters)
+    have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapters)
     return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """The shapes of tensors by name."""
     return {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -189,7 +189,6 @@ def _is_narrow(parameter: Tensor) -> bool:
 
 def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
-    for name, parameter in view.base.items():
-        if name not in merged or not torch.equal(parameter.cpu(), merged[name].cpu()):
-            return False
-    return True
+    if not view.base.keys() <= merged.keys():
+        return False
+    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base.items())

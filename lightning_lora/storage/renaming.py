@@ -44,19 +44,19 @@ class Renaming:
 
     def told(self, title: str) -> str:
         """Return a message that names both prefixes. ``title`` is the model, or the other file."""
-        there, here = _begin(self.there), _begin(self.here)
+        there, here = _beginning_of_names(self.there), _beginning_of_names(self.here)
         return f"The names in the file {there}; in {title} they {here}. They are taken for the same model."
 
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
     """The name with the new prefix, if it has the old one."""
-    if old_prefix == new_prefix or not is_inside(name, old_prefix):
+    if not is_inside(name, old_prefix):
         return name
     rest = name[len(old_prefix) :].removeprefix(".")
     return join(new_prefix, rest)
 
 
-def _begin(prefix: str) -> str:
+def _beginning_of_names(prefix: str) -> str:
     """How names with this prefix begin, in a message."""
     return f"begin with {prefix!r}" if prefix else "have no prefix"
 
@@ -129,10 +129,11 @@ def _shared_prefixes(names: Sequence[str]) -> list[str]:
 # Configurations that name each layer in full
 
 
-def by_whole_names(
-    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
-) -> LoRAConfig:
-    """Return a configuration that names each layer in full. Each has its own rank and scaling."""
+def by_whole_names(layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str]) -> LoRAConfig:
+    """Return a configuration that names each layer in full. Each has its own rank and scaling.
+
+    ``present`` has the names of all modules.
+    """
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
         targets.add(layer)
@@ -219,10 +220,15 @@ def _slices(layer: StoredLayer) -> Any:
     return rows
 
 
-def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
+def list_or_expression(names: list[str], present: Collection[str]) -> list[str] | str:
     """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
-    if not names or (present is not None and _match_no_other(names, present)):
+    if _match_no_other(names, present):
         return names
+    return expression_of(names)
+
+
+def expression_of(names: Iterable[str]) -> str:
+    """Return an expression that matches these names alone."""
     return "|".join(map(re.escape, names))
 
 

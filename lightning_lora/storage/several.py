@@ -18,7 +18,7 @@ from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.named import not_in, without
 from lightning_lora.tensors.names import named_modules, plain_module
 
 
@@ -71,11 +71,15 @@ def set_adapter(
 def _weights_of_sum(record: Record, name: object) -> Mapping[str, float] | None:
     """The weights of the adapters whose sum is meant. None: one adapter is, or the base."""
     if isinstance(name, str):
-        state = record.adapters.get(name)
-        return None if state is None else state.sum_of
+        return _sums_in(record).get(name)
     if isinstance(name, Mapping):
         return name
     return Counter(name) if isinstance(name, Iterable) else None
+
+
+def _sums_in(record: Record) -> dict[str, dict[str, float]]:
+    """The sums among a model's adapters: the weights of the adapters in each."""
+    return {name: state.sum_of for name, state in record.adapters.items() if state.sum_of}
 
 
 def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
@@ -85,7 +89,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
     active = record.adapter.name
     stored = _sum(model, weights, None)
     title = _title(weights)
-    if title in record.adapters and not record.adapters[title].sum_of:
+    if title in record.adapters and title not in _sums_in(record):
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
@@ -109,13 +113,13 @@ def _title(weights: Mapping[str, float]) -> str:
 
 def _drop_sums(record: Record, title: str) -> None:
     """Drop the inactive sum of this name, which is made anew, or else the oldest ones."""
-    sums = [name for name, other in record.others.items() if other.sum_of]
-    dropped = [title] if title in sums else sums[:-_INACTIVE_SUMS]
+    inactive_sums = not_in(_sums_in(record), [record.adapter.name])
+    dropped = [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
     for name in dropped:
         del record.others[name]
 
 
-_INACTIVE_SUMS = 8  # some are shown again after a block
+_MOST_INACTIVE_SUMS = 8  # some are shown again after a block
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:

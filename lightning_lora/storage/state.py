@@ -82,7 +82,7 @@ def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> 
     What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
-    noted = {*view.record.base.changed, *random}
+    noted = {*view.record.base.changes, *random}
     originals = without(view.adapter.originals, {*view.trained, *noted})
     values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
     left_out = _names_of_base_values(values, originals) | _names_merged_over(view)
@@ -92,7 +92,7 @@ def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
     """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
     frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
-    changed_buffers = only(view.buffers, view.record.base.changed)
+    changed_buffers = only(view.buffers, view.record.base.changes)
     return _without_graphs({**frozen, **changed_buffers})
 
 
@@ -105,8 +105,8 @@ def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
 def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
     """The names of what still has the value that is kept of the base."""
     unchanged = set[str]()
-    for name, original in originals.items():
-        if name in values and _is_original(values[name], original):
+    for name, original in only(originals, values).items():
+        if _is_original(values[name], original):
             unchanged.add(name)
     return unchanged
 
@@ -140,7 +140,7 @@ def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
 
 def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
-    broken = diverged(view, {**view.parameters, **view.buffers})
+    broken = diverged(view, view.tensors)
     if broken:
         raise AdapterStateError(
             f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "

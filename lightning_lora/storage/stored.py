@@ -146,12 +146,12 @@ def stored_config(description: Description) -> LoRAConfig:
     if config.target_modules != "all-linear":
         return config
     names = [layer["name"] for layer in description["layers"] if layer["kind"] not in _NAMED_OTHERWISE]
-    if any(_is_head(name) for name in names):  # 0.2.0 adapted heads that only their names and sizes tell
+    if any(_is_named_as_head(name) for name in names):  # 0.2.0 adapted heads that only their names and sizes tell
         return replace(config, target_modules=names)
     return config
 
 
-def _is_head(layer: str) -> bool:
+def _is_named_as_head(layer: str) -> bool:
     """Whether a layer has the name of a language model's output head."""
     return layer.rpartition(".")[2] == OUTPUT_HEAD
 
@@ -162,7 +162,7 @@ _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of la
 def checksum(state: StateDict, about: Description) -> int:
     """Return one number for all names and tensors, and for their description."""
     said = without(about, ["checksum"])
-    tensors = dict(sorted(where(state, _has_values).items()))
+    tensors = dict(sorted(where(state, _is_tensor_with_values).items()))
     kinds = list[Any]()
     for name, tensor in tensors.items():
         kinds.append([name, str(tensor.dtype), list(tensor.shape)])
@@ -173,14 +173,14 @@ def checksum(state: StateDict, about: Description) -> int:
     return total
 
 
-def _has_values(value: object) -> bool:
+def _is_tensor_with_values(value: object) -> bool:
     """Whether a value is a tensor that is not on the meta device."""
     return isinstance(value, Tensor) and not value.is_meta
 
 
 def check_checksum(state: StateDict, description: object, path: object) -> None:
     """Refuse adapters of another format, or that were changed after they were written."""
-    about = description if isinstance(description, dict) else {}
+    about = dict_or_empty(description)
     if about.get("format") != FORMAT:
         raise AdapterFileError(
             f"The file has format {about.get('format')}; expected {FORMAT}. For a later one, update the package; the "
@@ -191,6 +191,11 @@ def check_checksum(state: StateDict, description: object, path: object) -> None:
         raise AdapterFileError(f"{path} has {len(state)} entries, and {about.get('entries')} were written. {damaged}")
     if checksum(state, about) != about.get("checksum"):
         raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
+
+
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a value that should be a dict. What else a file holds says nothing by name."""
+    return value if isinstance(value, dict) else {}
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:

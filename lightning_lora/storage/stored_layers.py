@@ -172,14 +172,14 @@ def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1,
         r=r,
         scaling=scaling,
         matrices=matrices,
-        shapes=_shapes(layer, kind, matrices),
+        shapes=_shapes_of_weights(layer, kind, matrices),
         tied={},
         options=_options(view, name, kind),
         is_additive=cast(Kind, combined(kind, layer_class))._lora_is_additive,
     )
 
 
-def _shapes(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict[str, Shape]:
+def _shapes_of_weights(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict[str, Shape]:
     """The shapes of a layer's adapted weights. Those of quantised ones say nothing of their values."""
     if kind.lora_is_quantised(layer):
         return {matrix.weight: (matrix.writes, matrix.reads) for matrix in matrices}

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.named import below, where, without
+from lightning_lora.tensors.named import prefixed, where, without
 from lightning_lora.tensors.names import Modules, named_modules, own_parameter, owner_of, parameters_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
@@ -32,7 +32,7 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
         return "only its parameters can be adapted, and some are"
-    modules_inside = below(name, without(named_modules(layer), [""]))
+    modules_inside = prefixed(name, without(named_modules(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
     said = f"a {class_of(layer)} is not supported"
@@ -85,9 +85,10 @@ def is_computed(layer: nn.Module) -> bool:
 
 
 def has_matrices(layer: nn.Module) -> bool:
-    """Whether a layer has matrices to update, which are neither computed nor empty."""
+    """Whether a layer of a supported kind has matrices to update, which are neither computed nor empty."""
     kind = adapter_for(layer)
-    return kind is not None and _has_numbers(_matrices_of(layer, kind))
+    assert kind is not None
+    return _has_numbers(_matrices_of(layer, kind))
 
 
 def _has_numbers(matrices: Iterable[AdaptedMatrix]) -> bool:

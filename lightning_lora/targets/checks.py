@@ -9,7 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, TargetError, listed, shortened
+from lightning_lora.errors import ConfigError, TargetError, counted, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
 from lightning_lora.layers.matrices import weights_of
 from lightning_lora.patterns import matches_pattern
@@ -132,9 +132,8 @@ def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     """What ``"all"`` would adapt."""
     number = sum(map(len, by_class.values()))
     kinds = [f"{len(layers)} {kind} ({listed(layers, most=1)})" for kind, layers in by_class.items()]
-    plural = "s" if number > 1 else ""
     return (
-        f'"all" would adapt {number} layer{plural}: {", ".join(kinds[:_SHOWN])}. Set '
+        f'"all" would adapt {counted(number, "layer")}: {", ".join(kinds[:_SHOWN])}. Set '
         'target_modules="all", or name some of them.'
     )
 

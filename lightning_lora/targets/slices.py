@@ -50,9 +50,7 @@ def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], weight: Adap
     if not kind.lora_writes_rows:
         title = type(names.modules[name]).__name__
         raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
-    rows = slices if isinstance(slices, dict) else _known_rows(names, name, weight)
-    if not rows:
-        raise TargetError(_about_unknown_rows(name, weight, slices))
+    rows = slices if isinstance(slices, dict) else _known_rows(names, name, weight, slices)
     beyond = [part for part, (_, end) in rows.items() if end > weight.writes]
     if beyond:
         raise TargetError(f"target_slices of {name!r} end beyond its {weight.writes} rows: {listed(beyond)}.")
@@ -74,11 +72,11 @@ def _about_unknown_rows(name: str, weight: AdaptedMatrix, slices: Slices) -> str
     )
 
 
-def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows:
-    """The rows of each part of a fused projection, one part after the other, if they are known."""
+def _known_rows(names: Names, name: str, weight: AdaptedMatrix, slices: Slices) -> Rows:
+    """The rows of each part of a fused projection, one part after the other."""
     sizes = _known_sizes(names, name, weight)
     if sum(sizes.values()) != weight.writes:
-        return {}
+        raise TargetError(_about_unknown_rows(name, weight, slices))
     rows: Rows = {}
     first = 0
     for part, size in sizes.items():

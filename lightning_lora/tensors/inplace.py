@@ -47,6 +47,13 @@ def is_overlaid(instance: InPlace) -> bool:
     return type(instance) is _COMBINED.get(instance.overlaid)
 
 
+def original_class(instance: object) -> type:
+    """Return the class that ``instance`` has, or had before :func:`overlay`."""
+    if isinstance(instance, InPlace):
+        return instance.overlaid[1]
+    return type(instance)
+
+
 def uncover(instance: InPlace) -> None:
     """Give ``instance`` its class from before :func:`overlay` back."""
     object.__setattr__(instance, "__class__", instance.overlaid[1])

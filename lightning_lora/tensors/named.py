@@ -76,7 +76,7 @@ def joined(prefix: str, names: Iterable[str]) -> list[str]:
     return [join(prefix, name) for name in names]
 
 
-def below(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
+def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     """Return what has these names in a module, by full names."""
     start = f"{prefix}." if prefix else ""
     return {start + name: thing for name, thing in named.items()}

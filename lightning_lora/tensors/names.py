@@ -111,7 +111,7 @@ def is_bias(parameter: str) -> bool:
 
 def is_inside(name: str, prefix: str) -> bool:
     """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
-    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+    return prefix in ("", *starts_of(name))
 
 
 def owner_of(parameter: str) -> str:

@@ -137,8 +137,6 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # likewise
     for module in model.modules():
         if isinstance(module, sharded_class):

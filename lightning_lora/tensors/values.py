@@ -91,6 +91,11 @@ class Look:
         return self.device != earlier.device and self == replace(earlier, address=self.address, device=self.device)
 
 
+def _was_only_moved(earlier: object, now: object) -> bool:
+    """Whether a tensor is on another device, not written to. Of tensors inside one, nothing tells that."""
+    return isinstance(earlier, Look) and isinstance(now, Look) and now.is_of_a_moved_tensor(earlier)
+
+
 def look(tensor: Tensor) -> object:
     """Look at a tensor: address, version, device, dtype, shape and about a thousand values.
 
@@ -168,14 +173,10 @@ class Seen:
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change, here or on another device."""
-        return self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor))
-
-    def _has_moved(self, tensor: Tensor) -> bool:
-        """Whether the tensor is on another device, not written to, with equal samples."""
+        if tensor is not self._tensor:
+            return False
         now = look(to_local(tensor))
-        if isinstance(now, Look) and isinstance(self._look, Look):
-            return now.is_of_a_moved_tensor(self._look)
-        return False  # the tensors inside it may have changed
+        return now == self._look or _was_only_moved(self._look, now)
 
     def digest(self) -> int | None:
         """Return the digest of the values at that moment. None: they changed before anyone asked for it."""

@@ -66,6 +66,16 @@ def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_
     assert not seen.is_still(weight)
 
 
+def test_a_look_sees_some_values_of_every_column() -> None:
+    columns = 8
+    rows = 896  # so that every eighth value would be looked at: those of one column
+    for column in range(columns):
+        weight = torch.zeros(rows, columns)
+        seen = Seen(weight)
+        weight.data[:, column] = 1  # changes no version
+        assert not seen.is_unchanged(weight)
+
+
 @pytest.mark.parametrize("times", [1, 1 << 17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_any_moved_row_is_another_digest(dtype: torch.dtype, times: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -546,3 +546,67 @@ def test_a_resumed_fit_begins_a_stream_once(
     assert stream.begun == 2
     if not workers:  # which take some ahead
         assert items == [5, 6, 7, 8]
+
+
+# Buffers that on_load_checkpoint fills
+
+
+class FilledByLoading(Scaled):
+    """A module that fills its scale where a checkpoint is loaded, and perhaps in its set-up."""
+
+    def __init__(self, value: float = 1.0, *, loaded: float) -> None:
+        super().__init__(value)
+        self.scale += 1
+        self.loaded = loaded
+
+    def setup(self, stage: str) -> None:
+        self.scale.fill_(self.value)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.scale.fill_(self.loaded)
+
+
+class Restoring(Callback):
+    """Writes and restores a checkpoint before the first step, as tuners do after their trials."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        path = Path(trainer.default_root_dir) / "trial.ckpt"
+        trainer.save_checkpoint(path)
+        trainer._checkpoint_connector.restore(path)
+
+
+def resumes(model: FilledByLoading, file: Path) -> None:
+    fit(file.parent, lora(merge=False), model=model, ckpt_path=file, max_epochs=2)
+
+
+def test_one_that_only_loading_fills_belongs_to_the_base(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    as_trained_by_a_fit(file, FilledByLoading(loaded=5.0))
+    for reads in (resumes, evaluated):
+        with pytest.raises(ll.BaseMismatchError, match=r"1 of 6 frozen tensors of FilledByLoading differ.*'scale'"):
+            reads(FilledByLoading(loaded=5.0), file)
+        model = FilledByLoading(loaded=1.0)
+        reads(model, file)
+        ll.save_adapter(model, tmp_path / "b.safetensors")
+        assert set(load_file(tmp_path / "b.safetensors")) == set(TRAINED)
+
+
+def test_one_that_set_up_fills_too_is_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    as_trained_by_a_fit(file, FilledByLoading(2.0, loaded=5.0))
+    for reads in (resumes, evaluated):
+        model = FilledByLoading(2.0, loaded=5.0)
+        reads(model, file)
+        ll.save_adapter(model, tmp_path / "b.safetensors")
+        assert model.scale.tolist() == [2.0, 2.0, 2.0, 2.0]
+        assert set(load_file(tmp_path / "b.safetensors")) == {"scale", *TRAINED}
+
+
+@pytest.mark.parametrize(("value", "filled"), [(1.0, set()), (2.0, {"scale"})])
+def test_a_restore_within_a_fit_notes_no_more_of_them(tmp_path: Path, value: float, filled: set[str]) -> None:
+    model = FilledByLoading(value, loaded=value)
+    t = trainer(tmp_path, [lora(merge=False), Restoring()], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert model.scale.tolist() == [value] * 4
+    assert set(load_file(tmp_path / "a.safetensors")) == {*filled, *TRAINED}

@@ -16,7 +16,7 @@ from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
 from lightning_lora.storage.state import is_note
-from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
+from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, dict_or_empty
 from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.plain_states import state_dict
 
@@ -76,7 +76,8 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
 
 def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
-    disk.check_path(path, may_be_open=True)
+    if not disk.is_open_file(path):
+        disk.check_path(path)
     with disk.reading(path, remedy), disk.on_this_machine(path) as local:
         archives.check_is_file(local, path)
         with disk.opened(local) as file:  # once: another process may replace it at any time
@@ -120,8 +121,7 @@ def _read_tensors(contents: bytes) -> dict[str, Any]:
 
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
     """Return the adapters in the contents of a file. They must be as they were written."""
-    if not isinstance(contents, dict):
-        contents = {}
+    contents = dict_or_empty(contents)
     state = contents.get("state_dict")
     description = contents.get(KEY)
     if not isinstance(state, dict) or description is None:
@@ -206,8 +206,7 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
 
 def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
     """An entry of a checkpoint. Other files may have something else there, or nothing: that is as an empty one."""
-    entry = checkpoint.get(key)
-    return entry if isinstance(entry, dict) else {}
+    return dict_or_empty(checkpoint.get(key))
 
 
 def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_lora.storage.formats.trained_in_full import check_ties, find_trai
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_dense
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import below, joined, not_in, of_type, only, where_not, without
+from lightning_lora.tensors.named import joined, not_in, of_type, only, prefixed, where_not, without
 from lightning_lora.tensors.names import owner_of
 
 # The update of one layer
@@ -38,7 +38,7 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
-        return below(self.layer.name, self._tensors_in_layer())
+        return prefixed(self.layer.name, self._tensors_in_layer())
 
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The adapter's tensors, by name in the layer."""

@@ -16,7 +16,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
-from lightning_lora.storage.renaming import Renaming, entries_inside, list_or_expression
+from lightning_lora.storage.renaming import Renaming, entries_inside, expression_of, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
@@ -50,7 +50,9 @@ class Source:
 
     def as_targets(self, names: list[str]) -> list[str] | str:
         """Return the argument that means exactly the modules with these names there."""
-        return list_or_expression(names, present=None)
+        if not names:
+            return names
+        return expression_of(names)
 
     @cached_property
     def layers_with_rows(self) -> dict[str, StoredLayer]:

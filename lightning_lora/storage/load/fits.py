@@ -110,9 +110,9 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
 
 def _random_weights_besides(view: View, stored: StoredAdapters) -> Collection[str]:
     """The weights that look untrained, which a file may hold although it does not say so: none of this package."""
-    if stored.base or view.adapter.random is None:
+    if stored.base:
         return ()
-    return view.adapter.random
+    return view.adapter.random_so_far
 
 
 def _check_names(
@@ -138,7 +138,7 @@ def _check_names(
 
 def _check_changed(view: View, state: StateDict) -> None:
     """Refuse a file without the values of weights that have changed since."""
-    lost = sorted(set(view.record.base.changed) - state.keys())
+    lost = sorted(set(view.record.base.changes) - state.keys())
     if lost:
         raise BaseMismatchError(
             f"Frozen weights of {view.title} have changed in training since these adapters were stored, "

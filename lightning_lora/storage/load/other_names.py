@@ -35,7 +35,7 @@ def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 def _is_all_inside(view: View, prefix: str) -> bool:
     """Whether all weights of a model have this prefix."""
-    return not names_outside(prefix, [*view.parameters, *view.buffers])
+    return not names_outside(prefix, view.tensors)
 
 
 def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -82,7 +82,6 @@ def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
 
 def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
     """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
-    present = {*view.parameters, *view.buffers}
-    saved = [name for name in not_in(stored.state, present) if stored.config.is_saved(name)]
-    filled = [name for name in not_in(stored.filled, present) if owner_of(name) in view.modules]
+    saved = [name for name in not_in(stored.state, view.tensors) if stored.config.is_saved(name)]
+    filled = [name for name in not_in(stored.filled, view.tensors) if owner_of(name) in view.modules]
     return [*saved, *filled]

@@ -18,7 +18,7 @@ from lightning_lora.storage.offline.layers import besides, matrix_updates, read_
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.named import below, only
+from lightning_lora.tensors.named import only, prefixed
 from lightning_lora.tensors.names import owner_of
 
 _Path = str | Path
@@ -55,7 +55,7 @@ def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iter
     state = only(first.state, first.filled)
     for name, layer in _layers_of_all(files).items():
         updates = _summed_updates(files, weights, name, r)
-        highest_rank = max(map(_rank_of, updates.values()))
+        highest_rank = max(map(_rank_of_update, updates.values()))
         layers[name] = replace(layer, r=highest_rank)
         state.update(_named_factors(name, updates, highest_rank))
     present = {*layers, *module_names, *_owners_in_base(first)}
@@ -82,7 +82,7 @@ class _WeightedSum:
         """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
         update = concatenated(self.updates, self.weights)
         highest_rank = matrix.largest_rank if r is None else matrix.rank(r)
-        if _rank_of(update) <= highest_rank:
+        if _rank_of_update(update) <= highest_rank:
             return update
         return truncated(update, highest_rank)
 
@@ -102,10 +102,10 @@ def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     for matrix, update in updates.items():
         a, b = with_rank(update, matrix.rank(r))
         named |= matrix.named((a.contiguous(), b.contiguous()))
-    return below(name, named)
+    return prefixed(name, named)
 
 
-def _rank_of(update: Factors) -> int:
+def _rank_of_update(update: Factors) -> int:
     a, _ = update
     return a.shape[-2]
 

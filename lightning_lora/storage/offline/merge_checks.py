@@ -41,9 +41,13 @@ def _check_adapted_weights(plan: MergePlan) -> None:
     """Refuse a base without the adapted weights."""
     wrong = list[str]()
     for place, adapted in plan.adapted.items():
-        if not _can_be_updated(plan, place, adapted):
-            found = _found_in_place(plan, place)
-            wrong.append(f"{place} {list(adapted.shape)}, {found}")
+        wanted = f"{place} {list(adapted.shape)}"
+        if not plan.is_in_base(place):
+            wrong.append(f"{wanted}, absent")
+            continue
+        found = plan.files.get(place)
+        if not _can_be_updated(found, adapted):
+            wrong.append(f"{wanted}, {found.dtype} {list(found.shape)}")
     if wrong:
         raise AdapterMismatchError(
             f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
@@ -61,20 +65,9 @@ def _check_not_tied(plan: MergePlan) -> None:
         )
 
 
-def _can_be_updated(plan: MergePlan, place: str, adapted: AdaptedWeight) -> bool:
-    """Whether the base has a weight there to which the update can be added."""
-    if not plan.is_in_base(place):
-        return False
-    value = plan.files.get(place)
+def _can_be_updated(value: Tensor, adapted: AdaptedWeight) -> bool:
+    """Whether the update can be added to a tensor of the base."""
     return is_dense(value) and value.is_floating_point() and value.shape == adapted.shape
-
-
-def _found_in_place(plan: MergePlan, place: str) -> str:
-    """What the base has in place of a weight."""
-    if not plan.is_in_base(place):
-        return "absent"
-    value = plan.files.get(place)
-    return f"{value.dtype} {list(value.shape)}"
 
 
 # The tensors that the base of the training had

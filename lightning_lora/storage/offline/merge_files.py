@@ -21,10 +21,10 @@ from lightning_lora.storage.offline.tensor_files import (
     CheckpointFile,
     SafetensorsFolder,
     TensorFiles,
-    dict_or_empty,
     tensor_files,
     write_tensors,
 )
+from lightning_lora.storage.stored import dict_or_empty
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:

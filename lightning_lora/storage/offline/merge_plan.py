@@ -8,10 +8,10 @@ from typing import Any
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.layers import besides
 from lightning_lora.storage.offline.tensor_files import TensorFiles
-from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings
+from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import joined, only, renamed, with_values, without
+from lightning_lora.tensors.named import joined, only, renamed, with_values
 from lightning_lora.tensors.names import is_inside, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
@@ -128,8 +128,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
 
 def _check_inside(renaming: Renaming, files: TensorFiles, stored: StoredAdapters) -> None:
     """Refuse what the adapters' file holds for modules that the base has not."""
-    others = besides(stored)
-    outside = without(others, entries_inside(renaming.there, others))
+    outside = names_outside(renaming.there, besides(stored))
     if outside:
         raise AdapterMismatchError(
             f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "

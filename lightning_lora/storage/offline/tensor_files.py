@@ -15,6 +15,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.disk import header_of, load_plain, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
+from lightning_lora.storage.stored import dict_or_empty
 from lightning_lora.tensors.named import of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
@@ -160,11 +161,6 @@ class SafetensorsFolder(_SafetensorsFiles):
                 "all files of the base, of one version."
             )
         self.file_of |= without(names, self.file_of)  # an index may leave tensors out
-
-
-def dict_or_empty(value: Any) -> dict[str, Any]:
-    """Return a value that should be a dict. What else a file holds says nothing by name."""
-    return value if isinstance(value, dict) else {}
 
 
 def _read_index(path: Path) -> dict[str, Any]:

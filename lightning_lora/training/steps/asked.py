@@ -93,7 +93,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
     ids = set(map(id, asked))
-    trained_before = where(view.record.base.flags_before(), bool)
+    trained_before = where(view.record.base.required_grad, bool)
     candidates = where(only(view.frozen, trained_before), _is_still_frozen)
     return [name for name, p in candidates.items() if id(p) in ids]
 
