@@ -108,8 +108,12 @@ class Guards(Guard):
 
     def _pass_on(self, moment: Callable[Concatenate[Guard, Seen], None], *seen: Seen.args, **also: Seen.kwargs) -> None:
         """Let each guard look at a moment: those that need it have a method of its name."""
-        for guard in self.guards:
+        for guard in self._those_at(moment):
             getattr(guard, moment.__name__)(*seen, **also)
+
+    def _those_at(self, moment: Callable[..., object]) -> list[Guard]:
+        """The guards that have a method of their own for a moment."""
+        return [guard for guard in self.guards if getattr(type(guard), moment.__name__) is not moment]
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
         self._pass_on(Guard.layers_chosen, view, new)
@@ -141,7 +145,7 @@ class Guards(Guard):
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as running:
-            for guard in self.guards:
+            for guard in self._those_at(Guard.first_batch_runs):
                 running.enter_context(guard.first_batch_runs(model))
             yield
 

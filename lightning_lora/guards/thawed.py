@@ -15,8 +15,9 @@ class Thawed(Guard):
 
     def training_begins(self, view: View) -> None:
         """Name them where others of the same module were not frozen: one that was frozen whole is meant."""
+        config = view.config
         for name, module in view.modules.items():
-            if view.config.is_saved(name):
+            if config.is_saved(name):
                 _look_at(view, name, module)
 
 

@@ -150,7 +150,7 @@ Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by
 
 def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
     """Return the weights of these matrices, each once: several matrices may be rows of one."""
-    return tuple(dict.fromkeys(matrix.weight for matrix in matrices))
+    return tuple(dict.fromkeys([matrix.weight for matrix in matrices]))
 
 
 def rows_of_weight(matrices: Iterable[AdaptedMatrix], weight: str) -> list[AdaptedMatrix]:

@@ -61,10 +61,15 @@ class AdapterOnLayer(UpdatedWeights):
 
     def _lora_set_follows(self, follows: bool) -> None:
         self.lora_settings = replace(self.lora_settings, follows=follows)
-        for name, about in self.lora_roles().items():
-            p = own_parameter(self, name)
-            set_requires_grad(p, about.role.trains and not follows)
+        self.lora_set_flags()
+        for p in self.lora_parameters().values():
             p.grad = None
+
+    def lora_set_flags(self) -> None:
+        """Let the adapter's parameters require a gradient if they train, and no others."""
+        held: dict[str, Any] = self._parameters
+        for name, about in self.lora_roles().items():
+            set_requires_grad(held[name], about.role.trains and not self.lora_settings.follows)
 
     def lora_begin_as(self, original: "AdapterOnLayer") -> None:
         """Take the values of another layer's adapter, if both updates are zero."""

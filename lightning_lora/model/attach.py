@@ -124,9 +124,7 @@ def freeze(view: View) -> None:
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
     for layer in view.layers.values():
-        trained = set(layer.lora_trained())
-        for parameter in layer.lora_parameters().values():  # other code may have frozen them, or thawed a copy's
-            set_requires_grad(parameter, parameter in trained)
+        layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
     freeze_norms(view.modules.values(), view.saved)
 
 

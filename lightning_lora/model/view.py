@@ -238,7 +238,8 @@ class View:
         """The extra state dict entries of quantised layers."""
         entries = dict[str, Tensor]()
         for prefix, module in self.modules.items():
-            entries.update(prefixed(prefix, quantised_entries(module)))
+            for name, entry in quantised_entries(module).items():
+                entries[join(prefix, name)] = entry
         return entries
 
     # What trains

@@ -1,6 +1,7 @@
 """Which layers and parameters can be adapted, and why others cannot."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -61,11 +62,12 @@ def _why_not_called(modules: Modules, name: str, layer: nn.Module, kind: type[Lo
 
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
     """Why no update of the layer's weights can be computed, or merged."""
-    if is_computed(layer):
+    matrices = _matrices_of(layer, kind)
+    if not matrices:
         return f"its weight is {COMPUTED}, so no update can be merged"
-    if not has_matrices(layer):
+    if not _has_numbers(matrices):
         return "it has no weights"
-    for matrix in kind.lora_matrices_of(layer):
+    for matrix in matrices:
         dtype = kind.lora_dtype(layer, own_parameter(layer, matrix.weight))
         if not dtype.is_floating_point:
             return f"its {matrix.weight} is {dtype}, not floating point"
@@ -76,20 +78,26 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
 
 def is_computed(layer: nn.Module) -> bool:
     """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
-    if adapter_for(layer) is None:
+    kind = adapter_for(layer)
+    if kind is None:
         return isinstance(layer, ParametrizationList)
-    return not _matrices_of(layer)
+    return not _matrices_of(layer, kind)
 
 
 def has_matrices(layer: nn.Module) -> bool:
     """Whether a layer of a supported kind has matrices to update, which are neither computed nor empty."""
-    return any(matrix.largest_rank for matrix in _matrices_of(layer))
-
-
-def _matrices_of(layer: nn.Module) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer of a supported kind that can be updated: none if a weight is computed."""
     kind = adapter_for(layer)
     assert kind is not None
+    return _has_numbers(_matrices_of(layer, kind))
+
+
+def _has_numbers(matrices: Iterable[AdaptedMatrix]) -> bool:
+    """Whether some of these matrices are not empty."""
+    return any(matrix.largest_rank for matrix in matrices)
+
+
+def _matrices_of(layer: nn.Module, kind: type[LoRALayer]) -> tuple[AdaptedMatrix, ...]:
+    """The matrices of a layer that can be updated: none if a weight is computed."""
     try:
         return kind.lora_matrices_of(layer)
     except AttributeError:  # a weight is not a parameter

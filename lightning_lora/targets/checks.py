@@ -17,7 +17,7 @@ from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
 from lightning_lora.tensors.named import inside, joined, names_by, where, where_not, with_values, without
-from lightning_lora.tensors.names import Modules, starts_of
+from lightning_lora.tensors.names import Modules, join, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -29,7 +29,9 @@ def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = list(where(names.parameters, _is_lazy))
     for prefix, module in names.with_model.items():
-        lazy += joined(prefix, where(module._buffers, _is_lazy))
+        for name, buffer in module._buffers.items():
+            if _is_lazy(buffer):
+                lazy.append(join(prefix, name))
         if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():  # a file gave its shapes
             lazy.append(prefix)
     if lazy:

@@ -78,7 +78,8 @@ def joined(prefix: str, names: Iterable[str]) -> list[str]:
 
 def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     """Return what has these names in a module, by full names."""
-    return {join(prefix, name): thing for name, thing in named.items()}
+    start = f"{prefix}." if prefix else ""
+    return {start + name: thing for name, thing in named.items()}
 
 
 def modules_around(names: Iterable[str]) -> set[str]:

@@ -148,9 +148,10 @@ def held_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
     owner, _, leaf = name.rpartition(".")
-    parameter = held_parameter(submodule(module, owner), leaf)
-    if parameter is None:
+    held: Any = submodule(module, owner)._parameters
+    if leaf not in held or held[leaf] is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    parameter: nn.Parameter = held[leaf]
     return parameter
 
 

@@ -26,7 +26,8 @@ def _holds_compiled_code(module: nn.Module) -> bool:
     attributes = vars(module)
     if private.COMPILED in module._modules or attributes.get(private.COMPILED_CALL) is not None:
         return True
-    return any(_is_compiled_function(value) for value in attributes.values())
+    functions = [value for value in attributes.values() if isinstance(value, FunctionType)]
+    return any(map(_is_compiled_function, functions))
 
 
 def _defines_compiled_code(cls: type) -> bool:

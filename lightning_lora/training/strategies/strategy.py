@@ -1,7 +1,7 @@
 """What a strategy does where callbacks have no hook, such as before a checkpoint is loaded."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -347,8 +347,7 @@ class StrategyMethods(OverlaidMethods):
         stage.dropout.begin_step(module)
         stage.float32.pause_step()  # one that computes its loss again, as LBFGS does
         self.begin_first_steps(module)
-        with self._running(module, advice=asked.IN_A_STEP):
-            output = self.original.training_step(*args, **kwargs)
+        output = self._run(self.original.training_step, asked.IN_A_STEP, *args, **kwargs)
         if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             stage.dropout.end_step()
         return output
@@ -363,18 +362,18 @@ class StrategyMethods(OverlaidMethods):
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
         self.stage.check_backward(module)
-        with self._running(module, advice=asked.IN_BACKWARD):  # checkpoints run their layers again
-            loss = self.original.backward(closure_loss, *args, **kwargs)
+        # checkpoints run their layers again
+        loss = self._run(self.original.backward, asked.IN_BACKWARD, closure_loss, *args, **kwargs)
         if module.automatic_optimization:
             self.stage.dropout.end_step()
         return loss
 
-    @contextmanager
-    def _running(self, module: LightningModule, *, advice: str) -> Iterator[None]:
-        """Let the module's code run: with gradients through its checkpoints, watched, and with errors explained."""
+    def _run(self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a part of a step: with gradients through the module's checkpoints, watched, and with errors explained."""
+        module = self.strategy.lightning_module
         with gradients_pass(module), self.watching(module):
             try:
-                yield
+                return part(*args, **kwargs)
             except Exception as error:
                 asked.explain(error, module, advice)
                 raise
