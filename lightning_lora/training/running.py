@@ -75,8 +75,7 @@ class Running(NotRunning):
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
-        if self.trainer.is_global_zero:
-            self.stage.guards.adapters_ready(view)
+        self.stage.aloud.adapters_ready(view)
         share_base(callbacks_of(self.trainer), self.module)
 
     def begin_batch(self) -> None:
@@ -88,7 +87,7 @@ class Running(NotRunning):
         now = base_digests(self.module)
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
+            advise_again(self.module, self.stage.aloud, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
