@@ -37,7 +37,7 @@ from lightning_lora.training.merging import (
 from lightning_lora.training.optimizers.added_groups import added_groups_fit
 from lightning_lora.training.optimizers.groups_behind import follow
 from lightning_lora.training.optimizers.scales import scales_of
-from lightning_lora.training.randomness import RANDOM, Resumed, random_states
+from lightning_lora.training.randomness import RANDOM, NotResumed, Resumed, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NotRunning, Running
@@ -189,7 +189,7 @@ class LoRACallback(Callback):
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy = overlay_strategy(trainer.strategy, self._stage)
-        compatibility.check_callbacks(self._stage.callbacks, stage, is_sharded=self._strategy.adapts_late)
+        compatibility.refuse_second_callback(self._stage.callbacks)
         if View(pl_module).layers:
             self._stage.came = "adapted"
         if self._stage.is_fit:
@@ -214,10 +214,12 @@ class LoRACallback(Callback):
             lr_scale=self.lr_scale,
             filled=self._filled.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
+            warns_for_all=trainer.is_global_zero,
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse arguments that this fit cannot serve."""
+        """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
+        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._strategy.adapts_late)
         switches = self._stage.wants_another(pl_module)
         check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
@@ -282,7 +284,7 @@ class LoRACallback(Callback):
             self._strategy.note_base(anew=False)
         # Not before: the module's own on_fit_start may load or reset weights
         view = view_of(pl_module)  # their tensors may be others now
-        advise(view, self._stage.guards, aloud=trainer.is_global_zero)
+        advise(view, self._stage.aloud)
         base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
@@ -291,9 +293,8 @@ class LoRACallback(Callback):
         running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
         self._running = running
         running.begin(self._strategy, is_new=is_new, base=base)
-        if self._stage.resumed is not None:
-            self._stage.resumed.begin_training()
-            self._stage.resumed = None
+        self._stage.resumed.begin_training()
+        self._stage.resumed = NotResumed()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what hooks made new."""
@@ -349,7 +350,7 @@ class LoRACallback(Callback):
         self._stage.guards.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)
-        self._stage.say_what_was_written(view, is_aloud=trainer.is_global_zero)
+        self._stage.aloud.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merge_trained(trainer, pl_module, self.merge)
 

@@ -7,32 +7,29 @@ from torch import nn
 
 from lightning_lora.model.fresh import Fresh, find_fresh, note_random_weights
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import modules_around
 
 
-def advise(view: View, guards: Guards, *, aloud: bool = True) -> None:
-    """Let guards say what trains too little. Collective, so that each process calls it, and one of them ``aloud``."""
-    if aloud:
-        guards.training_begins(view)
+def advise(view: View, guards: Guard) -> None:
+    """Let guards say what trains too little. Collective, so that each process calls it. One of them has guards."""
+    guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
     if view.adapter.random is None:
         note_random_weights(view, fresh)
-    if aloud:
-        guards.new_adapters_begin(view, fresh)
+    guards.new_adapters_begin(view, fresh)
 
 
-def advise_again(model: nn.Module, guards: Guards, changed: Collection[str], *, aloud: bool) -> None:
+def advise_again(model: nn.Module, guards: Guard, changed: Collection[str]) -> None:
     """Judge again, because the module's own hooks have changed these weights since :func:`advise`."""
     view = view_of(model)
     if not view.is_fresh():
         return
     fresh = find_fresh(view)
     note_random_weights(view, fresh)
-    if aloud:
-        guards.base_made_new(view, _those_around(fresh, changed))
+    guards.base_made_new(view, _those_around(fresh, changed))
 
 
 def _those_around(fresh: Fresh, weights: Collection[str]) -> Fresh:

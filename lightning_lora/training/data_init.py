@@ -25,6 +25,7 @@ from lightning_lora.tensors.names import named_parameters
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted
 from lightning_lora.training.first_batches import first_batches, refusal
 from lightning_lora.training.no_trace import leave_no_trace
+from lightning_lora.training.optimizers.groups import leading_layers
 
 
 def _needs_data(config: LoRAConfig) -> bool:
@@ -51,8 +52,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     if not _needs_data(view.config) or not view.is_fresh():
         return
     check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
-    layers = where(view.layers, _leads)
-    start = _Start(trainer, pl_module, view.config, layers)
+    start = _Start(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
     start.run()
     for parameter in view.adapters.values():  # the first process has seen its own data
@@ -60,11 +60,6 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
         parameter.detach().copy_(values)
     follow_originals(view)
     copy_adapted(callbacks_of(trainer), pl_module, anew=True)  # into averages
-
-
-def _leads(layer: LoRALayer) -> bool:
-    """Whether a layer has adapters of its own: no copy follows another layer."""
-    return not layer.lora_settings.follows
 
 
 @dataclass(frozen=True)

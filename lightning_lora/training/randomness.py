@@ -115,7 +115,17 @@ def _fits(rows: object, here: Tensor, processes: int) -> TypeGuard[Tensor]:
     return isinstance(rows, Tensor) and rows.dtype == here.dtype and rows.shape == (processes, len(here))
 
 
-class Resumed:
+class NotResumed:
+    """A stage that goes on with no random numbers of a checkpoint."""
+
+    def begin_data(self, loader: Any) -> None:
+        """Let a loader draw as it will."""
+
+    def begin_training(self) -> None:
+        """Set nothing."""
+
+
+class Resumed(NotResumed):
     """The random numbers of a checkpoint. A resumed fit begins its data with them, once, and then its training."""
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
@@ -140,9 +150,10 @@ class Resumed:
 
     def begin_data(self, loader: Any) -> None:
         """Set the generators, and a sampler's epoch, for a loader that Lightning begins next: workers draw ahead."""
-        self.data_begin = True
-        _set_states(self.states, self.device)
-        _set_epoch(loader, self.epoch)
+        if self.trainer.training:
+            self.data_begin = True
+            _set_states(self.states, self.device)
+            _set_epoch(loader, self.epoch)
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""

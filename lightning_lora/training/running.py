@@ -77,8 +77,7 @@ class Running(NotRunning):
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
-        if self.trainer.is_global_zero:
-            self.stage.guards.adapters_ready(view)
+        self.stage.aloud.adapters_ready(view)
 
     def begin_batch(self) -> None:
         """Before the first step, warn of what the module's own hooks have made new since the training began."""
@@ -89,7 +88,7 @@ class Running(NotRunning):
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.guards, changed, aloud=self.trainer.is_global_zero)
+            advise_again(self.module, self.stage.aloud, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""

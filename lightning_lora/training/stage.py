@@ -16,13 +16,13 @@ from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, state_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.randomness import Resumed, reseeded
+from lightning_lora.training.randomness import NotResumed, reseeded
 from lightning_lora.training.steps.first_steps import FirstSteps
 from lightning_lora.training.steps.step_dropout import Dropout
 
@@ -82,20 +82,29 @@ class Stage:
     file: object = None
     """The checkpoint that it loads."""
 
-    resumed: Resumed | None = None
+    resumed: NotResumed = field(default_factory=NotResumed)
+    """The random numbers of that checkpoint, until training begins."""
 
     # What looks on, and acts in each training step
 
     callbacks: list[Callback] = field(default_factory=list)
     """All of the Trainer's."""
 
+    warns_for_all: bool = False
+    """Whether this process says what all of them would."""
+
     guards: Guards = field(default_factory=Guards)
+
+    aloud: Guard = field(init=False)
+    """The guards, in the process that warns for all. In the others, there are none."""
+
     first_steps: FirstSteps = field(init=False)
     dropout: Dropout = field(default_factory=Dropout)
     float32: Float32Steps = field(default_factory=Float32Steps)
 
     def __post_init__(self) -> None:
-        self.first_steps = FirstSteps(self.guards)
+        self.aloud = self.guards if self.warns_for_all else Guard()
+        self.first_steps = FirstSteps(self.guards, self.aloud)
 
     @property
     def is_fitting(self) -> bool:
@@ -214,11 +223,6 @@ class Stage:
         if state_of(pl_module).shows_base:
             self.guards.backward_begins_without_adapters(View(pl_module))
 
-    def say_what_was_written(self, view: View, *, is_aloud: bool) -> None:
-        """Let guards look at the base, which the record has just compared. ``is_aloud``: one process warns for all."""
-        if is_aloud:
-            self.guards.base_compared(view)
-
     # From one phase to the next
 
     def was_loaded(self) -> None:
@@ -302,7 +306,7 @@ class Fit(Stage):
 
     def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
         """Whether the module gets or has adapters. A plain one gets some."""
-        return find_record(pl_module) is None or shows_adapters(pl_module)
+        return state_of(pl_module) in (State.PLAIN, State.ADAPTED)
 
     def end(self, pl_module: LightningModule) -> None:
         """Undo all of a fit that did not even load. One that trained nothing is given back; what was trained stays."""

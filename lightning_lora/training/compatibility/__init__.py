@@ -7,6 +7,7 @@ from lightning_lora.training.compatibility.callbacks import (
     check_callbacks,
     kinds_of,
     monitored_checkpoint,
+    refuse_second_callback,
     shows_summary,
     states_are_read,
 )

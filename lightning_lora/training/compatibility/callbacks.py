@@ -32,21 +32,19 @@ def kinds_of(trainer: Trainer) -> set[str]:
     return kinds
 
 
-def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
-    """Refuse callbacks that do not work with adapters."""
+def refuse_second_callback(callbacks: list[Callback]) -> None:
+    """Refuse several callbacks of ours in one Trainer."""
     ours = list(filter(_is_ours, callbacks))
     if len(ours) > 1:
         raise ConfigError(
             f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
             "name, or use LoRASweep."
         )
-    if stage == "fit":
-        refused = _REFUSED_IF_SHARDED if is_sharded else _REFUSED
-        _refuse(callbacks, refused)
 
 
-def _refuse(callbacks: Iterable[Callback], refused: dict[str, str]) -> None:
-    """Refuse callbacks of some classes."""
+def check_callbacks(callbacks: Iterable[Callback], *, is_sharded: bool) -> None:
+    """Refuse callbacks that no fit with adapters can have."""
+    refused = _REFUSED_IF_SHARDED if is_sharded else _REFUSED
     for callback in callbacks:
         for kind in class_names(callback) & refused.keys():
             raise ConfigError(f"{type(callback).__name__} {refused[kind]}")

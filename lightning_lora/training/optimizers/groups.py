@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
+from lightning_lora.tensors.named import where
 
 Params = list[nn.Parameter]
 Group = dict[str, Any]
@@ -72,6 +73,15 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
     """Return the layers with adapters that train, of which some are among these parameters."""
     return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
+
+
+def leading_layers(view: View) -> dict[str, LoRALayer]:
+    """Return the layers with adapters of their own: those of a copied network follow others."""
+    return where(view.layers, _leads)
+
+
+def _leads(layer: LoRALayer) -> bool:
+    return not layer.lora_settings.follows
 
 
 def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:

@@ -29,13 +29,18 @@ class _Followed(NamedTuple):
 
 @dataclass
 class _Behind:
-    """The groups of adapters behind the module's groups of one optimizer."""
+    """The groups of adapters behind the module's groups of one optimizer. By default, there are none."""
 
-    place: slice
-    follows: list[_Followed]  # one for each group
-    hooks: list[RemovableHandle]
+    first: int = 0
+    follows: list[_Followed] = field(default_factory=list)  # one for each group
+    hooks: list[RemovableHandle] = field(default_factory=list)
     hidden: list[Group] = field(default_factory=list)  # the groups, in a scheduler's step
     steps: WatchedSteps = field(default_factory=WatchedSteps)
+
+    @property
+    def place(self) -> slice:
+        """Where they stand among the optimizer's groups."""
+        return slice(self.first, self.first + len(self.follows))
 
     def pairs(self, groups: list[Group]) -> Iterator[tuple[Group, Group, float]]:
         """Yield each of an optimizer's groups that is behind, the one of the module that it follows, and its scale."""
@@ -80,8 +85,7 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
             follows.append(_Followed(number, scale))
     split_groups = of_module + of_adapters
     if of_adapters:
-        place = slice(len(of_module), len(split_groups))
-        _BEHIND[optimizer] = _Behind(place, follows, _register_hooks(optimizer))
+        _BEHIND[optimizer] = _Behind(len(of_module), follows, _register_hooks(optimizer))
         follow(optimizer)
     return split_groups
 
@@ -113,9 +117,7 @@ def _register_hooks(optimizer: Optimizer) -> list[RemovableHandle]:
 
 def unsplit(optimizer: Optimizer) -> None:
     """Undo a split: a module may return the same optimizer in its next fit."""
-    behind = _BEHIND.pop(optimizer, None)
-    if behind is None:
-        return
+    behind = _BEHIND.pop(optimizer, _Behind())
     groups = optimizer.param_groups
     for group, of_module, _ in behind.pairs(groups):
         of_module["params"].extend(group["params"])
@@ -127,9 +129,7 @@ def unsplit(optimizer: Optimizer) -> None:
 def groups_without_split(optimizer: Optimizer) -> list[Params]:
     """Return the parameters of each of the module's groups as :func:`unsplit` will leave them."""
     groups = listed_parameters(optimizer)
-    behind = _BEHIND.get(optimizer)
-    if behind is None:
-        return groups
+    behind = _BEHIND.get(optimizer, _Behind())
     for parameters, followed in zip(groups[behind.place], behind.follows, strict=True):
         groups[followed.number] += parameters
     del groups[behind.place]
@@ -171,9 +171,9 @@ def _set_rate(group: Group, key: str, rate: Any) -> None:
 
 
 def hide_behind(optimizer: Optimizer) -> bool:
-    """Hide the groups behind from a scheduler. Return False if there are none, or none that is not hidden."""
-    behind = _BEHIND.get(optimizer)
-    if behind is None or behind.hidden:
+    """Hide the groups behind from a scheduler. Return False if they are hidden already."""
+    behind = _BEHIND.get(optimizer, _Behind())
+    if behind.hidden:
         return False
     groups = optimizer.param_groups
     behind.hidden = groups[behind.place]
@@ -183,9 +183,8 @@ def hide_behind(optimizer: Optimizer) -> bool:
 
 def show_behind(optimizer: Optimizer) -> None:
     """Put back what a scheduler does not see, with rates as it has set them."""
-    behind = _BEHIND[optimizer]
-    start = behind.place.start
-    optimizer.param_groups[start:start] = behind.hidden
+    behind = _BEHIND.get(optimizer, _Behind())
+    optimizer.param_groups[behind.first : behind.first] = behind.hidden
     behind.hidden = []
     follow(optimizer)
 

@@ -13,7 +13,13 @@ from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.groups import Params, base_weights_of, layers_trained_by, parameters_in
+from lightning_lora.training.optimizers.groups import (
+    Params,
+    base_weights_of,
+    layers_trained_by,
+    leading_layers,
+    parameters_in,
+)
 from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
 from lightning_lora.training.optimizers.places import check_emptied, place_rest
 from lightning_lora.training.optimizers.scales import Scale, scales_in
@@ -74,9 +80,7 @@ def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
 def _followers(view: View) -> dict[nn.Parameter, Params]:
     """The adapters' parameters that take the place of each weight in the optimizers."""
     followers = defaultdict[nn.Parameter, Params](list)
-    for layer in view.layers.values():
-        if layer.lora_settings.follows:  # another network, which is trained
-            continue
+    for layer in leading_layers(view).values():
         for name, about in layer.lora_roles().items():
             if about.role.trains:
                 weight = own_parameter(layer, about.matrix.weight)

@@ -19,8 +19,9 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.named import only, where, with_values
 from lightning_lora.tensors.names import holder_of
+from lightning_lora.tensors.values import is_tensor
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 
@@ -92,10 +93,9 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
-    ids = set(map(id, asked))
     trained_before = where(view.record.base.required_grad, bool)
     candidates = where(only(view.frozen, trained_before), _is_still_frozen)
-    return [name for name, p in candidates.items() if id(p) in ids]
+    return list(with_values(candidates, set(filter(is_tensor, asked))))
 
 
 def _is_still_frozen(p: nn.Parameter) -> bool:

@@ -115,10 +115,11 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
     alone, fed = _judge(optimizer, strategy, feeding, copied=copied)
-    if fed and not copied:
-        _check_places(view_of(model), fed, strategy.optimizers)
     if fed:
-        _tell_of_fed(view_of(model), fed, alone)
+        view = view_of(model)
+        if not copied:
+            _check_places(view, fed, strategy.optimizers)
+        _tell_of_fed(view, fed, alone)
     if not alone:
         return False
     said = left_still(alone, view_of(model).title)

@@ -5,15 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 
 from lightning_lora.model.view import View
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
-    def __init__(self, guards: Guards) -> None:
+    def __init__(self, guards: Guards, aloud: Guard) -> None:
         self.guards = guards
+        self.aloud = aloud  # these, in the process that warns for all
         self._copies = FrozenCopies()
         self._begun = 0
         self._is_in_first_batch = True
@@ -30,11 +31,11 @@ class FirstSteps:
         else:
             self._copies.check(view)
 
-    def watching(self, model: nn.Module, *, is_aloud: bool) -> AbstractContextManager[None]:
-        """Let guards watch a part of the first batch. ``is_aloud``: one process warns for all."""
-        if not self._is_in_first_batch or not is_aloud:
+    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let guards watch a part of the first batch, in the process that warns for all."""
+        if not self._is_in_first_batch:
             return nullcontext()
-        return self.guards.first_batch_runs(model)
+        return self.aloud.first_batch_runs(model)
 
     def end_batch(self, model: nn.Module) -> None:
         """End the first batch."""

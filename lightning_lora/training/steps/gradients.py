@@ -57,8 +57,7 @@ class Gradients:
             if p.requires_grad:  # a GAN's step may set it on a full network
                 p.requires_grad_(False)
                 thawed.add(p)
-            if p.grad is not None:
-                p.grad = None
+            p.grad = None
         if thawed and not self.was_thawed:
             self.was_thawed = True
             self._tell_of_thawed(thawed)

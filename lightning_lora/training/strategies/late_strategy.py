@@ -16,6 +16,9 @@ class LateStrategyMethods(StrategyMethods):
         if self.stage.is_fitting and checkpoint.get("optimizer_states"):
             self.strategy.load_optimizer_state_dict(checkpoint)
 
+    def adapt_again(self, checkpoint: Any) -> None:
+        """Adapt nothing: the layers are set up by now."""
+
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
         path = disk.local_path(filepath)

@@ -17,7 +17,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.named import grouped, only, where, without
+from lightning_lora.tensors.named import grouped, only, where, where_not
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
@@ -246,20 +246,18 @@ def _spread_beside_others(view: View) -> None:
     first, *_ = spread.values()
     mesh = first.device_mesh
     for layer in view.layers.values():
-        factors = layer.lora_parameters()
-        spread_factors = where(factors, shards.is_dtensor)
-        for name, factor in without(factors, spread_factors).items():
+        for name, factor in where_not(layer.lora_parameters(), shards.is_dtensor).items():
             set_parameter(layer, name, shards.replicated(factor, mesh))
 
 
+@torch.no_grad()
 def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first one."""
-    with torch.no_grad():
-        for tensor in tensors:
-            values = tensor.detach().contiguous()
-            dist.broadcast(values.view(-1).view(torch.uint8), 0)  # as bytes: gloo of torch 2.7 takes not all dtypes
-            if values.data_ptr() != tensor.data_ptr():
-                tensor.copy_(values)
+    for tensor in tensors:
+        values = tensor.detach().contiguous()
+        dist.broadcast(values.view(-1).view(torch.uint8), 0)  # as bytes: gloo of torch 2.7 takes not all dtypes
+        if values.data_ptr() != tensor.data_ptr():
+            tensor.copy_(values)
 
 
 def _broadcast_adapters(view: View) -> None:

@@ -235,7 +235,8 @@ class StrategyMethods(OverlaidMethods):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         leave_adapters(checkpoint)
-        self._prepare_layers(checkpoint)
+        self._rebuild_layers(checkpoint)
+        self.adapt_again(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # as in load_checkpoint
             self.load_plain(checkpoint, strict=strict)
             return
@@ -250,12 +251,15 @@ class StrategyMethods(OverlaidMethods):
         """Load a plain model, as Lightning does."""
         self.original.load_model_state_dict(checkpoint, strict=strict)
 
-    def _prepare_layers(self, checkpoint: State) -> None:
+    def _rebuild_layers(self, checkpoint: State) -> None:
         """Give the module the layers of the file, also where a hook has replaced them since."""
         if KEY in checkpoint and find_record(self.module) is not None:
             adapted = [layer["name"] for layer in checkpoint[KEY]["layers"]]
             rebuild_modules(self.module, checkpoint["state_dict"], adapted)
-        if self.stage.phase is not Phase.OVER and not self.strategy.restore_checkpoint_after_setup:
+
+    def adapt_again(self, checkpoint: State) -> None:
+        """Adapt layers that hooks have replaced since the file was read."""
+        if self.stage.phase is not Phase.OVER:
             self.adapt(stored=_config_in(checkpoint))
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -300,11 +304,21 @@ class StrategyMethods(OverlaidMethods):
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _as_written(self, checkpoint: State, *, written_later: bool) -> State:
-        """A checkpoint with what the file shall hold. That of a plain module is Lightning's own."""
+        """A checkpoint with what training changed, and the merged model if it is wanted. A plain module's stays."""
+        module = self.module
         self._forget_replaced_merge()
-        if find_record(self.module) is None:
+        if find_record(module) is None:
             return checkpoint
-        return self._checkpoint_of_adapters(checkpoint, written_later=written_later)
+        stage = self.stage
+        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
+        if stage.phase is Phase.TRAINING:
+            stage.aloud.base_compared(View(module))
+        if stage.save == "adapters":
+            return with_callback_named(checkpoint, view_of(module).adapter.name)
+        if self.strategy.is_global_zero:
+            checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
+            stage.guards.merged_in_checkpoint(type(module).__name__, lost)
+        return checkpoint
 
     def _forget_replaced_merge(self) -> None:
         """Forget a merge if other code has loaded a file into the merged module. A file of the whole model holds it."""
@@ -317,27 +331,11 @@ class StrategyMethods(OverlaidMethods):
         view = view_of(self.module)
         keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))
 
-    def _checkpoint_of_adapters(self, checkpoint: State, *, written_later: bool) -> State:
-        """A checkpoint with what training changed, and with the merged model if that is wanted too."""
-        module = self.module
-        stage = self.stage
-        is_first = self.strategy.is_global_zero
-        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
-        if stage.phase is Phase.TRAINING:
-            stage.say_what_was_written(View(module), is_aloud=is_first)
-        if stage.save == "adapters":
-            return with_callback_named(checkpoint, view_of(module).adapter.name)
-        if is_first:
-            checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
-            stage.guards.merged_in_checkpoint(type(module).__name__, lost)
-        return checkpoint
-
     # Training
 
     def process_dataloader(self, dataloader: object) -> object:
         """Begin a resumed run's data with its random numbers."""
-        if self.stage.resumed and self.module.trainer.training:
-            self.stage.resumed.begin_data(dataloader)
+        self.stage.resumed.begin_data(dataloader)
         return self.original.process_dataloader(dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -380,7 +378,7 @@ class StrategyMethods(OverlaidMethods):
 
     def watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Let guards watch a part of the first batch, in the process that warns for all."""
-        return self.stage.first_steps.watching(module, is_aloud=self.strategy.is_global_zero)
+        return self.stage.first_steps.watching(module)
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
