@@ -282,9 +282,8 @@ class LoRACallback(Callback):
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.take_base(view):  # hooks may have loaded it late
             self._strategy.note_base(anew=False)
-        # Not before: the module's own on_fit_start may load or reset weights
         view = view_of(pl_module)  # their tensors may be others now
-        advise(view, self._stage.aloud)
+        advise(view, self._stage.aloud)  # not before: the module's own on_fit_start may load or reset weights
         base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
