@@ -94,7 +94,8 @@ TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
 PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
-RANK_PAIRS += [("LoRA q v, r=64", "LoRA q v, r=2"), ("LoRA q v, r=64", "LoRA q v, r=4")]
+RANK_PAIRS.append(("LoRA q v, r=64", "LoRA q v, r=2"))
+RANK_PAIRS.append(("LoRA q v, r=64", "LoRA q v, r=4"))
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": classifying.grid,

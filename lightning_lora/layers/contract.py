@@ -27,7 +27,7 @@ def full_name(cls: type) -> str:
 def of_nearest_class(table: Mapping[Any, Entry], module: nn.Module) -> Entry | None:
     """Return what a table has for a module's class, or the nearest base class, itself or by its full name."""
     for ancestor in type(module).__mro__:
-        entry = table.get(ancestor) or table.get(full_name(ancestor))
+        entry = table.get(ancestor) or table.get(f"{ancestor.__module__}.{ancestor.__qualname__}")  # full_name, faster
         if entry is not None:
             return entry
     return None
