@@ -30,12 +30,12 @@ class Doubles(torch.autograd.Function):
         return 2 * grad
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", private.RECURRENT_LISTS)
 def test_each_private_name_of_recurrent_layers_is_there(name: str) -> None:
     assert hasattr(nn.GRU(2, 2), name)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
     storage = torch.storage.TypedStorage(2, dtype=torch.int8)
     assert getattr(storage, private.STORAGE_BYTES).nbytes() == 2
