@@ -42,7 +42,10 @@ class PutAside(NamedTuple):
 
 @dataclass(frozen=True)
 class AfterMerge:
-    """The parameters as a merge left them, to notice if they change. Empty while no updates are merged."""
+    """The parameters as a merge left them. Empty while no updates are merged.
+
+    By these, a later call notices what other code has changed.
+    """
 
     seen: dict[str, Seen] = field(default_factory=dict)
     """All parameters of the model."""
@@ -59,13 +62,16 @@ class AfterMerge:
         return without(self.seen, self.bases)
 
     def bases_of(self, layer: str, weights: Iterable[str]) -> dict[str, Tensor]:
-        """Return the base's values of the weights of a layer, by their names in it."""
+        """Return the base's weights of a layer, by their names in it."""
         return {weight: self.bases[join(layer, weight)] for weight in weights}
 
 
 @dataclass(eq=False)  # tensors have no single answer
 class Base:
-    """What is known of the base's tensors, by name: parameters, buffers, and entries of quantised layers."""
+    """What is known of the base's tensors, by name.
+
+    These are parameters, buffers, and entries of quantised layers.
+    """
 
     required_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter required a gradient before the adapters came."""
@@ -109,7 +115,10 @@ class Base:
             self.required_grad.setdefault(name, parameter.requires_grad)
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The updates are out of the weights. What trains by itself is what trained in the merged model."""
+        """The updates are out of the weights.
+
+        What trains now is what trained in the merged model.
+        """
         for name, parameter in parameters.items():
             before = self.required_grad.get(name, parameter.requires_grad)
             if before != parameter.requires_grad:  # the user has set it
@@ -118,7 +127,7 @@ class Base:
         self.after_merge = AfterMerge()
 
     def note_required_grad(self, names: Iterable[str], *, flag: bool) -> None:
-        """The user means these weights: they count as if they had required a gradient before, or not."""
+        """Set whether these required a gradient before: the user has said so."""
         for name in names:
             self.required_grad[name] = flag
 
@@ -141,7 +150,10 @@ class Base:
             self.changes[name] = Change(digest(values[name]), change.before)
 
     def absorb(self, prefix: str, inner: "Base", *, is_merged: bool) -> None:
-        """Take over what is known of a module inside, and not of the model. A merged module is itself a base now."""
+        """Take over what is known of a module inside the model.
+
+        What the model knows itself stays. A merged module is itself a base now, so that its changes are forgotten.
+        """
         for name, flag in inner.required_grad.items():
             self.required_grad.setdefault(join(prefix, name), flag)
         if not is_merged:

@@ -59,7 +59,8 @@ def adapted_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weight = weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
     if not differentiates:
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
