@@ -10,13 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import save_file
 
 import lightning_lora
@@ -231,17 +228,25 @@ def test_rooms_that_the_house_has_are_all_there_are() -> None:
     assert listed == there - {"py.typed", "__init__.py", "__main__.py", "__pycache__/"}
 
 
-def test_tests_that_guard_hazards_are_there() -> None:
+def hazards_of_the_page() -> dict[str, list[str]]:
+    """The hazards of each section of the page, in its order."""
+    found = {}
+    for heading, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE):
+        rows = re.findall(r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE)
+        if rows[0] == "hazard":
+            found[heading] = rows[1:]
+    return found
+
+
+def test_every_hazard_has_a_test() -> None:
+    """The page has no names of tests: these are in tests/hazards.yaml."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    _, *tables = re.split(r"^\| hazard \| .* \| its test \|\n\|---.*\n", PAGES["hazards"], flags=re.MULTILINE)
-    assert len(tables) >= 5
-    for table in tables:
-        rows = table.partition("\n\n")[0].splitlines()
+    test_of = yaml.safe_load((ROOT / "tests" / "hazards.yaml").read_text())
+    assert {heading: list(rows) for heading, rows in test_of.items()} == hazards_of_the_page()
+    for rows in test_of.values():
         assert len(rows) > 5
-        for row in rows:
-            test = re.fullmatch(r"\| .* \| `(test_\w+)` \|", row)
-            assert test is not None, row
-            assert f"def {test[1]}(" in tests
+        for test in rows.values():
+            assert f"def {test}(" in tests
 
 
 class MyModule(LitTiny):
@@ -253,30 +258,41 @@ class MyModule(LitTiny):
     test_dataloader = train_dataloader
 
 
+FIRST, *RECIPES = BLOCKS
+
+
+@pytest.fixture
+def fitted(here: Path) -> dict[str, Any]:
+    """What a reader has after the first program: its names, and a module that has been fitted."""
+    known = {"MyModule": MyModule, "model": MyModule()}
+    run_block(FIRST, known)
+    return known
+
+
+def run_block(code: str, known: dict[str, Any]) -> None:
+    exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
+
+
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
-def test_code_of_the_readme_runs(here: Path) -> None:
-    known: dict[str, Any] = {
-        "L": L,
-        "ModelCheckpoint": ModelCheckpoint,
-        "LightningCLI": LightningCLI,
-        "MyModule": MyModule,
-        "model": MyModule(),
-        "fresh_model": MyModule(),
-    }
-    for name in lightning_lora.__all__:
-        known[name] = getattr(lightning_lora, name)
-    for code in BLOCKS:
-        exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
-        if "ModelCheckpoint(" in code:
-            known["trainer"].save_checkpoint("best.ckpt")
-        if "save_merged" in code:
-            plain = MyModule.load_from_checkpoint("merged.ckpt")
-            x = torch.arange(4)
-            assert torch.equal(plain(x), known["model"](x))
-            assert not torch.equal(plain(x), MyModule()(x))
-            known["model"] = known["trainer"].lightning_module
-    lightning_lora.remove_adapters(known["model"])
-    assert same(state(known["model"]), state(MyModule()))
+@pytest.mark.parametrize("code", RECIPES)
+def test_each_recipe_runs_after_the_first_program(code: str, fitted: dict[str, Any]) -> None:
+    run_block(code, fitted)
+
+
+def test_files_of_the_recipe_hold_what_was_learned(fitted: dict[str, Any]) -> None:
+    (shares,) = [code for code in RECIPES if "save_merged(" in code]
+    run_block(shares, fitted)
+    x = torch.arange(4)
+    learned = fitted["model"](x)
+    assert torch.equal(fitted["plain"](x), learned)
+    assert torch.equal(MyModule.load_from_checkpoint("merged.ckpt")(x), learned)
+    assert not torch.equal(MyModule()(x), learned)
+
+
+def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(fitted: dict[str, Any]) -> None:
+    (after,) = [code for code in RECIPES if "remove_adapters(" in code]
+    run_block(after, fitted)
+    assert same(state(fitted["model"]), state(MyModule()))
 
 
 # The page of messages quotes those that the code has
