@@ -1,7 +1,9 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
+import inspect
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -14,12 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import save_file
 
 import lightning_lora
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
+from lightning_lora import LoRACallback
 from lightning_lora.cli.main import main
-from tests.support.models import LitTiny, data, randomise, same, state
+from tests.support.models import LitTiny, data, same, state
 from tests.support.ranks import has_shards, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,6 @@ def sections(page: str) -> dict[str, list[str]]:
 
 
 BLOCKS = blocks_in(README)
-MODULE = blocks("first-steps")[0]
 WITH_CODE = {page for page in PAGES if blocks(page)}
 STARTED = ("command-line", "strategies", "privacy", "sharded")
 """Pages with a program that is started in another way, or in another file of tests."""
@@ -71,13 +71,6 @@ def written(folder: Path, code: list[str]) -> Path:
     path = folder / "main.py"
     path.write_text("".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
     return path
-
-
-def module() -> Any:
-    """An object of the class of the first steps."""
-    known: dict[str, Any] = {"__name__": "pages"}
-    exec(MODULE, known)
-    return known["MyModule"]()
 
 
 @pytest.fixture
@@ -135,7 +128,8 @@ def test_program_with_a_command_line_runs(here: Path, monkeypatch: pytest.Monkey
         "--seed_everything=0",
     ]
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
-    runpy.run_path(str(program(here, "command-line")), run_name="__main__")
+    *program_of_the_page, _ = blocks("command-line")
+    runpy.run_path(str(written(here, program_of_the_page)), run_name="__main__")
     assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
 
 
@@ -150,12 +144,8 @@ def test_settings_of_the_command_line_are_the_callbacks() -> None:
 
 
 def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file(module().state_dict(), "base.safetensors")
-    for seed, name in enumerate(("adapter", "seed1", "seed2")):
-        model = module()
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
-        randomise(model, seed)
-        save_adapter(model, f"{name}.safetensors")
+    *_, makes_the_files = blocks("command-line")
+    runpy.run_path(str(written(here, [makes_the_files])))
     lines = commands_of("lightning-lora")
     assert len(lines) == 6
     for line in lines:
@@ -184,9 +174,24 @@ def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
     assert len(importing) >= 15
 
 
+REFERENCE = [page for page in PAGES if page.startswith("api-")]
+
+
 def test_reference_has_every_public_name_once() -> None:
-    shown = re.findall(r"^::: lightning_lora\.(\w+)$", PAGES["reference"], re.MULTILINE)
+    shown = []
+    for page in REFERENCE:
+        shown += re.findall(r"^::: lightning_lora\.(\w+)$", PAGES[page], re.MULTILINE)
     assert sorted(shown) == sorted(lightning_lora.__all__)
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_overview_of_the_reference_has_the_first_sentence_of_each_name(page: str) -> None:
+    for path in re.findall(r"^::: (lightning_lora\.[\w.]+)$", PAGES[page], re.MULTILINE):
+        text = inspect.getdoc(pkgutil.resolve_name(path)) or ""
+        first = " ".join(text.partition("\n\n")[0].split())
+        first = re.sub(r":\w+:`\.?([^`]*)`", r"`\1`", first).replace("``", "`")
+        name = path.rpartition(".")[2]
+        assert f"| [`{name}`]({page}.md#{path}) | {first} |" in PAGES["reference"]
 
 
 def files_in(tree: Any) -> list[str]:
