@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
@@ -31,6 +30,7 @@ from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import with_values, without
