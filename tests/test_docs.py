@@ -1,6 +1,7 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
+import builtins
 import inspect
 import os
 import pkgutil
@@ -152,6 +153,24 @@ def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     written_files = {path.stem for path in here.iterdir()}
     assert written_files >= {"merged", "both", "small", "peft_folder"}
+
+
+def undefined_names(code: str) -> set[str]:
+    """The names that code reads and does not define."""
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    written_names = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    imported = set(re.findall(r"(\w+)(?:,|$)", "\n".join(re.findall(r"import (.*)", code)), re.MULTILINE))
+    arguments = set(re.findall(r"(\w+)[,)]", "".join(re.findall(r"def .*", code))))
+    classes = set(re.findall(r"class (\w+)", code))
+    return read - written_names - imported - arguments - classes - set(dir(builtins))
+
+
+@pytest.mark.parametrize("code", blocks("frameworks"))
+def test_a_block_for_another_package_begins_with_what_is_the_readers_own(code: str) -> None:
+    first = code.partition("\n")[0]
+    assert first.startswith("# yours: ")
+    assert undefined_names(code) <= set(re.findall(r"\w+", first))
 
 
 @pytest.mark.parametrize("page", BY_HAND)
