@@ -20,7 +20,8 @@ from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
-from lightning_lora.storage.fingerprint import base_digests, note_changed
+from lightning_lora.storage.same_base.base_forms import note_changed
+from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.summary import summarize
 from lightning_lora.tensors.named import without
 from lightning_lora.tensors.shards import reshard

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
@@ -40,7 +40,7 @@ class AdapterState:
     is_trained: bool = False
     """Whether a Trainer has begun to train it, or it was loaded."""
 
-    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    fingerprints: list[Fingerprint] = field(default_factory=list)
     """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
 
     inactive_adapters: dict[str, Adapter] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.storage.fingerprint import rows_of
+from lightning_lora.storage.same_base.compared_tensors import rows_of
 from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import owner_of
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import AfterMerge, Base
 from lightning_lora.base.blocks import refuse_in_block
+from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
@@ -116,7 +117,7 @@ class Record:
         for adapter in self.adapters.values():
             adapter.base_was_loaded(values)
 
-    def base_was_read(self, fingerprint: dict[str, Any]) -> None:
+    def base_was_read(self, fingerprint: Fingerprint) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.fingerprints import find_one_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.fresh import random_weights
@@ -16,12 +17,13 @@ from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
-from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves
 from lightning_lora.storage.formats.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
+from lightning_lora.storage.same_base.base_forms import changes_between, note_changed, with_halves
+from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.state import NOTE, adapters_in, copies_of, without_base, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without

@@ -19,7 +19,6 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.disk import check_output, local_path, path_here
-from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
@@ -31,6 +30,7 @@ from lightning_lora.storage.formats.writing import ModelSource, Source, for_read
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import Reader, adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.same_base.base_forms import forms_of_base
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import where

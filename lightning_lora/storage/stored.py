@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
@@ -44,7 +45,7 @@ class StoredAdapters:
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
     layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; of other libraries, only those with rows
-    base: list[dict[str, Any]] = field(default_factory=list)  # its fingerprints; empty if the format has none
+    base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
@@ -53,7 +54,7 @@ class StoredAdapters:
     renaming: Renaming = field(default_factory=Renaming)  # how names of the base become those in the state
 
     @classmethod
-    def from_view(cls, view: View, state: dict[str, Any], base: list[dict[str, Any]]) -> "StoredAdapters":
+    def from_view(cls, view: View, state: dict[str, Any], base: list[StoredFingerprint]) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
         check_weights(view)
         check_as_adapted(view)

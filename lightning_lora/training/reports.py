@@ -10,6 +10,7 @@ import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
@@ -53,7 +54,7 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     _log(trainer, _Report(named, _hyperparameters(trainer, pl_module)))
 
 
-def _digest_of(fingerprint: Values) -> str:
+def _digest_of(fingerprint: Fingerprint) -> str:
     """A short digest of a base."""
     text = f"{fingerprint['layout']} {fingerprint['dtypes']} {fingerprint['digests']}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.settle import follow_copied
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import base_digests
+from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import callbacks_of, came_too_late, share_base
 from lightning_lora.training.optimizers.float32_steps import Float32Steps

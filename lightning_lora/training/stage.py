@@ -17,7 +17,7 @@ from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards
-from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks

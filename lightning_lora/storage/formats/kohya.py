@@ -4,13 +4,13 @@ Readers differ in what they do with the alphas of layers, so all layers of a mem
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
@@ -124,7 +124,7 @@ def _known_modules(source: Source) -> set[str]:
     """The names of all modules that are known: a file names the tensors of its base."""
     modules = {*source.modules_here, *source.stored.layers}
     for fingerprint in source.stored.base:
-        for tensor in fingerprint.get("rounded", ()):
+        for tensor in names_in(fingerprint):
             modules.update(starts_of(owner_of(tensor)))
     return modules
 

@@ -12,7 +12,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.storage.base_check import check_base
+from lightning_lora.storage.same_base.base_check import check_base
 from lightning_lora.storage.state import diverged, required, without_base
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of

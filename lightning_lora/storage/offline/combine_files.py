@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_lora.base.fingerprints import names_in
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
@@ -114,7 +115,7 @@ def _owners_in_base(stored: StoredAdapters) -> set[str]:
     """The modules that hold the tensors of a base."""
     owners = set[str]()
     for fingerprint in stored.base:
-        owners.update(map(owner_of, fingerprint.get("rounded", ())))
+        owners.update(map(owner_of, names_in(fingerprint)))
     return owners
 
 

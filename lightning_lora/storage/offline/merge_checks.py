@@ -1,16 +1,16 @@
 """Whether adapters fit into files of a base: before anything is written."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
+from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
+from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.stored import is_dense
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.named import of_type, only, where, with_values, without
@@ -85,7 +85,7 @@ def _check_complete(plan: MergePlan) -> None:
             )
 
 
-def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
+def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     """The tensors of a fingerprint that the base does not have.
 
     A tied tensor is there under one of its names. And a library may know another name for one, as transformers
@@ -93,7 +93,7 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     """
     halves = fingerprint["rounded"]
     places = {name: plan.name_in_base(name) for name in halves}
-    digests = dict(zip(places, fingerprint["digests"], strict=True))
+    digests = digests_by_name(places, fingerprint)
     present = only(digests, where(places, plan.is_in_base))
     present_or_tied = with_values(digests, set(present.values()))
     expected = only(digests, _expected_tensors(plan, halves))
@@ -105,13 +105,13 @@ def _lost_tensors(plan: MergePlan, fingerprint: Mapping[str, Any]) -> list[str]:
     other_digests = _digests_of(plan, other_places)
     lost = list[str]()
     for name in absent:
-        has_no_other_name = other_digests.isdisjoint({digests[name], *halves[name]})
+        has_no_other_name = other_digests.isdisjoint({digests[name], *(halves[name] or ())})
         if has_no_other_name or _is_misspelt(places[name], other_places):
             lost.append(name)
     return lost
 
 
-def _expected_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> set[str]:
+def _expected_tensors(plan: MergePlan, halves: Halves) -> set[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
     weights = where(halves, bool)  # None: quantised. Empty: integers, which other versions may not store
     return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
@@ -177,7 +177,7 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, halves: Mapping[str, Any]) -> Iterator[ComparedTensor]:
+def _compared_tensors(plan: MergePlan, halves: Halves) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
         place = plan.name_in_base(name)

@@ -1,10 +1,10 @@
 """Which tensors of a base a file of adapters changes, and how: what a merge of files begins with."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.layers import besides
 from lightning_lora.storage.offline.tensor_files import TensorFiles
@@ -68,7 +68,7 @@ class MergePlan:
         return list(with_values(self.file_of, [file]))
 
     @property
-    def fingerprints(self) -> list[Mapping[str, Any]]:
+    def fingerprints(self) -> list[StoredFingerprint]:
         """The fingerprints of the training's base that say which names it had."""
         return [fingerprint for fingerprint in self.stored.base if "rounded" in fingerprint]
 

@@ -18,7 +18,6 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
 from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.lightning import (
     as_base,
@@ -28,6 +27,8 @@ from lightning_lora.storage.formats.lightning import (
     with_callback_state,
 )
 from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of
+from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import class_names

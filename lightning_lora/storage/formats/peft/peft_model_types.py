@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from torch import nn
 
+from lightning_lora.base.fingerprints import names_in
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
@@ -34,11 +35,11 @@ def why_not_in_model_type(layer: StoredLayer, source: Source) -> str:
 
 
 def _why_not_in_unknown_type(leaf: str, stored: StoredAdapters) -> str:
-    """Why a layer of this name may be one of experts. A file says only of rounded weights which others there are."""
+    """Why a layer of this name may be one of experts: of some files, the base is known to have them."""
     if leaf not in ("gate_proj", "up_proj", "down_proj"):
         return ""
     for fingerprint in stored.base:
-        if any(".experts." in name for name in fingerprint.get("rounded", ())):
+        if any(".experts." in name for name in names_in(fingerprint)):
             return (
                 "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
             )

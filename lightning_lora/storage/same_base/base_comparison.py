@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.base.base_tensors import HALVES
-from lightning_lora.storage.fingerprint import Fingerprint, Halves, digests_by_name, is_convertible
+from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
+from lightning_lora.storage.same_base.compared_tensors import is_convertible
 from lightning_lora.tensors.digests import digests_as
 from lightning_lora.tensors.named import only, with_values
 
@@ -21,7 +22,7 @@ class ComparedTensor:
     tensor: Tensor
     exact: int  # the digest of its bits
     halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
-    is_packed: bool = False  # whether it is quantised
+    is_quantised: bool = False
 
 
 @dataclass
@@ -45,13 +46,13 @@ class Comparison:
         return not self.converted and not self.quantised
 
 
-def compare(stored: Fingerprint, tensors: Iterable[ComparedTensor], *, is_same_form: bool = False) -> Comparison:
+def compare(stored: StoredFingerprint, tensors: Iterable[ComparedTensor], *, is_same_form: bool = False) -> Comparison:
     """Compare a base with one fingerprint, tensor by tensor."""
     there = _BaseThere(stored)
     found = Comparison(is_same_form=is_same_form)
     for tensor in tensors:
-        is_quantised = tensor.is_packed or tensor.name in there.quantised
-        if is_quantised and not is_same_form:
+        is_left_out = tensor.is_quantised or tensor.name in there.quantised
+        if is_left_out and not is_same_form:
             found.quantised.append(tensor.title)
         elif there.has_same_bits(tensor):
             found.equal += 1
@@ -66,7 +67,7 @@ def compare(stored: Fingerprint, tensors: Iterable[ComparedTensor], *, is_same_f
 class _BaseThere:
     """The base that a fingerprint was taken of, by the names of its tensors."""
 
-    def __init__(self, stored: Fingerprint) -> None:
+    def __init__(self, stored: StoredFingerprint) -> None:
         """Read a fingerprint that says which names it has."""
         self.halves: Halves = stored["rounded"]
         self.quantised = with_values(self.halves, [None])

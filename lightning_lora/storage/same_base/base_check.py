@@ -1,26 +1,28 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_lora.base.fingerprints import (
+    Fingerprint,
+    Form,
+    StoredFingerprint,
+    digests_by_name,
+    have_one_form,
+    without_halves,
+)
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.fingerprint import (
-    Fingerprint,
-    base_tensors,
-    digests_by_name,
-    fingerprint,
-    have_one_form,
-    quantised_names,
-)
+from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
+from lightning_lora.storage.same_base.compared_tensors import base_tensors, quantised_names
+from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import of_type, only, without
 
-_Compared = tuple[Fingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
+_Compared = tuple[StoredFingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 
 
 def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
@@ -29,7 +31,7 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    here: Fingerprint = fingerprint(view, anew=anew, renaming=stored.renaming)
+    here = fingerprint(view, anew=anew, renaming=stored.renaming)
     if _is_stored(view, here, stored.base):
         return False
     base = _BaseHere(view, here, stored)
@@ -43,19 +45,18 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
     nearest, difference = _nearest(compared, here)
     message = _difference(base, nearest, difference)
     if refuse:
-        raise BaseMismatchError(message)
-    end_of_first_sentence = message.index(". ") + 1
-    warn(f"{message[:end_of_first_sentence]} They were loaded all the same, because of check_base=False.")
+        raise BaseMismatchError(f"{message.found} {message.remedy}")
+    warn(f"{message.found} They were loaded all the same, because of check_base=False.")
     return bool(here["dtypes"] != nearest["dtypes"])
 
 
-def _is_stored(view: View, here: Fingerprint, stored: Sequence[Fingerprint]) -> bool:
+def _is_stored(view: View, here: Fingerprint, stored: Sequence[StoredFingerprint]) -> bool:
     """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
     forms = [here]
     if here in view.adapter.fingerprints:  # all of these are of this base
         forms += view.adapter.fingerprints
-    without_halves = [only(each, here) for each in stored]
-    return any(form in without_halves for form in forms)
+    stored_forms = [without_halves(each) for each in stored]
+    return any(form in stored_forms for form in forms)
 
 
 def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
@@ -79,27 +80,27 @@ class _BaseHere:
         self.quantised = quantised_names(view)
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
-    def compare(self, there: Fingerprint) -> Comparison:
+    def compare(self, there: StoredFingerprint) -> Comparison:
         """Compare it with a fingerprint. Nothing is compared with one of other names that does not list them."""
         if "rounded" not in there:
             if there["layout"] != self.fingerprint["layout"]:
                 return Comparison()
-            there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
+            there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}  # the names are the same
         found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
-        found.quantised = list(only(self.view.parameters, set(found.quantised)))
+        found.quantised = list(only(self.view.parameters, set(found.quantised)))  # counted as weights, without scales
         return found
 
-    def _has_form_of(self, there: Fingerprint) -> bool:
+    def _has_form_of(self, there: StoredFingerprint) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
         if not have_one_form(there, self.fingerprint):
             return False
         quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
         return quantised_there == self.quantised & self.tensors.keys()
 
-    def _only_there(self, there: Fingerprint) -> list[str]:
+    def _only_there(self, there: StoredFingerprint) -> list[str]:
         """The tensors there that are not here. Quantised ones may have other names."""
-        others: Mapping[str, Any] = without(there["rounded"], set(self.names_there.values()))
+        others = without(there["rounded"], set(self.names_there.values()))
         return [name for name, half_digests in others.items() if half_digests is not None]
 
     def _compared_tensors(self) -> list[ComparedTensor]:
@@ -107,9 +108,10 @@ class _BaseHere:
         compared = list[ComparedTensor]()
         for name, tensor in without(self.tensors, self.stored.random).items():
             halves = partial(self._halves_of, name)
-            is_packed = name in self.quantised
+            is_quantised = name in self.quantised
             name_there = self.names_there[name]
-            compared.append(ComparedTensor(name_there, name, tensor, self.digests[name], halves, is_packed=is_packed))
+            digest = self.digests[name]
+            compared.append(ComparedTensor(name_there, name, tensor, digest, halves, is_quantised=is_quantised))
         return compared
 
     def _halves_of(self, name: str) -> list[int]:
@@ -124,7 +126,7 @@ class _BaseHere:
 # What is said
 
 
-def _converted_message(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
+def _converted_message(base: _BaseHere, there: StoredFingerprint, found: Comparison) -> str:
     """The same base in another precision."""
     trained_on = f"These adapters were trained on a base in {_dtypes(there)}"
     result = "It is the same base, converted."
@@ -133,7 +135,7 @@ def _converted_message(base: _BaseHere, there: Fingerprint, found: Comparison) -
     return f"{trained_on}; {base.view.title} is in {_dtypes(base.fingerprint)}. {result}"
 
 
-def _dtypes(fingerprint: Fingerprint) -> str:
+def _dtypes(fingerprint: Form) -> str:
     """The dtypes of a fingerprint, in a message."""
     return " and ".join(fingerprint["dtypes"])
 
@@ -147,36 +149,44 @@ def _left_out(found: Comparison) -> str:
     return f"; {count} quantised {weights_were} not compared"
 
 
-def _difference(base: _BaseHere, there: Fingerprint, found: Comparison) -> str:
-    """What is different. The first sentence says how much, the others what to do."""
+class _Message(NamedTuple):
+    """What an error says. A warning says only what was found."""
+
+    found: str  # one sentence
+    remedy: str
+
+
+def _difference(base: _BaseHere, there: StoredFingerprint, found: Comparison) -> _Message:
+    """What is different, and what to do."""
     title = base.view.title
     if _is_other_architecture(base, there):
         return _other_architecture(base, there)
     counted = len(found.differ) + found.equal
     if not counted:
-        return (
+        return _Message(
             f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
-            "there is nothing to compare. Load it as it was loaded for training, or pass check_base=False to "
-            "load_adapter."
+            "there is nothing to compare.",
+            "Load it as it was loaded for training, or pass check_base=False to load_adapter.",
         )
     examples = listed(found.differ, 3)
     how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {examples}"
     if found.is_same_form:
-        return (
-            f"These adapters were trained on another base: {how_many}. Load the same pretrained weights as for the "
-            "training: in the module's __init__ or setup, or before load_adapter. New layers and rows are random, so "
-            "they must train: modules_to_save, trainable_token_indices. If this model is merged, load its base."
+        return _Message(
+            f"These adapters were trained on another base: {how_many}.",
+            "Load the same pretrained weights as for the training: in the module's __init__ or setup, or before "
+            "load_adapter. New layers and rows are random, so they must train: modules_to_save, "
+            "trainable_token_indices. If this model is merged, load its base.",
         )
     dtypes_there = _dtypes(there)
-    return (
+    return _Message(
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
-        f"{_dtypes(base.fingerprint)}{_left_out(found)}. Load the same pretrained weights as for the training, in "
-        f"{dtypes_there}, and then convert the model. A base that was rounded twice, or to float16 there and to "
-        "bfloat16 here, is not recognised."
+        f"{_dtypes(base.fingerprint)}{_left_out(found)}.",
+        f"Load the same pretrained weights as for the training, in {dtypes_there}, and then convert the model. A base "
+        "that was rounded twice, or to float16 there and to bfloat16 here, is not recognised.",
     )
 
 
-def _is_other_architecture(base: _BaseHere, there: Fingerprint) -> bool:
+def _is_other_architecture(base: _BaseHere, there: StoredFingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
     if there["layout"] == base.fingerprint["layout"]:
         return False
@@ -186,14 +196,14 @@ def _is_other_architecture(base: _BaseHere, there: Fingerprint) -> bool:
     return not is_quantised_there and not base.quantised
 
 
-def _other_architecture(base: _BaseHere, there: Fingerprint) -> str:
+def _other_architecture(base: _BaseHere, there: StoredFingerprint) -> _Message:
     """Names or shapes differ."""
     title = base.view.title
     count_there = len(there["digests"])
-    return (
+    return _Message(
         f"These adapters were trained on another architecture: their base has {count_there} frozen "
-        f"tensors, {title} has {len(base.digests)}, and names or shapes differ.{_example(base)} Build "
-        "the model as it was built for training, with the same modules_to_save and bias."
+        f"tensors, {title} has {len(base.digests)}, and names or shapes differ.",
+        f"{_example(base)}Build the model as it was built for training, with the same modules_to_save and bias.",
     )
 
 
@@ -205,5 +215,5 @@ def _example(base: _BaseHere) -> str:
         shape_there = tuple(tensor.shape)
         shape_here = tuple(parameters[name].shape)
         if shape_here != shape_there:
-            return f" For example, {name!r} is {shape_there} there and {shape_here} here."
+            return f"For example, {name!r} is {shape_there} there and {shape_here} here. "
     return ""

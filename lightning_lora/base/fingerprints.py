@@ -1,0 +1,55 @@
+"""The fingerprint of a base, in the plain types that a model remembers and files hold."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+Halves = dict[str, Sequence[int] | None]
+"""The digests of tensors in bfloat16 and float16, by name. An empty list: of an integer, or of a value that a run has
+changed and that is no longer known. None: of a quantised one."""
+
+
+class Form(TypedDict):
+    """In which form a base was seen. The same base has another one when it is converted or quantised."""
+
+    layout: str  # the hash of all names and shapes
+    dtypes: list[str]  # the names of its dtypes, sorted
+
+
+class Fingerprint(Form):
+    """What tells a base from others: as a model remembers it."""
+
+    digests: list[int]  # of each tensor's bits, in the order of the names; 0 on the meta device
+
+
+class StoredFingerprint(Fingerprint, total=False):
+    """What a file says of a base."""
+
+    rounded: Halves  # of all names; absent if the base had others when the file was written
+
+
+def without_halves(stored: StoredFingerprint) -> Fingerprint:
+    """Return the fingerprint of a file as a model remembers it."""
+    return {"layout": stored["layout"], "dtypes": stored["dtypes"], "digests": stored["digests"]}
+
+
+def names_in(stored: StoredFingerprint) -> Iterable[str]:
+    """Return the names of a base's tensors, if a file says them."""
+    return stored.get("rounded", ())
+
+
+def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]:
+    """Return the digests in a fingerprint, by the names of its tensors."""
+    return dict(zip(names, stored["digests"], strict=True))
+
+
+def have_one_form(one: Form, other: Form) -> bool:
+    """Whether two fingerprints are of the same names, shapes and dtypes."""
+    return (one["layout"], one["dtypes"]) == (other["layout"], other["dtypes"])
+
+
+def find_one_form(fingerprints: Iterable[Fingerprint], other: Form) -> Fingerprint | None:
+    """Return the first fingerprint that has the same form as another one, or None."""
+    for each in fingerprints:
+        if have_one_form(each, other):
+            return each
+    return None

@@ -1,0 +1,1 @@
+"""Whether a base is the one that adapters were trained on."""

@@ -1,0 +1,65 @@
+"""Fingerprints of base models: names, shapes and contents of everything that training does not change."""
+
+import hashlib
+
+from torch import Tensor
+
+from lightning_lora.base.fingerprints import Fingerprint
+from lightning_lora.model.view import View
+from lightning_lora.storage.renaming import SAME_NAMES, Renaming
+from lightning_lora.storage.same_base.compared_tensors import Tensors, base_tensors, dtypes_of, rows_of
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.named import only, where_not, without
+from lightning_lora.tensors.names import first_names
+
+
+def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES) -> Fingerprint:
+    """Return the fingerprint of an adapted model's base. Collective for one spread over processes.
+
+    Args:
+        view: The model.
+        anew: Whether all weights are read. Otherwise one is read again only if a quick look shows a change.
+        renaming: By which names of a file the layout is hashed.
+    """
+    tensors = base_tensors(view)
+    digests = _digests_of_present_values(view, tensors, anew=anew)
+    return {
+        "layout": layout_of(tensors, renaming),
+        "dtypes": dtypes_of(tensors),
+        "digests": view.record.base.digests_before_changes(digests),
+    }
+
+
+def base_digests(view: View) -> dict[str, int]:
+    """Return the digests of an adapted model's base, read again where a quick look shows a change. Collective."""
+    tensors = base_tensors(view)
+    digests = _digests_of_present_values(view, tensors, anew=False)
+    return dict(zip(tensors, view.record.base.digests_before_changes(digests), strict=True))
+
+
+def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
+    """The digests of these tensors as they are, 0 on the meta device. Tied weights are hashed once."""
+    present = where_not(first_names(tensors), _is_meta)
+    copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
+    weights = without(present, copies)
+    base = view.record.base
+    numbers = base.digests_read_anew(weights) if anew else base.digests_now(weights)
+    for name, tensor in copies.items():
+        numbers[name] = digest(tensor)
+    digests = {tensor: numbers[name] for name, tensor in present.items()}
+    return {name: digests.get(tensor, 0) for name, tensor in tensors.items()}
+
+
+def layout_of(tensors: Tensors, renaming: Renaming) -> str:
+    """Return the hash of names, as a file has them, and shapes."""
+    lines = list[str]()
+    for name, tensor in tensors.items():
+        name_there = renaming.name_there(name)
+        lines.append(f"{name_there} {tuple(tensor.shape)}")
+    text = "\n".join(lines)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return tensor.is_meta
