@@ -95,7 +95,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
         switch.set_adapter(model, next(iter(weights)))
     _drop_sums(record, title)
     _add(model, stored, title)
-    record.others[title].becomes_a_sum(weights)
+    record.others[title].become_sum(weights)
     shown = switch.set_adapter(model, title)
     shown.before = before
     shown.active = active
