@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
+from lightning_lora.functional.dtypes import precise, wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.subspace import precise
-from lightning_lora.functional.update import magnitude_scale, wide
+from lightning_lora.functional.update import magnitude_scale
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
 from lightning_lora.model.switch import adapters_of
 from lightning_lora.model.view import view_of

@@ -18,7 +18,7 @@ from torchmetrics.utilities import plot
 
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
-from lightning_lora.functional.subspace import precise
+from lightning_lora.functional.dtypes import precise
 from lightning_lora.measured import Measured, Source, measured
 from lightning_lora.tensors.named import only
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.functional.update import wide
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.model import switch
 from lightning_lora.model.record import Record, record_of
 from lightning_lora.model.view import View, view_of

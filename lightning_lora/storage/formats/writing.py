@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
