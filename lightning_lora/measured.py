@@ -67,7 +67,7 @@ class Measured(NamedTuple):
         kind = self.layer.adapter.kind
         values = kind.lora_values(self.layer.module, weight)
         matrix: Tensor = kind.lora_as_matrix(values).detach()
-        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)
+        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)  # one part of a fused layer has only some
         return rows.to(wide(rows.dtype))
 
     def _base_parameter(self) -> Tensor:
