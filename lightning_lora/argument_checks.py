@@ -58,7 +58,7 @@ def checked_dropout(name: str, value: Any) -> float:
 
 def check_batches(name: str, value: object) -> None:
     """Refuse what is no number of batches."""
-    is_count = type(value) is int and value >= 1
+    is_count = type(value) is int and value >= 1  # no subclass: it is kept as it is
     _expect(is_count, name, value, "an integer of at least 1")
 
 
