@@ -27,11 +27,12 @@ def _parts_of_lightning_module(model: nn.Module) -> list[str]:
 
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
-    models = where(named_modules(model), _is_model_of_other_library)
+    models = where(named_modules(model), is_model_of_other_library)
     return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
 
 
-def _is_model_of_other_library(module: nn.Module) -> bool:
+def is_model_of_other_library(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers or diffusers."""
     return not _MODELS.isdisjoint(class_names(module))
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import of_type, only, where
+from lightning_lora.storage.stored_modules import StoredModule, full_name
+from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import starts_of
 
 
@@ -54,12 +55,17 @@ def _encoder_layers(source: Source) -> list[str]:
     for name in source.stored.layers:
         *modules, _ = starts_of(source.name_there(name))
         around |= dict.fromkeys(modules)
-    return list(only(around, of_type(source.modules, nn.TransformerEncoderLayer)))
+    return list(only(around, where(source.described, _is_encoder_layer)))
+
+
+def _is_encoder_layer(module: StoredModule) -> bool:
+    """Whether a module is a layer of an nn.TransformerEncoder, or of a class that inherits from these."""
+    return full_name(nn.TransformerEncoderLayer) in module.classes
 
 
 def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
-    if not type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not _is_causal_lm(source.inner_described):
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
@@ -68,6 +74,11 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
         readers.append("llama.cpp")
     if readers:
         warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
+
+
+def _is_causal_lm(model: StoredModule) -> bool:
+    """Whether a model writes text, as those that are served by vLLM and llama.cpp."""
+    return model.class_name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _is_any_scaled_otherwise(updates: Iterable[WeightUpdate], config: dict[str, Any]) -> bool:

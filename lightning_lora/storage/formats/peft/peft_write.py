@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.errors import ExportError
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
@@ -27,6 +27,7 @@ from lightning_lora.storage.formats.writing import (
     write_files,
 )
 from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.names import join
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
@@ -97,7 +98,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
     alpha, alpha_pattern = most_common(targets.alphas)
     config = {
         "peft_type": "LORA",
-        **_pretrained(source.inner),
+        **_pretrained(source.inner_described),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -155,11 +156,9 @@ def _as_integer(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _pretrained(model: nn.Module | None) -> dict[str, Any]:
+def _pretrained(model: StoredModule) -> dict[str, Any]:
     """What PEFT says of a model that came from a folder or the hub."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "")
-    if not name:
-        return {"auto_mapping": None, "base_model_name_or_path": None}
-    auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return {"auto_mapping": auto_mapping, "base_model_name_or_path": name}
+    config = dict[str, Any](auto_mapping=None, base_model_name_or_path=model.pretrained or None)
+    if model.pretrained and model.classes:
+        config["auto_mapping"] = {"base_model_class": model.class_name, "parent_library": model.library}
+    return config
