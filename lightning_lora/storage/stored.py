@@ -14,10 +14,9 @@ from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
+from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
-from lightning_lora.storage.stored_modules import StoredModule, modules_of, modules_to_store, plain_modules
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import inside, not_in, only, where, without

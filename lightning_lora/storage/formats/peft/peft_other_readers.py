@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
+from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.storage.stored_modules import StoredModule, full_name
 from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import starts_of
 

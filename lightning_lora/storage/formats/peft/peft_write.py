@@ -26,8 +26,8 @@ from lightning_lora.storage.formats.writing import (
     with_scaling,
     write_files,
 )
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.names import join
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration

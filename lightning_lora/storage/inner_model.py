@@ -1,6 +1,7 @@
-"""What a file says of modules: of those around adapted layers, one of which a reader has, and of others named alike.
+"""The one model inside a LightningModule, which other libraries know by its own names, and what files say of it.
 
-So a file is exported as its model is: with the name and the class of that module, and with names that mean no others.
+They also describe the other modules around adapted layers, any of which a reader may have, and modules with names like
+those of layers. So a file is exported as its model is.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -9,9 +10,50 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.networks.inner_model import is_model_of_other_library
-from lightning_lora.tensors.inplace import original_class
-from lightning_lora.tensors.named import grouped, modules_around, only
+from lightning_lora.tensors.inplace import class_names, original_class
+from lightning_lora.tensors.named import grouped, modules_around, only, where
+from lightning_lora.tensors.names import named_modules, plain_module, starts_of
+
+_MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
+
+
+def root_of(model: nn.Module) -> str:
+    """Return the name of the one model inside: of transformers or diffusers, or the only one, or ``""``."""
+    candidates = _outermost_models(model)
+    if not candidates:
+        candidates = _parts_of_lightning_module(model)
+    return candidates[0] if len(candidates) == 1 else ""
+
+
+def _parts_of_lightning_module(model: nn.Module) -> list[str]:
+    """The children of a LightningModule that hold all of its parameters. Of another module, none."""
+    module = plain_module(model)
+    if "LightningModule" not in class_names(module) or _has_parameters(module, recurse=False):
+        return []
+    return [name for name, child in module.named_children() if _has_parameters(child)]
+
+
+def _outermost_models(model: nn.Module) -> list[str]:
+    """The models of other libraries that are in no other one of them."""
+    models = where(named_modules(model), is_model_of_other_library)
+    return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
+
+
+def is_model_of_other_library(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers or diffusers."""
+    return not _MODELS.isdisjoint(class_names(module))
+
+
+def _modules_around(name: str) -> set[str]:
+    """The modules that a module is in, with the whole model, which has no name."""
+    return {"", *starts_of(name)} - {name}
+
+
+def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    return any(True for _ in module.parameters(recurse=recurse))
+
+
+# What a file says of a module
 
 
 @dataclass(frozen=True)
