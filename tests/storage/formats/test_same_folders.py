@@ -89,6 +89,28 @@ def test_the_whole_module_has_no_name(base: Any, tmp_path: Path) -> None:
     assert config_in(tmp_path / "of_file")["base_model_name_or_path"] is None
 
 
+WHOLE: list[tuple[str, str, str, bool]] = [
+    ("Llama", "ForCausalLM", "model.norm", True),
+    ("GPT2", "LMHeadModel", "transformer.ln_f", True),
+    ("Llama", "ForSequenceClassification", "score", True),
+    ("Llama", "Model", "embed_tokens", False),
+    ("Bert", "ForSequenceClassification", "classifier", False),
+]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(("kind", "head", "whole", "is_served"), WHOLE)
+def test_whole_modules_that_servers_drop_are_named(
+    kind: str, head: str, whole: str, is_served: bool, uniform: bool, tmp_path: Path
+) -> None:
+    linear = ["layers.1.*_proj", "attention.self.query", "c_attn"]
+    config = ll.LoRAConfig(r=2, target_modules="|".join(rf".*{name}" for name in linear), modules_to_save=[whole])
+    told = assert_same(trained(Around(tiny(kind, head)), config), tmp_path, uniform=uniform)
+    of_whole = [text for text in told if "SGLang ignores all" in text]
+    assert len(of_whole) == is_served
+    assert all(text.startswith(f"'model.{whole}' are in the folder") for text in of_whole)
+
+
 class Nested(nn.Module):
     """Layers whose names end alike."""
 

@@ -1,4 +1,4 @@
-"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp."""
+"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp, SGLang."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -74,6 +74,24 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
         readers.append("llama.cpp")
     if readers:
         warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
+
+
+def warn_of_whole_modules(source: Source) -> None:
+    """Name modules that train whole, where servers of language models read the folder: some drop them."""
+    whole = list(source.stored.saved)
+    if whole and _is_served(source.inner_described, whole):
+        warn(
+            f"{listed(whole)} are in the folder as whole modules (modules_to_save). PEFT and transformers read them, "
+            "vLLM only a head called 'score'. llama.cpp ignores a norm, SGLang ignores all, without a word: merge for "
+            "these, with save_merged(model, path)."
+        )
+
+
+def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
+    """Whether servers of language models read a model's adapters: also those of a decoder with a head for classes."""
+    leaves = [name.rpartition(".")[2] for name in whole]
+    classifies = model.class_name.endswith("ForSequenceClassification") and "score" in leaves
+    return classifies or _is_causal_lm(model)
 
 
 def _is_causal_lm(model: StoredModule) -> bool:

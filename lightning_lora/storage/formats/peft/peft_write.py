@@ -16,7 +16,11 @@ from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
 from lightning_lora.storage.formats.peft.peft_names import METADATA, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft.peft_other_readers import warn_of_merges, warn_of_scalings
+from lightning_lora.storage.formats.peft.peft_other_readers import (
+    warn_of_merges,
+    warn_of_scalings,
+    warn_of_whole_modules,
+)
 from lightning_lora.storage.formats.peft.peft_wrappers import tensors_of
 from lightning_lora.storage.formats.writing import (
     Source,
@@ -36,6 +40,7 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = _exported(source, uniform)
+    warn_of_whole_modules(source)
     in_peft = Renaming(here=PREFIX)
     header = json.dumps(in_peft.with_names_here(config))
     contents = {
