@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import warn
 from lightning_lora.storage.formats.peft.peft_names import PREFIX
+from lightning_lora.storage.formats.peft.peft_shells import shell_of
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, only
@@ -23,7 +24,10 @@ from lightning_lora.tensors.named import not_in, only
 class PeftLoading:
     """How PEFT loads a file onto a model that is not of transformers: nothing changes."""
 
-    model_type = ""
+    model_type = ""  # what transformers calls the architecture
+
+    def warn_if_unsure(self) -> None:
+        """Warn if it is not known what PEFT does."""
 
     def why_refused(self, layer: str) -> str:
         """Return why PEFT refuses a layer with this name, or nothing."""
@@ -33,40 +37,41 @@ class PeftLoading:
         """Return whether PEFT takes a layer for a matrix of experts, if ``target_modules`` names it."""
         return False
 
-    def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
-        return {name: name for name in tensors}
-
     def keeps_targets(self, config: Mapping[str, Any]) -> bool:
         """Return whether PEFT adapts what a configuration names."""
         return True
 
+    def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
+        return {name: name for name in tensors}
+
 
 def loading_of(source: Source) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
-    if source.inner is None:
+    if source.inner is not None:
+        return _loading_onto(source.inner)
+    if not source.described:
         return _OntoUnknownModel(source.stored)
-    if not _may_change(source.inner):
-        return PeftLoading()
     try:
-        return _OntoModel(source.inner)
+        shell = shell_of(source.described)
     except ImportError:
+        return _WithoutPeft(source.inner_described.class_name)
+    return _loading_onto(shell)
+
+
+def _loading_onto(model: nn.Module) -> PeftLoading:
+    """How PEFT loads a file onto a model. Its import takes seconds, so only models that it may change need it."""
+    model_type = _model_type(model)
+    if not model_type:
         return PeftLoading()
-
-
-def warn_if_not_installed(source: Source) -> None:
-    """Warn that PEFT may rename tensors of this type of model, and was not there to be asked."""
-    model = source.inner
-    if model is None or not _is_converted(model):
-        return
+    is_converted = _is_converted(model_type)
+    if not is_converted and not _may_have_mamba(model):
+        return PeftLoading()
     try:
         import_module("peft")
     except ImportError:
-        model_type = _model_type(model)
-        warn(
-            f"PEFT renames some tensors of models of type {model_type!r} when it loads them. It is not installed, so "
-            "nobody knows whether these arrive. Install peft, and export again."
-        )
+        return _WithoutPeft(model_type)
+    return _OntoConvertedModel(model) if is_converted else _OntoModel(model)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -75,52 +80,51 @@ def _model_type(model: nn.Module) -> str:
     return getattr(config, "model_type", None) or ""
 
 
-def _may_change(model: nn.Module) -> bool:
-    """Whether PEFT may change or refuse something: to import it takes seconds."""
-    return _is_converted(model) or _has_mamba(model)
-
-
-def _is_converted(model: nn.Module) -> bool:
-    """Whether files of this type of model are converted for transformers 5."""
-    model_type = _model_type(model)
-    if not model_type:
-        return False
-    with suppress(ImportError):
+def _is_converted(model_type: str) -> bool:
+    """Whether PEFT converts files for this type of model."""
+    try:
         mapping = import_module("transformers.conversion_mapping")
-        return mapping.get_checkpoint_conversion_mapping(model_type) is not None
-    return False
-
-
-def _has_mamba(model: nn.Module) -> bool:
-    """Whether there is a layer of Mamba in a model of transformers."""
-    if not _model_type(model):
+    except ImportError:  # before transformers 5
         return False
-    return any(name.endswith(".conv1d") for name, _ in model.named_modules())
+    return mapping.get_checkpoint_conversion_mapping(model_type) is not None
+
+
+def _may_have_mamba(model: nn.Module) -> bool:
+    """Whether there is a layer of Mamba, or it is not known."""
+    names = dict(model.named_modules())
+    is_shell = not any(True for _ in model.parameters())
+    return is_shell or any(name.endswith(".conv1d") for name in names)
 
 
 # A model of transformers
 
 
 class _OntoModel(PeftLoading):
-    """How the installed PEFT loads a file onto a model of transformers."""
+    """How PEFT loads a file onto a model of transformers: it refuses some layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.model_type = _model_type(model)
-        self.peft = import_module("peft")
-        self.converters: Any = None
-        with suppress(ImportError):  # before transformers 5
-            self.converters = import_module("peft.utils.transformers_weight_conversion")
 
     def why_refused(self, layer: str) -> str:
         """Return why PEFT refuses a layer with this name, or nothing."""
+        from peft import LoraConfig
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
 
         leaf = _leaf(layer)
         with suppress(ValueError):
-            check(self.peft.LoraConfig(), self.model, leaf)
+            check(LoraConfig(), self.model, leaf)
             return ""
         return f"PEFT refuses {leaf!r} in a model of type {self.model_type!r} (leave out: exclude_modules={[leaf]})."
+
+
+class _OntoConvertedModel(_OntoModel):
+    """How PEFT loads a file onto a model whose files it converts."""
+
+    @cached_property
+    def _peft(self) -> Any:
+        """PEFT's module that converts files."""
+        return import_module("peft.utils.transformers_weight_conversion")
 
     # The configuration
 
@@ -130,13 +134,13 @@ class _OntoModel(PeftLoading):
 
     def keeps_targets(self, config: Mapping[str, Any]) -> bool:
         """Return whether PEFT adapts what a configuration names."""
-        if self.converters is None:
-            return True
+        from peft import LoraConfig
+
         named = only(config, _TARGETS)
-        written = self.peft.LoraConfig(**deepcopy(named))
-        loaded = self.peft.LoraConfig(**deepcopy(named))
+        written = LoraConfig(**deepcopy(named))
+        loaded = LoraConfig(**deepcopy(named))
         with suppress(ValueError):  # it lacks the other matrix that is fused with this one
-            self.converters.convert_peft_config_for_transformers(loaded, self.model, None)
+            self._peft.convert_peft_config_for_transformers(loaded, self.model, None)
             return _targets_in(loaded, written) == _targets_in(written, written)
         return False
 
@@ -145,8 +149,6 @@ class _OntoModel(PeftLoading):
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
         names = {name: name for name in tensors}
-        if self.converters is None:
-            return names
         arriving = self._arriving(tensors, names)
         renamed = not_in(tensors, arriving)
         if not renamed:
@@ -157,11 +159,12 @@ class _OntoModel(PeftLoading):
 
     def _arriving(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, str]:
         """Those of the names in a file under which tensors arrive where they belong, and as they are."""
+        from peft import LoraConfig
+
         written = dict[str, Tensor]()
         for name, in_file in names.items():
             written[f"{PREFIX}.{in_file}"] = tensors[name].detach()  # each is an object of its own
-        convert = self.converters.convert_peft_adapter_state_dict_for_transformers
-        loaded = convert(self.model, self.peft.LoraConfig(), written)
+        loaded = self._peft.convert_peft_adapter_state_dict_for_transformers(self.model, LoraConfig(), written)
         arriving = dict[str, str]()
         for name, in_file in names.items():
             if loaded.get(f"{PREFIX}.{name}") is written[f"{PREFIX}.{in_file}"]:
@@ -200,15 +203,29 @@ def _targets_in(config: Any, written: Any) -> dict[str, Any]:
 
 
 def _leaf(name: str) -> str:
-    """The last part of a name."""
+    """The last component of a name."""
     return name.rpartition(".")[2]
 
 
-# A file that does not say for which model it is
+# Where PEFT cannot be asked
+
+
+class _WithoutPeft(PeftLoading):
+    """How PEFT loads a file onto a model of transformers, if it is not installed: nobody knows."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+
+    def warn_if_unsure(self) -> None:
+        """Warn that PEFT may change something."""
+        warn(
+            f"PEFT may rename or refuse something when it loads this onto a {self.model_type}. PEFT is not installed "
+            "here, so that was not checked. Install peft and transformers, and export again."
+        )
 
 
 class _OntoUnknownModel(PeftLoading):
-    """How PEFT loads a file onto a model that is not known: one of experts, if the file names some."""
+    """How PEFT loads a file of 0.2.0 onto its model: one of experts, if the file names some."""
 
     def __init__(self, stored: StoredAdapters) -> None:
         self.stored = stored

@@ -142,7 +142,7 @@ class _ModelThere:
 def _check_modules_to_save(source: Source) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
     saved_there = list(map(source.name_there, source.stored.saved))
-    others = not_in(source.modules, saved_there)
+    others = not_in(source.described, saved_there)
     for module in source.stored.saved:
         around = _adapted_around(module, source.stored)
         if around:

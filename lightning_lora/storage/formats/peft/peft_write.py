@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
@@ -15,9 +15,13 @@ from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
-from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of, warn_if_not_installed
+from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of
 from lightning_lora.storage.formats.peft.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft.peft_other_readers import warn_of_merges, warn_of_scalings
+from lightning_lora.storage.formats.peft.peft_other_readers import (
+    warn_of_merges,
+    warn_of_scalings,
+    warn_of_whole_modules,
+)
 from lightning_lora.storage.formats.peft.peft_wrappers import tensors_of
 from lightning_lora.storage.formats.writing import (
     Source,
@@ -27,6 +31,7 @@ from lightning_lora.storage.formats.writing import (
     with_scaling,
     write_files,
 )
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.named import not_in, renamed
 from lightning_lora.tensors.names import join
@@ -38,6 +43,7 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = _exported(source, uniform)
     names = _names_in_file(source, tensors, config)
+    warn_of_whole_modules(source)
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
     others = {names[name]: name for name in names if names[name] != name}
@@ -53,8 +59,8 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
 
 def _names_in_file(source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
     """The names under which PEFT loads all tensors onto the reader's model, as the configuration says."""
-    warn_if_not_installed(source)
     loading = loading_of(source)
+    loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
     lost = not_in(tensors, names)
     if lost or not loading.keeps_targets(config):
@@ -118,7 +124,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
     alpha, alpha_pattern = most_common(targets.alphas)
     config = {
         "peft_type": "LORA",
-        **_pretrained(source.inner),
+        **_pretrained(source.inner_described),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -177,11 +183,9 @@ def _as_integer(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _pretrained(model: nn.Module | None) -> dict[str, Any]:
+def _pretrained(model: StoredModule) -> dict[str, Any]:
     """What PEFT says of a model that came from a folder or the hub."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "")
-    if not name:
-        return {"auto_mapping": None, "base_model_name_or_path": None}
-    auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return {"auto_mapping": auto_mapping, "base_model_name_or_path": name}
+    config = dict[str, Any](auto_mapping=None, base_model_name_or_path=model.pretrained or None)
+    if model.pretrained and model.classes:
+        config["auto_mapping"] = {"base_model_class": model.class_name, "parent_library": model.library}
+    return config
