@@ -131,8 +131,7 @@ def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) ->
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)
-    for name, change in changes_between(view, there, rounded).items():
-        view.record.base.roundings[name] = change
+    view.record.base.note_roundings(changes_between(view, there, rounded))
     return True
 
 
@@ -211,7 +210,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.changes = {}
+    record.base.forget_all_changes()
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

@@ -106,6 +106,7 @@ def export_peft(
     root: str | None = None,
     uniform: bool = False,
     format: Literal["peft", "diffusers", "kohya"] = "peft",
+    base_name: str | None = None,
 ) -> None:
     """Write adapters in PEFT's format, or in that of diffusers or kohya, into a directory.
 
@@ -125,6 +126,8 @@ def export_peft(
             the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
             else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
             that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion and SDXL.
+        base_name: The repository or folder of the reader's model, such as ``"HuggingFaceTB/SmolLM2-135M"``. By default
+            it is the one that the model came from, by ``from_pretrained``; ``""`` leaves the name out.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
@@ -156,10 +159,10 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored = StoredAdapters.from_view(view, _state_of(view), [])
-        source = for_reader(ModelSource(stored, model_or_file), root)
+        source = for_reader(ModelSource(stored, model_or_file, base_name=base_name), root)
     else:
         stored = own.read_adapter_file(model_or_file)
-        source = for_reader(Source(stored), root)
+        source = for_reader(Source(stored, base_name=base_name), root)
     chosen = WRITTEN[format]
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)

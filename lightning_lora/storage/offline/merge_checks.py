@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lora.base.base_tensors import HALVES
 from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
+from lightning_lora.base.readings import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare

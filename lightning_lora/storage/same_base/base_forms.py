@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from lightning_lora.base.base_tensors import Base, Change
+from lightning_lora.base.base_tensors import Change
 from lightning_lora.base.fingerprints import (
     Fingerprint,
     Form,
@@ -12,6 +12,7 @@ from lightning_lora.base.fingerprints import (
     find_one_form,
     have_one_form,
 )
+from lightning_lora.base.readings import Readings
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES
 from lightning_lora.storage.same_base.compared_tensors import (
@@ -38,8 +39,7 @@ def note_changed(view: View, *, anew: bool = True) -> list[Fingerprint]:
     before = find_one_form(fingerprints, now)
     if before is None:
         return [now]
-    for name, change in changes_between(view, before, now).items():
-        record.base.changes[name] = change
+    record.base.note_changes(changes_between(view, before, now))
     return fingerprints
 
 
@@ -71,6 +71,7 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[StoredF
 
     Only the first call costs a pass over the weights.
     """
+    readings = view.record.base.readings
     tensors = base_tensors(view)
     quantised = quantised_names(view)
     unchanged = without(tensors, {*quantised, *view.record.base.changes})
@@ -81,21 +82,21 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[StoredF
         about = StoredFingerprint(layout=each["layout"], dtypes=each["dtypes"], digests=each["digests"])
         if each["layout"] == here["layout"]:
             digests = digests_by_name(tensors, each)
-            about["rounded"] = _remembered_halves(view.record.base, digests, quantised)
+            about["rounded"] = _remembered_halves(readings, digests, quantised)
             if have_one_form(each, here):
-                about["rounded"] |= _computed_halves(view.record.base, digests, convertible)
+                about["rounded"] |= _computed_halves(readings, digests, convertible)
         described.append(about)
     return described
 
 
-def _remembered_halves(base: Base, digests: Mapping[str, int], quantised: set[str]) -> Halves:
+def _remembered_halves(readings: Readings, digests: Mapping[str, int], quantised: set[str]) -> Halves:
     """The digests in half precision that are known without a look at the tensors."""
-    halves: Halves = {name: base.half_digests.get(number, []) for name, number in digests.items()}
+    halves: Halves = {name: readings.known_halves(exact) for name, exact in digests.items()}
     halves.update(dict.fromkeys(quantised & halves.keys()))
     return halves
 
 
-def _computed_halves(base: Base, digests: Mapping[str, int], tensors: Tensors) -> Halves:
+def _computed_halves(readings: Readings, digests: Mapping[str, int], tensors: Tensors) -> Halves:
     """The digests of tensors in half precision. Each is computed once in a run."""
-    base.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
-    return {name: base.halves(digests[name], tensor) for name, tensor in tensors.items()}
+    readings.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
+    return {name: readings.halves_of(digests[name], tensor) for name, tensor in tensors.items()}

@@ -42,11 +42,11 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
     present = where_not(first_names(tensors), _is_meta)
     copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
     weights = without(present, copies)
-    base = view.record.base
-    numbers = base.digests_read_anew(weights) if anew else base.digests_now(weights)
+    readings = view.record.base.readings
+    found = readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
     for name, tensor in copies.items():
-        numbers[name] = digest(tensor)
-    digests = {tensor: numbers[name] for name, tensor in present.items()}
+        found[name] = digest(tensor)
+    digests = {tensor: found[name] for name, tensor in present.items()}
     return {name: digests.get(tensor, 0) for name, tensor in tensors.items()}
 
 
