@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import nn
 
 from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import by_owner, modules_around, only, outermost_outside, outside, where, without
+from lightning_lora.tensors.named import by_owner, largest_free_of, modules_around, only, outside, where, without
 from lightning_lora.tensors.names import Modules, Parameters
 
 HEAD_LAYERS = 2
@@ -81,7 +81,7 @@ def _is_embedding(module: nn.Module) -> bool:
 def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
     """The largest modules that hold these layers and none of the others."""
     around_others = modules_around(others)
-    largest = [outermost_outside(around_others, name) for name in layers]
+    largest = [largest_free_of(around_others, name) for name in layers]
     return tuple(dict.fromkeys(largest))
 
 
