@@ -17,8 +17,8 @@ from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves
+from lightning_lora.storage.formats.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
-from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
@@ -148,21 +148,20 @@ def naming_the_file(path: object) -> Iterator[None]:
 _CALL = "To load a checkpoint"
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bool = False) -> None:
+def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes_states: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
 
     Args:
         model: The model.
-        checkpoint: The checkpoint, in place of which only the adapters are left.
-        whole: Whether callbacks read the states in it: these get the base's values too.
+        checkpoint: The checkpoint, whose state holds adapters alone, or a full model.
+        completes_states: Whether callbacks read the states in it: these get the base's values too.
     """
-    leave_adapters(checkpoint)  # the strategy's own method does not
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
         _load_base(model, state)
         return
     load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
-    if whole:
+    if completes_states:
         _add_base_to_states(model, checkpoint)
 
 

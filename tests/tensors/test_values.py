@@ -85,3 +85,17 @@ def test_any_moved_row_is_another_digest(dtype: torch.dtype, times: int) -> None
     one = torch.stack([a, b, b, a])
     other = torch.stack([b, a, a, b])
     assert digest(one) != digest(other)
+
+
+def test_what_is_set_aside_of_a_larger_memory_is_a_copy() -> None:
+    memory = torch.zeros(8)
+    part = nn.Parameter(memory[2:6])
+    aside = values.set_aside(part)
+    memory.fill_(1)
+    assert part.all()
+    assert not aside.any()
+
+
+def test_a_whole_tensor_is_set_aside_without_a_copy() -> None:
+    whole = nn.Parameter(torch.zeros(8))
+    assert values.set_aside(whole).data_ptr() == whole.data_ptr()
