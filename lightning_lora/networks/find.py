@@ -96,7 +96,9 @@ def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) 
 
 def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """The names that differ from one of the others only in numbers: ``blocks.0.q`` from ``blocks.11.q``."""
-    patterns = {_without_numbers(name) for name in others}
+    patterns = set[str]()
+    for other in others:
+        patterns.add(_without_numbers(other))
     return [name for name in names if _without_numbers(name) in patterns]
 
 
