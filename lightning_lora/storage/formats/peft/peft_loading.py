@@ -230,6 +230,14 @@ class _OntoUnknownModel(PeftLoading):
     def __init__(self, stored: StoredAdapters) -> None:
         self.stored = stored
 
+    def warn_if_unsure(self) -> None:
+        """Warn that PEFT renames tensors of some types."""
+        if self._has_experts:
+            warn(
+                f"{self.stored.source} does not say for which type of model it is, and PEFT renames tensors of some "
+                "mixtures of experts when it loads them. Load the file onto its model, and export that."
+            )
+
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT may take a layer for a matrix of experts, if ``target_modules`` names it."""
         return _leaf(layer) in _OFTEN_OF_EXPERTS and self._has_experts
