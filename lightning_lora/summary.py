@@ -18,7 +18,7 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
-from lightning_lora.storage.state import without_base
+from lightning_lora.storage.state import values_to_store
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
@@ -320,7 +320,7 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
     """What a checkpoint holds of a model."""
     if not view.is_adapted:
         return view.model.state_dict()
-    return without_base(view, state_dict(view.model), _random_in_files(view))
+    return values_to_store(view, state_dict(view.model), _random_in_files(view))
 
 
 def _random_in_files(view: View) -> tuple[str, ...]:

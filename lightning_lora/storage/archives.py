@@ -38,12 +38,12 @@ def kind_of(file: Any) -> Kind:
     return Kind.OTHER
 
 
-def check_file(path: Any, *, is_any_kind: bool = False) -> None:
+def check_file(path: Any, *, may_be_other: bool = False) -> None:
     """Refuse what torch cannot read, or would read although it is damaged: the file of a checkpoint, or its URL.
 
     Args:
         path: The file. One that does not exist is left to whoever reads it.
-        is_any_kind: Whether something else than torch reads it, so that only archives of torch are looked at.
+        may_be_other: Whether files of other kinds pass unseen, because their reader is not torch.
     """
     place = source = path
     if str(path).startswith("http"):
@@ -59,7 +59,7 @@ def check_file(path: Any, *, is_any_kind: bool = False) -> None:
         if kind is Kind.ARCHIVE:
             check_archive(file, source)
         is_read_by_torch = kind in (Kind.ARCHIVE, Kind.OLD)
-        if not (is_read_by_torch or is_any_kind):
+        if not (is_read_by_torch or may_be_other):
             raise AdapterFileError(f"{source} is no archive of torch: {what_it_is(file)}")
 
 

@@ -24,7 +24,7 @@ from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.same_base.base_forms import changes_between, note_changed, with_halves
 from lightning_lora.storage.same_base.fingerprint import fingerprint
-from lightning_lora.storage.state import NOTE, adapters_in, copies_of, without_base, without_notes
+from lightning_lora.storage.state import NOTE, copies_of, own_adapters_in, values_to_store, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.named import not_in, only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
@@ -84,7 +84,7 @@ _STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
 
 def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     """A state of the model without the base."""
-    changed = without_base(view, state, random_weights(view))
+    changed = values_to_store(view, state, random_weights(view))
     return {name: _alone(value) for name, value in changed.items()}
 
 
@@ -122,7 +122,7 @@ def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
         state[AVERAGE] = _with_base(model, state[AVERAGE], base)
 
 
-def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
+def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
     """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
     if not merged:
         return False
@@ -169,7 +169,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes
 
 def load_stored(model: nn.Module, stored: StoredAdapters) -> None:
     """Load adapters into an adapted model, whose base the stage or the end of a fit has just read."""
-    put(model, stored, call=_CALL, reads_base=False)
+    put(model, stored, call=_CALL, reads_base_anew=False)
 
 
 def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -226,7 +226,7 @@ def _check_base_fits(model: nn.Module, state: StateDict) -> None:
 def _state_of_base(model: nn.Module) -> dict[str, Any]:
     """The state of a model without its adapters."""
     state = state_dict(model, keep_vars=True)
-    return without(state, adapters_in(view_of(model), state))
+    return without(state, own_adapters_in(view_of(model), state))
 
 
 def _misfits(expected: StateDict, state: StateDict) -> list[str]:

@@ -238,7 +238,7 @@ def load_adapter(
         True
     """
     reader = _reader_for_file(path, Asked(alpha, target_slices))
-    adapt_and_put(model, reader, name=name, refuses_base=check_base)
+    adapt_and_put(model, reader, name=name, refuses_other_base=check_base)
 
 
 def _reader_for_file(path: Any, asked: Asked) -> Reader:
@@ -305,7 +305,7 @@ def load_from_checkpoint(
     model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
     rebuild_modules(model, state, stored.layers)
     reader = partial(with_names_of, stored=replace(stored, state=state))
-    adapt_and_put(model, reader, refuses_base=check_base)
+    adapt_and_put(model, reader, refuses_other_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)

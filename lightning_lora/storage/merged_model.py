@@ -22,7 +22,7 @@ from lightning_lora.storage.disk import check_output, path_here, writing, writin
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.renaming import names_outside
-from lightning_lora.storage.state import check_not_diverged, required
+from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.named import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
@@ -192,7 +192,7 @@ def _write_folder(view: View, path: Path) -> None:
             f"{title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
             "LightningModule, or in .safetensors."
         )
-    outside = names_outside(root, required(view))
+    outside = names_outside(root, trained_tensors(view))
     if outside:
         raise AdapterFileError(
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "

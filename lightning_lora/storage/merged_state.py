@@ -16,7 +16,7 @@ from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.storage.state import adapters_in
+from lightning_lora.storage.state import own_adapters_in
 from lightning_lora.tensors.named import names_by, only, renamed, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
 from lightning_lora.tensors.plain_states import StateDict
@@ -63,7 +63,7 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
     new_values = without({**changed, **merged}, view.adapters)
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
-    for name in adapters_in(view, state):
+    for name in own_adapters_in(view, state):
         del state[name]
         new_values.pop(plain_name(name), None)
     for name, value in state.items():
@@ -130,11 +130,11 @@ def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, fl
 
 def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
     """All names under which the weights of each module are used: also those of a layer that is tied to it."""
-    owners = {name: _owner_of_rows(module) for name, module in view.modules.items()}
+    owners = {name: _layer_that_adapts(module) for name, module in view.modules.items()}
     return names_by(owners)
 
 
-def _owner_of_rows(module: nn.Module) -> nn.Module:
+def _layer_that_adapts(module: nn.Module) -> nn.Module:
     """The layer whose adapter a module computes with: its own, or of one that it is tied to."""
     owners: tuple[nn.Module] = vars(module).get("lora_tied_to", (module,))
     return owners[0]

@@ -56,7 +56,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 def adapter_state(view: View) -> dict[str, Any]:
     """Return what :func:`adapter_state_dict` does."""
     check_as_merged(view)
-    state = without_base(view, state_dict(view.model), random_weights(view))
+    state = values_to_store(view, state_dict(view.model), random_weights(view))
     return {name: full_tensor(value) for name, value in state.items()}
 
 
@@ -76,17 +76,18 @@ def is_note(name: object) -> bool:
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
-def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
-    """Remove the base's values from a state of the model: frozen weights, and buffers with the base's values.
+def values_to_store(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
+    """Return what files hold of a state of the model, in three groups.
 
-    What code other than an optimizer changed is kept, or added, and so are the frozen weights in ``random``, which
-    look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
+    All that trains, from the model itself: user code may drop everything from a state that it considers the base. Then
+    frozen weights and buffers whose values are not the base's, or that look untrained (``random``). And the rest of the
+    state, but what still has the value that is kept of the base.
     """
     noted = {*view.record.base.changes, *random}
     originals = without(view.adapter.originals, {*view.trained, *noted})
     values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
-    left_out = _names_of_base_values(values, originals) | _names_merged_over(view)
-    return {**_without_graphs(required(view)), **without(values, left_out)}
+    left_out = _names_of_base_values(values, originals) | _tied_names_with_merged_values(view)
+    return {**_without_graphs(trained_tensors(view)), **without(values, left_out)}
 
 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Ten
 
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    other_names = adapters_in(view, view.parameters).keys() - view.adapters.keys()
+    other_names = own_adapters_in(view, view.parameters).keys() - view.adapters.keys()
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
@@ -118,8 +119,8 @@ def _is_original(value: object, original: Tensor) -> bool:
     return same_bits(value.detach(), original)
 
 
-def _names_merged_over(view: View) -> set[str]:
-    """The tied weights that train in their other use, while a state has merged values under these names."""
+def _tied_names_with_merged_values(view: View) -> set[str]:
+    """The names of trained weights that are merged ones in the model now: an embedding's, whose tied head is merged."""
     return {name for name, parameter in view.trained.items() if parameter is not view.parameters[name]}
 
 
@@ -133,7 +134,7 @@ def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
+def own_adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
     """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
     return with_values(of_type(state, Tensor), set(view.adapters.values()))
 
@@ -183,6 +184,6 @@ def _is_sound(value: Tensor, original: Tensor | None) -> bool:
     return same_bits(value[not_finite].cpu(), original[not_finite.cpu()])
 
 
-def required(view: View) -> dict[str, Tensor]:
+def trained_tensors(view: View) -> dict[str, Tensor]:
     """Return everything that trains, by name."""
     return {**view.adapters, **view.trained}

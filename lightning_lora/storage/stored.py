@@ -101,6 +101,11 @@ class StoredAdapters:
         return about
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this package wrote the file. Other libraries' files do not say which base they are for."""
+        return bool(self.base)
+
+    @property
     def filled(self) -> list[str]:
         """The buffers that hooks of the module filled: they belong to the run, and to no base."""
         besides_weights = not_in(self.random, self.changed)
@@ -115,7 +120,7 @@ class StoredAdapters:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        tensors = where(self.state, is_dense)
+        tensors = where(self.state, is_computable)
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
@@ -212,8 +217,9 @@ def dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def is_dense(value: object) -> TypeGuard[Tensor]:
-    """Whether ``value`` is a usual tensor, with which torch can compute."""
+def is_computable(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with which torch can compute, not a sparse one."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return False
-    return value.dtype.itemsize > 1 or not value.is_floating_point()
+    is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
+    return not is_float8

@@ -14,7 +14,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.trained_in_full import check_ties, find_trained, is_the_base
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, by_whole_names, find_renamings
-from lightning_lora.storage.stored import StoredAdapters, is_dense
+from lightning_lora.storage.stored import StoredAdapters, is_computable
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import joined, not_in, of_type, only, prefixed, where_not, without
 from lightning_lora.tensors.names import owner_of
@@ -112,7 +112,7 @@ def check_usual(contents: Mapping[Any, Any], path: object) -> None:
 
 def _is_usual(tensor: Tensor) -> bool:
     """Whether torch can compute with a tensor."""
-    return is_dense(tensor) and not tensor.is_quantized and not tensor.is_meta
+    return is_computable(tensor) and not tensor.is_quantized and not tensor.is_meta
 
 
 def _check_floating(updates: Iterable[Update]) -> None:

@@ -13,26 +13,26 @@ from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
-from lightning_lora.storage.state import diverged, required, without_base
+from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
 from lightning_lora.tensors.named import not_in, only, without
 from lightning_lora.tensors.plain_states import StateDict, state_dict
 
 
-def check_fits(view: View, stored: StoredAdapters, *, reads_base: bool, refuses_base: bool) -> None:
+def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> None:
     """Refuse stored adapters that do not fit an adapted model."""
     _check_settings(view, stored.config)
-    random = _random_weights_besides(view, stored)
+    random = _weights_of_foreign_files(view, stored)
     remedy = _as_trained(view, stored.config)
     _check_names(view, stored.state, random=random, changed=stored.changed, remedy=remedy)
     is_converted = False
-    if stored.base:
-        is_converted = check_base(view, stored, anew=reads_base, refuse=refuses_base)
+    if stored.is_ours:
+        is_converted = check_base(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=refuses_other_base)
     compared = without(stored.state, stored.filled)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
     _check_finite(view, stored.state)
-    _check_layers(view, stored)
+    _check_same_rows(view, stored)
     _check_changed(view, stored.state)
 
 
@@ -58,7 +58,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 
 
 def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
-    """Whether updates are differences from the same start, or none from any."""
+    """Whether both updates are added to the whole weight, or to the same weight less a start, as of PiSSA."""
     if settings.init == config.init:
         return True
     return not settings.is_difference and not INITIALISATIONS[config.init].is_difference
@@ -93,8 +93,8 @@ def _as_trained(view: View, config: LoRAConfig) -> str:
     return f"Use the arguments of the training: {'; '.join(different)}."
 
 
-def _check_layers(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file that describes other layers than the model now has."""
+def _check_same_rows(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file that adapts other rows of a layer's weight than the model does."""
     layers_there = stored.renaming.with_names_here(stored.layers)
     for name, layer in only(view.layers, layers_there).items():
         matrices_there = set(map(bare, layers_there[name].matrices))
@@ -108,9 +108,9 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
 # Names
 
 
-def _random_weights_besides(view: View, stored: StoredAdapters) -> Collection[str]:
-    """The weights that look untrained, which a file may hold although it does not say so: none of this package."""
-    if stored.base:
+def _weights_of_foreign_files(view: View, stored: StoredAdapters) -> Collection[str]:
+    """The weights that look untrained. Another library's file may hold them, and does not say that it does."""
+    if stored.is_ours:
         return ()
     return view.adapter.random_so_far
 
@@ -119,10 +119,10 @@ def _check_names(
     view: View, state: StateDict, *, random: Collection[str], remedy: str, changed: Collection[str] = ()
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
-    needed = {**required(view), **only(view.base, changed)}
+    needed = {**trained_tensors(view), **only(view.base, changed)}
     unexpected = not_in(state, {*needed, *view.buffers, *kept_tensors(view)})
     if unexpected:  # what modules' own code adds may be there too
-        unexpected = not_in(unexpected, without_base(view, state_dict(view.model), random))
+        unexpected = not_in(unexpected, values_to_store(view, state_dict(view.model), random))
     missing = not_in(needed, state)
     wrong = list[str]()
     if missing:
@@ -151,12 +151,12 @@ def _check_changed(view: View, state: StateDict) -> None:
 
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
-    present = {**view.base, **view.buffers, **required(view)}
+    present = {**view.base, **view.buffers, **trained_tensors(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapters
         _check_shape(name, value, present[name], is_adapter=is_adapter)
         dtype = present[name].dtype
-        is_rounded_base = is_converted and not is_adapter and _is_rounded_by(value, dtype)
+        is_rounded_base = is_converted and not is_adapter and _fits_when_rounded(value, dtype)
         if not is_rounded_base:
             _check_dtype(name, value.dtype, dtype)
 
@@ -173,8 +173,8 @@ def _check_shape(name: str, value: object, present: Tensor, *, is_adapter: bool)
         )
 
 
-def _is_rounded_by(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a floating-point dtype holds a value rounded, as ``model.to`` would."""
+def _fits_when_rounded(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a value, rounded to a dtype as by ``model.to``, does not overflow."""
     if not value.is_floating_point() or not dtype.is_floating_point:
         return False
     return torch.equal(value.isfinite(), value.to(dtype).isfinite())

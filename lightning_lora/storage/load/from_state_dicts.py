@@ -10,7 +10,7 @@ from lightning_lora.model.loading import note_plain_state
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.storage.load.put import WRITTEN, put, put_state
+from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
 from lightning_lora.storage.state import without_notes
 from lightning_lora.storage.stored import KEY, Description, StoredAdapters, checksum
 from lightning_lora.tensors.plain_states import StateDict
@@ -47,7 +47,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         prefix: Where the model's own names begin in it.
         notes: Torch's notes on the model, in the state dict.
     """
-    if WRITTEN in notes:
+    if BEING_WRITTEN in notes:
         return  # what is checked, and is being written
     check_start(model, "load_state_dict")
     if _put_noted(model, state, notes):
@@ -82,7 +82,11 @@ def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> 
 
 
 def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
-    """Put the adapters of a merged model. It is loaded as it is before training, or if other code has changed it."""
+    """Put the adapters of a merged model. Return whether they were put.
+
+    They are not, and torch loads the merged weights, if other code has changed these since they were written, or if the
+    model here has not been trained: then they are its new base.
+    """
     number, description, adapters = notes[_WHOLE]
     if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
         return False

@@ -12,7 +12,10 @@ from lightning_lora.tensors.names import owner_of, owner_or_itself
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
-    """Return adapters by a model's names, which may differ by one prefix. Only those of a file of this package."""
+    """Return the adapters of a file of this package, by a model's names. These may differ by one prefix.
+
+    A file is refused that holds modules which the model lacks.
+    """
     if not view.modules.keys() >= stored.layers.keys():
         stored = _with_another_prefix(view, stored)
     _check_present(view, stored)

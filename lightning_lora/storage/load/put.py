@@ -34,7 +34,7 @@ Reader = Callable[[View], StoredAdapters]
 """Reads what a file holds for a model that is not merged, by the model's names."""
 
 
-def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, refuses_base: bool = True) -> None:
+def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, refuses_other_base: bool = True) -> None:
     """Put the adapters of a file on a model, which is adapted first if it is plain. An error changes nothing.
 
     Args:
@@ -42,31 +42,31 @@ def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, re
         read: Reads the file.
         name: The adapter's name. Beside the active adapter, another one is loaded, and stays inactive. None: the
             active one.
-        refuses_base: Whether another base is refused. Otherwise it is only named.
+        refuses_other_base: Whether another base is refused. Otherwise it is only named.
     """
     record = check_start(model, "load_adapter")
     if record is None or name is None or name == record.adapter.name:
-        _adapt_and_put(model, read, name, refuses_base=refuses_base)
+        _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
         return
     active = record.adapter
     with unmerged(model), activate(model, name, active.config) as undo:
-        _adapt_and_put(model, read, name, refuses_base=refuses_base)
+        _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
         undo.pop_all()
         set_adapter(model, active.name)
 
 
-def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base: bool = True) -> None:
+def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew: bool = True) -> None:
     """Put stored adapters on an adapted model. An error changes nothing.
 
     Args:
         model: The model. If it is merged, it is merged again with the new adapters.
         stored: The adapters, by the model's names.
         call: The user's call, as an error names it.
-        reads_base: Whether all of the base is read to be compared. Otherwise it has just been read.
+        reads_base_anew: Whether all of the base is read to be compared. Otherwise it has just been read.
     """
     check_start(model, call)
     with _opened(model) as view:
-        check_fits(view, stored, reads_base=reads_base, refuses_base=True)
+        check_fits(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=True)
         _write_adapters(view, stored)
 
 
@@ -78,13 +78,13 @@ def put_state(model: nn.Module, state: StateDict) -> None:
         _write_state(view, state)
 
 
-def _adapt_and_put(model: nn.Module, read: Reader, name: str | None, *, refuses_base: bool) -> None:
+def _put_in_place_of_active(model: nn.Module, read: Reader, name: str | None, *, refuses_other_base: bool) -> None:
     """Put the adapters of a file in the place of the active one."""
     with _opened_to_adapt(model) as view:
         stored = read(view)
         is_new = _adapt_if_plain(view, stored.config, name)
         stored = _with_values_of_base(view, stored, is_new=is_new)
-        check_fits(view, stored, reads_base=True, refuses_base=refuses_base)
+        check_fits(view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base)
         _write_adapters(view, stored)
 
 
@@ -103,16 +103,16 @@ def _opened(model: nn.Module) -> Iterator[View]:
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     """Open a model that may be plain. It stays unmerged."""
     record = find_record(model)
-    was_merged = False
+    is_unmerged_here = False
     try:
-        was_merged = unmerge_or_forget(model)
+        is_unmerged_here = unmerge_or_forget(model)
         view = View(model)
         with undone_on_error(view):
             yield view
     except BaseException:
-        if was_merged:
+        if is_unmerged_here:
             merge(model)
-        elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
+        elif record is not None and record.is_merged:  # other code replaced its weights, so the record was dropped
             keep_record(model, record)
         raise
 
@@ -140,7 +140,7 @@ def _name_of_new(view: View, name: str | None) -> str:
 
 def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
     """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
-    if stored.base:
+    if stored.is_ours:
         return stored
     added = dict[str, Any]()
     for name in view.trained:
@@ -155,12 +155,13 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
 
 # Write
 
-WRITTEN = "lightning_lora_written"  # in torch's notes on what is written here: it is no news for the model's hook
+BEING_WRITTEN = "lightning_lora_written"
+"""In torch's notes on a state that is written here: so the model's own hook, ``before_load``, lets it pass."""
 
 
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
-    if stored.base:
+    if stored.is_ours:
         view.adapter.random = tuple(stored.random)
         view.record.base.note_filled(stored.filled)
     _write_state(view, stored.state)
@@ -170,10 +171,10 @@ def _write_state(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
     with ExitStack() as undo:
-        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[WRITTEN])
+        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[BEING_WRITTEN])
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
-        load_state_dict(view.model, state, notes=[WRITTEN])
+        load_state_dict(view.model, state, notes=[BEING_WRITTEN])
         view.record.values_were_loaded(base_values(view))
         undo.pop_all()
 
@@ -189,7 +190,7 @@ def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None
     for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
         dtype = buffer.dtype
-        if dtype.itemsize > 2:
+        if dtype.itemsize > 2:  # a model in half precision stays so: its code may compute in nothing else
             dtype = torch.promote_types(dtype, value.dtype)
         undo.callback(replace_values, buffer, buffer.data)
         replace_values(buffer, value.to(buffer.device, dtype, copy=True))

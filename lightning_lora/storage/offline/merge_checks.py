@@ -11,7 +11,7 @@ from lightning_lora.base.readings import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.stored import is_dense
+from lightning_lora.storage.stored import is_computable
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.named import of_type, only, where, with_values, without
 
@@ -67,7 +67,7 @@ def _check_not_tied(plan: MergePlan) -> None:
 
 def _can_be_updated(value: Tensor, adapted: AdaptedWeight) -> bool:
     """Whether the update can be added to a tensor of the base."""
-    return is_dense(value) and value.is_floating_point() and value.shape == adapted.shape
+    return is_computable(value) and value.is_floating_point() and value.shape == adapted.shape
 
 
 # The tensors that the base of the training had
@@ -122,7 +122,7 @@ def _digests_of(plan: MergePlan, places: Iterable[str]) -> set[int]:
     digests = set[int]()
     for place in places:
         value = plan.files.get(place)
-        if not is_dense(value):
+        if not is_computable(value):
             continue
         digests.add(digest(value))
         if value.is_floating_point():

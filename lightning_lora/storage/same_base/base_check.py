@@ -25,13 +25,13 @@ from lightning_lora.tensors.named import of_type, only, without
 _Compared = tuple[StoredFingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 
 
-def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) -> bool:
+def check_base(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> bool:
     """Refuse another base. Return whether this one is converted.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    here = fingerprint(view, anew=anew, renaming=stored.renaming)
+    here = fingerprint(view, anew=reads_base_anew, renaming=stored.renaming)
     if _is_stored(view, here, stored.base):
         return False
     base = _BaseHere(view, here, stored)
@@ -44,7 +44,7 @@ def check_base(view: View, stored: StoredAdapters, *, anew: bool, refuse: bool) 
             return True
     nearest, difference = _nearest(compared, here)
     message = _difference(base, nearest, difference)
-    if refuse:
+    if refuses_other_base:
         raise BaseMismatchError(f"{message.found} {message.remedy}")
     warn(f"{message.found} They were loaded all the same, because of check_base=False.")
     return bool(here["dtypes"] != nearest["dtypes"])

@@ -17,7 +17,7 @@ def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: A
     _refuse_safetensors(path)
     is_trusted = _is_trusted(*args, **kwargs)
     with disk.reading(path, _how_to_trust(methods)):
-        archives.check_file(path, is_any_kind=not _is_read_by_torch(methods))
+        archives.check_file(path, may_be_other=not _is_read_by_torch(methods))
         if is_trusted:
             return methods.original.load_checkpoint(path, *args, **kwargs)
         return _read_plain_types(methods, path)

@@ -220,7 +220,7 @@ class StrategyMethods(OverlaidMethods):
 
     def _find_base(self, merged_weights: State, checkpoint: State, path: Any) -> None:
         """Find the base in a module into which other code has loaded the file's merged weights."""
-        if checkpoints.find_base_in(self.module, merged_weights, checkpoint):
+        if checkpoints.restore_base_from(self.module, merged_weights, checkpoint):
             rank_zero_info(
                 f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
                 "out, up to rounding. For the same bits, load the base's own weights."
