@@ -17,7 +17,7 @@ from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
-from lightning_lora.storage.formats.beside_adapters import ADAPTERS
+from lightning_lora.storage.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import put

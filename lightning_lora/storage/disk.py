@@ -1,15 +1,11 @@
 """Write files completely or not at all. Read them without running code."""
 
-import itertools
 import json
 import os
-import platform
 import re
 import shutil
-import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -22,11 +18,17 @@ from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
+from lightning_lora.storage.temporary_files import temporary_file
 
 
 @contextmanager
 def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
-    """Yield a temporary file, then move it to its place: there is always a whole file, the old one or the new one."""
+    """Yield a temporary file, then move it to its place: there is always a whole file, the old one or the new one.
+
+    Args:
+        path: The place. What is elsewhere, such as ``s3://...``, is yielded as it is.
+        beside: Whether there is a temporary file. Otherwise this turns errors into ours, and no more.
+    """
     local = local_path(path) if beside else None
     with write_errors(path):  # such as too long a name
         if local is None:
@@ -34,7 +36,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             return
         target = local.resolve()  # the target of a link, so that the link stays
         _refuse_device(target, path)
-        with _temporary(target) as temporary:
+        with temporary_file(target) as temporary:
             yield temporary
             temporary.replace(target)  # an error if nothing was written: Lightning has none if nobody may write there
 
@@ -42,7 +44,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary folder on the disk of a file that is being written."""
-    with _temporary(path.resolve()) as folder:
+    with temporary_file(path.resolve()) as folder:
         folder.mkdir()
         yield folder
 
@@ -109,78 +111,6 @@ def write_errors(path: Any) -> Iterator[None]:
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
             "were. Free space on the disk, choose a folder that can be written, or another ending, and save again."
         ) from error
-
-
-# Temporary files. Their names say which process writes them: so what a killed one has left can be told from what
-# another one is writing at this moment.
-
-_THEIR_NAME = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
-_NAME_IN_0_2_0 = "[0-9a-f]{32}"
-_PART = re.compile(rf"\..*\.({_THEIR_NAME}|{_NAME_IN_0_2_0})\.part")
-_NUMBERS = itertools.count()  # for threads that write files of one name at the same time
-_BEING_WRITTEN = set[Path]()  # by this process
-_ABANDONED = 3600  # seconds after which nobody goes on with a file, if its process cannot be asked for
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
-    remove_left_parts(target.parent)
-    start = f".{target.name[:32]}"  # long names are refused
-    process = f"lora-{_machine()}-{os.getpid()}-{next(_NUMBERS)}"
-    temporary = target.with_name(f"{start}.{process}.part")
-    _BEING_WRITTEN.add(temporary)
-    try:
-        yield temporary
-    finally:
-        _delete(temporary)
-        _BEING_WRITTEN.discard(temporary)
-
-
-def remove_left_parts(folder: Path) -> None:
-    """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
-    for path in folder.resolve().glob(".*.part"):
-        name = _PART.fullmatch(path.name)
-        with suppress(OSError):  # another process was faster, nobody may write there, or another user's is writing
-            if name is not None and _is_left(path, name):
-                _delete(path)
-
-
-def _is_left(path: Path, name: re.Match[str]) -> bool:
-    """Whether nobody is writing a temporary file any more."""
-    can_be_asked_for = name["machine"] == _machine() and os.name == "posix"
-    if not can_be_asked_for:
-        return time.time() - path.stat().st_mtime > _ABANDONED
-    process = int(name["process"])
-    if process == os.getpid():  # in a container, the one that was killed often had the same number
-        return path not in _BEING_WRITTEN
-    return not _is_running(process)
-
-
-def _is_running(process: int) -> bool:
-    """Whether a process of this machine has not ended. PermissionError: it runs, and is another user's."""
-    try:
-        os.kill(process, 0)  # does nothing but ask for it
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _machine() -> str:
-    """Return eight characters for the machine, or the container, in which numbers of processes are unique."""
-    about = platform.node()
-    with suppress(OSError):  # on Linux
-        about += Path("/proc/sys/kernel/random/boot_id").read_text()
-        about += os.readlink("/proc/self/ns/pid")  # noqa: PTH115  # it points to no path
-    return f"{zlib.crc32(about.encode()):08x}"
-
-
-def _delete(path: Path) -> None:
-    """Delete a file or a folder, if it is there and may be deleted."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()
 
 
 # Places
@@ -296,9 +226,6 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
             f"{source} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
             f"{_first_line(error)}). Pass a file that save_adapter or a Trainer with LoRACallback wrote."
         ) from error
-
-
-TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,8 @@
 """Save, export and load adapters without a Trainer."""
 
-import warnings
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace, new_class
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -17,16 +14,15 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.formats import own
-from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import ModelSource, Source, for_reader
+from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import Reader, adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
@@ -302,7 +298,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     if not weights_only:
         kwargs["weights_only"] = False
-    model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
+    model, state = built_by_lightning(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
     rebuild_modules(model, state, stored.layers)
     reader = partial(with_names_of, stored=replace(stored, state=state))
     adapt_and_put(model, reader, refuses_other_base=check_base)
@@ -312,48 +308,3 @@ def load_from_checkpoint(
     if isinstance(map_location, str | torch.device):
         return model.to(map_location)
     return model
-
-
-def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
-    """Build a module as Lightning does, but without its strict loading. Return it and its state, after its own hook."""
-    if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
-        return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
-    kind, states = _that_loads_nothing(cls)
-    model = kind.load_from_checkpoint(_as_file(checkpoint), map_location="cpu", **options)
-    del model.load_state_dict
-    model.__class__ = cls
-    return model, states.pop()
-
-
-def _build_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
-    """Build a module of LightningCLI, which builds another class than it is asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        shell = _as_file({**checkpoint, "state_dict": {}})
-        return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
-
-
-def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass that keeps what Lightning loads after its hook. Also the list of that."""
-    states: list[Any] = []
-
-    def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:
-        states.append(state)
-        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
-
-    def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        show_base(self, checkpoint)
-        cls.on_load_checkpoint(self, checkpoint)
-        reduce_to_adapters(checkpoint)
-        self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
-
-    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body)), states
-
-
-def _as_file(checkpoint: dict[str, Any]) -> BytesIO:
-    """The checkpoint as a file, which is all that Lightning reads."""
-    file = BytesIO()
-    torch.save(checkpoint, file)
-    file.seek(0)
-    return file

@@ -17,9 +17,10 @@ from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
-from lightning_lora.storage.renaming import Renaming, entries_inside, expression_of, list_or_expression
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.whole_names import expression_of, list_or_expression
 from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
 from lightning_lora.tensors.names import is_in, join, modules_by_all_names
 

@@ -17,9 +17,9 @@ from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
-from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
+from lightning_lora.storage.whole_names import by_whole_names
 from lightning_lora.tensors.named import only, prefixed
 from lightning_lora.tensors.names import owner_of
 

@@ -45,14 +45,14 @@ def _refuse_safetensors(path: Any) -> None:
 
 def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
-    if os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true"):
+    if os.environ.get(_TRUST, "0").lower() in ("1", "y", "yes", "true"):
         return True
     return False in (*args, kwargs.get("weights_only"))
 
 
 def _how_to_trust(methods: OverlaidMethods) -> str:
     """What to do with a file of objects."""
-    trust = f"set {disk.TRUST}=1"
+    trust = f"set {_TRUST}=1"
     if _takes_weights_only(methods):
         trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
     return f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."
@@ -78,3 +78,6 @@ def _is_read_by_torch(methods: OverlaidMethods) -> bool:
 
 def _is_lightnings_own(plugin: Any) -> bool:
     return type(plugin).__name__ == "TorchCheckpointIO"  # in both Lightning packages
+
+
+_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code

@@ -18,7 +18,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
+from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.lightning import (
     as_base,
     check_readable,
@@ -31,6 +31,7 @@ from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtyp
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
+from lightning_lora.storage.temporary_files import remove_left_parts
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.named import inside, without
 from lightning_lora.training import compatibility
@@ -196,7 +197,7 @@ class StrategyMethods(OverlaidMethods):
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
         local = disk.local_path(path)
         if local is not None and self.stage.is_fitting and self.strategy.is_global_zero:
-            disk.remove_left_parts(local.parent)
+            remove_left_parts(local.parent)
 
     def _evaluates_plain_module(self) -> bool:
         """Whether the module has no adapters, and gets none."""

@@ -1,0 +1,84 @@
+"""Temporary files: what is written has another name until it is whole.
+
+The name says which process writes it: so what a killed one has left can be told from what another one is writing at
+this moment.
+"""
+
+import itertools
+import os
+import platform
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_THEIR_NAME = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
+_NAME_IN_0_2_0 = "[0-9a-f]{32}"
+_PART = re.compile(rf"\..*\.({_THEIR_NAME}|{_NAME_IN_0_2_0})\.part")
+_NUMBERS = itertools.count()  # for threads that write files of one name at the same time
+_BEING_WRITTEN = set[Path]()  # by this process
+_ABANDONED = 3600  # seconds after which nobody goes on with a file, if its process cannot be asked for
+
+
+@contextmanager
+def temporary_file(target: Path) -> Iterator[Path]:
+    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
+    remove_left_parts(target.parent)
+    start = f".{target.name[:32]}"  # long names are refused
+    process = f"lora-{_machine()}-{os.getpid()}-{next(_NUMBERS)}"
+    temporary = target.with_name(f"{start}.{process}.part")
+    _BEING_WRITTEN.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+        _BEING_WRITTEN.discard(temporary)
+
+
+def remove_left_parts(folder: Path) -> None:
+    """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
+    for path in folder.resolve().glob(".*.part"):
+        name = _PART.fullmatch(path.name)
+        with suppress(OSError):  # another process was faster, nobody may write there, or another user's is writing
+            if name is not None and _is_left(path, name):
+                _delete(path)
+
+
+def _is_left(path: Path, name: re.Match[str]) -> bool:
+    """Whether nobody is writing a temporary file any more."""
+    can_be_asked_for = name["machine"] == _machine() and os.name == "posix"
+    if not can_be_asked_for:
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    process = int(name["process"])
+    if process == os.getpid():  # in a container, the one that was killed often had the same number
+        return path not in _BEING_WRITTEN
+    return not _is_running(process)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine has not ended. PermissionError: it runs, and is another user's."""
+    try:
+        os.kill(process, 0)  # does nothing but ask for it
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _machine() -> str:
+    """Return eight characters for the machine, or the container, in which numbers of processes are unique."""
+    about = platform.node()
+    with suppress(OSError):  # on Linux
+        about += Path("/proc/sys/kernel/random/boot_id").read_text()
+        about += os.readlink("/proc/self/ns/pid")  # noqa: PTH115  # it points to no path
+    return f"{zlib.crc32(about.encode()):08x}"
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there and may be deleted."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
