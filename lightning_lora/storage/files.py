@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.contents import read_checkpoint, read_conten
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
-from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
+from lightning_lora.storage.formats.registry import WRITTEN, adapter_file_at, find_format
 from lightning_lora.storage.formats.writing import ModelSource, Source, for_reader
 from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
@@ -240,7 +240,7 @@ def load_adapter(
 def _reader_for_file(path: Any, asked: Asked) -> Reader:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
-    file = path if local is None else weights_of(local)
+    file = path if local is None else adapter_file_at(local)
     contents = read_contents(file)
     found = find_format(contents, file, asked)
     if found is None:

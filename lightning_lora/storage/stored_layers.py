@@ -73,7 +73,7 @@ class StoredLayer:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
         about = asdict(self)
-        about["parts"] = about.pop("matrices")
+        about["parts"] = about.pop("matrices")  # as files name them
         return dict(json.loads(json.dumps(about)))  # with lists in place of tuples
 
     @classmethod

@@ -1,1 +1,1 @@
-"""What reads a file into ``StoredAdapters`` or writes one from it. Nothing here imports PEFT or loralib."""
+"""What reads a file into ``StoredAdapters`` or writes one from it. PEFT is imported only to be asked."""

@@ -33,7 +33,7 @@ class Update:
 
     @property
     def r(self) -> int:
-        """The rank that the layer needs here."""
+        """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
         ranks = [matrix.rank(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
@@ -103,7 +103,7 @@ def check_usual(contents: Mapping[Any, Any], path: object) -> None:
     odd = list[str]()
     for group in (contents, *of_type(contents, dict).values()):
         tensors = of_type(group, Tensor)
-        odd += where_not(tensors, _is_usual)
+        odd += where_not(tensors, _has_usable_values)
     if odd:
         raise AdapterFileError(
             f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
@@ -111,7 +111,7 @@ def check_usual(contents: Mapping[Any, Any], path: object) -> None:
         )
 
 
-def _is_usual(tensor: Tensor) -> bool:
+def _has_usable_values(tensor: Tensor) -> bool:
     """Whether torch can compute with a tensor."""
     return is_computable(tensor) and not tensor.is_quantized and not tensor.is_meta
 
@@ -171,7 +171,7 @@ def adapters_of(
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
-    _check_copies(view, rest, adapted_weights)
+    _check_copied_weights(view, rest, adapted_weights)
     others = without(rest, adapted_weights)
     trained = find_trained(view, others, saved)
     state = only(others, trained.names.union(view.buffers))
@@ -199,8 +199,8 @@ def _adapted_weights(updates: Iterable[Update]) -> set[str]:
     return names
 
 
-def _check_copies(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
-    """Refuse a file whose copies of adapted weights are not those of the model."""
+def _check_copied_weights(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
+    """Refuse copies of adapted weights that are not the model's. PEFT writes such copies of resized embeddings."""
     for name, value in only(rest, adapted_weights).items():
         if not is_the_base(view, name, value):
             shape = tuple(view.base[name].shape)

@@ -51,7 +51,7 @@ def file_in(folder: Path) -> tuple[Format, Path] | None:
     return None
 
 
-def weights_of(path: Path) -> Path:
+def adapter_file_at(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())

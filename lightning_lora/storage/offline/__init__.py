@@ -1,1 +1,1 @@
-"""Work on files without the model, for the console command."""
+"""Work on files without the model's code: for the console command, and for sums of a model's own adapters."""

@@ -1,6 +1,6 @@
 """Whether adapters fit into files of a base: before anything is written."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -92,23 +92,27 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
     """
     halves = fingerprint["rounded"]
-    places = {name: plan.name_in_base(name) for name in halves}
-    digests = digests_by_name(places, fingerprint)
-    present = only(digests, where(places, plan.is_in_base))
-    present_or_tied = with_values(digests, set(present.values()))
-    expected = only(digests, _expected_tensors(plan, halves))
-    absent = without(expected, present_or_tied)
+    digests = digests_by_name(halves, fingerprint)
+    absent = _absent_tensors(plan, halves, digests)
     if not absent:
         return []
-    explained = {*places.values(), *plan.adapted, *plan.replaced}
+    explained = {*map(plan.find_in_base, halves), *plan.adapted, *plan.replaced}
     other_places = plan.files.file_of.keys() - explained
     other_digests = _digests_of(plan, other_places)
     lost = list[str]()
-    for name in absent:
-        has_no_other_name = other_digests.isdisjoint({digests[name], *(halves[name] or ())})
-        if has_no_other_name or _is_misspelt(places[name], other_places):
+    for name, digest_there in absent.items():
+        has_no_other_name = other_digests.isdisjoint({digest_there, *(halves[name] or ())})
+        if has_no_other_name or _is_misspelt(plan.name_in_base(name), other_places):
             lost.append(name)
     return lost
+
+
+def _absent_tensors(plan: MergePlan, halves: Halves, digests: Mapping[str, int]) -> dict[str, int]:
+    """The digests of expected tensors that the base has under none of their names in the fingerprint."""
+    present = [digest_there for name, digest_there in digests.items() if plan.find_in_base(name) is not None]
+    present_or_tied = with_values(digests, set(present))
+    expected = only(digests, _expected_tensors(plan, halves))
+    return without(expected, present_or_tied)
 
 
 def _expected_tensors(plan: MergePlan, halves: Halves) -> set[str]:
@@ -180,9 +184,9 @@ def _count_of_differences(found: Comparison) -> int:
 def _compared_tensors(plan: MergePlan, halves: Halves) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
-        place = plan.name_in_base(name)
+        place = plan.find_in_base(name)
         is_quantised = half_digests is None
-        if is_quantised or not plan.is_in_base(place):
+        if is_quantised or place is None:
             continue
         value = _without_trained_rows(plan, place)
         digests_in_halves = partial(digests_as, value, HALVES)

@@ -83,7 +83,7 @@ class _Merge:
 
     def merged(self, name: str) -> Tensor:
         """Return a tensor of the merged model."""
-        self.progress(len(self.plan.file_of))
+        self.progress(len(self.plan.output_of))
         value = self.without_update(name)
         if name not in self.plan.adapted:
             return value
@@ -127,7 +127,7 @@ def _merge_into_file(merge: _Merge, out: Path) -> None:
     """Write the merged model as one safetensors file."""
     check_tensors_alone(merge.plan)
     with writing(out) as part:
-        merge.write(part, merge.plan.file_of, merge.plan.base)
+        merge.write(part, merge.plan.output_of, merge.plan.base)
 
 
 def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
@@ -149,7 +149,7 @@ def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> No
 def _merged_state(merge: _Merge, base: CheckpointFile, folder: Path) -> dict[str, Any]:
     """The merged state. ``torch.save`` takes it whole, so its values stay in files: the base, and those in a folder."""
     state = dict(base.entries)
-    for number, name in enumerate(merge.plan.file_of):
+    for number, name in enumerate(merge.plan.output_of):
         value = merge.merged(name)
         if name in merge.plan.adapted:
             value = moved_to_disk(value, folder / str(number))
@@ -163,7 +163,7 @@ def _merged_state(merge: _Merge, base: CheckpointFile, folder: Path) -> dict[str
 def _merge_into_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
     check_tensors_alone(merge.plan)
-    sources = list(dict.fromkeys(merge.plan.file_of.values()))
+    sources = list(dict.fromkeys(merge.plan.output_of.values()))
     with writing_folder(out) as folder:
         folder.mkdir()
         size = 0
@@ -180,7 +180,7 @@ def _merge_into_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> Non
 def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The index of the merged folder: that of the base, with the new tensors and their size."""
     weight_map = dict[str, str]()
-    for name, file in plan.file_of.items():
+    for name, file in plan.output_of.items():
         weight_map[name] = file.relative_to(plan.base).as_posix()
     metadata = dict_or_empty(index.get("metadata"))
     return {**index, "weight_map": weight_map, "metadata": {**metadata, "total_size": size}}

@@ -11,10 +11,8 @@ from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import joined, only, renamed, with_values
+from lightning_lora.tensors.named import joined, renamed, with_values
 from lightning_lora.tensors.names import is_in, join
-
-_OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,18 @@ class MergePlan:
         _check_inside(self.renaming, files, stored)
         self.adapted = self._find_adapted()  # the weights that get an update
         self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
-        self.file_of = self._find_files()  # of the base, in whose place each merged tensor is written
+        self.output_of = self._find_outputs()  # the file of the base in whose place each merged tensor is written
 
     def name_in_base(self, name: str) -> str:
-        """Return the name in the base for one in the adapters' file."""
-        if self.has_place(name):
-            return self.renaming.name_here(name)
-        return f"{_OUTSIDE}{name}"
+        """Return the name in the base for one in the adapters' file that has a place there."""
+        return self.renaming.name_here(name)
+
+    def find_in_base(self, name: str) -> str | None:
+        """Return the name of the base's tensor for one in the adapters' file. None: it has none."""
+        if not self.has_place(name):  # then it may have the name of another tensor of the base
+            return None
+        place = self.name_in_base(name)
+        return place if self.is_in_base(place) else None
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
@@ -65,7 +68,7 @@ class MergePlan:
 
     def names_in(self, file: Path) -> list[str]:
         """Return the merged tensors that are written in the place of one file of the base."""
-        return list(with_values(self.file_of, [file]))
+        return list(with_values(self.output_of, [file]))
 
     @property
     def fingerprints(self) -> list[StoredFingerprint]:
@@ -91,22 +94,25 @@ class MergePlan:
     def _other_places_of_rows(self, layer: StoredLayer) -> list[str]:
         """Where the base holds an embedding of trained rows again, such as that of a tied head."""
         others = layer.tied.get("weight", ()) if layer.tokens else ()
-        places = map(self.name_in_base, others)
-        return [place for place in places if self.is_in_base(place)]
+        places = map(self.find_in_base, others)
+        return [place for place in places if place is not None]
 
     def _find_replaced(self) -> dict[str, Any]:
         """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
         replaced = renamed(besides(self.stored), self.name_in_base)
-        filled = renamed(only(self.stored.state, self.stored.filled), self.name_in_base)
-        return {**replaced, **only(filled, self.files.file_of)}
+        for name in self.stored.filled:
+            place = self.find_in_base(name)
+            if place is not None:
+                replaced[place] = self.stored.state[name]
+        return replaced
 
-    def _find_files(self) -> dict[str, Path]:
+    def _find_outputs(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
-        file_of = dict(self.files.file_of)
-        *_, last = file_of.values()
+        output_of = dict(self.files.file_of)
+        *_, last = output_of.values()
         for place in self.replaced:
-            file_of.setdefault(place, last)
-        return file_of
+            output_of.setdefault(place, last)
+        return output_of
 
 
 def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
