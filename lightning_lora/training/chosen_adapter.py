@@ -49,7 +49,8 @@ class ChosenAdapter:
     def activate(self, pl_module: LightningModule, config: LoRAConfig | None) -> None:
         """Make this adapter the active one. ``config`` is that of one that may be new."""
         names = adapters(pl_module)
-        name = self.name or names[0]
+        active, *_ = names
+        name = self.name or active
         self.is_new = name not in names
         self.way_back = activate(pl_module, name, config)
 

@@ -34,10 +34,10 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    comes_back = bool(merge)
+    keys_stay = bool(merge)  # the model has the same keys after fit as before: a plain one, if it is merged
     if was_adapted:
-        comes_back = not (merge or switches)
-    if returns_state_only(trainer) and not comes_back:
+        keys_stay = not (merge or switches)
+    if returns_state_only(trainer) and not keys_stay:
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
             "has before fit. Use strategy='ddp', or merge='last' without adapters, or merge=False with inject_adapters."

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_lora.training.steps.reentrant import gradients_pass
+from lightning_lora.training.steps.reentrant import letting_gradients_pass
 
 _MANY = 10_000  # a container with more holds data, which are not looked into
 
@@ -22,7 +22,7 @@ _CONTAINERS = (dict, set, list, deque)
 def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
     """Let ``undo`` give back gradients, modes, buffers, metrics, and what modules keep in lists and numbers."""
     undo.enter_context(isolate_rng())
-    undo.enter_context(gradients_pass(pl_module))
+    undo.enter_context(letting_gradients_pass(pl_module))
     _keep_parameters(pl_module, undo)
     _keep_trainer(trainer, undo)
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks

@@ -19,8 +19,8 @@ from lightning_lora.training.optimizers.groups import Group, held_by, layers_tra
 
 
 @contextmanager
-def added_groups_fit(module: LightningModule) -> Iterator[None]:
-    """Leave out of added groups what trains already, and what stays frozen below it: torch's error would end the fit.
+def trimming_added_groups(module: LightningModule) -> Iterator[None]:
+    """Take out of added groups what trains already, and what stays frozen below it: torch's error would end the fit.
 
     Code may call an optimizer, or Lightning's wrapper of it.
     """
@@ -42,21 +42,21 @@ def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None
     if isinstance(group, dict) and not isinstance(group.get("params"), set | None):  # torch says what is wrong there
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
-        _leave_out(view_of(model), optimizer, group)
+        _trim(view_of(model), optimizer, group)
     type(optimizer).add_param_group(optimizer, group)
 
 
-def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
-    """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
+def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
+    """Take out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    twice = with_values({**view.adapters, **view.trained}, held & added)
-    layers = dict.fromkeys(map(owner_of, twice))
+    held_already = with_values({**view.adapters, **view.trained}, held & added)
+    layers = dict.fromkeys(map(owner_of, held_already))
     layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
-    if not layers:
+    if not layers:  # frozen weights alone are refused in the optimizer's next step
         return
     frozen = with_values(view.frozen, added)
-    left_out = {*twice.values(), *frozen.values()}
+    left_out = {*held_already.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
     _tell(layers, frozen)
 

@@ -39,7 +39,7 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         first_error = error
     with _plain(view), suppress(Exception):
         built = build()
-        if all(group.parameters for group in groups_of(strategy.optimizers)):  # an empty one is for adapters
+        if all(group.parameters for group in groups_of(strategy.optimizers)):  # an empty one was made for adapters
             return built
     raise first_error
 

@@ -1,6 +1,7 @@
 """What we write into an optimizer's groups, and what stood there before: it may come again in another fit."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -8,20 +9,20 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
+from lightning_lora.training.optimizers.group_splits import groups_without_split, split
 from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
-from lightning_lora.training.optimizers.groups_behind import groups_without_split, split
 from lightning_lora.training.optimizers.scales import Scales
 
 
 class _Written(NamedTuple):
-    """The groups of an optimizer as the user built them, and as we have left them."""
+    """The groups of an optimizer as the user built them, and as we have written them."""
 
     built: list[Params]
-    left: list[Params]
+    ours: list[Params]
 
     def is_still_in(self, groups: list[Params]) -> bool:
         """Whether no other code has edited the groups since. The order in a group may differ."""
-        return list(map(set, self.left)) == list(map(set, groups))
+        return list(map(set, self.ours)) == list(map(set, groups))
 
 
 _WRITTEN = "_lora_edited"
@@ -39,6 +40,11 @@ class Edit:
     built: list[Params]
     groups: list[Params]
 
+    def with_added(self, parameters: Iterable[nn.Parameter]) -> "Edit":
+        """Return this edit with more parameters in each group."""
+        groups = [[*group, *parameters] for group in self.groups]
+        return replace(self, groups=groups)
+
     def write(self, view: View, scales: Scales) -> None:
         """Write the groups into the optimizer. Adapters with other rates get groups behind them."""
         _write(view, self.optimizer, split(self.optimizer, self.groups, scales))
@@ -54,8 +60,8 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
     return now
 
 
-def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write other parameters into the groups of an optimizer that :func:`train_adapters` has edited before."""
+def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
+    """Write other parameters into groups that an edit has written before."""
     _write(view, optimizer, groups)
     written: _Written = vars(optimizer)[_WRITTEN]
     vars(optimizer)[_WRITTEN] = _Written(written.built, groups_without_split(optimizer))

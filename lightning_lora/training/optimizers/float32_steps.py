@@ -57,7 +57,7 @@ class Float32Steps:
         weights = float16_weights(view)
         _refuse_spread(view.title, weights)
         steps = cls(weights.values())
-        steps._while_open.enter_context(steps_are_in_float32(view.model))
+        steps._while_open.enter_context(steps_are_in_float32(view.model))  # no check refuses float16 weights then
         return steps
 
     def begin_step(self, optimizer: Optimizer) -> None:
@@ -72,7 +72,10 @@ class Float32Steps:
             self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
 
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
-        """The float32 values of a step that goes on, or of the last one. A state of its own begins empty."""
+        """Take the float32 values of a step that goes on, or of the last one.
+
+        They are no part of the state meanwhile: optimizers take an empty state for a parameter's first step.
+        """
         if p in self._between:
             return self._between.pop(p)
         state = optimizer.state.get(p, {})
@@ -118,7 +121,7 @@ def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
+def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
     """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
     held = held_by(torch_optimizers(optimizers))
     held_weights = held.intersection(float16_weights(view_of(model)).values())

@@ -1,4 +1,4 @@
-"""States of optimizers in a file that are those of optimizers of another class."""
+"""A file's states of optimizers of another class: they are refused, and nothing is changed."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _BY_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "b
 
 
 @contextmanager
-def states_fit(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
+def refusing_other_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Load states inside the ``with`` block. Refuse those of other classes; the optimizers are then as before.
 
     torch would load them: an optimizer takes its settings from them too, and fails in a step if one is missing.

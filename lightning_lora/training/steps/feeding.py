@@ -1,6 +1,6 @@
-"""Frozen networks below a head: does what trains read them? The first step tells, and the others are left alone."""
+"""Frozen networks that may be backbones: does what trains read them? The first step tells. If not, adapters go off."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import inside, only, outside, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import is_tensor
-from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import groups_of, held_by
 from lightning_lora.training.optimizers.places import no_place
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
@@ -65,11 +65,28 @@ class Feeding:
         if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
             self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    def have_both_run(self, network: str) -> bool:
+    def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> tuple[list[str], list[str]]:
+        """Judge these networks, once each. Return those that feed nothing, and those that feed what trains.
+
+        A network waits for another step until it and what trains have run in all processes (``is_agreed``).
+        """
+        unfed = []
+        fed = []
+        for name in networks:
+            if not is_agreed(self._have_both_run(name)):
+                continue
+            if is_agreed(self._feeds_nothing(name)):
+                unfed.append(name)
+            else:
+                fed.append(name)
+            del self.below[name]
+        return unfed, fed
+
+    def _have_both_run(self, network: str) -> bool:
         """Whether a network and what trains have run."""
         return {_WHAT_TRAINS, network} <= self.have_run
 
-    def feeds_nothing(self, network: str) -> bool:
+    def _feeds_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
         return self.found.isdisjoint({*self.below[network], _UNKNOWN})
 
@@ -108,45 +125,35 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
 # The judgement, before the first optimizer step
 
 
-def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
+def remove_unfed(
+    model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool
+) -> bool:
     """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
-    alone, fed = _judge(optimizer, strategy, feeding, copied=copied)
+    to_judge = list(feeding.below)
+    if not copied:
+        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
+    unfed, fed = feeding.judge(to_judge, strategy.reduce_boolean_decision)
     if fed:
         view = view_of(model)
         if not copied:
             _check_places(view, fed, strategy.optimizers)
-        _tell_of_fed(view, fed, alone)
-    if not alone:
+        _tell_of_fed(view, fed, unfed)
+    if not unfed:
         return False
-    said = left_still(alone, view_of(model).title)
+    said = left_still(unfed, view_of(model).title)
     if copied:
         raise StrategyError(
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
-            f"Name it yourself: exclude_modules={alone}."
+            f"Name it yourself: exclude_modules={unfed}."
         )
-    leave_alone(view_of(model), alone)
+    leave_alone(view_of(model), unfed)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
-
-
-def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> tuple[list[str], list[str]]:
-    """The networks that feed nothing, and those that feed what trains, as far as all processes have seen them run."""
-    to_judge = list(feeding.below)
-    if not copied:
-        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
-    is_agreed = strategy.reduce_boolean_decision
-    alone_by_flag: dict[bool, list[str]] = {True: [], False: []}
-    for name in to_judge:
-        if is_agreed(feeding.have_both_run(name)):
-            feeds_nothing = bool(is_agreed(feeding.feeds_nothing(name)))
-            alone_by_flag[feeds_nothing].append(name)
-            del feeding.below[name]
-    return alone_by_flag[True], alone_by_flag[False]
 
 
 def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
@@ -168,9 +175,9 @@ def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer
         raise no_place(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
-def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
+def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    others = outside(view.layers, (*fed, *alone))
+    others = outside(view.layers, (*fed, *unfed))
     if others:
         rank_zero_info(
             f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "
@@ -185,4 +192,4 @@ def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     groups = []
     for group in optimizer.param_groups:
         groups.append([parameter for parameter in group["params"] if parameter in trained])
-    groups_were_edited(view, optimizer, groups)
+    rewrite_groups(view, optimizer, groups)

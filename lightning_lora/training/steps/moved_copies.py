@@ -116,7 +116,8 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
-    return without(with_values(found, adapted), adapted)
+    copies_of_adapted = with_values(found, adapted)
+    return without(copies_of_adapted, adapted)
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

@@ -18,7 +18,7 @@ _RUNNING: list[nn.Module] = []
 
 
 @contextmanager
-def gradients_pass(model: nn.Module) -> Iterator[None]:
+def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
     """In a training step, let gradients pass reentrant checkpoints with inputs that require none.
 
     torch offers no hook there: its function finds no input that requires a gradient, and keeps nothing of the call. So

@@ -35,7 +35,7 @@ class OverlaidMethod:
 
 
 class OverlaidMethods:
-    """Our methods for one strategy. ``original`` has those from before: of other code, or of its class."""
+    """Our methods for one strategy. ``original`` has those below them: of other code, or of its class."""
 
     overlaid: ClassVar[tuple[str, ...]] = ()
     """The names of the methods that lie over the strategy's."""
@@ -66,17 +66,24 @@ class OverlaidMethods:
 
     def _lay_over(self, name: str) -> None:
         """Put our method of a name over the one that the strategy has now."""
-        on_strategy = vars(self.strategy)
+        method = self._method_below(name)
+        ours = OverlaidMethod(getattr(self, name), method)
+        self._set[name] = ours
+        vars(self.strategy)[name] = ours
+        setattr(self.original, name, method)
+
+    def _method_below(self, name: str) -> Any:
+        """The method over which ours lies: of other code, of all strategies, or of the strategy's class."""
         kind = type(self.strategy)
         of_class = self._method_of(kind, name)
-        original = on_strategy.get(name, of_class)
+        on_strategy = vars(self.strategy).get(name, of_class)
         self._by_other_code.pop(name, None)
-        if original != of_class:  # a copied strategy has that of its class
-            self._by_other_code[name] = original
-        elif name in self.of_all_strategies:
-            original = self._method_of(_class_of_all_strategies(kind), name)
-        self._set[name] = on_strategy[name] = OverlaidMethod(getattr(self, name), original)
-        setattr(self.original, name, original)
+        if on_strategy != of_class:  # a copied strategy has that of its class
+            self._by_other_code[name] = on_strategy
+            return on_strategy
+        if name in self.of_all_strategies:
+            return self._method_of(_class_of_all_strategies(kind), name)
+        return of_class
 
     def _method_of(self, kind: type, name: str) -> Any:
         """A class's method for the strategy. None: the class has none, so nothing calls ours."""

@@ -23,22 +23,23 @@ from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
-from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
-from lightning_lora.training.strategies.strategy import State
+from lightning_lora.training.strategies.late_restore import LateRestoreMethods
+
+OptimizerState = dict[str, Any]
 
 
-class ShardedMethods(LateStrategyMethods):
+class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
     overlaid: ClassVar[tuple[str, ...]] = (
-        *LateStrategyMethods.overlaid,
+        *LateRestoreMethods.overlaid,
         "model_sharded_context",
         "on_train_start",
         "optimizer_state",
         "block_backward_sync",
     )
     of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
-    adapts_late = True
+    shards_before_adapters = True
     averages_gradients = True
     """False while a backward pass only accumulates them."""
 
@@ -137,7 +138,7 @@ class ShardedMethods(LateStrategyMethods):
         """Load a plain model: Lightning leaves that to its own ``load_checkpoint``."""
         load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
-    def train_new_adapters(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Build the optimizers again: they hold those from before."""
         self.strategy.setup_optimizers(self.module.trainer)
 
@@ -146,7 +147,7 @@ class ShardedMethods(LateStrategyMethods):
         states = map(_spread_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
-    def optimizer_state(self, optimizer: Any) -> State:
+    def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
 
@@ -177,21 +178,21 @@ class ShardedMethods(LateStrategyMethods):
             if set_sync is not None:
                 set_sync(flag, recurse=False)
 
-    def gradients(self) -> Gradients:
+    def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self)
+        return ShardedGradients(self.module, self, is_new_fit=is_new_fit)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, methods: ShardedMethods) -> None:
-        super().__init__(model, NotedGradients(model))
+    def __init__(self, model: nn.Module, methods: ShardedMethods, *, is_new_fit: bool) -> None:
+        super().__init__(model, NotedGradients(model), is_new_fit=is_new_fit)
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)
         self.averaged = grouped(averaged.values(), _dtype_of)
-        self.statistics: list[Tensor] = []  # of norms that train
+        self.statistics: list[Tensor] = []  # the buffers of modules that train in full, such as norms
         for module in view_of(model).saved:
             self.statistics += filterfalse(shards.is_dtensor, module.buffers())
 
@@ -268,7 +269,7 @@ def _broadcast_adapters(view: View) -> None:
         replace_values(p, shards.distributed_as(values, p))
 
 
-def _spread_state(state: State, optimizer: Any) -> State:
+def _spread_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
     """An optimizer's state with this process's shards of what belongs to a spread parameter."""
     parameters = _in_groups(optimizer.param_groups)
     numbers = _in_groups(state["param_groups"])
@@ -281,7 +282,7 @@ def _spread_state(state: State, optimizer: Any) -> State:
     return {**state, "state": spread}
 
 
-def _in_groups(groups: Iterable[State]) -> list[Any]:
+def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
     """The parameters of an optimizer's groups, or their numbers."""
     found: list[Any] = []
     for group in groups:
@@ -289,7 +290,7 @@ def _in_groups(groups: Iterable[State]) -> list[Any]:
     return found
 
 
-def _spread_entries(entries: State, p: nn.Parameter) -> State:
+def _spread_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
     """The state of one parameter, with this process's shards of what has its shape."""
     spread = {}
     for name, value in entries.items():
