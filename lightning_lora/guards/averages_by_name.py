@@ -17,7 +17,7 @@ from lightning_lora.tensors.values import is_tensor
 
 
 class AveragesByName(Guard):
-    """Names a dict of tensors by the names of frozen weights, which begins with the module.
+    """Names a dict of tensors by the names of frozen weights, which the module has before training.
 
     Adapted weights never move, so an average of them stays as it is, and so does a distance to them.
     """
@@ -73,7 +73,7 @@ def _is_dict_of_tensors(value: object) -> bool:
 
 
 class _Shapes:
-    """The shapes of parameters by each ending of their names: a network's own names are those."""
+    """The shapes of parameters by each ending of their names: code of an inner network leaves out the beginning."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.by_ending: dict[object, set[tuple[int, ...]]] = {}

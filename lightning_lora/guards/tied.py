@@ -6,7 +6,8 @@ from lightning_lora.layers import LoRALayer, LoRATokens
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.named import where_not
+from lightning_lora.training.optimizers.groups import leading_layers
 
 
 class Tied(Guard):
@@ -27,13 +28,13 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update. Layers of another class compute something else with it."""
     layers: dict[tuple[int, type], list[str]] = {}
-    for name, layer in where(view.layers, _has_update_of_its_own).items():
-        adapter_class, _ = layer.overlaid
+    for name, layer in where_not(leading_layers(view), _adapts_rows).items():
+        adapter_class, _ = layer.overlaid  # and the class of the layer
         for weight in view.weights_of(name):
             layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())
 
 
-def _has_update_of_its_own(layer: LoRALayer) -> bool:
-    """Whether it has one: not what follows another layer, and not rows, which all uses of a weight get."""
-    return not layer.lora_settings.follows and not isinstance(layer, LoRATokens)
+def _adapts_rows(layer: LoRALayer) -> bool:
+    """Whether an adapter is of single rows, which all uses of a weight get."""
+    return isinstance(layer, LoRATokens)

@@ -70,7 +70,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     """
     _check_arguments(model, config)
     names = inject(model, config, name=name)
-    Guards().injected(View(model))
+    Guards().injected_by_call(View(model))
     return names
 
 

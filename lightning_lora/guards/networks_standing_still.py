@@ -8,10 +8,10 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 
 
-class NetworksBeside(Guard):
+class NetworksStandingStill(Guard):
     """Names networks that were found beside those that train."""
 
-    def injected(self, view: View) -> None:
+    def injected_by_call(self, view: View) -> None:
         """Name those that stand still."""
         still = view.adapter.networks.still
         if still:
