@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.tensors.named import only
 from lightning_lora.tensors.values import copy_to_host
 
@@ -23,7 +23,7 @@ class AdapterState:
     layers: tuple[str, ...] = ()
     """The layers that have it, or had it."""
 
-    networks: Networks = field(default_factory=Networks)
+    networks: StillNetworks = field(default_factory=StillNetworks)
     """What it was for, as found when it was added."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)

@@ -13,15 +13,15 @@ class NetworksStandingStill(Guard):
 
     def injected_by_call(self, view: View) -> None:
         """Name those that stand still."""
-        still = view.adapter.networks.still
+        still = view.adapter.networks.beside_training
         if still:
             warn(left_still(still, view.title))
 
     def training_begins(self, view: View) -> None:
         """Name those that stand still, and copies."""
         networks = view.adapter.networks
-        if networks.still:
-            rank_zero_info(left_still(networks.still, view.title))
+        if networks.beside_training:
+            rank_zero_info(left_still(networks.beside_training, view.title))
         if networks.copies:
             rank_zero_info(_about_copies(view))
 

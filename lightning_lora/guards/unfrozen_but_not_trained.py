@@ -42,7 +42,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
 def _frozen_by_user(view: View) -> list[str]:
     """What the user froze, but for networks that stand still or follow."""
     networks = view.adapter.networks
-    return outside(view.frozen_by_user, (*networks.still, *networks.copies))
+    return outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
 
 
 def _unfrozen_weights(view: View) -> list[str]:

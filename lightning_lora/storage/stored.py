@@ -14,7 +14,7 @@ from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD

@@ -13,10 +13,10 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
 from lightning_lora.patterns import matches_pattern
 from lightning_lora.storage.formats.format import Asked, Format, Reader
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described

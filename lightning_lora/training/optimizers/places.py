@@ -27,8 +27,8 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
         return [edit.with_added(remaining.values()) for edit in edits]
-    perhaps_backbones = view.adapter.networks.below if groups else ()  # of heads that train: the first step tells
-    unplaced = outside(remaining, perhaps_backbones)
+    may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
+    unplaced = outside(remaining, may_stay)
     if unplaced:
         raise no_place(view.title, unplaced, len(groups))
     return edits
@@ -47,7 +47,7 @@ def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> di
 
 def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = outside(added, view.adapter.networks.below)
+    told = outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 

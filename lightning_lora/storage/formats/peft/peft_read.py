@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.format import Asked, Reader
 from lightning_lora.storage.formats.peft.peft_complete import check_complete
 from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
@@ -23,6 +22,7 @@ from lightning_lora.storage.formats.peft.peft_names import (
 )
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
 from lightning_lora.storage.formats.reading import Update, adapters_of, place_of
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import where, where_not
 
