@@ -157,7 +157,7 @@ def _cells(title: str, group: Sequence[Plain]) -> tuple[RenderableType, ...]:
 
 
 def _range_of(key: str, group: Sequence[Plain]) -> str:
-    """The least and the greatest number in a group, or one if both look alike."""
+    """The least and the greatest number in a group, as they are shown."""
     values = [layer[key] for layer in group]
     least = f"{min(values):.3g}"
     greatest = f"{max(values):.3g}"

@@ -37,9 +37,9 @@ class CopiesWithoutUpdates(Guard):
             )
 
     def _is_written(self, view: View, copy: str) -> bool:
-        """Whether code has written into a copy, and not into its original too, as a load of the whole model does.
+        """Whether code has written into a copy, and not into its original too.
 
-        What it writes may be the same values again, because those of the original are frozen.
+        A load of the whole model writes into both. An average may write the same values again, as they are frozen.
         """
         written = dict(self.versions.items() - _versions_of(view).items())
         written_in_copy = inside(written, [copy])

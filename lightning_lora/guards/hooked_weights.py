@@ -44,7 +44,7 @@ def _has_hooked_weight(layer: LoRALayer) -> bool:
 
 
 def _about_hooks(title: str, names: list[str]) -> str:
-    """What gradient hooks on these layers' weights no longer do, and what to do."""
+    """What is said of gradient hooks on these layers' weights."""
     entries = as_entries(names)
     return (
         f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, which never run now: "

@@ -62,7 +62,7 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
 
 
 def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
-    """Tell of rates that would be low for Adam, of optimizers that are none."""
+    """Tell of rates that would be low for Adam: these optimizers are others."""
     low = _low_rates(view, optimizers)
     if low:
         kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)

@@ -37,7 +37,7 @@ class LooksUntrained(Guard):
 
 
 def _unsure(view: View, fresh: Fresh) -> list[str]:
-    """The layers that may be new, but for those that the user left out. None, if no layer was large enough to judge."""
+    """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
     if math.isnan(fresh.share):
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}

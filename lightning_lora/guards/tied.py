@@ -36,5 +36,5 @@ def _layers_of_each_weight(view: View) -> list[list[str]]:
 
 
 def _adapts_rows(layer: LoRALayer) -> bool:
-    """Whether an adapter is of single rows, which all uses of a weight get."""
+    """Whether an adapter is of single rows: all uses of a weight get these."""
     return isinstance(layer, LoRATokens)

@@ -10,7 +10,7 @@ from lightning_lora.tensors.names import owner_of
 
 
 class UnfrozenButNotTrained(Guard):
-    """Names modules that the user did not freeze with most of the model, and that are frozen now."""
+    """Names modules that the user left trainable in a mostly frozen model. They are frozen now."""
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Name those that do not look untrained: another guard names these."""
@@ -46,6 +46,6 @@ def _frozen_by_user(view: View) -> list[str]:
 
 
 def _unfrozen_weights(view: View) -> list[str]:
-    """The weights that required a gradient before the adapters came, and do not train now."""
+    """The weights that would train without adapters, and are frozen now."""
     flags = only(view.record.base.required_grad, view.frozen)
     return list(where(flags, bool))

@@ -29,7 +29,7 @@ class WrittenWeights(Guard):
                 self._note(view, weight)
 
     def _note(self, view: View, name: str) -> None:
-        """Note how a weight looks, and the digest that the record has of it, if it has looked the same since."""
+        """Note how a weight looks, and its digest, if the record knows it."""
         weight = view.base[name]
         self.seen[name] = Seen(weight)
         reading = view.record.base.readings.get(name)
@@ -47,7 +47,7 @@ class WrittenWeights(Guard):
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
-        """Whether the digest that the record has just taken, or a quick look, shows other values."""
+        """Whether a weight has other values, by its digest or a quick look."""
         if weight not in self.seen:
             return False
         change = view.record.base.changes.get(weight)

@@ -49,7 +49,7 @@ class BeforeHooks:
         return filled
 
     def changed_base_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of these tensors that have other values now, or were not there."""
+        """Return those of these tensors that are new, or have other values now."""
         return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
 
     def _is_as_before(self, name: str, tensor: Tensor) -> bool:
@@ -66,7 +66,7 @@ def _kept_by_adapters(view: View) -> dict[str, Seen]:
 
 
 def _digests_of_buffers(view: View) -> dict[str, int]:
-    """The digests of all buffers but the statistics of norms, which are the base's."""
+    """The digests of the buffers. Statistics of norms belong to the base."""
     norms = of_type(view.modules, NormBase)
     digests = {}
     for name, buffer in where(view.buffers, _has_values).items():

@@ -34,7 +34,7 @@ def _needs_data(config: LoRAConfig) -> bool:
 
 
 def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
-    """Refuse a start from data where no batch can run before the first step."""
+    """Refuse a start from data where no batch can run yet."""
     if not _needs_data(config):
         return
     title = type(pl_module).__name__
@@ -64,7 +64,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """A start from data in one fit, of the layers that do not follow others."""
+    """A start from data in one fit. Layers of copies, which follow others, have none."""
 
     trainer: Trainer
     module: LightningModule
@@ -88,7 +88,7 @@ class _Start:
             raise refusal(self.config, why)
 
     def run(self) -> None:
-        """Run batches, write what they give, and say which layers have started from them."""
+        """Run batches, write what they give, and tell of it."""
         with ExitStack() as undo:
             leave_no_trace(self.trainer, self.module, undo)
             if not self.initialisation.needs_gradients:

@@ -14,7 +14,7 @@ from lightning_lora.private import LOADER_STATE, before_transfer, loader_of
 
 
 def refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) -> LoRAError:
-    """Return the error of a fit in which no batch can run before the first step."""
+    """Return the error where no batch can run before training."""
     what = f"init={config.init!r} runs training_step on some batches before training"
     return kind(f"{what}. That is not possible here: {why}. Use an init that needs no data.")
 

@@ -43,7 +43,7 @@ def reseeded(model: nn.Module) -> Iterator[None]:
 
 
 def random_states(trainer: Trainer) -> States:
-    """Return the states of the generators of torch, numpy and Python in all processes."""
+    """Return the states of all generators, in all processes: of torch, numpy and Python."""
     device = trainer.strategy.root_device
     states = states_here(device)
     for name, state in states.items():

@@ -24,7 +24,7 @@ class RandomNumbers:
 
 
 class ResumedNumbers(RandomNumbers):
-    """The random numbers of a checkpoint, for the data and the training of one fit."""
+    """The random numbers of a checkpoint, for one fit."""
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         self.trainer = trainer
@@ -49,7 +49,7 @@ class ResumedNumbers(RandomNumbers):
             self.after_the_data = states_here(self.device)
 
     def begin_data(self, loader: Any) -> None:
-        """Set the generators, and a sampler's epoch, for a loader that Lightning begins next: workers draw ahead."""
+        """Set the generators for a loader that begins next, and its sampler's epoch. Workers draw ahead."""
         if self.trainer.training:
             self.is_beginning_data = True
             set_states(self.stored, self.device)
@@ -83,7 +83,7 @@ class ResumedNumbers(RandomNumbers):
         return self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting
 
     def _began_without_states(self) -> bool:
-        """Whether the data began before the random numbers, or the loaders' own states, were there."""
+        """Whether the data began too early: without the random numbers, or the loaders' own states."""
         if not self.after_the_data:
             return True
         return bool(self.loop.restarting and loader_states(self.loop))
@@ -95,7 +95,7 @@ class ResumedNumbers(RandomNumbers):
         self.after_the_data = states_here(self.device)
 
     def _goes_on_within_an_epoch(self) -> bool:
-        """Whether the file was written in the middle of an epoch, whose data had begun, and Lightning goes on there."""
+        """Whether Lightning goes on in the middle of an epoch, whose data had begun in the file."""
         if not (self._knows_resuming and self.loop.restarting):
             return False
         epoch_loop = self.loop.epoch_loop

@@ -90,7 +90,7 @@ class TrainingWatch(Watch):
         self.stage.guards_on_first.adapters_ready(view)
 
     def begin_batch(self) -> None:
-        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        """Before the first step, warn of weights that hooks have made new since."""
         if self._base_at_the_start is None:
             return
         before = self._base_at_the_start
@@ -112,7 +112,7 @@ class TrainingWatch(Watch):
         """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
         strategy = self.trainer.strategy
         train_fewer = False
-        if self.feeding.below:  # only until all networks are judged
+        if self.feeding.unjudged:  # only until all networks are judged
             train_fewer = remove_unfed(self.module, optimizer, strategy, self.feeding, copied=self.trains_copies)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         mirror_rates(optimizer)

@@ -154,7 +154,7 @@ class Stage:
     # Take what the module or a file has
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
-        """Take arguments that were not given from a file, or from the module's adapters.
+        """Complete the arguments from a file, or from the module's adapters.
 
         Return whether the adapters were replaced, as these are made otherwise.
         """
@@ -287,7 +287,7 @@ class Stage:
             rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
 
     def may_have_trained(self, pl_module: LightningModule) -> bool:
-        """Whether the module has adapters that this stage may have trained, or has loaded to train."""
+        """Whether the module has adapters that may be trained."""
         return False
 
     def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> None:
@@ -354,7 +354,7 @@ class Fit(Stage):
             self.undo.close()
 
     def may_have_trained(self, pl_module: LightningModule) -> bool:
-        """Whether the module has adapters that this fit may have trained, or has loaded to train."""
+        """Whether the module has adapters that may be trained: by this fit, or as it has loaded them."""
         return self.phase in (Phase.LOADED, Phase.TRAINING) and View(pl_module).is_on_layers
 
 

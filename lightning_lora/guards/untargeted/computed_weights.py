@@ -10,7 +10,7 @@ from lightning_lora.tensors.named import outside, where
 
 
 def computed_layers(view: View, word: str) -> list[str]:
-    """Return the layers that ``"all"`` or ``"all-linear"`` leaves out because their weight is computed."""
+    """Return the layers that ``word`` would mean if their weight were not computed."""
     names = Names(view.model)
     saved = names.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks

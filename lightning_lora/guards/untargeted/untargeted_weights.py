@@ -26,7 +26,7 @@ class Untargeted(Guard):
     """Names what ``"all"`` or ``"all-linear"`` leaves out."""
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
-        """Name layers if most of the weights are in them, and layers whose weight is computed."""
+        """Name layers with most of the weights, and layers whose weight is computed."""
         word = view.config.target_modules
         if word not in AUTOMATIC:
             return
@@ -48,7 +48,7 @@ class UntargetedMatrices(NamedTuple):
 
 
 def untargeted_matrices(view: View) -> UntargetedMatrices:
-    """Return the matrices that automatic targets have not reached, with their layers' classes, and their share.
+    """Return the matrices that automatic targets have not reached.
 
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
@@ -81,7 +81,7 @@ class _Weights:
         return list(only(base, left_to_targets))
 
     def is_untargeted(self, name: str) -> bool:
-        """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
+        """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
         p = self.view.base[name]
         if name not in self.view.frozen or p in self.adapted:
             return False

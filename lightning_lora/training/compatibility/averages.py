@@ -33,7 +33,7 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
 
 
 def average_what_trains(callbacks: list[Callback], view: View) -> None:
-    """Let averages share the module's frozen weights, and skip tensors that are equal, as these are."""
+    """Let averages compute only what trains: they share the frozen weights, and skip equal tensors."""
     for average in _averages(callbacks):
         _share_frozen(view.frozen, average.copy)
         average.skip_equal_tensors()
@@ -64,7 +64,7 @@ def _averages(callbacks: Iterable[Callback]) -> Iterator["_Average"]:
 
 @dataclass(frozen=True)
 class _Average:
-    """An average that is a copy of the module, as that of StochasticWeightAveraging, and its callback."""
+    """An average that is a copy of the module, and its callback, such as StochasticWeightAveraging."""
 
     callback: Any
     model: Any

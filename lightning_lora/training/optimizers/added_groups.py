@@ -38,7 +38,7 @@ def trimming_added_groups(module: LightningModule) -> Iterator[None]:
 
 
 def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
-    """Add a group as the optimizer's own method does, without what it should not hold."""
+    """Add a group without what it should not hold."""
     if isinstance(group, dict) and not isinstance(group.get("params"), set | None):  # torch says what is wrong there
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
@@ -47,7 +47,7 @@ def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None
 
 
 def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
-    """Take out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
+    """Take out what the optimizer holds already, and weights that stay frozen below or beside that."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
     held_already = with_values({**view.adapters, **view.trained}, held & added)
@@ -67,7 +67,7 @@ def _parameter_of(item: Any) -> Any:
 
 
 def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
-    """Layers whose weights are added, and whose adapters the optimizer trains in their place."""
+    """Layers whose weights are added, though the optimizer trains their adapters."""
     trained = layers_trained_by(held, view)
     return [name for name in trained if not added.isdisjoint(view.weights_of(name))]
 

@@ -15,7 +15,7 @@ from lightning_lora.training.optimizers.scales import Scales
 
 
 class _Written(NamedTuple):
-    """The groups of an optimizer as the user built them, and as we have written them."""
+    """An optimizer's groups as they were built, and as we have written them."""
 
     built: list[Params]
     ours: list[Params]
@@ -34,7 +34,7 @@ So it lives as long as the optimizer, even if parameters refer to that. torch co
 
 @dataclass(frozen=True)
 class Edit:
-    """An optimizer, its groups as they were built, and as they are to be."""
+    """What an optimizer's groups are to be."""
 
     optimizer: Optimizer
     built: list[Params]

@@ -26,7 +26,7 @@ KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and s
 
 
 def float16_weights(view: View) -> dict[str, nn.Parameter]:
-    """Return the weights that train in full in float16, if adapters are kept in float32."""
+    """Return the weights that train in full, and are float16. None where adapters are float16 too."""
     if not view.config.autocast_adapter_dtype:
         return {}
     in_float16 = where(view.trained, _is_float16)

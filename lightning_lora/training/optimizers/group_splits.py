@@ -86,7 +86,7 @@ def unsplit(optimizer: Optimizer) -> None:
 
 
 def groups_without_split(optimizer: Optimizer) -> list[Params]:
-    """Return the parameters of each of the module's groups as :func:`unsplit` will leave them."""
+    """Return the parameters of each group of the module, as without the split."""
     groups = listed_parameters(optimizer)
     behind = BEHIND.get(optimizer, Behind())
     for parameters, mirrored in zip(groups[behind.place], behind.mirrored, strict=True):

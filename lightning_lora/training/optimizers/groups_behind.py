@@ -42,7 +42,7 @@ class Behind:
         return slice(self.first, self.first + len(self.mirrored))
 
     def pairs(self, groups: list[Group]) -> Iterator[tuple[Group, Group, float]]:
-        """Yield each of an optimizer's groups that is behind, the one of the module that it mirrors, and its scale.
+        """Yield each group behind, the module's group that it mirrors, and its scale.
 
         In a step of DeepSpeed, the optimizer has only one of its groups: then there may be none behind.
         """
@@ -103,7 +103,7 @@ def hide_behind(optimizer: Optimizer) -> bool:
 
 
 def show_behind(optimizer: Optimizer) -> None:
-    """Put back what a scheduler does not see, with rates as it has set them."""
+    """Put the hidden groups back, with the rates that a scheduler has set."""
     behind = BEHIND.get(optimizer, Behind())
     optimizer.param_groups[behind.first : behind.first] = behind.hidden
     behind.hidden = []

@@ -11,7 +11,7 @@ from lightning_lora.training.optimizers.groups_behind import has_groups_behind, 
 
 
 class FollowedScheduler(InPlace):
-    """Added to the class of a scheduler, which then sees only the module's groups."""
+    """A scheduler that sees only the module's groups: this is added to its class."""
 
     overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer

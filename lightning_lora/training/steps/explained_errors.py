@@ -24,7 +24,7 @@ IN_BACKWARD = (
 
 
 def explain(error: BaseException, model: nn.Module, advice: str) -> None:
-    """If torch refused gradients of frozen weights of ``model``, raise an error that names them, and gives advice."""
+    """If torch refused gradients of frozen weights, raise an error that names them and gives ``advice``."""
     asked_for = _asked_for(error)
     if not asked_for or isinstance(error, LoRAError) or find_record(model) is None:
         return
@@ -63,7 +63,7 @@ def _asked_for(error: BaseException) -> list[object]:
 
 
 def _calls_behind(error: BaseException) -> Iterator[FrameType]:
-    """Go through the calls in which torch's errors were raised, among an error and those from which it came."""
+    """Go through the calls in which torch's errors were raised: this one, or causes of it."""
     for each in _chain(error):
         if isinstance(each, RuntimeError):
             for frame, _ in walk_tb(each.__traceback__):

@@ -37,21 +37,21 @@ class Feeding:
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
-        self.below: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
+        self.unjudged: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
         self.found: set[int] = set()  # parameters from which inputs of what trains were computed
         self.have_run: set[str] = set()
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
-            self.below[network] = set()
+            self.unjudged[network] = set()
             for name in inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
-        if self.below:
-            for module in _modules_that_train(view, self.below) or _modules_without_adapters(view):
+        if self.unjudged:
+            for module in _modules_that_train(view, self.unjudged) or _modules_without_adapters(view):
                 self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
 
     def _watch_layer(self, network: str, layer: LoRALayer) -> None:
         """Note when a layer of a network runs."""
-        self.below[network].update(map(id, layer.lora_trained()))
+        self.unjudged[network].update(map(id, layer.lora_trained()))
         self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
 
     def _note_network(self, network: str, *_: Any) -> None:
@@ -62,7 +62,7 @@ class Feeding:
         if not torch.is_grad_enabled():
             return
         self.have_run.add(_WHAT_TRAINS)
-        if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
+        if not self.have_run.isdisjoint(self.unjudged):  # what feeds a layer has run before it
             self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
     def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> tuple[list[str], list[str]]:
@@ -79,7 +79,7 @@ class Feeding:
                 unfed.append(name)
             else:
                 fed.append(name)
-            del self.below[name]
+            del self.unjudged[name]
         return unfed, fed
 
     def _have_both_run(self, network: str) -> bool:
@@ -88,7 +88,7 @@ class Feeding:
 
     def _feeds_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
-        return self.found.isdisjoint({*self.below[network], _UNKNOWN})
+        return self.found.isdisjoint({*self.unjudged[network], _UNKNOWN})
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -97,7 +97,7 @@ class Feeding:
 
 
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
-    """The layers beside these networks whose adapters train, and modules that train in full."""
+    """What trains beside these networks: adapted layers, and modules in full."""
     beside = only(view.layers, outside(view.layers, networks))
     training: set[nn.Module] = set(where(beside, LoRALayer.lora_trained).values())
     for module in view.saved:
@@ -106,7 +106,7 @@ def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]
 
 
 def _modules_without_adapters(view: View) -> set[nn.Module]:
-    """The modules with weights that the user has not frozen, and that have no adapter."""
+    """The modules with weights that the user has not frozen, but without adapters."""
     owners = set(map(owner_of, without(view.base, view.frozen_by_user)))
     return set(only(view.modules, owners - view.layers.keys()).values())
 
@@ -133,9 +133,9 @@ def remove_unfed(
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
-    to_judge = list(feeding.below)
+    to_judge = list(feeding.unjudged)
     if not copied:
-        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
+        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.unjudged)
     unfed, fed = feeding.judge(to_judge, strategy.reduce_boolean_decision)
     if fed:
         view = view_of(model)
@@ -168,7 +168,7 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 
 
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
+    """Refuse networks that feed what trains, if no optimizer holds their adapters."""
     placed = with_values(view.adapters, held_by(optimizers))
     unplaced = inside(without(view.adapters, placed), fed)
     if unplaced:
@@ -186,7 +186,7 @@ def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
 
 
 def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Take the parameters that do not train any more out of an optimizer's groups."""
+    """Take parameters that train no more out of the groups."""
     view = view_of(model)
     trained = set(model.parameters()) - set(view.frozen.values())
     groups = []

@@ -87,6 +87,10 @@ class Gradients:
         if not self.had_backward and missed == held:  # no backward pass yet
             return []
         self.optimizers.append(optimizer)
+        return self._begin_first_step(held, missed)
+
+    def _begin_first_step(self, held: Set[nn.Parameter], missed: Set[nn.Parameter]) -> list[str]:
+        """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
         view = view_of(self.model)
         check_weights(view)  # hooks may compute them since training began
         unreached = layers_trained_by(missed, view)

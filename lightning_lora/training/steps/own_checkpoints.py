@@ -38,7 +38,7 @@ class OwnCheckpoints:
                 self._detach_weights_of(node)
 
     def _detach_weights_of(self, node: Any) -> None:
-        """Put detached weights in place of the frozen ones that a function has noted on its context: this node."""
+        """Replace the frozen weights that a function has noted. Its context, where they are, is this node."""
         for name, noted in list(vars(node).items()):
             if any(map(self._is_frozen, tree_leaves(noted))):
                 self.were_found = True
@@ -55,5 +55,5 @@ class OwnCheckpoints:
 
 
 def _may_have_gradient(p: nn.Parameter) -> bool:
-    """Whether a parameter is of torch's own class, and of a dtype with gradients."""
+    """Whether a parameter is plain, and its dtype has gradients."""
     return type(p) is nn.Parameter and (p.is_floating_point() or p.is_complex())

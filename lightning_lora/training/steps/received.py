@@ -78,7 +78,7 @@ def received_gradients(model: nn.Module, wrapped: object, awaited: Sequence[nn.P
 
 
 def _waits_for_all(wrapped: object) -> bool:
-    """Whether a module is one of DDP's that fails if a parameter gets no gradient."""
+    """Whether this is DDP, and it fails if a parameter gets no gradient."""
     if not isinstance(wrapped, DistributedDataParallel):
         return False
     return not (wrapped.find_unused_parameters or wrapped.static_graph)

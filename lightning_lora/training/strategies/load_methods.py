@@ -78,7 +78,7 @@ class LoadMethods(SetUpMethods):
         """Build optimizers again that were built of adapters replaced since. Here, none are built yet."""
 
     def _find_base(self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any) -> None:
-        """Find the base in a module into which other code has loaded the file's merged weights."""
+        """Find the base, if other code has loaded the file's merged weights."""
         if checkpoints.find_base_in(self.module, merged_weights, checkpoint):
             rank_zero_info(
                 f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
@@ -114,7 +114,7 @@ class LoadMethods(SetUpMethods):
         self.original.load_model_state_dict(checkpoint, strict=strict)
 
     def _rebuild_layers(self, checkpoint: Checkpoint) -> None:
-        """Give the module the layers of the file, also where a hook has replaced them since."""
+        """Give the module the layers of the file again: a hook may have replaced them."""
         if KEY in checkpoint and find_record(self.module) is not None:
             adapted = [layer["name"] for layer in checkpoint[KEY]["layers"]]
             rebuild_modules(self.module, checkpoint["state_dict"], adapted)
@@ -148,7 +148,7 @@ class LoadMethods(SetUpMethods):
 
 
 def _plain_model_in(checkpoint: Checkpoint, merged_weights: Checkpoint) -> Checkpoint:
-    """A checkpoint of adapters as one of the plain model that it holds beside them."""
+    """A checkpoint of the plain model that a file holds beside its adapters."""
     return {**without(checkpoint, [KEY]), "state_dict": merged_weights}
 
 

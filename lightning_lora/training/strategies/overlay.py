@@ -54,7 +54,7 @@ class OverlaidMethods:
         return type(None), ()
 
     def lay_over(self) -> None:
-        """Put our methods over those of the strategy, and over what other code has set on it since."""
+        """Put our methods over those of the strategy. Other code may have set some since, which lie below."""
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in self.overlaid:
@@ -65,7 +65,7 @@ class OverlaidMethods:
             self._lay_over(name)
 
     def _lay_over(self, name: str) -> None:
-        """Put our method of a name over the one that the strategy has now."""
+        """Put one method of ours over the strategy's."""
         method = self._method_below(name)
         ours = OverlaidMethod(getattr(self, name), method)
         self._set[name] = ours
@@ -106,7 +106,7 @@ class OverlaidMethods:
 
 
 def overlaid_methods(strategy: Any) -> Any:
-    """Return the methods that lie over those of a strategy, if there are any."""
+    """Return what lies over a strategy's methods, if there is anything."""
     return vars(strategy).get(_ATTRIBUTE)
 
 

@@ -42,7 +42,7 @@ class SaveMethods(SetUpMethods):
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
-        """A checkpoint with what training changed, and the merged model if it is wanted. A plain module's stays."""
+        """A checkpoint with what training changed, and perhaps the merged model. A plain module's stays."""
         module = self.module
         self._forget_replaced_merge()
         if find_record(module) is None:
@@ -59,7 +59,7 @@ class SaveMethods(SetUpMethods):
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:
-        """Forget a merge if other code has loaded weights into the merged module since.
+        """Forget a merge, if other code has loaded other weights since.
 
         The record of the merge is no longer true then, and a file of the whole model holds what was loaded.
         """

@@ -59,7 +59,7 @@ class SetUpMethods(OverlaidMethods):
             self.setup_in_stage(trainer)
 
     def setup_in_stage(self, trainer: Trainer) -> None:
-        """Adapt the module, let the strategy set it up, and note what that has made of the base."""
+        """Adapt the module, let the strategy set it up, and note the base."""
         self.adapt()
         if not shows_adapters(self.module):  # it is only evaluated
             self._tell_of_plain_weights(trainer)
@@ -78,7 +78,7 @@ class SetUpMethods(OverlaidMethods):
         self.stage.adapt(self.module, stored=stored, replaced=replaced)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
-        """Say that a plain module is evaluated, if no file will give it adapters."""
+        """Say that a plain module is evaluated, unless a file comes."""
         if find_record(self.module) is None and not trainer.ckpt_path:
             title = type(self.module).__name__
             rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")

@@ -93,7 +93,7 @@ class ShardedMethods(LateRestoreMethods):
             )
 
     def _check_mesh(self) -> None:
-        """Refuse a module that is not sharded over the processes with their own batches."""
+        """Refuse a module that is sharded over other processes than those with their own batches."""
         size = self.mesh.size()
         for name, p in where(named_parameters(self.module), shards.split_over_data).items():
             count = shards.data_processes(p)
@@ -162,7 +162,7 @@ class ShardedMethods(LateRestoreMethods):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Average nothing after a backward pass that only accumulates, and let FSDP2 send nothing."""
+        """Average and send nothing after a backward pass that only accumulates."""
         self._let_gradients_be_averaged(False)
         try:
             with self.original.block_backward_sync():
@@ -270,7 +270,7 @@ def _broadcast_adapters(view: View) -> None:
 
 
 def _spread_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
-    """An optimizer's state with this process's shards of what belongs to a spread parameter."""
+    """An optimizer's state, in which spread parameters have this process's shards."""
     parameters = _in_groups(optimizer.param_groups)
     numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
@@ -291,7 +291,7 @@ def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
 
 
 def _spread_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
-    """The state of one parameter, with this process's shards of what has its shape."""
+    """The state of one parameter: of what has its shape, this process's shard."""
     spread = {}
     for name, value in entries.items():
         spread[name] = value
