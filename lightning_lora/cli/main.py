@@ -83,7 +83,7 @@ class _Failure:
 def _run_command(command: argparse.Namespace) -> _Failure | None:
     """Run a command and print its result, or return why it has failed."""
     try:
-        result = command.run(command)
+        result = command.run(command)  # a line to print, or None from a command that has printed
         if result:
             fitting_console().print(printable(result), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()

@@ -20,11 +20,11 @@ from lightning_lora.training.optimizers.groups import Group, held_by, layers_tra
 
 @contextmanager
 def trimming_added_groups(module: LightningModule) -> Iterator[None]:
-    """Take out of added groups what trains already, and what stays frozen below it: torch's error would end the fit.
+    """Take out of added groups what trains already, and what stays frozen below it.
 
-    Code may call an optimizer, or Lightning's wrapper of it.
+    torch refuses a parameter that is held already, which would end the fit.
     """
-    wrappers = module.optimizers()
+    wrappers = module.optimizers()  # of Lightning, on which code may call ``add_param_group`` too
     if not isinstance(wrappers, list):
         wrappers = [wrappers]
     changed = torch_optimizers([*module.trainer.optimizers, *wrappers])

@@ -68,7 +68,7 @@ class LoadMethods(SetUpMethods):
             stage.begin(self.module)
         stored = _config_in(checkpoint)
         replaced = False
-        if stored is not None and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
+        if stored is not None and stage.phase is not Phase.TRAINING:  # in training, the adapters stay
             replaced = stage.take_config(self.module, stored, path)
         self.adapt(stored=stored, replaced=replaced)
         if replaced and stage.is_fitting:

@@ -1,4 +1,8 @@
-"""ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients."""
+"""ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients.
+
+A tensor is *spread* over processes if it is a DTensor, and *sharded* if those with their own data hold different parts
+of it: FSDP2 averages the gradients of these alone. A spread tensor may also be the same in all, which is *replicated*.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +30,7 @@ from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
 
 OptimizerState = dict[str, Any]
+"""The state dict of an optimizer, or what it keeps of one parameter."""
 
 
 class ShardedMethods(LateRestoreMethods):
@@ -122,12 +127,15 @@ class ShardedMethods(LateRestoreMethods):
             )
 
     def note_base(self, *, anew: bool = True) -> None:
-        """Take the base's fingerprint, unless it is loaded later."""
+        """Note the base's fingerprint, unless it is loaded later."""
         if not any(p.is_meta for p in View(self.module).base.values()):
             super().note_base(anew=anew)
 
     def on_train_start(self) -> None:
-        """Take the fingerprint of a base that was loaded late. Adapters that start from it are the first process's."""
+        """Note the fingerprint of a base that was loaded late.
+
+        Adapters may start from its values: all processes get the first one's.
+        """
         self.note_base(anew=False)
         _broadcast_adapters(view_of(self.module))
         self.original.on_train_start()
