@@ -2,11 +2,9 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.layers import LoRALayer, LoRATokens
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where_not
 from lightning_lora.training.optimizers.groups import leading_layers
 
 
@@ -28,13 +26,8 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update. Layers of another class compute something else with it."""
     layers: dict[tuple[int, type], list[str]] = {}
-    for name, layer in where_not(leading_layers(view), _adapts_rows).items():
+    for name, layer in leading_layers(view).items():
         adapter_class, _ = layer.overlaid  # and the class of the layer
         for weight in view.weights_of(name):
             layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())
-
-
-def _adapts_rows(layer: LoRALayer) -> bool:
-    """Whether an adapter is of single rows: all uses of a weight get these."""
-    return isinstance(layer, LoRATokens)

@@ -15,7 +15,7 @@ from lightning_lora.private import NormBase
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import joined, of_type, only, where
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.seen import Seen
 
 
 @dataclass
@@ -53,7 +53,7 @@ class BeforeHooks:
         return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
 
     def _is_as_before(self, name: str, tensor: Tensor) -> bool:
-        return name in self.base_tensors and self.base_tensors[name].is_still(tensor)
+        return name in self.base_tensors and self.base_tensors[name].has_same_values(tensor)
 
 
 def _kept_by_adapters(view: View) -> dict[str, Seen]:

@@ -10,8 +10,8 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, leave_callback
-from lightning_lora.storage.formats.own import leave_adapters, show_base
+from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
+from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, remove_callback_state
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.named import without
@@ -33,9 +33,9 @@ class LoadMethods(SetUpMethods):
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        merged_weights = leave_adapters(checkpoint)
+        merged_weights = reduce_to_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
-        leave_callback(checkpoint)
+        remove_callback_state(checkpoint)
         if merged_weights and self._evaluates_plain_module():
             return _plain_model_in(checkpoint, merged_weights)
         if self.stage.phase is not Phase.OVER:
@@ -96,7 +96,7 @@ class LoadMethods(SetUpMethods):
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        leave_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)
         self._rebuild_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # a plain module, only to be evaluated
@@ -105,7 +105,7 @@ class LoadMethods(SetUpMethods):
         self.note_base()
         are_read = compatibility.states_are_read(self.stage.callbacks)
         with checkpoints.naming_the_file(self.stage.file):
-            checkpoints.load_checkpoint_state(self.module, checkpoint, whole=are_read)
+            checkpoints.load_checkpoint_state(self.module, checkpoint, completes_states=are_read)
         if KEY in checkpoint:
             self.stage.note_loaded()
 

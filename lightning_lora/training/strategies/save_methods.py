@@ -9,7 +9,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.formats.lightning import with_callback_named
+from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.named import inside
 from lightning_lora.training import compatibility
@@ -52,7 +52,7 @@ class SaveMethods(SetUpMethods):
         if stage.phase is Phase.TRAINING:
             stage.guards_on_first.base_compared(View(module))
         if stage.save == "adapters":
-            return with_callback_named(checkpoint, view_of(module).adapter.name)
+            return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
             checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
             stage.guards_everywhere.merged_in_checkpoint(type(module).__name__, lost)
