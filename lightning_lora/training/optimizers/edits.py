@@ -1,7 +1,6 @@
 """What we write into an optimizer's groups, and what stood there before: it may come again in another fit."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -39,11 +38,6 @@ class Edit:
     optimizer: Optimizer
     built: list[Params]
     groups: list[Params]
-
-    def with_added(self, parameters: Iterable[nn.Parameter]) -> "Edit":
-        """Return this edit with more parameters in each group."""
-        groups = [[*group, *parameters] for group in self.groups]
-        return replace(self, groups=groups)
 
     def write(self, view: View, scales: Scales) -> None:
         """Write the groups into the optimizer. Adapters with other rates get groups behind them."""

@@ -1,6 +1,7 @@
 """Whether each parameter that trains has a place in an optimizer, and no frozen one has."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,7 +27,11 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     remaining = _without_place(view, parameters_in(groups), networks_around(paused))
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
-        return [edit.with_added(remaining.values()) for edit in edits]
+        placed = []
+        for edit in edits:
+            groups_with_all = [[*group, *remaining.values()] for group in edit.groups]
+            placed.append(replace(edit, groups=groups_with_all))
+        return placed
     may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
     unplaced = outside(remaining, may_stay)
     if unplaced:
