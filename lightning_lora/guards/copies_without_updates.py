@@ -44,7 +44,8 @@ class CopiesWithoutUpdates(Guard):
         """
         written = dict(self.versions.items() - _versions_of(view).items())
         for name in inside(written, [copy]):
-            if self.copies.name_in_original(name, copy) not in written:
+            counterpart = self.copies.name_in_original(name, copy)
+            if counterpart not in written:
                 return True
         return False
 
