@@ -47,7 +47,7 @@ class Float32Steps:
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
         self._between: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
-        self._shown: dict[nn.Parameter, Optimizer] = {}
+        self._shown: dict[nn.Parameter, Optimizer] = {}  # the weights that are float32 now, in its step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
