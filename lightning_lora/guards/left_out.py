@@ -170,7 +170,7 @@ def _computed(view: View, word: str) -> list[str]:
     names = Names(view.model)
     saved = names.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
-    expected = {*excluded_names(view), *saved, *networks.still, *networks.copies}
+    expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
     computed = set(where(automatic_targets(names, word), is_computed).values())
     return outside(names.first_names(computed), expected)
 

@@ -41,7 +41,7 @@ def left_trainable(view: View) -> list[str]:
 def _frozen_by_user(view: View) -> list[str]:
     """What the user froze, but for networks that stand still or follow."""
     networks = view.adapter.networks
-    return outside(view.frozen_by_user, (*networks.still, *networks.copies))
+    return outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
 
 
 def _weights_left_trainable(view: View) -> list[str]:

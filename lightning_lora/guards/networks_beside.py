@@ -2,10 +2,11 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import pairs_of, warn
+from lightning_lora.errors import warn
 from lightning_lora.model.settle import left_still
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.networks.copies import pairs_of
 
 
 class NetworksBeside(Guard):
@@ -13,15 +14,15 @@ class NetworksBeside(Guard):
 
     def injected(self, view: View) -> None:
         """Name those that stand still."""
-        still = view.adapter.networks.still
+        still = view.adapter.networks.beside_training
         if still:
             warn(left_still(still, view.title))
 
     def training_begins(self, view: View) -> None:
         """Name those that stand still, and copies."""
         networks = view.adapter.networks
-        if networks.still:
-            rank_zero_info(left_still(networks.still, view.title))
+        if networks.beside_training:
+            rank_zero_info(left_still(networks.beside_training, view.title))
         if networks.copies:
             rank_zero_info(_about_copies(view))
 

@@ -6,9 +6,9 @@ from lightning_lora.errors import listed
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.networks.inner_model import root_of
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
 from lightning_lora.storage.formats.writing import ModelSource
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.tensors.names import submodule

@@ -23,7 +23,7 @@ from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC
@@ -168,26 +168,26 @@ def _refuse_pefts(view: View) -> None:
         )
 
 
-def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Networks]:
+def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], StillNetworks]:
     """The layers that get adapters, and the networks that get none."""
     targeted = select(view.model, view.config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
     networks = networks_of(view, kinds, frozen, is_from_file=is_from_file)
-    choices = only(targeted, outside(targeted, networks.left))
+    choices = only(targeted, outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
-            f"{left_still(networks.still, view.title)} Nothing else is targeted by "
+            f"{left_still(networks.beside_training, view.title)} Nothing else is targeted by "
             f"{view.config.target_modules!r}: what trains has no layers of that kind."
         )
     return choices, networks
 
 
-def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: Networks) -> list[str]:
+def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> list[str]:
     """Adapted layers whose adapters are taken off: those that no longer fit, or that nobody has asked for."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
     copied = without(view.layers, view.recorded)
-    left = inside(view.layers, networks.left)
+    left = inside(view.layers, networks.without_adapters)
     not_chosen = {*copied, *left} - choices.keys()
     return [*where(resized, LoRALayer.lora_is_fresh), *not_chosen, *_tied_since(view, choices)]
 

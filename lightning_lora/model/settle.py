@@ -13,7 +13,7 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.tensors.named import (
     inside,
@@ -39,7 +39,7 @@ def left_still(still: Collection[str], title: str) -> str:
 
 def networks_of(
     view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, is_from_file: bool = False
-) -> Networks:
+) -> StillNetworks:
     """Return what layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays.
 
     Args:
@@ -49,44 +49,44 @@ def networks_of(
         is_from_file: Whether the configuration is a file's, which names the networks that stand still.
     """
     layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC and not is_from_file
-    before = view.adapter.networks if view.is_on_layers else Networks()
+    before = view.adapter.networks if view.is_on_layers else StillNetworks()
     copies = _copies_that_are_left(view, before)  # if none of them trains now
     copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=layers_are_chosen_by_us)
-    networks = Networks(still=_still_as_before(view, before), copies=copies)
+    networks = StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
     if still and layers_are_chosen_by_us:
         networks = _with_networks_found(view, networks, kinds, still)
-    return networks.fitting(kinds.keys())
+    return networks.with_bare_layers(kinds.keys())
 
 
 def _with_networks_found(
-    view: View, networks: Networks, kinds: Mapping[str, type], still: Set[nn.Parameter]
-) -> Networks:
+    view: View, networks: StillNetworks, kinds: Mapping[str, type], still: Set[nn.Parameter]
+) -> StillNetworks:
     """These networks, and those that are found to stand still."""
     found = find_networks(
         view.modules,
         view.base,
-        set(outside(_whole_layers(kinds), networks.still)),
+        set(outside(_whole_layers(kinds), networks.beside_training)),
         still - _weights_that_have_learned(view),
-        beside=_named_beside(view),
+        named=_named_by_user(view),
         copies=networks.copies,
         untrained=lambda: find_fresh(view).new,
     )
-    return replace(found, still=(*networks.still, *found.still))
+    return replace(found, beside_training=(*networks.beside_training, *found.beside_training))
 
 
-def _copies_that_are_left(view: View, before: Networks) -> dict[str, str]:
+def _copies_that_are_left(view: View, before: StillNetworks) -> dict[str, str]:
     """The earlier copies that the model still has, with their originals."""
     present_copies = only(before.copies, view.modules)
     return with_values(present_copies, view.modules)
 
 
-def _still_as_before(view: View, before: Networks) -> tuple[str, ...]:
+def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
-    if not before.still:
+    if not before.beside_training:
         return ()
     requires_grad = view.record.base.required_grad
     thawed = [name for name in view.base if requires_grad.get(name, True)]
-    return tuple(not_in(before.still, modules_around(thawed)))
+    return tuple(not_in(before.beside_training, modules_around(thawed)))
 
 
 def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
@@ -111,7 +111,7 @@ def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
     return where_not(view.layers, LoRALayer.lora_is_fresh)
 
 
-def _named_beside(view: View) -> list[str]:
+def _named_by_user(view: View) -> list[str]:
     """What the user has left out, or trains in full."""
     names = Names(view.model)
     left_out = names.find("exclude_modules", view.config.exclude_modules)
@@ -135,12 +135,12 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     Guards().networks_settled(view, paused, view.record.base.frozen_since)
-    view.record.base.frozen_since = set()
+    view.record.base.forget_frozen_since()
 
     before = view.adapter.networks
-    below = tuple(dict.fromkeys((*before.below, *found.below)))
-    view.adapter.networks = replace(before, below=below, copies=copies)
-    leave_alone(view, found.still)
+    under_head = tuple(dict.fromkeys((*before.under_head, *found.under_head)))
+    view.adapter.networks = replace(before, under_head=under_head, copies=copies)
+    leave_alone(view, found.beside_training)
     view.look_again()
     attach.freeze(view)  # what trains in full does not in a copy
     follow_originals(view)
@@ -156,7 +156,7 @@ def _kinds_that_train(view: View) -> dict[str, type]:
     return kinds
 
 
-def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Parameter]) -> dict[str, str]:
+def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
     required_grad = view.record.base.required_grad
     training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
@@ -165,7 +165,7 @@ def _copies_that_stand_still(view: View, found: Networks, still: Set[nn.Paramete
 
 def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
     """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
-    expected = {*view.adapter.networks.below, *copies}  # to have weights that no optimizer holds
+    expected = {*view.adapter.networks.under_head, *copies}  # to have weights that no optimizer holds
     paused = []
     for name in outside(view.layers, expected):
         layer = view.layers[name]
@@ -186,9 +186,10 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
 def leave_alone(view: View, still: Collection[str]) -> None:
     """Remove the adapters of networks. Files say that they are left out."""
     before = view.adapter.networks
-    below = tuple(not_in(before.below, still))
-    now = replace(before, still=(*before.still, *still), below=below).fitting(view.layers.keys())
-    left = inside(view.layers, now.left)
+    under_head = tuple(not_in(before.under_head, still))
+    now = replace(before, beside_training=(*before.beside_training, *still), under_head=under_head)
+    now = now.with_bare_layers(view.layers.keys())
+    left = inside(view.layers, now.without_adapters)
     if not left:
         return
     if len(left) == len(view.layers):
@@ -216,7 +217,7 @@ def begin_alike(view: View, idle: Set[str]) -> dict[str, str]:
     later, such as an expert, trains by itself.
     """
     copies = copies_among(view, idle)
-    networks = Networks(copies=copies)
+    networks = StillNetworks(copies=copies)
     originals = _original_layers(view, networks)
     for name, layer in only(view.layers, idle & originals.keys()).items():
         layer.lora_begin_as(originals[name])
@@ -244,7 +245,7 @@ def follow_originals(view: View) -> None:
             layer.lora_train_again()
 
 
-def _original_layers(view: View, networks: Networks) -> dict[str, LoRALayer]:
+def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:
     """The adapted layers that layers of copies follow, by the names of these."""
     originals = networks.originals_of(view.layers)
     adapted = with_values(originals, view.layers)

@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, quantised_entries, weights_of
 from lightning_lora.model.record import Record, record_of, record_on, records_in
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.named import joined, not_in, of_type, only, outside, prefixed, where, with_values, without
 from lightning_lora.tensors.names import (
@@ -89,7 +89,7 @@ class View:
         """The configuration of the adapters."""
         if self._config:
             return self._config
-        left_out = map(re.escape, self.adapter.networks.left)
+        left_out = map(re.escape, self.adapter.networks.without_adapters)
         return self.adapter.config.excluding("|".join(left_out))
 
     @property
@@ -251,8 +251,8 @@ class View:
         if not config.modules_to_save and config.bias == "none":
             return {}
         meant = self._saved_parameters() | self._trained_biases()
-        networks = self.adapter.networks if self.is_adapted else Networks()
-        idle = (*networks.copies, *networks.still)
+        networks = self.adapter.networks if self.is_adapted else StillNetworks()
+        idle = (*networks.copies, *networks.beside_training)
         trained = with_values(self.base, meant)
         return only(trained, set(outside(trained, idle)))
 

@@ -1,1 +1,1 @@
-"""Which networks of a module train, stand still beside others, are below a head, or follow another one."""
+"""Which networks of a module stand still: beside others that train, under a head, or as a copy of another one."""

@@ -1,7 +1,7 @@
 """Find networks that copy another one: a momentum network, a target, an average."""
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,17 +20,24 @@ _SAMPLES = 10_000  # values of a weight that are compared
 def find_copies(
     modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], *, may_lack: bool = False
 ) -> dict[str, str]:
-    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own.
+    """Return the copies among networks that stand still, with their originals.
 
-    With ``may_lack``, a copy may have fewer parameters: a teacher may lack a mask.
+    An original trains. If several are alike, the copies are shared out among them. With ``may_lack``, a copy may have
+    fewer parameters: a teacher may lack a mask.
     """
     if not still:
         return {}
     return _Search(modules, base, layers, still, may_lack).run()
 
 
+def pairs_of(copies: Mapping[str, str]) -> str:
+    """Return copies with what each is a copy of: ``'a' of 'b', 'c' of 'd'``."""
+    pairs = [f"{copy!r} of {copied!r}" for copy, copied in copies.items()]
+    return ", ".join(pairs)
+
+
 class _Search:
-    """One search for copies."""
+    """One search for copies: what is asked of each network is computed once."""
 
     def __init__(
         self, modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], may_lack: bool
@@ -62,7 +69,10 @@ class _Search:
         return original_class(self.modules[name])
 
     def _may_be_copy(self, name: str) -> bool:
-        """Whether nothing in a module trains. Of a larger network that stands still, single layers say nothing."""
+        """Whether nothing in a module trains.
+
+        A single layer counts only beside what trains: inside a larger network that stands still, many are alike.
+        """
         if name in self.training:
             return False
         is_beside_what_trains = owner_of(name) in {"", *self.training}
@@ -73,16 +83,16 @@ class _Search:
         """The network that trains and is like this one: of several, one with the fewest copies."""
         originals = self.candidates.get(self._class_of(name), [])
         for original in sorted(originals, key=self.copies_of.__getitem__):
-            if self._are_adapted_alike(name, original) and self._are_alike(name, original):
+            if self._share_an_adapted_weight(name, original) and self._have_nearly_same_weights(name, original):
                 return original
         return None
 
-    def _are_adapted_alike(self, copy: str, original: str) -> bool:
-        """Whether some weight is adapted in both networks."""
+    def _share_an_adapted_weight(self, copy: str, original: str) -> bool:
+        """Whether some weight is adapted in both networks: only then can one follow the other."""
         adapted = self.adapted.get(copy, {})
         return not adapted.keys().isdisjoint(self.adapted.get(original, {}))
 
-    def _are_alike(self, copy: str, original: str) -> bool:
+    def _have_nearly_same_weights(self, copy: str, original: str) -> bool:
         """Whether one network has names and shapes of the other, and nearly the same weights."""
         copied = self.parameters[copy]
         originals = self.parameters[original]
@@ -92,14 +102,14 @@ class _Search:
             shapes_of_original = only(shapes_of_original, shapes)
         if shapes != shapes_of_original:
             return False
-        products = squares = 0.0
+        products = largest_products = 0.0
         for name, parameter in copied.items():
             if _is_compared(parameter, originals[name]):
                 one = self.samples.of(parameter)
                 other = self.samples.of(originals[name])
                 products += float(one.values @ other.values)
-                squares += one.norm * other.norm
-        return products > _SAME * squares
+                largest_products += one.norm * other.norm
+        return products > _SAME * largest_products
 
 
 def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
@@ -128,7 +138,10 @@ class _Sample:
 
 
 class _Samples:
-    """Some values of weights. Each weight is sampled once."""
+    """Some values of weights. Each weight is sampled once.
+
+    They are more than those of :func:`.values.samples`: a cosine needs more than a look for changes.
+    """
 
     def __init__(self) -> None:
         self._by_weight: dict[nn.Parameter, _Sample] = {}

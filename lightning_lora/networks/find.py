@@ -1,4 +1,4 @@
-"""Find the networks that stand still: beside others that train, or below a head."""
+"""Find the networks that stand still: beside others that train, or under a head."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.tensors.named import by_owner, modules_around, only, outermost_outside, outside, where, without
 from lightning_lora.tensors.names import Modules, Parameters
 
@@ -18,6 +18,9 @@ So have most heads of torchvision's and transformers' classifiers, but not VGG's
 and segmentation. The last blocks of some are as small, but have names like those of earlier blocks.
 """
 
+_LATER_BLOCK_SHARE = 0.5
+"""What trains is a later block if so much of what stands still has names like its own, but for numbers."""
+
 _Matrices = Mapping[str, list[nn.Parameter]]  # of each module
 
 
@@ -27,34 +30,44 @@ def find_networks(
     layers: Set[str],
     still: Set[nn.Parameter],
     *,
-    beside: Collection[str] = (),
+    named: Collection[str] = (),
     copies: Mapping[str, str] = MappingProxyType({}),
     untrained: Callable[[], Collection[str]] = lambda: (),
-) -> Networks:
-    """Return what those of ``layers`` are for whose weights are among ``still``: frozen, or in no optimizer.
+) -> StillNetworks:
+    """Return what those of ``layers`` are in that stand still.
 
-    ``beside`` names what is trained in full, or left out, and ``untrained`` returns what looks so, as a new head.
+    They are beside a network that trains if some of ``layers`` train, were trained before, and are no head. Otherwise
+    they are under a head. If nothing trains, there is no network to be told from them.
+
+    Args:
+        modules: The modules of the model.
+        base: Its parameters, without those of adapters.
+        layers: The layers that would get adapters.
+        still: The parameters that stand still: frozen, or in no optimizer.
+        named: Modules and parameters that the user trains in full, or leaves out.
+        copies: The copies that were found: they are no other networks.
+        untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
     """
-    matrices = _matrices_of(base, beside)
-    frozen = outside(where(only(matrices, layers), set(still).issuperset), copies)
-    embeddings = where(modules, _is_embedding)
+    matrices = _matrices_of(base, named)
+    still_layers = outside(where(only(matrices, layers), set(still).issuperset), copies)
+    embeddings = where(modules, _is_embedding)  # one that trains, as with new tokens, is no network of its own
     training = list(without(where(matrices, still.isdisjoint), embeddings))
-    something_trains = training or beside
-    if not frozen or not something_trains:
-        return Networks(copies=copies)
-    other_layers = layers - set(frozen)
-    found = _largest_modules(frozen, {*training, *other_layers, *beside})
-    pretrained = training and outside(training, untrained())
-    trains_a_network = pretrained and other_layers and not _is_head(pretrained, frozen, matrices)
-    if trains_a_network:
-        return Networks(still=found, copies=copies)
-    return Networks(below=found, copies=copies)
+    something_trains = training or named
+    if not still_layers or not something_trains:
+        return StillNetworks(copies=copies)
+    other_layers = layers - set(still_layers)
+    found = _largest_modules(still_layers, {*training, *other_layers, *named})
+    trained_before = training and outside(training, untrained())
+    a_network_trains = trained_before and other_layers and not _is_head(trained_before, still_layers, matrices)
+    if a_network_trains:
+        return StillNetworks(beside_training=found, copies=copies)
+    return StillNetworks(under_head=found, copies=copies)
 
 
-def _matrices_of(base: Parameters, beside: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """The matrices of each module, without those ``beside``."""
+def _matrices_of(base: Parameters, named: Collection[str]) -> dict[str, list[nn.Parameter]]:
+    """The matrices of each module, without those that the user names."""
     matrices = where(base, _is_matrix)
-    return by_owner(only(matrices, set(outside(matrices, beside))))
+    return by_owner(only(matrices, set(outside(matrices, named))))
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -72,15 +85,19 @@ def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str,
     return tuple(dict.fromkeys(largest))
 
 
-def _is_head(training: list[str], frozen: list[str], matrices: _Matrices) -> bool:
-    """Whether what trains is small, and no later block of the network that is frozen."""
-    blocks = {_without_numbers(name) for name in training}
-    earlier_blocks = [name for name in frozen if _without_numbers(name) in blocks]
-    frozen_size = _size(frozen, matrices)
-    if 2 * _size(earlier_blocks, matrices) >= frozen_size:
+def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) -> bool:
+    """Whether what trains is small, and no later block of the network that stands still."""
+    still_size = _size(still_layers, matrices)
+    if _size(_alike_but_for_numbers(still_layers, training), matrices) >= _LATER_BLOCK_SHARE * still_size:
         return False
     training_size = _size(training, matrices)
-    return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (training_size + frozen_size)
+    return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (training_size + still_size)
+
+
+def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The names that differ from one of the others only in numbers: ``blocks.0.q`` from ``blocks.11.q``."""
+    patterns = {_without_numbers(name) for name in others}
+    return [name for name in names if _without_numbers(name) in patterns]
 
 
 def _without_numbers(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the networks of a module are for."""
+"""The networks of a module that stand still, and whether they get adapters."""
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -7,28 +7,45 @@ from lightning_lora.tensors.named import inside, outside, with_values, without
 
 
 @dataclass(frozen=True)
-class Networks:
-    """Networks whose weights stand still, by name."""
+class StillNetworks:
+    """Networks that stand still, by name.
 
-    still: tuple[str, ...] = ()  # others train beside them
-    below: tuple[str, ...] = ()  # only a head trains beside them, modules that are trained in full, or no target
-    copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
-    bare: tuple[str, ...] = ()  # layers of copies whose originals have no adapter
+    No optimizer of the module trains their weights: these are frozen, or no optimizer holds them.
+    """
+
+    beside_training: tuple[str, ...] = ()
+    """Other networks train beside them, as a student beside its teacher. They get no adapters."""
+
+    under_head: tuple[str, ...] = ()
+    """No network with adapters trains beside them, but perhaps a head, as over a frozen encoder. They get adapters."""
+
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Copies, each with its original. Other code moves their weights, and their adapters follow those of the original.
+    """
+
+    bare_layers: tuple[str, ...] = ()
+    """The layers of copies whose originals have no adapter. They get none either."""
 
     @property
-    def left(self) -> tuple[str, ...]:
-        """Those without adapters."""
-        return (*self.still, *self.bare)
+    def without_adapters(self) -> tuple[str, ...]:
+        """The networks and layers that get no adapters."""
+        return (*self.beside_training, *self.bare_layers)
 
-    def fitting(self, layers: Set[str]) -> "Networks":
-        """Return these with the layers of copies that get no adapter. ``layers`` are those that get one."""
-        adapted = outside(sorted(layers), self.still)
+    def with_bare_layers(self, layers: Set[str]) -> "StillNetworks":
+        """Return these networks, and the bare layers of their copies.
+
+        ``layers`` would get adapters, if they were in no copy.
+        """
+        adapted = outside(sorted(layers), self.beside_training)
         originals = self.originals_of(adapted)
-        bare = without(originals, with_values(originals, set(adapted)))
-        return replace(self, bare=tuple(sorted(bare)))
+        bare_layers = without(originals, with_values(originals, set(adapted)))
+        return replace(self, bare_layers=tuple(sorted(bare_layers)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:
-        """Return the layers that those of copies follow. The other ones follow none."""
+        """Return the original of each layer of a copy.
+
+        Layers that are in no copy are left out.
+        """
         originals: dict[str, str] = {}
         for copy, original in self.copies.items():
             for name in inside(layers, [copy]):

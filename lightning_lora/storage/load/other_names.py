@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lightning_lora.errors import AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View
-from lightning_lora.networks.inner_model import root_of
+from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import find_renamings, names_outside, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in

@@ -25,7 +25,7 @@ def place_rest(view: View, edits: Iterable[Edit], rests: Sequence[str]) -> None:
         groups[0].extend(rest.values())
         _tell_of_only_group(view, rest)
         return
-    below = view.adapter.networks.below if groups else ()  # the first step tells whether what trains is their head
+    below = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains is their head
     unplaced = outside(rest, below)
     if unplaced:
         raise no_place(view.title, unplaced, len(groups))
@@ -44,7 +44,7 @@ def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> di
 
 def _tell_of_only_group(view: View, rest: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = outside(rest, view.adapter.networks.below)
+    told = outside(rest, view.adapter.networks.under_head)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 

@@ -41,7 +41,7 @@ class Feeding:
         self.found: set[int] = set()  # parameters from which inputs of what trains were computed
         self.have_run: set[str] = set()
         self.hooks: list[RemovableHandle] = []
-        for network in view.adapter.networks.below:
+        for network in view.adapter.networks.under_head:
             self.below[network] = set()
             for name in inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
