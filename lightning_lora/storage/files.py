@@ -202,7 +202,8 @@ def load_adapter(
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
             beside it. Or a folder or file of diffusers: a model gets those of its place in the pipeline, a module
-            around several gets all. Or a repository of the Hugging Face hub, if it is in the cache. Or what
+            around several gets all. Likewise a file of kohya's sd-scripts, for Stable Diffusion and
+            SDXL. Or a repository of the Hugging Face hub, if it is in the cache. Or what
             loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.
