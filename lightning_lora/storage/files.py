@@ -125,7 +125,7 @@ def export_peft(
         format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: a pipeline's adapted models in
             the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
             else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
-            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion and SDXL.
+            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion, SDXL and Flux.
         base_name: The repository or folder of the reader's model, such as ``"HuggingFaceTB/SmolLM2-135M"``. By default
             it is the one that the model came from, by ``from_pretrained``; ``""`` leaves the name out.
 

@@ -16,7 +16,9 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import Asked, Reader, WrittenFormat
-from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, forms
+from lightning_lora.storage.formats.kohya_flux import CLASS as FLUX
+from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
+from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import peft_key, tensors_in
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
@@ -50,8 +52,8 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
         member = checked_member(part, exported, KOHYA.name)
         layers = _with_whole_attentions(_layers_in(exported))
         names = _names_there(part, member, layers, modules)
-        for layer, factors in layers.items():
-            tensors |= _tensors_of(names[layer], factors, alpha=config["r"])
+        for name, parts in _by_name(layers, names).items():
+            tensors |= _tensors_of(name, in_one(parts), alpha=config["r"])
     warn_of_replaced(directory / _FILE, tensors, _beginning)
     write_files(directory, {_FILE: save(tensors, {})})
 
@@ -108,21 +110,37 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 
 def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
     """The names of a member's layers in the file. Refuse layers without one."""
-    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_there = set(map(part.name_there, inside))
-    name_of, *_ = forms(_beginning_of(member, modules), modules_there)
+    name_of = _naming(part, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
     if unnamed:
         raise ExportError(
             f"In kohya's format, {listed(unnamed)} of {member!r} have no name that all its readers know. It is for the "
-            "UNet and the CLIP text encoders of Stable Diffusion and SDXL. Leave these layers out (exclude_modules), "
-            "or write format='diffusers', which ComfyUI reads too."
+            "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
+            "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
     outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
     return names
+
+
+def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
+    """How the layers of a member are named in the file."""
+    if part.inner_described.class_name == FLUX:
+        return name_in_flux
+    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
+    modules_there = set(map(part.name_there, inside))
+    first, *_ = forms(_beginning_of(member, modules), modules_there)
+    return first
+
+
+def _by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[str, dict[str, Factors]]:
+    """The updates of layers, by their names in the file. In Flux, several are parts of one original layer."""
+    named = dict[str, dict[str, Factors]]()
+    for layer, factors in layers.items():
+        named.setdefault(names[layer], {})[layer] = factors
+    return named
 
 
 def _beginning_of(member: str, modules: Iterable[str]) -> str:

@@ -171,6 +171,79 @@ def test_attentions_of_text_encoders_are_whole(tmp_path: Path) -> None:
     assert not tensors[f"{attention}_k_proj.lora_up.weight"].any()
 
 
+# Flux
+
+
+def flux() -> Any:
+    torch.manual_seed(9)
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=0, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 2, 2),
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def output_of_flux(model: Any) -> Tensor:
+    torch.manual_seed(6)
+    inputs = {"hidden_states": torch.randn(1, 3, 4), "encoder_hidden_states": torch.randn(1, 2, 8)}
+    places = {"img_ids": torch.zeros(3, 3), "txt_ids": torch.zeros(2, 3)}
+    return model(**inputs, **places, pooled_projections=torch.randn(1, 8), timestep=torch.ones(1))[0]
+
+
+IN_BLOCKS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+IN_BLOCKS += ["proj", "net.2", "norm1.linear", "norm1_context.linear"]
+OF_FLUX: list[dict[str, Any]] = [
+    {"target_modules": IN_BLOCKS, "alpha": 5, "rank_pattern": {"to_k": 3}},
+    {"target_modules": ["to_q", "add_v_proj"], "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("config", OF_FLUX)
+def test_a_pipeline_of_flux_computes_the_same(config: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(flux(), ll.LoRAConfig(r=2, **config), scale=0.1)
+    ll.export_peft(model, tmp_path, format="kohya")
+    assert {name for name in names_in(tmp_path) if "qkv" in name} == {
+        f"lora_unet_double_blocks_{block}_{side}_attn_qkv" for block in (0, 1) for side in ("img", "txt")
+    }
+    other = flux()
+    base = output_of_flux(other)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusers.FluxPipeline(scheduler, *[None] * 5, other).load_lora_weights(tmp_path, weight_name=FILE)
+    here = output_of_flux(model)
+    assert (here - base).norm() > 1e-3 * base.norm()
+    check_equal(output_of_flux(other), here)
+
+
+class FluxTransformer2DModel(nn.Module):  # the layers of a single block, with as many outputs as diffusers reads
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.attn = nn.ModuleDict({name: nn.Linear(8, 3072) for name in ("to_q", "to_k", "to_v")})
+        block.proj_mlp = nn.Linear(8, 4 * 3072)
+        block.proj_out = nn.Linear(8, 8)
+        self.single_transformer_blocks = nn.ModuleList([block])
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_v", "proj_out"], ["proj_mlp"]])
+def test_single_blocks_of_flux_are_read_by_diffusers(targets: list[str], tmp_path: Path) -> None:
+    convert = diffusers.loaders.lora_conversion_utils._convert_kohya_flux_lora_to_diffusers
+    module: Any = nn.ModuleDict({"transformer": FluxTransformer2DModel()})
+    module = trained(module, ll.LoRAConfig(r=2, alpha=3, target_modules=targets))
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    for source, folder in ((module, "model"), (tmp_path / "adapter.safetensors", "file")):
+        ll.export_peft(source, tmp_path / folder, format="kohya")
+    assert_same_tensors(load_file(tmp_path / "file" / FILE), load_file(tmp_path / "model" / FILE))
+    found = convert(load_file(tmp_path / "file" / FILE))
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and f"{name}.lora_B.weight" in found:
+            update = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+            expected = 1.5 * layer.lora_B @ layer.lora_A if hasattr(layer, "lora_A") else torch.zeros_like(update)
+            assert torch.allclose(update, expected, atol=1e-6)
+
+
+# What is refused
+
+
 TO_Q = {"target_modules": ["to_q"]}
 REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (sd_unet, {**TO_Q, "use_dora": True}, "DoRA.*A and B alone.*format='diffusers'"),
@@ -181,6 +254,7 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
         "would refuse 'down_blocks.0.resnets.0.conv1",
     ),
     (transformer, TO_Q, "'transformer_blocks.0.attn.to_q' of 'transformer' have no name"),
+    (flux, {"target_modules": ["x_embedder"]}, "'x_embedder' of 'transformer' have no name"),
     (second_text_encoder, {"target_modules": ["text_projection"]}, "'text_projection' of 'text_encoder' have no name"),
     (
         text_encoder,
