@@ -107,7 +107,7 @@ def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
     bases = defaultdict[str, dict[str, Tensor]](dict)
-    for merged in view.merged:
+    for merged in view.merged_weights:
         bases[merged.layer][merged.weight] = merged.base
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():

@@ -14,8 +14,8 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.errors import counted, listed
 from lightning_lora.layers import LoRALayer, count
-from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import find_record
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
@@ -297,7 +297,7 @@ def _sums(layers: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     parameters = list(view.model.parameters())
-    adapters = set(view.adapters.values())
+    adapters = set(view.adapter_parameters.values())
     base = [p for p in parameters if p not in adapters]
     trained, frozen = _trained_and_frozen(parameters)
     return LoRASummary(
@@ -337,7 +337,7 @@ def _said_of_adapters(view: View) -> str:
     record = find_record(view.model)
     if record is None:
         return ""
-    if record.shown == "default" and not record.others:
+    if record.name_in_effect == "default" and not record.others:
         return ""
     states = [_age_of_adapter(view)]
     if record.others:

@@ -85,7 +85,7 @@ def _is_low(rate: float) -> bool:
 
 def _where(view: View, low: Iterable[str]) -> str:
     """Where the rate is low: layers are named if it is not low in others."""
-    trained = where(view.layers, LoRALayer.lora_trained)
+    trained = where(view.layers, LoRALayer.lora_trainable)
     if trained.keys() == set(low):
         return ""
     return f" in {listed(low)}"

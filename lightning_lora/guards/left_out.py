@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.errors import listed, shortened
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.fresh import MOST_SHARE, Fresh
+from lightning_lora.model.untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
@@ -25,7 +25,7 @@ _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are
 class LeftOut(Guard):
     """Names what ``"all"`` or ``"all-linear"`` leaves out."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name layers if most of the weights are in them. Name those that the advice, or the word, would reach."""
         word = view.config.target_modules
         if word not in AUTOMATIC:

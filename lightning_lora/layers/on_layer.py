@@ -37,7 +37,7 @@ class AdapterOnLayer(UpdatedWeights):
         held: dict[str, Any] = self._parameters  # each is there, and itself, not computed
         return {name: held[name] for name in self.lora_roles()}
 
-    def lora_trained(self) -> list[nn.Parameter]:
+    def lora_trainable(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
         if self.lora_settings.follows:
             return []

@@ -122,7 +122,7 @@ def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
     view.record.base.was_frozen(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
-        set_requires_grad(parameter, name in view.trained and _can_train(parameter))
+        set_requires_grad(parameter, name in view.trainable and _can_train(parameter))
     for layer in view.layers.values():
         layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
     freeze_norms(view.modules.values(), view.saved)

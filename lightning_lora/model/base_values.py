@@ -25,8 +25,8 @@ def kept_tensors(view: View) -> dict[str, Tensor]:
 def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
-    for merged in view.merged:
-        bases[merged.shown] = merged.base.to(merged.shown.dtype)  # it may have been converted since
+    for merged in view.merged_weights:
+        bases[merged.parameter] = merged.base.to(merged.parameter.dtype)  # it may have been converted since
     return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
 
 
@@ -34,7 +34,7 @@ def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(kept_tensors(view), view.trained).items():
+    for name, tensor in without(kept_tensors(view), view.trainable).items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
@@ -63,7 +63,7 @@ def extra_digests(view: View) -> dict[str, int]:
 
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
-    changing = {**view.trained, **view.buffers}
+    changing = {**view.trainable, **view.buffers}
     changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 

@@ -17,7 +17,8 @@ from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.as_adapted import check_same, check_weights
 from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
-from lightning_lora.model.settle import follow_originals, left_still, networks_of
+from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
+from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.switch import activate, adapters, check_known, set_adapter
 from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
@@ -173,11 +174,11 @@ def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Still
     targeted = select(view.model, view.config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
-    networks = networks_of(view, kinds, frozen, is_from_file=is_from_file)
+    networks = find_still_networks(view, kinds, frozen, is_from_file=is_from_file)
     choices = only(targeted, outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
-            f"{left_still(networks.beside_training, view.title)} Nothing else is targeted by "
+            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
             f"{view.config.target_modules!r}: what trains has no layers of that kind."
         )
     return choices, networks

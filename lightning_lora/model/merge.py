@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.merged import check_as_merged, is_as_merged
+from lightning_lora.model.as_merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import check_start, forget_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
@@ -99,20 +99,20 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class Merged:
+class MergeReport:
     """What a merge has done."""
 
     lost: dict[str, float] = field(default_factory=dict)  # the largest share of an update that rounding lost, by layer
     untied: list[str] = field(default_factory=list)  # the layers whose weight was tied to another one's
 
 
-def merge(model: nn.Module) -> Merged:
+def merge(model: nn.Module) -> MergeReport:
     """Merge as :func:`merge_adapters` does, and let the caller say what was lost."""
     view = view_of(model, "merge_adapters")
     if view.is_merged:
-        return Merged()
+        return MergeReport()
     tied = _check_before(view)
-    done = Merged(untied=list(tied))
+    done = MergeReport(untied=list(tied))
     bases: dict[str, Tensor] = {}
     with ExitStack() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
         undo.callback(attach.freeze, view)
@@ -129,18 +129,18 @@ def merge(model: nn.Module) -> Merged:
         after_merge = _look_at_parameters(view, bases)
         adapters = attach.detach_adapters(view)
         undo.pop_all()
-    view.record.was_merged(adapters, after_merge)
+    view.record.note_merged(adapters, after_merge)
     return done
 
 
-def _merge_for_good(model: nn.Module) -> Merged:
+def _merge_for_good(model: nn.Module) -> MergeReport:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         forget_record(view.model)
-        return Merged()
+        return MergeReport()
     tied = _check_before(view)
-    done = Merged(untied=list(tied))
+    done = MergeReport(untied=list(tied))
     for name, layer in view.layers.items():
         merged, done.lost[name] = _merged_weights(layer)
         for weight, values in merged.items():
@@ -312,13 +312,13 @@ def _unmerge(view: View) -> None:
         return
     check_as_merged(view)
     record = view.record
-    adapters = record.merged
+    adapters = record.merged_adapters
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 _write_base(view, layer, weight, base, undo)
-        record.was_unmerged(view.parameters)
+        record.note_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)

@@ -35,7 +35,7 @@ class Record:
 
     state: State = State.ADAPTED
 
-    merged: dict[str, Adapter] = field(default_factory=dict)
+    merged_adapters: dict[str, Adapter] = field(default_factory=dict)
     """While they are merged: the adapters by their layers."""
 
     @property
@@ -49,12 +49,12 @@ class Record:
         return self.state.shows_base
 
     @property
-    def adapters(self) -> dict[str, AdapterState]:
+    def states(self) -> dict[str, AdapterState]:
         """All adapters by their names, the active one first."""
         return {self.adapter.name: self.adapter, **self.others}
 
     @property
-    def shown(self) -> str | None:
+    def name_in_effect(self) -> str | None:
         """The name of the adapter that has its effect, or None."""
         return None if self.is_disabled else self.adapter.name
 
@@ -65,7 +65,7 @@ class Record:
             adapter=self.adapter.snapshot(),
             others=dict(self.others),
             base=self.base.snapshot(),
-            merged=dict(self.merged),
+            merged_adapters=dict(self.merged_adapters),
         )
 
     # Its states
@@ -74,30 +74,30 @@ class Record:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
-    def was_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
+    def note_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
         """The updates are in the weights."""
         self._become(State.MERGED)
-        self.merged = adapters
+        self.merged_adapters = adapters
         self.base.after_merge = after_merge
 
-    def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights."""
         self._become(State.ADAPTED)
-        self.merged = {}
+        self.merged_adapters = {}
         self.base.was_unmerged(parameters)
 
-    def base_is_shown(self) -> None:
+    def note_base_shown(self) -> None:
         """The active adapter, or the merged updates, have no effect any more."""
         self._become(State.MERGED_BASE_SHOWN if self.is_merged else State.BASE_SHOWN)
 
-    def adapter_is_shown(self) -> None:
+    def note_adapter_shown(self) -> None:
         """The active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
         self.base.put_aside = {}
 
     # Other events
 
-    def was_switched(
+    def note_switched(
         self, inactive_adapters: dict[str, Adapter], inactive_tensors: dict[str, Tensor], coming: AdapterState
     ) -> None:
         """The active adapter was taken off, and keeps these tensors. Another one was put on."""
@@ -110,13 +110,13 @@ class Record:
         coming.inactive_adapters = {}
         coming.inactive_tensors = {}
 
-    def base_was_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
+    def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
         """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""
         self.base.forget_changes(names)
-        for adapter in self.adapters.values():
+        for adapter in self.states.values():
             adapter.base_was_loaded(values)
 
-    def base_was_read(self, fingerprint: dict[str, Any]) -> None:
+    def note_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:
@@ -125,7 +125,7 @@ class Record:
             self.base.changes = {}
         self.adapter.fingerprints = [fingerprint]
 
-    def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
+    def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
         self.base.changes_were_loaded(base)
         self.adapter.is_trained = True

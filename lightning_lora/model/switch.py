@@ -17,8 +17,8 @@ from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.base_values import kept_tensors
-from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
@@ -27,11 +27,11 @@ from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-def set_adapter(model: nn.Module, name: str | None) -> "Shown":
+def set_adapter(model: nn.Module, name: str | None) -> "Switched":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    shown = Shown(model, name, before=record.shown, active=record.adapter.name)
+    shown = Switched(model, name, before=record.name_in_effect, active=record.adapter.name)
     if name == shown.before:
         return shown
     if name is None:
@@ -46,7 +46,7 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
 
 
 @dataclass(repr=False)
-class Shown(AbstractContextManager[None]):
+class Switched(AbstractContextManager[None]):
     """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
 
     model: nn.Module
@@ -77,7 +77,7 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
         model: Any module. While it shows its base, the first one is on its layers without effect.
     """
     record = find_record(model)
-    return tuple(record.adapters) if record else ()
+    return tuple(record.states) if record else ()
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
@@ -118,16 +118,16 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in list(record.adapters):  # it may be of any type
+    if name is not None and name not in list(record.states):  # it may be of any type
         title = type(plain_module(model)).__name__
         raise AdapterStateError(
-            f"{title} has no adapter {name!r}. It has {listed(record.adapters)}.{_hint(name, record)}"
+            f"{title} has no adapter {name!r}. It has {listed(record.states)}.{_hint(name, record)}"
         )
 
 
 def _hint(name: object, record: Record) -> str:
     """What may have been meant by a name that no adapter has."""
-    near = difflib.get_close_matches(str(name), record.adapters)
+    near = difflib.get_close_matches(str(name), record.states)
     if near:
         return f" Did you mean {listed(near)}?"
     return " The base is None." if name == "__base__" else ""
@@ -212,7 +212,7 @@ def exchange(view: View, coming: AdapterState) -> None:
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
     attach.weights_have_changed(view)
-    view.record.was_switched(inactive_adapters, inactive_tensors, coming)
+    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
@@ -271,7 +271,7 @@ def _show_base(view: View) -> None:
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
-    view.record.base_is_shown()
+    view.record.note_base_shown()
 
 
 def _values_to_show(view: View) -> dict[Tensor, Tensor]:
@@ -283,9 +283,9 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
-    for merged in view.merged:
+    for merged in view.merged_weights:
         base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
-        values[merged.shown] = base.detach().to(merged.shown)
+        values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 
 
@@ -308,7 +308,7 @@ def _show_adapter(view: View) -> None:
         replace_values(view.tensors[name], converted[name])
         set_requires_grad(view.tensors[name], aside.required_grad)
     _enable(view, has_effect=True)
-    view.record.adapter_is_shown()
+    view.record.note_adapter_shown()
 
 
 def _enable(view: View, *, has_effect: bool) -> None:

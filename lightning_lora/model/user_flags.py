@@ -85,5 +85,5 @@ def _frozen_layers(view: View) -> dict[str, LoRALayer]:
 
 
 def _is_frozen(layer: LoRALayer) -> bool:
-    trained = layer.lora_trained()
+    trained = layer.lora_trainable()
     return bool(trained) and not any(parameter.requires_grad for parameter in trained)

@@ -34,7 +34,7 @@ class MergedWeight(NamedTuple):
 
     layer: str
     weight: str  # its name in the layer
-    shown: nn.Parameter
+    parameter: nn.Parameter
     base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
 
     @property
@@ -129,7 +129,7 @@ class View:
     def active_adapters(self) -> dict[str, Adapter]:
         """The active adapter of each layer, merged or not. They share its parameters."""
         if self.is_merged:
-            return self.record.merged
+            return self.record.merged_adapters
         return {name: layer.lora_adapter() for name, layer in self.layers.items()}
 
     @cached_property
@@ -145,7 +145,7 @@ class View:
         """The adapted matrices of each layer, merged or not."""
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
-            for name, adapter in self.record.merged.items():
+            for name, adapter in self.record.merged_adapters.items():
                 matrices[name] = adapter.matrices
         return matrices
 
@@ -181,7 +181,7 @@ class View:
         return parameters_of(self.modules)
 
     @cached_property
-    def adapters(self) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapters, merged or not."""
         adapters = dict[str, nn.Parameter]()
         for name, adapter in self.active_adapters.items():
@@ -189,13 +189,13 @@ class View:
         return adapters
 
     @cached_property
-    def merged(self) -> list[MergedWeight]:
+    def merged_weights(self) -> list[MergedWeight]:
         """The weights with an update merged into them."""
         if not self.is_merged:
             return []
         found = []
         record = self.record
-        for layer, adapter in record.merged.items():
+        for layer, adapter in record.merged_adapters.items():
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
@@ -204,8 +204,10 @@ class View:
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {merged.shown: merged.base for merged in self.merged if isinstance(merged.base, nn.Parameter)}
-        adapters = set(self.adapters.values())
+        tied = {
+            merged.parameter: merged.base for merged in self.merged_weights if isinstance(merged.base, nn.Parameter)
+        }
+        adapters = set(self.adapter_parameters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
             if parameter not in adapters:
@@ -245,7 +247,7 @@ class View:
     # What trains
 
     @cached_property
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> dict[str, nn.Parameter]:
         """The base's parameters that train: modules trained in full, and biases; none that stands still or follows."""
         config = self.config
         if not config.modules_to_save and config.bias == "none":
@@ -279,7 +281,7 @@ class View:
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
         """The base's parameters that do not train."""
-        return without(self.base, self.trained)
+        return without(self.base, self.trainable)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
@@ -312,7 +314,7 @@ class View:
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
         record = self.record
-        adapted = {**self.layers_by_all_names, **record.merged}
+        adapted = {**self.layers_by_all_names, **record.merged_adapters}
         lost = [name for name in not_in(record.adapter.layers, adapted) if name in self.modules]
         if lost:
             raise AdapterStateError(

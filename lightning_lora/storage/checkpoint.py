@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import check_start, record_of
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves

@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming

@@ -137,7 +137,7 @@ def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -
 def layers_of(view: View) -> dict[str, StoredLayer]:
     """Describe the adapted layers of a model, merged or not, by name."""
     adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
-    adapters.update(view.record.merged)
+    adapters.update(view.record.merged_adapters)
     names_by_weight = names_by(view.base)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():

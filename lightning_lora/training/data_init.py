@@ -17,7 +17,7 @@ from lightning_lora.layers import INITIALISATIONS, LoRALayer
 from lightning_lora.layers.init import keep_start
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
-from lightning_lora.model.settle import follow_originals
+from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
 from lightning_lora.tensors.named import not_in, where
@@ -55,7 +55,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     start = _Start(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
     start.run()
-    for parameter in view.adapters.values():  # the first process has seen its own data
+    for parameter in view.adapter_parameters.values():  # the first process has seen its own data
         values = trainer.strategy.broadcast(parameter.detach().cpu())
         parameter.detach().copy_(values)
     follow_originals(view)

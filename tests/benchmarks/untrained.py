@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.layers import count
-from lightning_lora.model.fresh import FEWEST, _layers, _looks_fresh
+from lightning_lora.model.untrained import FEWEST, _layers, _looks_untrained
 from lightning_lora.model.view import View
 
 STEPS = (10, 30, 100, 300)
@@ -68,7 +68,7 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     judged = []
     for name, weights in _layers(view):
         if min(map(count, weights.values())) >= FEWEST:
-            judged.append(_looks_fresh(view, name, weights))
+            judged.append(_looks_untrained(view, name, weights))
     return sum(judged), len(judged)
 
 

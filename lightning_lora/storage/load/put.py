@@ -143,7 +143,7 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
     if stored.base:
         return stored
     added = dict[str, Any]()
-    for name in view.trained:
+    for name in view.trainable:
         if is_new or is_bias(name):
             added[name] = base_value(view, name)
     for layer_name, layer in view.layers.items():
@@ -174,7 +174,7 @@ def _write_state(view: View, state: StateDict) -> None:
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[WRITTEN])
-        view.record.values_were_loaded(base_values(view))
+        view.record.note_values_loaded(base_values(view))
         undo.pop_all()
 
 
@@ -197,4 +197,4 @@ def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
     """What has other values than the base, does not train, and is not in a state: it gets the base's."""
-    return not_in(view.adapter.originals, {*state, *view.trained})
+    return not_in(view.adapter.originals, {*state, *view.trainable})

@@ -50,7 +50,7 @@ def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
     """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    twice = with_values({**view.adapters, **view.trained}, held & added)
+    twice = with_values({**view.adapter_parameters, **view.trainable}, held & added)
     layers = dict.fromkeys(map(owner_of, twice))
     layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
     if not layers:

@@ -29,7 +29,7 @@ def float16_weights(view: View) -> dict[str, nn.Parameter]:
     """Return the weights that train in full in float16, if adapters are kept in float32."""
     if not view.config.autocast_adapter_dtype:
         return {}
-    in_float16 = where(view.trained, _is_float16)
+    in_float16 = where(view.trainable, _is_float16)
     return where(in_float16, _requires_grad)
 
 

@@ -72,7 +72,7 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
     """Return the layers with adapters that train, of which some are among these parameters."""
-    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
+    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trainable())}
 
 
 def leading_layers(view: View) -> dict[str, LoRALayer]:

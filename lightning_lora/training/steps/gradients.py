@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_of
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.settle import begin_alike, copies_among
+from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import outside, with_values
 from lightning_lora.tensors.shards import agreed, to_local
@@ -97,9 +97,10 @@ class Gradients:
         In a fit that begins, they get the same adapters.
         """
         idle = _layers_that_stay(view, layers)
+        copies = copies_among(view, idle)
         if self.copied or not self.begins:
-            return copies_among(view, idle)
-        copies = begin_alike(view, idle)
+            return copies
+        begin_as_originals(view, copies, idle)
         if copies:
             rank_zero_info(
                 f"Copies in {view.title} that have received no gradient yet: {pairs_of(copies)}. They begin with the "
@@ -116,13 +117,13 @@ class Gradients:
 def _layers_that_stay(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
     move = list(map(_moves, layers.values()))
-    move_anywhere = agreed(move, list(view.adapters.values()))
+    move_anywhere = agreed(move, list(view.adapter_parameters.values()))
     return set(layers).difference(compress(layers, move_anywhere))
 
 
 def _moves(layer: LoRALayer) -> bool:
     """Whether a layer's adapter has a gradient other than zero in this process."""
-    return any(map(_has_gradient, layer.lora_trained()))
+    return any(map(_has_gradient, layer.lora_trainable()))
 
 
 def _has_gradient(p: nn.Parameter) -> bool:

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, OptimizerError
+from lightning_lora.model.as_merged import is_as_merged
 from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
-from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
@@ -143,7 +143,7 @@ class StrategyMethods(OverlaidMethods):
     def note_base(self, *, anew: bool = True) -> None:
         """Take the base's fingerprint as loaded. Later, a checkpoint or a conversion may change it."""
         view = view_of(self.module)
-        view.record.base_was_read(fingerprint(view, anew=anew))
+        view.record.note_fingerprint(fingerprint(view, anew=anew))
         precision = self.strategy.precision_plugin
         if str(precision.precision) == "64-true":  # otherwise a checkpoint's values would be rounded
             precision.convert_module(self.module)
