@@ -54,7 +54,7 @@ class Measured(NamedTuple):
         if not self.settings.use_dora:
             return a, b
         weight = precise(self.weight()).to(a.device)
-        magnitude = self._parameter(self.matrix.parameter(Role.MAGNITUDE))
+        magnitude = self._parameter(self.matrix.parameter_name(Role.MAGNITUDE))
         direction = weight + b @ a
         scale = magnitude_scale(magnitude, direction).unsqueeze(-1)
         return direction * scale - weight

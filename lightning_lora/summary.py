@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.errors import counted, listed
-from lightning_lora.layers import LoRALayer, count
+from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.record import find_record
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
@@ -365,7 +365,7 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _count_values(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(count(p) for p in parameters)
+    return sum(number_of_values(p) for p in parameters)
 
 
 def _bytes(values: Iterable[Any]) -> int:
@@ -389,5 +389,5 @@ def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     total = 0
     for p in parameters:
         trains_as_it_is = type(p) in _USUAL and p.is_floating_point()
-        total += p.nbytes if trains_as_it_is else 4 * count(p)
+        total += p.nbytes if trains_as_it_is else 4 * number_of_values(p)
     return total

@@ -71,7 +71,7 @@ class AdapterState:
         """It is inactive, and shows others from now on."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_adapters.values():
-            adapter.settings = replace(adapter.settings, follows=True)
+            adapter.settings = replace(adapter.settings, trains=False)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 

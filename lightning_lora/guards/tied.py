@@ -36,4 +36,4 @@ def _layers_of_each_weight(view: View) -> list[list[str]]:
 
 def _has_update_of_its_own(layer: LoRALayer) -> bool:
     """Whether it has one: not what follows another layer, and not rows, which all uses of a weight get."""
-    return not layer.lora_settings.follows and not isinstance(layer, LoRATokens)
+    return layer.lora_settings.trains and not isinstance(layer, LoRATokens)

@@ -57,7 +57,7 @@ class Written(Guard):
 
 def _moves_by_itself(layer: LoRALayer) -> bool:
     """Whether a layer is in no copy, which other code moves."""
-    return not layer.lora_settings.follows
+    return layer.lora_settings.trains
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 
 
@@ -114,7 +115,7 @@ def merge(model: nn.Module) -> MergeReport:
     tied = _check_before(view)
     done = MergeReport(untied=list(tied))
     bases: dict[str, Tensor] = {}
-    with ExitStack() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
+    with Undo() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
         undo.callback(attach.freeze, view)
         undo.callback(view.look_again)
         for name, layer in view.layers.items():
@@ -128,7 +129,7 @@ def merge(model: nn.Module) -> MergeReport:
         attach.unfreeze(view)
         after_merge = _look_at_parameters(view, bases)
         adapters = attach.detach_adapters(view)
-        undo.pop_all()
+        undo.keep()
     view.record.note_merged(adapters, after_merge)
     return done
 
@@ -151,7 +152,7 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
     torch.clear_autocast_cache()
     view.look_again()
     attach.unfreeze(view)
-    attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
+    attach.layers_have_changed(view)
     forget_record(view.model)
     return done
 
@@ -189,7 +190,7 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _keep_base_of(view: View, layer: str, weight: str, undo: ExitStack, *, is_tied: bool) -> Tensor:
+def _keep_base_of(view: View, layer: str, weight: str, undo: Undo, *, is_tied: bool) -> Tensor:
     """Return the base's values of a weight, before it is merged: of a tied one, the parameter itself."""
     parameter = own_parameter(view.layers[layer], weight)
     if is_tied:
@@ -313,7 +314,7 @@ def _unmerge(view: View) -> None:
     check_as_merged(view)
     record = view.record
     adapters = record.merged_adapters
-    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
@@ -323,10 +324,10 @@ def _unmerge(view: View) -> None:
         attach.weights_have_changed(view)
         attach.freeze(view)
         view.begin_anew()  # it may have been converted
-        undo.pop_all()
+        undo.keep()
 
 
-def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
+def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: Undo) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
     is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
@@ -336,7 +337,7 @@ def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) ->
         attach.move_to_layer(view.modules[layer], adapter, undo)
 
 
-def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:
+def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:
     """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
     module = view.modules[layer]
     shown = own_parameter(module, weight)

@@ -36,7 +36,7 @@ class Record:
     state: State = State.ADAPTED
 
     merged_adapters: dict[str, Adapter] = field(default_factory=dict)
-    """While they are merged: the adapters by their layers."""
+    """While the active adapter is merged: what it has on each layer, by the layer's name."""
 
     @property
     def is_merged(self) -> bool:
@@ -55,7 +55,7 @@ class Record:
 
     @property
     def name_in_effect(self) -> str | None:
-        """The name of the adapter that has its effect, or None."""
+        """The name of the adapter that has its effect. None: the base is shown."""
         return None if self.is_disabled else self.adapter.name
 
     def snapshot(self) -> "Record":
@@ -68,30 +68,30 @@ class Record:
             merged_adapters=dict(self.merged_adapters),
         )
 
-    # Its states
+    # Its states: the caller has changed the model, and notes it
 
     def _become(self, state: State) -> None:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
     def note_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
-        """The updates are in the weights."""
+        """Note that the updates are in the weights now."""
         self._become(State.MERGED)
         self.merged_adapters = adapters
         self.base.after_merge = after_merge
 
     def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The updates are out of the weights."""
+        """Note that the updates are out of the weights again."""
         self._become(State.ADAPTED)
         self.merged_adapters = {}
         self.base.was_unmerged(parameters)
 
     def note_base_shown(self) -> None:
-        """The active adapter, or the merged updates, have no effect any more."""
+        """Note that the active adapter, or the merged updates, have no effect now."""
         self._become(State.MERGED_BASE_SHOWN if self.is_merged else State.BASE_SHOWN)
 
     def note_adapter_shown(self) -> None:
-        """The active adapter, or the merged updates, have their effect again."""
+        """Note that the active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
         self.base.put_aside = {}
 
@@ -100,7 +100,7 @@ class Record:
     def note_switched(
         self, inactive_adapters: dict[str, Adapter], inactive_tensors: dict[str, Tensor], coming: AdapterState
     ) -> None:
-        """The active adapter was taken off, and keeps these tensors. Another one was put on."""
+        """Note that the active adapter was taken off, and keeps these tensors. Another one is active."""
         leaving = self.adapter
         leaving.inactive_adapters = inactive_adapters
         leaving.inactive_tensors = inactive_tensors
@@ -111,27 +111,32 @@ class Record:
         coming.inactive_tensors = {}
 
     def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
-        """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""
+        """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
         self.base.forget_changes(names)
         for adapter in self.states.values():
             adapter.base_was_loaded(values)
 
     def note_fingerprint(self, fingerprint: dict[str, Any]) -> None:
-        """The base has this fingerprint before it is trained. If it is another one, it is another base."""
+        """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
+
+        What was known of changes to the earlier base is dropped then. The first fingerprint of a new adapter says no
+        such thing: other adapters may have left these changes.
+        """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:
             return
-        if fingerprints:  # a new adapter's fit begins on what others left
+        if fingerprints:
             self.base.changes = {}
         self.adapter.fingerprints = [fingerprint]
 
     def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
-        """The adapter was loaded, with the values of changed weights."""
+        """Note that the adapter was loaded, with the values of weights that a file says were changed."""
         self.base.changes_were_loaded(base)
         self.adapter.is_trained = True
 
 
-# The record of a model
+# The record of a model: `find_record` and `record_of` look inside a wrapper such as DistributedDataParallel. The first
+# returns None for a plain model, the second raises an error. `record_on` asks one module, and `records_in` many.
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
@@ -235,16 +240,21 @@ def check_start(model: nn.Module, call: str) -> Record | None:
     if call in CHANGING:
         refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
+    if state_of(model) not in STARTS[call]:
+        raise refusal_to_start(model, call)
+    return find_record(model)
+
+
+def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
+    """Return the error for a call that may not start in the state of ``model``."""
     record = find_record(model)
     state = state_of(model)
-    if state in STARTS[call]:
-        return record
     title = type(plain_module(model)).__name__
     if record is not None:
-        raise AdapterStateError(refusal(call, state, title, record.adapter.name))
+        return AdapterStateError(refusal(call, state, title, record.adapter.name))
     for name in _inner_records(model):
-        raise AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
-    raise AdapterStateError(refusal(call, state, title, ""))
+        return AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
+    return AdapterStateError(refusal(call, state, title, ""))
 
 
 def record_of(model: nn.Module, call: str = USE) -> Record:

@@ -21,7 +21,7 @@ from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.record import record_of
-from lightning_lora.model.switch import adapters_of, check_known, check_switchable, move_to_model
+from lightning_lora.model.switch import adapters_of, check_known, check_switchable, prepare_for_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import version_of
 from lightning_lora.targets.adaptable import has_forward
@@ -112,7 +112,7 @@ class _Block(ExitStack):
         """Move the adapters of the rows to where the model is. Return them, and the active one."""
         names = {view.adapter.name, *self.names}
         for state in only(view.record.others, names).values():
-            move_to_model(view, state)
+            prepare_for_model(view, state)
         return list(only(view.record.states, names).values())
 
     def _leave_inference_path(self, module: nn.Module) -> None:
@@ -225,7 +225,7 @@ class _RunOfOneName:
         self.adapters = adapters
         self.values = values
         self.running = running
-        self.plain: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
+        self.plain: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
         self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
 from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
@@ -47,7 +48,7 @@ def set_adapter(model: nn.Module, name: str | None) -> "Switched":
 
 @dataclass(repr=False)
 class Switched(AbstractContextManager[None]):
-    """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
+    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call."""
 
     model: nn.Module
     name: str | None
@@ -61,7 +62,7 @@ class Switched(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
-        if self.before is None and self.active in record.others:
+        if self.before is None and self.active in record.others:  # the base was shown over this one
             set_adapter(self.model, self.active)
         set_adapter(self.model, self.before)
 
@@ -146,19 +147,19 @@ def check_switchable(view: View) -> None:
         )
 
 
-def move_to_model(view: View, state: AdapterState) -> None:
-    """Give an inactive adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
+def prepare_for_model(view: View, state: AdapterState) -> None:
+    """Fit an inactive adapter to its layers: kinds, devices and dtypes. Refuse layers that are not as it left them."""
     check_switchable(view)
     check_weights(view)
     _check_still_there(view, state)
     _update_kinds(view, state)
     _check_not_resized(view, state)
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for name, tensor in state.inactive_tensors.items():
             attach.move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
         for name, adapter in state.inactive_adapters.items():
             attach.convert_to_layer(view.modules[name], adapter, undo)
-        undo.pop_all()
+        undo.keep()
 
 
 def _check_still_there(view: View, state: AdapterState) -> None:
@@ -198,7 +199,7 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 @torch.no_grad()
 def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
-    move_to_model(view, coming)
+    prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     view.check_present()
     if view.record.is_disabled:
@@ -222,7 +223,7 @@ def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
-    """The adapter's own tensors by name. Where only the active one has its own, the base's."""
+    """What replaces tensors of the model: the coming adapter's own, or the base's where only the active one has one."""
     put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
     made = dict[Tensor, Tensor]()  # a tied one has several names
@@ -241,10 +242,10 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
-def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
+def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
     """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
     names = adapters(model)
-    undo = ExitStack()
+    undo = Undo()
     if state_of(model).shows_base:
         undo.callback(set_adapter, model, None)
     if config is None or name in names:

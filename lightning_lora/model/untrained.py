@@ -11,7 +11,7 @@ from itertools import compress
 from torch import nn
 
 from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
-from lightning_lora.layers import adapter_for, count
+from lightning_lora.layers import adapter_for, number_of_values
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import (
     by_owner,
@@ -108,7 +108,7 @@ def _number_of_values(layers: Mapping[str, Weights]) -> int:
 
 def _has_few_values(weights: Weights) -> bool:
     """Whether one of the weights has too few values to be judged."""
-    return min(map(count, weights.values())) < FEWEST
+    return min(map(number_of_values, weights.values())) < FEWEST
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -195,7 +195,7 @@ def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias:
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
-    if block.numel() < min(FEWEST, count(weight)):  # the others are zero
+    if block.numel() < min(FEWEST, number_of_values(weight)):  # the others are zero
         return isinstance(layer, nn.Linear) and not has_bias and not values.any()
     if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
         return True
@@ -271,7 +271,7 @@ def _small(view: View) -> set[str]:
 
 
 def _are_small(parameters: Iterable[nn.Parameter]) -> bool:
-    return max(map(count, parameters)) < FEWEST
+    return max(map(number_of_values, parameters)) < FEWEST
 
 
 def _are_blank(parameters: Iterable[nn.Parameter]) -> bool:

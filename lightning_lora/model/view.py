@@ -34,7 +34,7 @@ class MergedWeight(NamedTuple):
 
     layer: str
     weight: str  # its name in the layer
-    parameter: nn.Parameter
+    parameter: nn.Parameter  # with the update
     base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
 
     @property
@@ -52,7 +52,14 @@ class View:
     """The layers, adapters, parameters and buffers of a model, by name. A shared one has several names.
 
     A call makes one view, and looks again after classes or parameters have changed. Where modules were replaced, a new
-    one is needed. ``config`` is that of the adapters, if it differs from the one in the record.
+    one is needed. ``config`` is that of the adapters, if it differs from the one in the record. In a merged model, the
+    names of tensors mean:
+
+    - ``parameters``, ``buffers``, ``tensors``: what the model has now, with merged weights.
+    - ``base``, ``base_tensors``: the same names, without the adapters' own, and with the base's tied weights.
+      ``trainable`` and ``frozen`` are the two parts of ``base``.
+    - ``adapter_parameters``: the adapters' own, on their layers or kept by the record.
+    - ``merged_weights``: the weights that an update is in, with what the base has there.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -61,7 +68,10 @@ class View:
         self._config = config
 
     def look_again(self, config: LoRAConfig | None = None) -> None:
-        """Forget what was seen of the layers and the parameters. The modules are the same objects."""
+        """Forget what was seen of the layers and the parameters. The modules are the same objects.
+
+        Without ``config``, that of the record counts from now on.
+        """
         self._config = config
         for name, value in vars(View).items():
             if isinstance(value, cached_property):
@@ -134,7 +144,7 @@ class View:
 
     @cached_property
     def recorded(self) -> set[str]:
-        """The layers that a record knows of: not those that other code has copied with their adapters since."""
+        """The layers that a record knows of. Others were copied with their adapters by other code, or just came."""
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
             recorded.update(joined(prefix, record.adapter.layers))
@@ -248,7 +258,7 @@ class View:
 
     @cached_property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train: modules trained in full, and biases; none that stands still or follows."""
+        """The base's parameters that may train: modules trained in full, and biases. None that stands still."""
         config = self.config
         if not config.modules_to_save and config.bias == "none":
             return {}
@@ -295,7 +305,7 @@ class View:
         return frozen if frozen != can_train.keys() else set()
 
     def _flags_before(self) -> dict[str, bool]:
-        """Whether parameters required a gradient before the adapters came, by the model's own record in doubt."""
+        """Whether parameters required a gradient before the adapters came. Where records differ, the model's counts."""
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
@@ -309,7 +319,7 @@ class View:
     def begin_anew(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
-            layer.lora_begin_anew()
+            layer.lora_initialise_if_base_changed()
 
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""

@@ -102,7 +102,7 @@ def _replaced_values(view: View, values: StateDict) -> Iterator[None]:
 
 def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, undo: ExitStack) -> None:
     """Give one adapter and its weights other values, where these are. All go to the device of the first weight."""
-    leaves = (*layer.lora_weights(), *layer.lora_roles())
+    leaves = (*layer.lora_weights(), *layer.lora_specs())
     first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))
     for leaf in leaves:
         parameter = own_parameter(layer, leaf)

@@ -17,7 +17,7 @@ from lightning_lora.layers import (
     LoRAParameters,
     LoRATokens,
     Settings,
-    adapter_parameters,
+    parameter_specs,
     weights_of,
 )
 from lightning_lora.model.view import View
@@ -67,7 +67,7 @@ class StoredLayer:
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
         """Return its adapter's names of parameters in the file, by those in the layer."""
-        names_in_layer = adapter_parameters(self.matrices, self.settings(config))
+        names_in_layer = parameter_specs(self.matrices, self.settings(config))
         return {name: join(self.name, name) for name in names_in_layer}
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _other_names(
 def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1, scaling: float = 1.0) -> StoredLayer:
     """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
-    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
+    layer_class = layer.lora_plain_class if isinstance(layer, LoRALayer) else type(layer)
     return StoredLayer(
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",

@@ -247,9 +247,9 @@ def _fits_dora(choice: Choice) -> bool:
 
 
 def _can_start_from_weight(choice: Choice) -> bool:
-    """Whether it is no embedding. Rows that train by themselves start as they are, whatever ``init`` says."""
+    """Whether ``init`` may take the factors from the weight. Rows that train by themselves start as they are."""
     trains_rows = bool(choice.matrices[0].tokens)
-    return trains_rows or choice.kind.lora_drops_input
+    return trains_rows or choice.kind.lora_may_start_from_weight()
 
 
 def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:

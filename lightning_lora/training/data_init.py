@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, StrategyError, listed
 from lightning_lora.layers import INITIALISATIONS, LoRALayer
-from lightning_lora.layers.init import keep_start
+from lightning_lora.layers.initialise import keep_start
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.still.follow import follow_originals
@@ -200,8 +200,8 @@ def _versions_of(module: nn.Module) -> dict[str, _Version]:
 def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """Write both factors of a matrix. Return the values of all parameters of the layer's adapter."""
     values = {name: parameter.detach() for name, parameter in layer.lora_parameters().items()}
-    values[matrix.parameter(Role.A)][..., : lora_A.shape[-2], :].copy_(lora_A)
-    values[matrix.parameter(Role.B)].copy_(lora_B)
+    values[matrix.parameter_name(Role.A)][..., : lora_A.shape[-2], :].copy_(lora_A)
+    values[matrix.parameter_name(Role.B)].copy_(lora_B)
     return values
 
 

@@ -27,7 +27,7 @@ def follow_originals(view: View) -> None:
     if view.adapter.is_trained:
         return
     for layer in without(view.layers, originals).values():
-        if layer.lora_settings.follows and layer.lora_is_fresh():  # one that has learned may be paused
+        if not layer.lora_settings.trains and layer.lora_is_fresh():  # one that has learned may be paused
             layer.lora_train_again()
 
 

@@ -42,8 +42,8 @@ def _kinds_that_train(view: View) -> dict[str, type]:
     """The adapter classes of the layers that train by themselves: not of copies, nor of what is paused."""
     kinds: dict[str, type] = {}
     for name, layer in view.layers.items():
-        if not layer.lora_settings.follows:
-            kinds[name] = layer.overlaid[0]
+        if layer.lora_settings.trains:
+            kinds[name] = layer.lora_kind
     return kinds
 
 
@@ -70,7 +70,7 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
     """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
     standing_still = {*paused, *inside(view.layers, copies)}
     for layer in without(view.layers, standing_still).values():
-        if layer.lora_settings.follows:
+        if not layer.lora_settings.trains:
             layer.lora_train_again()
 
 

@@ -52,7 +52,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         settings = layer.lora_settings
         is_same_start = _is_same_start(settings, config)
         for matrix in layer.lora_matrices:
-            wanted = wanted_of(config, name, matrix, layer.overlaid[0].__name__)
+            wanted = wanted_of(config, name, matrix, layer.lora_kind.__name__)
             if not is_same_start or not wanted.is_met(matrix, settings.r, settings.scaling):
                 raise AdapterMismatchError(_other_settings(view, config, wanted, matrix, layer))
 

@@ -81,7 +81,7 @@ def leading_layers(view: View) -> dict[str, LoRALayer]:
 
 
 def _leads(layer: LoRALayer) -> bool:
-    return not layer.lora_settings.follows
+    return layer.lora_settings.trains
 
 
 def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:

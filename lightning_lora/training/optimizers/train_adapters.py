@@ -81,9 +81,9 @@ def _followers(view: View) -> dict[nn.Parameter, Params]:
     """The adapters' parameters that take the place of each weight in the optimizers."""
     followers = defaultdict[nn.Parameter, Params](list)
     for layer in leading_layers(view).values():
-        for name, about in layer.lora_roles().items():
-            if about.role.trains:
-                weight = own_parameter(layer, about.matrix.weight)
+        for name, spec in layer.lora_specs().items():
+            if spec.role.trains:
+                weight = own_parameter(layer, spec.matrix.weight)
                 followers[weight].append(own_parameter(layer, name))
     return dict(followers)
 

@@ -62,7 +62,7 @@ def _why_refused(layer: StoredLayer, source: Source) -> str:
 
 def _why_not_of_its_kind(layer: StoredLayer, source: Source) -> str:
     """Why PEFT has no counterpart for such a layer, or one that computes something else."""
-    magnitude = layer.matrices[0].parameter(Role.MAGNITUDE)
+    magnitude = layer.matrices[0].parameter_name(Role.MAGNITUDE)
     return why_not(layer, source.stored.state.get(join(layer.name, magnitude)))
 
 
