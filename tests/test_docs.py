@@ -1,7 +1,10 @@
 """README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
+import builtins
+import inspect
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -10,19 +13,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
-from safetensors.torch import save_file
 
 import lightning_lora
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
+from lightning_lora import LoRACallback
 from lightning_lora.cli.main import main
-from tests.support.models import LitTiny, data, randomise, same, state
+from tests.support.models import LitTiny, data, same, state
 from tests.support.ranks import has_shards, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +56,6 @@ def sections(page: str) -> dict[str, list[str]]:
 
 
 BLOCKS = blocks_in(README)
-MODULE = blocks("first-steps")[0]
 WITH_CODE = {page for page in PAGES if blocks(page)}
 STARTED = ("command-line", "strategies", "privacy", "sharded")
 """Pages with a program that is started in another way, or in another file of tests."""
@@ -74,13 +72,6 @@ def written(folder: Path, code: list[str]) -> Path:
     path = folder / "main.py"
     path.write_text("".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
     return path
-
-
-def module() -> Any:
-    """An object of the class of the first steps."""
-    known: dict[str, Any] = {"__name__": "pages"}
-    exec(MODULE, known)
-    return known["MyModule"]()
 
 
 @pytest.fixture
@@ -138,7 +129,8 @@ def test_program_with_a_command_line_runs(here: Path, monkeypatch: pytest.Monkey
         "--seed_everything=0",
     ]
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
-    runpy.run_path(str(program(here, "command-line")), run_name="__main__")
+    *program_of_the_page, _ = blocks("command-line")
+    runpy.run_path(str(written(here, program_of_the_page)), run_name="__main__")
     assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
 
 
@@ -153,18 +145,32 @@ def test_settings_of_the_command_line_are_the_callbacks() -> None:
 
 
 def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file(module().state_dict(), "base.safetensors")
-    for seed, name in enumerate(("adapter", "seed1", "seed2")):
-        model = module()
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
-        randomise(model, seed)
-        save_adapter(model, f"{name}.safetensors")
+    *_, makes_the_files = blocks("command-line")
+    runpy.run_path(str(written(here, [makes_the_files])))
     lines = commands_of("lightning-lora")
     assert len(lines) == 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     written_files = {path.stem for path in here.iterdir()}
     assert written_files >= {"merged", "both", "small", "peft_folder"}
+
+
+def undefined_names(code: str) -> set[str]:
+    """The names that code reads and does not define."""
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    written_names = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    imported = set(re.findall(r"(\w+)(?:,|$)", "\n".join(re.findall(r"import (.*)", code)), re.MULTILINE))
+    arguments = set(re.findall(r"(\w+)[,)]", "".join(re.findall(r"def .*", code))))
+    classes = set(re.findall(r"class (\w+)", code))
+    return read - written_names - imported - arguments - classes - set(dir(builtins))
+
+
+@pytest.mark.parametrize("code", blocks("frameworks"))
+def test_a_block_for_another_package_begins_with_what_is_the_readers_own(code: str) -> None:
+    first = code.partition("\n")[0]
+    assert first.startswith("# yours: ")
+    assert undefined_names(code) <= set(re.findall(r"\w+", first))
 
 
 @pytest.mark.parametrize("page", BY_HAND)
@@ -177,18 +183,34 @@ def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page:
         assert eval(call, {"LoRACallback": LoRACallback}).config
 
 
-def test_the_module_that_pages_try_is_the_same_on_all_of_them() -> None:
-    modules = set()
-    for page in PAGES.keys() - {"first-steps"}:
-        for code in blocks(page)[:1]:
-            found = re.findall(r"^class MyModule.*?(?=^\w|\Z)", code, re.DOTALL | re.MULTILINE)
-            modules.update(text.strip() for text in found)
-    assert len(modules) == 1
+def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
+    importing = set()
+    for page in PAGES:
+        code = "".join(blocks(page))
+        assert ("class MyModule" in code) == (page == "first-steps")
+        if "from examples.my_module import MyModule    # " in code:
+            importing.add(page)
+    assert len(importing) >= 15
+
+
+REFERENCE = [page for page in PAGES if page.startswith("api-")]
 
 
 def test_reference_has_every_public_name_once() -> None:
-    shown = re.findall(r"^::: lightning_lora\.(\w+)$", PAGES["reference"], re.MULTILINE)
+    shown = []
+    for page in REFERENCE:
+        shown += re.findall(r"^::: lightning_lora\.(\w+)$", PAGES[page], re.MULTILINE)
     assert sorted(shown) == sorted(lightning_lora.__all__)
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_overview_of_the_reference_has_the_first_sentence_of_each_name(page: str) -> None:
+    for path in re.findall(r"^::: (lightning_lora\.[\w.]+)$", PAGES[page], re.MULTILINE):
+        text = inspect.getdoc(pkgutil.resolve_name(path)) or ""
+        first = " ".join(text.partition("\n\n")[0].split())
+        first = re.sub(r":\w+:`\.?([^`]*)`", r"`\1`", first).replace("``", "`")
+        name = path.rpartition(".")[2]
+        assert f"| [`{name}`]({page}.md#{path}) | {first} |" in PAGES["reference"]
 
 
 def files_in(tree: Any) -> list[str]:
@@ -231,17 +253,25 @@ def test_rooms_that_the_house_has_are_all_there_are() -> None:
     assert listed == there - {"py.typed", "__init__.py", "__main__.py", "__pycache__/"}
 
 
-def test_tests_that_guard_hazards_are_there() -> None:
+def hazards_of_the_page() -> dict[str, list[str]]:
+    """The hazards of each section of the page, in its order."""
+    found = {}
+    for heading, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE):
+        rows = re.findall(r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE)
+        if rows[0] == "hazard":
+            found[heading] = rows[1:]
+    return found
+
+
+def test_every_hazard_has_a_test() -> None:
+    """The page has no names of tests: these are in tests/hazards.yaml."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    _, *tables = re.split(r"^\| hazard \| .* \| its test \|\n\|---.*\n", PAGES["hazards"], flags=re.MULTILINE)
-    assert len(tables) >= 5
-    for table in tables:
-        rows = table.partition("\n\n")[0].splitlines()
+    test_of = yaml.safe_load((ROOT / "tests" / "hazards.yaml").read_text())
+    assert {heading: list(rows) for heading, rows in test_of.items()} == hazards_of_the_page()
+    for rows in test_of.values():
         assert len(rows) > 5
-        for row in rows:
-            test = re.fullmatch(r"\| .* \| `(test_\w+)` \|", row)
-            assert test is not None, row
-            assert f"def {test[1]}(" in tests
+        for test in rows.values():
+            assert f"def {test}(" in tests
 
 
 class MyModule(LitTiny):
@@ -253,30 +283,41 @@ class MyModule(LitTiny):
     test_dataloader = train_dataloader
 
 
+FIRST, *RECIPES = BLOCKS
+
+
+@pytest.fixture
+def fitted(here: Path) -> dict[str, Any]:
+    """What a reader has after the first program: its names, and a module that has been fitted."""
+    known = {"MyModule": MyModule, "model": MyModule()}
+    run_block(FIRST, known)
+    return known
+
+
+def run_block(code: str, known: dict[str, Any]) -> None:
+    exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
+
+
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
-def test_code_of_the_readme_runs(here: Path) -> None:
-    known: dict[str, Any] = {
-        "L": L,
-        "ModelCheckpoint": ModelCheckpoint,
-        "LightningCLI": LightningCLI,
-        "MyModule": MyModule,
-        "model": MyModule(),
-        "fresh_model": MyModule(),
-    }
-    for name in lightning_lora.__all__:
-        known[name] = getattr(lightning_lora, name)
-    for code in BLOCKS:
-        exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
-        if "ModelCheckpoint(" in code:
-            known["trainer"].save_checkpoint("best.ckpt")
-        if "save_merged" in code:
-            plain = MyModule.load_from_checkpoint("merged.ckpt")
-            x = torch.arange(4)
-            assert torch.equal(plain(x), known["model"](x))
-            assert not torch.equal(plain(x), MyModule()(x))
-            known["model"] = known["trainer"].lightning_module
-    lightning_lora.remove_adapters(known["model"])
-    assert same(state(known["model"]), state(MyModule()))
+@pytest.mark.parametrize("code", RECIPES)
+def test_each_recipe_runs_after_the_first_program(code: str, fitted: dict[str, Any]) -> None:
+    run_block(code, fitted)
+
+
+def test_files_of_the_recipe_hold_what_was_learned(fitted: dict[str, Any]) -> None:
+    (shares,) = [code for code in RECIPES if "save_merged(" in code]
+    run_block(shares, fitted)
+    x = torch.arange(4)
+    learned = fitted["model"](x)
+    assert torch.equal(fitted["plain"](x), learned)
+    assert torch.equal(MyModule.load_from_checkpoint("merged.ckpt")(x), learned)
+    assert not torch.equal(MyModule()(x), learned)
+
+
+def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(fitted: dict[str, Any]) -> None:
+    (after,) = [code for code in RECIPES if "remove_adapters(" in code]
+    run_block(after, fitted)
+    assert same(state(fitted["model"]), state(MyModule()))
 
 
 # The page of messages quotes those that the code has

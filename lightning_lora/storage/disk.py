@@ -39,6 +39,14 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             temporary.replace(target)  # an error if nothing was written: Lightning has none if nobody may write there
 
 
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder on the disk of a file that is being written."""
+    with _temporary(path.resolve()) as folder:
+        folder.mkdir()
+        yield folder
+
+
 def _refuse_device(target: Path, path: Any) -> None:
     """Refuse a place that is neither free nor a file or folder."""
     if target.is_char_device() or target.is_block_device() or target.is_fifo() or target.is_socket():

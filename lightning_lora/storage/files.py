@@ -103,9 +103,9 @@ def export_peft(
     *,
     root: str | None = None,
     uniform: bool = False,
-    format: Literal["peft", "diffusers"] = "peft",
+    format: Literal["peft", "diffusers", "kohya"] = "peft",
 ) -> None:
-    """Write adapters in PEFT's format, or in that of diffusers, into a directory.
+    """Write adapters in PEFT's format, or in that of diffusers or kohya, into a directory.
 
     ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged, and compute what the
     adapted model computes here. What they would compute otherwise is refused, and nothing is written.
@@ -113,15 +113,16 @@ def export_peft(
     Args:
         model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
             with ``LoRACallback`` wrote.
-        directory: The directory for PEFT's two files, or for ``pytorch_lora_weights.safetensors`` of diffusers. It is
-            made if only the last folder is missing. Other files in it stay.
+        directory: The directory for PEFT's two files, for ``pytorch_lora_weights.safetensors`` of diffusers, or for
+            ``kohya_lora.safetensors``. It is made if only the last folder is missing. Other files in it stay.
         root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
             ``""`` is the whole module. By default it is the one model inside, if there is one.
         uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
             llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
         format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: a pipeline's adapted models in
             the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
-            else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model.
+            else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
+            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion and SDXL.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained

@@ -1,18 +1,15 @@
 """The files of diffusers: PEFT's tensors, after a pipeline's name for the model, and the configuration inside."""
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
@@ -28,49 +25,19 @@ from lightning_lora.storage.formats.peft.peft_names import (
 )
 from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
+from lightning_lora.storage.formats.pipeline import (
+    checked_member,
+    member_name,
+    members_in,
+    parts_of_pipeline,
+    warn_of_replaced,
+)
 from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import with_values, without
-from lightning_lora.tensors.names import first_names, is_in_any, owner_of, starts_of, submodule
-
-# The members of a pipeline
-
-
-def _member_name(model: nn.Module | None, root: str) -> str:
-    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. Empty: it has none."""
-    name = root.rpartition(".")[2]
-    if PARTS.fullmatch(name):
-        return name
-    for ancestor in type(model).__mro__:
-        if ancestor.__module__.startswith("diffusers.models.unets"):
-            return "unet"
-        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
-            return "transformer"
-        if ancestor.__name__ == "PreTrainedModel":
-            return "text_encoder"
-    return ""
-
-
-def _members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
-    """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
-    places = dict[str, str]()
-    for name, module in without(modules, [""]).items():
-        if is_in_any(name, places.values()):
-            continue
-        member = _member_name(module, name)
-        is_better = member not in places or name.endswith(member)
-        if member and is_better:
-            places[member] = name
-    return places
-
-
-def _starts(names: Iterable[str]) -> set[str]:
-    """The first components of names."""
-    return {name.partition(".")[0] for name in names}
-
+from lightning_lora.tensors.names import owner_of, submodule
 
 # Write
 
@@ -79,86 +46,22 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
-    for stored in _split(source):
-        member = replace(source, stored=stored)
+    for part in parts_of_pipeline(source, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported_with_scaling(member, uniform, scaling=1.0)
-        name = _checked_member(member.inner, stored, member_tensors)
+        member_tensors, config = exported_with_scaling(part, uniform, scaling=1.0)
+        name = checked_member(part, member_tensors, DIFFUSERS.name)
         in_pipeline = Renaming(here=name)
         tensors |= in_pipeline.with_names_here(member_tensors)
         header |= in_pipeline.with_names_here(config)
     file = DIFFUSERS_WEIGHTS[0]
-    _warn_of_replaced(directory / file, tensors)
+    warn_of_replaced(directory / file, tensors, _start)
     contents = save(tensors, {METADATA: json.dumps(header)})
     write_files(directory, {file: contents})
 
 
-def _split(source: Source) -> list[StoredAdapters]:
-    """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
-    roots = _roots_of_members(source)
-    outside = set(source.stored.state)
-    parts = list[StoredAdapters]()
-    for root in roots:
-        part = _part_inside(root, source.stored)
-        parts.append(part)
-        outside -= part.state.keys()
-    if outside:
-        raise ExportError(
-            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
-            "pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
-        )
-    return parts
-
-
-def _roots_of_members(source: Source) -> list[str]:
-    """The names of the adapted members. If none is known, the root, which is refused later."""
-    root = source.stored.root
-    if _member_name(source.inner, root):
-        return [root]
-    starts = map(starts_of, source.stored.layers)
-    with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    modules = with_adapters if source.inner is None else first_names(source.modules_here)
-    members = _members_in(modules)
-    return list(with_values(members, with_adapters).values()) or [root]
-
-
-def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
-    """The adapters of one member."""
-    return replace(
-        stored,
-        root=root,
-        state=entries_inside(root, stored.state),
-        layers=entries_inside(root, stored.layers),
-        saved=entries_inside(root, stored.saved),
-    )
-
-
-def _warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
-    """Warn if a file that is to be written anew holds other members."""
-    members = set[str]()
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        members = _starts(file.keys())
-    replaced = members - _starts(tensors)
-    if replaced:
-        warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
-
-
-def _checked_member(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
-    """Return what a pipeline calls a model with these tensors. Refuse what it would not read."""
-    member = _member_name(model, stored.root)
-    if not member:
-        raise ExportError(
-            f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
-            "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
-            "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
-        )
-    not_of_adapters = [name for name in tensors if not peft_key(name).what]
-    if not_of_adapters:
-        raise ExportError(
-            f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
-            "bias and modules_to_save, or leave format='diffusers' out, which writes a folder for PEFT."
-        )
-    return member
+def _start(name: str) -> str:
+    """The first component of a name."""
+    return name.partition(".")[0]
 
 
 # Read
@@ -214,7 +117,7 @@ class _PipelineFile:
 
     def members(self) -> set[str]:
         """Return the members, by what is before their names. One model may have PEFT's prefix there, or nothing."""
-        starts = _starts(self.tensors)
+        starts = set(map(_start, self.tensors))
         if not self.header:
             is_pipeline = any(map(PARTS.fullmatch, starts))
             return starts if is_pipeline else {""}
@@ -242,8 +145,8 @@ class _PipelineFile:
 def _places_of(members: set[str], view: View) -> dict[str, str]:
     """The names of the pipeline's members in the model."""
     root = root_of(view.model)
-    itself = _member_name(submodule(view.model, root), root)
-    places = {itself: root} if itself else _members_in(view.modules)
+    itself = member_name(submodule(view.model, root), root)
+    places = {itself: root} if itself else members_in(view.modules)
     if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
         return dict.fromkeys(members, root)
     return places

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.formats import diffusers, loralib
+from lightning_lora.storage.formats import diffusers, kohya, loralib
 from lightning_lora.storage.formats.format import Asked, Format, Reader, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
 from lightning_lora.storage.stored import KEY
 
-FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, loralib.LORALIB)
+FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
 
 WRITTEN = {format.name: format for format in FORMATS if isinstance(format, WrittenFormat)}  # by name

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.moments import Guards
-from lightning_lora.storage.disk import check_output, path_here, writing, writing_folder
+from lightning_lora.storage.disk import check_output, folder_beside, path_here, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
@@ -21,6 +21,7 @@ from lightning_lora.storage.offline.tensor_files import (
     CheckpointFile,
     SafetensorsFolder,
     TensorFiles,
+    moved_to_disk,
     tensor_files,
     write_tensors,
 )
@@ -29,7 +30,7 @@ from lightning_lora.storage.stored import dict_or_empty
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
-    """Merge adapters into a base. Return how many weights. Only a checkpoint is in memory as a whole."""
+    """Merge adapters into a base, one tensor at a time. Return how many weights."""
     base = path_here(base)
     out = path_here(out)
     files = tensor_files(base)
@@ -138,13 +139,22 @@ def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> No
             f"{base.path} holds objects of {listed(kinds)}, which would be lost in {out}. Name a "
             "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
         )
-    state = dict(base.entries)
-    for name in merge.plan.file_of:
-        state[name] = merge.merged(name)
-    is_state_alone = base.checkpoint.keys() <= state.keys()
-    contents = state if is_state_alone else {**as_base(base.checkpoint), "state_dict": state}
-    with writing(out) as part:
+    with writing(out) as part, folder_beside(out) as folder:
+        state = _merged_state(merge, base, folder)
+        is_state_alone = base.checkpoint.keys() <= state.keys()
+        contents = state if is_state_alone else {**as_base(base.checkpoint), "state_dict": state}
         torch.save(contents, part)
+
+
+def _merged_state(merge: _Merge, base: CheckpointFile, folder: Path) -> dict[str, Any]:
+    """The merged state. ``torch.save`` takes it whole, so its values stay in files: the base, and those in a folder."""
+    state = dict(base.entries)
+    for number, name in enumerate(merge.plan.file_of):
+        value = merge.merged(name)
+        if name in merge.plan.adapted:
+            value = moved_to_disk(value, folder / str(number))
+        state[name] = value
+    return state
 
 
 # A folder

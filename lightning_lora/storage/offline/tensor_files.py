@@ -69,7 +69,7 @@ def _opened_files(path: Path) -> TensorFiles:
 
 
 class CheckpointFile(TensorFiles):
-    """A file of torch: a state, or a checkpoint with one inside. All of it is in memory."""
+    """A file of torch: a state, or a checkpoint with one inside. Its tensors are read when they are used."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -226,6 +226,14 @@ def write_tensors(
         for name in names:
             _write_tensor(file, value_of(name))
     return end
+
+
+def moved_to_disk(tensor: Tensor, path: Path) -> Tensor:
+    """Write a tensor into a file. Return it with its values there, which take no memory until they are used."""
+    with path.open("wb") as file:
+        _write_tensor(file, tensor)
+    values = torch.from_file(str(path), size=tensor.numel(), dtype=tensor.dtype)
+    return values.view(tensor.shape)
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.layers.kinds import LoRALinear
 from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from tests.support.faults import contents, in_fork, limit
@@ -147,3 +149,30 @@ def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder:
     merge("base.safetensors", "a.safetensors", "out.safetensors")
     expected = load_file(folder / "out.safetensors")
     assert torch.equal(state["0.weight"], expected["0.weight"])
+
+
+@pytest.fixture
+def most_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many merged weights were in memory, at the end of each computation of one."""
+    counts = list[int]()
+    alive = list[weakref.ref[torch.Tensor]]()
+    compute = LoRALinear.lora_merged_weight
+
+    def counted(layer: Any, weight: str) -> Any:
+        merged, lost_share = compute(layer, weight)
+        alive.append(weakref.ref(merged))
+        in_memory = [each for each in alive if each() is not None]
+        counts.append(len(in_memory))
+        return merged, lost_share
+
+    monkeypatch.setattr(LoRALinear, "lora_merged_weight", counted)
+    return counts
+
+
+@pytest.mark.parametrize("out", ["out.ckpt", "out.safetensors"])
+def test_a_checkpoint_is_merged_with_one_weight_in_memory(folder: Path, most_at_once: list[int], out: str) -> None:
+    torch.save(checkpoint_of(model().state_dict()), folder / "base.ckpt")
+    files = set(contents(folder))
+    merge("base.ckpt", "a.safetensors", out)
+    assert most_at_once == [1, 1]
+    assert set(contents(folder)) == {*files, out}  # what held the others is gone

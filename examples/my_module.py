@@ -1,0 +1,45 @@
+"""A small module with its data, for the code of the pages. Put your own in its place."""
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class MyModule(L.LightningModule):
+    """A text classifier: its encoder stands for a pretrained model, and its head is new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)  # in place of pretrained weights
+        self.embedding = nn.Embedding(100, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits, of shape (texts, 2)."""
+        logits: Tensor = self.head(self.encoder(self.embedding(tokens)).mean(1))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss."""
+        tokens, labels = batch
+        return nn.functional.cross_entropy(self(tokens), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the loss."""
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer of all parameters: the callback picks those that train."""
+        return torch.optim.AdamW(self.parameters(), lr=0.002)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return 64 texts of 16 tokens, and their classes."""
+        tokens = torch.arange(1024).view(64, 16) % 97
+        return DataLoader(TensorDataset(tokens, tokens[:, 0] % 2), batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
