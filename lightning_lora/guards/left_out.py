@@ -14,8 +14,9 @@ from lightning_lora.model.untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
+from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.automatic import automatic_targets
-from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import grouped, only, outside, where, with_values, without
 from lightning_lora.tensors.names import holder_of, owner_of
 

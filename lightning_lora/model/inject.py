@@ -25,8 +25,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import FABRIC_WRAPPED
+from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
 from lightning_lora.tensors.names import first_names, named_modules, owner_of, parameters_of

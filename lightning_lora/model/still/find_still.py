@@ -12,7 +12,8 @@ from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import modules_around, not_in, only, outside, where, where_not, with_values
 
 
