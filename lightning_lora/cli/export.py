@@ -21,12 +21,19 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("file", help="a file with adapters")
     parser.add_argument("folder", help="the folder to write the files into")
     parser.add_argument("--root", help="the module that the reader has; by default, the one model inside")
+    parser.add_argument("--base-name", help="the repository or folder of that model; by default, what the file says")
     parser.add_argument("--format", choices=tuple(WRITTEN), default="peft", help="whose files to write")
     parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")
 
 
 def run(arguments: Any) -> str:
     """Export the file, and say where."""
-    how = arguments.format
-    export_peft(arguments.file, arguments.folder, root=arguments.root, uniform=arguments.uniform, format=how)
-    return f"Wrote files for {how} into {arguments.folder}."
+    export_peft(
+        arguments.file,
+        arguments.folder,
+        root=arguments.root,
+        uniform=arguments.uniform,
+        format=arguments.format,
+        base_name=arguments.base_name,
+    )
+    return f"Wrote files for {arguments.format} into {arguments.folder}."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import AfterMerge, Base
 from lightning_lora.base.blocks import refuse_in_block
-from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
+from lightning_lora.base.states import CALLS, FOLLOWING, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
@@ -78,13 +78,13 @@ class Record:
         """Note that the updates are in the weights now."""
         self._become(State.MERGED)
         self.merged_adapters = adapters
-        self.base.after_merge = after_merge
+        self.base.note_merged(after_merge)
 
     def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that the updates are out of the weights again."""
         self._become(State.ADAPTED)
         self.merged_adapters = {}
-        self.base.was_unmerged(parameters)
+        self.base.note_unmerged(parameters)
 
     def note_base_shown(self) -> None:
         """Note that the active adapter, or the merged updates, have no effect now."""
@@ -93,7 +93,7 @@ class Record:
     def note_adapter_shown(self) -> None:
         """Note that the active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
-        self.base.put_aside = {}
+        self.base.forget_hidden()
 
     # Other events
 
@@ -114,7 +114,7 @@ class Record:
         """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
         self.base.forget_changes(names)
         for adapter in self.states.values():
-            adapter.base_was_loaded(values)
+            adapter.note_base_loaded(values)
 
     def note_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
@@ -126,12 +126,12 @@ class Record:
         if fingerprint in fingerprints:
             return
         if fingerprints:
-            self.base.changes = {}
+            self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
     def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
         """Note that the adapter was loaded, with the values of weights that a file says were changed."""
-        self.base.changes_were_loaded(base)
+        self.base.note_loaded(base)
         self.adapter.is_trained = True
 
 
@@ -236,11 +236,12 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def check_start(model: nn.Module, call: str) -> Record | None:
-    """Refuse a call that may not start now (:data:`.STARTS`). Return the record of ``model``; None if it is plain."""
-    if call in CHANGING:
+    """Refuse a call that may not start now (:data:`.CALLS`). Return the record of ``model``; None if it is plain."""
+    rule = CALLS[call]
+    if not rule.in_block:
         refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
-    if state_of(model) not in STARTS[call]:
+    if state_of(model) not in rule.states:
         raise refusal_to_start(model, call)
     return find_record(model)
 

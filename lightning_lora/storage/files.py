@@ -21,6 +21,8 @@ from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
+from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
+from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
@@ -104,6 +106,7 @@ def export_peft(
     root: str | None = None,
     uniform: bool = False,
     format: Literal["peft", "diffusers", "kohya"] = "peft",
+    base_name: str | None = None,
 ) -> None:
     """Write adapters in PEFT's format, or in that of diffusers or kohya, into a directory.
 
@@ -123,6 +126,8 @@ def export_peft(
             the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
             else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
             that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion and SDXL.
+        base_name: The repository or folder of the reader's model, such as ``"HuggingFaceTB/SmolLM2-135M"``. By default
+            it is the one that the model came from, by ``from_pretrained``; ``""`` leaves the name out.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
@@ -154,10 +159,10 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored = StoredAdapters.from_view(view, _state_of(view), [])
-        source = for_reader(ModelSource(stored, model_or_file), root)
+        source = for_reader(ModelSource(stored, model_or_file, base_name=base_name), root)
     else:
         stored = own.read_adapter_file(model_or_file)
-        source = for_reader(Source(stored), root)
+        source = for_reader(Source(stored, base_name=base_name), root)
     chosen = WRITTEN[format]
     check_output(directory, [model_or_file], chosen.files[:1])
     chosen.write(source, path_here(directory), uniform)
@@ -240,11 +245,11 @@ def _reader_for_file(path: Any, asked: Asked) -> Reader:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
     file = path if local is None else weights_of(local)
-    contents = own.read_contents(file)
+    contents = read_contents(file)
     found = find_format(contents, file, asked)
     if found is None:
         _refuse_options(asked, path)
-        return partial(with_names_of, stored=own.adapters_in(contents, path))
+        return partial(with_names_of, stored=own.stored_adapters(contents, path))
     format, reader = found
     if format.name != "loralib":
         _refuse_options(asked, path)
@@ -291,8 +296,8 @@ def load_from_checkpoint(
     """
     if not isinstance(cls, type):
         raise ConfigError(f"Pass the class {type(cls).__name__}. For a module of it, call load_adapter(model, path).")
-    checkpoint = own.read_checkpoint(path, weights_only=weights_only)
-    stored = own.adapters_in(checkpoint, path)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    stored = own.stored_adapters(checkpoint, path)
     check_is_lightning(checkpoint, path)
     kwargs.pop("strict", None)
     if not weights_only:
@@ -337,9 +342,9 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        own.show_base(self, checkpoint)
+        show_base(self, checkpoint)
         cls.on_load_checkpoint(self, checkpoint)
-        own.leave_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
     body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

@@ -1,9 +1,17 @@
-"""The one model inside a LightningModule, which other libraries know by its own names."""
+"""The one model inside a LightningModule, which other libraries know by its own names, and what files say of it.
+
+They also describe the other modules around adapted layers, any of which a reader may have, and modules with names like
+those of layers. So a file is exported as its model is.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.inplace import class_names, original_class
+from lightning_lora.tensors.named import grouped, modules_around, only, where
 from lightning_lora.tensors.names import named_modules, plain_module, starts_of
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
@@ -27,11 +35,12 @@ def _parts_of_lightning_module(model: nn.Module) -> list[str]:
 
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
-    models = where(named_modules(model), _is_model_of_other_library)
+    models = where(named_modules(model), is_model_of_other_library)
     return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
 
 
-def _is_model_of_other_library(module: nn.Module) -> bool:
+def is_model_of_other_library(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers or diffusers."""
     return not _MODELS.isdisjoint(class_names(module))
 
 
@@ -42,3 +51,98 @@ def _modules_around(name: str) -> set[str]:
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     return any(True for _ in module.parameters(recurse=recurse))
+
+
+# What a file says of a module
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One module, as a file describes it."""
+
+    classes: tuple[str, ...] = ()  # the full names of its class, and of those that this inherits from
+    pretrained: str = ""  # the folder or the repository that its weights came from
+
+    @property
+    def class_name(self) -> str:
+        """The name of its class. Empty: it is not known."""
+        return self._own_class.rpartition(".")[2]
+
+    @property
+    def library(self) -> str:
+        """The Python module of its class. Empty: it is not known."""
+        return self._own_class.rpartition(".")[0]
+
+    @property
+    def _own_class(self) -> str:
+        """The full name of its class."""
+        return self.classes[0] if self.classes else ""
+
+
+UNKNOWN = StoredModule()
+
+
+# Describe the modules of a model
+
+
+def modules_to_store(
+    modules: Mapping[str, nn.Module], layers: Collection[str], saved: Iterable[str]
+) -> dict[str, StoredModule]:
+    """Describe adapted layers, all modules around them, and those with a name like that of a layer or a saved one."""
+    names = {"", *modules_around(layers), *_named_alike(modules, [*layers, *saved])}
+    return {name: _described(module) for name, module in only(modules, names).items()}
+
+
+def _named_alike(modules: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules whose last name is that of one of these, or ends so: a reader may take one for the other."""
+    ends = tuple({_last_name(name) for name in names})
+    return [module for module in modules if _last_name(module).endswith(ends)]
+
+
+def _last_name(name: str) -> str:
+    """The last component of a name."""
+    return name.rpartition(".")[2]
+
+
+def _described(module: nn.Module) -> StoredModule:
+    """What a file says of a module."""
+    classes = list[str]()
+    for ancestor in original_class(module).__mro__:
+        if ancestor is nn.Module:
+            break
+        classes.append(full_name(ancestor))
+    return StoredModule(tuple(classes), _pretrained(module))
+
+
+def full_name(kind: type) -> str:
+    """Return the name of a class, after that of its Python module."""
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def _pretrained(module: nn.Module) -> str:
+    """Where the weights of a model of transformers or diffusers came from. Empty: from no folder or repository."""
+    if not is_model_of_other_library(module):
+        return ""
+    config = getattr(module, "config", None)
+    return str(getattr(config, "_name_or_path", ""))
+
+
+# In plain types. Modules of one class are one entry: a model has many of some
+
+
+def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
+    """Return modules in plain types, which every file format can hold."""
+    entries = list[dict[str, Any]]()
+    for module, names in grouped(modules, modules.__getitem__).items():
+        entries.append({"classes": list(module.classes), "pretrained": module.pretrained, "names": names})
+    return entries
+
+
+def modules_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredModule]:
+    """Return by name what :func:`plain_modules` has made plain."""
+    modules = dict[str, StoredModule]()
+    for entry in entries:
+        module = StoredModule(tuple(entry["classes"]), entry["pretrained"])
+        for name in entry["names"]:
+            modules[name] = module
+    return modules

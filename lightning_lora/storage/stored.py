@@ -14,7 +14,7 @@ from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.storage.inner_model import root_of
+from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
@@ -30,6 +30,8 @@ DIVERGED = (
     "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
 )
 """What is said of NaN and infinite values in a file."""
+
+_BESIDE = "copies"  # the entry for what 0.2.0 does not know: that refuses new names, and takes any list under this one
 
 _AS_THEY_ARE = ("base", "changed", "random", "saved", "root")  # entries that :class:`StoredAdapters` has too
 
@@ -49,6 +51,7 @@ class StoredAdapters:
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
     root: str = ""  # the path of the one model inside
+    modules: dict[str, StoredModule] = field(default_factory=dict)  # by name; empty if the file does not say
     source: str = ""  # for messages: a file, or the class of a model
     renaming: Renaming = field(default_factory=Renaming)  # how names of the base become those in the state
 
@@ -60,6 +63,7 @@ class StoredAdapters:
         config = view.config
         layers = layers_of(view)
         _check_as_configured(view, config, layers.values())
+        saved = _saved_entries(view, config)
         return cls(
             config=config,
             state=state,
@@ -67,8 +71,9 @@ class StoredAdapters:
             base=base,
             changed=list(only(state, view.frozen)),
             random=list(random_weights(view)),
-            saved=_saved_entries(view, config),
+            saved=saved,
             root=root_of(view.model),
+            modules=modules_to_store(view.modules, layers, saved),
             source=view.title,
         )
 
@@ -79,8 +84,9 @@ class StoredAdapters:
         for about in description["layers"]:
             layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
+        modules = modules_of(_beside(description).get("modules", ()))
         as_they_are = only(description, _AS_THEY_ARE)
-        return cls(config, state, layers, source=str(source), **as_they_are)
+        return cls(config, state, layers, modules=modules, source=str(source), **as_they_are)
 
     def description(self) -> Description:
         """Return all but the state in plain types, with a checksum of both."""
@@ -89,6 +95,7 @@ class StoredAdapters:
         about["config"] = self.config.to_stored()
         about["entries"] = len(self.state)
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
+        about[_BESIDE] = [{"modules": plain_modules(self.modules)}]
         about["checksum"] = checksum(self.state, about)
         return about
 
@@ -135,6 +142,12 @@ def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[Stored
             "them would give other outputs. They come from another model. Adapt this one with their r and alpha "
             "(rank_pattern, alpha_pattern), and copy lora_A and lora_B."
         )
+
+
+def _beside(description: Description) -> dict[str, Any]:
+    """Return what a file says that 0.2.0 does not know. Its files do not say it."""
+    entries = description.get(_BESIDE)
+    return dict_or_empty(entries[0]) if entries else {}
 
 
 def stored_config(description: Description) -> LoRAConfig:

@@ -173,17 +173,39 @@ def test_files_leave_out_defaults_which_no_version_of_the_format_may_change() ->
     assert ll.LoRAConfig.from_dict({}) == ll.LoRAConfig()
 
 
-def config_in(path: Path) -> dict[str, Any]:
-    """What an adapter file says of its configuration."""
+def description_in(path: Path) -> dict[str, Any]:
+    """What an adapter file says of its adapters."""
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["lightning_lora"])
-    return about["config"]
+        about: dict[str, Any] = json.loads(file.metadata()["lightning_lora"])
+    return about
+
+
+KNOWN_IN_0_2_0 = {
+    "format": int,
+    "config": dict,
+    "base": list,
+    "changed": list,
+    "entries": int,
+    "checksum": int,
+    "layers": list,
+    "random": list,
+    "root": str,
+    "saved": dict,
+    "copies": list,  # of anything
+}
+
+
+def test_0_2_0_reads_files_of_this_version(tmp_path: Path) -> None:
+    """It refuses names that it does not know. What is new stands where it takes anything."""
+    saved(tmp_path / "a.safetensors", LitTiny())
+    about = description_in(tmp_path / "a.safetensors")
+    assert {name: type(value) for name, value in about.items()} == KNOWN_IN_0_2_0
 
 
 def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     model = saved(path, LitTiny(), r=2, alpha=4)
-    assert config_in(path) == {"r": 2, "alpha": 4}
+    assert description_in(path)["config"] == {"r": 2, "alpha": 4}
     restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
     with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):

@@ -78,7 +78,7 @@ def _tell_guards(view: View, paused: list[str]) -> None:
     """Let guards say what the user has frozen since, once."""
     base = view.record.base
     Guards().networks_settled(view, paused, base.frozen_since)
-    base.frozen_since = set()
+    base.forget_frozen_since()
 
 
 def _note_networks(view: View, under_head: Collection[str], copies: Mapping[str, str]) -> None:

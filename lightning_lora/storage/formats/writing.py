@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -10,12 +10,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
+from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside, expression_of, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -25,9 +26,10 @@ from lightning_lora.tensors.names import is_inside, join, modules_by_all_names
 
 @dataclass(frozen=True)
 class Source:
-    """Adapters to write, which are from a file. Its model is not known."""
+    """Adapters to write, which are from a file. Of its model, only that is known what the file says of modules."""
 
     stored: StoredAdapters
+    base_name: str | None = field(default=None, kw_only=True)  # of the reader's model, in place of the one known
 
     def name_there(self, name: str) -> str:
         """Return a name in the module that the reader has: without the root's prefix."""
@@ -48,11 +50,24 @@ class Source:
         """The module that the reader has, with all others in it. That of a file is not known."""
         return self.modules.get("")
 
+    @cached_property
+    def described(self) -> dict[str, StoredModule]:
+        """The modules around adapted layers or alike, by their names there. A file of 0.2.0 says of none."""
+        return renamed(entries_inside(self.stored.root, self.stored.modules), self.name_there)
+
+    @property
+    def inner_described(self) -> StoredModule:
+        """The module that the reader has, as it is described."""
+        inner = self.described.get("", UNKNOWN)
+        if self.base_name is None:
+            return inner
+        return replace(inner, pretrained=self.base_name)
+
     def as_targets(self, names: list[str]) -> list[str] | str:
-        """Return the argument that means exactly the modules with these names there."""
-        if not names:
-            return names
-        return expression_of(names)
+        """Return the argument that means exactly the modules with these names there: a list, if no others end so."""
+        if names and not self.described:
+            return expression_of(names)
+        return list_or_expression(names, self.described)
 
     @cached_property
     def layers_with_rows(self) -> dict[str, StoredLayer]:
@@ -88,10 +103,6 @@ class ModelSource(Source):
     def modules_here(self) -> dict[str, nn.Module]:
         """All modules of the model."""
         return modules_by_all_names(self.model)
-
-    def as_targets(self, names: list[str]) -> list[str] | str:
-        """Return the argument that means exactly the modules with these names there: a list, if no others end so."""
-        return list_or_expression(names, self.modules)
 
     @property
     def present(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, Confi
 from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.renaming import by_whole_names
 from lightning_lora.storage.stored import StoredAdapters
@@ -58,9 +59,20 @@ def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iter
         highest_rank = max(map(_rank_of_update, updates.values()))
         layers[name] = replace(layer, r=highest_rank)
         state.update(_named_factors(name, updates, highest_rank))
-    present = {*layers, *module_names, *_owners_in_base(first)}
+    modules = _modules_of_all(files)
+    present = {*layers, *module_names, *modules, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
-    return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
+    return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root, modules=modules)
+
+
+def _modules_of_all(files: _Files) -> dict[str, StoredModule]:
+    """What files say of modules, the first one above all. Nothing, if one of 0.2.0 among them does not."""
+    modules = dict[str, StoredModule]()
+    for file in files:
+        if not file.modules:
+            return {}
+        modules = {**file.modules, **modules}
+    return modules
 
 
 # Sums of updates

@@ -1,4 +1,4 @@
-"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp."""
+"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp, SGLang."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -8,8 +8,9 @@ from torch import nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
+from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import of_type, only, where
+from lightning_lora.tensors.named import only, where
 from lightning_lora.tensors.names import starts_of
 
 
@@ -54,12 +55,17 @@ def _encoder_layers(source: Source) -> list[str]:
     for name in source.stored.layers:
         *modules, _ = starts_of(source.name_there(name))
         around |= dict.fromkeys(modules)
-    return list(only(around, of_type(source.modules, nn.TransformerEncoderLayer)))
+    return list(only(around, where(source.described, _is_encoder_layer)))
+
+
+def _is_encoder_layer(module: StoredModule) -> bool:
+    """Whether a module is a layer of an nn.TransformerEncoder, or of a class that inherits from these."""
+    return full_name(nn.TransformerEncoderLayer) in module.classes
 
 
 def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
-    if not type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not _is_causal_lm(source.inner_described):
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
@@ -68,6 +74,29 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
         readers.append("llama.cpp")
     if readers:
         warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
+
+
+def warn_of_whole_modules(source: Source) -> None:
+    """Name modules that train whole, where servers of language models read the folder: some drop them."""
+    whole = list(source.stored.saved)
+    if whole and _is_served(source.inner_described, whole):
+        warn(
+            f"{listed(whole)} are in the folder as whole modules (modules_to_save). PEFT and transformers read them, "
+            "vLLM only a head called 'score'. llama.cpp ignores a norm, SGLang ignores all, without a word: merge for "
+            "these, with save_merged(model, path)."
+        )
+
+
+def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
+    """Whether servers of language models read a model's adapters: also those of a decoder with a head for classes."""
+    leaves = [name.rpartition(".")[2] for name in whole]
+    classifies = model.class_name.endswith("ForSequenceClassification") and "score" in leaves
+    return classifies or _is_causal_lm(model)
+
+
+def _is_causal_lm(model: StoredModule) -> bool:
+    """Whether a model writes text, as those that are served by vLLM and llama.cpp."""
+    return model.class_name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _is_any_scaled_otherwise(updates: Iterable[WeightUpdate], config: dict[str, Any]) -> bool:

@@ -2,21 +2,26 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.errors import ExportError
+from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
-from lightning_lora.storage.formats.peft.peft_names import METADATA, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft.peft_other_readers import warn_of_merges, warn_of_scalings
+from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of
+from lightning_lora.storage.formats.peft.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from lightning_lora.storage.formats.peft.peft_other_readers import (
+    warn_of_merges,
+    warn_of_scalings,
+    warn_of_whole_modules,
+)
 from lightning_lora.storage.formats.peft.peft_wrappers import tensors_of
 from lightning_lora.storage.formats.writing import (
     Source,
@@ -26,7 +31,9 @@ from lightning_lora.storage.formats.writing import (
     with_scaling,
     write_files,
 )
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
+from lightning_lora.tensors.named import not_in, renamed
 from lightning_lora.tensors.names import join
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
@@ -35,13 +42,33 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = _exported(source, uniform)
+    names = _names_in_file(source, tensors, config)
+    warn_of_whole_modules(source)
     in_peft = Renaming(here=PREFIX)
-    header = json.dumps(in_peft.with_names_here(config))
+    header = {METADATA: json.dumps(in_peft.with_names_here(config))}
+    others = {names[name]: name for name in names if names[name] != name}
+    if others:
+        header[NAMES_HERE] = json.dumps(others)
+    in_file = renamed(tensors, names.__getitem__)
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(tensors), {METADATA: header}),
+        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
     }
     write_files(directory, contents)
+
+
+def _names_in_file(source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
+    """The names under which PEFT loads all tensors onto the reader's model, as the configuration says."""
+    loading = loading_of(source)
+    loading.warn_if_unsure()
+    names = loading.names_in_file(tensors)
+    lost = not_in(tensors, names)
+    if lost or not loading.keeps_targets(config):
+        raise ExportError(
+            f"PEFT changes {listed(lost or config['target_modules'])} when it loads a model of type "
+            f"{loading.model_type!r}, and would compute something else. Call merge_adapters and save the whole model."
+        )
+    return names
 
 
 def _exported(source: Source, uniform: bool) -> Exported:
@@ -90,14 +117,14 @@ def _refuse_rows(source: Source) -> None:
 def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     settings = source.stored.config
-    targets = _PeftTargets()
+    targets = _PeftTargets(loading_of(source))
     for update in updates:
         targets.add(update)
     r, rank_pattern = most_common(targets.ranks)
     alpha, alpha_pattern = most_common(targets.alphas)
     config = {
         "peft_type": "LORA",
-        **_pretrained(source.inner),
+        **_pretrained(source.inner_described),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -127,6 +154,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
 class _PeftTargets:
     """What PEFT is to adapt: the names of layers and of parameters, with the rank and alpha of each."""
 
+    loading: PeftLoading
     modules: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -136,7 +164,7 @@ class _PeftTargets:
     def add(self, update: WeightUpdate) -> None:
         """Name what has one more update."""
         name = update.name
-        if peft_layer(update.layer).is_parameter:
+        if peft_layer(update.layer).is_parameter or self.loading.is_taken_for_experts(name):
             name = join(name, update.weight)
             self.parameters.append(name)
         else:
@@ -155,11 +183,9 @@ def _as_integer(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _pretrained(model: nn.Module | None) -> dict[str, Any]:
+def _pretrained(model: StoredModule) -> dict[str, Any]:
     """What PEFT says of a model that came from a folder or the hub."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "")
-    if not name:
-        return {"auto_mapping": None, "base_model_name_or_path": None}
-    auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return {"auto_mapping": auto_mapping, "base_model_name_or_path": name}
+    config = dict[str, Any](auto_mapping=None, base_model_name_or_path=model.pretrained or None)
+    if model.pretrained and model.classes:
+        config["auto_mapping"] = {"base_model_class": model.class_name, "parent_library": model.library}
+    return config
