@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.contract import dequantises, of_nearest_class
 from lightning_lora.layers.quantized import LINEAR_4BIT, LINEAR_8BIT, LoRALinear4bit, LoRALinear8bit
-from lightning_lora.tensors.names import held_parameter
+from lightning_lora.tensors.names import find_parameter
 
 _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' classes
     LINEAR_4BIT: LoRALinear4bit,
@@ -22,7 +22,7 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 
 def is_quantised(module: nn.Module, name: str) -> bool:
     """Whether a parameter that ``module`` itself holds is quantised."""
-    parameter = held_parameter(module, name)
+    parameter = find_parameter(module, name)
     if parameter is None:
         return False
     if name == "weight" and _kind_of(module) is not None:
