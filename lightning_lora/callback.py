@@ -262,7 +262,7 @@ class LoRACallback(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
         if self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
-            name, *beside = view_of(pl_module).record.states
+            name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)

@@ -38,7 +38,7 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
     originals: dict[str, Tensor] = {}
-    for adapter in view.record.states.values():
+    for adapter in view.record.adapter_states.values():
         originals |= adapter.originals
     view.record.note_base_loaded(given, _loaded(view, given, originals))
 

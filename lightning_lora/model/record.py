@@ -49,7 +49,7 @@ class Record:
         return self.state.shows_base
 
     @property
-    def states(self) -> dict[str, AdapterState]:
+    def adapter_states(self) -> dict[str, AdapterState]:
         """All adapters by their names, the active one first."""
         return {self.adapter.name: self.adapter, **self.others}
 
@@ -113,7 +113,7 @@ class Record:
     def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
         """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
         self.base.forget_changes(names)
-        for adapter in self.states.values():
+        for adapter in self.adapter_states.values():
             adapter.note_base_loaded(values)
 
     def note_fingerprint(self, fingerprint: dict[str, Any]) -> None:

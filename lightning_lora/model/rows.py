@@ -103,7 +103,7 @@ class _Block(ExitStack):
         names = {view.adapter.name, *self.names}
         for state in only(view.record.others, names).values():
             prepare_for_model(view, state)
-        return list(only(view.record.states, names).values())
+        return list(only(view.record.adapter_states, names).values())
 
     def _leave_inference_path(self, module: nn.Module) -> None:
         """Let a module call those inside it, until the end of the block."""

@@ -77,7 +77,7 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
         model: Any module. While it shows its base, the first one is on its layers without effect.
     """
     record = find_record(model)
-    return tuple(record.states) if record else ()
+    return tuple(record.adapter_states) if record else ()
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
@@ -118,16 +118,16 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in list(record.states):  # it may be of any type
+    if name is not None and name not in list(record.adapter_states):  # it may be of any type
         title = type(plain_module(model)).__name__
         raise AdapterStateError(
-            f"{title} has no adapter {name!r}. It has {listed(record.states)}.{_hint(name, record)}"
+            f"{title} has no adapter {name!r}. It has {listed(record.adapter_states)}.{_hint(name, record)}"
         )
 
 
 def _hint(name: object, record: Record) -> str:
     """What may have been meant by a name that no adapter has."""
-    near = difflib.get_close_matches(str(name), record.states)
+    near = difflib.get_close_matches(str(name), record.adapter_states)
     if near:
         return f" Did you mean {listed(near)}?"
     return " The base is None." if name == "__base__" else ""

@@ -39,7 +39,7 @@ class ChosenAdapter:
         record = find_record(pl_module)
         if record is None:
             return
-        adapter = record.states.get(self.name_in(record))
+        adapter = record.adapter_states.get(self.name_in(record))
         if adapter is not None and adapter.sum_of:
             raise AdapterStateError(
                 f"{type(pl_module).__name__} shows a sum of adapters, {adapter.name!r}, which is not trained. "

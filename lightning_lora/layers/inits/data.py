@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers.inits.table import FromData, Initialisation
+from lightning_lora.layers.inits.table import FromData, Initialisation, register
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 
@@ -128,5 +128,5 @@ def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     return None
 
 
-Initialisation("eva", observe=from_inputs)
-Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True)
+register(Initialisation("eva", observe=from_inputs))
+register(Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True))
