@@ -55,11 +55,11 @@ class View:
     one is needed. ``config`` is that of the adapters, if it differs from the one in the record. In a merged model, the
     names of tensors mean:
 
-    - ``parameters``, ``buffers``, ``tensors``: what the model has now, with merged weights.
-    - ``base``, ``base_tensors``: the same names, without the adapters' own, and with the base's tied weights.
-      ``trainable`` and ``frozen`` are the two parts of ``base``.
-    - ``adapter_parameters``: the adapters' own, on their layers or kept by the record.
-    - ``merged_weights``: the weights that an update is in, with what the base has there.
+    - ``parameters``, ``buffers``, ``tensors``: all that the model has now.
+    - ``base``, ``base_tensors``: those of them that are no adapter's. A merged weight has its update, but one that was
+      tied is the base's own. The parts of ``base`` are ``trainable`` and ``frozen``.
+    - ``adapter_parameters``: those of the adapters, on their layers or kept by the record.
+    - ``merged_weights``: the weights with an update, each with the values that the base has there.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -91,7 +91,7 @@ class View:
 
     @property
     def adapter(self) -> AdapterState:
-        """What the record holds of the adapter."""
+        """What the record holds of the active adapter."""
         return self.record.adapter
 
     @property

@@ -1,11 +1,11 @@
 """Copies of networks, which other code moves after their originals: their adapters follow those of the originals.
 
-Such as a momentum network, which an average of its original's weights moves. Three moments:
+A momentum network is one: its weights are an average of the original's. There are three moments:
 
-- Adapters come, or the optimizers are known: the copies are in the record, and :func:`follow_originals`.
-- A training begins: other code may have copied a network with its adapters (:func:`follow_new_copies`).
-- The first step is over: a network without a gradient may be such a copy, or one that trains later. Nobody can know,
-  so it only begins with its original's values (:func:`begin_as_originals`).
+- Adapters come, or the optimizers become known: the copies that are noted follow (:func:`follow_originals`).
+- A training begins: other code may have copied a network with its adapters since (:func:`follow_new_copies`).
+- A first step is over: a network without a gradient may be such a copy, or may train later, as an expert. This cannot
+  be known, so it does not follow, but begins with the same adapter (:func:`begin_as_originals`).
 """
 
 from collections.abc import Mapping, Set
@@ -40,9 +40,9 @@ def follow_new_copies(view: View, new_layers: Set[str]) -> None:
 
 
 def begin_as_originals(view: View, copies: Mapping[str, str], layers: Set[str]) -> None:
-    """Give these layers the values of their originals' adapters, while both updates are zero.
+    """Give these layers of copies the values of their originals' adapters, while neither has learned.
 
-    Then other code may move a copy as it moves the base. A copy that trains later, such as an expert, is free to.
+    Then other code moves a copy's adapter with its weights, and a copy that trains later may.
     """
     originals = _original_layers(view, StillNetworks(copies=copies))
     for name, layer in only(view.layers, layers & originals.keys()).items():
