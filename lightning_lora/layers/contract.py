@@ -73,7 +73,7 @@ class LayerKind(InPlace, nn.Module):
     Such as ``is_transposed`` of transformers' experts.
     """
     lora_from_weights: ClassVar[tuple[str, ...]] = ()
-    """Attributes that ``forward`` itself sets from the weights: a call on other weights sets them back."""
+    """Attributes that ``forward`` itself sets from the weights. After a call on other weights, they are not kept."""
 
     # Noted when a layer gets an adapter
 

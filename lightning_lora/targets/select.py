@@ -41,12 +41,11 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
 class _Selection:
     """What the arguments mean in one model.
 
-    Four arguments name what is adapted, or excluded from it. Each module is in the set of one of them at most:
-
-    - ``excluded_modules``: ``exclude_modules`` and ``modules_to_save`` mean them. They win over all others.
-    - ``parameters``: ``target_parameters``, by the module that reads them.
-    - ``targets``: ``target_modules`` means them, and neither of these does.
-    - ``token_rows``: embeddings of ``trainable_token_indices``, and the heads that are tied to them.
+    - ``excluded_modules``: ``exclude_modules`` or ``modules_to_save`` means them. The next two are without these.
+    - ``parameters``: those of ``target_parameters``, by the module that reads them.
+    - ``targets``: ``target_modules`` means them. A layer that holds one of ``parameters`` is none.
+    - ``token_rows``: embeddings in ``trainable_token_indices``, and the heads that are tied to them. They get no other
+      adapter.
     """
 
     def __init__(self, names: Names, config: LoRAConfig) -> None:
