@@ -89,8 +89,8 @@ def no_layer_selected(
 ) -> TargetError:
     """Return the error for a selection of no layer.
 
-    ``excluded_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. ``lost_targets``
-    are those of them that ``target_modules`` names.
+    ``excluded_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. Those of them
+    that ``target_modules`` names are ``lost_targets``.
     """
     if lost_targets and config.target_modules not in AUTOMATIC:
         return TargetError(_about_lost_targets(names, config, lost_targets))

@@ -26,10 +26,12 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     found = find_still_networks(view, _kinds_that_train(view), still)
     copies = _copies_that_stand_still(view, found, still)
 
+    # what has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     _tell_guards(view, paused)
 
+    # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
     leave_alone(view, found.beside_training)
     view.look_again()
@@ -75,7 +77,7 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
 
 
 def _tell_guards(view: View, paused: list[str]) -> None:
-    """Let guards say what the user has frozen since, once."""
+    """Let guards say what is paused, and once, what the user has frozen since."""
     base = view.record.base
     Guards().networks_settled(view, paused, base.frozen_since)
     base.forget_frozen_since()
