@@ -84,7 +84,9 @@ class Readings:
 
     def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
         """Those that have changed since they were read, in any process, or were not read. Collective for shards."""
-        are_new = [self.known_digest(name, tensor) is None for name, tensor in tensors.items()]
+        are_new = list[bool]()
+        for name, tensor in tensors.items():
+            are_new.append(self.known_digest(name, tensor) is None)
         are_new_anywhere = agreed(are_new, list(tensors.values()))
         to_be_read = dict[str, Tensor]()
         for (name, tensor), is_new in zip(tensors.items(), are_new_anywhere, strict=True):

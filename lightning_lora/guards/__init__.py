@@ -23,6 +23,8 @@ from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.refused_exports import RefusedExports
 from lightning_lora.guards.replaced_layers import ReplacedLayers
 from lightning_lora.guards.rounded import Rounded
+from lightning_lora.guards.running_statistics import RunningStatistics
+from lightning_lora.guards.scaled_for_sgd import ScaledForSGD
 from lightning_lora.guards.tied import Tied
 from lightning_lora.guards.token_heads import TokenHeads
 from lightning_lora.guards.unfrozen_but_not_trained import UnfrozenButNotTrained
@@ -34,6 +36,7 @@ moments.GUARDS[:] = [
     ReplacedLayers,
     FrozenAfterLearning,
     LearningRates,
+    ScaledForSGD,
     NetworksStandingStill,
     FrozenInModulesToSave,
     LargeHyperparameters,
@@ -52,6 +55,7 @@ moments.GUARDS[:] = [
     CopiesWithoutUpdates,
     CopiesNeverMoved,
     NothingLearned,
+    RunningStatistics,
     Diverged,
     Untied,
     Overflown,

@@ -10,7 +10,7 @@ from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor: a state may hold others."""
+    """Whether a value of a state is a tensor: a function for :func:`.where`."""
     return isinstance(value, Tensor)
 
 
@@ -27,7 +27,7 @@ def copy_to_host(tensor: Tensor) -> Tensor:
 def replace_values(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a tensor, which stays the same object. Nothing is copied, but to a DTensor."""
     if is_dtensor(tensor):
-        _replace_spread_values(tensor, values)
+        _replace_distributed_values(tensor, values)
         return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
         with torch.inference_mode():
@@ -35,7 +35,7 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
     tensor.data = values
 
 
-def _replace_spread_values(tensor: Tensor, values: Tensor) -> None:
+def _replace_distributed_values(tensor: Tensor, values: Tensor) -> None:
     shard = to_local(tensor)
     new_shard = to_local(values)
     if tensor.dtype == values.dtype and shard.shape == new_shard.shape:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import Networks
+from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.tensors.names import named_modules, named_parameters
 
 
@@ -31,4 +31,4 @@ def test_an_embedding_that_trains_is_no_network_beside_what_stands_still() -> No
     model = nn.ModuleDict({"words": nn.Embedding(20, 8), "net": blocks()})
     still = set(model["net"].parameters())
     found = find_networks(named_modules(model), named_parameters(model), {"words", *LAYERS}, still)
-    assert found == Networks()
+    assert found == StillNetworks()

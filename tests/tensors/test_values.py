@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.tensors import digests
+from lightning_lora.tensors import digests, values
 from lightning_lora.tensors import seen as seen_module
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.seen import Seen

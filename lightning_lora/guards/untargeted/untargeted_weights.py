@@ -17,7 +17,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.tensors.named import grouped, only, outside, with_values, without
-from lightning_lora.tensors.names import holder_of, owner_of
+from lightning_lora.tensors.names import owner_of, owner_or_itself
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
@@ -116,7 +116,7 @@ def _is_usually_untargeted(layer: nn.Module) -> bool:
 
 def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
     """What is said of these layers, with the arguments that would train them."""
-    layers = dict.fromkeys(map(holder_of, untargeted.classes))
+    layers = dict.fromkeys(map(owner_or_itself, untargeted.classes))
     classes = dict.fromkeys(untargeted.classes.values())
     return (
         f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} of the weights of '

@@ -13,7 +13,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves
 from lightning_lora.tensors.named import only, where, with_values
-from lightning_lora.tensors.names import holder_of
+from lightning_lora.tensors.names import owner_or_itself
 from lightning_lora.tensors.values import is_tensor
 
 IN_A_STEP = "Or ask for gradients of what trains: [p for p in self.parameters() if p.requires_grad]."
@@ -30,7 +30,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
         return
     names = _names_of(View(model), asked_for)
     if names:
-        layers = list(dict.fromkeys(map(holder_of, names)))
+        layers = list(dict.fromkeys(map(owner_or_itself, names)))
         raise TargetError(
             f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
             f"Train their layers in full: modules_to_save={layers}. {advice}"

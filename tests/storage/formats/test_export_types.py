@@ -16,11 +16,15 @@ from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import load_adapter, run
+from tests.storage.formats.test_same_folders import of_0_2_0
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, read, trained
+from tests.support.storage import rewrite
 
 if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5:
     pytest.skip("experts are modules there", allow_module_level=True)
+
+WeightRenaming = pytest.importorskip("transformers.core_model_loading").WeightRenaming
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
 DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -150,22 +154,47 @@ def test_tensors_are_written_under_names_that_arrive(config: dict[str, Any], tmp
     check_arrives(tiny("Laguna", LAGUNA), config, tmp_path)
 
 
+@torch.no_grad()
+def test_what_no_name_in_a_file_becomes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2))
+    monkeypatch.setattr(WeightRenaming, "reverse_transform", deepcopy)  # it does not know the way back
+    with pytest.raises(ll.ExportError, match=r"shared_experts.gate_proj'.* PEFT gives .* other names .*'laguna'"):
+        ll.export_peft(model, tmp_path / "peft")
+
+
+# Files, which say of which models they are
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("kind", ["Laguna", "Glm4Moe"])
+@torch.no_grad()
+def test_a_file_is_written_for_its_type_of_model(kind: str, tmp_path: Path) -> None:
+    base = tiny(kind, {**BESIDE_EXPERTS, "Laguna": LAGUNA}[kind])
+    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "peft")
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
+
+
 @pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
 @torch.no_grad()
-def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_0_2_0_does_not_say_its_type(tmp_path: Path) -> None:
     base = tiny("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8})
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
-    ll.export_peft(model, tmp_path / "peft")
-    check_equal(run(read(base, tmp_path / "peft")), run(model))
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
-    ll.export_peft(file, tmp_path / "other")
-    check_equal(run(read(base, tmp_path / "other")), run(model))
+    rewrite(file, of_0_2_0)
+    with pytest.warns(ll.LoRAWarning, match=r"does not say for which type .*Load the file onto its model"):
+        ll.export_peft(file, tmp_path / "peft")
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+def test_without_peft_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
-    mamba = tiny(*MAMBA)
-    ll.export_peft(trained(mamba, ll.LoRAConfig(r=2)), tmp_path / "mamba")
+    model = trained(tiny(*MAMBA), ll.LoRAConfig(r=2))
+    with pytest.warns(ll.LoRAWarning, match="onto a mamba. PEFT is not installed here.* Install peft"):
+        ll.export_peft(model, tmp_path / "peft")
 
 
 def vlm() -> Any:

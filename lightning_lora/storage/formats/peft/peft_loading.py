@@ -6,7 +6,6 @@ transformers 5 may look like the older ones. PEFT's own code is asked what becom
 
 from collections.abc import Mapping
 from contextlib import suppress
-from copy import deepcopy
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -18,7 +17,7 @@ from lightning_lora.storage.formats.peft.peft_names import PREFIX
 from lightning_lora.storage.formats.peft.peft_shells import shell_of
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in, only
+from lightning_lora.tensors.named import not_in
 
 
 class PeftLoading:
@@ -37,47 +36,42 @@ class PeftLoading:
         """Return whether PEFT takes a layer for a matrix of experts, if ``target_modules`` names it."""
         return False
 
-    def keeps_targets(self, config: Mapping[str, Any]) -> bool:
-        """Return whether PEFT adapts what a configuration names."""
-        return True
-
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
-        return {name: name for name in tensors}
+        return dict(zip(tensors, tensors, strict=True))
 
 
 def loading_of(source: Source) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if source.inner is not None:
-        return _loading_onto(source.inner)
+        leaves = set(map(_leaf, source.modules))
+        return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)
     if not source.described:
         return _OntoUnknownModel(source.stored)
     try:
         shell = shell_of(source.described)
     except ImportError:
         return _WithoutPeft(source.inner_described.class_name)
-    return _loading_onto(shell)
+    return _loading_onto(shell, may_be_mamba=True)
 
 
-def _loading_onto(model: nn.Module) -> PeftLoading:
+def _loading_onto(model: nn.Module, *, may_be_mamba: bool) -> PeftLoading:
     """How PEFT loads a file onto a model. Its import takes seconds, so only models that it may change need it."""
-    model_type = _model_type(model)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
     if not model_type:
         return PeftLoading()
-    is_converted = _is_converted(model_type)
-    if not is_converted and not _may_have_mamba(model):
+    kind: type[_OntoModel]
+    if _is_converted(model_type):
+        kind = _OntoConvertedModel
+    elif may_be_mamba:
+        kind = _OntoModel
+    else:
         return PeftLoading()
     try:
-        import_module("peft")
+        return kind(model, model_type)
     except ImportError:
         return _WithoutPeft(model_type)
-    return _OntoConvertedModel(model) if is_converted else _OntoModel(model)
-
-
-def _model_type(model: nn.Module) -> str:
-    """What transformers calls the architecture. Empty: the model is not of transformers."""
-    config = getattr(model, "config", None)
-    return getattr(config, "model_type", None) or ""
 
 
 def _is_converted(model_type: str) -> bool:
@@ -89,11 +83,9 @@ def _is_converted(model_type: str) -> bool:
     return mapping.get_checkpoint_conversion_mapping(model_type) is not None
 
 
-def _may_have_mamba(model: nn.Module) -> bool:
-    """Whether there is a layer of Mamba, or it is not known."""
-    names = dict(model.named_modules())
-    is_shell = not any(True for _ in model.parameters())
-    return is_shell or any(name.endswith(".conv1d") for name in names)
+def _leaf(name: str) -> str:
+    """The last component of a name."""
+    return name.rpartition(".")[2]
 
 
 # A model of transformers
@@ -102,18 +94,18 @@ def _may_have_mamba(model: nn.Module) -> bool:
 class _OntoModel(PeftLoading):
     """How PEFT loads a file onto a model of transformers: it refuses some layers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, model_type: str) -> None:
         self.model = model
-        self.model_type = _model_type(model)
+        self.model_type = model_type
+        self.peft: Any = import_module("peft")
 
     def why_refused(self, layer: str) -> str:
         """Return why PEFT refuses a layer with this name, or nothing."""
-        from peft import LoraConfig
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
 
         leaf = _leaf(layer)
         with suppress(ValueError):
-            check(LoraConfig(), self.model, leaf)
+            check(self.peft.LoraConfig(), self.model, leaf)
             return ""
         return f"PEFT refuses {leaf!r} in a model of type {self.model_type!r} (leave out: exclude_modules={[leaf]})."
 
@@ -122,33 +114,21 @@ class _OntoConvertedModel(_OntoModel):
     """How PEFT loads a file onto a model whose files it converts."""
 
     @cached_property
-    def _peft(self) -> Any:
+    def _convert(self) -> Any:
         """PEFT's module that converts files."""
         return import_module("peft.utils.transformers_weight_conversion")
 
-    # The configuration
-
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT takes a layer for a matrix of experts, if ``target_modules`` names it."""
-        return not self.keeps_targets({"target_modules": [_leaf(layer)]})
-
-    def keeps_targets(self, config: Mapping[str, Any]) -> bool:
-        """Return whether PEFT adapts what a configuration names."""
-        from peft import LoraConfig
-
-        named = only(config, _TARGETS)
-        written = LoraConfig(**deepcopy(named))
-        loaded = LoraConfig(**deepcopy(named))
+        config = self.peft.LoraConfig(target_modules=[layer])
         with suppress(ValueError):  # it lacks the other matrix that is fused with this one
-            self._peft.convert_peft_config_for_transformers(loaded, self.model, None)
-            return _targets_in(loaded, written) == _targets_in(written, written)
-        return False
-
-    # The names of tensors
+            self._convert.convert_peft_config_for_transformers(config, self.model, None)
+            return layer not in config.target_modules
+        return True
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
-        names = {name: name for name in tensors}
+        names = dict(zip(tensors, tensors, strict=True))
         arriving = self._arriving(tensors, names)
         renamed = not_in(tensors, arriving)
         if not renamed:
@@ -159,12 +139,11 @@ class _OntoConvertedModel(_OntoModel):
 
     def _arriving(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, str]:
         """Those of the names in a file under which tensors arrive where they belong, and as they are."""
-        from peft import LoraConfig
-
         written = dict[str, Tensor]()
         for name, in_file in names.items():
             written[f"{PREFIX}.{in_file}"] = tensors[name].detach()  # each is an object of its own
-        loaded = self._peft.convert_peft_adapter_state_dict_for_transformers(self.model, LoraConfig(), written)
+        convert = self._convert.convert_peft_adapter_state_dict_for_transformers
+        loaded = convert(self.model, self.peft.LoraConfig(), written)
         arriving = dict[str, str]()
         for name, in_file in names.items():
             if loaded.get(f"{PREFIX}.{name}") is written[f"{PREFIX}.{in_file}"]:
@@ -190,23 +169,6 @@ class _OntoConvertedModel(_OntoModel):
         return back
 
 
-_TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-
-
-def _targets_in(config: Any, written: Any) -> dict[str, Any]:
-    """What a configuration of PEFT names. An expression becomes the last names of all that it matches."""
-    targets = {name: getattr(config, name) or () for name in _TARGETS}
-    targets["target_parameters"] = set(targets["target_parameters"])
-    if isinstance(written.target_modules, str):
-        targets.pop("target_modules")
-    return targets
-
-
-def _leaf(name: str) -> str:
-    """The last component of a name."""
-    return name.rpartition(".")[2]
-
-
 # Where PEFT cannot be asked
 
 
@@ -230,9 +192,17 @@ class _OntoUnknownModel(PeftLoading):
     def __init__(self, stored: StoredAdapters) -> None:
         self.stored = stored
 
+    def warn_if_unsure(self) -> None:
+        """Warn that PEFT renames tensors of some types."""
+        if self._has_experts:
+            warn(
+                f"{self.stored.source} does not say for which type of model it is, and PEFT renames tensors of some "
+                "mixtures of experts when it loads them. Load the file onto its model, and export that."
+            )
+
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT may take a layer for a matrix of experts, if ``target_modules`` names it."""
-        return _leaf(layer) in _OFTEN_OF_EXPERTS and self._has_experts
+        return self._has_experts and _leaf(layer) in _OFTEN_OF_EXPERTS
 
     @cached_property
     def _has_experts(self) -> bool:

@@ -42,7 +42,7 @@ def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
     wrappers = _Wrappers()
     for layer in layers.values():
         for _ in layer.shapes:
-            tensors = {key: torch.zeros(1, 1) for key in peft_layer(layer).keys}
+            tensors = dict.fromkeys(peft_layer(layer).keys, torch.zeros(1, 1))
             wrappers.add(source.name_there(layer.name), tensors)
     return {name: wrappers.tensors_of(source.name_there(name)) for name in layers}
 

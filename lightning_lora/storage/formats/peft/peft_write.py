@@ -42,14 +42,13 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files."""
     tensors, config = _exported(source, uniform)
-    names = _names_in_file(source, tensors, config)
+    names = _names_in_file(source, tensors)
     warn_of_whole_modules(source)
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
-    others = {names[name]: name for name in names if names[name] != name}
-    if others:
-        header[NAMES_HERE] = json.dumps(others)
     in_file = renamed(tensors, names.__getitem__)
+    if in_file.keys() != tensors.keys():
+        header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
         PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
@@ -57,16 +56,16 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     write_files(directory, contents)
 
 
-def _names_in_file(source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
-    """The names under which PEFT loads all tensors onto the reader's model, as the configuration says."""
+def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names under which PEFT loads all tensors onto the reader's model."""
     loading = loading_of(source)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
     lost = not_in(tensors, names)
-    if lost or not loading.keeps_targets(config):
+    if lost:
         raise ExportError(
-            f"PEFT changes {listed(lost or config['target_modules'])} when it loads a model of type "
-            f"{loading.model_type!r}, and would compute something else. Call merge_adapters and save the whole model."
+            f"PEFT gives {listed(lost)} other names when it loads a model of type {loading.model_type!r}: they would "
+            "not arrive. Call merge_adapters and save the whole model."
         )
     return names
 
