@@ -17,18 +17,21 @@ from lightning_lora.tensors.names import owner_of
 
 
 class LooksUntrained(Guard):
-    """Tells of a model that looks untrained, or names the layers that do."""
+    """Tells of a model that looks untrained, or names the layers that do.
+
+    Of ``untrained``, ``modules`` are layers that surely do, and ``unsure`` those with too few weights to tell.
+    """
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Look at the base as it is when training begins."""
         if untrained.is_whole_model:
             rank_zero_info(_about_model(view, untrained))
             return
-        unsure = _unsure(view, untrained)
+        perhaps_new = _perhaps_new(view, untrained)
         if untrained.modules:
-            _name_untrained(view, untrained, unsure)
-        elif unsure:
-            warn_in_each_fit(_about_unsure(view, unsure), FreshLayerWarning)
+            _name_untrained(view, untrained, perhaps_new)
+        elif perhaps_new:
+            warn_in_each_fit(_about_perhaps_new(view, perhaps_new), FreshLayerWarning)
 
     def base_made_new(self, view: View, untrained: Untrained) -> None:
         """Look again at what hooks have changed since."""
@@ -36,19 +39,19 @@ class LooksUntrained(Guard):
             self.new_adapters_begin(view, untrained)
 
 
-def _unsure(view: View, untrained: Untrained) -> list[str]:
-    """The layers that may be new, but for those that the user left out. None, if no layer was large enough to judge."""
+def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
+    """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
     if math.isnan(untrained.share):
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
     return outside(untrained.unsure, left_out)
 
 
-def _name_untrained(view: View, untrained: Untrained, unsure: list[str]) -> None:
+def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) -> None:
     """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
     message = _about_untrained(view, untrained)
-    if unsure:
-        message += _about_small_ones_too(view, untrained, unsure)
+    if perhaps_new:
+        message += _about_perhaps_new_too(view, untrained, perhaps_new)
     if _are_excluded(view, random_weights(view)):
         rank_zero_info(message)
     else:
@@ -85,18 +88,18 @@ def _about_untrained(view: View, untrained: Untrained) -> str:
     return message
 
 
-def _about_small_ones_too(view: View, untrained: Untrained, unsure: list[str]) -> str:
+def _about_perhaps_new_too(view: View, untrained: Untrained, perhaps_new: list[str]) -> str:
     """What is said of layers beside these that may be new: one list names all."""
     return (
-        f" Perhaps new too: {listed(unsure)} (too few weights to tell). If so, name all: "
-        f"{to_save(view, [*untrained.modules, *unsure])}."
+        f" Perhaps new too: {listed(perhaps_new)} (too few weights to tell). If so, name all: "
+        f"{to_save(view, [*untrained.modules, *perhaps_new])}."
     )
 
 
-def _about_unsure(view: View, unsure: list[str]) -> str:
+def _about_perhaps_new(view: View, perhaps_new: list[str]) -> str:
     return (
-        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-        f"{to_save(view, unsure)}. If pretrained, all is well."
+        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{to_save(view, perhaps_new)}. If pretrained, all is well."
     )
 
 

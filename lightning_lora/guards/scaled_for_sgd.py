@@ -28,8 +28,8 @@ class ScaledForSGD(Guard):
         if large:
             rank_zero_info(
                 f"The updates of {listed(large)} are scaled by alpha / r, which is {max(large.values()):g} at most, "
-                "and the optimizer is SGD. Its steps grow with the square of that, so that a usual learning rate may be "
-                "too high. If the loss grows, lower the rate, or write LoRACallback(alpha=None): then alpha is r."
+                "and the optimizer is SGD. Its steps grow with the square of that, so that a usual learning rate may "
+                "be too high. If the loss grows, lower the rate, or write LoRACallback(alpha=None): then alpha is r."
             )
 
 

@@ -39,7 +39,7 @@ def needs_an_object(hook: _Hook) -> _Hook:
 
 
 def came_too_late() -> ConfigError:
-    """Return the error of a callback that was added to a Trainer after its set-up."""
+    """Return the error of a callback that missed the set-up."""
     return ConfigError(
         "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "
         "Trainer at once: Trainer(callbacks=[LoRACallback(...)])."
