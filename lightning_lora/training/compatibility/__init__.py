@@ -16,8 +16,8 @@ from lightning_lora.training.compatibility.our_callbacks import (
     SET_BY_LIGHTNING,
     came_too_late,
     forget_module,
-    join_other_package,
-    needs_an_object,
+    join_pytorch_lightning,
+    refuse_class,
 )
 from lightning_lora.training.compatibility.precisions import keeping_adapters
 from lightning_lora.training.compatibility.sharding import refuse_strategy
