@@ -76,7 +76,7 @@ class AdaptedMatrix:
     reads: int  # columns: input features
     writes: int  # rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int | None = None  # the rows of the weight. None: it is the whole weight
+    rows: int = 0  # the rows of the weight. 0: it is the whole weight (files say it so)
     name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
     r: int | None = None  # its own rank and scaling, if they are not those of the layer's settings
@@ -91,7 +91,7 @@ class AdaptedMatrix:
     @property
     def rows_of_weight(self) -> int:
         """How many rows the weight has."""
-        return self.writes if self.rows is None else self.rows
+        return self.rows or self.writes
 
     def parameter_name(self, role: Role) -> str:
         """Return the name of one of its parameters in the layer."""
