@@ -38,6 +38,7 @@ from lightning_lora.training.optimizers.float32_steps import states_in_float32
 from lightning_lora.training.optimizers.optimizer_states import states_fit
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
+from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.stage import Phase, Stage, shows_adapters
 from lightning_lora.training.steps import asked
 from lightning_lora.training.steps.gradients import Gradients, check_loss
@@ -310,7 +311,8 @@ class StrategyMethods(OverlaidMethods):
         if find_record(module) is None:
             return checkpoint
         stage = self.stage
-        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
+        metrics = logged_metrics(module)
+        checkpoint = checkpoints.adapter_only(module, checkpoint, metrics, written_later=written_later)
         if stage.phase is Phase.TRAINING:
             stage.aloud.base_compared(View(module))
         if stage.save == "adapters":

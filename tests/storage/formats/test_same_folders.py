@@ -108,7 +108,7 @@ def test_whole_modules_that_servers_drop_are_named(
     told = assert_same(trained(Around(tiny(kind, head)), config), tmp_path, uniform=uniform)
     of_whole = [text for text in told if "SGLang ignores all" in text]
     assert len(of_whole) == is_served
-    assert all(text.startswith(f"'model.{whole}' are in the folder") for text in of_whole)
+    assert all(text.startswith(f"The folder holds 'model.{whole}' whole") for text in of_whole)
 
 
 class Nested(nn.Module):
