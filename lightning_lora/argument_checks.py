@@ -58,7 +58,7 @@ def checked_dropout(name: str, value: Any) -> float:
 
 def check_batches(name: str, value: object) -> None:
     """Refuse what is no number of batches."""
-    is_count = type(value) is int and value >= 1
+    is_count = type(value) is int and value >= 1  # no subclass: it is kept as it is
     _expect(is_count, name, value, "an integer of at least 1")
 
 
@@ -88,7 +88,7 @@ def _python_number(value: float) -> float:
 
 
 def is_given(value: object) -> bool:
-    """Whether an optional pattern is given: an empty list or dict counts as None."""
+    """Whether an optional argument is given: an empty list or dict counts as None."""
     if isinstance(value, Sequence | Mapping | Set):
         return len(value) > 0
     return value is not None
@@ -159,7 +159,7 @@ def _check_names_of_entries(name: str, value: Any, values: str) -> None:
     _expect(has_names, name, value, f"a dict from names to {values}")
     for key in value:
         _check_expression(name, key)
-        _check_compiles(ending, name, key)  # after the components of a name, it may be none
+        _check_compiles(ending, name, key)  # ``(?i)q`` is valid alone, and not behind the components of a name
 
 
 def _checked_entries(name: str, value: Any, values: str, checked: _Check) -> dict[str, Any]:
@@ -177,15 +177,15 @@ def _checked_entries(name: str, value: Any, values: str, checked: _Check) -> dic
 _NUMBERS = "values, such as {'query': 4}"
 
 
-def _checked_ranks(name: str, value: Any) -> dict[str, float]:
+def _checked_ranks(name: str, value: Any) -> dict[str, int]:
     """Ranks by name."""
     return _checked_entries(name, value, _NUMBERS, _checked_rank)
 
 
-def _checked_rank(name: str, rank: Any) -> float:
+def _checked_rank(name: str, rank: Any) -> int:
     """A rank as Python's own number."""
     check_rank(name, rank)
-    return _python_number(rank)
+    return int(rank)
 
 
 def _checked_alphas(name: str, value: Any) -> dict[str, float]:
@@ -279,7 +279,7 @@ def _are_rows(value: Any) -> bool:
     return is_each_once and min(value) >= 0
 
 
-PATTERNS: dict[str, _Check] = {
+OPTIONAL: dict[str, _Check] = {
     "exclude_modules": checked_names,
     "modules_to_save": checked_names,
     "target_parameters": checked_names,
@@ -291,6 +291,6 @@ PATTERNS: dict[str, _Check] = {
 """The optional arguments that mean layers, with what checks them."""
 
 
-def checked_pattern(name: str, value: Any) -> Any:
+def checked_optional(name: str, value: Any) -> Any:
     """Return an optional argument that means layers, checked. An empty one is None."""
-    return PATTERNS[name](name, value) if is_given(value) else None
+    return OPTIONAL[name](name, value) if is_given(value) else None

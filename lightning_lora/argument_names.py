@@ -39,14 +39,8 @@ _EXPLAINED: dict[str, Collection[str]] = {}
 """The arguments of each class whose errors are explained here, by the name of the class."""
 
 
-def defaults_of(cls: type) -> dict[str, Any]:
-    """Return the defaults of a class's arguments."""
-    parameters = inspect.signature(cls).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
-
-
 def explains_arguments(cls: _Class) -> _Class:
-    """Let errors on unknown arguments name the right one.
+    """Let a class's errors on unknown arguments name the right one.
 
     The signature stays, for mypy and LightningCLI.
     """
@@ -55,7 +49,7 @@ def explains_arguments(cls: _Class) -> _Class:
     _EXPLAINED[cls.__name__] = names
 
     @functools.wraps(init)
-    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+    def explaining(self: Any, *args: Any, **kwargs: Any) -> None:
         hints = list[str]()
         for name in kwargs:
             if name not in names:
@@ -64,12 +58,8 @@ def explains_arguments(cls: _Class) -> _Class:
         if hints:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(hints)}.")
         init(self, *args, **kwargs)
-        given = {*names[: len(args)], *kwargs}
-        if given.issuperset(names):  # a command line gives them all
-            given = set()
-        vars(self)["given"] = frozenset(given)
 
-    cls.__init__ = explained  # type: ignore[misc]
+    cls.__init__ = explaining  # type: ignore[misc]
     return cls
 
 

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.argument_names import defaults_of, explains_arguments
+from lightning_lora.argument_names import explains_arguments
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError, listed
+from lightning_lora.given_arguments import defaults_of, notes_given_arguments
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.record import find_record
@@ -49,6 +50,7 @@ Save = Literal["adapters", "model"]
 
 
 @explains_arguments
+@notes_given_arguments
 class LoRACallback(Callback):
     """Fine-tune any LightningModule with low-rank adapters.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from lightning_lora.argument_checks import (
-    PATTERNS,
+    OPTIONAL,
     Bias,
     Init,
     brief,
@@ -20,12 +20,12 @@ from lightning_lora.argument_checks import (
     checked_alpha,
     checked_dropout,
     checked_names,
-    checked_pattern,
+    checked_optional,
     is_given,
 )
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
-from lightning_lora.patterns import as_expression, begins_or_ends, look_up, matches
+from lightning_lora.patterns import as_expression, look_up, matches, union_of_expressions
 
 Rows = Sequence[int]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Rows]]
@@ -140,8 +140,8 @@ class LoRAConfig:
         check_choice("autocast_adapter_dtype", self.autocast_adapter_dtype, _FLAGS)
         check_is_list("modules_to_save", self.modules_to_save)
         check_is_list("target_parameters", self.target_parameters)
-        for field in PATTERNS:
-            self._keep(field, checked_pattern(field, getattr(self, field)))
+        for field in OPTIONAL:
+            self._keep(field, checked_optional(field, getattr(self, field)))
         self._keep("target_modules", self._checked_targets())
 
     def _checked_targets(self) -> str | tuple[str, ...]:
@@ -197,21 +197,18 @@ class LoRAConfig:
             if getattr(self, name) == default[name]:
                 taken[name] = getattr(stored, name)
         completed = dataclasses.replace(self, **taken)
-        has_other_targets = completed.target_modules != stored.target_modules
-        if has_other_targets or "exclude_modules" in given:
+        names_its_own_targets = completed.target_modules != stored.target_modules
+        if names_its_own_targets or "exclude_modules" in given:  # an exclusion belongs to the targets beside it
             return completed
         return completed.excluding(stored.exclude_modules)
 
-    def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
-        """Leave out what another pattern for ``exclude_modules`` matches, too."""
+    def excluding(self, modules: str | Sequence[str] | None) -> "LoRAConfig":
+        """Return a configuration that also leaves out these modules, given as for ``exclude_modules``."""
         expression = as_expression(self.exclude_modules)
-        other = as_expression(pattern)
-        if not other or begins_or_ends(expression, other):
+        union = union_of_expressions(expression, as_expression(modules))
+        if union == expression:
             return self
-        joined = f"{expression}|{other}"
-        if not expression or begins_or_ends(other, expression):
-            joined = other
-        return dataclasses.replace(self, exclude_modules=joined)
+        return dataclasses.replace(self, exclude_modules=union)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types, which every file can hold.

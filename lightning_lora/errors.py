@@ -1,33 +1,14 @@
-"""Errors and warnings of this package: each error is a :class:`LoRAError`, each warning a :class:`LoRAWarning`."""
+"""Errors and warnings of this package, and how their messages list things.
+
+Each error is a :class:`LoRAError`, each warning a :class:`LoRAWarning`.
+"""
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return a short list of quoted names: ``'a', 'b' and 1 more``."""
-    return shortened(map(repr, names), most)
-
-
-def shortened(texts: Iterable[str], most: int = 5) -> str:
-    """Return the first of some texts, and the number of the others."""
-    texts = list(texts)
-    shown = ", ".join(texts[:most])
-    others = len(texts) - most
-    return f"{shown} and {others} more" if others > 0 else shown
-
-
-def counted(number: int, noun: str) -> str:
-    """Return how many of these there are: ``1 layer``, ``2 layers``."""
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def pairs_of(copies: Mapping[str, str]) -> str:
-    """Return copies with what each is a copy of: ``'a' of 'b', 'c' of 'd'``."""
-    pairs = [f"{copy!r} of {copied!r}" for copy, copied in copies.items()]
-    return ", ".join(pairs)
+# Errors
 
 
 class LoRAError(Exception):
@@ -68,6 +49,9 @@ class OptimizerError(LoRAError, RuntimeError):
 
 class StrategyError(LoRAError, RuntimeError):
     """The Trainer's strategy is not supported."""
+
+
+# Warnings
 
 
 class LoRAWarning(UserWarning):
@@ -115,3 +99,24 @@ def _package_of(frame: Any) -> str:
     """The package whose code a frame runs."""
     module: str = frame.f_globals.get("__name__", "")
     return module.partition(".")[0]
+
+
+# Words that messages have in common
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return a short list of quoted names: ``'a', 'b' and 1 more``."""
+    return shortened(map(repr, names), most)
+
+
+def shortened(texts: Iterable[str], most: int = 5) -> str:
+    """Return the first of some texts, and the number of the others."""
+    texts = list(texts)
+    shown = ", ".join(texts[:most])
+    others = len(texts) - most
+    return f"{shown} and {others} more" if others > 0 else shown
+
+
+def counted(number: int, noun: str) -> str:
+    """Return how many of these there are: ``1 layer``, ``2 layers``."""
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
+from lightning_lora.functional.dtypes import precise, wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.subspace import precise
-from lightning_lora.functional.update import magnitude_scale, wide
+from lightning_lora.functional.update import magnitude_scale
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
 from lightning_lora.model.switch import adapters_of
 from lightning_lora.model.view import view_of
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
         kind = self.layer.adapter.kind
         values = kind.lora_values(self.layer.module, weight)
         matrix: Tensor = kind.lora_as_matrix(values).detach()
-        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)
+        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)  # one part of a fused layer has only some
         return rows.to(wide(rows.dtype))
 
     def _base_parameter(self) -> Tensor:

@@ -18,7 +18,7 @@ from torchmetrics.utilities import plot
 
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
-from lightning_lora.functional.subspace import precise
+from lightning_lora.functional.dtypes import precise
 from lightning_lora.measured import Measured, Source, measured
 from lightning_lora.tensors.named import only
 
@@ -38,7 +38,7 @@ def _check_choice(name: str, value: str, *choices: str) -> None:
 
 
 class _AdapterMetric(Metric):
-    """One number of each adapted matrix, or all of them pooled. There is no state to send."""
+    """Values of adapted matrices by name, or all of them pooled. There is no state to send."""
 
     full_state_update = False
     plot_lower_bound: float | None = 0.0
@@ -48,16 +48,6 @@ class _AdapterMetric(Metric):
         _check_choice("reduction", reduction, "none", *_POOLED)
         self.reduction = reduction
         self.values = dict[str, Tensor]()
-
-    def update(self, model: Source) -> None:
-        """Measure an adapter."""
-        values = dict[str, Tensor]()
-        for name, matrix in measured(model).items():
-            values[name] = self._number(name, matrix).float()
-        self.values = values
-
-    def _number(self, name: str, matrix: Measured) -> Tensor:
-        raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor] | Tensor:
         """Return the numbers by matrix, or one for all of them. Grids are pooled as far as all matrices go."""
@@ -108,7 +98,21 @@ def _color_by_depth(lines: Sequence[Any]) -> None:
         line.set_color(_drawing.plt.cm.viridis(share))
 
 
-class UpdateNorm(_AdapterMetric):
+class _NumberOfEachMatrix(_AdapterMetric):
+    """One number of each adapted matrix of one adapter."""
+
+    def update(self, model: Source) -> None:
+        """Measure an adapter."""
+        values = dict[str, Tensor]()
+        for name, each in measured(model).items():
+            values[name] = self._number(name, each).float()
+        self.values = values
+
+    def _number(self, name: str, each: Measured) -> Tensor:
+        raise NotImplementedError
+
+
+class UpdateNorm(_NumberOfEachMatrix):
     r"""The size of each update beside its weight.
 
     It is :math:`\lVert \Delta W \rVert_F / \lVert W \rVert_F`. 0.01 means that the update is a hundredth of the weight.
@@ -134,12 +138,12 @@ class UpdateNorm(_AdapterMetric):
         {'0': tensor(0.7071)}
     """
 
-    def _number(self, name: str, matrix: Measured) -> Tensor:
-        norms = subspace.norm(matrix.update())  # one for each matrix of a stack
-        return ratio(vector_norm(norms), vector_norm(matrix.weight()))
+    def _number(self, name: str, each: Measured) -> Tensor:
+        norms = subspace.norm(each.update())  # one for each matrix of a stack
+        return ratio(vector_norm(norms), vector_norm(each.weight()))
 
 
-class EffectiveRank(_AdapterMetric):
+class EffectiveRank(_NumberOfEachMatrix):
     r"""How many directions of each update count.
 
     It is :math:`\exp` of the entropy of its singular values: r if all r directions have one size, and near 1 if one
@@ -150,12 +154,12 @@ class EffectiveRank(_AdapterMetric):
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
 
-    def _number(self, name: str, matrix: Measured) -> Tensor:
-        _, sizes, _ = subspace.directions(matrix.update())
+    def _number(self, name: str, each: Measured) -> Tensor:
+        _, sizes, _ = subspace.directions(each.update())
         return subspace.effective_rank(sizes).mean()
 
 
-class Amplification(_AdapterMetric):
+class Amplification(_NumberOfEachMatrix):
     r"""How much each update amplifies its directions.
 
     It is :math:`\lVert \Delta W \rVert_F / \lVert U^T W V \rVert_F`. U and V are the top r left and right singular
@@ -182,12 +186,12 @@ class Amplification(_AdapterMetric):
         """The norms of what was measured last."""
         return {name: self._norms[name] for name in self.values}
 
-    def _number(self, name: str, matrix: Measured) -> Tensor:
-        weight = precise(matrix.weight())
-        u, sizes, v = subspace.directions(matrix.update())
+    def _number(self, name: str, each: Measured) -> Tensor:
+        weight = precise(each.weight())
+        u, sizes, v = subspace.directions(each.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        rank = matrix.matrix.rank(matrix.settings.r)
+        rank = each.matrix.rank(each.settings.r)
         u = u[..., :rank].to(weight.device)
         v = v[..., :rank].to(weight.device)
         if self.of == "random":
@@ -195,9 +199,9 @@ class Amplification(_AdapterMetric):
             u = _random_directions(u, noise)
             v = _random_directions(v, noise)
         update_norm = vector_norm(sizes)
-        norm_along_update = vector_norm(u.mT @ weight @ v)
-        self._norms[name] = (update_norm, norm_along_update, vector_norm(weight))
-        return ratio(update_norm, norm_along_update)
+        norm_along_directions = vector_norm(u.mT @ weight @ v)
+        self._norms[name] = (update_norm, norm_along_directions, vector_norm(weight))
+        return ratio(update_norm, norm_along_directions)
 
 
 def _random_directions(vectors: Tensor, noise: torch.Generator) -> Tensor:

@@ -42,7 +42,10 @@ class Guard:
         """The module's own ``on_fit_start`` has run."""
 
     def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
-        """So it has, and no adapter has learned: what is said can still be changed. ``fresh``: what looks untrained."""
+        """New adapters begin to train, so what is said can still be changed.
+
+        The module's own ``on_fit_start`` has run. ``fresh``: what looks untrained.
+        """
 
     def adapters_ready(self, view: "View") -> None:
         """Adapters have the values with which they begin to train."""

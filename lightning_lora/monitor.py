@@ -41,11 +41,12 @@ class LoRAMonitor(Callback):
             raise ConfigError(f"every_n_steps={every_n_steps!r} is not valid. Expected at least 1.")
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
+        self._ended_intervals = -1  # none was measured
         join_other_package(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are adapters, and measure them at the first step."""
-        self._ended = -1
+        """Check that there are adapters. The first step will be measured."""
+        self._ended_intervals = -1
         if find_record(pl_module) is None:
             raise AdapterStateError(f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add LoRACallback.")
 
@@ -80,9 +81,9 @@ class LoRAMonitor(Callback):
     def _is_due(self, step: int) -> bool:
         """Whether a first step or an interval has ended since the last measurement."""
         ended = int(step > 0) + step // self.every_n_steps  # batches that step no optimizer change nothing
-        if ended == self._ended:
+        if ended == self._ended_intervals:
             return False
-        self._ended = ended
+        self._ended_intervals = ended
         return True
 
 

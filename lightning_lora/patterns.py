@@ -11,8 +11,8 @@ def matches(entry: str, name: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def matches_pattern(key: str, name: str) -> bool:
-    """Whether a pattern's key, a name or an expression, fits a layer."""
+def fits(key: str, name: str) -> bool:
+    """Whether a key fits a layer: it is a name, its last components, or an expression for its end."""
     return matches(key, name) or ending(key).fullmatch(name) is not None
 
 
@@ -22,28 +22,41 @@ def ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(?:.*\.)?(?:{key})")
 
 
-def look_up(pattern: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
-    """Return the value of the first key that fits one of these names. An empty one is none."""
-    if pattern is None:
+def look_up(values: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
+    """Return the value of the first key that fits one of these names, or a default. An empty name fits none."""
+    if values is None:
         return default
-    for key, value in pattern.items():
+    for key, value in values.items():
         for name in names:
-            if name and matches_pattern(key, name):
+            if name and fits(key, name):
                 return value
     return default
 
 
-def as_expression(pattern: str | Sequence[str] | None) -> str:
-    """Return the same pattern as an expression. That of None is empty."""
-    if pattern is None:
+def as_expression(modules: str | Sequence[str] | None) -> str:
+    """Return an expression for modules, which an argument gives as names, as an expression or not at all."""
+    if modules is None:
         return ""
-    if isinstance(pattern, str):
-        return pattern
-    return "|".join(rf"(.*\.)?{re.escape(name)}" for name in pattern)
+    if isinstance(modules, str):
+        return modules
+    return "|".join(rf"(.*\.)?{re.escape(name)}" for name in modules)
 
 
-def begins_or_ends(expression: str, other: str) -> bool:
-    """Whether an expression has another as its first or last alternative. One between these may be in a group."""
-    as_first = f"{other}|"
-    as_last = f"|{other}"
-    return expression == other or expression.startswith(as_first) or expression.endswith(as_last)
+def union_of_expressions(expression: str, other: str) -> str:
+    """Return an expression for what either of two expressions matches.
+
+    If one has the other as its first or last alternative, it is returned as it is: a union that is made again does not
+    grow. An alternative in the middle may be in a group, and counts for nothing.
+    """
+    if not other or _begins_or_ends(expression, other):
+        return expression
+    if not expression or _begins_or_ends(other, expression):
+        return other
+    return f"{expression}|{other}"
+
+
+def _begins_or_ends(expression: str, alternative: str) -> bool:
+    """Whether an expression has this as its first or last alternative."""
+    as_first = f"{alternative}|"
+    as_last = f"|{alternative}"
+    return expression == alternative or expression.startswith(as_first) or expression.endswith(as_last)

@@ -51,14 +51,17 @@ class Writable(Group):
 
 
 class _MakesWritable(RenderHook):
-    """What a console calls before it renders."""
+    """Lets a console make all that it prints writable."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [Writable(renderable) for renderable in renderables]
 
 
 class FittingConsole(Console):
-    """A console that no sign stops: rich chooses the lines of tables alone by the encoding."""
+    """A console that prints every sign: in ASCII where its file holds no more.
+
+    rich itself does so for the lines of tables only.
+    """
 
     _is_ascii = False
 

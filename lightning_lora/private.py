@@ -6,7 +6,7 @@ Beside each stands what breaks without it. ``tests/test_private.py`` asks for th
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,9 +130,18 @@ def before_transfer(pl_module: Any, batch: Any) -> Any:
 # DeepSpeed
 
 
-def own_place(parameter: Any) -> tuple[int, int, int]:
-    """Return what a parameter shares with this process's shard of its group: files would lack states without it."""
+class OwnPlace(NamedTuple):
+    """The run of numbers that a parameter shares with this process's shard of its group."""
+
+    first: int  # in the parameter
+    first_in_shard: int
+    length: int
+
+
+def own_place(parameter: Any) -> OwnPlace:
+    """Return what a parameter shares with this process's shard: files would lack states without it."""
     shared = parameter._hp_mapping
     if shared is None:
-        return 0, 0, 0
-    return shared.lp_fragment_address.start, shared.hp_fragment_address.start, shared.hp_fragment_address.numel
+        return OwnPlace(0, 0, 0)
+    in_shard = shared.hp_fragment_address
+    return OwnPlace(shared.lp_fragment_address.start, in_shard.start, in_shard.numel)

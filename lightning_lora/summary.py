@@ -45,8 +45,9 @@ class LayerGroup:
 class LoRASummary:
     """The result of :func:`summarize`; it prints as a table.
 
-    Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. A ``plain`` model
-    was never adapted, or is merged. ``active`` says which adapter is, unless it is "default" alone.
+    Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. ``adapters`` is the
+    number of adapted matrices. A ``plain`` model was never adapted, or is merged. ``active`` is what the headline says
+    of its named adapters: nothing if there is "default" alone.
     """
 
     title: str
@@ -297,8 +298,8 @@ def _sums(layers: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     parameters = list(view.model.parameters())
-    adapters = set(view.adapters.values())
-    base = [p for p in parameters if p not in adapters]
+    parameters_of_adapters = set(view.adapters.values())
+    base = [p for p in parameters if p not in parameters_of_adapters]
     trained, frozen = _trained_and_frozen(parameters)
     return LoRASummary(
         title=view.title,
@@ -311,7 +312,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
         plain=not view.layers,
-        active=_said_of_adapters(view),
+        active=_what_is_active(view),
     )
 
 
@@ -323,17 +324,17 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 
 
 def _random_in_files(view: View) -> tuple[str, ...]:
-    """The frozen weights that files hold because they look untrained. Of shards, only the known ones: others wait."""
-    if view.is_sharded:
+    """The frozen weights that files hold because they look untrained."""
+    if view.is_sharded:  # to look for them needs every process, and this one alone may ask for a summary
         return view.adapter.random_so_far
-    random = view.adapter.random
-    found = random_weights(view)
-    view.adapter.random = random  # it is not settled: the base may change until a fit begins
+    noted = view.adapter.random
+    found = random_weights(view)  # it notes what it finds
+    view.adapter.random = noted  # which is too early: the base may change until a fit begins
     return found
 
 
-def _said_of_adapters(view: View) -> str:
-    """The active adapter's name, and about the others. Empty for "default" alone."""
+def _what_is_active(view: View) -> str:
+    """What the headline says of a model's named adapters: `` 'a' (new; 'b' rests)``."""
     record = find_record(view.model)
     if record is None:
         return ""

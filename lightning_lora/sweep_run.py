@@ -63,16 +63,19 @@ class Run:
 
 
 class _Callback(LoRACallback):
-    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it."""
+    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it.
+
+    A fit ends early where the Trainer's ``max_epochs`` is lower than the user's for a while.
+    """
 
     def __init__(self, run: Run, arguments: dict[str, Any], *, stops: bool) -> None:
         super().__init__(**arguments)
-        self.run = run.name
+        self.run = run.name  # for the user's ``fit``
         self.progress = run
         self.stops = stops
         self.validations_before = len(run.metrics)
         self.module: LightningModule | None = None
-        self.max_epochs: int | None = None  # epochs
+        self.max_epochs: int | None = None  # the user's
 
     def leave_no_adapter(self) -> None:
         """Take what the fit has left off the module, if it had one."""
@@ -88,12 +91,12 @@ class _Callback(LoRACallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.merge or self.progress.has_ended:  # it ended, perhaps before the last epoch
-            trainer.fit_loop.max_epochs = self.progress.epochs
+        if self.merge or self.progress.has_ended:  # nothing is left to train: this fit ends at once
+            _end_after(trainer, self.progress.epochs)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
-        trainer.fit_loop.max_epochs = self.max_epochs
+        _end_after(trainer, self.max_epochs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.progress.epochs and not trainer.global_step:
@@ -117,15 +120,20 @@ class _Callback(LoRACallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stops and len(self.progress.metrics) > self.validations_before:
-            trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+            _end_after(trainer, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         run = self.progress
         run.epochs = trainer.current_epoch
         run.has_ended = trainer.current_epoch == self.max_epochs or trainer.should_stop or not self.stops
-        trainer.fit_loop.max_epochs = self.max_epochs
+        _end_after(trainer, self.max_epochs)  # as the file is to hold it
         trainer.save_checkpoint(run.file, weights_only=False)
+
+
+def _end_after(trainer: Trainer, epochs: int | None) -> None:
+    """Let a fit end after so many epochs."""
+    trainer.fit_loop.max_epochs = epochs
 
 
 def _check_works_in_sweep(trainer: Trainer, pl_module: LightningModule) -> None:

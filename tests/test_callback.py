@@ -29,6 +29,7 @@ from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_p
 from tests.support.parameters import (
     attributes_of_adapters,
     flags_of,
+    grads_of,
     names_of_parameters,
     names_that_differ,
     trainable_names,
@@ -53,6 +54,12 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, c
     assert not torch.equal(merged(X), LitTiny()(X))
     assert_all_have_moved(adapted, ADAPTERS)
     assert names_that_differ(state(LitTiny()), state(adapted)) == ["head.weight", "head.bias"]
+
+
+def test_after_fit_no_gradient_is_left(tmp_path: Path) -> None:  # a step by hand would add to it
+    model = LitTiny()
+    trainer(tmp_path, [lora(merge=False)], max_epochs=1).fit(model, data())
+    assert set(grads_of(model.parameters())) == {None}
 
 
 def interrupt(*_: Any) -> None:
@@ -256,6 +263,15 @@ def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alo
     model = LitTiny()
     trainer(tmp_path, [loaded], max_epochs=1).fit(model, data())
     assert model.q_proj.lora_B.any()
+
+
+def test_a_callback_that_an_earlier_version_pickled_has_the_default_of_each_later_argument() -> None:
+    state = lora(merge=False, lr_scale=10).__getstate__()
+    del state["lr_scale"]
+    loaded = ll.LoRACallback.__new__(ll.LoRACallback)
+    loaded.__setstate__(state)
+    assert loaded.lr_scale == 1
+    assert repr(loaded) == repr(lora(merge=False))
 
 
 def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What an adapted model remembers: one row for each tensor of its base, what each adapter changed, and its state."""
+"""What an adapted model remembers: what is known of its base, what each adapter changed, and the model's state."""

@@ -24,7 +24,7 @@ class AdapterState:
     """The layers that have it, or had it."""
 
     networks: StillNetworks = field(default_factory=StillNetworks)
-    """What it was for, as found when it was added."""
+    """The networks that stood still when it was added, or when a fit began: some have no adapters."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
@@ -67,18 +67,19 @@ class AdapterState:
         """Return a copy that later events do not change. Tensors are not copied."""
         return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))
 
-    def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
-        """It is inactive, and shows others from now on."""
+    def become_sum(self, weights: Mapping[str, float]) -> None:
+        """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_adapters.values():
-            adapter.settings = replace(adapter.settings, follows=True)
+            adapter.settings = replace(adapter.settings, follows=True)  # others decide its values
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
         """Copy these values of the base to CPU memory.
 
-        Copies of other values go. A value that was copied before stays as it was then.
+        Copies of other values go. A value that was copied before stays as it was then. Of an adapter that has trained,
+        ``extra`` stays too: modules may keep other things now.
         """
         if not self.is_trained:
             self.extra = extra
@@ -91,11 +92,11 @@ class AdapterState:
             self.originals[name] = original
 
     def set_base_values(self, values: Mapping[str, Tensor]) -> None:
-        """These are the base's values, whatever the model holds now."""
+        """Take these as the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
 
-    def base_was_loaded(self, values: Mapping[str, Tensor]) -> None:
-        """Other code loads a new base, with these values."""
+    def note_base_loaded(self, values: Mapping[str, Tensor]) -> None:
+        """Note that other code loads a new base, with these values."""
         self.random = None
         self.set_base_values(only(values, self.originals))

@@ -1,5 +1,6 @@
 """The states of a model: how it goes from one to another, and from which each call may start."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -43,35 +44,34 @@ _MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
 USE = "use adapters"  # what reads or writes them besides: files, checkpoints, a Trainer's hooks
 SWITCH = "switch"  # to the adapter of another name, in set_adapter and others; also for rows of a batch
 
-STARTS = {
-    "inject_adapters": _MAY_BE_PLAIN,
-    "load_adapter": _MAY_BE_PLAIN,
-    "load_adapter_state_dict": _SHOWS_ADAPTERS,
-    "load_state_dict": _SHOWS_ADAPTERS,
-    "To load a checkpoint": _SHOWS_ADAPTERS,
-    "merge_adapters": _SHOWS_ADAPTERS,
-    "unmerge_adapters": _SHOWS_ADAPTERS,
-    "remove_adapters": _HAS_ADAPTERS,
-    "set_adapter": _HAS_ADAPTERS,
-    "adapter_names": _SHOWS_ADAPTERS,
-    "combine_adapters": _HAS_ADAPTERS,
-    "A sum of adapters": _HAS_ADAPTERS,
-    SWITCH: frozenset({State.ADAPTED, State.BASE_SHOWN}),
-    USE: _SHOWS_ADAPTERS,
-}
-"""By the call, as messages name it. In a block of ``adapter_names``, no call may start that changes adapters
-(:data:`CHANGING`); ``inject_adapters`` may if it finds nothing to do."""
 
-CHANGING = {
-    "load_adapter",
-    "load_adapter_state_dict",
-    "load_state_dict",
-    "To load a checkpoint",
-    "merge_adapters",
-    "remove_adapters",
-    "combine_adapters",
-    "A sum of adapters",
+@dataclass(frozen=True)
+class Rule:
+    """When a call may start."""
+
+    states: frozenset[State]
+
+    in_block: bool = True
+    """Whether it may start in a block of ``adapter_names``. What changes adapters may not."""
+
+
+CALLS = {
+    "inject_adapters": Rule(_MAY_BE_PLAIN),  # in a block, if it finds nothing to do: it checks that itself
+    "load_adapter": Rule(_MAY_BE_PLAIN, in_block=False),
+    "load_adapter_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
+    "load_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
+    "To load a checkpoint": Rule(_SHOWS_ADAPTERS, in_block=False),
+    "merge_adapters": Rule(_SHOWS_ADAPTERS, in_block=False),
+    "unmerge_adapters": Rule(_SHOWS_ADAPTERS),  # a block runs no merged model
+    "remove_adapters": Rule(_HAS_ADAPTERS, in_block=False),
+    "set_adapter": Rule(_HAS_ADAPTERS),  # rows have their own adapters, whichever is active
+    "adapter_names": Rule(_SHOWS_ADAPTERS),
+    "combine_adapters": Rule(_HAS_ADAPTERS, in_block=False),
+    "A sum of adapters": Rule(_HAS_ADAPTERS, in_block=False),
+    SWITCH: Rule(frozenset({State.ADAPTED, State.BASE_SHOWN})),
+    USE: Rule(_SHOWS_ADAPTERS),
 }
+"""The rule of each call, by the name that messages give it."""
 
 
 def refusal(call: str, state: State, title: str, adapter: str) -> str:
@@ -81,7 +81,7 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
             f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
             "trained, pass that model (after a fit: trainer.lightning_module)."
         )
-    if state.is_merged and State.MERGED not in STARTS[call]:
+    if state.is_merged and State.MERGED not in CALLS[call].states:
         return (
             f"The adapter {adapter!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
             "before another one is used."

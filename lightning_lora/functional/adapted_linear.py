@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.functional.dropout import drops, new_seed
-from lightning_lora.functional.plain import are_plain, as_dtype, is_autocast_enabled
+from lightning_lora.functional.dtypes import as_dtype
+from lightning_lora.functional.explicit import can_be_explicit, is_autocast_enabled
 from lightning_lora.private import tracing
 
 
@@ -40,8 +41,8 @@ def adapted_linear(
     times faster than with (tokens, r). With many more tokens than features, both passes multiply by the sum
     :math:`W + s B A` instead, unless this would round small updates away (:func:`_pays_to_update`).
 
-    Where other code must see the single operations (:func:`.are_plain`), and for second derivatives, torch's autograd
-    takes over.
+    Where other code must see the single operations (:func:`.can_be_explicit`), and for second derivatives, torch's
+    autograd takes over.
 
     Shape:
         ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
@@ -51,9 +52,10 @@ def adapted_linear(
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
     """
     differentiates = torch.is_grad_enabled()
-    if not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel():
-        return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
-    if not are_plain(x, weight, bias, lora_A, lora_B):
+    is_short_inference = not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel()
+    if is_short_inference:  # it needs none of the checks below, which would take longer than the update
+        return _add_for_few_tokens(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
+    if not can_be_explicit(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
     if is_autocast_enabled(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -72,8 +74,8 @@ def _composed(
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
 
 
-def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Add the update for a few tokens, in the wider dtype: here the tokens are smaller than the factors."""
+def _add_for_few_tokens(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Add the update in the wider dtype. The tokens are smaller than the factors, and so cheaper to convert."""
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
         x = as_dtype(x, dtype)
@@ -144,7 +146,7 @@ class _AdaptedLinear(torch.autograd.Function):
         """Compute y."""
         x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
-        ctx.scaling = scaling / (1 - ctx.dropout)
+        ctx.scaling_of_kept = scaling / (1 - ctx.dropout)  # the elements that dropout keeps are scaled up
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, bias, lora_A, lora_B, h)
         return y.data  # no view: an activation may change it in place
 
@@ -167,33 +169,26 @@ class _AdaptedLinear(torch.autograd.Function):
         out = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
-        scaling = ctx.scaling
-        for_x, for_weight, for_bias, _, for_B, *_ = ctx.needs_input_grad
+        scaling = ctx.scaling_of_kept
+        for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         g = b.T @ out.T
-        grad_B = grad_input = unfinished_rows = None
+        grad_B = grad_x = grad_rows = None
         if for_B:
             hidden = a @ rows.T if h is None else h
             grad_B = torch.addmm(b.T, hidden, out, beta=0, alpha=scaling).T
         if for_x and h is None:
-            grad_input = out.view(grad.shape) @ _updated(weight, a, b, scaling)
+            grad_x = out.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
-            grad_input = out.view(grad.shape) @ weight  # no view: torch may add to it in place
-            unfinished_rows = grad_input.view(rows.shape)
-        grad_A = _AdaptedLinear.gradient_of_a(ctx, g, a, rows, unfinished_rows)
+            grad_x = out.view(grad.shape) @ weight  # no view: torch may add to it in place
+            grad_rows = grad_x.view(rows.shape)  # the update's part is added to these below
+        if ctx.dropout:
+            g.mul_(scaling)  # not g A, which could overflow in half precision
+            grad_A: Tensor | None = _add_dropped_gradients(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
+        else:
+            grad_A = _add_gradients(g, a, rows, grad_rows, scaling, for_A=for_A)
         grad_weight = out.T @ rows if for_weight else None
         grad_bias = out.sum(0) if for_bias else None
-        return grad_input, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
-
-    @staticmethod
-    def gradient_of_a(ctx: Any, g: Tensor, a: Tensor, rows: Tensor, unfinished_rows: Tensor | None) -> Tensor | None:
-        """Compute that of A. Add the update's part to gradients of rows that lack it."""
-        if ctx.dropout:
-            g.mul_(ctx.scaling)  # not g A, which could overflow in half precision
-            return _add_dropped_gradients(g, a, rows, unfinished_rows, ctx.dropout, ctx.seed)
-        if unfinished_rows is not None:
-            unfinished_rows.addmm_(g.T, a, alpha=ctx.scaling)
-        for_A = ctx.needs_input_grad[3]
-        return torch.addmm(a, g, rows, beta=0, alpha=ctx.scaling) if for_A else None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -209,7 +204,7 @@ class _AdaptedLinear(torch.autograd.Function):
             rows = mask.view(-1, x.shape[-1])
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
                 drop(rows[block])
-        y = _composed(x, x * mask, weight, bias, lora_A, lora_B, ctx.scaling)
+        y = _composed(x, x * mask, weight, bias, lora_A, lora_B, ctx.scaling_of_kept)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
@@ -224,10 +219,21 @@ def _dropped_product(a: Tensor, rows: Tensor, dropout: float, seed: int) -> Tens
     return h
 
 
+def _add_gradients(
+    g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, scaling: float, *, for_A: bool
+) -> Tensor | None:
+    """Return the gradient of A, if it is needed, and add the update's to that of the rows, if it lacks this."""
+    if grad_rows is not None:
+        grad_rows.addmm_(g.T, a, alpha=scaling)
+    if not for_A:
+        return None
+    return torch.addmm(a, g, rows, beta=0, alpha=scaling)
+
+
 def _add_dropped_gradients(
     g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, dropout: float, seed: int
 ) -> Tensor:
-    """Return the gradient of A, and add the update's to that of the rows. The seed draws the same elements again."""
+    """Do the same with dropout: the seed draws the elements of the forward pass again. ``g`` is scaled already."""
     grad_A = torch.zeros_like(a)
     for block, drop in drops(rows, dropout, seed):
         dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.update import row_blocks
+from lightning_lora.functional.row_blocks import row_blocks
 
 
 def new_seed() -> int:

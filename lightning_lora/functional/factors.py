@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.functional.update import wide
+from lightning_lora.functional.dtypes import wide
 
 Factors = tuple[Tensor, Tensor]  # A and B of one update
 
@@ -50,7 +50,8 @@ def with_rank(update: Factors, r: int) -> Factors:
     r"""Return an update with rank r, in float32 or wider.
 
     Shape:
-        A: (\*, R, in) and B: (\*, out, R), where r is R or more, or in, or out.
+        A: (\*, R, in) and B: (\*, out, R). Returns (\*, r, in) and (\*, out, r). A larger r adds zeros; a smaller one
+        must be in or out, the largest rank that a matrix can have: then one factor is B A, and the other the identity.
     """
     a = update[0].to(wide(update[0].dtype))
     b = update[1].to(wide(update[1].dtype))

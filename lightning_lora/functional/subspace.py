@@ -3,21 +3,17 @@
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.dtypes import precise
 from lightning_lora.functional.factors import Factors
 
 Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, singular values, right ones as columns
 
 
-def precise(tensor: Tensor) -> Tensor:
-    """Return the values in float64, without a gradient.
-
-    MPS has no float64: they are on the CPU then.
-    """
-    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
-
-
 def directions(update: Factors | Tensor) -> Directions:
-    r"""Return an update's singular vectors and values, (\*, out, r), (\*, r), (\*, in, r). Those of a 0 are zeros."""
+    r"""Return an update's singular vectors and values: (\*, out, r), (\*, r), (\*, in, r).
+
+    The vectors for a value of 0 are zeros.
+    """
     if isinstance(update, Tensor):
         return _directions_of_matrix(update)
     a, b = update
@@ -35,7 +31,7 @@ def _directions_of_matrix(matrix: Tensor) -> Directions:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy. It is 0 if all are.
+    r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy. It is 0 for an update of zeros.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.

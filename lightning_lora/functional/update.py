@@ -1,23 +1,18 @@
 """The update ΔW: compute it, merge it, apply DoRA's magnitudes."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements of a block, whose intermediate results stay in the cache
+from lightning_lora.functional.dtypes import wide
+from lightning_lora.functional.row_blocks import row_blocks
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     r"""Return :math:`s \, B A` (out, in) of A: (r, in) and B: (out, r), in float32 or wider: it is rounded later."""
     dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
     return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype, or float32 if that is wider. A narrower dtype would lose small updates."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:
@@ -48,20 +43,15 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
     return values, _share(norms)
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere."""
-    rows, width = matrix.shape
-    elements = _ON_CPU if matrix.device.type == "cpu" else _ON_DEVICE
-    step = max(1, elements // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def lost_share(weight: Tensor, effective: Tensor, rounded: Tensor) -> float:
+    """Return the norm of the rounding error over that of the update.
 
-
-def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
-    """Return the norm of the rounding error over that of the update: 1 if nothing of the update is left."""
+    It is 1 if nothing of the update is left. ``effective`` is the weight with its update, and ``rounded`` is that in
+    the weight's dtype.
+    """
     if weight.dtype == effective.dtype:
         return 0.0
-    rounding_error = (merged - effective).norm()
+    rounding_error = (rounded - effective).norm()
     size_of_update = (effective - weight).norm()
     return _share([torch.stack([rounding_error, size_of_update])])
 

@@ -23,6 +23,8 @@ from lightning_lora.guards.read_by_hand.reads import ReadByHand
 from lightning_lora.guards.refused_exports import RefusedExports
 from lightning_lora.guards.replaced_layers import ReplacedLayers
 from lightning_lora.guards.rounded import Rounded
+from lightning_lora.guards.running_statistics import RunningStatistics
+from lightning_lora.guards.scaled_for_sgd import ScaledForSGD
 from lightning_lora.guards.thawed import Thawed
 from lightning_lora.guards.tied import Tied
 from lightning_lora.guards.token_heads import TokenHeads
@@ -34,6 +36,7 @@ moments.GUARDS[:] = [
     ReplacedLayers,
     FrozenSince,
     LearningRates,
+    ScaledForSGD,
     NetworksBeside,
     Thawed,
     LargeHyperparameters,
@@ -52,6 +55,7 @@ moments.GUARDS[:] = [
     LeftCopies,
     UnmovedCopies,
     NothingLearned,
+    RunningStatistics,
     Diverged,
     Untied,
     Overflown,

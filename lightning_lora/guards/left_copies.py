@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from lightning_lora.errors import pairs_of, warn
+from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.networks.copies import pairs_of
 from lightning_lora.private import version_of
 from lightning_lora.tensors.named import inside
 from lightning_lora.training.steps.moved_copies import FrozenCopies

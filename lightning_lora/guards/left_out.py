@@ -17,7 +17,7 @@ from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, ow
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.tensors.named import grouped, only, outside, where, with_values, without
-from lightning_lora.tensors.names import holder_of, owner_of
+from lightning_lora.tensors.names import owner_of, owner_or_itself
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
@@ -119,7 +119,7 @@ def _is_usually_left(layer: nn.Module) -> bool:
 
 def _about_left_alone(view: View, left: LeftAlone) -> str:
     """What is said of layers that are left alone, with the arguments that would train them."""
-    layers = dict.fromkeys(map(holder_of, left.classes))
+    layers = dict.fromkeys(map(owner_or_itself, left.classes))
     classes = dict.fromkeys(left.classes.values())
     return (
         f'target_modules="{view.config.target_modules}" leaves {left.share:.0%} of the weights of '

@@ -5,7 +5,7 @@ from lightning_lora.guards.wording import to_save, warn_in_each_fit
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import modules_around, not_in, only, outermost_outside, outside, where
+from lightning_lora.tensors.named import largest_free_of, modules_around, not_in, only, outside, where
 from lightning_lora.tensors.names import owner_of
 
 
@@ -31,7 +31,7 @@ def left_trainable(view: View) -> list[str]:
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _weights_left_trainable(view):
-        outermost = outermost_outside(around_frozen, name)
+        outermost = largest_free_of(around_frozen, name)
         module = owner_of(name) if outermost == name else outermost
         if module not in around_trained:
             found[outermost] = None

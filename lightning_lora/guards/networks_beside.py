@@ -2,10 +2,11 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import pairs_of, warn
+from lightning_lora.errors import warn
 from lightning_lora.model.settle import left_still
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.networks.copies import pairs_of
 
 
 class NetworksBeside(Guard):

@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.layers import LoRALayer, LoRATokens
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -35,5 +35,5 @@ def _layers_of_each_weight(view: View) -> list[list[str]]:
 
 
 def _has_update_of_its_own(layer: LoRALayer) -> bool:
-    """Whether it has one: not what follows another layer, and not rows, which all uses of a weight get."""
-    return not layer.lora_settings.follows and not isinstance(layer, LoRATokens)
+    """Whether it has one: not what follows another layer."""
+    return not layer.lora_settings.follows

@@ -10,7 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import joined, only, where
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.seen import Seen
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
@@ -31,9 +31,9 @@ class Written(Guard):
         """Note how a weight looks, and the digest that the record has of it."""
         weight = view.base[name]
         self.seen[name] = Seen(weight)
-        reading = view.record.base.readings.get(name)
-        if reading is not None and reading.seen.is_unchanged(weight):
-            self.digests[name] = reading.number
+        digest = view.record.base.readings.known_digest(name, weight)
+        if digest is not None:
+            self.digests[name] = digest
 
     def base_compared(self, view: View) -> None:
         """Compare the weights with what was noted."""
@@ -50,9 +50,9 @@ class Written(Guard):
         if weight not in self.seen:
             return False
         change = view.record.base.changes.get(weight)
-        if change is not None and change.now != self.digests.get(weight, change.now):
+        if change is not None and change.digest_now != self.digests.get(weight, change.digest_now):
             return True
-        return not self.seen[weight].is_alike(view.base[weight])
+        return not self.seen[weight].may_have_same_values(view.base[weight])
 
 
 def _moves_by_itself(layer: LoRALayer) -> bool:

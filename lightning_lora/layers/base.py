@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.errors import warn
-from lightning_lora.functional.plain import are_plain
+from lightning_lora.functional.explicit import can_be_explicit
 from lightning_lora.functional.update import added, magnitude_scale
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.on_layer import AdapterOnLayer
@@ -63,7 +63,7 @@ class LoRALayer(AdapterOnLayer):
         update = self.lora_update(lora_A, lora_B, *args, **kwargs).to(output.dtype)
         if self.lora_settings.use_dora:
             return self._lora_with_magnitude(output, update)
-        if self.lora_output_is_new and are_plain(output, update):
+        if self.lora_output_is_new and can_be_explicit(output, update):
             return output.add_(update)
         return output + update
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import TargetError
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters, weights_of
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import held_parameter, own_parameter
+from lightning_lora.tensors.names import find_parameter, own_parameter
 
 Entry = TypeVar("Entry")
 
@@ -128,7 +128,7 @@ class LayerKind(InPlace, nn.Module):
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:
         """Whether the weight is quantised. No update can be merged into it then."""
-        weight = held_parameter(layer, "weight")
+        weight = find_parameter(layer, "weight")
         return weight is not None and dequantises(weight)
 
     @staticmethod

@@ -13,7 +13,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import where
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, split_as
+from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, sharded_as
 from lightning_lora.tensors.values import replace_values
 
 
@@ -37,7 +37,7 @@ def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
     for name, about in adapter.roles.items():
         p = adapter.parameters[name]
         weight = own_parameter(layer, about.matrix.weight)
-        values = split_as(p.detach(), weight, about.split_dim)
+        values = sharded_as(p.detach(), weight, about.split_dim)
         adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
 
 

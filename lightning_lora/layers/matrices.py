@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, difference, in_rows
-from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 
 

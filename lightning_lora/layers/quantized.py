@@ -9,7 +9,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes, dequantises, of_nearest_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
-from lightning_lora.tensors.names import held_parameter
+from lightning_lora.tensors.names import find_parameter
 
 _LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
 _LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
@@ -100,7 +100,7 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 
 def is_quantised(module: nn.Module, name: str) -> bool:
     """Whether a parameter that ``module`` itself holds is quantised."""
-    parameter = held_parameter(module, name)
+    parameter = find_parameter(module, name)
     if parameter is None:
         return False
     if name == "weight" and _kind_of(module) is not None:

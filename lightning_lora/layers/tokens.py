@@ -13,7 +13,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
-from lightning_lora.tensors.names import held_parameter, own_parameter
+from lightning_lora.tensors.names import find_parameter, own_parameter
 
 
 class LoRATokens(LoRAEmbedding):
@@ -89,7 +89,7 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
         if isinstance(module, TiedLayer):
             del module.lora_tied_to
             uncover(module)
-        owner = owners.get(held_parameter(module, "weight"))
+        owner = owners.get(find_parameter(module, "weight"))
         if owner is not None and owner is not module:
             overlay(module, TiedLayer)
             vars(module)["lora_tied_to"] = (owner,)

@@ -13,7 +13,7 @@ from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
 from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.named import joined, of_type, renamed, where
-from lightning_lora.tensors.names import held_parameter, is_inside, submodule
+from lightning_lora.tensors.names import find_parameter, is_in, submodule
 
 
 def check_weights(view: View) -> None:
@@ -42,7 +42,7 @@ def check_as_adapted(view: View) -> None:
     for name, module in view.modules.items():
         if name in resized:
             raise _changed_since(view, name, "resized")
-        owner = owners.get(held_parameter(module, "weight"), module)
+        owner = owners.get(find_parameter(module, "weight"), module)
         (owner_then,) = vars(module).get("lora_tied_to", (module,))
         if owner is not owner_then:
             raise _changed_since(view, name, "tied to an embedding whose rows train, or untied,")
@@ -101,7 +101,7 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
     trained_there = set(joined(prefix, View(submodule(view.model, prefix)).trained))
-    trained_here = {name for name in view.trained if is_inside(name, prefix)}
+    trained_here = {name for name in view.trained if is_in(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(
             f"{view.title} is adapted already, and trains {_listed_or_nothing(trained_there)} beside its adapters, "

@@ -120,7 +120,7 @@ def weights_have_changed(view: View) -> None:
 
 def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
-    view.record.base.was_frozen(view.base)  # before any flag changes: a tied parameter has several names
+    view.record.base.note_required_grad(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
     for layer in view.layers.values():

@@ -18,10 +18,10 @@ from lightning_lora.tensors.named import (
     grouped,
     inside,
     joined,
+    largest_free_of,
     modules_around,
     of_type,
     only,
-    outermost_outside,
     outside,
     where,
     where_not,
@@ -230,7 +230,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     modules = list[str]()
     for name in fresh:
         named_together = (name, *norms_beside.get(owner_of(name), ()))
-        modules += [outermost_outside(around_others, each) for each in named_together]
+        modules += [largest_free_of(around_others, each) for each in named_together]
     return list(dict.fromkeys(modules))
 
 

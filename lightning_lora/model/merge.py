@@ -20,8 +20,9 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
+from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
+from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
 def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
@@ -197,7 +198,7 @@ def _keep_base_of(view: View, layer: str, weight: str, undo: ExitStack, *, is_ti
         return parameter
     base = set_aside(parameter)  # saves GPU memory
     undo.callback(_put_back, parameter, base, parameter.device)
-    view.record.base.was_copied(join(layer, weight), parameter, base)
+    view.record.base.readings.note_copied(join(layer, weight), parameter, base)
     return base
 
 
@@ -240,7 +241,7 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
     """The digest of a parameter of the base, read again only if it has changed. None: of spread or absent values."""
     if parameter.is_meta or is_dtensor(parameter):
         return None
-    return view.record.base.digests_now({name: parameter})[name]
+    return view.record.base.readings.digests_now({name: parameter})[name]
 
 
 def check_mergeable(view: View) -> dict[str, list[str]]:
@@ -349,4 +350,4 @@ def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitSta
         set_parameter(module, weight, base)
     else:
         replace_values(shown, base.to(shown))
-        view.record.base.was_copied(join(layer, weight), base, shown)
+        view.record.base.readings.note_copied(join(layer, weight), base, shown)

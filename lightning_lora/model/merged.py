@@ -49,8 +49,8 @@ def check_own(view: View) -> None:
 
 def _is_as_merged_here(view: View) -> bool:
     """Whether the weights are as merged. Of spread ones, those of this process are."""
-    for name, seen in view.record.base.after_merge.beside.items():
-        if name not in view.parameters or not seen.is_alike(view.parameters[name]):
+    for name, seen in view.record.base.after_merge.seen_without_update.items():
+        if name not in view.parameters or not seen.may_have_same_values(view.parameters[name]):
             return False
     return all(_is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged.items())
 
@@ -64,7 +64,7 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     tied = only(view.record.base.after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False
-    return all(_is_still(view, name) for name in names) or _is_merged_anew(view, layer, adapter)
+    return all(_has_values_of_merge(view, name) for name in names) or _is_merged_anew(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
@@ -75,12 +75,12 @@ def _is_tie_present(view: View, name: str) -> bool:
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
 
 
-def _is_still(view: View, name: str) -> bool:
+def _has_values_of_merge(view: View, name: str) -> bool:
     """Whether a merged weight, and its other use if it was tied, have the values that the merge left."""
     after_merge = view.record.base.after_merge
-    if name in after_merge.seen_tied and not after_merge.seen_tied[name].is_still(after_merge.bases[name]):
+    if name in after_merge.seen_tied and not after_merge.seen_tied[name].has_same_values(after_merge.bases[name]):
         return False
-    return after_merge.seen[name].is_still(view.parameters[name])
+    return after_merge.seen[name].has_same_values(view.parameters[name])
 
 
 def _is_merged_anew(view: View, layer: str, adapter: Adapter) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.base_tensors import AfterMerge, Base
 from lightning_lora.base.blocks import refuse_in_block
-from lightning_lora.base.states import CHANGING, FOLLOWING, STARTS, USE, State, refusal
+from lightning_lora.base.states import CALLS, FOLLOWING, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
@@ -78,13 +78,13 @@ class Record:
         """The updates are in the weights."""
         self._become(State.MERGED)
         self.merged = adapters
-        self.base.after_merge = after_merge
+        self.base.note_merged(after_merge)
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights."""
         self._become(State.ADAPTED)
         self.merged = {}
-        self.base.was_unmerged(parameters)
+        self.base.note_unmerged(parameters)
 
     def base_is_shown(self) -> None:
         """The active adapter, or the merged updates, have no effect any more."""
@@ -93,7 +93,7 @@ class Record:
     def adapter_is_shown(self) -> None:
         """The active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
-        self.base.put_aside = {}
+        self.base.forget_hidden()
 
     # Other events
 
@@ -114,7 +114,7 @@ class Record:
         """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""
         self.base.forget_changes(names)
         for adapter in self.adapters.values():
-            adapter.base_was_loaded(values)
+            adapter.note_base_loaded(values)
 
     def base_was_read(self, fingerprint: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
@@ -122,12 +122,12 @@ class Record:
         if fingerprint in fingerprints:
             return
         if fingerprints:  # a new adapter's fit begins on what others left
-            self.base.changes = {}
+            self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
-        self.base.changes_were_loaded(base)
+        self.base.note_loaded(base)
         self.adapter.is_trained = True
 
 
@@ -231,13 +231,14 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def check_start(model: nn.Module, call: str) -> Record | None:
-    """Refuse a call that may not start now (:data:`.STARTS`). Return the record of ``model``; None if it is plain."""
-    if call in CHANGING:
+    """Refuse a call that may not start now (:data:`.CALLS`). Return the record of ``model``; None if it is plain."""
+    rule = CALLS[call]
+    if not rule.in_block:
         refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model)
     state = state_of(model)
-    if state in STARTS[call]:
+    if state in rule.states:
         return record
     title = type(plain_module(model)).__name__
     if record is not None:

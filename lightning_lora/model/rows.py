@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.blocks import is_in_block, open_block
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
+from lightning_lora.functional.batch_rows import add_to_rows, stacked
 from lightning_lora.functional.factors import Factors
+from lightning_lora.functional.some_rows import NoRowsError, put_together, take_rows
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
 from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.layers.functional_call import functional_call
@@ -309,11 +310,17 @@ class _MixedModule:
         for key, rows in self.rows.items():
             if key is None:  # on all rows, as the base: with fewer, the bits may differ
                 output = self.run_as(None, args, kwargs)
-                outputs.append(taken(output, rows, n, states_dim))
+                outputs.append(take_rows(output, rows, n, states_dim))
             else:
-                some_args, some_kwargs = taken((args, kwargs), rows, n, states_dim, mask)
+                some_args, some_kwargs = take_rows((args, kwargs), rows, n, states_dim, mask)
                 outputs.append(self.run_as(key, some_args, some_kwargs))
-        return put_back(self.name, outputs, list(self.rows.values()), states_dim)
+        try:
+            return put_together(outputs, list(self.rows.values()), states_dim)
+        except NoRowsError as error:
+            about = f"{self.name!r} returns a {error} without a row for each name"
+            raise ConfigError(
+                f"{about}, so that those of several adapters cannot be put together. Use set_adapter."
+            ) from None
 
     def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
         """The mask of an attention, which all rows share."""

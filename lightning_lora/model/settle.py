@@ -135,7 +135,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     Guards().networks_settled(view, paused, view.record.base.frozen_since)
-    view.record.base.frozen_since = set()
+    view.record.base.forget_frozen_since()
 
     before = view.adapter.networks
     under_head = tuple(dict.fromkeys((*before.under_head, *found.under_head)))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.base_tensors import PutAside
 from lightning_lora.base.states import SWITCH
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
@@ -266,8 +265,8 @@ def _show_base(view: View) -> None:
     _read_merged_digests(view)
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
-        put_aside = set_aside(tensor) if is_dtensor(tensor) else tensor.data
-        view.record.base.put_aside[name] = PutAside(put_aside, tensor.requires_grad)
+        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+        view.record.base.note_hidden(name, hidden, required_grad=tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
@@ -300,13 +299,13 @@ def _read_merged_digests(view: View) -> None:
 def _show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
-    put_aside = only(view.record.base.put_aside, view.tensors)
+    hidden_tensors = only(view.record.base.hidden, view.tensors)
     converted = dict[str, Tensor]()  # all, before any is written: an error changes nothing
-    for name, aside in put_aside.items():
-        converted[name] = aside.values.to(view.tensors[name])  # which may have been moved or converted since
-    for name, aside in put_aside.items():
+    for name, hidden in hidden_tensors.items():
+        converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
+    for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])
-        set_requires_grad(view.tensors[name], aside.required_grad)
+        set_requires_grad(view.tensors[name], hidden.required_grad)
     _enable(view, has_effect=True)
     view.record.adapter_is_shown()
 

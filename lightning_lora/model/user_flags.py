@@ -49,15 +49,15 @@ def _note_thawed(view: View) -> None:
     base = view.record.base
     trainable = where(view.frozen, _requires_grad)
     thawed = only(trainable, base.required_grad)
-    base.note_set_since(thawed, frozen=False)
-    base.note_required_grad(thawed, flag=True)
+    base.note_thawed_since(thawed)
+    base.correct_required_grad(thawed, flag=True)
 
 
 def _note_copied(view: View) -> None:
     """Of a network that was copied with its adapters, all trained: its base was frozen by us."""
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
     weights = inside(view.base, copied.keys())
-    view.record.base.note_required_grad(weights, flag=True)
+    view.record.base.correct_required_grad(weights, flag=True)
 
 
 def _note_frozen_since(view: View) -> None:
@@ -67,7 +67,7 @@ def _note_frozen_since(view: View) -> None:
     trained_before = where(view.record.base.required_grad, bool)
     for name, layer in _frozen_layers(view).items():
         weights = trained_before.keys() & joined(name, layer.lora_weights())
-        view.record.base.note_set_since(weights, frozen=True)
+        view.record.base.note_frozen_since(weights)
 
 
 def note_frozen(view: View) -> None:
@@ -76,7 +76,7 @@ def note_frozen(view: View) -> None:
         return
     frozen = _frozen_layers(view)
     weights = [weight for weight in view.base if owner_of(weight) in frozen]
-    view.record.base.note_required_grad(weights, flag=False)
+    view.record.base.correct_required_grad(weights, flag=False)
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:

@@ -1,7 +1,7 @@
 """Find networks that copy another one: a momentum network, a target, an average."""
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ def find_copies(
     if not still:
         return {}
     return _Search(modules, base, layers, still, may_lack).run()
+
+
+def pairs_of(copies: Mapping[str, str]) -> str:
+    """Return copies with what each is a copy of: ``'a' of 'b', 'c' of 'd'``."""
+    pairs = [f"{copy!r} of {copied!r}" for copy, copied in copies.items()]
+    return ", ".join(pairs)
 
 
 class _Search:

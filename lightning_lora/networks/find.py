@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import nn
 
 from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import by_owner, modules_around, only, outermost_outside, outside, where, without
+from lightning_lora.tensors.named import by_owner, largest_free_of, modules_around, only, outside, where, without
 from lightning_lora.tensors.names import Modules, Parameters
 
 HEAD_LAYERS = 2
@@ -81,7 +81,7 @@ def _is_embedding(module: nn.Module) -> bool:
 def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
     """The largest modules that hold these layers and none of the others."""
     around_others = modules_around(others)
-    largest = [outermost_outside(around_others, name) for name in layers]
+    largest = [largest_free_of(around_others, name) for name in layers]
     return tuple(dict.fromkeys(largest))
 
 
@@ -96,7 +96,9 @@ def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) 
 
 def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """The names that differ from one of the others only in numbers: ``blocks.0.q`` from ``blocks.11.q``."""
-    patterns = {_without_numbers(name) for name in others}
+    patterns = set[str]()
+    for other in others:
+        patterns.add(_without_numbers(other))
     return [name for name in names if _without_numbers(name) in patterns]
 
 

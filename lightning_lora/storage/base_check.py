@@ -117,8 +117,8 @@ class _BaseHere:
         base = self.view.record.base
         exact = self.digests[name]
         if name in base.changes:
-            return base.half_digests.get(exact, [])
-        return base.halves(exact, self.tensors[name])
+            return base.readings.known_halves(exact)
+        return base.readings.halves_of(exact, self.tensors[name])
 
 
 # What is said

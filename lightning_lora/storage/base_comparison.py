@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_lora.base.base_tensors import HALVES
+from lightning_lora.base.readings import HALVES
 from lightning_lora.storage.fingerprint import Fingerprint, Halves, digests_by_name, is_convertible
 from lightning_lora.tensors.digests import digests_as
 from lightning_lora.tensors.named import only, with_values

@@ -18,8 +18,8 @@ from lightning_lora.model.record import check_start, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves
+from lightning_lora.storage.formats.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
-from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
@@ -135,8 +135,7 @@ def find_base_in(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) ->
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)
-    for name, change in changes_between(view, there, rounded).items():
-        view.record.base.roundings[name] = change
+    view.record.base.note_roundings(changes_between(view, there, rounded))
     return True
 
 
@@ -155,21 +154,20 @@ def naming_the_file(path: object) -> Iterator[None]:
 _CALL = "To load a checkpoint"
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, whole: bool = False) -> None:
+def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes_states: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
 
     Args:
         model: The model.
-        checkpoint: The checkpoint, in place of which only the adapters are left.
-        whole: Whether callbacks read the states in it: these get the base's values too.
+        checkpoint: The checkpoint, whose state holds adapters alone, or a full model.
+        completes_states: Whether callbacks read the states in it: these get the base's values too.
     """
-    leave_adapters(checkpoint)  # the strategy's own method does not
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
         _load_base(model, state)
         return
     load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
-    if whole:
+    if completes_states:
         _add_base_to_states(model, checkpoint)
 
 
@@ -216,7 +214,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False
-    record.base.changes = {}
+    record.base.forget_all_changes()
 
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:

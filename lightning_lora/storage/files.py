@@ -21,6 +21,8 @@ from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats import own
+from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
+from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
 from lightning_lora.storage.formats.reading import check_usual
@@ -243,11 +245,11 @@ def _reader_for_file(path: Any, asked: Asked) -> Reader:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
     file = path if local is None else weights_of(local)
-    contents = own.read_contents(file)
+    contents = read_contents(file)
     found = find_format(contents, file, asked)
     if found is None:
         _refuse_options(asked, path)
-        return partial(with_names_of, stored=own.adapters_in(contents, path))
+        return partial(with_names_of, stored=own.stored_adapters(contents, path))
     format, reader = found
     if format.name != "loralib":
         _refuse_options(asked, path)
@@ -294,8 +296,8 @@ def load_from_checkpoint(
     """
     if not isinstance(cls, type):
         raise ConfigError(f"Pass the class {type(cls).__name__}. For a module of it, call load_adapter(model, path).")
-    checkpoint = own.read_checkpoint(path, weights_only=weights_only)
-    stored = own.adapters_in(checkpoint, path)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    stored = own.stored_adapters(checkpoint, path)
     check_is_lightning(checkpoint, path)
     kwargs.pop("strict", None)
     if not weights_only:
@@ -340,9 +342,9 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        own.show_base(self, checkpoint)
+        show_base(self, checkpoint)
         cls.on_load_checkpoint(self, checkpoint)
-        own.leave_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
     body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import Base, Change
+from lightning_lora.base.base_tensors import Change
+from lightning_lora.base.readings import Readings
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View
@@ -56,11 +57,11 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
     present = where_not(first_names(tensors), _is_meta)
     copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
     weights = without(present, copies)
-    base = view.record.base
-    numbers = base.digests_read_anew(weights) if anew else base.digests_now(weights)
+    readings = view.record.base.readings
+    found = readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
     for name, tensor in copies.items():
-        numbers[name] = digest(tensor)
-    digests = {tensor: numbers[name] for name, tensor in present.items()}
+        found[name] = digest(tensor)
+    digests = {tensor: found[name] for name, tensor in present.items()}
     return {name: digests.get(tensor, 0) for name, tensor in tensors.items()}
 
 
@@ -161,8 +162,7 @@ def note_changed(view: View, *, anew: bool = True) -> list[dict[str, Any]]:
     before = find_one_form(fingerprints, now)
     if before is None:
         return [now]
-    for name, change in changes_between(view, before, now).items():
-        record.base.changes[name] = change
+    record.base.note_changes(changes_between(view, before, now))
     return fingerprints
 
 
@@ -222,9 +222,9 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[dict[st
         about = dict(each)
         if each["layout"] == here["layout"]:
             digests = digests_by_name(tensors, each)
-            about["rounded"] = _remembered_halves(view.record.base, digests, quantised)
+            about["rounded"] = _remembered_halves(view.record.base.readings, digests, quantised)
             if have_one_form(each, here):
-                about["rounded"] |= _computed_halves(view.record.base, digests, convertible)
+                about["rounded"] |= _computed_halves(view.record.base.readings, digests, convertible)
         described.append(about)
     return described
 
@@ -239,14 +239,14 @@ def _is_meta(tensor: Tensor) -> bool:
     return tensor.is_meta
 
 
-def _remembered_halves(base: Base, digests: Mapping[str, int], quantised: set[str]) -> Halves:
+def _remembered_halves(readings: Readings, digests: Mapping[str, int], quantised: set[str]) -> Halves:
     """The digests in half precision that are known without a look at the tensors."""
-    halves: Halves = {name: base.half_digests.get(number, []) for name, number in digests.items()}
+    halves: Halves = {name: readings.known_halves(exact) for name, exact in digests.items()}
     halves.update(dict.fromkeys(quantised & halves.keys()))
     return halves
 
 
-def _computed_halves(base: Base, digests: Mapping[str, int], tensors: Tensors) -> Halves:
+def _computed_halves(readings: Readings, digests: Mapping[str, int], tensors: Tensors) -> Halves:
     """The digests of tensors in half precision. Each is computed once in a run."""
-    base.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
-    return {name: base.halves(digests[name], tensor) for name, tensor in tensors.items()}
+    readings.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
+    return {name: readings.halves_of(digests[name], tensor) for name, tensor in tensors.items()}

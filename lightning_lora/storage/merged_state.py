@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.functional.update import wide
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.merge import check_mergeable

@@ -14,7 +14,7 @@ from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import renamed, without
-from lightning_lora.tensors.names import is_inside, join
+from lightning_lora.tensors.names import is_in, join
 
 Value = TypeVar("Value")
 
@@ -50,7 +50,7 @@ class Renaming:
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
     """The name with the new prefix, if it has the old one."""
-    if not is_inside(name, old_prefix):
+    if not is_in(name, old_prefix):
         return name
     rest = name[len(old_prefix) :].removeprefix(".")
     return join(new_prefix, rest)
@@ -63,12 +63,12 @@ def _beginning_of_names(prefix: str) -> str:
 
 def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
     """Return what is ``prefix``, or lies inside it."""
-    return {name: value for name, value in named.items() if is_inside(name, prefix)}
+    return {name: value for name, value in named.items() if is_in(name, prefix)}
 
 
 def names_outside(prefix: str, names: Iterable[str]) -> list[str]:
     """Return the names that are not ``prefix``, and do not lie inside it."""
-    return [name for name in names if not is_inside(name, prefix)]
+    return [name for name in names if not is_in(name, prefix)]
 
 
 SAME_NAMES = Renaming()

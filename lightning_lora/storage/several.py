@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.functional.update import wide
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.model import switch
 from lightning_lora.model.record import Record, record_of
 from lightning_lora.model.view import View, view_of
@@ -95,7 +95,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
         switch.set_adapter(model, next(iter(weights)))
     _drop_sums(record, title)
     _add(model, stored, title)
-    record.others[title].becomes_a_sum(weights)
+    record.others[title].become_sum(weights)
     shown = switch.set_adapter(model, title)
     shown.before = before
     shown.active = active

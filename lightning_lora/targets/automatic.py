@@ -8,7 +8,7 @@ from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
 from lightning_lora.targets.near_misses import ending_in
 from lightning_lora.tensors.named import only, with_values
-from lightning_lora.tensors.names import held_parameter, is_inside, owner_of, with_all_inside
+from lightning_lora.tensors.names import find_parameter, is_in, owner_of, with_all_inside
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
@@ -36,7 +36,7 @@ def _output_heads(names: Names) -> set[Any]:
 def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
     """The embeddings, and layers that are tied to one."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
-    weights = {name: held_parameter(module, "weight") for name, module in names.modules.items()}
+    weights = {name: find_parameter(module, "weight") for name, module in names.modules.items()}
     of_embeddings = set(only(weights, names.embeddings()).values()) - {None}
     return list(only(names.modules, with_values(weights, of_embeddings)).values())
 
@@ -64,4 +64,4 @@ def _heads_by_name_and_size(names: Names) -> list[nn.Module]:
 def _numbers_of_words(names: Names, model: str) -> set[int]:
     """How many words the embeddings in a module have. The model itself has no name."""
     embeddings = names.of_type(nn.Embedding)
-    return {embedding.num_embeddings for name, embedding in embeddings.items() if is_inside(name, model)}
+    return {embedding.num_embeddings for name, embedding in embeddings.items() if is_in(name, model)}

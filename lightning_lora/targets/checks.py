@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, counted, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
 from lightning_lora.layers.matrices import weights_of
-from lightning_lora.patterns import matches_pattern
+from lightning_lora.patterns import fits
 from lightning_lora.targets.adaptable import own_matrices, supported_types
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
@@ -200,7 +200,7 @@ def _check_not_of_others(
 
 def _matching(key: str, names: Iterable[str]) -> list[str]:
     """Those of the names that a key means."""
-    return [name for name in names if matches_pattern(key, name)]
+    return [name for name in names if fits(key, name)]
 
 
 def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:

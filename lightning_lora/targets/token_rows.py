@@ -13,7 +13,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRA
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.near_misses import ending_in
-from lightning_lora.tensors.names import held_parameter, owner_of, plain_module, starts_of
+from lightning_lora.tensors.names import find_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
 _ARGUMENT = "trainable_token_indices"
@@ -78,7 +78,7 @@ class TokenRows:
 
     def _owners_of_weight(self, layer: nn.Module) -> list[str]:
         """The modules that hold a layer's weight."""
-        weight = held_parameter(layer, "weight")
+        weight = find_parameter(layer, "weight")
         return [owner_of(name) for name, parameter in self._names.parameters.items() if parameter is weight]
 
     def _why_not(self, name: str, rows: Iterable[int]) -> str:

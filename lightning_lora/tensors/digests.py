@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_lora.private import count_modes
-from lightning_lora.tensors.shards import first_local, full_tensor, is_dtensor, is_one_run, split_dims, to_local
+from lightning_lora.tensors.shards import (
+    first_local,
+    full_tensor,
+    is_dtensor,
+    is_one_run_of_values,
+    sharding_dims,
+    to_local,
+)
 
 _CHUNK = 1 << 18  # integers whose products stay in a cache
 _RANGE = 1 << 63  # a digest is smaller than this
@@ -67,7 +74,7 @@ def _digest_of_integers(integers: Tensor) -> int:
         return _total(_sums_of_chunks(integers), count)
     # One chunk, as in every look at a tensor: to stack it would take longer than to hash it.
     multipliers = _multipliers(integers.device)
-    total = _sum_of_products(integers, multipliers[:count]) * multipliers[-1]
+    total = _sum_of_products(integers, multipliers[:count]) * _multiplier_of_chunk(0, multipliers)
     return (count + int(total)) % _RANGE
 
 
@@ -77,14 +84,14 @@ def _digest_of_integers(integers: Tensor) -> int:
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
     found = [0] * len(tensors)
-    spread: dict[Any, list[tuple[int, Tensor]]] = {}  # by their placement: shards, and their places in the list
+    distributed: dict[Any, list[tuple[int, Tensor]]] = {}  # by placement: DTensors, and their places in the list
     for place, tensor in enumerate(tensors):
-        if is_dtensor(tensor) and is_one_run(tensor):
-            placement = (tensor.device_mesh, split_dims(tensor))
-            spread.setdefault(placement, []).append((place, tensor))
+        if is_dtensor(tensor) and is_one_run_of_values(tensor):
+            placement = (tensor.device_mesh, sharding_dims(tensor))
+            distributed.setdefault(placement, []).append((place, tensor))
         else:
             found[place] = digest(_converted(full_tensor(tensor), dtype))
-    for (mesh, dims), shards in spread.items():
+    for (mesh, dims), shards in distributed.items():
         sums = _sums_over_processes([tensor for _, tensor in shards], dtype, mesh, dims)
         for (place, tensor), total in zip(shards, sums, strict=True):
             count = tensor.numel() * _integers_per_element(dtype or tensor.dtype)
@@ -125,7 +132,7 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
     for piece in (first_piece, *whole_pieces):
         chunk, offset = divmod(place, _CHUNK)
         products = _sum_of_products(piece, multipliers[offset : offset + len(piece)])
-        total += products * multipliers[-1 - chunk]
+        total += products * _multiplier_of_chunk(chunk, multipliers)
         place += len(piece)
     return total
 
@@ -163,11 +170,16 @@ def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
 
 
 def _total(sums: list[Tensor], count: int) -> int:
-    """The hash of ``count`` integers with these sums of their chunks. Each chunk has a multiplier, from the last on."""
+    """The hash of ``count`` integers with these sums of their chunks."""
     multipliers = _multipliers(sums[0].device)
-    of_chunks = multipliers[-len(sums) :].flip(0)
+    of_chunks = multipliers[-len(sums) :].flip(0)  # as _multiplier_of_chunk has them
     total = (torch.stack(sums) * of_chunks).sum()
     return (count + int(total)) % _RANGE
+
+
+def _multiplier_of_chunk(chunk: int, multipliers: Tensor) -> Tensor:
+    """The number by which a chunk's sum is multiplied: from the last on, while its integers begin with the first."""
+    return multipliers[-1 - chunk]
 
 
 def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
@@ -181,7 +193,10 @@ _MULTIPLIERS: dict[torch.device, Tensor] = {}
 
 
 def _multipliers(device: torch.device) -> Tensor:
-    """Odd 64-bit numbers, as good as random, by SplitMix64's mixing function (Steele et al. 2014, section 5)."""
+    """Odd 64-bit numbers, as good as random, by SplitMix64's mixing function (Steele et al. 2014, section 5).
+
+    Its constants are written as negative numbers: torch's integers of 64 bits have a sign.
+    """
     if device in _MULTIPLIERS:
         return _MULTIPLIERS[device]
     mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB

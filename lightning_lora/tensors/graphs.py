@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Go through the graph from which these were computed."""
+    """Yield each node of the graphs from which these tensors were computed, once."""
     nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = {None}
     while nodes:

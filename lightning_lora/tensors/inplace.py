@@ -32,14 +32,22 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
     return _COMBINED[mixin, base]
 
 
-def class_names(value: object) -> set[str]:
-    """Return the names of an object's class and its base classes. There are two Lightning packages with the same."""
-    return {ancestor.__name__ for ancestor in type(value).__mro__}
-
-
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere
+
+
+def uncover(instance: InPlace) -> None:
+    """Give ``instance`` its class from before :func:`overlay` back."""
+    object.__setattr__(instance, "__class__", instance.overlaid[1])
+
+
+def _blank(mixin: type[InPlace], base: type) -> object:
+    cls: Any = combined(mixin, base)
+    return cls.__new__(cls)
+
+
+# Which class an object has
 
 
 def is_overlaid(instance: InPlace) -> bool:
@@ -54,11 +62,6 @@ def original_class(instance: object) -> type:
     return type(instance)
 
 
-def uncover(instance: InPlace) -> None:
-    """Give ``instance`` its class from before :func:`overlay` back."""
-    object.__setattr__(instance, "__class__", instance.overlaid[1])
-
-
-def _blank(mixin: type[InPlace], base: type) -> object:
-    cls: Any = combined(mixin, base)
-    return cls.__new__(cls)
+def class_names(value: object) -> set[str]:
+    """Return the names of an object's class and its base classes. There are two Lightning packages with the same."""
+    return {ancestor.__name__ for ancestor in type(value).__mro__}

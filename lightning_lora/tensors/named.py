@@ -67,17 +67,17 @@ def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
 
 
 def renamed(named: Mapping[str, Thing], name_of: Callable[[str], str]) -> dict[str, Thing]:
-    """Return what has these names by other names."""
+    """Return the same things by other names."""
     return {name_of(name): thing for name, thing in named.items()}
 
 
 def joined(prefix: str, names: Iterable[str]) -> list[str]:
-    """Return the full names of what has these names in a module."""
+    """Return names in the module ``prefix`` as names in the model."""
     return [join(prefix, name) for name in names]
 
 
 def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
-    """Return what has these names in a module, by full names."""
+    """Return what has these names in the module ``prefix``, by its names in the model."""
     start = f"{prefix}." if prefix else ""
     return {start + name: thing for name, thing in named.items()}
 
@@ -90,10 +90,10 @@ def modules_around(names: Iterable[str]) -> set[str]:
     return around
 
 
-def outermost_outside(modules: Collection[str], name: str) -> str:
-    """Return the largest module around ``name`` that is none of these, or ``name`` itself."""
+def largest_free_of(others: Collection[str], name: str) -> str:
+    """Return the largest module around ``name`` that is none of the others, or ``name`` itself."""
     for outer in starts_of(name):
-        if outer not in modules:
+        if outer not in others:
             return outer
     return name
 

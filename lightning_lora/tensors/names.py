@@ -101,6 +101,11 @@ def starts_of(name: str) -> list[str]:
     return list(accumulate(name.split("."), "{}.{}".format))
 
 
+def is_in(name: str, module: str) -> bool:
+    """Whether ``name`` is this module, or in it. Everything is in the model itself, ``""``."""
+    return module in ("", *starts_of(name))
+
+
 def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them."""
     for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
@@ -114,18 +119,13 @@ def is_bias(parameter: str) -> bool:
     return "bias" in parameter.rpartition(".")[2]
 
 
-def is_inside(name: str, prefix: str) -> bool:
-    """Whether a name is ``prefix`` or the name of something inside it. Everything is inside of the model, ``""``."""
-    return prefix in ("", *starts_of(name))
-
-
 def owner_of(parameter: str) -> str:
     """Return the name of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
 
 
-def holder_of(parameter: str) -> str:
-    """Return the name of the module that holds a parameter. The model itself has none: the parameter's own name."""
+def owner_or_itself(parameter: str) -> str:
+    """Return the name of the module that holds a parameter, or the parameter's own name if the model itself does."""
     return owner_of(parameter) or parameter
 
 
@@ -139,14 +139,17 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def held_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the parameter that ``module`` itself holds under ``name``. A scripted module has no ``get`` for it."""
+def find_parameter(module: nn.Module, leaf: str) -> nn.Parameter | None:
+    """Return a parameter that ``module`` itself holds, or None. It is not looked for in modules inside."""
     held = module._parameters
-    return held[name] if name in held else None  # noqa: SIM401
+    return held[leaf] if leaf in held else None  # noqa: SIM401  # a scripted module has no ``get`` for it
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
+    """Return the parameter of a dotted name, which must be there.
+
+    An attribute of this name may be something else: what is computed from other parameters.
+    """
     owner, _, leaf = name.rpartition(".")
     held: Any = submodule(module, owner)._parameters
     if leaf not in held or held[leaf] is None:
@@ -156,6 +159,6 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def set_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
-    """Replace the parameter or buffer that ``module`` holds under ``name``."""
+    """Replace the parameter or buffer of a dotted name."""
     owner, _, leaf = name.rpartition(".")
     setattr(submodule(module, owner), leaf, parameter)

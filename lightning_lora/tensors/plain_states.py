@@ -19,12 +19,13 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
-_KEEP_THEIR_PARTS = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+_LOAD_AS_TORCH = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+"""The packages whose modules load entry by entry, and keep their parts."""
 
 
 def loads_in_own_way(module: nn.Module) -> bool:
-    """Whether code of a user loads this module's state. It may read entries by name, and build parts of the module."""
-    return not type(module)._load_from_state_dict.__module__.startswith(_KEEP_THEIR_PARTS)
+    """Whether a module's state is loaded by code of a user, who may read entries and build parts of the module."""
+    return not type(module)._load_from_state_dict.__module__.startswith(_LOAD_AS_TORCH)
 
 
 def load_state_dict(
@@ -45,7 +46,7 @@ def load_state_dict(
         name = names_in_model.get(plain, plain)
         loaded[name] = distributed_as(value, present.get(name))
     read_in_own_way = {names_in_model.get(plain, plain) for plain in _read_in_own_way(model)}
-    loaded = {**only(present, read_in_own_way), **loaded}
+    loaded = {**only(present, read_in_own_way), **loaded}  # their code may ask for entries that ``state`` leaves out
     shared = _under_all_names(present, loaded)
     noted: Any = OrderedDict({**shared, **loaded})
     setattr(noted, STATE_NOTES, {"": dict.fromkeys(notes, True)})

@@ -1,4 +1,8 @@
-"""Tensors distributed over processes (DTensor). Calls marked as collective: by every process, in the same order."""
+"""Tensors distributed over processes.
+
+A distributed tensor is a DTensor. It is sharded if each process holds only a part of it, or else replicated. A call
+marked as collective must be made by every process, in the same order.
+"""
 
 import math
 import sys
@@ -29,7 +33,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 def without_dtensor(tensor: Tensor) -> Tensor:
     """Return the local tensor of a replicated DTensor. Gradients pass. Other tensors are returned unchanged."""
-    if not is_dtensor(tensor) or split_dims(tensor):
+    if not is_dtensor(tensor) or sharding_dims(tensor):
         return tensor
     local: Tensor = tensor.to_local()
     return local
@@ -70,11 +74,11 @@ def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
     return nn.Parameter(values, parameter.requires_grad)
 
 
-TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for the dimension of a mesh that splits matrices
+TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for the dimension of a mesh that shards matrices
 
 
-def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
-    """Return a full factor, split in ``dim`` if a tensor-parallel weight is (0: its output, -1: its input)."""
+def sharded_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
+    """Return a full factor, sharded in ``dim`` if a tensor-parallel weight is (0: its output, -1: its input)."""
     if not is_dtensor(weight) or TENSOR_PARALLEL not in _mesh_names(weight):
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -87,16 +91,16 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
     return distribute_tensor(factor, mesh, [placement], src_data_rank=None)
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only some values of a tensor."""
     return is_dtensor(tensor) and to_local(tensor).numel() < tensor.numel()
 
 
-def split_over_data(tensor: Tensor) -> bool:
+def is_sharded_over_data(tensor: Tensor) -> bool:
     """Whether a tensor is sharded over processes with different data."""
     if not is_dtensor(tensor):
         return False
-    return any(_has_different_data(tensor, dim) for dim in split_dims(tensor))
+    return any(_has_different_data(tensor, dim) for dim in sharding_dims(tensor))
 
 
 def data_processes(tensor: Any) -> int:
@@ -118,18 +122,18 @@ def _mesh_names(tensor: Any) -> tuple[str, ...]:
     return names
 
 
-def split_dims(tensor: Any) -> tuple[int, ...]:
-    """Return the dimensions of its mesh that split a DTensor."""
+def sharding_dims(tensor: Any) -> tuple[int, ...]:
+    """Return the dimensions of a DTensor's mesh along which it is sharded."""
     placements = enumerate(tensor.placements)
     return tuple(dim for dim, placement in placements if not placement.is_replicate())
 
 
 def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
-    spread = [tensor for tensor in tensors if is_dtensor(tensor)]
-    if not spread or not flags:
+    distributed = [tensor for tensor in tensors if is_dtensor(tensor)]
+    if not distributed or not flags:
         return list(flags)
-    device: str = spread[0].device_mesh.device_type
+    device: str = distributed[0].device_mesh.device_type
     found = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return list(map(bool, found.tolist()))
@@ -137,19 +141,19 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
-    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # likewise
+    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # imported if one is here
     for module in model.modules():
         if isinstance(module, sharded_class):
             module.reshard()
 
 
-def is_one_run(tensor: Any) -> bool:
-    """Whether the local shard is one run of the full tensor."""
+def is_one_run_of_values(tensor: Any) -> bool:
+    """Whether the values of the local shard lie one after the other in the full tensor."""
     return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
 
 
 def first_local(tensor: Any) -> int:
-    """Return the place in the full tensor of the first element of such a shard."""
+    """Return the place in the full tensor of the local shard's first element, if the shard is one run of values."""
     _, offsets = local_offsets(tensor)
     if not offsets:  # a tensor of one number
         return 0

@@ -12,7 +12,7 @@ from lightning_lora.private import NormBase
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import joined, of_type, only, where
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.seen import Seen
 
 
 @dataclass
@@ -49,7 +49,7 @@ class BeforeHooks:
         return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
 
     def _is_as_before(self, name: str, tensor: Tensor) -> bool:
-        return name in self.with_base_value and self.with_base_value[name].is_still(tensor)
+        return name in self.with_base_value and self.with_base_value[name].has_same_values(tensor)
 
 
 def _seen_with_base_value(view: View) -> dict[str, Seen]:

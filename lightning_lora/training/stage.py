@@ -198,7 +198,7 @@ class Stage:
             return
         self.inject(pl_module, stored)
         view = view_of(pl_module)
-        view.record.base.filled.update(self.filled)
+        view.record.base.note_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)

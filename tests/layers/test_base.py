@@ -23,7 +23,7 @@ from tests.support.cases import Three, three
 from tests.support.compared import assert_all_equal, assert_same_tensors
 from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
 from tests.support.models import WIDTH, X, randomise
-from tests.support.parameters import cloned, dtypes
+from tests.support.parameters import add_to, cloned, dtypes
 
 
 def output_and_gradient(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -227,3 +227,20 @@ def test_an_adapter_that_is_paused_is_moved_by_no_optimizer() -> None:
     layer.lora_pause()
     optimizer.step()
     assert_same_tensors(layer.lora_parameters(), before)
+
+
+def fresh() -> Any:
+    """A layer with an update of zero."""
+    layer = nn.Linear(4, 4)
+    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2))
+    return layer
+
+
+def test_an_adapter_that_begins_as_another_one_does_not_move_with_it() -> None:
+    original = fresh()
+    follower = fresh()
+    follower.lora_follow(original)
+    began = original.lora_A.detach().clone()
+    assert torch.equal(follower.lora_A, began)
+    add_to(original.lora_A, 1)
+    assert torch.equal(follower.lora_A, began)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model.record import record_of
 from lightning_lora.model.trainer_only import TRAINER_ONLY
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
@@ -77,15 +78,6 @@ def test_adapters_that_are_made_or_unmerged_in_inference_mode_train() -> None:
         ll.unmerge_adapters(model)
     model(torch.ones(2, 4).double()).sum().backward()
     assert model[0].lora_B.grad is not None
-
-
-@pytest.mark.parametrize(("lazy", "name"), [(nn.LazyLinear(4), "weight"), (nn.LazyBatchNorm1d(), "running_mean")])
-def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: nn.Module, name: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), lazy)
-    with pytest.raises(ll.ConfigError, match=rf"'1.{name}'.*lazy.*Run one batch"):
-        ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["0"]))
-    assert type(model[0]) is nn.Linear
-    assert model[0].weight.requires_grad
 
 
 def test_integer_parameters_of_a_module_that_trains_whole_stay() -> None:
@@ -238,3 +230,17 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(make: Any, call: 
         ll.unmerge_adapters(model)  # neither base nor adapters were rounded on the way
         assert_same_state(model, exact)
     assert 5 < place < PLACES[-1]
+
+
+def test_what_was_frozen_since_it_learned_and_then_thawed_counts_as_never_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = ll.LoRAConfig(r=2)
+    ll.inject_adapters(model, config)
+    ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))  # as what has learned
+    known = record_of(model).base
+    model[0].requires_grad_(False)
+    ll.inject_adapters(model, config)
+    assert known.frozen_since == {"0.weight"}
+    model[0].requires_grad_(True)
+    ll.inject_adapters(model, config)
+    assert known.frozen_since == set()

@@ -29,7 +29,7 @@ from lightning_lora import (
     save_adapter,
     set_adapter,
 )
-from lightning_lora.functional.batch_rows import taken
+from lightning_lora.functional.some_rows import take_rows
 from tests.support.compared import assert_all_equal, assert_state
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM, state
@@ -82,7 +82,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def tensors_of_row(output: Any, row: int, rows: int, later: int) -> list[Tensor]:
-    return tensors(taken(output, torch.tensor([row]), rows, later))
+    return tensors(take_rows(output, torch.tensor([row]), rows, later))
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.base.states import FOLLOWING, STARTS, SWITCH, USE, State
+from lightning_lora.base.states import CALLS as RULES
+from lightning_lora.base.states import FOLLOWING, SWITCH, USE, State
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.record import check_start, state_of
 from lightning_lora.model.view import view_of
@@ -63,11 +64,11 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 def starts_of(call: str) -> frozenset[State]:
     is_a_switch_too = call == "A sum of adapters"
-    return STARTS[call] & STARTS[SWITCH] if is_a_switch_too else STARTS[call]
+    return RULES[call].states & RULES[SWITCH].states if is_a_switch_too else RULES[call].states
 
 
 def test_each_call_of_the_table_is_tried() -> None:
-    assert CALLS.keys() == STARTS.keys()
+    assert CALLS.keys() == RULES.keys()
     assert FOLLOWING.keys() == set(State)
 
 

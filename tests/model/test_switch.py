@@ -151,6 +151,15 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     assert torch.equal(model(X), outputs[None])
 
 
+def test_after_a_block_the_base_is_shown_again_over_the_adapter_that_was_active() -> None:
+    model, outputs = several()
+    ll.set_adapter(model, None)
+    with ll.set_adapter(model, "de"):
+        assert torch.equal(model(X), outputs["de"])
+    assert torch.equal(model(X), outputs[None])
+    assert ll.adapters(model)[0] == "fr"  # which a file or a merge takes
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A file of an adapter "fr"."""

@@ -157,3 +157,32 @@ def test_infinite_values_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Pat
         model.norm.mask[0] = torch.inf
     with pytest.raises(ll.AdapterStateError, match=r"'norm\.mask' of Masked hold NaN or infinite"):
         ll.save_adapter(model, tmp_path / "a.safetensors")
+
+
+class Filled(LitTiny):
+    """A module whose set-up gives a buffer another shape and dtype, as from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.mean = torch.tensor(0.5, dtype=torch.float64)
+
+
+class Refuses(Filled):
+    """A module whose own loading refuses that buffer."""
+
+    def _load_from_state_dict(self, state: Any, *args: Any) -> None:
+        if state["mean"].dtype is torch.float64:
+            raise RuntimeError("It has no place here.")
+        super()._load_from_state_dict(state, *args)
+
+
+def test_a_buffer_has_its_own_form_again_if_the_loading_of_a_module_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fitted(path, Filled(), lora(merge=False))
+    model = Refuses()
+    with refused(model, RuntimeError, "It has no place here"):
+        ll.load_adapter(model, path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_lora import LoRAConfig, TargetError, inject_adapters
+from lightning_lora import ConfigError, LoRAConfig, TargetError, inject_adapters
 from tests.support.faults import unchanged
 from tests.support.layers import Linear
 from tests.support.models import LitTiny, is_plain
@@ -84,6 +84,15 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_name(build: Any, why: str)
     with unchanged(model), pytest.raises(TargetError, match=rf"\('1': .*{why}.*Name other layers"):
         adapted(model, target_modules=["1"])
     assert adapted(model, exclude_modules=["1"]) == ("0",)
+
+
+@pytest.mark.parametrize(("lazy", "name"), [(nn.LazyLinear(4), "weight"), (nn.LazyBatchNorm1d(), "running_mean")])
+def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: nn.Module, name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), lazy)
+    with pytest.raises(ConfigError, match=rf"'1.{name}'.*lazy.*Run one batch"):
+        adapted(model, target_modules=["0"])
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
 
 
 COMPUTED: dict[str, Callable[[Any], nn.Module]] = {

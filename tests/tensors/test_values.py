@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.tensors import digests, values
+from lightning_lora.tensors import seen as seen_module
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.seen import Seen
 
 
 def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large tensors in earlier files hold
@@ -39,22 +40,22 @@ def test_any_flipped_bit_is_another_digest(dtype: torch.dtype) -> None:
 
 def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = nn.Parameter(torch.randn(100, 100))
-    look = values.look
+    look = seen_module.look
     seen = Seen(weight)
 
     def elsewhere(tensor: Tensor) -> Any:
         return replace(look(tensor), device="elsewhere")  # type: ignore[type-var]
 
-    monkeypatch.setattr(values, "look", elsewhere)
+    monkeypatch.setattr(seen_module, "look", elsewhere)
     weight.data = weight.data.clone()
     other, copied = copy.deepcopy((weight, seen))
     with torch.no_grad():
-        assert seen.is_still(weight)
-        assert copied.is_still(other)
+        assert seen.has_same_values(weight)
+        assert copied.has_same_values(other)
         weight[0, 1] += 1
         other[0, 1] += 1
-    assert not seen.is_still(weight)
-    assert not copied.is_still(other)
+    assert not seen.has_same_values(weight)
+    assert not copied.has_same_values(other)
 
 
 def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_are_the_same() -> None:
@@ -63,7 +64,7 @@ def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_
     written = weight.detach().clone()
     written[0, 1] += 1  # between two samples
     weight.data = written
-    assert not seen.is_still(weight)
+    assert not seen.has_same_values(weight)
 
 
 def test_a_look_sees_some_values_of_every_column() -> None:
@@ -84,3 +85,17 @@ def test_any_moved_row_is_another_digest(dtype: torch.dtype, times: int) -> None
     one = torch.stack([a, b, b, a])
     other = torch.stack([b, a, a, b])
     assert digest(one) != digest(other)
+
+
+def test_what_is_set_aside_of_a_larger_memory_is_a_copy() -> None:
+    memory = torch.zeros(8)
+    part = nn.Parameter(memory[2:6])
+    aside = values.set_aside(part)
+    memory.fill_(1)
+    assert part.all()
+    assert not aside.any()
+
+
+def test_a_whole_tensor_is_set_aside_without_a_copy() -> None:
+    whole = nn.Parameter(torch.zeros(8))
+    assert values.set_aside(whole).data_ptr() == whole.data_ptr()

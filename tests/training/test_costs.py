@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import unmerge_adapters
-from lightning_lora.base import base_tensors
+from lightning_lora.base import readings
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.training.optimizers import float32_steps, places
 from lightning_lora.training.steps import feeding, gradients
@@ -37,7 +37,7 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         digest_of_integers = hashing._digest_of_integers
-        digests_as = base_tensors.digests_as
+        digests_as = readings.digests_as
 
         def counting(integers: Tensor) -> int:
             self.add(integers)
@@ -48,7 +48,7 @@ class Reads:
             return digests_as(tensor, dtypes)
 
         monkeypatch.setattr(hashing, "_digest_of_integers", counting)
-        monkeypatch.setattr(base_tensors, "digests_as", counting_halves)
+        monkeypatch.setattr(readings, "digests_as", counting_halves)
 
     def add(self, tensor: Tensor) -> None:
         if tensor.numel() >= WIDTH * WIDTH:

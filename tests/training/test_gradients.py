@@ -352,6 +352,28 @@ def test_base_weights_that_are_thawed_in_training_stay_frozen_and_are_named_once
     assert caplog.text.count("requires_grad of 'embed.weight' was set in training.") == times
 
 
+class ThawsByHand(LitTiny):
+    """A module that thaws a weight of the base in each step, and calls backward itself."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[Tensor | None] = []  # its gradient after each step
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.embed.requires_grad_(True)
+        super().training_step(batch, batch_idx).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        self.left.append(self.embed.weight.grad)
+
+
+def test_a_step_by_hand_leaves_no_gradient_on_what_it_has_thawed(tmp_path: Path) -> None:
+    model, _ = train(tmp_path, lora(), model=ThawsByHand(), max_epochs=1)
+    assert model.left == [None] * 4
+
+
 class Probe(LitTiny):
     """A linear probe that freezes all but its head when the optimizer is made."""
 

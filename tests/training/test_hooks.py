@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 import lightning_lora as ll
-from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held, tensors
@@ -304,19 +303,6 @@ def merged_with(base: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 def fitted_without_a_saved_head(file: Path, value: float = 2.0) -> Scaled:
     """A module after a fit with nothing that trains in full, whose file is written."""
     return as_trained_by_a_fit(file, Scaled(value), modules_to_save=None)
-
-
-def test_they_are_combined(tmp_path: Path) -> None:
-    file = tmp_path / "a.ckpt"
-    other = tmp_path / "b.ckpt"
-    both = tmp_path / "both.safetensors"
-    model = fitted_without_a_saved_head(file)
-    combine_files([file, file], both, (0.25, 0.75))
-    again = loads(Scaled(3.0), both)
-    torch.testing.assert_close(again(X), model(X))
-    fitted_without_a_saved_head(other, 5.0)
-    with pytest.raises(ll.BaseMismatchError, match="different bases"):
-        combine_files([file, other], tmp_path / "c.safetensors", (1, 1))
 
 
 def test_they_are_merged_into_a_base_that_has_a_place_for_them(tmp_path: Path) -> None:

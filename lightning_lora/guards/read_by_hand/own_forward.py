@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from lightning_lora.layers import LoRALayer
 from lightning_lora.tensors.named import only
-from lightning_lora.tensors.names import held_parameter, owner_of, submodule
+from lightning_lora.tensors.names import find_parameter, owner_of, submodule
 
 
 class OwnForward:
@@ -57,7 +57,7 @@ class OwnForward:
     def _show_plain_weights(self) -> None:
         """Set them as attributes, which come before parameters."""
         for owner, name in self._places:
-            weight = held_parameter(owner, name)
+            weight = find_parameter(owner, name)
             if type(weight) is WatchedWeight and name not in vars(owner):
                 vars(owner)[name] = weight.detach()
                 self._shown.append((owner, name))

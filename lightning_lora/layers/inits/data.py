@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad

@@ -7,8 +7,8 @@ result.
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits.table import Initialisation, kaiming
 
 

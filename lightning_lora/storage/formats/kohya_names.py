@@ -135,7 +135,9 @@ class _OriginalUnet:
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of an attention."""
 
-_IN_ENCODER = re.compile(rf"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.(?:{'|'.join(ATTENTION)})|mlp\.fc[12]))")
+_IN_ENCODER = re.compile(
+    rf"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.(?:{'|'.join(ATTENTION)})|mlp\.fc[12]))"
+)
 
 
 class _TextEncoder:

@@ -26,16 +26,17 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
         )
 
 
-def with_callback_named(checkpoint: Mapping[str, Any], adapter: str) -> dict[str, Any]:
-    """Return a checkpoint with a state of LoRACallback: without the callback, Lightning then warns that it is missing.
+def with_callback_state(checkpoint: Mapping[str, Any], adapter: str) -> dict[str, Any]:
+    """Return a checkpoint with a state of LoRACallback.
 
-    That is all that is said where the module has ``strict_loading = False``: torch ignores the names of adapters.
+    A Trainer that loads it without the callback then warns that one is missing. Nothing else may say so: with
+    ``strict_loading = False``, torch ignores the names of adapters.
     """
     return {**checkpoint, _CALLBACKS: {**checkpoint.get(_CALLBACKS, {}), _OURS: {"name": adapter}}}
 
 
-def leave_callback(checkpoint: dict[str, Any]) -> None:
-    """Take that state out again, in place: the callback is here, and needs none."""
+def remove_callback_state(checkpoint: dict[str, Any]) -> None:
+    """Take the state of LoRACallback out of a checkpoint, in place: the callback is here, and needs none."""
     states = checkpoint.get(_CALLBACKS)
     if not isinstance(states, dict) or _OURS not in states:
         return

@@ -13,7 +13,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
-from lightning_lora.patterns import matches_pattern
+from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Asked, Format, Reader
 from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
 from lightning_lora.storage.inner_model import root_of
@@ -88,7 +88,7 @@ def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
     """Refuse slices of layers that the file does not have."""
     unused = list[str]()
     for pattern in settings.target_slices or {}:
-        if not any(matches_pattern(pattern, name) for name in layers):
+        if not any(fits(pattern, name) for name in layers):
             unused.append(pattern)
     if unused:
         raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(layers)}.")

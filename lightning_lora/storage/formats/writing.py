@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
+from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
 from lightning_lora.model.view import view_of
@@ -21,7 +21,7 @@ from lightning_lora.storage.renaming import Renaming, entries_inside, expression
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
-from lightning_lora.tensors.names import is_inside, join, modules_by_all_names
+from lightning_lora.tensors.names import is_in, join, modules_by_all_names
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
 
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
     """Warn of values that are not the base's, and not of training: the reader gets none of them."""
-    outside = {name for name in stored.filled if not is_inside(name, stored.root)}  # the reader has not these buffers
+    outside = {name for name in stored.filled if not is_in(name, stored.root)}  # the reader has not these buffers
     lost = not_in(stored.random, outside)
     if lost:
         warn(

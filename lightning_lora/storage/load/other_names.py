@@ -8,7 +8,7 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import find_renamings, names_outside, renamed_config
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import holder_of, owner_of
+from lightning_lora.tensors.names import owner_of, owner_or_itself
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -55,7 +55,7 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
 def _refuse_outside(stored: StoredAdapters, title: str) -> None:
     """Refuse a file that holds other modules too, for which the model has no place."""
     prefix = stored.renaming.there
-    outside = [holder_of(name) for name in names_outside(prefix, stored.state)]
+    outside = [owner_or_itself(name) for name in names_outside(prefix, stored.state)]
     if outside:
         raise AdapterMismatchError(
             f"The file's adapters fit {title}, but it also holds {listed(dict.fromkeys(outside))}, outside of "

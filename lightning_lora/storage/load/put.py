@@ -162,7 +162,7 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
     if stored.base:
         view.adapter.random = tuple(stored.random)
-        view.record.base.filled.update(stored.filled)
+        view.record.base.note_filled(stored.filled)
     _write_state(view, stored.state)
 
 

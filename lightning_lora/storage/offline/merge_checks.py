@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.base.base_tensors import HALVES
+from lightning_lora.base.readings import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan

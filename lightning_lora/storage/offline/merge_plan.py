@@ -12,7 +12,7 @@ from lightning_lora.storage.renaming import Renaming, find_renamings, names_outs
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import joined, only, renamed, with_values
-from lightning_lora.tensors.names import is_inside, join
+from lightning_lora.tensors.names import is_in, join
 
 _OUTSIDE = " outside: "  # before names for which the base has no place: so no tensor of it has such a name
 
@@ -57,7 +57,7 @@ class MergePlan:
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
-        return is_inside(name, self.renaming.there)
+        return is_in(name, self.renaming.there)
 
     def is_in_base(self, place: str) -> bool:
         """Whether the base has a tensor of this name."""

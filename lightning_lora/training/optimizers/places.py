@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import only, outside, where, with_values
-from lightning_lora.tensors.names import holder_of, named_parameters, owner_of
+from lightning_lora.tensors.names import named_parameters, owner_of, owner_or_itself
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
@@ -72,7 +72,7 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     lost = only(held, trained_before)
     if not lost:
         return
-    networks = networks_around(map(holder_of, lost))
+    networks = networks_around(map(owner_or_itself, lost))
     title = f"Optimizer {number} of {view.title} ({type(edit.optimizer).__name__})"
     raise OptimizerError(
         f"{title} would train nothing: it holds only frozen weights of {listed(networks)}, whose adapters, if any, "

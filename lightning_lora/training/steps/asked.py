@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves, tree_map
 from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import only, where, with_values
-from lightning_lora.tensors.names import holder_of
+from lightning_lora.tensors.names import owner_or_itself
 from lightning_lora.tensors.values import is_tensor
 
 _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
@@ -84,7 +84,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
         return
     names = _names_of(View(model), asked_for)
     if names:
-        layers = list(dict.fromkeys(map(holder_of, names)))
+        layers = list(dict.fromkeys(map(owner_or_itself, names)))
         raise TargetError(
             f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
             f"Train their layers in full: modules_to_save={layers}. {advice}"

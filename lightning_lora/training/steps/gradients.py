@@ -8,11 +8,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import AdapterStateError, TargetError, listed, pairs_of
+from lightning_lora.errors import AdapterStateError, TargetError, listed
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.settle import begin_alike, copies_among
 from lightning_lora.model.view import View, view_of
+from lightning_lora.networks.copies import pairs_of
 from lightning_lora.tensors.named import outside, with_values
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.optimizers.groups import held_by, layers_trained_by

@@ -15,8 +15,8 @@ from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.tensors.named import inside, modules_around, only, where, with_values, without
 from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.seen import Seen, samples
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import Seen, samples
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FrozenCopies:
         """Return the weights of a copy that have changed since."""
         moved = []
         for name in inside(only(view.base, self._before), [copy]):
-            if not self._before[name].seen.is_alike(view.base[name]):
+            if not self._before[name].seen.may_have_same_values(view.base[name]):
                 moved.append(name)
         return moved
 

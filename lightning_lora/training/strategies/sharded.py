@@ -83,7 +83,7 @@ class ShardedMethods(LateStrategyMethods):
 
     def _warn_of_whole_model(self) -> None:
         """Warn of a model that is not sharded."""
-        if self.strategy.is_global_zero and not any(map(shards.is_split, self.module.parameters())):
+        if self.strategy.is_global_zero and not any(map(shards.is_sharded, self.module.parameters())):
             warn(
                 f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
                 f"{self.mesh.size()} of {self.strategy.world_size} read their own data. "
@@ -94,7 +94,7 @@ class ShardedMethods(LateStrategyMethods):
     def _check_mesh(self) -> None:
         """Refuse a module that is not sharded over the processes with their own batches."""
         size = self.mesh.size()
-        for name, p in where(named_parameters(self.module), shards.split_over_data).items():
+        for name, p in where(named_parameters(self.module), shards.is_sharded_over_data).items():
             count = shards.data_processes(p)
             if count != size:
                 raise StrategyError(
@@ -113,7 +113,7 @@ class ShardedMethods(LateStrategyMethods):
 
     def _refuse_sharded_adapters(self, view: View) -> None:
         """Refuse adapters that were there before ``configure_model`` sharded the module."""
-        sharded = where(view.adapters, shards.split_over_data)
+        sharded = where(view.adapters, shards.is_sharded_over_data)
         if sharded:
             raise StrategyError(
                 f"{listed(sharded)} of {type(self.module).__name__} were sharded with the base. Do not call "
@@ -217,7 +217,7 @@ class ShardedGradients(Gradients):
 
 def _is_left_to_us(p: nn.Parameter) -> bool:
     """Whether a parameter trains, and FSDP2 does not average its gradient."""
-    return p.requires_grad and not shards.split_over_data(p)
+    return p.requires_grad and not shards.is_sharded_over_data(p)
 
 
 def _dtype_of(p: nn.Parameter) -> torch.dtype:

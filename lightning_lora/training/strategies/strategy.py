@@ -19,14 +19,14 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
+from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.lightning import (
     as_base,
     check_readable,
     check_resumable,
-    leave_callback,
-    with_callback_named,
+    remove_callback_state,
+    with_callback_state,
 )
-from lightning_lora.storage.formats.own import leave_adapters, show_base
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
@@ -174,9 +174,9 @@ class StrategyMethods(OverlaidMethods):
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: State = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        merged_weights = leave_adapters(checkpoint)
+        merged_weights = reduce_to_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
-        leave_callback(checkpoint)
+        remove_callback_state(checkpoint)
         if merged_weights and self._evaluates_plain_module():
             return _plain_model_in(checkpoint, merged_weights)
         if self.stage.phase is not Phase.OVER:
@@ -235,7 +235,7 @@ class StrategyMethods(OverlaidMethods):
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        leave_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)
         self._rebuild_layers(checkpoint)
         self.adapt_again(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # as in load_checkpoint
@@ -244,7 +244,7 @@ class StrategyMethods(OverlaidMethods):
         self.note_base()
         are_read = compatibility.states_are_read(self.stage.callbacks)
         with checkpoints.naming_the_file(self.stage.file):
-            checkpoints.load_checkpoint_state(self.module, checkpoint, whole=are_read)
+            checkpoints.load_checkpoint_state(self.module, checkpoint, completes_states=are_read)
         if KEY in checkpoint:
             self.stage.was_loaded()
 
@@ -316,7 +316,7 @@ class StrategyMethods(OverlaidMethods):
         if stage.phase is Phase.TRAINING:
             stage.aloud.base_compared(View(module))
         if stage.save == "adapters":
-            return with_callback_named(checkpoint, view_of(module).adapter.name)
+            return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
             checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
             stage.guards.merged_in_checkpoint(type(module).__name__, lost)

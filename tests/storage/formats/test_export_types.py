@@ -1,5 +1,6 @@
 """Types of models of transformers of which PEFT adapts some layers otherwise, or not: named before and after a fit."""
 
+import json
 import logging
 import sys
 from copy import deepcopy
@@ -14,21 +15,29 @@ import lightning_lora as ll
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.training.advice import advise
-from tests.storage.formats.test_export_models import run
+from tests.storage.formats.test_export_models import load_adapter, run
+from tests.storage.formats.test_same_folders import of_0_2_0
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, read, trained
+from tests.support.storage import rewrite
 
 if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5:
     pytest.skip("experts are modules there", allow_module_level=True)
+
+WeightRenaming = pytest.importorskip("transformers.core_model_loading").WeightRenaming
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
 DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 GATED = ["gate_proj", "up_proj", "down_proj"]
 EACH = ["experts.gate_up_proj", "experts.down_proj"]
-CASES: list[tuple[str, dict[str, Any], list[str], str]] = [
-    ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
-    ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
+MOE = ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]})
+MAMBA = ("Mamba", {**SMALL, "state_size": 4})
+NOT_AS_PARAMETER = "layers.0.mlp.down_proj.*experts .*'qwen3_moe'.*use_dora=False and dropout=0"
+CASES: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str]] = [
+    (MOE, {"use_dora": True}, NOT_AS_PARAMETER),
+    (MOE, {"dropout": 0.1}, NOT_AS_PARAMETER),
+    (MAMBA, {}, r"PEFT refuses 'out_proj' .*'mamba'.*exclude_modules=\['out_proj'\]"),
 ]
 
 
@@ -54,61 +63,138 @@ def assert_moved(model: Any, base: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize(("kind", "sizes", "left", "match"), CASES)
+@pytest.mark.parametrize(("model", "config", "match"), CASES)
 def test_what_peft_does_not_hold_is_named(
-    kind: str, sizes: dict[str, Any], left: list[str], match: str, tmp_path: Path, caplog: Any
+    model: tuple[str, dict[str, Any]], config: dict[str, Any], match: str, tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    base = tiny(kind, sizes)
-    assert is_advised_against(base, {}, caplog)
-    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
-    with pytest.raises(ll.ExportError, match=match) as error:
-        ll.export_peft(model, tmp_path / "peft")
-    assert f"exclude_modules={left}" in str(error.value)
+    base = tiny(*model)
+    assert is_advised_against(base, config, caplog)
+    adapted = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
+    with pytest.raises(ll.ExportError, match=match):
+        ll.export_peft(adapted, tmp_path / "peft")
 
 
-MOE, MAMBA = CASES
-
-
-ADVISED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    (MOE[0], MOE[1], {"exclude_modules": GATED}),
-    (MOE[0], MOE[1], {"exclude_modules": GATED, "target_parameters": EACH}),
-    (MAMBA[0], MAMBA[1], {"exclude_modules": ["out_proj"]}),
+ADVISED: list[tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = [
+    (MOE, {"exclude_modules": GATED, "use_dora": True}),
+    (MOE, {"exclude_modules": GATED, "target_parameters": EACH}),
+    (MAMBA, {"exclude_modules": ["out_proj"]}),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize(("kind", "sizes", "config"), ADVISED)
+@pytest.mark.parametrize(("model", "config"), ADVISED)
 @torch.no_grad()
 def test_the_advice_on_what_peft_does_not_hold_is_right(
-    kind: str, sizes: dict[str, Any], config: dict[str, Any], tmp_path: Path, caplog: Any
+    model: tuple[str, dict[str, Any]], config: dict[str, Any], tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    base = tiny(kind, sizes)
+    base = tiny(*model)
     assert not is_advised_against(base, config, caplog)
+    check_arrives(base, config, tmp_path)
+
+
+def check_arrives(base: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    """Expect the same outputs of peft, of transformers and of this package again."""
     model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
     assert_moved(model, base)
+    here = run(model)
     ll.export_peft(model, tmp_path / "peft")
+    check_equal(run(read(base, tmp_path / "peft")), here)
+    check_equal(run(load_adapter(base, tmp_path / "peft")), here)
+    again = deepcopy(base)
+    ll.load_adapter(again, tmp_path / "peft")
+    check_equal(run(again.eval()), here)
+
+
+# Layers that peft takes for experts
+
+
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR = {
+    **LAYERS,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+BESIDE_EXPERTS = {
+    "DeepseekV3": {**ROUTED, **LATENT},
+    "Glm4Moe": {**ROUTED, "head_dim": 8},
+    "Qwen3Next": {**EXPERTS, **LINEAR, "num_experts": 4, "shared_expert_intermediate_size": 8, "head_dim": 8},
+    "Ernie4_5_Moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
+    "Dots1": {**ROUTED, "n_shared_experts": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("kind", BESIDE_EXPERTS)
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"up_proj": 3}, "bias": "all"}])
+@torch.no_grad()
+def test_the_default_arrives_beside_experts(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny(kind, BESIDE_EXPERTS[kind])
+    check_arrives(base, config, tmp_path)
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert all(name.endswith("_proj.weight") for name in written["target_parameters"])
+    assert not any(name.endswith("down_proj") for name in written["target_modules"])
+
+
+# Tensors that peft gives other names
+
+
+LAGUNA = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8, "head_dim": 8}
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("config", [{}, {"target_modules": "all"}, {"exclude_modules": GATED, "use_dora": True}])
+@torch.no_grad()
+def test_tensors_are_written_under_names_that_arrive(config: dict[str, Any], tmp_path: Path) -> None:
+    check_arrives(tiny("Laguna", LAGUNA), config, tmp_path)
+
+
+@torch.no_grad()
+def test_what_no_name_in_a_file_becomes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2))
+    monkeypatch.setattr(WeightRenaming, "reverse_transform", deepcopy)  # it does not know the way back
+    with pytest.raises(ll.ExportError, match=r"shared_experts.gate_proj'.* PEFT gives .* other names .*'laguna'"):
+        ll.export_peft(model, tmp_path / "peft")
+
+
+# Files, which say of which models they are
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("kind", ["Laguna", "Glm4Moe"])
+@torch.no_grad()
+def test_a_file_is_written_for_its_type_of_model(kind: str, tmp_path: Path) -> None:
+    base = tiny(kind, {**BESIDE_EXPERTS, "Laguna": LAGUNA}[kind])
+    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "peft")
     check_equal(run(read(base, tmp_path / "peft")), run(model))
 
 
 @pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
 @torch.no_grad()
-def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_0_2_0_does_not_say_its_type(tmp_path: Path) -> None:
     base = tiny("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8})
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
-    ll.export_peft(model, tmp_path / "peft")
-    check_equal(run(read(base, tmp_path / "peft")), run(model))
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
-    message = r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"
-    with pytest.raises(ll.ExportError, match=message):
-        ll.export_peft(file, tmp_path / "other")
+    rewrite(file, of_0_2_0)
+    with pytest.warns(ll.LoRAWarning, match=r"does not say for which type .*Load the file onto its model"):
+        ll.export_peft(file, tmp_path / "peft")
+    check_equal(run(read(base, tmp_path / "peft")), run(model))
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+def test_without_peft_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
-    mamba = tiny(MAMBA[0], MAMBA[1])
-    ll.export_peft(trained(mamba, ll.LoRAConfig(r=2)), tmp_path / "mamba")
+    model = trained(tiny(*MAMBA), ll.LoRAConfig(r=2))
+    with pytest.warns(ll.LoRAWarning, match="onto a mamba. PEFT is not installed here.* Install peft"):
+        ll.export_peft(model, tmp_path / "peft")
 
 
 def vlm() -> Any:

@@ -6,14 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.cli.main import main
-from tests.storage.formats.test_diffusers import text_encoder, transformer
+from tests.storage.formats.test_diffusers import text_encoder
 from tests.support.cases import file_names
-from tests.support.compared import assert_same_tensors
 from tests.support.peft_export import check_equal, trained
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42", exc_type=ImportError)

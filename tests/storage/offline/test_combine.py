@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.storage.offline.combine_files import combine_files
 from tests.support.layers import Experts
-from tests.support.models import as_trained, randomise, state
+from tests.support.models import LitTiny, X, as_trained, randomise, state
+from tests.support.storage import fitted
 
 
 class Several(nn.Module):  # layers of several kinds
@@ -108,3 +109,51 @@ def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
         combine_files(paths, out, (1.0, 1.0))
     assert not out.exists()
+
+
+class Filled(LitTiny):
+    """A module whose set-up fills a buffer, as from data."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.register_buffer("scale", torch.zeros(4))
+
+    def setup(self, stage: str) -> None:
+        self.scale = torch.full((4,), self.value)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) * self.scale
+
+
+def fitted_with(value: float, file: Path) -> LitTiny:
+    """A module after a fit with this value in its buffer, and its file."""
+    return fitted(file, Filled(value), ll.LoRACallback(r=2, merge=False))
+
+
+def test_buffers_that_set_up_filled_are_in_the_sum(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    both = tmp_path / "both.safetensors"
+    model = fitted_with(2.0, file)
+    combine_files([file, file], both, (0.25, 0.75))
+    again = Filled(3.0)
+    ll.load_adapter(again, both)
+    torch.testing.assert_close(again(X), model(X))
+
+
+def loaded_and_saved(file: Path) -> Path:
+    """A file of what another one makes of a module that was not set up."""
+    model = Filled(1.0)
+    ll.load_adapter(model, file)
+    ll.save_adapter(model, file.with_suffix(".safetensors"))
+    return file.with_suffix(".safetensors")
+
+
+def test_files_with_other_values_of_these_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.ckpt", tmp_path / "b.ckpt"]
+    fitted_with(2.0, paths[0])
+    fitted_with(5.0, paths[1])
+    again = list(map(loaded_and_saved, paths))
+    for files in (paths, again):
+        with pytest.raises(ll.BaseMismatchError, match="different bases"):
+            combine_files(files, tmp_path / "sum.safetensors", (1, 1))

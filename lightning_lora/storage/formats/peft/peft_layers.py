@@ -56,6 +56,11 @@ def has_layer(kind: type[kinds.LoRALayer] | None) -> bool:
     return kind in _PEFT_LAYERS and not _PEFT_LAYERS[kind].is_parameter
 
 
+def has_counterpart(layer: StoredLayer) -> bool:
+    """Return whether PEFT has a counterpart of a layer's adapter."""
+    return layer.adapter_class in _PEFT_LAYERS
+
+
 def peft_layer(layer: StoredLayer) -> PeftLayer:
     """Return PEFT's counterpart of a layer's adapter, after :func:`why_not`."""
     return _PEFT_LAYERS[layer.adapter_class]

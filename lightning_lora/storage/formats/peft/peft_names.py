@@ -19,6 +19,10 @@ PREFIX = "base_model.model"  # before every name of the base
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
+NAMES_HERE = (
+    "lightning_lora_names"  # our entry in that header: the names in the model of tensors with others in the file
+)
+
 PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
 _NAME_IN_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
 _OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header

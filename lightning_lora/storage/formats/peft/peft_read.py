@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.format import Asked, Reader
+from lightning_lora.storage.formats.format import HEADER, Asked, Reader
 from lightning_lora.storage.formats.peft.peft_complete import check_complete
-from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
+from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, json_object, read_config
 from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
 from lightning_lora.storage.formats.peft.peft_names import (
+    NAMES_HERE,
     PEFT_CONFIG,
     PREFIX,
     is_peft,
@@ -23,6 +24,7 @@ from lightning_lora.storage.formats.peft.peft_names import (
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
 from lightning_lora.storage.formats.reading import Update, adapters_of, place_of
 from lightning_lora.storage.inner_model import root_of
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import where, where_not
 
@@ -31,7 +33,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     if not is_peft(contents, path):
         return None
-    tensors = tensors_in(contents, path)
+    tensors = _with_names_here(tensors_in(contents, path), contents.get(HEADER, {}), path)
 
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
@@ -39,6 +41,17 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
         return adapters_of(view, updates, rest, peft.config, peft.saved)
 
     return reader
+
+
+def _with_names_here(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any) -> dict[str, Tensor]:
+    """The tensors by their names in the model. PEFT renames some when it loads them, and the header says how."""
+    names = json_object(header.get(NAMES_HERE, "{}"), path)
+    in_peft = Renaming(here=PREFIX)
+    here = dict[str, Tensor]()
+    for key, tensor in tensors.items():
+        name = in_peft.name_there(key)
+        here[str(names.get(name, key))] = tensor
+    return here
 
 
 def read_updates(

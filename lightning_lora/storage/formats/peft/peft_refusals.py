@@ -1,18 +1,21 @@
 """What PEFT's files cannot hold, or its models would compute otherwise. It is refused before anything is written."""
 
 from collections.abc import Callable, Collection
+from itertools import chain
 
 from lightning_lora.errors import ExportError, listed
+from lightning_lora.layers.kinds import LoRALinear
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not
-from lightning_lora.storage.formats.peft.peft_model_types import why_not_in_model_type
+from lightning_lora.storage.formats.peft.peft_loading import loading_of
 from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows
+from lightning_lora.storage.formats.peft.peft_wrappers import stand_ins_of, trained_biases
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.named import not_in, without
-from lightning_lora.tensors.names import is_bias, join, owner_of, starts_of
+from lightning_lora.tensors.names import join, owner_of, starts_of
 
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
 
@@ -44,8 +47,9 @@ def _refuse_layers(source: Source) -> None:
 def refused_layers(source: Source) -> dict[str, list[str]]:
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
     refused = dict[str, list[str]]()
+    model = _ModelThere(source)
     for layer in source.stored.layers.values():
-        why = _why_refused(layer, source)
+        why = _why_refused(layer, source) or model.why_refused(layer)
         if why:
             refused.setdefault(why, []).append(layer.name)
     return refused
@@ -95,10 +99,41 @@ def _why_not_with_its_rows(layer: StoredLayer, source: Source) -> str:
 _RULES: tuple[Callable[[StoredLayer, Source], str], ...] = (
     _why_not_of_its_kind,
     _why_not_in_its_place,
-    why_not_in_model_type,
     _why_not_with_its_rows,
 )
-"""Each says why PEFT cannot hold a layer, or nothing. The later ones ask its model, or PEFT itself."""
+"""Each says why PEFT cannot hold a layer, or nothing."""
+
+
+class _ModelThere:
+    """The reader's model, onto which PEFT loads the layers: it may refuse some, or take them for others."""
+
+    def __init__(self, source: Source) -> None:
+        self.config = source.stored.config
+        self.loading = loading_of(source)
+        stand_ins = stand_ins_of(source)
+        tensors = dict(chain.from_iterable(map(dict.items, stand_ins.values())))
+        arriving = self.loading.names_in_file(tensors)
+        self.lost = [name for name, names in stand_ins.items() if not_in(names, arriving)]
+
+    def why_refused(self, layer: StoredLayer) -> str:
+        """Return why PEFT refuses a layer in this model, or loads it as another one, or nothing."""
+        if layer.name in self.lost:
+            return f"PEFT gives their tensors other names when it loads a model of type {self.loading.model_type!r}."
+        if peft_layer(layer).is_parameter:
+            return ""
+        return self.loading.why_refused(layer.name) or self._why_not_as_parameter(layer)
+
+    def _why_not_as_parameter(self, layer: StoredLayer) -> str:
+        """Why a layer that PEFT takes for experts cannot be named as a parameter, which stays what it is."""
+        if not self.loading.is_taken_for_experts(layer.name):
+            return ""
+        if layer.adapter_class is LoRALinear and not self.config.use_dora and not self.config.dropout:
+            return ""
+        return (
+            f"PEFT takes them for experts in a model of type {self.loading.model_type!r}, unless target_parameters "
+            "names them, which it refuses with DoRA, dropout or a quantised weight. Train with use_dora=False and "
+            "dropout=0."
+        )
 
 
 # What trains in full
@@ -143,11 +178,3 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
             f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "
             "no single parameters or buffers. Load a file onto its model and export that, or save the whole model."
         )
-
-
-def trained_biases(stored: StoredAdapters) -> list[str]:
-    """Return the biases that the configuration trains. They may lie in modules trained whole too."""
-    if stored.config.bias == "none":
-        return []
-    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
-    return [name for name in not_in(stored.state, of_others) if is_bias(name)]

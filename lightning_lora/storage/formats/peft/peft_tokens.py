@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_lora.errors import listed
-from lightning_lora.tensors.names import held_parameter
+from lightning_lora.tensors.names import find_parameter
 
 
 def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str:
@@ -21,10 +21,10 @@ def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str:
 
 def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> dict[nn.Module, str]:
     """The layers that have the weight of this one, each with its last name."""
-    weight = held_parameter(modules[name], "weight")
+    weight = find_parameter(modules[name], "weight")
     uses = dict[nn.Module, str]()
     for other, module in modules.items():
-        if held_parameter(module, "weight") is weight:
+        if find_parameter(module, "weight") is weight:
             uses[module] = other
     return uses
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
-from lightning_lora.storage.formats.peft.peft_layers import peft_layer
+from lightning_lora.storage.formats.peft.peft_layers import has_counterpart, peft_layer
 from lightning_lora.storage.formats.peft.peft_names import TOKENS
-from lightning_lora.storage.formats.peft.peft_refusals import trained_biases
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
-from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import join
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.named import not_in, where, without
+from lightning_lora.tensors.names import is_bias, join
 
 Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names
 
@@ -34,6 +34,17 @@ def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Ten
         place = source.name_there(name)
         tensors[place] = value
     return tensors
+
+
+def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
+    """Return small tensors by the names that each layer's will have: the values need not be there yet."""
+    layers = where(without(source.stored.layers, source.layers_with_rows), has_counterpart)
+    wrappers = _Wrappers()
+    for layer in layers.values():
+        for _ in layer.shapes:
+            tensors = dict.fromkeys(peft_layer(layer).keys, torch.zeros(1, 1))
+            wrappers.add(source.name_there(layer.name), tensors)
+    return {name: wrappers.tensors_of(source.name_there(name)) for name in layers}
 
 
 def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
@@ -98,10 +109,27 @@ class _Wrappers:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all wrappers by name."""
         named = dict[str, Tensor]()
-        for name, wrappers in self.around.items():
-            place = self.name_inside(name)
-            for tensors in reversed(wrappers):  # from the outermost one
-                for end, value in tensors.items():
-                    named[f"{place}.{end}"] = value
-                place += ".base_layer"
+        for name in self.around:
+            named |= self.tensors_of(name)
         return named
+
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of all wrappers of one module by name."""
+        named = dict[str, Tensor]()
+        place = self.name_inside(name)
+        for tensors in reversed(self.around[name]):  # from the outermost one
+            for end, value in tensors.items():
+                named[f"{place}.{end}"] = value
+            place += ".base_layer"
+        return named
+
+
+# Biases
+
+
+def trained_biases(stored: StoredAdapters) -> list[str]:
+    """Return the biases that the configuration trains. They may lie in modules trained whole too."""
+    if stored.config.bias == "none":
+        return []
+    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
+    return [name for name in not_in(stored.state, of_others) if is_bias(name)]

@@ -2,21 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import ExportError
+from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
-from lightning_lora.storage.formats.peft.peft_names import METADATA, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of
+from lightning_lora.storage.formats.peft.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft.peft_other_readers import (
     warn_of_merges,
     warn_of_scalings,
@@ -33,6 +34,7 @@ from lightning_lora.storage.formats.writing import (
 )
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
+from lightning_lora.tensors.named import not_in, renamed
 from lightning_lora.tensors.names import join
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
@@ -41,16 +43,34 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 def write(source: Source, directory: Path, uniform: bool) -> None:
     """Write PEFT's two files, and a model card."""
     tensors, config = _exported(source, uniform)
+    names = _names_in_file(source, tensors)
     warn_of_whole_modules(source)
     in_peft = Renaming(here=PREFIX)
-    header = json.dumps(in_peft.with_names_here(config))
+    header = {METADATA: json.dumps(in_peft.with_names_here(config))}
+    in_file = renamed(tensors, names.__getitem__)
+    if in_file.keys() != tensors.keys():
+        header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
     card = ModelCard(source, "peft", _loading(source.inner_described))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(tensors), {METADATA: header}),
+        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
         **card.files(directory),
     }
     write_files(directory, contents)
+
+
+def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names under which PEFT loads all tensors onto the reader's model."""
+    loading = loading_of(source)
+    loading.warn_if_unsure()
+    names = loading.names_in_file(tensors)
+    lost = not_in(tensors, names)
+    if lost:
+        raise ExportError(
+            f"PEFT gives {listed(lost)} other names when it loads a model of type {loading.model_type!r}: they would "
+            "not arrive. Call merge_adapters and save the whole model."
+        )
+    return names
 
 
 def _exported(source: Source, uniform: bool) -> Exported:
@@ -99,7 +119,7 @@ def _refuse_rows(source: Source) -> None:
 def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     settings = source.stored.config
-    targets = _PeftTargets()
+    targets = _PeftTargets(loading_of(source))
     for update in updates:
         targets.add(update)
     r, rank_pattern = most_common(targets.ranks)
@@ -136,6 +156,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
 class _PeftTargets:
     """What PEFT is to adapt: the names of layers and of parameters, with the rank and alpha of each."""
 
+    loading: PeftLoading
     modules: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -145,7 +166,7 @@ class _PeftTargets:
     def add(self, update: WeightUpdate) -> None:
         """Name what has one more update."""
         name = update.name
-        if peft_layer(update.layer).is_parameter:
+        if peft_layer(update.layer).is_parameter or self.loading.is_taken_for_experts(name):
             name = join(name, update.weight)
             self.parameters.append(name)
         else:

@@ -1,4 +1,4 @@
-"""Where gradients may be computed explicitly."""
+"""Where gradients may be computed explicitly: written out, without torch's autograd."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,18 @@ from lightning_lora import private
 # These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
 # not called saves some microseconds.
 
-_PLAIN = {Tensor, nn.Parameter, type(None)}
+_WITHOUT_OWN_OPERATIONS = {Tensor, nn.Parameter, type(None)}
 
 
-def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether no other code needs to see the single operations."""
+def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether no other code needs to see the single operations.
+
+    What compiles, traces, counts or transforms operations does, and so do classes of tensors with operations of their
+    own.
+    """
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, (x, *others)))
+        and _WITHOUT_OWN_OPERATIONS.issuperset(map(type, (x, *others)))
         and (x.is_cpu or x.is_cuda)
         and x.is_floating_point()
         and not x.is_nested
@@ -31,8 +35,3 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
 def is_autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is enabled for a tensor's device."""
     return private.is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
-
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a tensor, if necessary."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)

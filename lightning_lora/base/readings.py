@@ -1,0 +1,117 @@
+"""The digests of a base's tensors. A tensor is read in full only if it may have changed since."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lora.tensors.digests import digests, digests_as
+from lightning_lora.tensors.seen import Seen
+from lightning_lora.tensors.shards import agreed, is_dtensor
+
+Tensors = Mapping[str, Tensor]  # by name
+
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes of digests in half precision, in their order."""
+
+
+class Reading(NamedTuple):
+    """A tensor as it was when it was last read in full, and its digest then."""
+
+    seen: Seen
+    digest: int
+
+
+@dataclass(eq=False)
+class Readings:
+    """What was read of the base's tensors."""
+
+    by_name: dict[str, Reading] = field(default_factory=dict)
+    """The last reading of each tensor."""
+
+    halves: dict[int, list[int]] = field(default_factory=dict)
+    """The digests in half precision of what was read, by the digest in its own dtype.
+
+    So tied tensors share theirs, and a base that was converted since keeps those of both forms.
+    """
+
+    def snapshot(self) -> "Readings":
+        """Return a copy that later readings do not change."""
+        return Readings(dict(self.by_name), dict(self.halves))
+
+    # Digests in a tensor's own dtype
+
+    def digests_now(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. Those are read that may have changed. Collective for shards."""
+        self._read(self._to_be_read(tensors))
+        return self._known_digests(tensors)
+
+    def digests_read_anew(self, tensors: Tensors) -> dict[str, int]:
+        """Return digests of tensors by name. All are read, whatever is known of them. Collective for shards."""
+        self.by_name.clear()  # they may hold tensors that the model has lost
+        self._read(tensors)
+        return self._known_digests(tensors)
+
+    def known_digest(self, name: str, tensor: Tensor) -> int | None:
+        """Return the digest of ``tensor`` if it was read in full, without visible change since."""
+        reading = self.by_name.get(name)
+        if reading is not None and reading.seen.is_unchanged(tensor):
+            return reading.digest
+        return None
+
+    def note_copied(self, name: str, tensor: Tensor, copied: Tensor) -> None:
+        """Keep the digest of a tensor for the copy that takes its place."""
+        digest = self.known_digest(name, tensor)
+        self.by_name.pop(name, None)
+        if digest is not None and copied.dtype == tensor.dtype:
+            self._note(name, copied, digest)
+
+    def _read(self, tensors: Tensors) -> None:
+        """Read tensors in full, and note their digests."""
+        found = digests(list(tensors.values()))
+        for (name, tensor), digest in zip(tensors.items(), found, strict=True):
+            self._note(name, tensor, digest)
+
+    def _note(self, name: str, tensor: Tensor, digest: int) -> None:
+        digest_of_local_values = None if is_dtensor(tensor) else digest  # that of a shard alone is another one
+        self.by_name[name] = Reading(Seen(tensor, digest_of_local_values), digest)
+
+    def _known_digests(self, tensors: Tensors) -> dict[str, int]:
+        """The digests of tensors that have been read."""
+        return {name: self.by_name[name].digest for name in tensors}
+
+    def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Those that have changed since they were read, in any process, or were not read. Collective for shards."""
+        are_new = list[bool]()
+        for name, tensor in tensors.items():
+            are_new.append(self.known_digest(name, tensor) is None)
+        are_new_anywhere = agreed(are_new, list(tensors.values()))
+        to_be_read = dict[str, Tensor]()
+        for (name, tensor), is_new in zip(tensors.items(), are_new_anywhere, strict=True):
+            if is_new:
+                to_be_read[name] = tensor
+        return to_be_read
+
+    # Digests in half precision, by which a base that was converted is known again
+
+    def known_halves(self, digest: int) -> list[int]:
+        """Return the digests in half precision of a tensor with this digest, or none if they are not known."""
+        return self.halves.get(digest, [])
+
+    def halves_of(self, digest: int, tensor: Tensor) -> list[int]:
+        """Return the digests in half precision of a tensor with this digest. They are computed once."""
+        if digest not in self.halves:
+            self.halves[digest] = digests_as(tensor, HALVES)
+        return self.halves[digest]
+
+    def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
+        """Compute what :meth:`halves_of` will look up for DTensors: one message for each dtype and layout."""
+        distributed = dict[int, Tensor]()
+        for digest, tensor in tensors.items():
+            if digest not in self.halves and is_dtensor(tensor):
+                distributed[digest] = tensor
+        digests_in_each_dtype = [digests(list(distributed.values()), dtype) for dtype in HALVES]
+        for digest, *halves in zip(distributed, *digests_in_each_dtype, strict=True):
+            self.halves[digest] = halves

@@ -1,0 +1,33 @@
+"""Which arguments the user gave: the others may be taken from a file, or from adapters that a module has."""
+
+import functools
+import inspect
+from typing import Any, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of a class's arguments."""
+    parameters = inspect.signature(cls).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def notes_given_arguments(cls: _Class) -> _Class:
+    """Let each object of a class have the names of its given arguments, as ``given``.
+
+    The signature stays, for mypy and LightningCLI.
+    """
+    init = cls.__init__  # type: ignore[misc]  # of this very class
+    names = list(inspect.signature(init).parameters)[1:]  # without self
+
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = {*names[: len(args)], *kwargs}
+        if given.issuperset(names):  # a command line gives them all
+            given = set()
+        vars(self)["given"] = frozenset(given)
+
+    cls.__init__ = noting  # type: ignore[misc]
+    return cls

@@ -1,0 +1,82 @@
+"""Norms whose running statistics a training was too short to move."""
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from lightning_lora.errors import listed
+from lightning_lora.guards.wording import warn_in_each_fit
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
+
+_MUCH = 0.1  # of the statistics are still those of the base
+
+
+class RunningStatistics(Guard):
+    """Warns if norms trained in full, and in eval mode use statistics of the base."""
+
+    def __init__(self) -> None:
+        self.batches_before = dict[str, int]()
+
+    def training_begins(self, view: View) -> None:
+        """Note how many batches the norms had seen."""
+        self.batches_before = _batches_seen(_norms_that_train(view))
+
+    def fit_ended(self, view: View, optimizers: Sequence[Optimizer], steps: int) -> None:
+        """Look at how much of the statistics is old. A resumed run counts all its steps."""
+        norms = _norms_that_train(view)
+        old = dict[str, float]()
+        for name, seen in _batches_seen(norms).items():
+            batches = seen - self.batches_before.get(name, seen)
+            if batches == 0:  # in eval mode all along, it trains as it evaluates
+                continue
+            share = _share_of_the_base(norms[name], max(batches, steps))
+            if share > _MUCH:
+                old[name] = share
+        if old:
+            warn_in_each_fit(_about_old(view, old))
+
+
+def _norms_that_train(view: View) -> dict[str, _BatchNorm]:
+    """The norms in ``modules_to_save`` that keep running statistics, by name."""
+    saved = set[nn.Module]()
+    for module in view.saved:
+        saved.update(module.modules())
+    norms = dict[str, _BatchNorm]()
+    for name, module in view.modules.items():
+        if module in saved and _has_running_statistics(module):
+            norms[name] = module
+    return norms
+
+
+def _has_running_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether a module is a norm that evaluates with what it saw in training."""
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
+def _batches_seen(norms: dict[str, _BatchNorm]) -> dict[str, int]:
+    """How many batches each norm has seen in training mode, in its whole life."""
+    seen = dict[str, int]()
+    for name, norm in norms.items():
+        if norm.num_batches_tracked is not None:
+            seen[name] = int(norm.num_batches_tracked)
+    return seen
+
+
+def _share_of_the_base(norm: _BatchNorm, batches: int) -> float:
+    """How much of a norm's running statistics is older than so many batches. Without a momentum, all count alike."""
+    if norm.momentum is None:
+        return 0
+    return float((1 - norm.momentum) ** batches)
+
+
+def _about_old(view: View, old: dict[str, float]) -> str:
+    """What is said of norms whose statistics are old."""
+    return (
+        f"{listed(old)} of {view.title} trained in full, and up to {max(old.values()):.0%} of their running statistics "
+        "are still those of the base. In eval mode the model may be much worse than in training. Leave these norms out "
+        "of modules_to_save, or train longer."
+    )

@@ -1,0 +1,63 @@
+"""What a checkpoint holds besides adapters: a merged model, or the base while a module's hook sees it."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.storage.state import is_note
+from lightning_lora.storage.stored import KEY, dict_or_empty
+from lightning_lora.tensors.named import without
+from lightning_lora.tensors.plain_states import state_dict
+
+ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
+_SHOWN = "shown"  # the item that names the tensors of the base that are in the state for a hook
+
+
+def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add the base's own tensors to a checkpoint's state, until :func:`reduce_to_adapters`.
+
+    A user's ``on_load_checkpoint`` reads or edits the whole state, as it does without adapters.
+    """
+    adapters = checkpoint["state_dict"]
+    state = {**state_dict(model), **adapters}
+    checkpoint["state_dict"] = state
+    checkpoint[KEY] = {**checkpoint[KEY], _SHOWN: state.keys() - adapters}
+
+
+def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
+    """Take all but adapters out of a checkpoint's state, in place.
+
+    Whoever reads a file begins with this, and again after :func:`show_base`. Returned is the merged model that the file
+    has for readers without this package, if it has one.
+    """
+    if not isinstance(checkpoint, dict):
+        return {}
+    description = _dict_in(checkpoint, KEY)
+    merged = _take_merged_model(checkpoint, description)
+    _take_shown_base(checkpoint, description)
+    state = _dict_in(checkpoint, "state_dict")
+    for note in list(filter(is_note, state)):
+        del state[note]
+    return merged
+
+
+def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+    """An entry of a checkpoint. Other files may have something else there, or nothing: that is as an empty one."""
+    return dict_or_empty(checkpoint.get(key))
+
+
+def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
+    if ADAPTERS not in description:
+        return {}
+    merged = _dict_in(checkpoint, "state_dict")
+    checkpoint["state_dict"] = description.pop(ADAPTERS)
+    return merged
+
+
+def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
+    """Take out what :func:`show_base` has put in."""
+    shown = description.pop(_SHOWN, None)
+    if isinstance(shown, set):
+        state = _dict_in(checkpoint, "state_dict")
+        checkpoint["state_dict"] = without(state, shown)

@@ -1,0 +1,77 @@
+"""Read what a file holds, of this package or of another library. No code in it is run."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage import archives, disk, plain_pickles
+from lightning_lora.storage.formats.beside_adapters import reduce_to_adapters
+from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.storage.stored import KEY
+from lightning_lora.tensors.named import only
+
+
+def read_contents(path: str | Path | IO[bytes]) -> Any:
+    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
+    return _read_with(path, partial(_load_adapters, path))
+
+
+def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
+    """Return the contents of a checkpoint, hyperparameters and all."""
+    remedy = (
+        "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
+        "load_adapter(model, path): it reads only the adapters."
+    )
+    load = partial(torch.load, map_location="cpu", weights_only=weights_only)
+    return _read_with(path, load, remedy=remedy)
+
+
+def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+    """The contents of a file. An archive of torch is read by ``load``."""
+    if not disk.is_open_file(path):
+        disk.check_path(path)
+    with disk.reading(path, remedy), disk.on_this_machine(path) as local:
+        archives.check_is_file(local, path)
+        with disk.opened(local) as file:  # once: another process may replace it at any time
+            kind = archives.kind_of(file)
+            if kind is archives.Kind.SAFETENSORS:
+                return _read_tensors(file.read())
+            archives.check_new_format(kind, path)
+            if kind is archives.Kind.OTHER:
+                found = archives.what_it_is(file)
+                raise AdapterFileError(f"{path} is no archive of torch, and no file of safetensors: {found}")
+            archives.check_archive(file, path)
+            contents = load(file)
+            reduce_to_adapters(contents)
+            return contents
+
+
+def _load_adapters(path: object, file: Any) -> Any:
+    """The contents of an archive, of which the adapters must be plain."""
+    contents = plain_pickles.load_plain(file)
+    if not isinstance(contents, dict):
+        return contents
+    of_adapters = only(contents, ("state_dict", KEY, "model"))
+    unread = plain_pickles.unread_in(of_adapters)
+    if unread:
+        raise AdapterFileError(
+            f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
+            "save_adapter or a Trainer with LoRACallback wrote."
+        )
+    return contents
+
+
+def _read_tensors(contents: bytes) -> dict[str, Any]:
+    """The tensors of a safetensors file, and what its header says."""
+    tensors = dict(sorted(load_tensors(contents).items()))  # the library gives them in another order each time
+    header = disk.header_in(contents).get(HEADER, {})
+    description = json.loads(header.get(KEY, "null"))
+    if description is None:
+        return {**tensors, HEADER: header}
+    return {"state_dict": tensors, KEY: description}

@@ -1,0 +1,58 @@
+"""Models of transformers without layers: so much of the model of a file that other code can ask for its types."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
+from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.names import starts_of
+
+_PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
+_OF_TRANSFORMERS = "transformers.models."  # no other code is run for a file
+
+
+def shell_of(described: Mapping[str, StoredModule]) -> nn.Module:
+    """Return a model that has the models of transformers in these modules, and nothing else.
+
+    Raises:
+        ImportError: transformers is not installed, or lacks one of them.
+    """
+    models = where(described, _is_of_transformers)
+    shell = _shell_of_model(models.get("", UNKNOWN))
+    for name, model in without(models, [""]).items():
+        *around, _ = starts_of(name)
+        for outer in around:
+            _add_missing(shell, outer, nn.Module())
+        _add_missing(shell, name, _shell_of_model(model))
+    return shell
+
+
+def _is_of_transformers(module: StoredModule) -> bool:
+    """Whether a module is a model that transformers itself has."""
+    return _PRETRAINED in module.classes and module.library.startswith(_OF_TRANSFORMERS)
+
+
+def _shell_of_model(model: StoredModule) -> nn.Module:
+    """A model of this class without anything inside. Its configuration says the type alone."""
+    if not model.classes:
+        return nn.Module()
+    model_class: Any = getattr(import_module(model.library), model.class_name, None)
+    if model_class is None:
+        raise ImportError(f"transformers has no {model.class_name} in {model.library}")
+    shell = model_class.__new__(model_class)
+    nn.Module.__init__(shell)
+    model_type = getattr(model_class.config_class, "model_type", "")
+    shell.config = SimpleNamespace(model_type=model_type)
+    return cast(nn.Module, shell)
+
+
+def _add_missing(shell: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into its place, unless there is one."""
+    owner, _, last = name.rpartition(".")
+    around = shell.get_submodule(owner)
+    if last not in dict(around.named_children()):
+        around.add_module(last, module)

@@ -1,0 +1,34 @@
+"""What stands still beside networks that train, and what copies them."""
+
+import copy
+
+from torch import nn
+
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.find import find_networks
+from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.tensors.names import named_modules, named_parameters
+
+
+def blocks() -> nn.Sequential:
+    block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    return nn.Sequential(block, copy.deepcopy(block))  # alike, as those of a new encoder of torch
+
+
+LAYERS = {"net.0.0", "net.0.1", "net.1.0", "net.1.1"}
+
+
+def test_a_copy_is_found_as_a_whole_and_not_block_by_block() -> None:
+    net = blocks()
+    average = copy.deepcopy(net)
+    model = nn.ModuleDict({"net": net, "average": average})
+    layers = {*LAYERS, *[name.replace("net", "average") for name in LAYERS]}
+    found = find_copies(named_modules(model), named_parameters(model), layers, set(average.parameters()))
+    assert found == {"average": "net"}
+
+
+def test_an_embedding_that_trains_is_no_network_beside_what_stands_still() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(20, 8), "net": blocks()})
+    still = set(model["net"].parameters())
+    found = find_networks(named_modules(model), named_parameters(model), {"words", *LAYERS}, still)
+    assert found == StillNetworks()
