@@ -74,7 +74,7 @@ class StoredAdapters:
             random=list(random_weights(view)),
             saved=saved,
             root=root_of(view.model),
-            modules=modules_to_store(view.modules, layers, saved),
+            modules=modules_to_store(view.modules, layers, [*saved, *_tied_to_rows(layers.values())]),
             source=view.title,
         )
 
@@ -129,6 +129,15 @@ def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
     return {module: inside(names, [module]) for module in outermost}
+
+
+def _tied_to_rows(layers: Iterable[StoredLayer]) -> list[str]:
+    """The modules with a weight of which single rows train in another one."""
+    names = list[str]()
+    for layer in layers:
+        if layer.tokens:
+            names += layer.others_with_its_weights()
+    return names
 
 
 def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:
