@@ -12,7 +12,7 @@ from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
-from lightning_lora.storage.formats.model_card import FOLDER, ModelCard, repository_of
+from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,19 @@ def export(source: Any, folder: Path, **kwargs: Any) -> str:
 def config_in(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return found
+
+
+def adapted(model: nn.Module, **config: Any) -> nn.Module:
+    """A trained copy of a model, with adapters of rank 2."""
+    return trained(model, ll.LoRAConfig(r=2, **config))
+
+
+def linear_layers(*names: str) -> nn.ModuleDict:
+    """Layers with these names."""
+    layers = nn.ModuleDict()
+    for name in names:
+        layers[name] = nn.Linear(4, 4)
+    return layers
 
 
 def assert_same(model: nn.Module, folder: Path, **kwargs: Any) -> str:
@@ -76,7 +88,7 @@ LLAMA: list[dict[str, Any]] = [
 @pytest.mark.parametrize(("root", "name"), [(None, "LlamaForCausalLM"), ("model.model", "LlamaModel")])
 @pytest.mark.parametrize("config", LLAMA)
 def test_a_language_model(config: Any, root: Any, name: str, uniform: bool, base: Any, tmp_path: Path) -> None:
-    model = trained(Around(base), ll.LoRAConfig(r=2, **config))
+    model = adapted(Around(base), **config)
     told = assert_same(model, tmp_path, root=root, uniform=uniform)
     written = config_in(tmp_path / "of_file")
     assert isinstance(written["target_modules"], list)  # SGLang refuses an expression
@@ -87,7 +99,7 @@ def test_a_language_model(config: Any, root: Any, name: str, uniform: bool, base
 
 
 def test_the_whole_module_has_no_name(base: Any, tmp_path: Path) -> None:
-    assert_same(trained(Around(base), ll.LoRAConfig(r=2, **QV)), tmp_path, root="")
+    assert_same(adapted(Around(base), **QV), tmp_path, root="")
     assert config_in(tmp_path / "of_file")["base_model_name_or_path"] is None
 
 
@@ -106,8 +118,9 @@ def test_whole_modules_that_servers_drop_are_named(
     kind: str, head: str, whole: str, is_served: bool, uniform: bool, tmp_path: Path
 ) -> None:
     linear = r".*(layers\.1\..*_proj|attention\.self\.query|c_attn)"
-    config = ll.LoRAConfig(r=2, target_modules=linear, modules_to_save=[whole])
-    told = assert_same(trained(Around(tiny(kind, head)), config), tmp_path, uniform=uniform)
+    base = Around(tiny(kind, head))
+    model = adapted(base, target_modules=linear, modules_to_save=[whole])
+    told = assert_same(model, tmp_path, uniform=uniform)
     assert told.count(f"The folder holds 'model.{whole}' whole (modules_to_save).") == is_served
     assert told.count("SGLang ignores all") == is_served
 
@@ -118,7 +131,7 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(4, 4)
-        self.inner = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+        self.inner = linear_layers("q", "k")
         self.out_k = nn.Linear(4, 4)
 
 
@@ -131,13 +144,12 @@ NESTED: list[tuple[dict[str, Any], list[str] | str]] = [
 
 @pytest.mark.parametrize(("config", "targets"), NESTED)
 def test_a_name_that_is_the_end_of_another_is_an_expression(config: Any, targets: Any, tmp_path: Path) -> None:
-    assert_same(trained(Nested(), ll.LoRAConfig(r=2, **config)), tmp_path)
+    assert_same(adapted(Nested(), **config), tmp_path)
     assert config_in(tmp_path / "of_file")["target_modules"] == targets
 
 
 def test_a_saved_module_whose_name_is_the_end_of_another_is_refused(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4), "out_k": nn.Linear(4, 4)})
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["k"]))
+    model = adapted(linear_layers("q", "k", "out_k"), target_modules=["q"], modules_to_save=["k"])
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
         with pytest.raises(ll.ExportError, match="would also save 'out_k'"):
@@ -151,14 +163,14 @@ class OwnLayer(nn.TransformerEncoderLayer):
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, OwnLayer])
 def test_layers_that_read_past_peft_are_named(kind: Any, tmp_path: Path) -> None:
     model = nn.Sequential(kind(8, 2, 8, batch_first=True))
-    told = assert_same(trained(model, ll.LoRAConfig(r=2, target_modules=["linear1"])), tmp_path)
+    told = assert_same(adapted(model, target_modules=["linear1"]), tmp_path)
     assert told.startswith("'0' are layers of nn.TransformerEncoder")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
 @torch.no_grad()
 def test_peft_and_transformers_find_the_base_of_a_file(base: Any, tmp_path: Path) -> None:
-    model = trained(Around(base), ll.LoRAConfig(r=2, **QV))
+    model = adapted(Around(base), **QV)
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
     assert main(["export", str(file), str(tmp_path / "peft")]) == 0
@@ -168,7 +180,7 @@ def test_peft_and_transformers_find_the_base_of_a_file(base: Any, tmp_path: Path
 
 
 def test_the_base_has_the_name_that_is_given(base: Any, tmp_path: Path) -> None:
-    model = trained(Around(base), ll.LoRAConfig(r=2, **QV))
+    model = adapted(Around(base), **QV)
     assert_same(model, tmp_path, base_name="me/tiny")
     assert config_in(tmp_path / "of_file")["base_model_name_or_path"] == "me/tiny"
     assert config_in(tmp_path / "of_file")["auto_mapping"]["parent_library"] == LIBRARY
@@ -186,7 +198,7 @@ def of_0_2_0(about: dict[str, Any], _: Any) -> None:
 
 @torch.no_grad()
 def test_a_file_of_0_2_0_needs_the_name_of_its_base(base: Any, tmp_path: Path) -> None:
-    model = trained(Around(base), ll.LoRAConfig(r=2, **QV))
+    model = adapted(Around(base), **QV)
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
     rewrite(file, of_0_2_0)
@@ -211,7 +223,7 @@ def test_a_checkpoint_gives_the_same_folder(tmp_path: Path) -> None:
 def test_a_sum_of_files_is_as_they_are(is_of_0_2_0: bool, base: Any, tmp_path: Path) -> None:
     files = []
     for target in ("q_proj", "v_proj"):
-        model = trained(Around(deepcopy(base)), ll.LoRAConfig(r=2, target_modules=[target]))
+        model = adapted(Around(base), target_modules=[target])
         file = tmp_path / f"{target}.safetensors"
         ll.save_adapter(model, file)
         files.append(str(file))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.model_card import FOLDER, ModelCard
+from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
