@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -23,7 +24,7 @@ from lightning_lora.layers import (
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.named import names_by, not_in, only, with_values, without
-from lightning_lora.tensors.names import join, own_parameter
+from lightning_lora.tensors.names import join, own_parameter, owner_of
 
 Kind = type[LoRALayer]
 Matrices = tuple[AdaptedMatrix, ...]
@@ -60,6 +61,11 @@ class StoredLayer:
             if cls.__name__ == self.kind:
                 return cls
         return None
+
+    def others_with_its_weights(self) -> list[str]:
+        """Return the names of other layers that have a weight of it: not its own other names."""
+        names = map(owner_of, chain.from_iterable(self.tied.values()))
+        return not_in(dict.fromkeys(names), self.options.get(ALSO, ()))
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
