@@ -3,7 +3,7 @@
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from inspect import cleandoc
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.argument_checks import Bias, Init, Merge, Save, check_merge, check_save
 from lightning_lora.argument_names import explains_arguments
-from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import ConfigError, LoRAError, listed
+from lightning_lora.base.adapter_state import check_name
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.inject import check_adapted
@@ -25,28 +26,21 @@ from lightning_lora.storage.fingerprint import base_digests, note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tensors.named import without
 from lightning_lora.tensors.shards import reshard
-from lightning_lora.training import compatibility
+from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.data_init import check_data_init, start_from_data
-from lightning_lora.training.merging import (
-    check_layers_stayed,
-    check_merge_arguments,
-    check_merge_weights,
-    merge_trained,
-)
-from lightning_lora.training.optimizers.added_groups import added_groups_fit
-from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.added_groups import trimming_added_groups
+from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.scales import scales_of
-from lightning_lora.training.randomness import RANDOM, NotResumed, Resumed, random_states
+from lightning_lora.training.randomness import RANDOM, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
+from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
-from lightning_lora.training.running import NotRunning, Running
+from lightning_lora.training.running import TrainingWatch, Watch
 from lightning_lora.training.stage import Fit, Phase, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
-
-Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
-Save = Literal["adapters", "model"]
+from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
 @explains_arguments
@@ -111,8 +105,8 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
-    _strategy: Any = None  # our methods for the Trainer's strategy, in a stage
-    _running: NotRunning = NotRunning()  # until a training runs
+    _methods: StrategyMethods  # ours, over those of the Trainer's strategy, in a stage
+    _watch: Watch = Watch()  # of no training, until one runs
 
     def __init__(
         self,
@@ -140,16 +134,14 @@ class LoRACallback(Callback):
         name: str = "default",
     ) -> None:
         arguments = locals()
-        if merge is not False and merge not in ("last", "best"):
-            raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
-        if save not in get_args(Save):
-            raise ConfigError(f"save={save!r} is not valid. Expected 'adapters' or 'model'.")
+        check_merge(merge)
+        check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
-        scales_of(lr_scale)
-        AdapterState(self.config, name)  # checks the name
+        scales_of(lr_scale)  # refuses what is no scale
+        check_name(name)
         self.merge, self.save = merge, save
         self.lr_scale, self.name = lr_scale, name
-        compatibility.join_other_package(LoRACallback)
+        compatibility.join_pytorch_lightning(LoRACallback)
         self._start()
 
     def __repr__(self) -> str:
@@ -163,11 +155,12 @@ class LoRACallback(Callback):
         extend_launchers()
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._training = ExitStack()
-        self._filled = WeakKeyDictionary[LightningModule, set[str]]()  # buffers that each module's own hooks fill
+        # of each module, the buffers that its own hooks have filled in any stage: no base is compared with them
+        self._filled = WeakKeyDictionary[LightningModule, set[str]]()
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        of_a_stage = ("_stage", "_is_set_up", "_strategy", "_running", "_training", "_filled")
+        of_a_stage = ("_stage", "_is_set_up", "_methods", "_watch", "_training", "_filled")
         left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
@@ -181,7 +174,7 @@ class LoRACallback(Callback):
 
     # Set-up
 
-    @compatibility.needs_an_object
+    @compatibility.refuse_class
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -190,7 +183,7 @@ class LoRACallback(Callback):
         """
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        self._strategy = overlay_strategy(trainer.strategy, self._stage)
+        self._methods = overlay_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
         if View(pl_module).layers:
             self._stage.came = "adapted"
@@ -202,7 +195,7 @@ class LoRACallback(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        if not self._strategy.adapts_late:  # otherwise, configure_model would shard the adapters
+        if not self._methods.shards_before_adapters:  # otherwise, configure_model would shard the adapters
             self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
@@ -216,14 +209,14 @@ class LoRACallback(Callback):
             lr_scale=self.lr_scale,
             filled=self._filled.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
-            warns_for_all=trainer.is_global_zero,
+            is_first=trainer.is_global_zero,
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
-        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._strategy.adapts_late)
+        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
         switches = self._stage.wants_another(pl_module)
-        check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
+        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
@@ -234,19 +227,19 @@ class LoRACallback(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if self._stage.adapts(pl_module):  # a plain module gets none for an evaluation
+        if self._stage.runs_adapted(pl_module):  # a plain module gets none for an evaluation
             with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
-                self._stage.inject(pl_module)
+                self._stage.add_adapters(pl_module)
 
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the summary and check that merging is possible."""
+        """Check that the end of the fit can merge, and show what trains."""
         self._check_set_up()
-        reshard(pl_module)
-        check_merge_weights(trainer, pl_module, self.merge, self.save)
-        self._training.enter_context(added_groups_fit(pl_module))
-        follow(*trainer.optimizers)  # a tuner may have written to them
+        reshard(pl_module)  # FSDP2 still shows full weights after an evaluation, as of a tuner
+        merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
+        self._training.enter_context(trimming_added_groups(pl_module))
+        mirror_rates(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.shows_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
@@ -261,79 +254,79 @@ class LoRACallback(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
-        if self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
+        is_untrained = self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained  # that of a file is
+        if is_untrained:
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
+        self._stage.guards_everywhere.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch gradients.
-
-        If the fit fails from here on, the module keeps its adapters, which may be trained.
-        """
+        """Check the module as its own hooks and the checkpoint have left it, and begin the training."""
         self._check_set_up()
         check_weights(View(pl_module))
         view = view_of(pl_module)
         check_adapted(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-        follow(*trainer.optimizers)  # a checkpoint may be of another scale
-        if self._stage.take_base(view):  # hooks may have loaded it late
-            self._strategy.note_base(anew=False)
-        view = view_of(pl_module)  # their tensors may be others now
-        advise(view, self._stage.aloud)  # not before: the module's own on_fit_start may load or reset weights
+        mirror_rates(*trainer.optimizers)  # a checkpoint may be of another scale
+        if self._stage.set_base_from_hooks(view):  # hooks may have loaded it late
+            self._methods.note_base(anew=False)
+        self._begin_training(trainer, pl_module)
+
+    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of what looks wrong, let adapters start from data, and watch the steps."""
+        view = view_of(pl_module)  # hooks may have exchanged its tensors
+        advise(view, self._stage.guards_on_first)  # not before: the module's own on_fit_start may load or reset weights
         base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
-        self._stage.begin_training()
-        running = self._training.enter_context(closing(Running(trainer, pl_module, self._stage)))
-        self._running = running
-        running.begin(self._strategy, is_new=is_new, base=base)
-        self._stage.resumed.begin_training()
-        self._stage.resumed = NotResumed()
+        self._stage.begin_training()  # from here on, the module keeps its adapters if the fit fails
+        self._watch = watch = self._training.enter_context(closing(TrainingWatch(trainer, pl_module, self._stage)))
+        watch.begin(self._methods, is_new=is_new, base=base)
+        self._stage.take_random_numbers()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Before the first step, warn of what hooks made new."""
-        self._running.begin_batch()
+        self._watch.begin_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
         if trainer.training:  # evaluations may call ``manual_backward`` too
-            self._running.begin_backward(loss)
+            self._watch.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
         if trainer.training:
-            self._running.end_backward()
+            self._watch.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
         if not trainer.training:
-            follow(optimizer)
-        elif self._running.begin_optimizer_step(optimizer) and trainer.is_global_zero:
+            mirror_rates(optimizer)
+        elif self._watch.begin_optimizer_step(optimizer) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
             log_values(trainer, {"lora/trained_share": share})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End a step. After the first, name weights that are read by hand."""
-        self._running.end_batch()
+        self._watch.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards.training_ended(view_of(pl_module))
+        self._stage.guards_everywhere.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
         self._training.close()
-        self._running = NotRunning()
+        self._watch = Watch()
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,14 +339,14 @@ class LoRACallback(Callback):
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         view = View(pl_module)
-        check_layers_stayed(view)
+        merging.check_layers_stayed(view)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards.fit_ended(view, trainer.optimizers, trainer.global_step)
+        self._stage.guards_everywhere.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)
-        self._stage.aloud.base_compared(view)
+        self._stage.guards_on_first.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
-            merge_trained(trainer, pl_module, self.merge)
+            merging.merge_trained(trainer, pl_module, self.merge)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it came, if nothing was trained."""
@@ -364,17 +357,18 @@ class LoRACallback(Callback):
     def _let_go(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
         self._is_set_up = False
-        self._strategy = None
+        vars(self).pop("_methods", None)
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         compatibility.forget_module(self)
 
-    @compatibility.needs_an_object
+    @compatibility.refuse_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        is_alone = methods is not None and methods.adapts_late
-        is_kept = self._stage.give_back_after_error(pl_module, is_alone=is_alone)
+        is_alone = methods is not None and methods.shards_before_adapters
+        is_kept = self._stage.may_have_trained(pl_module)
+        self._stage.end_after_error(pl_module, is_alone=is_alone)
         self._let_go()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)
@@ -384,18 +378,18 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if methods_of(trainer.strategy) is None:  # in a main process without a set-up
+        if methods_of(trainer.strategy) is None:  # after a spawned run, the main process may save: it had no set-up
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            self._stage.resumed = Resumed(trainer, checkpoint)
-            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)
+            self._stage.random_numbers = ResumedNumbers(trainer, checkpoint)
+            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)  # then it is Lightning's own again
 
 
-compatibility.join_other_package(LoRACallback)
+compatibility.join_pytorch_lightning(LoRACallback)
 
 
 _SHARED = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]

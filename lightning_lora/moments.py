@@ -25,7 +25,7 @@ class Guard:
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
         """These layers will get new adapters. Nothing is changed yet."""
 
-    def injected(self, view: "View") -> None:
+    def injected_by_call(self, view: "View") -> None:
         """Adapters were added by a call, outside of a Trainer."""
 
     def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
@@ -121,8 +121,8 @@ class Guards(Guard):
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
         self._pass_on(Guard.layers_chosen, view, new)
 
-    def injected(self, view: "View") -> None:
-        self._pass_on(Guard.injected, view)
+    def injected_by_call(self, view: "View") -> None:
+        self._pass_on(Guard.injected_by_call, view)
 
     def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
         self._pass_on(Guard.networks_settled, view, paused, frozen_since)

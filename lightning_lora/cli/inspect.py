@@ -30,7 +30,8 @@ from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 from lightning_lora.tensors.named import of_type
 
-_Plain = dict[str, Any]  # what is said of something, in types that JSON has
+Plain = dict[str, Any]
+"""What is said of something, in types that JSON has."""
 
 
 def add_arguments(parser: Any) -> None:
@@ -48,10 +49,10 @@ def run(arguments: Any) -> None:
         _show(found)
 
 
-def inspect(stored: StoredAdapters) -> _Plain:
+def inspect(stored: StoredAdapters) -> Plain:
     """Return what a file holds, in plain types."""
     base = stored.base[0]
-    layers = list[_Plain]()
+    layers: list[Plain] = []
     rows = dict[str, list[int]]()
     for name, layer in stored.layers.items():
         if layer.tokens:  # they are no update: the base's rows are not in the file
@@ -67,7 +68,7 @@ def inspect(stored: StoredAdapters) -> _Plain:
         "config": stored.config.to_dict(),
         "layers": layers,
         "tokens": rows,
-        "beside": _describe_besides(stored),
+        "beside": _describe_others(stored),
     }
 
 
@@ -78,7 +79,7 @@ def _size_of(source: str) -> int:
     return size
 
 
-def _describe_layer(stored: StoredAdapters, name: str) -> _Plain:
+def _describe_layer(stored: StoredAdapters, name: str) -> Plain:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
     updates = matrix_updates(stored, name)
@@ -100,9 +101,9 @@ def _describe_layer(stored: StoredAdapters, name: str) -> _Plain:
     }
 
 
-def _describe_besides(stored: StoredAdapters) -> _Plain:
+def _describe_others(stored: StoredAdapters) -> Plain:
     """The shape and dtype of each tensor that is no adapter's."""
-    described = _Plain()
+    described: Plain = {}
     for name, tensor in of_type(besides(stored), Tensor).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         described[name] = {"shape": list(tensor.shape), "dtype": dtype}
@@ -112,18 +113,18 @@ def _describe_besides(stored: StoredAdapters) -> _Plain:
 # For a terminal
 
 
-def _show(found: _Plain) -> None:
+def _show(found: Plain) -> None:
     """Print what a file holds: a table of its layers, then a line for all else."""
     console = fitting_console()
     console.print(_table(found))
     if found["beside"]:
-        line = _line_of_besides(found["beside"])
+        line = _line_of_others(found["beside"])
         console.print(printable(line), soft_wrap=True, markup=False)
     console.print(printable(_line_of_base(found)), markup=False)
     console.print(_line_of_arguments(found["config"]), soft_wrap=True, markup=False)
 
 
-def _table(found: _Plain) -> Table:
+def _table(found: Plain) -> Table:
     """A table with a row for each group of like layers."""
     layers = {layer["name"]: layer for layer in found["layers"]}
     size = decimal(found["bytes"])
@@ -136,13 +137,13 @@ def _table(found: _Plain) -> Table:
     return table
 
 
-def _common_of_layers(layer: _Plain) -> str:
+def _common_of_layers(layer: Plain) -> str:
     """What layers of one group have in common."""
     common = [layer[key] for key in ("class", "r", "scaling", "shapes")]
     return str(common)
 
 
-def _cells(title: str, group: Sequence[_Plain]) -> tuple[RenderableType, ...]:
+def _cells(title: str, group: Sequence[Plain]) -> tuple[RenderableType, ...]:
     """The row of a group."""
     first = group[0]
     if len(group) > 1:
@@ -155,22 +156,22 @@ def _cells(title: str, group: Sequence[_Plain]) -> tuple[RenderableType, ...]:
     return LayerName(title), LayerName(class_name), r, scaling, norm, rank
 
 
-def _range_of(key: str, group: Sequence[_Plain]) -> str:
-    """The least and the greatest number in a group, or one if both look alike."""
+def _range_of(key: str, group: Sequence[Plain]) -> str:
+    """The least and the greatest number in a group, as they are shown."""
     values = [layer[key] for layer in group]
     least = f"{min(values):.3g}"
     greatest = f"{max(values):.3g}"
     return shown_range(least, greatest)
 
 
-def _line_of_besides(described: _Plain) -> str:
+def _line_of_others(described: Plain) -> str:
     texts = list[str]()
     for name, value in described.items():
         texts.append(f"{name} {value['shape']}")
     return f"Besides adapters: {', '.join(texts)}"
 
 
-def _line_of_base(found: _Plain) -> str:
+def _line_of_base(found: Plain) -> str:
     """What the adapters were trained on, and which single rows of it."""
     count = found["base"]["tensors"]
     dtypes = ", ".join(found["base"]["dtypes"])
@@ -180,7 +181,7 @@ def _line_of_base(found: _Plain) -> str:
     return line
 
 
-def _line_of_arguments(config: _Plain) -> str:
+def _line_of_arguments(config: Plain) -> str:
     """The arguments that differ from the defaults, and those that are always shown."""
     always_shown = ("r", "alpha", "target_modules")
     usual = LoRAConfig().to_dict()

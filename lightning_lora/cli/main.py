@@ -19,7 +19,7 @@ _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its he
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return 0, or 1 after an error."""
-    return _run(_parser().parse_args(arguments))
+    return _run_and_report(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,13 +52,13 @@ def _add_command(commands: Any, module: Any) -> None:
     command.set_defaults(run=module.run, usage=usage)
 
 
-def _run(command: argparse.Namespace) -> int:
-    """Run a command, and print what it says, its warnings and its error."""
+def _run_and_report(command: argparse.Namespace) -> int:
+    """Run a command, then print its warnings and why it failed. Return the exit code."""
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", LoRAWarning)
-            failure = _attempt(command)
+            failure = _run_command(command)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -80,10 +80,10 @@ class _Failure:
     usage: str = ""  # how the command is called, if that may help
 
 
-def _attempt(command: argparse.Namespace) -> _Failure | None:
-    """Run a command and print its result. Return what went wrong."""
+def _run_command(command: argparse.Namespace) -> _Failure | None:
+    """Run a command and print its result, or return why it has failed."""
     try:
-        result = command.run(command)
+        result = command.run(command)  # a line to print, or None from a command that has printed
         if result:
             fitting_console().print(printable(result), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()

@@ -6,17 +6,17 @@ Nothing else of the package knows a guard. To take one out, delete its file, its
 from lightning_lora import moments
 from lightning_lora.guards.averages_by_name import AveragesByName
 from lightning_lora.guards.base_shown import BaseShown
+from lightning_lora.guards.copies_never_moved import CopiesNeverMoved
+from lightning_lora.guards.copies_without_updates import CopiesWithoutUpdates
 from lightning_lora.guards.dead_adapters import DeadAdapters
 from lightning_lora.guards.diverged import Diverged
-from lightning_lora.guards.frozen_since import FrozenSince
-from lightning_lora.guards.hooked import Hooked
+from lightning_lora.guards.frozen_after_learning import FrozenAfterLearning
+from lightning_lora.guards.frozen_in_modules_to_save import FrozenInModulesToSave
+from lightning_lora.guards.hooked_weights import HookedWeights
 from lightning_lora.guards.large_hyperparameters import LargeHyperparameters
 from lightning_lora.guards.learning_rates import LearningRates
-from lightning_lora.guards.left_copies import LeftCopies
-from lightning_lora.guards.left_out import LeftOut
-from lightning_lora.guards.left_trainable import LeftTrainable
 from lightning_lora.guards.looks_untrained import LooksUntrained
-from lightning_lora.guards.networks_beside import NetworksBeside
+from lightning_lora.guards.networks_standing_still import NetworksStandingStill
 from lightning_lora.guards.nothing_learned import NothingLearned
 from lightning_lora.guards.overflown import Overflown
 from lightning_lora.guards.read_by_hand.reads import ReadByHand
@@ -25,35 +25,35 @@ from lightning_lora.guards.replaced_layers import ReplacedLayers
 from lightning_lora.guards.rounded import Rounded
 from lightning_lora.guards.running_statistics import RunningStatistics
 from lightning_lora.guards.scaled_for_sgd import ScaledForSGD
-from lightning_lora.guards.thawed import Thawed
 from lightning_lora.guards.tied import Tied
 from lightning_lora.guards.token_heads import TokenHeads
-from lightning_lora.guards.unmoved_copies import UnmovedCopies
+from lightning_lora.guards.unfrozen_but_not_trained import UnfrozenButNotTrained
+from lightning_lora.guards.untargeted.untargeted_weights import Untargeted
 from lightning_lora.guards.untied import Untied
-from lightning_lora.guards.written import Written
+from lightning_lora.guards.written_weights import WrittenWeights
 
 moments.GUARDS[:] = [
     ReplacedLayers,
-    FrozenSince,
+    FrozenAfterLearning,
     LearningRates,
     ScaledForSGD,
-    NetworksBeside,
-    Thawed,
+    NetworksStandingStill,
+    FrozenInModulesToSave,
     LargeHyperparameters,
     AveragesByName,
     LooksUntrained,
-    LeftTrainable,
+    UnfrozenButNotTrained,
     Tied,
     TokenHeads,
     RefusedExports,
-    LeftOut,
-    Hooked,
+    Untargeted,
+    HookedWeights,
     ReadByHand,
     BaseShown,
     DeadAdapters,
-    Written,
-    LeftCopies,
-    UnmovedCopies,
+    WrittenWeights,
+    CopiesWithoutUpdates,
+    CopiesNeverMoved,
     NothingLearned,
     RunningStatistics,
     Diverged,

@@ -17,7 +17,7 @@ from lightning_lora.tensors.values import is_tensor
 
 
 class AveragesByName(Guard):
-    """Names a dict of tensors by the names of frozen weights, which begins with the module.
+    """Names a dict of tensors that has the names of frozen weights when training begins.
 
     Adapted weights never move, so an average of them stays as it is, and so does a distance to them.
     """
@@ -49,7 +49,7 @@ class _Dict:
 
 
 def _dicts_in(model: nn.Module) -> Iterator[_Dict]:
-    """Dicts of at least two tensors among the module's attributes, and among those of its plain objects."""
+    """Dicts of at least two tensors: the module's attributes, or those of its plain objects."""
     of_lightning = vars(LightningModule()).keys()
     for name, value in without(vars(model), of_lightning).items():
         for place, each in _with_attributes(name, value):
@@ -58,7 +58,7 @@ def _dicts_in(model: nn.Module) -> Iterator[_Dict]:
 
 
 def _with_attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A value, and those that it holds if it is a plain object, each with its place."""
+    """A value, and what a plain object holds, each with its place."""
     yield name, value
     if isinstance(value, nn.Module | type) or not hasattr(value, "__dict__"):
         return
@@ -73,7 +73,7 @@ def _is_dict_of_tensors(value: object) -> bool:
 
 
 class _Shapes:
-    """The shapes of parameters by each ending of their names: a network's own names are those."""
+    """The shapes of parameters by each ending of their names: code of an inner network leaves out the beginning."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.by_ending: dict[object, set[tuple[int, ...]]] = {}
@@ -82,7 +82,7 @@ class _Shapes:
                 self.by_ending.setdefault(ending, set()).add(tuple(parameter.shape))
 
     def have(self, name: object, tensor: Tensor) -> bool:
-        """Whether one of the parameters has this name, or one that ends so, and this shape."""
+        """Whether a parameter has this shape, and a name that ends so."""
         return tuple(tensor.shape) in self.by_ending.get(name, ())
 
     def have_all(self, tensors: Mapping[Any, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from lightning_lora.tensors.named import modules_around
 
 
 class DeadAdapters(Guard):
-    """Names layers whose adapters have no gradient when their optimizer makes its first step."""
+    """Names layers whose adapters have no gradient in their optimizer's first step."""
 
     def optimizer_begins(self, view: View, unreached: Sequence[str]) -> None:
         """Name them, and those that look untrained too."""

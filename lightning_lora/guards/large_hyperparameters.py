@@ -34,8 +34,11 @@ def _hyperparameters(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _about_large(title: str, large: Mapping[str, int]) -> str:
-    sizes = [f"{name!r} ({size / 1e6:,.1f} MB)" for name, size in large.items()]
-    arguments = [f"{name}=..." for name in large]
+    sizes = []
+    arguments = []
+    for name, size in large.items():
+        sizes.append(f"{name!r} ({size / 1e6:,.1f} MB)")
+        arguments.append(f"{name}=...")
     return (
         f"Hyperparameters of {title} hold weights: {', '.join(sizes)}. Every checkpoint stores them whole, beside the "
         f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "

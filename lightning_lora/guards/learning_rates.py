@@ -1,6 +1,6 @@
 """Learning rates that are low for adapters, as in full fine-tuning, or high, perhaps scaled twice."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import filterfalse
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -55,19 +55,19 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
     low = _low_rates(view, optimizers)
     if low:
         rank_zero_info(
-            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}, as in full fine-tuning. "
+            f"The adapters' learning rate is {_low_rate(view, low)}, as in full fine-tuning. "
             "LoRA usually needs about ten times as much: begin with 0.002 in configure_optimizers. If this rate was "
             "tuned, keep it and write LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
         )
 
 
 def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
-    """Tell of rates that would be low for Adam, of optimizers that are none."""
+    """Tell of rates that would be low for Adam: these optimizers are others."""
     low = _low_rates(view, optimizers)
     if low:
         kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         rank_zero_info(
-            f"The adapters' learning rate is {max(low.values()):g} at most{_where(view, low)}. Whether that is low for "
+            f"The adapters' learning rate is {_low_rate(view, low)}. Whether that is low for "
             f"LoRA is known of Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly falls: "
             "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
         )
@@ -83,9 +83,10 @@ def _is_low(rate: float) -> bool:
     return 0 < rate <= _LOW
 
 
-def _where(view: View, low: Iterable[str]) -> str:
-    """Where the rate is low: layers are named if it is not low in others."""
+def _low_rate(view: View, low: Mapping[str, float]) -> str:
+    """How high it is, and in which layers, if not in all."""
+    rate = f"{max(low.values()):g} at most"
     trained = where(view.layers, LoRALayer.lora_trained)
-    if trained.keys() == set(low):
-        return ""
-    return f" in {listed(low)}"
+    if trained.keys() == low.keys():
+        return rate
+    return f"{rate} in {listed(low)}"

@@ -17,18 +17,21 @@ from lightning_lora.tensors.names import owner_of
 
 
 class LooksUntrained(Guard):
-    """Tells of a model that looks untrained, or names the layers that do."""
+    """Tells of a model that looks untrained, or names the layers that do.
+
+    Of ``fresh``, ``random`` are layers that surely do, and ``unsure`` those with too few weights to tell.
+    """
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Look at the base as it is when training begins."""
         if fresh.share > MOST_SHARE:
             rank_zero_info(_about_model(view, fresh))
             return
-        unsure = _unsure(view, fresh)
+        perhaps_new = _perhaps_new(view, fresh)
         if fresh.random:
-            _name_fresh(view, fresh, unsure)
-        elif unsure:
-            warn_in_each_fit(_about_unsure(view, unsure), FreshLayerWarning)
+            _name_untrained(view, fresh, perhaps_new)
+        elif perhaps_new:
+            warn_in_each_fit(_about_perhaps_new(view, perhaps_new), FreshLayerWarning)
 
     def base_made_new(self, view: View, fresh: Fresh) -> None:
         """Look again at what hooks have changed since."""
@@ -36,19 +39,19 @@ class LooksUntrained(Guard):
             self.new_adapters_begin(view, fresh)
 
 
-def _unsure(view: View, fresh: Fresh) -> list[str]:
-    """The layers that may be new, but for those that the user left out. None, if no layer was large enough to judge."""
+def _perhaps_new(view: View, fresh: Fresh) -> list[str]:
+    """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
     if math.isnan(fresh.share):
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
     return outside(fresh.unsure, left_out)
 
 
-def _name_fresh(view: View, fresh: Fresh, unsure: list[str]) -> None:
+def _name_untrained(view: View, fresh: Fresh, perhaps_new: list[str]) -> None:
     """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
-    message = _about_fresh(view, fresh)
-    if unsure:
-        message += _about_small_ones_too(view, fresh, unsure)
+    message = _about_untrained(view, fresh)
+    if perhaps_new:
+        message += _about_perhaps_new_too(view, fresh, perhaps_new)
     if _are_excluded(view, random_weights(view)):
         rank_zero_info(message)
     else:
@@ -73,7 +76,7 @@ def _about_model(view: View, fresh: Fresh) -> str:
     )
 
 
-def _about_fresh(view: View, fresh: Fresh) -> str:
+def _about_untrained(view: View, fresh: Fresh) -> str:
     message = (
         f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
         f"an initialisation. Train them in full: {to_save(view, fresh.random)}. (If they are random on purpose, or "
@@ -85,18 +88,18 @@ def _about_fresh(view: View, fresh: Fresh) -> str:
     return message
 
 
-def _about_small_ones_too(view: View, fresh: Fresh, unsure: list[str]) -> str:
+def _about_perhaps_new_too(view: View, fresh: Fresh, perhaps_new: list[str]) -> str:
     """What is said of layers beside these that may be new: one list names all."""
     return (
-        f" Perhaps new too: {listed(unsure)} (too few weights to tell). If so, name all: "
-        f"{to_save(view, [*fresh.random, *unsure])}."
+        f" Perhaps new too: {listed(perhaps_new)} (too few weights to tell). If so, name all: "
+        f"{to_save(view, [*fresh.random, *perhaps_new])}."
     )
 
 
-def _about_unsure(view: View, unsure: list[str]) -> str:
+def _about_perhaps_new(view: View, perhaps_new: list[str]) -> str:
     return (
-        f"Perhaps new: {listed(unsure)} of {view.title} (too few weights to tell). If so, train in full: "
-        f"{to_save(view, unsure)}. If pretrained, all is well."
+        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). If so, train in full: "
+        f"{to_save(view, perhaps_new)}. If pretrained, all is well."
     )
 
 

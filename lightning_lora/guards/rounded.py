@@ -11,7 +11,7 @@ _MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is l
 
 
 class Rounded(Guard):
-    """Warns if much of an update is lost, with what to do in each place."""
+    """Warns if much of an update is lost in a merge."""
 
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
         """Warn of a merge in memory."""

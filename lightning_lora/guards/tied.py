@@ -2,11 +2,10 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.layers import LoRALayer
 from lightning_lora.model.fresh import Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where
+from lightning_lora.training.optimizers.groups import leading_layers
 
 
 class Tied(Guard):
@@ -27,13 +26,8 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update. Layers of another class compute something else with it."""
     layers: dict[tuple[int, type], list[str]] = {}
-    for name, layer in where(view.layers, _has_update_of_its_own).items():
-        adapter_class, _ = layer.overlaid
+    for name, layer in leading_layers(view).items():
+        adapter_class, _ = layer.overlaid  # and the class of the layer
         for weight in view.weights_of(name):
             layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())
-
-
-def _has_update_of_its_own(layer: LoRALayer) -> bool:
-    """Whether it has one: not what follows another layer."""
-    return not layer.lora_settings.follows

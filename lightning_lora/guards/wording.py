@@ -11,7 +11,7 @@ MOST_NAMES = 5
 
 
 def warn_in_each_fit(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
-    """Warn, although an earlier fit of the same line may have said the same."""
+    """Warn, also if an earlier fit of the same line has warned."""
     warn(message, category, anew=True)
 
 

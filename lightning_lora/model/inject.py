@@ -70,7 +70,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
     """
     _check_arguments(model, config)
     names = inject(model, config, name=name)
-    Guards().injected(View(model))
+    Guards().injected_by_call(View(model))
     return names
 
 
@@ -136,7 +136,7 @@ def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_fi
 def _attach_and_freeze(view: View, new_adapters: Mapping[str, Adapter]) -> None:
     """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
     attach.attach_adapters(view, new_adapters)
-    view.begin_anew()
+    view.reinitialise_adapters()
     follow_originals(view)
     attach.freeze(view)
     view.adapter.layers = tuple(view.layers)

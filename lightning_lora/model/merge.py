@@ -323,7 +323,7 @@ def _unmerge(view: View) -> None:
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)
-        view.begin_anew()  # it may have been converted
+        view.reinitialise_adapters()  # it may have been converted
         undo.pop_all()
 
 

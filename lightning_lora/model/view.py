@@ -304,7 +304,7 @@ class View:
         """Whether all updates are still zero."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
-    def begin_anew(self) -> None:
+    def reinitialise_adapters(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
             layer.lora_begin_anew()

@@ -204,7 +204,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        View(model).begin_anew()
+        View(model).reinitialise_adapters()
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False

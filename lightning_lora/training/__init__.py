@@ -1,1 +1,1 @@
-"""Steps of a Trainer's run. Only this and the callback import Lightning. It may import all other subpackages."""
+"""The Trainer's side: what happens in a run, from its set-up to its end. Below this room, nothing knows Lightning."""

@@ -1,4 +1,4 @@
-"""Judge which weights look untrained when a fit begins, and tell the guards. Files hold these weights as they are."""
+"""Judge which weights look untrained when a fit begins, note them in the record, and tell the guards."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,7 +12,7 @@ from lightning_lora.tensors.named import modules_around
 
 
 def advise(view: View, guards: Guard) -> None:
-    """Let guards say what trains too little. Collective, so that each process calls it. One of them has guards."""
+    """Let guards say what trains too little. Collective: each process calls it, and in most, the guards do nothing."""
     guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
         return

@@ -1,4 +1,7 @@
-"""What a module had before its own hooks ran. These may fill buffers, and load the base."""
+"""What a module had before its own hooks ran. These may fill buffers, and load the base.
+
+So a buffer that differs afterwards was filled by them, and a tensor of the base that differs is the base from then on.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,21 +20,22 @@ from lightning_lora.tensors.seen import Seen
 
 @dataclass
 class BeforeHooks:
-    """A module's buffers, and its tensors that have a base value, as they came. By default, there were none."""
-
-    digests: dict[str, int] = field(default_factory=dict)
-    """Of the buffers."""
-
-    with_base_value: dict[str, Seen] = field(default_factory=dict)
+    """A module as it came. By default, it had nothing."""
 
     modules: set[str] = field(default_factory=set)
     """The modules that were there, until their hooks have run."""
+
+    buffers: dict[str, int] = field(default_factory=dict)
+    """The digests of its buffers."""
+
+    base_tensors: dict[str, Seen] = field(default_factory=dict)
+    """The tensors of which its adapters keep the base's values, because training changes them."""
 
     @classmethod
     def of(cls, pl_module: LightningModule) -> "BeforeHooks":
         """Look at a module as it came."""
         view = View(pl_module)
-        return cls(_digests_of_buffers(view), _seen_with_base_value(view), set(view.modules))
+        return cls(set(view.modules), _digests_of_buffers(view), _kept_by_adapters(view))
 
     def take_filled_buffers(self, pl_module: LightningModule) -> set[str]:
         """Return the buffers that the hooks have filled in modules that were there. Later, it is others who do."""
@@ -39,21 +43,21 @@ class BeforeHooks:
         if not self.modules:
             return filled
         for name, now in _digests_of_buffers(View(pl_module)).items():
-            if now != self.digests.get(name) and owner_of(name) in self.modules:
+            if now != self.buffers.get(name) and owner_of(name) in self.modules:
                 filled.add(name)
         self.modules.clear()
         return filled
 
-    def changed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of these tensors with a base value that are others than they were, or new."""
+    def changed_base_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of these tensors that are new, or have other values now."""
         return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
 
     def _is_as_before(self, name: str, tensor: Tensor) -> bool:
-        return name in self.with_base_value and self.with_base_value[name].has_same_values(tensor)
+        return name in self.base_tensors and self.base_tensors[name].has_same_values(tensor)
 
 
-def _seen_with_base_value(view: View) -> dict[str, Seen]:
-    """The tensors whose base values an adapter keeps."""
+def _kept_by_adapters(view: View) -> dict[str, Seen]:
+    """The tensors of which an adapter keeps the base's values."""
     names = set[str]()
     for prefix, record in records_in(view.modules).items():
         names.update(joined(prefix, where(record.adapter.originals, _has_values)))
@@ -62,7 +66,7 @@ def _seen_with_base_value(view: View) -> dict[str, Seen]:
 
 
 def _digests_of_buffers(view: View) -> dict[str, int]:
-    """The digests of all buffers but the statistics of norms, which are the base's."""
+    """The digests of the buffers. Statistics of norms belong to the base."""
     norms = of_type(view.modules, NormBase)
     digests = {}
     for name, buffer in where(view.buffers, _has_values).items():

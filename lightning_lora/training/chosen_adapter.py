@@ -49,7 +49,7 @@ class ChosenAdapter:
     def activate(self, pl_module: LightningModule, config: LoRAConfig | None) -> None:
         """Make this adapter the active one. ``config`` is that of one that may be new."""
         names = adapters(pl_module)
-        name = self.name or names[0]
+        name = self.name or names[0]  # the active one
         self.is_new = name not in names
         self.way_back = activate(pl_module, name, config)
 

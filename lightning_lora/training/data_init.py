@@ -34,7 +34,7 @@ def _needs_data(config: LoRAConfig) -> bool:
 
 
 def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
-    """Refuse a start from data where no batch can run before the first step."""
+    """Refuse a start from data where no batch can run yet."""
     if not _needs_data(config):
         return
     title = type(pl_module).__name__
@@ -64,7 +64,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """A start from data in one fit, of the layers that do not follow others."""
+    """A start from data in one fit. Layers of copies, which follow others, have none."""
 
     trainer: Trainer
     module: LightningModule
@@ -76,9 +76,9 @@ class _Start:
         """How the adapters start."""
         return INITIALISATIONS[self.config.init]
 
-    def refusal(self, why: str) -> LoRAError:
-        """Return the error of a ``training_step`` that cannot run here."""
-        return refusal(self.config, f"that of {type(self.module).__name__} {why}")
+    def step_refusal(self, does: str) -> LoRAError:
+        """Return the error of a ``training_step`` that ``does`` what cannot be done here."""
+        return refusal(self.config, f"that of {type(self.module).__name__} {does}")
 
     def check_quantised(self) -> None:
         """Refuse quantised layers where gradients of weights are needed."""
@@ -88,7 +88,7 @@ class _Start:
             raise refusal(self.config, why)
 
     def run(self) -> None:
-        """Run batches, write what they give, and say which layers have started from them."""
+        """Run batches, write what they give, and tell of it."""
         with ExitStack() as undo:
             leave_no_trace(self.trainer, self.module, undo)
             if not self.initialisation.needs_gradients:
@@ -136,7 +136,7 @@ class _Start:
                 number += 1
         changed = where(versions, _Version.has_passed)
         if changed:
-            raise self.refusal(f"has written to {listed(changed)}, so build the module anew")
+            raise self.step_refusal(f"has written to {listed(changed)}, so build the module anew")
         return number
 
     def _run_step(self, batch: Any, number: int) -> None:
@@ -156,7 +156,7 @@ class _Start:
         if isinstance(output, Mapping):
             loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise self.refusal("returns no loss with a gradient")
+            raise self.step_refusal("returns no loss with a gradient")
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         nn.Module.zero_grad(self.module)
 
@@ -169,7 +169,7 @@ class _Start:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise self.refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
+            raise self.step_refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
 
 
 def _is_quantised(layer: LoRALayer) -> bool:
@@ -200,6 +200,7 @@ def _versions_of(module: nn.Module) -> dict[str, _Version]:
 def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """Write both factors of a matrix. Return the values of all parameters of the layer's adapter."""
     values = {name: parameter.detach() for name, parameter in layer.lora_parameters().items()}
+    # data with fewer directions than the rank give A fewer rows: the others stay as drawn
     values[matrix.parameter(Role.A)][..., : lora_A.shape[-2], :].copy_(lora_A)
     values[matrix.parameter(Role.B)].copy_(lora_B)
     return values

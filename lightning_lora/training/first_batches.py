@@ -14,7 +14,7 @@ from lightning_lora.private import LOADER_STATE, before_transfer, loader_of
 
 
 def refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) -> LoRAError:
-    """Return the error of a fit in which no batch can run before the first step."""
+    """Return the error where no batch can run before training."""
     what = f"init={config.init!r} runs training_step on some batches before training"
     return kind(f"{what}. That is not possible here: {why}. Use an init that needs no data.")
 
@@ -22,7 +22,7 @@ def refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) -
 def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> Generator[Any, None, None]:
     """Yield the fit's first batches, from copies of its loaders."""
     loader = copy(loader_of(trainer.fit_loop))
-    loader.flattened = [_begun_anew(each, config) for each in loader.flattened]
+    loader.flattened = [_copy_sharing_data(each, config) for each in loader.flattened]
     try:
         for batch, *_ in loader:
             batch = before_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
@@ -31,26 +31,26 @@ def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConf
         loader.reset()  # ends its workers
 
 
-# Iterators whose copies have a place of their own
-_STARTS_ANEW: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+_WITH_OWN_PLACE: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+"""Iterators whose copies go on by themselves."""
 
 
-def _begun_anew(loader: Any, config: LoRAConfig) -> Any:
+def _copy_sharing_data(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone."""
-    if hasattr(loader, "__next__") and not isinstance(loader, _STARTS_ANEW):
-        _check_iterator(loader, config)
+    if hasattr(loader, "__next__") and not isinstance(loader, _WITH_OWN_PLACE):
+        _refuse_shared_iterator(loader, config)
+        _tell_of_one_reading(loader, config)
     again = copy(loader)
     if isinstance(loader, DataLoader):
         _share_data_alone(again, config)
     return again
 
 
-def _check_iterator(loader: Any, config: LoRAConfig) -> None:
-    """Refuse an iterator whose copy would take its batches. Another goes on behind those that it gives."""
+def _refuse_shared_iterator(loader: Any, config: LoRAConfig) -> None:
+    """Refuse an iterator whose copy would take its batches."""
     kind = type(loader)
     if kind.__module__ in ("builtins", "itertools"):
         raise refusal(config, f"the data are a {kind.__name__}, which can be read once (a DataLoader: twice)")
-    _tell_of_one_reading(loader, config)
 
 
 def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
@@ -67,6 +67,6 @@ def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
 
 
 def _tell_of_one_reading(data: object, config: LoRAConfig) -> None:
-    """Say that these batches are not read again."""
+    """Say that training goes on after these batches: the data give each only once."""
     kind = type(data).__name__
     rank_zero_info(f"init={config.init!r}: a {kind} that is read only once goes on after these batches.")

@@ -34,10 +34,10 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    comes_back = bool(merge)
+    keys_stay = bool(merge)  # the model has the same keys after fit as before: a plain one, if it is merged
     if was_adapted:
-        comes_back = not (merge or switches)
-    if returns_state_only(trainer) and not comes_back:
+        keys_stay = not (merge or switches)
+    if returns_state_only(trainer) and not keys_stay:
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
             "has before fit. Use strategy='ddp', or merge='last' without adapters, or merge=False with inject_adapters."
@@ -61,7 +61,7 @@ def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: obj
 
 
 def _check_mergeable(view: View, merge: object) -> None:
-    """Refuse layers whose updates cannot be merged, and say how to train them all the same."""
+    """Refuse layers whose updates cannot be merged, and say what to do."""
     try:
         check_mergeable(view)
     except LoRAError as error:
@@ -95,7 +95,7 @@ def _refuse_whole_files(names: Collection[str], why: str) -> None:
 
 
 def check_layers_stayed(view: View) -> None:
-    """Refuse the end of a fit whose module has lost all of its adapters in training. Warn if it has lost some."""
+    """Refuse a module that has lost all its adapters in training. Warn if it has lost some."""
     if not view.is_on_layers:
         return
     gone = not_in(view.adapter.layers, view.layers)

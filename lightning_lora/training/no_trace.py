@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_lora.training.steps.reentrant import gradients_pass
+from lightning_lora.training.steps.reentrant import letting_gradients_pass
 
 _MANY = 10_000  # a container with more holds data, which are not looked into
 
@@ -20,9 +20,9 @@ _CONTAINERS = (dict, set, list, deque)
 
 
 def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
-    """Let ``undo`` give back gradients, modes, buffers, metrics, and what modules keep in lists and numbers."""
+    """Let ``undo`` give back all that a step changes: gradients, modes, buffers, metrics, attributes."""
     undo.enter_context(isolate_rng())
-    undo.enter_context(gradients_pass(pl_module))
+    undo.enter_context(letting_gradients_pass(pl_module))
     _keep_parameters(pl_module, undo)
     _keep_trainer(trainer, undo)
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
@@ -70,7 +70,7 @@ class _Memory:
         self.seen: set[int] = set()
 
     def remember(self, value: Any) -> None:
-        """Note what a module, a tensor or a container holds now, and what is inside."""
+        """Note what a module, a tensor or a container holds, to any depth."""
         if isinstance(value, nn.Module):
             value = vars(value)
         if id(value) in self.seen or isinstance(value, nn.Parameter):
@@ -107,7 +107,7 @@ def _fill_again(container: Any, held_before: Any) -> None:
 
 
 def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
-    """Let a parameter have its own memory again, if other code has given it another."""
+    """Give a parameter its own memory back."""
     if parameter.data_ptr() != values.data_ptr():
         parameter.data = values
 

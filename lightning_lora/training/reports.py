@@ -131,7 +131,7 @@ def _give(logger: Any, report: _Report) -> None:
 
 
 def _write_beside_csv(logger: Any, report: _Report) -> None:
-    """Write values into ``lora.json``, beside the logger's own files, which may be on another machine."""
+    """Write values into ``lora.json`` beside the logger's files. They may be on another machine."""
     path = f"{logger.log_dir}/lora.json"
     values: Values = {}
     if report.adds:

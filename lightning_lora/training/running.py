@@ -1,7 +1,7 @@
 """What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,17 +11,25 @@ from lightning_lora.model.settle import follow_copied
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.compatibility import callbacks_of, came_too_late, share_base
+from lightning_lora.training.compatibility import average_what_trains, callbacks_of, came_too_late
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.optimizers.groups_behind import follow
+from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.places import check_frozen
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.steps.feeding import Feeding, leave_unfed
+from lightning_lora.training.steps.feeding import Feeding, remove_unfed
 from lightning_lora.training.steps.gradients import Gradients
 
 
-class NotRunning:
-    """No training runs. Steps that a user's hooks take around one are not watched."""
+class WatchesGradients(Protocol):
+    """Our methods for a strategy: they know which gradients there are."""
+
+    def gradients(self, *, is_new_fit: bool) -> Gradients:
+        """Return what watches the gradients of a fit."""
+        ...
+
+
+class Watch:
+    """What looks on while no training runs: it watches nothing. A user's hooks may take steps around a training."""
 
     def begin_batch(self) -> None:
         """Watch nothing."""
@@ -34,7 +42,7 @@ class NotRunning:
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Let adapters follow the module's rates. As many parameters train as before."""
-        follow(optimizer)
+        mirror_rates(optimizer)
         return False
 
     def end_batch(self) -> None:
@@ -42,12 +50,12 @@ class NotRunning:
         raise came_too_late()
 
 
-class Running(NotRunning):
-    """One training that runs. The callback's hooks ask it only in training steps, not in evaluations between them."""
+class TrainingWatch(Watch):
+    """Watches one training. The callback's hooks call it only in training steps, not in evaluations between them."""
 
     gradients: Gradients
     feeding: Feeding
-    has_copies: bool
+    trains_copies: bool
     """Whether the optimizers train copies of the parameters, which are in float32."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
@@ -57,30 +65,32 @@ class Running(NotRunning):
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
 
-    def begin(self, strategy: Any, *, is_new: bool, base: dict[str, int]) -> None:
-        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base."""
+    def begin(self, methods: WatchesGradients, *, is_new: bool, base: dict[str, int]) -> None:
+        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base.
+
+        ``methods`` are ours for the Trainer's strategy.
+        """
         view = view_of(self.module)
         self._note_trained_layers(view)
-        share_base(callbacks_of(self.trainer), view)
+        average_what_trains(callbacks_of(self.trainer), view)
         self._base_at_the_start = base
-        self.gradients = self._at_the_end.enter_context(closing(strategy.gradients()))
-        self.gradients.begins = is_new
-        self.has_copies = bool(self.gradients.copied)
+        self.gradients = self._at_the_end.enter_context(closing(methods.gradients(is_new_fit=is_new)))
+        self.trains_copies = bool(self.gradients.copied)
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.trainer, view)))
-        if not self.has_copies:
+        if not self.trains_copies:
             self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(view)))
 
     def _note_trained_layers(self, view: View) -> None:
         """Note which layers train, with what came since the set-up."""
-        view.begin_anew()  # hooks may have loaded the base late
+        view.reinitialise_adapters()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True
-        self.stage.aloud.adapters_ready(view)
+        self.stage.guards_on_first.adapters_ready(view)
 
     def begin_batch(self) -> None:
-        """Before the first step, warn of what the module's own hooks have made new since the training began."""
+        """Before the first step, warn of weights that hooks have made new since."""
         if self._base_at_the_start is None:
             return
         before = self._base_at_the_start
@@ -88,7 +98,7 @@ class Running(NotRunning):
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.aloud, changed)
+            advise_again(self.module, self.stage.guards_on_first, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
@@ -102,13 +112,13 @@ class Running(NotRunning):
         """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
         strategy = self.trainer.strategy
         train_fewer = False
-        if self.feeding.below:  # only until all networks are judged
-            train_fewer = leave_unfed(self.module, optimizer, strategy, self.feeding, copied=self.has_copies)
+        if self.feeding.unjudged:  # only until all networks are judged
+            train_fewer = remove_unfed(self.module, optimizer, strategy, self.feeding, copied=self.trains_copies)
         check_frozen(self.module, optimizer, self.gradients.frozen)
-        follow(optimizer)
-        unreached = self.gradients.check(optimizer)
+        mirror_rates(optimizer)
+        unreached = self.gradients.begin_step(optimizer)
         if unreached:
-            self.stage.guards.optimizer_begins(View(self.module), unreached)
+            self.stage.guards_everywhere.optimizer_begins(View(self.module), unreached)
         self.stage.float32.begin_step(optimizer)
         return train_fewer
 

@@ -22,7 +22,8 @@ from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.randomness import NotResumed, reseeded
+from lightning_lora.training.randomness import reseeded
+from lightning_lora.training.resumed_data import RandomNumbers
 from lightning_lora.training.steps.first_steps import FirstSteps
 from lightning_lora.training.steps.step_dropout import Dropout
 
@@ -32,11 +33,11 @@ class Phase(Enum):
 
     The methods that change it:
 
-    - ``was_loaded``: SET_UP to LOADED, where a file's adapters are on the module.
-    - ``loading_failed``: LOADED to SET_UP, where the optimizers do not fit that file.
+    - ``note_loaded``: SET_UP to LOADED, where a file's adapters are on the module.
+    - ``note_failed_loading``: LOADED to SET_UP, where the optimizers do not fit that file.
     - ``begin_training``: SET_UP or LOADED to TRAINING.
     - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps them, or is merged.
-    - ``end`` and ``give_back_after_error``: to OVER, from each.
+    - ``end`` and ``end_after_error``: to OVER, from each.
     """
 
     SET_UP = "set up"
@@ -82,29 +83,30 @@ class Stage:
     file: object = None
     """The checkpoint that it loads."""
 
-    resumed: NotResumed = field(default_factory=NotResumed)
-    """The random numbers of that checkpoint, until training begins."""
+    random_numbers: RandomNumbers = field(default_factory=RandomNumbers)
+    """Those of that checkpoint, until training begins."""
 
     # What looks on, and acts in each training step
 
     callbacks: list[Callback] = field(default_factory=list)
     """All of the Trainer's."""
 
-    warns_for_all: bool = False
-    """Whether this process says what all of them would."""
+    is_first: bool = False
+    """Whether this is the first process, which says what all of them would."""
 
-    guards: Guards = field(default_factory=Guards)
+    guards_everywhere: Guards = field(default_factory=Guards)
+    """They look in each process, where one may see what others do not."""
 
-    aloud: Guard = field(init=False)
-    """The guards, in the process that warns for all. In the others, there are none."""
+    guards_on_first: Guard = field(init=False)
+    """The same in the first process, for what all see alike. In the others, they do nothing."""
 
     first_steps: FirstSteps = field(init=False)
     dropout: Dropout = field(default_factory=Dropout)
     float32: Float32Steps = field(default_factory=Float32Steps)
 
     def __post_init__(self) -> None:
-        self.aloud = self.guards if self.warns_for_all else Guard()
-        self.first_steps = FirstSteps(self.guards, self.aloud)
+        self.guards_on_first = self.guards_everywhere if self.is_first else Guard()
+        self.first_steps = FirstSteps(self.guards_everywhere, self.guards_on_first)
 
     @property
     def is_fitting(self) -> bool:
@@ -124,11 +126,13 @@ class Stage:
         self.before = BeforeHooks.of(pl_module)
 
     def _unmerge(self, pl_module: LightningModule) -> None:
+        """Undo a merge. If its weights were replaced since, they are a new base, and its record is forgotten."""
         record = find_record(pl_module)
         if unmerge_or_forget(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)
-        elif record is not None and find_record(pl_module) is None:  # its weights were changed: they are a new base
+            return
+        if record is not None and find_record(pl_module) is None:  # it was forgotten
             self.undo.callback(keep_record, pl_module, record)
 
     def wants_another(self, pl_module: LightningModule) -> bool:
@@ -150,7 +154,7 @@ class Stage:
     # Take what the module or a file has
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
-        """Take arguments that were not given from a file, or from the module's adapters.
+        """Complete the arguments from a file, or from the module's adapters.
 
         Return whether the adapters were replaced, as these are made otherwise.
         """
@@ -160,14 +164,17 @@ class Stage:
         taken = ", ".join(_changed_arguments(config, self.config))
         rank_zero_info(f"LoRACallback takes {taken} from {source}, instead of the defaults.")
         self.config = config
-        return self._replace_adapters(pl_module)
+        return self._begin_adapters_again(pl_module)
 
-    def _replace_adapters(self, pl_module: LightningModule) -> bool:
-        """Take off the adapters that this stage has made, and return whether there are any."""
+    def _begin_adapters_again(self, pl_module: LightningModule) -> bool:
+        """Begin adapters again that this stage has made. Return whether there were any.
+
+        Those of a plain module are only taken off: ``adapt`` makes others next.
+        """
         was_made_here = self.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
-        self.take_base(view_of(pl_module))
+        self.set_base_from_hooks(view_of(pl_module))
         if self.adapter.is_new:
             self.adapter.put_back(pl_module)
             self._activate_adapter(pl_module)
@@ -175,37 +182,51 @@ class Stage:
             remove_adapters(pl_module)
         return True
 
-    def take_base(self, view: View) -> bool:
-        """Take as the base what the module's hooks changed in this stage. False: something was trained or loaded."""
+    def set_base_from_hooks(self, view: View) -> bool:
+        """Make what the module's hooks changed in this stage the base.
+
+        Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
+        """
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
-        changed = self.before.changed(kept_tensors(view))
+        changed = self.before.changed_base_tensors(kept_tensors(view))
         view.adapter.set_base_values(changed)
         return True
 
     # Adapt
 
-    def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module gets or has adapters. A plain one gets none to be evaluated, unless for a file."""
+    def runs_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
+        """Whether the module runs with adapters, which it has or gets now.
+
+        One that is only evaluated:
+
+        - with adapters on its layers: yes.
+        - merged, or showing its base: no, it runs as it is.
+        - plain: no, unless the adapters of a file need their layers (``for_file``).
+        - without a record, but it came with adapted layers: yes. They were adapted in a network inside.
+        """
         if find_record(pl_module) is not None:
             return shows_adapters(pl_module)
         return self.came == "adapted" or for_file
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
+        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base.
+
+        ``replaced``: these adapters come in place of others of this stage.
+        """
         self.filled |= self.before.take_filled_buffers(pl_module)
-        if not self.adapts(pl_module, for_file=stored is not None):
+        if not self.runs_adapted(pl_module, for_file=stored is not None):
             return
-        self.inject(pl_module, stored)
+        self.add_adapters(pl_module, stored)
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
-        self.take_base(view)
+        self.set_base_from_hooks(view)
 
-    def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
-        """Adapt the module, under the name of this stage's adapter. A file knows what was left out."""
+    def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
+        """Add adapters to layers without them. ``stored``, of a file, says which layers it left out."""
         config = self.config
         if stored is not None:
             config = config.excluding(stored.exclude_modules)
@@ -221,23 +242,28 @@ class Stage:
     def check_backward(self, pl_module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(pl_module).shows_base:
-            self.guards.backward_begins_without_adapters(View(pl_module))
+            self.guards_everywhere.backward_begins_without_adapters(View(pl_module))
 
     # From one phase to the next
 
-    def was_loaded(self) -> None:
-        """A file's adapters are on the module, and stay if a fit fails."""
+    def note_loaded(self) -> None:
+        """Note that a file's adapters are on the module: they stay if a fit fails."""
         if self.phase is Phase.SET_UP:
             self.phase = Phase.LOADED
 
-    def loading_failed(self) -> None:
-        """The optimizers do not fit that file: so the module becomes what it was before."""
+    def note_failed_loading(self) -> None:
+        """Note that the optimizers do not fit that file: the module becomes what it was before."""
         if self.phase is Phase.LOADED:
             self.phase = Phase.SET_UP
 
     def begin_training(self) -> None:
         """From here on, the adapters may be trained: they stay if the fit fails."""
         self.phase = Phase.TRAINING
+
+    def take_random_numbers(self) -> None:
+        """Let the first step have the random numbers of the checkpoint. Later, nothing is set."""
+        self.random_numbers.begin_training()
+        self.random_numbers = RandomNumbers()
 
     def end_fit(self) -> bool:
         """End a fit. Return whether it loaded or trained adapters, which stay."""
@@ -253,24 +279,36 @@ class Stage:
             return
         self.adapter.put_back(pl_module)
         if self.came == "merged":
-            self._merge_again(pl_module, was_loaded=reached is Phase.LOADED)
+            self._merge_again(pl_module, has_loaded=reached is Phase.LOADED)
 
-    def _merge_again(self, pl_module: LightningModule, *, was_loaded: bool) -> None:
+    def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
         merge(pl_module)
-        if was_loaded and self.adapter.is_shown_by(pl_module):
+        if has_loaded and self.adapter.is_shown_by(pl_module):
             rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
 
-    def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
-        """Give the module back as it came. Return whether it keeps adapters that may be trained instead.
+    def may_have_trained(self, pl_module: LightningModule) -> bool:
+        """Whether the module has adapters that may be trained."""
+        return False
+
+    def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> None:
+        """End a stage that has failed. The module keeps adapters that may be trained, or is given back as it came.
 
         ``is_alone``: other processes may not be here, so nothing that needs them is done.
         """
+        if not self.may_have_trained(pl_module):
+            self._give_back(pl_module, is_alone=is_alone)
+            return
+        self._close()
+        if not is_alone:
+            note_changed(view_of(pl_module))
+
+    def _give_back(self, pl_module: LightningModule, *, is_alone: bool) -> None:
+        """Give the module back as it came."""
         reached = self._close()
         is_given_back = reached is Phase.OVER or View(pl_module).is_merged
         needs_others = is_alone and self.came == "merged"  # a merge is collective: the adapters stay
         if not (is_given_back or needs_others):
             self.undo.close()
-        return False
 
     def _close(self) -> Phase:
         """End the stage. Return how far it had come."""
@@ -304,8 +342,8 @@ class Fit(Stage):
         """Make this fit's adapter the active one: it may be a new one."""
         self.adapter.activate(pl_module, self.config)
 
-    def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module gets or has adapters. A plain one gets some."""
+    def runs_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
+        """Whether the module runs with adapters, which it has or gets now. A plain one always gets some."""
         return state_of(pl_module) in (State.PLAIN, State.ADAPTED)
 
     def end(self, pl_module: LightningModule) -> None:
@@ -315,15 +353,9 @@ class Fit(Stage):
         elif self._close() is Phase.SET_UP:
             self.undo.close()
 
-    def give_back_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
-        """Keep adapters that may be trained, or give the module back as it came. Return whether they are kept."""
-        may_be_trained = self.phase in (Phase.LOADED, Phase.TRAINING)
-        if not (may_be_trained and View(pl_module).is_on_layers):
-            return super().give_back_after_error(pl_module, is_alone=is_alone)
-        self._close()
-        if not is_alone:
-            note_changed(view_of(pl_module))
-        return True
+    def may_have_trained(self, pl_module: LightningModule) -> bool:
+        """Whether the module has adapters that may be trained: by this fit, or as it has loaded them."""
+        return self.phase in (Phase.LOADED, Phase.TRAINING) and View(pl_module).is_on_layers
 
 
 def shows_adapters(pl_module: LightningModule) -> bool:

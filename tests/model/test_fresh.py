@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
-from lightning_lora.guards.left_out import left_alone
-from lightning_lora.guards.left_trainable import left_trainable
+from lightning_lora.guards.unfrozen_but_not_trained import modules_unfrozen_but_not_trained
+from lightning_lora.guards.untargeted.untargeted_weights import untargeted_matrices
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
 from tests.support.layers import Linear
@@ -267,12 +267,12 @@ def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
     if thawed is not None:
         model.get_submodule(thawed).requires_grad_(True)
     inject_adapters(model, LoRAConfig(**{"r": 2, "target_modules": ["body.0"], **config}))
-    assert left_trainable(View(model)) == found
+    assert modules_unfrozen_but_not_trained(View(model)) == found
 
 
 def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
     inject_adapters(model, LoRAConfig(r=2, **options))
-    return left_alone(View(model))
+    return untargeted_matrices(View(model))
 
 
 OWN = "tests.support.layers.Linear"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, OptimizerError, inject_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.model.view import view_of
-from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import held_by
-from lightning_lora.training.optimizers.optimizer_states import states_fit
+from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.strategies.partitions import Partition, full_state, local_state
+from lightning_lora.training.strategies.partitions import Partition, gathered_state, scattered_state
 from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, state
@@ -506,8 +506,8 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     partition.local.grad = torch.ones(4)
     optimizer.step()
-    whole = full_state([partition, empty], optimizer, torch.device("cpu"))
-    found = local_state([partition, empty], whole)
+    whole = gathered_state([partition, empty], optimizer, torch.device("cpu"))
+    found = scattered_state([partition, empty], whole)
     expected = optimizer.state_dict()
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"])
@@ -539,7 +539,7 @@ def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
 )
 def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        local_state([partition_of(0)], state)
+        scattered_state([partition_of(0)], state)
 
 
 def test_a_part_follows_what_is_not_itself_rounded() -> None:
@@ -557,7 +557,7 @@ def test_states_of_another_class_leave_all_optimizers_as_they_were() -> None:
     stored = [torch.optim.SGD(each.parameters(), lr=0.5).state_dict() for each in (first, second)]
 
     def load() -> None:
-        with states_fit([adamw, sgd], stored):
+        with refusing_other_states([adamw, sgd], stored):
             adamw.load_state_dict(stored[0])
             sgd.load_state_dict(stored[1])
 
@@ -577,5 +577,5 @@ def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_nex
         assert held_by([optimizer]) == {p for p in model.parameters() if p.requires_grad}
         of_first = set(model[0].parameters())
         left = [[p for p in group["params"] if p not in of_first] for group in optimizer.param_groups]
-        groups_were_edited(view_of(model), optimizer, left)
+        rewrite_groups(view_of(model), optimizer, left)
         remove_adapters(model)

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_lora import private
 from lightning_lora.tensors.named import where
 
-_PACKAGES_WITHOUT = {"torch", "builtins", "lightning", "pytorch_lightning", "lightning_lora"}
+_SKIPPED_PACKAGES = {"torch", "builtins", "lightning", "pytorch_lightning", "lightning_lora"}
+"""Functions in the files of these packages are not the model's own code."""
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -33,9 +34,9 @@ def _holds_compiled_code(module: nn.Module) -> bool:
 def _defines_compiled_code(cls: type) -> bool:
     """Whether a class defines a compiled function, or the file around it. Those of some packages do not."""
     package, *_ = cls.__module__.split(".")
-    if package in _PACKAGES_WITHOUT:
+    if package in _SKIPPED_PACKAGES:
         return False
-    file = sys.modules.get(cls.__module__, cls)
+    file = sys.modules.get(cls.__module__, cls)  # some classes are made without one
     compiled = [*where(vars(cls), _is_compiled_function), *where(dict(vars(file)), _is_compiled_function)]
     return not all(map(_is_result, compiled))
 

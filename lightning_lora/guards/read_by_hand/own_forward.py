@@ -23,7 +23,7 @@ class OwnForward:
         self._shown: list[tuple[nn.Module, str]] = []
 
     def put_on(self) -> None:
-        """Put it in place of the layer's own, or of what other code has put there."""
+        """Put it in the place of the layer's own, or of other code's."""
         attributes = vars(self.layer)
         self.before = only(attributes, ["forward"])
         attributes["forward"] = self
@@ -49,7 +49,7 @@ class OwnForward:
             self._hide()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what other code had put there, or the forward of the layer's class."""
+        """Run the forward of other code, or that of the layer's class."""
         if self.before:
             return self.before["forward"](*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)

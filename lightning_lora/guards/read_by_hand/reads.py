@@ -27,7 +27,7 @@ from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class ReadByHand(Guard):
-    """Names layers whose weights other code reads, in the first batch of a fit."""
+    """Names layers whose weights other code reads in the first batch."""
 
     def __init__(self) -> None:
         self.found: dict[str, None] = {}  # the names of layers
@@ -65,7 +65,7 @@ class ReadByHand(Guard):
             warn(_about_reads(type(model).__name__, names))
 
     def _set_on(self) -> None:
-        """Let weights see what is computed with them, and their layers see plain tensors."""
+        """Watch the weights. Their layers see plain tensors."""
         self.is_on = True
         for weight, layer in self.watched.items():
             watch(weight, layer, self.found)
@@ -81,7 +81,7 @@ class ReadByHand(Guard):
             forward.take_off()
 
     def _give_up(self) -> None:
-        """Something is compiled now, and must not see what is there for one batch."""
+        """Watch nothing more: something is compiled, which must not see what is there for one batch."""
         self._set_off()
         self.watched = {}
 

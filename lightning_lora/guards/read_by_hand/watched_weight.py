@@ -17,7 +17,7 @@ _NO_READS = {  # they need the parameter itself, or give no gradient
 
 
 class WatchedWeight(nn.Parameter):
-    """A frozen weight that notes which computations of other code a loss depends on."""
+    """A frozen weight that notes whether a loss depends on what other code reads."""
 
     lora_layer: str
     lora_found: dict[str, None]
@@ -59,7 +59,7 @@ def _is_recorded() -> bool:
 
 
 def _is_read(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of torch computes something from a weight, and does not write into it."""
+    """Whether a function of torch computes something from a weight."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return _attribute_of(func) in _TRANSPOSED
@@ -82,7 +82,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def _is_called_by_us() -> bool:
-    """Whether the nearest code outside of torch is of this package, which adds the update itself."""
+    """Whether the nearest code outside of torch is this package's. It adds the update itself."""
     here: Any = inspect.currentframe()
     frame = here.f_back.f_back  # of the code that has called the weight's class
     while frame is not None:

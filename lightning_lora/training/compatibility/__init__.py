@@ -1,6 +1,6 @@
 """What else a Trainer may have beside adapters: each kind of thing has a file, and its functions are listed here."""
 
-from lightning_lora.training.compatibility.averages import copy_adapted, drop_averages, share_base
+from lightning_lora.training.compatibility.averages import average_what_trains, copy_adapted, drop_averages
 from lightning_lora.training.compatibility.bars import end_bar, tell_of_interrupt
 from lightning_lora.training.compatibility.callbacks import (
     callbacks_of,
@@ -16,8 +16,8 @@ from lightning_lora.training.compatibility.our_callbacks import (
     SET_BY_LIGHTNING,
     came_too_late,
     forget_module,
-    join_other_package,
-    needs_an_object,
+    join_pytorch_lightning,
+    refuse_class,
 )
 from lightning_lora.training.compatibility.precisions import keeping_adapters
 from lightning_lora.training.compatibility.sharding import refuse_strategy

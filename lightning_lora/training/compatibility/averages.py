@@ -1,6 +1,6 @@
 """Callbacks that keep an average of the module: StochasticWeightAveraging and WeightAveraging, as EMA."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -21,22 +21,29 @@ from lightning_lora.tensors.values import replace_values
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
-    """Let averages begin from the module as it is now: they copied it before it was adapted, or had all its layers."""
+    """Let averages begin from the module as it is now, if they copied it before it was adapted.
+
+    With ``anew``, each begins again: values may have changed too.
+    """
     names = named_parameters(pl_module).keys()
     for average in _averages(callbacks):  # their setup would call configure_model, which may replace layers
-        average.leave_out_frozen_norms()
+        average.hide_frozen_norms()
         if anew or named_parameters(average.copy).keys() != names:
             average.begin_from(pl_module)
 
 
-def share_base(callbacks: list[Callback], view: View) -> None:
-    """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
-    frozen = view.frozen
+def average_what_trains(callbacks: list[Callback], view: View) -> None:
+    """Let averages compute only what trains: they share the frozen weights, and skip equal tensors."""
     for average in _averages(callbacks):
-        for name, weight in only(View(average.copy).base, frozen).items():
-            if weight.device == frozen[name].device:  # an average may be on another device
-                replace_values(weight, frozen[name].data)
-        average.leave_equal_tensors()
+        _share_frozen(view.frozen, average.copy)
+        average.skip_equal_tensors()
+
+
+def _share_frozen(frozen: Mapping[str, nn.Parameter], copied: nn.Module) -> None:
+    """Let a copy of the module have the memory of its frozen weights."""
+    for name, weight in only(View(copied).base, frozen).items():
+        if weight.device == frozen[name].device:  # an average may be on another device
+            replace_values(weight, frozen[name].data)
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
@@ -57,7 +64,7 @@ def _averages(callbacks: Iterable[Callback]) -> Iterator["_Average"]:
 
 @dataclass(frozen=True)
 class _Average:
-    """An average that is a copy of the module, as that of StochasticWeightAveraging, and its callback."""
+    """An average that is a copy of the module, and its callback, such as StochasticWeightAveraging."""
 
     callback: Any
     model: Any
@@ -72,7 +79,7 @@ class _Average:
         """Begin again with a copy of the module."""
         vars(self.callback)[AVERAGE] = deepcopy(pl_module)
 
-    def leave_out_frozen_norms(self) -> None:
+    def hide_frozen_norms(self) -> None:
         """Hide frozen norms from SWA. It would estimate their statistics again in one more epoch."""
         kind = type(self.callback)
         if hasattr(kind, "reset_batch_norm_and_save_state"):
@@ -81,7 +88,7 @@ class _Average:
             finds = kind.pl_module_contains_batch_norm
             self.callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, finds)
 
-    def leave_equal_tensors(self) -> None:
+    def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""
         average = getattr(self.callback, AVERAGES_WITH)
         setattr(self.callback, AVERAGES_WITH, _only_where_they_differ(average, _average_tensor))
@@ -103,7 +110,7 @@ class _TorchAverage(_Average):
         """Begin again with a copy of the module, on the average's device."""
         self.model.module = deepcopy(pl_module).to(self.model.n_averaged.device)
 
-    def leave_equal_tensors(self) -> None:
+    def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""
         if not self.model.avg_fn and not self.model.multi_avg_fn:
             self._set_default()
@@ -134,11 +141,10 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 # How tensors are averaged, where they are not equal: arithmetic would lose -0.0 and infinity
 
 
-def _only_where_they_differ(average: Any, averages_changed: Callable[..., Any]) -> Any:
-    """A function that averages with ``average`` what has changed, as ``averages_changed`` does."""
-    if getattr(average, "func", None) is averages_changed:  # it is one already
-        return average
-    return partial(averages_changed, average)
+def _only_where_they_differ(average: Any, wrapper: Callable[..., Any]) -> Any:
+    """A function that averages only what differs: ``wrapper`` chooses it, and calls ``average``."""
+    is_wrapped = getattr(average, "func", None) is wrapper
+    return average if is_wrapped else partial(wrapper, average)
 
 
 def _average_tensor(average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any) -> Any:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 def end_bar(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Stop a progress bar of rich, which would write over the lines that follow."""
+    """Stop a progress bar of rich. It would write over the lines that follow."""
     bar: Any = trainer.progress_bar_callback
     for kind in type(bar).__mro__:
         if kind.__name__ == "RichProgressBar":  # of either Lightning package

@@ -32,6 +32,11 @@ def kinds_of(trainer: Trainer) -> set[str]:
     return kinds
 
 
+def _is_ours(callback: Callback) -> bool:
+    """Whether this is a LoRACallback, or of a class made from it."""
+    return any(kind.__module__ == "lightning_lora.callback" for kind in type(callback).__mro__)
+
+
 def refuse_second_callback(callbacks: list[Callback]) -> None:
     """Refuse several callbacks of ours in one Trainer."""
     ours = list(filter(_is_ours, callbacks))
@@ -48,11 +53,6 @@ def check_callbacks(callbacks: Iterable[Callback], *, is_sharded: bool) -> None:
     for callback in callbacks:
         for kind in class_names(callback) & refused.keys():
             raise ConfigError(f"{type(callback).__name__} {refused[kind]}")
-
-
-def _is_ours(callback: Callback) -> bool:
-    """Whether this is a LoRACallback, or of a class made from it."""
-    return any(kind.__module__ == "lightning_lora.callback" for kind in type(callback).__mro__)
 
 
 def shows_summary(trainer: Trainer) -> bool:

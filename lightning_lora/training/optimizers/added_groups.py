@@ -19,12 +19,12 @@ from lightning_lora.training.optimizers.groups import Group, held_by, layers_tra
 
 
 @contextmanager
-def added_groups_fit(module: LightningModule) -> Iterator[None]:
-    """Leave out of added groups what trains already, and what stays frozen below it: torch's error would end the fit.
+def trimming_added_groups(module: LightningModule) -> Iterator[None]:
+    """Take out of added groups what trains already, and what stays frozen below it.
 
-    Code may call an optimizer, or Lightning's wrapper of it.
+    torch refuses a parameter that is held already, which would end the fit.
     """
-    wrappers = module.optimizers()
+    wrappers = module.optimizers()  # of Lightning, on which code may call ``add_param_group`` too
     if not isinstance(wrappers, list):
         wrappers = [wrappers]
     changed = torch_optimizers([*module.trainer.optimizers, *wrappers])
@@ -38,25 +38,25 @@ def added_groups_fit(module: LightningModule) -> Iterator[None]:
 
 
 def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
-    """Add a group as the optimizer's own method does, without what it should not hold."""
+    """Add a group without what it should not hold."""
     if isinstance(group, dict) and not isinstance(group.get("params"), set | None):  # torch says what is wrong there
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
-        _leave_out(view_of(model), optimizer, group)
+        _trim(view_of(model), optimizer, group)
     type(optimizer).add_param_group(optimizer, group)
 
 
-def _leave_out(view: View, optimizer: Optimizer, group: Group) -> None:
-    """Leave out what the optimizer holds, and weights that stay frozen below or beside its adapters."""
+def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
+    """Take out what the optimizer holds already, and weights that stay frozen below or beside that."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    twice = with_values({**view.adapters, **view.trained}, held & added)
-    layers = dict.fromkeys(map(owner_of, twice))
+    held_already = with_values({**view.adapters, **view.trained}, held & added)
+    layers = dict.fromkeys(map(owner_of, held_already))
     layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
-    if not layers:
+    if not layers:  # frozen weights alone are refused in the optimizer's next step
         return
     frozen = with_values(view.frozen, added)
-    left_out = {*twice.values(), *frozen.values()}
+    left_out = {*held_already.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
     _tell(layers, frozen)
 
@@ -67,7 +67,7 @@ def _parameter_of(item: Any) -> Any:
 
 
 def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
-    """Layers whose weights are added, and whose adapters the optimizer trains in their place."""
+    """Layers whose weights are added, though the optimizer trains their adapters."""
     trained = layers_trained_by(held, view)
     return [name for name in trained if not added.isdisjoint(view.weights_of(name))]
 

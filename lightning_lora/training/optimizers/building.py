@@ -29,7 +29,10 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
 
 
 def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
-    """Run the user's ``configure_optimizers``, once more without adapters if these are an error: as in minGPT's."""
+    """Run the user's ``configure_optimizers``. If adapters make it fail, run it once more without them.
+
+    Some code sorts all parameters by name, as minGPT's does, and refuses names that it does not know.
+    """
     try:
         return build()
     except Exception as error:
@@ -39,7 +42,7 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         first_error = error
     with _plain(view), suppress(Exception):
         built = build()
-        if all(group.parameters for group in groups_of(strategy.optimizers)):  # an empty one is for adapters
+        if all(group.parameters for group in groups_of(strategy.optimizers)):  # adapters were meant for an empty one
             return built
     raise first_error
 

@@ -8,20 +8,20 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
+from lightning_lora.training.optimizers.group_splits import groups_without_split, split
 from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
-from lightning_lora.training.optimizers.groups_behind import groups_without_split, split
 from lightning_lora.training.optimizers.scales import Scales
 
 
 class _Written(NamedTuple):
-    """The groups of an optimizer as the user built them, and as we have left them."""
+    """An optimizer's groups as they were built, and as we have written them."""
 
     built: list[Params]
-    left: list[Params]
+    ours: list[Params]
 
     def is_still_in(self, groups: list[Params]) -> bool:
         """Whether no other code has edited the groups since. The order in a group may differ."""
-        return list(map(set, self.left)) == list(map(set, groups))
+        return list(map(set, self.ours)) == list(map(set, groups))
 
 
 _WRITTEN = "_lora_edited"
@@ -33,7 +33,7 @@ So it lives as long as the optimizer, even if parameters refer to that. torch co
 
 @dataclass(frozen=True)
 class Edit:
-    """An optimizer, its groups as they were built, and as they are to be."""
+    """What an optimizer's groups are to be."""
 
     optimizer: Optimizer
     built: list[Params]
@@ -54,8 +54,8 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
     return now
 
 
-def groups_were_edited(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write other parameters into the groups of an optimizer that :func:`train_adapters` has edited before."""
+def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
+    """Write other parameters into groups that an edit has written before."""
     _write(view, optimizer, groups)
     written: _Written = vars(optimizer)[_WRITTEN]
     vars(optimizer)[_WRITTEN] = _Written(written.built, groups_without_split(optimizer))

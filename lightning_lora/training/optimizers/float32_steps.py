@@ -26,7 +26,7 @@ KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and s
 
 
 def float16_weights(view: View) -> dict[str, nn.Parameter]:
-    """Return the weights that train in full in float16, if adapters are kept in float32."""
+    """Return the weights that train in full, and are float16. None where adapters are float16 too."""
     if not view.config.autocast_adapter_dtype:
         return {}
     in_float16 = where(view.trained, _is_float16)
@@ -47,7 +47,7 @@ class Float32Steps:
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
         self._between: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
-        self._shown: dict[nn.Parameter, Optimizer] = {}
+        self._shown: dict[nn.Parameter, Optimizer] = {}  # the weights that are float32 now, in its step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
@@ -57,7 +57,7 @@ class Float32Steps:
         weights = float16_weights(view)
         _refuse_spread(view.title, weights)
         steps = cls(weights.values())
-        steps._while_open.enter_context(steps_are_in_float32(view.model))
+        steps._while_open.enter_context(steps_are_in_float32(view.model))  # no check refuses float16 weights then
         return steps
 
     def begin_step(self, optimizer: Optimizer) -> None:
@@ -72,7 +72,10 @@ class Float32Steps:
             self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
 
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
-        """The float32 values of a step that goes on, or of the last one. A state of its own begins empty."""
+        """Take the float32 values of a step that goes on, or of the last one.
+
+        They are no part of the state meanwhile: optimizers take an empty state for a parameter's first step.
+        """
         if p in self._between:
             return self._between.pop(p)
         state = optimizer.state.get(p, {})
@@ -118,7 +121,7 @@ def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def states_in_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
+def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
     """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
     held = held_by(torch_optimizers(optimizers))
     held_weights = held.intersection(float16_weights(view_of(model)).values())

@@ -71,7 +71,7 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
-    """Return the layers with adapters that train, of which some are among these parameters."""
+    """Return the layers of whose training adapters some are held."""
     return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
 
 

@@ -1,4 +1,4 @@
-"""States of optimizers in a file that are those of optimizers of another class."""
+"""A file's states of optimizers of another class: they are refused, and nothing is changed."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _BY_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "b
 
 
 @contextmanager
-def states_fit(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
+def refusing_other_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Load states inside the ``with`` block. Refuse those of other classes; the optimizers are then as before.
 
     torch would load them: an optimizer takes its settings from them too, and fails in a step if one is missing.
@@ -60,7 +60,7 @@ class _Loading:
         self.optimizer.state.update(self.state)
 
     def explain(self, error: Exception) -> None:
-        """Raise an error that says of which class the state is, if it is of another one."""
+        """If the state is of another class, raise an error that names it."""
         settings = _settings(_first_group(self.stored))
         if settings == _settings(self.optimizer.param_groups[0]):
             return
@@ -95,7 +95,7 @@ def classes_with(settings: set[str]) -> list[str]:
 
 
 def _is_optimizer_class(kind: object) -> bool:
-    """Whether this is the class of a kind of optimizer, not that of all."""
+    """Whether this is a class of optimizers, and not the one above all."""
     return inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
 
 

@@ -11,7 +11,7 @@ from lightning_lora.training.optimizers.groups import groups_of
 
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
-    """Return the highest rates of groups with adapters, and of those with anything else. Empty ones are among these."""
+    """Return the highest rates of groups with adapters, and those of other groups. Empty ones are others."""
     adapters = set(view.adapters.values())
     of_adapters = set[float]()
     of_others = set[float]()

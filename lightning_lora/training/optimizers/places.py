@@ -1,6 +1,7 @@
 """Whether each parameter that trains has a place in an optimizer, and no frozen one has."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -15,36 +16,43 @@ from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
 
-def place_rest(view: View, edits: Iterable[Edit], rests: Sequence[str]) -> None:
-    """Place trained parameters without optimizer in the only group, or refuse. ``rests`` are meant to have none."""
+def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) -> Sequence[Edit]:
+    """Return the edits with all that trains: what no group holds comes into the only one.
+
+    If there are several groups, it is refused. Adapters of ``paused`` layers need no place.
+    """
     groups: list[Params] = []
     for edit in edits:
         groups += edit.groups
-    rest = _without_place(view, parameters_in(groups), networks_around(rests))
+    remaining = _without_place(view, parameters_in(groups), networks_around(paused))
     if len(groups) == 1:
-        groups[0].extend(rest.values())
-        _tell_of_only_group(view, rest)
-        return
-    below = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains is their head
-    unplaced = outside(rest, below)
+        _tell_of_only_group(view, remaining)
+        placed = []
+        for edit in edits:
+            groups_with_all = [[*group, *remaining.values()] for group in edit.groups]
+            placed.append(replace(edit, groups=groups_with_all))
+        return placed
+    may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
+    unplaced = outside(remaining, may_stay)
     if unplaced:
         raise no_place(view.title, unplaced, len(groups))
+    return edits
 
 
 def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> dict[str, nn.Parameter]:
     """The parameters that train and that no group holds. In ``idle`` networks, they are meant to have none."""
     parameters = named_parameters(view.model)
-    rest = {}
+    without_place = {}
     for name in outside(parameters, idle):
         p = parameters[name]
         if p.requires_grad and p not in placed:
-            rest[name] = p
-    return rest
+            without_place[name] = p
+    return without_place
 
 
-def _tell_of_only_group(view: View, rest: Iterable[str]) -> None:
+def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = outside(rest, view.adapter.networks.under_head)
+    told = outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 

@@ -22,7 +22,7 @@ class AdapterScale(NamedTuple):
 
 Scales = dict[nn.Parameter, AdapterScale]
 
-_FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}
+_FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}  # LoRA+ knows no magnitude: it gets the lower rate
 
 
 def scales_of(lr_scale: Scale) -> dict[str, float]:

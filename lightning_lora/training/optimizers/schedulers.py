@@ -1,4 +1,4 @@
-"""Schedulers see only the module's groups: those of adapters follow behind."""
+"""Schedulers see only the module's groups, and no groups behind them."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -7,17 +7,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.tensors.inplace import InPlace, overlay
-from lightning_lora.training.optimizers.groups_behind import hide_behind, is_split, show_behind
+from lightning_lora.training.optimizers.groups_behind import has_groups_behind, hide_behind, show_behind
 
 
 class FollowedScheduler(InPlace):
-    """Added to the class of a scheduler, which then sees only the module's groups."""
+    """A scheduler that sees only the module's groups: this is added to its class."""
 
     overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the scheduler's own step, and follow it."""
+        """Take the scheduler's own step. Then the groups behind mirror its rates."""
         has_hidden = hide_behind(self.optimizer)  # not by a scheduler that another one calls
         try:
             return super().step(*args, **kwargs)  # type: ignore[misc]
@@ -29,7 +29,7 @@ class FollowedScheduler(InPlace):
 def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
     """Let schedulers see only the module's groups: those of the Trainer, and those that the module keeps itself."""
     for each in _with_contents([*schedulers, *vars(model).values()]):
-        if _is_scheduler(each) and is_split(each.optimizer) and not isinstance(each, FollowedScheduler):
+        if _is_scheduler(each) and has_groups_behind(each.optimizer) and not isinstance(each, FollowedScheduler):
             overlay(each, FollowedScheduler)
 
 

@@ -13,6 +13,7 @@ from lightning_lora.model.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
+from lightning_lora.training.optimizers.group_splits import check_splits, unsplit
 from lightning_lora.training.optimizers.groups import (
     Params,
     base_weights_of,
@@ -20,8 +21,7 @@ from lightning_lora.training.optimizers.groups import (
     leading_layers,
     parameters_in,
 )
-from lightning_lora.training.optimizers.groups_behind import check_splits, unsplit
-from lightning_lora.training.optimizers.places import check_emptied, place_rest
+from lightning_lora.training.optimizers.places import check_emptied, place_remaining
 from lightning_lora.training.optimizers.scales import Scale, scales_in
 
 
@@ -30,10 +30,9 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer in optimizers:
         unsplit(optimizer)
     view = view_of(model)
-    rests = _let_rest(view, optimizers)
+    paused = _settle_networks(view, optimizers)
     scales = scales_in(view, lr_scale)
-    edits = _plan(view, optimizers)
-    place_rest(view, edits, rests)
+    edits = place_remaining(view, _plan(view, optimizers), paused)
     for number, edit in enumerate(edits):
         check_emptied(view, number, edit)
         check_splits(edit.optimizer, edit.groups, scales)
@@ -41,17 +40,22 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
         edit.write(view, scales)
 
 
-def _let_rest(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Take adapters off networks that stand still. Return layers whose adapters have learned, and train no more."""
+def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
+    """Take adapters off networks that stand still. Return paused layers: what their adapters have learned stays."""
     unheld = _unheld(view, optimizers)
-    rests = settle(view, unheld)
-    if rests:
-        rank_zero_info(f"The adapters of {listed(rests)} have learned. No optimizer holds them now: they do not train.")
-    return rests
+    paused = settle(view, unheld)
+    if paused:
+        rank_zero_info(
+            f"The adapters of {listed(paused)} have learned. No optimizer holds them now: they do not train."
+        )
+    return paused
 
 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
-    """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
+    """The base's parameters that no optimizer holds, nor their adapters.
+
+    If no adapted weight is held at all, the set is empty: that says nothing about single networks.
+    """
     held = _built_by(optimizers)
     held |= base_weights_of(layers_trained_by(held, view), view)
     if held.isdisjoint(base_weights_of(view.layers, view)):
@@ -69,7 +73,7 @@ def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
     """The groups that each optimizer is to have. Their number stays."""
-    places = _Places(_followers(view), _built_by(optimizers))
+    places = _Places(_replacements(view), _built_by(optimizers))
     edits = []
     for optimizer in optimizers:
         built = built_groups(optimizer)
@@ -77,45 +81,49 @@ def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
     return edits
 
 
-def _followers(view: View) -> dict[nn.Parameter, Params]:
+def _replacements(view: View) -> dict[nn.Parameter, Params]:
     """The adapters' parameters that take the place of each weight in the optimizers."""
-    followers = defaultdict[nn.Parameter, Params](list)
+    replacements = defaultdict[nn.Parameter, Params](list)
     for layer in leading_layers(view).values():
         for name, about in layer.lora_roles().items():
             if about.role.trains:
                 weight = own_parameter(layer, about.matrix.weight)
-                followers[weight].append(own_parameter(layer, name))
-    return dict(followers)
+                replacements[weight].append(own_parameter(layer, name))
+    return dict(replacements)
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where adapters stand: in place of the weights that they follow, or where the user has put them (``chosen``)."""
+    """Where adapters stand: in the group that the user has put them in, otherwise in that of their weight.
 
-    followers: dict[nn.Parameter, Params]
-    chosen: set[nn.Parameter]
+    If a weight is in two groups, its adapter is in the first. For example, where V and W are adapted, the groups
+    ``[V], [W, bias]`` become ``[A and B of V], [A and B of W, bias]``, without the bias if that is frozen.
+    """
+
+    replacements: dict[nn.Parameter, Params]
+    in_built_groups: set[nn.Parameter]
 
     def in_groups(self, groups: list[Params]) -> list[Params]:
         """Return one optimizer's groups with adapters. Files keep the order."""
         placed = set[nn.Parameter]()
         edited = []
         for group in groups:
-            elsewhere = placed | self.chosen.difference(group)
-            trained = [p for p in self._trained_in(group) if p not in elsewhere]
+            stands_elsewhere = placed | self.in_built_groups.difference(group)
+            trained = [p for p in self._may_train_in(group) if p not in stands_elsewhere]
             placed.update(trained)
             edited.append(trained)
         return edited
 
-    def _trained_in(self, group: Params) -> Iterable[nn.Parameter]:
-        """What may train in one group, each once: its own parameters that are not frozen, and adapters."""
-        following = parameters_in(map(self._followers_of, group))
+    def _may_train_in(self, group: Params) -> Iterable[nn.Parameter]:
+        """What may train in one group, each once: adapters in their weights' places, and what is not frozen."""
+        in_places_of_weights = parameters_in(map(self._replacements_of, group))
         found: dict[nn.Parameter, None] = {}
         for parameter in group:
-            found.update(dict.fromkeys(self._followers_of(parameter)))
-            if parameter.requires_grad and parameter not in following:
+            found.update(dict.fromkeys(self._replacements_of(parameter)))
+            if parameter.requires_grad and parameter not in in_places_of_weights:
                 found[parameter] = None
         return found
 
-    def _followers_of(self, weight: nn.Parameter) -> Params:
+    def _replacements_of(self, weight: nn.Parameter) -> Params:
         """The adapters' parameters that take the place of a weight."""
-        return self.followers.get(weight, [])
+        return self.replacements.get(weight, [])

@@ -34,7 +34,7 @@ class _Before(NamedTuple):
 
 
 class WatchedSteps:
-    """Watches an optimizer's steps until one has trained a parameter of the added groups."""
+    """Watches an optimizer's steps until one has trained added groups."""
 
     def __init__(self) -> None:
         self._before: list[_Before] = []  # in a step, until one has trained
@@ -42,7 +42,7 @@ class WatchedSteps:
         self._is_due = False  # whether one has had a gradient, which a step may end without
 
     def begin(self, optimizer: Optimizer, groups: Iterable[Group]) -> None:
-        """Before a step, keep copies of what these groups hold, unless their rate is zero."""
+        """Keep copies of what these groups hold before a step."""
         may_skip = hasattr(optimizer, "found_inf")  # by which a GradScaler may skip the step
         if self._has_trained or may_skip:
             return

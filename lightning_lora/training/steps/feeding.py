@@ -1,6 +1,6 @@
-"""Frozen networks below a head: does what trains read them? The first step tells, and the others are left alone."""
+"""Frozen networks that may be backbones: does what trains read them? The first step tells. If not, adapters go off."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_lora.tensors.graphs import nodes_behind
 from lightning_lora.tensors.named import inside, only, outside, where, with_values, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import is_tensor
-from lightning_lora.training.optimizers.edits import groups_were_edited
+from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import groups_of, held_by
 from lightning_lora.training.optimizers.places import no_place
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
@@ -37,21 +37,21 @@ class Feeding:
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
-        self.below: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
+        self.unjudged: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
         self.found: set[int] = set()  # parameters from which inputs of what trains were computed
         self.have_run: set[str] = set()
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
-            self.below[network] = set()
+            self.unjudged[network] = set()
             for name in inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
-        if self.below:
-            for module in _modules_that_train(view, self.below) or _modules_without_adapters(view):
+        if self.unjudged:
+            for module in _modules_that_train(view, self.unjudged) or _modules_without_adapters(view):
                 self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
 
     def _watch_layer(self, network: str, layer: LoRALayer) -> None:
         """Note when a layer of a network runs."""
-        self.below[network].update(map(id, layer.lora_trained()))
+        self.unjudged[network].update(map(id, layer.lora_trained()))
         self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
 
     def _note_network(self, network: str, *_: Any) -> None:
@@ -62,16 +62,33 @@ class Feeding:
         if not torch.is_grad_enabled():
             return
         self.have_run.add(_WHAT_TRAINS)
-        if not self.have_run.isdisjoint(self.below):  # what feeds a layer has run before it
+        if not self.have_run.isdisjoint(self.unjudged):  # what feeds a layer has run before it
             self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    def have_both_run(self, network: str) -> bool:
+    def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> tuple[list[str], list[str]]:
+        """Judge these networks, once each. Return those that feed nothing, and those that feed what trains.
+
+        A network waits for another step until it and what trains have run in all processes (``is_agreed``).
+        """
+        unfed = []
+        fed = []
+        for name in networks:
+            if not is_agreed(self._have_both_run(name)):
+                continue
+            if is_agreed(self._feeds_nothing(name)):
+                unfed.append(name)
+            else:
+                fed.append(name)
+            del self.unjudged[name]
+        return unfed, fed
+
+    def _have_both_run(self, network: str) -> bool:
         """Whether a network and what trains have run."""
         return {_WHAT_TRAINS, network} <= self.have_run
 
-    def feeds_nothing(self, network: str) -> bool:
+    def _feeds_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
-        return self.found.isdisjoint({*self.below[network], _UNKNOWN})
+        return self.found.isdisjoint({*self.unjudged[network], _UNKNOWN})
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -80,7 +97,7 @@ class Feeding:
 
 
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
-    """The layers beside these networks whose adapters train, and modules that train in full."""
+    """What trains beside these networks: adapted layers, and modules in full."""
     beside = only(view.layers, outside(view.layers, networks))
     training: set[nn.Module] = set(where(beside, LoRALayer.lora_trained).values())
     for module in view.saved:
@@ -89,7 +106,7 @@ def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]
 
 
 def _modules_without_adapters(view: View) -> set[nn.Module]:
-    """The modules with weights that the user has not frozen, and that have no adapter."""
+    """The modules with weights that the user has not frozen, but without adapters."""
     owners = set(map(owner_of, without(view.base, view.frozen_by_user)))
     return set(only(view.modules, owners - view.layers.keys()).values())
 
@@ -108,45 +125,35 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
 # The judgement, before the first optimizer step
 
 
-def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
+def remove_unfed(
+    model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool
+) -> bool:
     """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
 
     All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
     were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
     """
-    alone, fed = _judge(optimizer, strategy, feeding, copied=copied)
+    to_judge = list(feeding.unjudged)
+    if not copied:
+        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.unjudged)
+    unfed, fed = feeding.judge(to_judge, strategy.reduce_boolean_decision)
     if fed:
         view = view_of(model)
         if not copied:
             _check_places(view, fed, strategy.optimizers)
-        _tell_of_fed(view, fed, alone)
-    if not alone:
+        _tell_of_fed(view, fed, unfed)
+    if not unfed:
         return False
-    said = left_still(alone, view_of(model).title)
+    said = left_still(unfed, view_of(model).title)
     if copied:
         raise StrategyError(
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
-            f"Name it yourself: exclude_modules={alone}."
+            f"Name it yourself: exclude_modules={unfed}."
         )
-    leave_alone(view_of(model), alone)
+    leave_alone(view_of(model), unfed)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
-
-
-def _judge(optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> tuple[list[str], list[str]]:
-    """The networks that feed nothing, and those that feed what trains, as far as all processes have seen them run."""
-    to_judge = list(feeding.below)
-    if not copied:
-        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.below)
-    is_agreed = strategy.reduce_boolean_decision
-    alone_by_flag: dict[bool, list[str]] = {True: [], False: []}
-    for name in to_judge:
-        if is_agreed(feeding.have_both_run(name)):
-            feeds_nothing = bool(is_agreed(feeding.feeds_nothing(name)))
-            alone_by_flag[feeds_nothing].append(name)
-            del feeding.below[name]
-    return alone_by_flag[True], alone_by_flag[False]
 
 
 def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
@@ -161,16 +168,16 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 
 
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse adapters of a network that feeds what trains, if no optimizer holds them."""
+    """Refuse networks that feed what trains, if no optimizer holds their adapters."""
     placed = with_values(view.adapters, held_by(optimizers))
     unplaced = inside(without(view.adapters, placed), fed)
     if unplaced:
         raise no_place(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
-def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
+def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    others = outside(view.layers, (*fed, *alone))
+    others = outside(view.layers, (*fed, *unfed))
     if others:
         rank_zero_info(
             f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "
@@ -179,10 +186,10 @@ def _tell_of_fed(view: View, fed: Sequence[str], alone: Sequence[str]) -> None:
 
 
 def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Take the parameters that do not train any more out of an optimizer's groups."""
+    """Take parameters that train no more out of the groups."""
     view = view_of(model)
     trained = set(model.parameters()) - set(view.frozen.values())
     groups = []
     for group in optimizer.param_groups:
         groups.append([parameter for parameter in group["params"] if parameter in trained])
-    groups_were_edited(view, optimizer, groups)
+    rewrite_groups(view, optimizer, groups)

@@ -17,25 +17,27 @@ from lightning_lora.networks.copies import pairs_of
 from lightning_lora.tensors.named import outside, with_values
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.optimizers.groups import held_by, layers_trained_by
-from lightning_lora.training.steps.asked import OwnCheckpoints
+from lightning_lora.training.steps.own_checkpoints import OwnCheckpoints
 from lightning_lora.training.steps.received import Received
 
 
 class Gradients:
     """Watches the gradients of one run: frozen weights get none, and each optimizer's first step shows who has some.
 
-    ``copied`` are the parameters of which the optimizer trains copies.
+    ``copied`` are the parameters of which the optimizer trains copies. ``is_new_fit``: it has loaded no adapters.
     """
 
-    def __init__(self, model: nn.Module, received: Received, copied: Sequence[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, received: Received, copied: Sequence[nn.Parameter] = (), *, is_new_fit: bool
+    ) -> None:
         self.model = model
         self.received = received
         self.copied = set(copied)
+        self.is_new_fit = is_new_fit
         self.frozen = set(view_of(model).frozen.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
-        self.was_thawed = False
-        self.has_begun = False
-        self.begins = True  # whether its fit loaded no adapters
+        self.has_told_of_thawed = False
+        self.had_backward = False
         self.optimizers: list[Optimizer] = []  # those that have made a step
 
     # Each backward pass
@@ -47,7 +49,7 @@ class Gradients:
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
-        self.has_begun = True
+        self.had_backward = True
         self._keep_frozen()
         self.received.end_backward()
 
@@ -59,8 +61,8 @@ class Gradients:
                 p.requires_grad_(False)
                 thawed.add(p)
             p.grad = None
-        if thawed and not self.was_thawed:
-            self.was_thawed = True
+        if thawed and not self.has_told_of_thawed:
+            self.has_told_of_thawed = True
             self._tell_of_thawed(thawed)
 
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
@@ -72,33 +74,37 @@ class Gradients:
 
     # The first step of each optimizer
 
-    def check(self, optimizer: Optimizer) -> list[str]:
-        """At the first step of an optimizer, return the layers whose adapters in it have received no gradient.
+    def begin_step(self, optimizer: Optimizer) -> list[str]:
+        """Begin an optimizer's step. In its first one, return the layers without a gradient there.
 
-        Among them, copies of networks with a gradient are meant to follow: they begin with the same adapters.
+        Copies of networks with a gradient are not among them: they are meant to follow.
         """
-        if not self.has_begun:
+        if not self.had_backward:
             self._keep_frozen()  # a step by hand may call loss.backward()
         if optimizer in self.optimizers:
             return []
         held = self.copied or held_by([optimizer])
         missed = self.received.missed(held)
-        if not self.has_begun and missed == held:  # no backward pass yet
+        if not self.had_backward and missed == held:  # no backward pass yet
             return []
         self.optimizers.append(optimizer)
+        return self._begin_first_step(held, missed)
+
+    def _begin_first_step(self, held: Set[nn.Parameter], missed: Set[nn.Parameter]) -> list[str]:
+        """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
         view = view_of(self.model)
         check_weights(view)  # hooks may compute them since training began
         unreached = layers_trained_by(missed, view)
-        copies = self._copies(view, layers_trained_by(held, view))
+        copies = self._settle_copies(view, layers_trained_by(held, view))
         return outside(unreached, copies)
 
-    def _copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
-        """Networks of these layers that copy others, and have no gradient yet.
+    def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
+        """Find networks among these layers that copy others, and have no gradient yet.
 
-        In a fit that begins, they get the same adapters.
+        In a new fit, they get the originals' adapters. In one that goes on, they have their own from the file.
         """
-        idle = _layers_that_stay(view, layers)
-        if self.copied or not self.begins:
+        idle = _layers_without_gradient(view, layers)
+        if self.copied or not self.is_new_fit:
             return copies_among(view, idle)
         copies = begin_alike(view, idle)
         if copies:
@@ -114,19 +120,19 @@ class Gradients:
         self.received.close()
 
 
-def _layers_that_stay(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
+def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
-    move = list(map(_moves, layers.values()))
-    move_anywhere = agreed(move, list(view.adapters.values()))
-    return set(layers).difference(compress(layers, move_anywhere))
+    here = list(map(_has_gradient, layers.values()))
+    in_any_process = agreed(here, list(view.adapters.values()))
+    return set(layers).difference(compress(layers, in_any_process))
 
 
-def _moves(layer: LoRALayer) -> bool:
+def _has_gradient(layer: LoRALayer) -> bool:
     """Whether a layer's adapter has a gradient other than zero in this process."""
-    return any(map(_has_gradient, layer.lora_trained()))
+    return any(map(_is_moved_by_gradient, layer.lora_trained()))
 
 
-def _has_gradient(p: nn.Parameter) -> bool:
+def _is_moved_by_gradient(p: nn.Parameter) -> bool:
     """Whether this process's part of a gradient is other than zero."""
     if p.grad is None:
         return False

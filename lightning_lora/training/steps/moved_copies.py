@@ -28,7 +28,7 @@ class _Noted:
 
 
 class FrozenCopies:
-    """The copies in which no layer is adapted, of networks with adapters, and their weights before the first step."""
+    """Copies without adapters of networks with adapters, and what their weights were before the first step."""
 
     def __init__(self) -> None:
         self.originals: dict[str, str] = {}  # of each copy
@@ -43,7 +43,7 @@ class FrozenCopies:
                 self._before[name] = _Noted(Seen(weight), samples(weight).clone())
 
     def check(self, view: View) -> None:
-        """Refuse a copy into which the first step has written something else than its original's weights."""
+        """Refuse a copy that the first step has moved, but not towards its original."""
         for copy, original in self.originals.items():
             for name in self.moved_weights(view, copy):
                 if not self._is_towards_original(view, name, copy):
@@ -62,7 +62,7 @@ class FrozenCopies:
         return self.originals[copy] + name.removeprefix(copy)
 
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
-        """Whether a weight lies between its earlier values and those of its original, with or without the update."""
+        """Whether a weight has moved towards its original's, with or without the update, or not at all."""
         wanted = _weights_with_update(view, self.name_in_original(name, copy))
         if not wanted or wanted[0].shape != view.base[name].shape:
             return False
@@ -74,7 +74,7 @@ class FrozenCopies:
 
 
 def _are_between(values: Tensor, ends: Tensor) -> bool:
-    """Whether each value lies between the smallest and the largest of its ends, up to rounding."""
+    """Whether each value lies between its ends, up to rounding."""
     rounding = 8 * torch.finfo(values.dtype).eps * ends.abs().amax(0)
     least = ends.amin(0) - rounding
     most = ends.amax(0) + rounding
@@ -82,7 +82,7 @@ def _are_between(values: Tensor, ends: Tensor) -> bool:
 
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
-    """A weight of an adapted network as it is, and with its update if it has one."""
+    """A weight of an adapted network: as it is, and with its update."""
     if name not in view.base:
         return []
     weights = [view.base[name].detach()]
@@ -108,7 +108,7 @@ def _moved_away(view: View, copy: str, original: str, weight: str) -> AdapterSta
 
 
 def _copies_without_adapters(view: View) -> dict[str, str]:
-    """Frozen copies in which no layer is adapted, and the adapted networks that they copy."""
+    """Frozen copies without adapters, and the adapted networks that they copy."""
     if any(map(is_dtensor, view.base.values())):  # each process would judge by its shard
         return {}
     adapted = modules_around(view.layers)
@@ -116,7 +116,8 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
-    return without(with_values(found, adapted), adapted)
+    copies_of_adapted = with_values(found, adapted)
+    return without(copies_of_adapted, adapted)
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

@@ -56,10 +56,10 @@ class CompletedGradients(NotedGradients):
     So ``find_unused_parameters``, which searches the graph in every step, is not needed.
     """
 
-    def __init__(self, model: nn.Module, wrapped: Any, joined: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, wrapped: Any, awaited: Sequence[nn.Parameter]) -> None:
         super().__init__(model)
         self.wrapped = wrapped
-        self.awaited = dict.fromkeys([*self.trained, *joined])  # each once, in an order that all processes have
+        self.awaited = dict.fromkeys([*self.trained, *awaited])  # each once, in an order that all processes have
 
     def end_backward(self) -> None:
         """Complete a pass, unless it only accumulates."""
@@ -70,15 +70,15 @@ class CompletedGradients(NotedGradients):
             self.reached.clear()  # these have not received any
 
 
-def received_gradients(model: nn.Module, wrapped: object, joined: Sequence[nn.Parameter]) -> Received:
-    """Return what knows of a model's gradients. If DDP has wrapped it, that waits for those in ``joined`` too."""
+def received_gradients(model: nn.Module, wrapped: object, awaited: Sequence[nn.Parameter]) -> Received:
+    """Return what knows of a model's gradients. If DDP has wrapped it, that waits for those in ``awaited`` too."""
     if _waits_for_all(wrapped):
-        return CompletedGradients(model, wrapped, joined)
+        return CompletedGradients(model, wrapped, awaited)
     return Received()
 
 
 def _waits_for_all(wrapped: object) -> bool:
-    """Whether a module is one of DDP's that fails if a parameter gets no gradient."""
+    """Whether this is DDP, and it fails if a parameter gets no gradient."""
     if not isinstance(wrapped, DistributedDataParallel):
         return False
     return not (wrapped.find_unused_parameters or wrapped.static_graph)

@@ -18,8 +18,8 @@ _RUNNING: list[nn.Module] = []
 
 
 @contextmanager
-def gradients_pass(model: nn.Module) -> Iterator[None]:
-    """In a training step, let gradients pass reentrant checkpoints with inputs that require none.
+def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
+    """Let gradients pass reentrant checkpoints in a training step.
 
     torch offers no hook there: its function finds no input that requires a gradient, and keeps nothing of the call. So
     for a step, another function takes its place, unless other code has put its own there.
@@ -36,7 +36,7 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
 
 
 class _RequiringGradients(CHECKPOINT_FUNCTION):
-    """The same function, but if no input requires a gradient, all floating-point inputs do.
+    """The same function, but its inputs require gradients if none of them does.
 
     Not while adapters are disabled: the backward pass would compute the layers with them.
     """
@@ -49,7 +49,7 @@ class _RequiringGradients(CHECKPOINT_FUNCTION):
 
 
 def _are_overlooked(inputs: tuple[Any, ...]) -> bool:
-    """Whether torch would keep nothing of a call with these inputs, though adapters inside it may train."""
+    """Whether torch would keep nothing of a call, though adapters inside it may train."""
     if not torch.is_grad_enabled() or any(map(_shows_base, _RUNNING)):
         return False
     return not any(map(_requires_grad, inputs))

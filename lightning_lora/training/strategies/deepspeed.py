@@ -19,9 +19,14 @@ from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
-from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
-from lightning_lora.training.strategies.partitions import Partition, full_state, local_state, partitions_of
-from lightning_lora.training.strategies.strategy import State
+from lightning_lora.training.strategies.late_restore import LateRestoreMethods
+from lightning_lora.training.strategies.partitions import (
+    OptimizerState,
+    Partition,
+    gathered_state,
+    partitions_of,
+    scattered_state,
+)
 
 _COPIES = "float32"
 """The entry of an optimizer's state in half precision with DeepSpeed's copies."""
@@ -30,11 +35,11 @@ _SCALE = "loss_scaler"
 """The entry that says how DeepSpeed scales the loss in float16."""
 
 
-class DeepSpeedMethods(LateStrategyMethods):
+class DeepSpeedMethods(LateRestoreMethods):
     """The methods for DeepSpeedStrategy."""
 
     overlaid: ClassVar[tuple[str, ...]] = (
-        *LateStrategyMethods.overlaid,
+        *LateRestoreMethods.overlaid,
         "_init_optimizers",
         "init_deepspeed",
         "on_train_start",
@@ -88,16 +93,16 @@ class DeepSpeedMethods(LateStrategyMethods):
         if self.stage.is_fitting:
             self._build_for_fit()
             return
-        self.original.init_deepspeed()  # for an evaluation, Lightning removes all hooks
+        self.original.init_deepspeed()
         record = find_record(self.module)
         if record is not None:
-            keep_record(self.module, record)
+            keep_record(self.module, record)  # with its hook: for an evaluation, Lightning has removed all
 
     def _build_for_fit(self) -> None:
         """Build the engine of a fit, and find this process's shards in it."""
         self._check_dtypes()
         self._check_scale()
-        self._idle = {}
+        self._idle = {}  # ``_init_optimizers``, which this calls, fills it
         try:
             self.original.init_deepspeed()
         finally:
@@ -155,12 +160,13 @@ class DeepSpeedMethods(LateStrategyMethods):
             return
         engine.destroy()
         for optimizer in self.strategy.optimizers:
+            # without strict: a set-up that failed has found no partitions
             for partition, group in zip(self.partitions, optimizer.param_groups, strict=False):
                 group["params"] = partition.parameters  # a module may return the same optimizer in its next fit
 
     # Files
 
-    def train_new_adapters(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Build the engine again: it has those from before."""
         self._end_engine()
         self.strategy.model = self.module
@@ -170,16 +176,16 @@ class DeepSpeedMethods(LateStrategyMethods):
         """Load the optimizer's state, each process its own shard."""
         (optimizer,) = self.strategy.optimizers
         (state,) = checkpoint["optimizer_states"]
-        optimizer.optimizer.load_state_dict(local_state(self.partitions, state))
-        for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
+        optimizer.optimizer.load_state_dict(scattered_state(self.partitions, state))
+        for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):  # or a file has no copies
             partition.local.detach().copy_(partition.local_of(values))
         if _SCALE in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_SCALE])
 
-    def optimizer_state(self, optimizer: Any) -> State:
+    def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of the optimizer, made full."""
         device = self.strategy.root_device
-        state = full_state(self.partitions, optimizer, device)
+        state = gathered_state(self.partitions, optimizer, device)
         if any(map(Partition.has_other_dtype, self.partitions)):
             state[_COPIES] = [partition.full(partition.local.detach(), device) for partition in self.partitions]
         scaler = vars(optimizer).get("loss_scaler")
@@ -189,12 +195,12 @@ class DeepSpeedMethods(LateStrategyMethods):
 
     # Gradients
 
-    def gradients(self) -> Gradients:
+    def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit. Its optimizer trains copies of the parameters."""
         copied: list[nn.Parameter] = []
         for partition in self.partitions:
             copied += partition.parameters
-        return Gradients(self.module, NotedGradients(self.module), copied)
+        return Gradients(self.module, NotedGradients(self.module), copied, is_new_fit=is_new_fit)
 
 
 def _uses_dora(layer: LoRALayer) -> bool:

@@ -17,7 +17,7 @@ KINDS: dict[str, type[StrategyMethods]] = {
 
 
 def overlay_strategy(strategy: Any, stage: Stage) -> StrategyMethods:
-    """Lay our methods over those of a strategy, and over what other code has set on it. They act in ``stage``."""
+    """Lay our methods over those of a strategy, to act in ``stage``."""
     methods = methods_of(strategy)
     if methods is None:
         kind = _kind_of(strategy)
@@ -29,7 +29,7 @@ def overlay_strategy(strategy: Any, stage: Stage) -> StrategyMethods:
 
 
 def methods_of(strategy: Any) -> StrategyMethods | None:
-    """Return our methods that lie over those of a strategy, if there are any."""
+    """Return our methods over those of a strategy, if there are any."""
     methods: StrategyMethods | None = overlaid_methods(strategy)
     return methods
 

@@ -35,7 +35,7 @@ class OverlaidMethod:
 
 
 class OverlaidMethods:
-    """Our methods for one strategy. ``original`` has those from before: of other code, or of its class."""
+    """Our methods for one strategy. ``original`` has those below them: of other code, or of its class."""
 
     overlaid: ClassVar[tuple[str, ...]] = ()
     """The names of the methods that lie over the strategy's."""
@@ -54,7 +54,7 @@ class OverlaidMethods:
         return type(None), ()
 
     def lay_over(self) -> None:
-        """Put our methods over those of the strategy, and over what other code has set on it since."""
+        """Put our methods over those of the strategy. Other code may have set some since, which lie below."""
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in self.overlaid:
@@ -65,18 +65,25 @@ class OverlaidMethods:
             self._lay_over(name)
 
     def _lay_over(self, name: str) -> None:
-        """Put our method of a name over the one that the strategy has now."""
-        on_strategy = vars(self.strategy)
+        """Put one method of ours over the strategy's."""
+        method = self._method_below(name)
+        ours = OverlaidMethod(getattr(self, name), method)
+        self._set[name] = ours
+        vars(self.strategy)[name] = ours
+        setattr(self.original, name, method)
+
+    def _method_below(self, name: str) -> Any:
+        """The method over which ours lies: of other code, of all strategies, or of the strategy's class."""
         kind = type(self.strategy)
         of_class = self._method_of(kind, name)
-        original = on_strategy.get(name, of_class)
+        on_strategy = vars(self.strategy).get(name, of_class)
         self._by_other_code.pop(name, None)
-        if original != of_class:  # a copied strategy has that of its class
-            self._by_other_code[name] = original
-        elif name in self.of_all_strategies:
-            original = self._method_of(_class_of_all_strategies(kind), name)
-        self._set[name] = on_strategy[name] = OverlaidMethod(getattr(self, name), original)
-        setattr(self.original, name, original)
+        if on_strategy != of_class:  # a copied strategy has that of its class
+            self._by_other_code[name] = on_strategy
+            return on_strategy
+        if name in self.of_all_strategies:
+            return self._method_of(_class_of_all_strategies(kind), name)
+        return of_class
 
     def _method_of(self, kind: type, name: str) -> Any:
         """A class's method for the strategy. None: the class has none, so nothing calls ours."""
@@ -99,7 +106,7 @@ class OverlaidMethods:
 
 
 def overlaid_methods(strategy: Any) -> Any:
-    """Return the methods that lie over those of a strategy, if there are any."""
+    """Return what lies over a strategy's methods, if there is anything."""
     return vars(strategy).get(_ATTRIBUTE)
 
 

@@ -13,7 +13,8 @@ from lightning_lora.errors import StrategyError
 from lightning_lora.private import own_place
 from lightning_lora.tensors.named import where
 
-State = dict[str, Any]
+OptimizerState = dict[str, Any]
+"""The state dict of an optimizer, or what it keeps of one parameter."""
 
 
 class Piece(NamedTuple):
@@ -83,9 +84,9 @@ class Partition:
 
     # States of the optimizer
 
-    def full_states(self, state: State, device: torch.device) -> list[State]:
+    def full_states(self, state: OptimizerState, device: torch.device) -> list[OptimizerState]:
         """Return the optimizer's state of each parameter."""
-        states: list[State] = [{} for _ in self.parameters]
+        states: list[OptimizerState] = [{} for _ in self.parameters]
         for name, value in state.items():
             values = self._full_entry(value, device)
             for state_of_one, value_of_one in zip(states, values, strict=True):
@@ -98,7 +99,7 @@ class Partition:
             return self.full(value, device)
         return [deepcopy(value) for _ in self.parameters]
 
-    def local_state(self, states: Sequence[State]) -> State:
+    def local_state(self, states: Sequence[OptimizerState]) -> OptimizerState:
         """Return the optimizer's state of this shard."""
         entries: dict[str, dict[int, Any]] = defaultdict(dict)  # by name, the values of the parameters that have one
         for number, state in enumerate(states):
@@ -129,9 +130,9 @@ def _has_shape_of(tensor: Tensor, value: object) -> bool:
 # The states of a whole optimizer
 
 
-def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
-    """Return the state of an optimizer of the full parameters."""
-    states: list[State] = []
+def gathered_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> OptimizerState:
+    """Return the state of an optimizer as of the full parameters."""
+    states: list[OptimizerState] = []
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
         first = len(states)
@@ -140,10 +141,10 @@ def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.de
     return {"state": _without_empty(states), "param_groups": groups}
 
 
-def local_state(partitions: Sequence[Partition], state: State) -> State:
-    """Return the state of an optimizer of this process's shards."""
+def scattered_state(partitions: Sequence[Partition], state: OptimizerState) -> OptimizerState:
+    """Return the state of an optimizer as of this process's shards."""
     _check_sizes(partitions, state)
-    states: list[State] = []
+    states: list[OptimizerState] = []
     groups = []
     for partition, group in zip(partitions, state["param_groups"], strict=True):
         states_in_group = [state["state"].get(key, {}) for key in group["params"]]
@@ -152,12 +153,12 @@ def local_state(partitions: Sequence[Partition], state: State) -> State:
     return {"state": _without_empty(states), "param_groups": groups}
 
 
-def _without_empty(states: list[State]) -> dict[int, State]:
+def _without_empty(states: list[OptimizerState]) -> dict[int, OptimizerState]:
     """States by number, as an optimizer has them."""
     return {number: state for number, state in enumerate(states) if state}
 
 
-def _check_sizes(partitions: Sequence[Partition], state: State) -> None:
+def _check_sizes(partitions: Sequence[Partition], state: OptimizerState) -> None:
     """Refuse a state of other groups."""
     saved = [len(group["params"]) for group in state["param_groups"]]
     expected = [len(partition.parameters) for partition in partitions]

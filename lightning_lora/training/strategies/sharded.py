@@ -1,4 +1,8 @@
-"""ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients."""
+"""ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients.
+
+A tensor is *spread* over processes if it is a DTensor, and *sharded* if those with their own data hold different parts
+of it: FSDP2 averages the gradients of these alone. A spread tensor may also be the same in all, which is *replicated*.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,22 +27,24 @@ from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
-from lightning_lora.training.strategies.late_strategy import LateStrategyMethods
-from lightning_lora.training.strategies.strategy import State
+from lightning_lora.training.strategies.late_restore import LateRestoreMethods
+
+OptimizerState = dict[str, Any]
+"""The state dict of an optimizer, or what it keeps of one parameter."""
 
 
-class ShardedMethods(LateStrategyMethods):
+class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
     overlaid: ClassVar[tuple[str, ...]] = (
-        *LateStrategyMethods.overlaid,
+        *LateRestoreMethods.overlaid,
         "model_sharded_context",
         "on_train_start",
         "optimizer_state",
         "block_backward_sync",
     )
     of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
-    adapts_late = True
+    shards_before_adapters = True
     averages_gradients = True
     """False while a backward pass only accumulates them."""
 
@@ -92,7 +98,7 @@ class ShardedMethods(LateStrategyMethods):
             )
 
     def _check_mesh(self) -> None:
-        """Refuse a module that is not sharded over the processes with their own batches."""
+        """Refuse a module that is sharded over other processes than those with their own batches."""
         size = self.mesh.size()
         for name, p in where(named_parameters(self.module), shards.is_sharded_over_data).items():
             count = shards.data_processes(p)
@@ -121,12 +127,15 @@ class ShardedMethods(LateStrategyMethods):
             )
 
     def note_base(self, *, anew: bool = True) -> None:
-        """Take the base's fingerprint, unless it is loaded later."""
+        """Note the base's fingerprint, unless it is loaded later."""
         if not any(p.is_meta for p in View(self.module).base.values()):
             super().note_base(anew=anew)
 
     def on_train_start(self) -> None:
-        """Take the fingerprint of a base that was loaded late. Adapters that start from it are the first process's."""
+        """Note the fingerprint of a base that was loaded late.
+
+        Adapters may start from its values: all processes get the first one's.
+        """
         self.note_base(anew=False)
         _broadcast_adapters(view_of(self.module))
         self.original.on_train_start()
@@ -137,7 +146,7 @@ class ShardedMethods(LateStrategyMethods):
         """Load a plain model: Lightning leaves that to its own ``load_checkpoint``."""
         load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
-    def train_new_adapters(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Build the optimizers again: they hold those from before."""
         self.strategy.setup_optimizers(self.module.trainer)
 
@@ -146,7 +155,7 @@ class ShardedMethods(LateStrategyMethods):
         states = map(_spread_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
-    def optimizer_state(self, optimizer: Any) -> State:
+    def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
 
@@ -161,7 +170,7 @@ class ShardedMethods(LateStrategyMethods):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Average nothing after a backward pass that only accumulates, and let FSDP2 send nothing."""
+        """Average and send nothing after a backward pass that only accumulates."""
         self._let_gradients_be_averaged(False)
         try:
             with self.original.block_backward_sync():
@@ -177,21 +186,21 @@ class ShardedMethods(LateStrategyMethods):
             if set_sync is not None:
                 set_sync(flag, recurse=False)
 
-    def gradients(self) -> Gradients:
+    def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self)
+        return ShardedGradients(self.module, self, is_new_fit=is_new_fit)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, methods: ShardedMethods) -> None:
-        super().__init__(model, NotedGradients(model))
+    def __init__(self, model: nn.Module, methods: ShardedMethods, *, is_new_fit: bool) -> None:
+        super().__init__(model, NotedGradients(model), is_new_fit=is_new_fit)
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)
         self.averaged = grouped(averaged.values(), _dtype_of)
-        self.statistics: list[Tensor] = []  # of norms that train
+        self.statistics: list[Tensor] = []  # the buffers of modules that train in full, such as norms
         for module in view_of(model).saved:
             self.statistics += filterfalse(shards.is_dtensor, module.buffers())
 
@@ -268,8 +277,8 @@ def _broadcast_adapters(view: View) -> None:
         replace_values(p, shards.distributed_as(values, p))
 
 
-def _spread_state(state: State, optimizer: Any) -> State:
-    """An optimizer's state with this process's shards of what belongs to a spread parameter."""
+def _spread_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
+    """An optimizer's state, in which spread parameters have this process's shards."""
     parameters = _in_groups(optimizer.param_groups)
     numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
@@ -281,7 +290,7 @@ def _spread_state(state: State, optimizer: Any) -> State:
     return {**state, "state": spread}
 
 
-def _in_groups(groups: Iterable[State]) -> list[Any]:
+def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
     """The parameters of an optimizer's groups, or their numbers."""
     found: list[Any] = []
     for group in groups:
@@ -289,8 +298,8 @@ def _in_groups(groups: Iterable[State]) -> list[Any]:
     return found
 
 
-def _spread_entries(entries: State, p: nn.Parameter) -> State:
-    """The state of one parameter, with this process's shards of what has its shape."""
+def _spread_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
+    """The state of one parameter: of what has its shape, this process's shard."""
     spread = {}
     for name, value in entries.items():
         spread[name] = value

@@ -9,20 +9,20 @@ from lightning_lora.tensors.named import largest_free_of, modules_around, not_in
 from lightning_lora.tensors.names import owner_of
 
 
-class LeftTrainable(Guard):
-    """Names modules that the user did not freeze with most of the model, and that are frozen now."""
+class UnfrozenButNotTrained(Guard):
+    """Names modules that the user left trainable in a mostly frozen model. They are frozen now."""
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
         """Name those that do not look untrained: another guard names these."""
-        left = not_in(left_trainable(view), fresh.random)
-        if left:
+        unfrozen = not_in(modules_unfrozen_but_not_trained(view), fresh.random)
+        if unfrozen:
             warn_in_each_fit(
-                f"You have frozen most of {view.title}, but not {listed(left)}. Now these are frozen too, "
-                f"because no adapter is inside them. To train them in full: {to_save(view, left)}."
+                f"You have frozen most of {view.title}, but not {listed(unfrozen)}. Now these are frozen too, "
+                f"because no adapter is inside them. To train them in full: {to_save(view, unfrozen)}."
             )
 
 
-def left_trainable(view: View) -> list[str]:
+def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     """Return modules that nothing trains. The user froze most of the model, but not them."""
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base):
@@ -30,11 +30,12 @@ def left_trainable(view: View) -> list[str]:
     around_trained = modules_around([*view.adapted_weights, *view.trained])
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
-    for name in _weights_left_trainable(view):
-        outermost = largest_free_of(around_frozen, name)
-        module = owner_of(name) if outermost == name else outermost
+    for name in _unfrozen_weights(view):
+        # the largest module around it without frozen weights, or this weight alone
+        largest_unfrozen = largest_free_of(around_frozen, name)
+        module = owner_of(name) if largest_unfrozen == name else largest_unfrozen
         if module not in around_trained:
-            found[outermost] = None
+            found[largest_unfrozen] = None
     return list(found)
 
 
@@ -44,7 +45,7 @@ def _frozen_by_user(view: View) -> list[str]:
     return outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
 
 
-def _weights_left_trainable(view: View) -> list[str]:
-    """The weights that required a gradient before the adapters came, and do not train now."""
+def _unfrozen_weights(view: View) -> list[str]:
+    """The weights that would train without adapters, and are frozen now."""
     flags = only(view.record.base.required_grad, view.frozen)
     return list(where(flags, bool))

@@ -10,6 +10,9 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage import archives, disk
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 
+Checkpoint = dict[str, Any]
+"""What a Trainer's file holds."""
+
 
 def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
@@ -17,7 +20,7 @@ def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: A
     _refuse_safetensors(path)
     is_trusted = _is_trusted(*args, **kwargs)
     with disk.reading(path, _how_to_trust(methods)):
-        archives.check_file(path, is_any_kind=not _is_read_by_torch(methods))
+        archives.check_file(path, is_any_kind=not _reads_with_torch(methods))
         if is_trusted:
             return methods.original.load_checkpoint(path, *args, **kwargs)
         return _read_plain_types(methods, path)
@@ -28,7 +31,7 @@ def _read_plain_types(methods: OverlaidMethods, path: Any) -> Any:
     load = methods.original.load_checkpoint
     if _takes_weights_only(methods):
         return load(path, weights_only=True)
-    if methods.is_by_other_code("load_checkpoint") or not uses_torch(methods.strategy):
+    if methods.is_by_other_code("load_checkpoint") or not has_lightnings_io(methods.strategy):
         return load(path)
     with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -47,7 +50,8 @@ def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
     if os.environ.get(disk.TRUST, "0").lower() in ("1", "y", "yes", "true"):
         return True
-    return False in (*args, kwargs.get("weights_only"))
+    weights_only = [*args, kwargs.get("weights_only")]  # by place or by name: it is the last argument
+    return False in weights_only
 
 
 def _how_to_trust(methods: OverlaidMethods) -> str:
@@ -63,12 +67,12 @@ def _takes_weights_only(methods: OverlaidMethods) -> bool:
     return "weights_only" in signature(type(methods.strategy).load_checkpoint).parameters
 
 
-def uses_torch(strategy: Any) -> bool:
-    """Whether files are written and read by torch.save and torch.load, at once."""
+def has_lightnings_io(strategy: Any) -> bool:
+    """Whether Lightning's own plugin writes and reads files: with torch.save and torch.load, at once."""
     return _is_lightnings_own(strategy.checkpoint_io)
 
 
-def _is_read_by_torch(methods: OverlaidMethods) -> bool:
+def _reads_with_torch(methods: OverlaidMethods) -> bool:
     """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
     plugin = methods.strategy.checkpoint_io
     while hasattr(plugin, "checkpoint_io"):

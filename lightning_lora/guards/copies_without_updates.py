@@ -11,7 +11,7 @@ from lightning_lora.tensors.named import inside
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
-class LeftCopies(Guard):
+class CopiesWithoutUpdates(Guard):
     """Names copies that a fit has moved, once."""
 
     def __init__(self) -> None:
@@ -38,14 +38,16 @@ class LeftCopies(Guard):
             )
 
     def _is_written(self, view: View, copy: str) -> bool:
-        """Whether code has written into a copy, perhaps its own values again: those of its original are frozen.
+        """Whether code has written into a copy, and not into its original too.
 
-        What loads the weights of the whole model writes into the original too.
+        A load of the whole model writes into both. An average may write the same values again, as they are frozen.
         """
         written = dict(self.versions.items() - _versions_of(view).items())
-        written_in_copy = inside(written, [copy])
-        in_original = [self.copies.name_in_original(name, copy) for name in written_in_copy]
-        return not written.keys() >= set(in_original)
+        for name in inside(written, [copy]):
+            counterpart = self.copies.name_in_original(name, copy)
+            if counterpart not in written:
+                return True
+        return False
 
 
 def _versions_of(view: View) -> dict[str, int | None]:

@@ -9,26 +9,27 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, only, where
+from lightning_lora.tensors.named import joined, only
 from lightning_lora.tensors.seen import Seen
+from lightning_lora.training.optimizers.groups import leading_layers
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
-class Written(Guard):
+class WrittenWeights(Guard):
     """Names adapted layers whose weights a fit has written into, once."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
-        self.digests: dict[str, int] = {}  # those that the record knows
+        self.digests: dict[str, int] = {}  # of the same values, where the record knows them
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
-        for name, layer in where(view.layers, _moves_by_itself).items():
+        for name, layer in leading_layers(view).items():  # a copy is moved by other code
             for weight in _weights_inside(view, name, layer):
                 self._note(view, weight)
 
     def _note(self, view: View, name: str) -> None:
-        """Note how a weight looks, and the digest that the record has of it."""
+        """Note how a weight looks, and its digest, if the record knows it."""
         weight = view.base[name]
         self.seen[name] = Seen(weight)
         digest = view.record.base.readings.known_digest(name, weight)
@@ -46,18 +47,13 @@ class Written(Guard):
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
-        """Whether a quick look at a weight, or the digest that the record has noted, shows other values."""
+        """Whether a weight has other values, by its digest or a quick look."""
         if weight not in self.seen:
             return False
         change = view.record.base.changes.get(weight)
         if change is not None and change.digest_now != self.digests.get(weight, change.digest_now):
             return True
         return not self.seen[weight].may_have_same_values(view.base[weight])
-
-
-def _moves_by_itself(layer: LoRALayer) -> bool:
-    """Whether a layer is in no copy, which other code moves."""
-    return not layer.lora_settings.follows
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:

@@ -9,13 +9,14 @@ from lightning_lora.networks.copies import pairs_of
 from lightning_lora.tensors.named import modules_around, with_values, without
 
 
-class UnmovedCopies(Guard):
+class CopiesNeverMoved(Guard):
     """Names copies that stay where they began."""
 
     def training_ended(self, view: View) -> None:
         """Look at which adapters have moved."""
         moved = modules_around(layers_that_have_learned(view))
-        unmoved = without(with_values(view.adapter.networks.copies, moved), moved)
+        copies_of_moved = with_values(view.adapter.networks.copies, moved)
+        unmoved = without(copies_of_moved, moved)
         if unmoved:
             rank_zero_info(
                 f"Copies in {view.title} that no code has moved: {pairs_of(unmoved)}. They compute what they did "

@@ -1,4 +1,4 @@
-"""What automatic targets leave out: most of the weights, or layers whose weight is computed."""
+"""Matrices without adapters, where automatic targets reach only a part of the weights."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -8,50 +8,47 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_lora.errors import listed, shortened
+from lightning_lora.guards.untargeted.computed_weights import about_computed, computed_layers
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST_SHARE, Fresh
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
-from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.tensors.named import grouped, only, outside, where, with_values, without
+from lightning_lora.tensors.named import grouped, only, outside, with_values, without
 from lightning_lora.tensors.names import owner_of, owner_or_itself
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
 
-class LeftOut(Guard):
+class Untargeted(Guard):
     """Names what ``"all"`` or ``"all-linear"`` leaves out."""
 
     def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
-        """Name layers if most of the weights are in them. Name those that the advice, or the word, would reach."""
+        """Name layers with most of the weights, and layers whose weight is computed."""
         word = view.config.target_modules
         if word not in AUTOMATIC:
             return
-        left = left_alone(view)
-        if left.share > MOST_SHARE:
-            word = "all"
-            if left.classes:
-                warn_in_each_fit(_about_left_alone(view, left))
-        computed = _computed(view, str(word))
+        untargeted = untargeted_matrices(view)
+        if untargeted.share > MOST_SHARE:
+            word = "all"  # as is advised then: so computed weights that it would reach are named too
+            if untargeted.classes:
+                warn_in_each_fit(_about_untargeted(view, untargeted))
+        computed = computed_layers(view, str(word))
         if computed:
-            warn_in_each_fit(_about_computed(view, computed))
+            warn_in_each_fit(about_computed(view, computed))
 
 
-# Most of the weights
-
-
-class LeftAlone(NamedTuple):
-    """Matrices that automatic targets leave alone."""
+class UntargetedMatrices(NamedTuple):
+    """Matrices that automatic targets do not reach."""
 
     classes: dict[str, str]  # of their layers, by the matrix's name
     share: float  # of the values of all weights that targets could mean
 
 
-def left_alone(view: View) -> LeftAlone:
-    """Return matrices that automatic targets have left alone, with their layers' classes. Also their share.
+def untargeted_matrices(view: View) -> UntargetedMatrices:
+    """Return the matrices that automatic targets have not reached.
 
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
@@ -59,14 +56,14 @@ def left_alone(view: View) -> LeftAlone:
     weights = _Weights(view)
     meant = weights.meant()
     size_of_meant = max(view.size_of(meant), 1)
-    left = filter(weights.is_left_alone, meant)
-    by_class = grouped(left, weights.class_of_layer)
+    untargeted = filter(weights.is_untargeted, meant)
+    by_class = grouped(untargeted, weights.class_of_layer)
     sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
     classes: dict[str, str] = {}
     for layer_class in sorted(without(sizes, [COMPUTED]), key=sizes.__getitem__, reverse=True):
         if sizes[layer_class] > _LEAST_SHARE * size_of_meant:
             classes.update(dict.fromkeys(by_class[layer_class], layer_class))
-    return LeftAlone(classes, sum(sizes.values()) / size_of_meant)
+    return UntargetedMatrices(classes, sum(sizes.values()) / size_of_meant)
 
 
 class _Weights:
@@ -83,12 +80,12 @@ class _Weights:
         left_to_targets = {*outside(base, by_user), *with_values(base, self.adapted)}
         return list(only(base, left_to_targets))
 
-    def is_left_alone(self, name: str) -> bool:
-        """Whether a parameter is a matrix in which nothing trains, where somebody may expect an adapter."""
+    def is_untargeted(self, name: str) -> bool:
+        """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
         p = self.view.base[name]
         if name not in self.view.frozen or p in self.adapted:
             return False
-        return _is_matrix(p) and not _is_usually_left(self._layer_of(name))
+        return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))
 
     def class_of_layer(self, name: str) -> str:
         """Return the class of the layer that holds a matrix.
@@ -110,21 +107,21 @@ def _is_matrix(p: nn.Parameter) -> bool:
     return p.dim() == 2 or (p.dim() > 2 and len(p) > 1)
 
 
-def _is_usually_left(layer: nn.Module) -> bool:
+def _is_usually_untargeted(layer: nn.Module) -> bool:
     """Whether nobody expects an adapter here: in embeddings, norms, and a linear layer, which is an output head."""
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
         return True
     return getattr(adapter_for(layer), "lora_is_linear", False)
 
 
-def _about_left_alone(view: View, left: LeftAlone) -> str:
-    """What is said of layers that are left alone, with the arguments that would train them."""
-    layers = dict.fromkeys(map(owner_or_itself, left.classes))
-    classes = dict.fromkeys(left.classes.values())
+def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
+    """What is said of these layers, with the arguments that would train them."""
+    layers = dict.fromkeys(map(owner_or_itself, untargeted.classes))
+    classes = dict.fromkeys(untargeted.classes.values())
     return (
-        f'target_modules="{view.config.target_modules}" leaves {left.share:.0%} of the weights of '
+        f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} of the weights of '
         f"{view.title} without adapters. They are in {shortened(classes)} layers: {listed(layers)}. Use "
-        f"{' and '.join(_arguments_for(view, left.classes))} to train them too, or name the layers to adapt."
+        f"{' and '.join(_arguments_for(view, untargeted.classes))} to train them too, or name the layers to adapt."
     )
 
 
@@ -160,23 +157,3 @@ def _way_to_train(view: View, name: str) -> _Way:
     if name in own_matrices(owner, layer):
         return _Way.PARAMETER
     return _Way.IN_FULL
-
-
-# Computed weights
-
-
-def _computed(view: View, word: str) -> list[str]:
-    """The layers that ``"all"`` or ``"all-linear"`` leaves out because their weight is computed."""
-    names = Names(view.model)
-    saved = names.find("modules_to_save", view.config.modules_to_save)
-    networks = view.adapter.networks
-    expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
-    computed = set(where(automatic_targets(names, word), is_computed).values())
-    return outside(names.first_names(computed), expected)
-
-
-def _about_computed(view: View, layers: list[str]) -> str:
-    return (
-        f"No adapter for {listed(layers)} of {view.title}, because the weight is {COMPUTED}. It stays frozen: undo "
-        f"that to adapt it, or train it in full: {to_save(view, layers)}."
-    )

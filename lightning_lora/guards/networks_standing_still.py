@@ -9,10 +9,10 @@ from lightning_lora.moments import Guard
 from lightning_lora.networks.copies import pairs_of
 
 
-class NetworksBeside(Guard):
+class NetworksStandingStill(Guard):
     """Names networks that were found beside those that train."""
 
-    def injected(self, view: View) -> None:
+    def injected_by_call(self, view: View) -> None:
         """Name those that stand still."""
         still = view.adapter.networks.beside_training
         if still:

@@ -7,7 +7,7 @@ from lightning_lora.storage import disk
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
-class LateStrategyMethods(StrategyMethods):
+class LateRestoreMethods(StrategyMethods):
     """The methods for a strategy that restores checkpoints after its set-up. Its files are those of the others."""
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -16,7 +16,7 @@ class LateStrategyMethods(StrategyMethods):
         if self.stage.is_fitting and checkpoint.get("optimizer_states"):
             self.strategy.load_optimizer_state_dict(checkpoint)
 
-    def adapt_again(self, checkpoint: Any) -> None:
+    def adapt_replaced_layers(self, checkpoint: Any) -> None:
         """Adapt nothing: the layers are set up by now."""
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:

@@ -10,7 +10,7 @@ from lightning_lora.tensors.named import joined, where
 from lightning_lora.tensors.names import named_parameters
 
 
-class Thawed(Guard):
+class FrozenInModulesToSave(Guard):
     """Names frozen weights that ``modules_to_save`` trains."""
 
     def training_begins(self, view: View) -> None:

@@ -21,10 +21,10 @@ _NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 """The layers that were named, of each model."""
 
 
-class Hooked(Guard):
+class HookedWeights(Guard):
     """Names adapted layers of a model whose weights have gradient hooks, once."""
 
-    def injected(self, view: View) -> None:
+    def injected_by_call(self, view: View) -> None:
         """Name those that have hooks now."""
         already_named = _NAMED.setdefault(view.model, set())
         names = list(where(without(view.layers, already_named), _has_hooked_weight))
@@ -34,7 +34,7 @@ class Hooked(Guard):
 
     def adapters_ready(self, view: View) -> None:
         """Name those that have got hooks since."""
-        self.injected(view)
+        self.injected_by_call(view)
 
 
 def _has_hooked_weight(layer: LoRALayer) -> bool:
@@ -44,7 +44,7 @@ def _has_hooked_weight(layer: LoRALayer) -> bool:
 
 
 def _about_hooks(title: str, names: list[str]) -> str:
-    """What gradient hooks on these layers' weights no longer do, and what to do."""
+    """What is said of gradient hooks on these layers' weights."""
     entries = as_entries(names)
     return (
         f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, which never run now: "

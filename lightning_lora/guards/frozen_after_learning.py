@@ -9,7 +9,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import joined, without
 
 
-class FrozenSince(Guard):
+class FrozenAfterLearning(Guard):
     """Names such layers, unless all are frozen: then somebody means the base."""
 
     def networks_settled(self, view: View, paused: Collection[str], frozen_since: Set[str]) -> None:

@@ -1,0 +1,27 @@
+"""Layers without adapters because their weight is computed, as by a parametrization."""
+
+from lightning_lora.errors import listed
+from lightning_lora.guards.wording import excluded_names, to_save
+from lightning_lora.model.view import View
+from lightning_lora.targets.adaptable import COMPUTED, is_computed
+from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.lookup import Names
+from lightning_lora.tensors.named import outside, where
+
+
+def computed_layers(view: View, word: str) -> list[str]:
+    """Return the layers that ``word`` would mean if their weight were not computed."""
+    names = Names(view.model)
+    saved = names.find("modules_to_save", view.config.modules_to_save)
+    networks = view.adapter.networks
+    expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
+    computed = set(where(automatic_targets(names, word), is_computed).values())
+    return outside(names.first_names(computed), expected)
+
+
+def about_computed(view: View, layers: list[str]) -> str:
+    """Return what is said of these layers."""
+    return (
+        f"No adapter for {listed(layers)} of {view.title}, because the weight is {COMPUTED}. It stays frozen: undo "
+        f"that to adapt it, or train it in full: {to_save(view, layers)}."
+    )

@@ -1,0 +1,76 @@
+"""Methods over those with which a strategy saves a checkpoint: with the adapters, or with the merged model too."""
+
+from typing import Any
+
+from lightning_lora.model.base_values import keep_frozen
+from lightning_lora.model.merge import unmerge_or_forget
+from lightning_lora.model.merged import is_as_merged
+from lightning_lora.model.record import find_record
+from lightning_lora.model.view import View, view_of
+from lightning_lora.storage import checkpoint as checkpoints
+from lightning_lora.storage import disk
+from lightning_lora.storage.formats.lightning import with_callback_state
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.tensors.named import inside
+from lightning_lora.training import compatibility
+from lightning_lora.training.stage import Phase
+from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
+from lightning_lora.training.strategies.set_up_methods import SetUpMethods
+
+
+class SaveMethods(SetUpMethods):
+    """The methods that save. They act after a stage too."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
+        self._forget_replaced_merge()
+        if find_record(self.module) is not None:
+            return adapter_state_dict(self.module)
+        state: dict[str, Any] = self.original.lightning_module_state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
+        if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
+            self._keep_copies_for_trial()
+        writes_at_once = has_lightnings_io(self.strategy) and not self.is_by_other_code("save_checkpoint")
+        if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
+            checkpoint = self._as_written(checkpoint, written_later=not writes_at_once)
+        # the process that writes does so beside the file, which is replaced when all is written
+        writes_beside = writes_at_once and self.strategy.is_global_zero
+        with disk.writing(filepath, beside=writes_beside) as path:
+            self.original.save_checkpoint(checkpoint, path, storage_options)
+
+    def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
+        """A checkpoint with what training changed, and perhaps the merged model. A plain module's stays."""
+        module = self.module
+        self._forget_replaced_merge()
+        if find_record(module) is None:
+            return checkpoint
+        stage = self.stage
+        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
+        if stage.phase is Phase.TRAINING:
+            stage.guards_on_first.base_compared(View(module))
+        if stage.save == "adapters":
+            return with_callback_state(checkpoint, view_of(module).adapter.name)
+        if self.strategy.is_global_zero:
+            checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
+            stage.guards_everywhere.merged_in_checkpoint(type(module).__name__, lost)
+        return checkpoint
+
+    def _forget_replaced_merge(self) -> None:
+        """Forget a merge, if other code has loaded other weights since.
+
+        The record of the merge is no longer true then, and a file of the whole model holds what was loaded.
+        """
+        if self.stage.save == "model" and not is_as_merged(View(self.module)):
+            unmerge_or_forget(self.module)  # drops the record, and says so
+            compatibility.drop_averages(self.stage.callbacks)  # of the adapted module
+
+    def _keep_copies_for_trial(self) -> None:
+        """Keep the values of networks that copy others: in a tuner's trial, other code may move them.
+
+        A tuner saves before its trial, and loads that file after it.
+        """
+        view = view_of(self.module)
+        keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))

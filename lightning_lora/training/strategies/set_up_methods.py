@@ -1,0 +1,120 @@
+"""Methods over those with which a strategy sets a module up: it is adapted before it is converted and wrapped."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.record import find_record
+from lightning_lora.model.view import View, view_of
+from lightning_lora.storage.fingerprint import base_tensors, dtypes_of, fingerprint
+from lightning_lora.tensors.inplace import class_names
+from lightning_lora.training import compatibility
+from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.train_adapters import train_adapters
+from lightning_lora.training.stage import Phase, Stage, shows_adapters
+from lightning_lora.training.strategies.overlay import OverlaidMethods
+
+
+class SetUpMethods(OverlaidMethods):
+    """The methods for the set-up, and what those for other moments need too."""
+
+    shards_before_adapters: ClassVar[bool] = False
+    """Whether ``configure_model``, which shards the module, comes before the adapters."""
+
+    stage: Stage
+    """The stage that runs, or ran last."""
+
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy)
+        self.awaited_by_ddp: list[nn.Parameter] = []  # in each backward pass
+
+    @classmethod
+    def check(cls, strategy: Any) -> None:
+        """Refuse a strategy that these methods do not fit."""
+        if "FSDPStrategy" in class_names(strategy):
+            compatibility.refuse_strategy(type(strategy).__name__)
+        if strategy.restore_checkpoint_after_setup:
+            compatibility.refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
+
+    @property
+    def module(self) -> LightningModule:
+        """The LightningModule of the run."""
+        module: LightningModule | None = self.strategy.lightning_module
+        if module is None:
+            raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
+        return module
+
+    def setup(self, trainer: Trainer) -> None:
+        """Adapt the module before it is converted, moved and wrapped."""
+        if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
+            self.take_away()
+            self.original.setup(trainer)
+        else:
+            self.setup_in_stage(trainer)
+
+    def setup_in_stage(self, trainer: Trainer) -> None:
+        """Adapt the module, let the strategy set it up, and note the base."""
+        self.adapt()
+        if not shows_adapters(self.module):  # it is only evaluated
+            self._tell_of_plain_weights(trainer)
+            self.original.setup(trainer)
+            return
+        if self.stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
+            self.note_base()
+        with compatibility.keeping_adapters(self.strategy.precision_plugin):
+            self.original.setup(trainer)
+        view = view_of(self.module)
+        view.reinitialise_adapters()  # the base may have been converted
+        self._note_converted_base(view)
+
+    def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
+        """Adapt the module after its own hooks have run."""
+        self.stage.adapt(self.module, stored=stored, replaced=replaced)
+
+    def _tell_of_plain_weights(self, trainer: Trainer) -> None:
+        """Say that a plain module is evaluated, unless a file comes."""
+        if find_record(self.module) is None and not trainer.ckpt_path:
+            title = type(self.module).__name__
+            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
+
+    def note_base(self, *, anew: bool = True) -> None:
+        """Note the base's fingerprint as it was loaded: later, a checkpoint or a conversion may change it.
+
+        Without ``anew``, a weight is read again only if a quick look shows a change.
+        """
+        view = view_of(self.module)
+        view.record.base_was_read(fingerprint(view, anew=anew))
+        self._convert_to_float64()
+
+    def _convert_to_float64(self) -> None:
+        """Convert the module now if it will be float64: a checkpoint's values would be rounded to another dtype."""
+        precision = self.strategy.precision_plugin
+        if str(precision.precision) == "64-true":
+            precision.convert_module(self.module)
+            self._note_converted_base(view_of(self.module))
+
+    def _note_converted_base(self, view: View) -> None:
+        """Note the base's fingerprint in another dtype."""
+        fingerprints = view.record.adapter.fingerprints
+        if not fingerprints:
+            return
+        dtypes = dtypes_of(base_tensors(view))
+        if all(each["dtypes"] != dtypes for each in fingerprints):
+            fingerprints.append(fingerprint(view))
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Build the user's optimizers, then let them train the adapters.
+
+        DDP has wrapped the module by now, and waits for all that requires a gradient: some of it may be frozen here.
+        """
+        self.awaited_by_ddp = [p for p in self.module.parameters() if p.requires_grad]
+        with showing_trainable_base(self.module):
+            build_optimizers(self.strategy, partial(self.original.setup_optimizers, trainer))
+        train_adapters(self.module, self.strategy.optimizers, self.stage.lr_scale)
+        hide_groups([config.scheduler for config in self.strategy.lr_scheduler_configs], self.module)

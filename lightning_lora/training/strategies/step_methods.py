@@ -1,0 +1,64 @@
+"""Methods over those in which a strategy runs a training step: what acts during each call, also after an error."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_lora.training import compatibility
+from lightning_lora.training.steps.explained_errors import IN_A_STEP, IN_BACKWARD, explain
+from lightning_lora.training.steps.gradients import check_loss
+from lightning_lora.training.steps.reentrant import letting_gradients_pass
+from lightning_lora.training.strategies.set_up_methods import SetUpMethods
+
+
+class StepMethods(SetUpMethods):
+    """The methods for the data and the steps of a training."""
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Begin a resumed run's data with its random numbers."""
+        self.stage.random_numbers.begin_data(dataloader)
+        return self.original.process_dataloader(dataloader)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, in which dropout acts."""
+        stage = self.stage
+        module = self.strategy.lightning_module
+        stage.dropout.begin_step(module)
+        stage.float32.pause_step()  # one that computes its loss again, as LBFGS does
+        self.begin_first_steps(module)
+        output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
+        if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
+            stage.dropout.end_step()
+        return output
+
+    def begin_first_steps(self, module: LightningModule) -> None:
+        """Look at weights before the first steps."""
+        self.stage.first_steps.begin_step(module)
+
+    def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
+        module = self.strategy.lightning_module
+        if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
+            check_loss(module, closure_loss)
+        self.stage.check_backward(module)
+        # checkpoints run their layers again
+        loss = self._run(self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs)
+        if module.automatic_optimization:
+            self.stage.dropout.end_step()
+        return loss
+
+    def _run(self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a part of a step: with gradients through the module's checkpoints, watched, and with errors explained."""
+        module = self.strategy.lightning_module
+        with letting_gradients_pass(module), self.watching(module):
+            try:
+                return part(*args, **kwargs)
+            except Exception as error:
+                explain(error, module, advice)
+                raise
+
+    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+        """Let guards watch a part of the first batch, in the first process."""
+        return self.stage.first_steps.watching(module)
