@@ -171,6 +171,12 @@ def test_attentions_of_text_encoders_are_whole(tmp_path: Path) -> None:
     assert not tensors[f"{attention}_k_proj.lora_up.weight"].any()
 
 
+def test_a_text_encoder_alone_may_be_that_of_another_pipeline(tmp_path: Path) -> None:
+    model = trained(text_encoder(), ll.LoRAConfig(r=2, target_modules=["fc1"]))
+    with pytest.warns(ll.LoRAWarning, match="named as that of Stable Diffusion. If it is one of SDXL"):
+        ll.export_peft(model, tmp_path, format="kohya")
+
+
 # Flux
 
 
