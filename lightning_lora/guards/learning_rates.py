@@ -86,7 +86,7 @@ def _is_low(rate: float) -> bool:
 def _low_rate(view: View, low: Mapping[str, float]) -> str:
     """How high it is, and in which layers, if not in all."""
     rate = f"{max(low.values()):g} at most"
-    trained = where(view.layers, LoRALayer.lora_trained)
+    trained = where(view.layers, LoRALayer.lora_trainable)
     if trained.keys() == low.keys():
         return rate
     return f"{rate} in {listed(low)}"
