@@ -8,13 +8,15 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.patterns import ending
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
+Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
+Save = Literal["adapters", "model"]
 
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 200
@@ -67,6 +69,18 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     is_choice = isinstance(value, str | bool) and value in choices
     words = ", ".join(map(repr, choices))
     _expect(is_choice, name, value, f"one of {words}")
+
+
+def check_merge(value: object) -> None:
+    """Refuse what says no way to end a fit."""
+    if value is not False and value not in ("last", "best"):
+        raise ConfigError(f"merge={value!r} is not valid. Expected 'last', 'best' or False.")
+
+
+def check_save(value: object) -> None:
+    """Refuse what says no content of a Trainer's files."""
+    if value not in get_args(Save):
+        raise ConfigError(f"save={value!r} is not valid. Expected 'adapters' or 'model'.")
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from inspect import cleandoc
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.argument_checks import Bias, Init, Merge, Save, check_merge, check_save
 from lightning_lora.argument_names import explains_arguments
-from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import ConfigError, LoRAError, listed
+from lightning_lora.base.adapter_state import check_name
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.inject import check_adapted
@@ -39,9 +40,7 @@ from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import TrainingWatch, Watch
 from lightning_lora.training.stage import Fit, Phase, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
-
-Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
-Save = Literal["adapters", "model"]
+from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
 @explains_arguments
@@ -106,7 +105,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
-    _strategy: Any = None  # our methods for the Trainer's strategy, in a stage
+    _methods: StrategyMethods  # ours, over those of the Trainer's strategy, in a stage
     _watch: Watch = Watch()  # of no training, until one runs
 
     def __init__(
@@ -135,16 +134,14 @@ class LoRACallback(Callback):
         name: str = "default",
     ) -> None:
         arguments = locals()
-        if merge is not False and merge not in ("last", "best"):
-            raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
-        if save not in get_args(Save):
-            raise ConfigError(f"save={save!r} is not valid. Expected 'adapters' or 'model'.")
+        check_merge(merge)
+        check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
-        scales_of(lr_scale)
-        AdapterState(self.config, name)  # checks the name
+        scales_of(lr_scale)  # refuses what is no scale
+        check_name(name)
         self.merge, self.save = merge, save
         self.lr_scale, self.name = lr_scale, name
-        compatibility.join_other_package(LoRACallback)
+        compatibility.join_pytorch_lightning(LoRACallback)
         self._start()
 
     def __repr__(self) -> str:
@@ -158,11 +155,12 @@ class LoRACallback(Callback):
         extend_launchers()
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._training = ExitStack()
-        self._filled = WeakKeyDictionary[LightningModule, set[str]]()  # buffers that each module's own hooks fill
+        # of each module, the buffers that its own hooks have filled in any stage: no base is compared with them
+        self._filled = WeakKeyDictionary[LightningModule, set[str]]()
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        of_a_stage = ("_stage", "_is_set_up", "_strategy", "_watch", "_training", "_filled")
+        of_a_stage = ("_stage", "_is_set_up", "_methods", "_watch", "_training", "_filled")
         left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
@@ -176,7 +174,7 @@ class LoRACallback(Callback):
 
     # Set-up
 
-    @compatibility.needs_an_object
+    @compatibility.refuse_class
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -185,7 +183,7 @@ class LoRACallback(Callback):
         """
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        self._strategy = overlay_strategy(trainer.strategy, self._stage)
+        self._methods = overlay_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
         if View(pl_module).layers:
             self._stage.came = "adapted"
@@ -197,7 +195,7 @@ class LoRACallback(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        if not self._strategy.shards_before_adapters:  # otherwise, configure_model would shard the adapters
+        if not self._methods.shards_before_adapters:  # otherwise, configure_model would shard the adapters
             self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
@@ -216,7 +214,7 @@ class LoRACallback(Callback):
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
-        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._strategy.shards_before_adapters)
+        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
         switches = self._stage.wants_another(pl_module)
         merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
@@ -236,9 +234,9 @@ class LoRACallback(Callback):
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the summary and check that merging is possible."""
+        """Check that the end of the fit can merge, and show what trains."""
         self._check_set_up()
-        reshard(pl_module)
+        reshard(pl_module)  # FSDP2 still shows full weights after an evaluation, as of a tuner
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
         self._training.enter_context(trimming_added_groups(pl_module))
         mirror_rates(*trainer.optimizers)  # a tuner may have written to them
@@ -256,7 +254,8 @@ class LoRACallback(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
-        if self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
+        is_untrained = self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained  # that of a file is
+        if is_untrained:
             name, *beside = view_of(pl_module).record.adapters
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
@@ -266,10 +265,7 @@ class LoRACallback(Callback):
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch gradients.
-
-        If the fit fails from here on, the module keeps its adapters, which may be trained.
-        """
+        """Check the module as its own hooks and the checkpoint have left it, and begin the training."""
         self._check_set_up()
         check_weights(View(pl_module))
         view = view_of(pl_module)
@@ -278,17 +274,20 @@ class LoRACallback(Callback):
             self._report(trainer, pl_module)
         mirror_rates(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.set_base_from_hooks(view):  # hooks may have loaded it late
-            self._strategy.note_base(anew=False)
-        view = view_of(pl_module)  # their tensors may be others now
+            self._methods.note_base(anew=False)
+        self._begin_training(trainer, pl_module)
+
+    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of what looks wrong, let adapters start from data, and watch the steps."""
+        view = view_of(pl_module)  # hooks may have exchanged its tensors
         advise(view, self._stage.guards_on_first)  # not before: the module's own on_fit_start may load or reset weights
         base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
-        self._stage.begin_training()
-        watch = self._training.enter_context(closing(TrainingWatch(trainer, pl_module, self._stage)))
-        self._watch = watch
-        watch.begin(self._strategy, is_new=is_new, base=base)
+        self._stage.begin_training()  # from here on, the module keeps its adapters if the fit fails
+        self._watch = watch = self._training.enter_context(closing(TrainingWatch(trainer, pl_module, self._stage)))
+        watch.begin(self._methods, is_new=is_new, base=base)
         self._stage.take_random_numbers()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -358,11 +357,11 @@ class LoRACallback(Callback):
     def _let_go(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
         self._is_set_up = False
-        self._strategy = None
+        vars(self).pop("_methods", None)
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         compatibility.forget_module(self)
 
-    @compatibility.needs_an_object
+    @compatibility.refuse_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
@@ -379,7 +378,7 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if methods_of(trainer.strategy) is None:  # in a main process without a set-up
+        if methods_of(trainer.strategy) is None:  # after a spawned run, the main process may save: it had no set-up
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 
@@ -387,10 +386,10 @@ class LoRACallback(Callback):
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
             self._stage.random_numbers = ResumedNumbers(trainer, checkpoint)
-            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)
+            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)  # then it is Lightning's own again
 
 
-compatibility.join_other_package(LoRACallback)
+compatibility.join_pytorch_lightning(LoRACallback)
 
 
 _SHARED = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]

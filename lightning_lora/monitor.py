@@ -11,7 +11,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.measured import Measured, measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import forget_module, join_other_package, needs_an_object
+from lightning_lora.training.compatibility import forget_module, join_pytorch_lightning, refuse_class
 
 
 class LoRAMonitor(Callback):
@@ -42,7 +42,7 @@ class LoRAMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self._ended_intervals = -1  # none was measured
-        join_other_package(LoRAMonitor)
+        join_pytorch_lightning(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters. The first step will be measured."""
@@ -73,7 +73,7 @@ class LoRAMonitor(Callback):
         """Let go of the module, also if this callback is kept in a variable."""
         forget_module(self)
 
-    @needs_an_object
+    @refuse_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module, as at the end."""
         forget_module(self)
@@ -98,4 +98,4 @@ def _norm_and_rank(matrix: Measured) -> tuple[Tensor, Tensor]:
     return norm, effective_rank(sizes).mean()
 
 
-join_other_package(LoRAMonitor)
+join_pytorch_lightning(LoRAMonitor)

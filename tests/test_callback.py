@@ -62,6 +62,24 @@ def test_after_fit_no_gradient_is_left(tmp_path: Path) -> None:  # a step by han
     assert set(grads_of(model.parameters())) == {None}
 
 
+def test_after_fit_the_callback_keeps_no_method_of_the_module(tmp_path: Path) -> None:  # Lightning gives it some
+    callback = lora()
+    trainer(tmp_path, [callback], max_epochs=1).fit(LitTiny(), data())
+    assert vars(callback).keys().isdisjoint(["log", "log_dict"])
+
+
+def set_rate(t: L.Trainer, _: Any) -> None:
+    """Write a rate as a tuner does: of the module's own group."""
+    t.optimizers[0].param_groups[0]["lr"] = 0.003
+
+
+def test_the_table_shows_ten_times_the_rate_that_a_tuner_has_written(tmp_path: Path, capsys: Any) -> None:
+    tuner = LambdaCallback(on_fit_start=set_rate)
+    callbacks = [tuner, lora(lr_scale=10)]
+    trainer(tmp_path, callbacks, max_epochs=1, enable_model_summary=True).fit(LitTiny(), data())
+    assert "0.03" in capsys.readouterr().out
+
+
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 

@@ -14,6 +14,12 @@ from lightning_lora.tensors.named import only
 from lightning_lora.tensors.values import copy_to_host
 
 
+def check_name(name: object) -> None:
+    """Refuse what is no name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
+
+
 @dataclass
 class AdapterState:
     """What a model remembers of one adapter."""
@@ -53,8 +59,7 @@ class AdapterState:
     """The adapters that it shows, added up with these weights. It cannot be trained."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
+        check_name(self.name)
 
     @property
     def random_so_far(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Write a file of adapters in PEFT's format, or in that of diffusers.
+"""Write a file of adapters in PEFT's format, or in that of diffusers or kohya.
 
 peft and transformers read the folder; with --uniform, vLLM and llama.cpp too.
 What PEFT has no counterpart for is refused by name.
@@ -8,6 +8,7 @@ examples::
   lightning-lora export adapter.safetensors peft_folder/
   lightning-lora export last.ckpt peft_folder/ --root model --uniform
   lightning-lora export last.ckpt lora_folder/ --root unet --format diffusers
+  lightning-lora export last.ckpt lora_folder/ --format kohya
 """
 
 from typing import Any

@@ -31,6 +31,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):
+        # the largest module around it without frozen weights, or this weight alone
         largest_unfrozen = largest_free_of(around_frozen, name)
         module = owner_of(name) if largest_unfrozen == name else largest_unfrozen
         if module not in around_trained:

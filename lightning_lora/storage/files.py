@@ -125,7 +125,7 @@ def export_peft(
         format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: a pipeline's adapted models in
             the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
             else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
-            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion and SDXL.
+            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion, SDXL and Flux.
         base_name: The repository or folder of the reader's model, such as ``"HuggingFaceTB/SmolLM2-135M"``. By default
             it is the one that the model came from, by ``from_pretrained``; ``""`` leaves the name out.
 
@@ -202,7 +202,8 @@ def load_adapter(
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
             beside it. Or a folder or file of diffusers: a model gets those of its place in the pipeline, a module
-            around several gets all. Or a repository of the Hugging Face hub, if it is in the cache. Or what
+            around several gets all. Likewise a file of kohya's sd-scripts, for Stable Diffusion and
+            SDXL. Or a repository of the Hugging Face hub, if it is in the cache. Or what
             loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.

@@ -74,6 +74,17 @@ def test_gradients_with_gradients_drop_what_those_without_drop() -> None:
     torch.testing.assert_close(torch.autograd.grad(output, tensors, create_graph=True), first)
 
 
+def test_second_derivatives_of_a_layer_that_runs_twice_count_each_path_once() -> None:
+    x, *layer = inputs(3, 4, out=4)
+    gradients = []
+    for compute in (adapted_linear, composed):
+        output = compute(compute(x, *layer, 0.7), *layer, 0.7).square().sum()
+        first = torch.autograd.grad(output, layer, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        gradients.append((first, torch.autograd.grad(penalty, layer)))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 

@@ -229,10 +229,10 @@ def test_an_adapter_that_is_paused_is_moved_by_no_optimizer() -> None:
     assert_same_tensors(layer.lora_parameters(), before)
 
 
-def fresh() -> Any:
+def fresh(**arguments: Any) -> Any:
     """A layer with an update of zero."""
     layer = nn.Linear(4, 4)
-    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2))
+    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, **arguments))
     return layer
 
 
@@ -244,3 +244,11 @@ def test_an_adapter_that_begins_as_another_one_does_not_move_with_it() -> None:
     assert torch.equal(follower.lora_A, began)
     add_to(original.lora_A, 1)
     assert torch.equal(follower.lora_A, began)
+
+
+def test_magnitudes_stay_those_of_the_layers_own_weight_where_it_follows_another() -> None:
+    original = fresh(use_dora=True)
+    follower = fresh(use_dora=True)
+    follower.lora_follow(original)
+    assert torch.equal(follower.lora_A, original.lora_A)
+    torch.testing.assert_close(follower.lora_magnitude, follower.weight.norm(dim=1))

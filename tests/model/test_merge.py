@@ -177,6 +177,14 @@ def test_adapters_of_a_diverged_training_are_named_when_merged_or_saved(tmp_path
         ll.merge_adapters(model, keep_base=keep_base)
 
 
+@pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
+def test_diverged_adapters_in_half_precision_are_told_to_train_in_float32() -> None:
+    model = as_trained(layers(2, 8).half(), autocast_adapter_dtype=False)
+    nan_at(model[1].lora_B, 0, 0)
+    with pytest.warns(UserWarning, match="train without autocast_adapter_dtype=False"):
+        ll.merge_adapters(model)
+
+
 # A copy of a merged model is un-merged exactly, or refused if it changed
 
 

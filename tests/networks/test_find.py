@@ -27,6 +27,16 @@ def test_a_copy_is_found_as_a_whole_and_not_block_by_block() -> None:
     assert found == {"average": "net"}
 
 
+def test_of_several_networks_that_are_alike_each_has_a_copy_of_its_own() -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    names = ("one", "other", "copy of one", "copy of other")
+    model = nn.ModuleDict({name: copy.deepcopy(net) for name in names})
+    layers = {f"{name}.0" for name in names}
+    still = {*model["copy of one"].parameters(), *model["copy of other"].parameters()}
+    found = find_copies(named_modules(model), named_parameters(model), layers, still)
+    assert found == {"copy of one": "one", "copy of other": "other"}
+
+
 def test_an_embedding_that_trains_is_no_network_beside_what_stands_still() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(20, 8), "net": blocks()})
     still = set(model["net"].parameters())

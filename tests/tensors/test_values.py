@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_lora.tensors import digests, values
 from lightning_lora.tensors import seen as seen_module
@@ -99,3 +100,28 @@ def test_what_is_set_aside_of_a_larger_memory_is_a_copy() -> None:
 def test_a_whole_tensor_is_set_aside_without_a_copy() -> None:
     whole = nn.Parameter(torch.zeros(8))
     assert values.set_aside(whole).data_ptr() == whole.data_ptr()
+
+
+def test_a_tensor_made_in_inference_mode_takes_other_values_and_is_used_there() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(2)
+    values.replace_values(tensor, torch.ones(2))
+    with torch.inference_mode():
+        assert (tensor + tensor[:1]).tolist() == [2.0, 2.0]
+
+
+def test_a_look_at_fake_tensors_leaves_digests_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_MULTIPLIERS", {})
+    tensor = torch.arange(8)
+    with FakeTensorMode():
+        digests._multipliers(tensor.device)
+    assert digest(tensor) == digest(tensor.clone())
+
+
+def test_what_has_been_read_in_full_is_compared_in_full() -> None:
+    weight = torch.zeros(100, 100)
+    seen = Seen(weight)
+    seen.digest()
+    other = weight.clone()
+    other[0, 1] = 1  # between two samples
+    assert not seen.is_alike(other)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
@@ -114,6 +115,12 @@ def test_copies_that_are_moved_later_or_after_the_base_are_named_at_the_end(tmp_
     (message,) = fitted(tmp_path, build())
     assert "'target' of 'net'" in message
     assert "exclude_modules" in message
+
+
+def test_that_is_said_once_however_many_files_are_written(tmp_path: Path) -> None:
+    callbacks = [ll.LoRACallback(r=1, exclude_modules=["target"]), ModelCheckpoint(every_n_train_steps=1)]
+    caught = warned_by(fit, tmp_path, *callbacks, model=FollowsByName(), train=numbers(), max_epochs=1)
+    assert len(lines_with("Code moves copies", messages_of(caught))) == 1
 
 
 class FollowsByLerp(FollowsByName):

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAWarning, MergePrecisionWarning
+from lightning_lora import LoRACallback, LoRAConfig, LoRAWarning, MergePrecisionWarning, inject_adapters
+from lightning_lora.training.randomness import reseeded
 from tests.support.cases import held
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
@@ -225,3 +226,12 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
     resumed = run(tmp_path / "b", counts_again, ckpt_path=file)
     assert repr(counts_again.seen) == repr(counts.seen)
     assert_same_tensors(state(resumed), state(whole))
+
+
+def test_random_numbers_go_on_where_no_adapter_is_new() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2))
+    before = torch.get_rng_state()
+    with reseeded(model):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -16,8 +16,8 @@ from tests.support.cases import At, StopError, base_is_whole, files_hold_adapter
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import adam, by_hand, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
-from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.parameters import classes, flags_of, trainable
+from tests.support.models import CLASSES, WIDTH, LitTiny, as_trained, best, data, is_plain, lora, same, state, trainer
+from tests.support.parameters import add_to, classes, flags_of, trainable
 
 
 def run_stage(t: L.Trainer, stage: str, model: Any, **options: Any) -> None:
@@ -575,3 +575,22 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     assert not is_plain(model)
     ll.remove_adapters(model)
     assert torch.equal(model.head.weight, LitTiny().head.weight)
+
+
+class LoadsTrained(LitTiny):
+    """A module whose hook loads what another training has made of its adapters and its head."""
+
+    values: Any
+
+    def on_fit_start(self) -> None:
+        self.load_state_dict(self.values)
+
+
+def test_what_a_hook_loads_with_trained_adapters_is_no_base(tmp_path: Path) -> None:
+    other = as_trained(LitTiny(), **lora().config.to_dict())
+    add_to(other.head.weight, 1)
+    model = LoadsTrained()
+    model.values = state(other)
+    fit(tmp_path, lora(merge=False), model=model, max_epochs=1)
+    with ll.disable_adapters(model):
+        assert torch.equal(model.head.weight, LitTiny().head.weight)

@@ -1,15 +1,14 @@
 """The files of diffusers: PEFT's tensors, after a pipeline's name for the model, and the configuration inside."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
+from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
@@ -23,21 +22,19 @@ from lightning_lora.storage.formats.peft.peft_names import (
     peft_key,
     tensors_in,
 )
-from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.pipeline import (
+    Part,
+    PipelineFile,
+    adapters_in_pipeline,
     checked_member,
-    member_name,
-    members_in,
     parts_of_pipeline,
     warn_of_replaced,
 )
-from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
-from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import owner_of, submodule
+from lightning_lora.tensors.names import owner_of
 
 # Write
 
@@ -76,43 +73,15 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
     def reader(view: View) -> StoredAdapters:
         header = json_object(text, f"{METADATA!r} of {path}")
-        return _adapters_in_pipeline(view, _PipelineFile(path, tensors, header))
+        return adapters_in_pipeline(view, _DiffusersFile(path, tensors, header))
 
     return reader
 
 
-def _adapters_in_pipeline(view: View, file: "_PipelineFile") -> StoredAdapters:
-    """The adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
-    members = file.members()
-    places = _places_of(members, view)
-    _check_members(members, places, file.path)
-    updates = list[Update]()
-    rest = dict[str, Tensor]()
-    saved = list[str]()
-    settings = list[LoRAConfig]()
-    kinds = set[tuple[bool, str]]()
-    for member in sorted(members & places.keys()):
-        tensors = file.tensors_of(member)
-        peft = file.config_of(member, tensors)
-        member_updates, others = read_updates(view, tensors, peft, file.path, places[member])
-        updates += member_updates
-        rest |= others
-        saved += peft.saved
-        settings.append(peft.config)
-        kinds.add((peft.config.use_dora, peft.config.init))
-    if len(kinds) > 1:
-        raise AdapterFileError(
-            f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
-        )
-    return adapters_of(view, updates, rest, settings[0], saved)
-
-
 @dataclass(frozen=True)
-class _PipelineFile:
-    """A file with the adapters of a pipeline's members."""
+class _DiffusersFile(PipelineFile):
+    """A file of diffusers."""
 
-    path: Any
-    tensors: Mapping[str, Tensor]
     header: Mapping[str, Any]  # the configurations, which older files do not have
 
     def members(self) -> set[str]:
@@ -125,12 +94,13 @@ class _PipelineFile:
         is_one_model = not members.isdisjoint(("", PREFIX))
         return members if is_one_model else members | starts
 
-    def tensors_of(self, member: str) -> dict[str, Tensor]:
-        """Return the tensors of one member, by their names in it."""
-        return Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
+    def part(self, member: str, modules: Collection[str]) -> Part:
+        """Return the tensors and the configuration of one member."""
+        tensors = Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
+        return tensors, self._config_of(member, tensors)
 
-    def config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
-        """Return the configuration of one member, which has these tensors."""
+    def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
+        """The configuration of one member, which has these tensors."""
         fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
         if not fields:
             fields = _without_scaling(tensors)
@@ -140,28 +110,6 @@ class _PipelineFile:
                 "unet_lora_adapter_metadata=...)."
             )
         return config_of({"peft_type": "LORA", **fields}, self.path)
-
-
-def _places_of(members: set[str], view: View) -> dict[str, str]:
-    """The names of the pipeline's members in the model."""
-    root = root_of(view.model)
-    itself = member_name(submodule(view.model, root), root)
-    places = {itself: root} if itself else members_in(view.modules)
-    if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
-        return dict.fromkeys(members, root)
-    return places
-
-
-def _check_members(members: set[str], places: Mapping[str, str], path: Any) -> None:
-    """Refuse a file of which the model has no member. Warn of those that it does not have."""
-    if members.isdisjoint(places):
-        raise AdapterMismatchError(
-            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
-            "models, or a module with attributes of these names."
-        )
-    left = members - places.keys()
-    if left:
-        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

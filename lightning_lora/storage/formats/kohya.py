@@ -1,30 +1,45 @@
-"""Write the files of kohya's sd-scripts, which ComfyUI, A1111 and diffusers read: one for a whole pipeline.
+"""The files of kohya's sd-scripts, which ComfyUI, A1111 and diffusers read: one for a whole pipeline.
 
-Readers differ in what they do with the alphas of layers, so all layers of a member have one.
+diffusers takes one alpha for all layers of a member, so they have one here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ExportError, listed, warn
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import Asked, Reader, WrittenFormat
-from lightning_lora.storage.formats.kohya_names import ATTENTION, OUTER, names_of_member
-from lightning_lora.storage.formats.peft.peft_names import peft_key
+from lightning_lora.storage.formats.kohya_flux import CLASS as FLUX
+from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
+from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
+from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
+from lightning_lora.storage.formats.peft.peft_names import peft_key, tensors_in
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
-from lightning_lora.storage.formats.pipeline import checked_member, parts_of_pipeline, warn_of_replaced
+from lightning_lora.storage.formats.pipeline import (
+    Part,
+    PipelineFile,
+    adapters_in_pipeline,
+    checked_member,
+    parts_of_pipeline,
+    warn_of_replaced,
+)
 from lightning_lora.storage.formats.reading import pair_of
+from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import entries_inside
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.named import only, where_not, with_values
+from lightning_lora.tensors.names import join, starts_of
 
 _FILE = "kohya_lora.safetensors"
+
+# Write
 
 
 def write(source: Source, directory: Path, uniform: bool) -> None:
@@ -35,17 +50,15 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
         _refuse_dora(part)
         exported, config = exported_with_scaling(part, uniform, scaling=1.0)
         member = checked_member(part, exported, KOHYA.name)
-        layers = _layers_in(exported)
-        if member.startswith("text_encoder"):
-            layers = _with_whole_attentions(layers)
+        layers = _with_whole_attentions(_layers_in(exported))
         names = _names_there(part, member, layers, modules)
-        for layer, factors in layers.items():
-            tensors |= _tensors_of(names[layer], factors, alpha=config["r"])
-    warn_of_replaced(directory / _FILE, tensors, _member_of)
+        for name, parts in _by_name(layers, names).items():
+            tensors |= _tensors_of(name, in_one(parts), alpha=config["r"])
+    warn_of_replaced(directory / _FILE, tensors, _beginning)
     write_files(directory, {_FILE: save(tensors, {})})
 
 
-def _member_of(name: str) -> str:
+def _beginning(name: str) -> str:
     """The beginning of a name, which says the member: ``lora_te1`` of ``lora_te1_text_model_...``."""
     return "_".join(name.split("_")[:2])
 
@@ -95,29 +108,48 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_there(part: Source, member: str, layers: Mapping[str, Any], modules: set[str]) -> dict[str, str]:
+def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
     """The names of a member's layers in the file. Refuse layers without one."""
-    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_there = set(map(part.name_there, inside))
-    name_of = names_of_member(member, modules_there, is_of_two=_has_two_text_encoders(modules))
+    name_of = _naming(part, member, modules)
     names = {layer: name_of(layer) for layer in layers}
-    unnamed = [layer for layer, name in names.items() if not name]
+    unnamed = where_not(names, bool)
     if unnamed:
         raise ExportError(
             f"In kohya's format, {listed(unnamed)} of {member!r} have no name that all its readers know. It is for the "
-            "UNet and the CLIP text encoders of Stable Diffusion and SDXL. Leave these layers out (exclude_modules), "
-            "or write format='diffusers', which ComfyUI reads too."
+            "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
+            "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
-    outer = [layer for layer in layers if layer in OUTER]
+    outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
     return names
 
 
-def _has_two_text_encoders(modules: set[str]) -> bool:
-    """Whether this is SDXL, or another pipeline with two text encoders."""
+def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
+    """How the layers of a member are named in the file."""
+    if part.inner_described.class_name == FLUX:
+        return name_in_flux
+    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
+    modules_there = set(map(part.name_there, inside))
+    first, *_ = forms(_beginning_of(member, modules), modules_there)
+    return first
+
+
+def _by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[str, dict[str, Factors]]:
+    """The updates of layers, by their names in the file. In Flux, several are parts of one original layer."""
+    named = dict[str, dict[str, Factors]]()
+    for layer, factors in layers.items():
+        named.setdefault(names[layer], {})[layer] = factors
+    return named
+
+
+def _beginning_of(member: str, modules: Iterable[str]) -> str:
+    """The beginning of a member's names. Empty: it has none."""
     last_components = {name.rpartition(".")[2] for name in modules}
-    return not last_components.isdisjoint(("text_encoder_2", "add_embedding"))
+    has_two_text_encoders = not last_components.isdisjoint(("text_encoder_2", "add_embedding"))
+    if member == "text_encoder" and has_two_text_encoders:
+        return "lora_te1"
+    return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
 
 
 def _known_modules(source: Source) -> set[str]:
@@ -125,12 +157,124 @@ def _known_modules(source: Source) -> set[str]:
     modules = {*source.modules_here, *source.stored.layers}
     for fingerprint in source.stored.base:
         for tensor in fingerprint.get("rounded", ()):
-            modules.update(starts_of(owner_of(tensor)))
+            modules.update(starts_of(tensor))
     return modules
 
 
-def read(_: Mapping[str, Any], __: Any, ___: Asked) -> Reader | None:
-    return None
+# Read
+
+
+_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # the ends of names, and PEFT's
+_ALPHA = "alpha"
+_LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
+
+
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+    """Return how to read these contents of a file, if kohya's scripts wrote it, or other code that has its names."""
+    if not any(map(_is_factor, map(str, contents))):
+        return None
+    tensors = tensors_in(contents, path)
+    _check_names(tensors, path)
+    return lambda view: adapters_in_pipeline(view, _KohyaFile(path, tensors))
+
+
+def _is_factor(name: str) -> bool:
+    """Whether a name is that of an A."""
+    layer, _, end = name.partition(".")
+    return end == "lora_down.weight" and _LAYER.fullmatch(layer) is not None
+
+
+def _check_names(names: Iterable[str], path: Any) -> None:
+    """Refuse what is no update of LoRA."""
+    odd = list[str]()
+    for name in names:
+        layer, _, end = name.partition(".")
+        is_known = end == _ALPHA or end in _ENDS
+        if not (is_known and _LAYER.fullmatch(layer)):
+            odd.append(name)
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(odd)}, of another method than LoRA (such as DoRA, LoHa, LoKr, or a core of a "
+            "convolution). Use the merged model."
+        )
+
+
+@dataclass(frozen=True)
+class _KohyaFile(PipelineFile):
+    """A file of kohya's."""
+
+    def members(self) -> set[str]:
+        """Return the members, by the beginnings of the names."""
+        return {_member_of(name) for name in self.tensors}
+
+    def part(self, member: str, modules: Collection[str]) -> Part:
+        """Return what PEFT would have of one member."""
+        layers = _layers_by_name(member, modules)
+        adapters = _Adapters()
+        unknown = dict[str, None]()
+        for name, value in self._tensors_of(member).items():
+            there, _, end = name.partition(".")
+            if there in layers:
+                adapters.add(layers[there], end, value)
+            else:
+                unknown[there] = None
+        if unknown:
+            raise AdapterMismatchError(
+                f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
+                f"CLIP text encoder. Pass the model that they were trained on. {KOHYA_REMEDY}."
+            )
+        return adapters.tensors, config_of(adapters.config(), self.path)
+
+    def _tensors_of(self, member: str) -> dict[str, Tensor]:
+        """The tensors of one member."""
+        return {name: value for name, value in self.tensors.items() if _member_of(name) == member}
+
+
+def _member_of(name: str) -> str:
+    """The member of a name in a file."""
+    return MEMBERS[_beginning(name)]
+
+
+def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
+    """The layers of a member, by all names that files have for them."""
+    layers = dict[str, str]()
+    for beginning in with_values(MEMBERS, [member]):
+        for name_of in forms(beginning, modules):
+            layers |= {name_of(layer): layer for layer in modules}
+    return layers
+
+
+@dataclass
+class _Adapters:
+    """The adapters of one member, by PEFT's names."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def add(self, layer: str, end: str, value: Tensor) -> None:
+        """Add one tensor of a layer."""
+        if end == _ALPHA:
+            self.alphas[layer] = value.item()
+            return
+        self.tensors[f"{layer}.{_ENDS[end]}"] = value
+        if end == "lora_down.weight" and value.dim():
+            self.ranks[layer] = len(value)
+
+    def config(self) -> dict[str, Any]:
+        """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
+        if not self.ranks:  # a damaged file, which is refused with the name of a layer
+            return {"peft_type": "LORA"}
+        r, other_ranks = most_common(self.ranks)
+        alpha, other_alphas = most_common({**self.ranks, **only(self.alphas, self.ranks)})
+        return {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": other_ranks,
+            "alpha_pattern": other_alphas,
+            "target_modules": list(self.ranks),
+        }
 
 
 KOHYA = WrittenFormat(name="kohya", tool="kohya's sd-scripts", read=read, write=write, files=(_FILE,))

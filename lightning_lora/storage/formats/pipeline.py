@@ -1,21 +1,29 @@
 """The members of a pipeline of diffusers: which of them a model is, or a module holds, and the adapters of each."""
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.errors import ExportError, listed, warn
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.peft_names import PARTS, peft_key
+from lightning_lora.storage.formats.peft.peft_read import read_updates
+from lightning_lora.storage.formats.reading import Update, adapters_of
 from lightning_lora.storage.formats.writing import Source
-from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.storage.inner_model import root_of
+from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import with_values, without
-from lightning_lora.tensors.names import first_names, is_in_any, starts_of
+from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
@@ -60,8 +68,8 @@ def parts_of_pipeline(source: Source, format: str) -> list[Source]:
         outside -= part.state.keys()
     if outside:
         raise ExportError(
-            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of format={format!r} holds parts "
-            "of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
+            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
+            "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
     return parts
 
@@ -117,3 +125,74 @@ def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[st
     replaced = held - written
     if replaced:
         warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
+
+
+# Read
+
+
+Part = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have of one member
+
+
+@dataclass(frozen=True)
+class PipelineFile(ABC):
+    """A file with the adapters of a pipeline's members."""
+
+    path: Any
+    tensors: Mapping[str, Tensor]
+
+    @abstractmethod
+    def members(self) -> set[str]:
+        """Return the members of which the file has adapters."""
+
+    @abstractmethod
+    def part(self, member: str, modules: Collection[str]) -> Part:
+        """Return what the file has for one member, which has these modules."""
+
+
+def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
+    """Return the adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
+    members = file.members()
+    places = _places_of(members, view)
+    _check_members(members, places, file.path)
+    updates = list[Update]()
+    rest = dict[str, Tensor]()
+    saved = list[str]()
+    settings = list[LoRAConfig]()
+    kinds = set[tuple[bool, str]]()
+    for member in sorted(members & places.keys()):
+        place = places[member]
+        modules = Renaming(there=place).names_here(entries_inside(place, view.modules))
+        tensors, peft = file.part(member, modules)
+        member_updates, others = read_updates(view, tensors, peft, file.path, place)
+        updates += member_updates
+        rest |= others
+        saved += peft.saved
+        settings.append(peft.config)
+        kinds.add((peft.config.use_dora, peft.config.init))
+    if len(kinds) > 1:
+        raise AdapterFileError(
+            f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
+        )
+    return adapters_of(view, updates, rest, settings[0], saved)
+
+
+def _places_of(members: set[str], view: View) -> dict[str, str]:
+    """The names of the pipeline's members in the model."""
+    root = root_of(view.model)
+    itself = member_name(submodule(view.model, root), root)
+    places = {itself: root} if itself else members_in(view.modules)
+    if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
+        return dict.fromkeys(members, root)
+    return places
+
+
+def _check_members(members: set[str], places: Mapping[str, str], path: Any) -> None:
+    """Refuse a file of which the model has no member. Warn of those that it does not have."""
+    if members.isdisjoint(places):
+        raise AdapterMismatchError(
+            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
+            "models, or a module with attributes of these names."
+        )
+    left = members - places.keys()
+    if left:
+        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")

@@ -2,11 +2,15 @@
 
 from lightning_lora.storage.formats.format import UnreadTool
 
-KOHYA = UnreadTool(
+KOHYA_REMEDY = (
+    "Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or "
+    "pipe.transformer).save_lora_adapter(folder), then load_adapter(model, folder)"
+)
+
+KOHYA = UnreadTool(  # files for other models than those of the format "kohya", or inside of other files
     tool="kohya's sd-scripts or ComfyUI",
     names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",
-    remedy="Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or "
-    "pipe.transformer).save_lora_adapter(folder), then load_adapter(model, folder)",
+    remedy=KOHYA_REMEDY,
 )
 
 PEFT_STATE = UnreadTool(

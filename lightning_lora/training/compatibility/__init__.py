@@ -15,9 +15,9 @@ from lightning_lora.training.compatibility.module_hooks import has_own, loads_in
 from lightning_lora.training.compatibility.our_callbacks import (
     SET_BY_LIGHTNING,
     forget_module,
-    join_other_package,
+    join_pytorch_lightning,
     late_callback_error,
-    needs_an_object,
+    refuse_class,
 )
 from lightning_lora.training.compatibility.precisions import keeping_adapters
 from lightning_lora.training.compatibility.sharding import refuse_strategy

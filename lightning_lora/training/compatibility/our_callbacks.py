@@ -15,15 +15,18 @@ SET_BY_LIGHTNING = ("log", "log_dict")
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 
-def join_other_package(kind: type[Callback]) -> None:
-    """Make ``kind`` a subclass of ``pytorch_lightning.Callback`` too, as that requires. Only if it is in use."""
+def join_pytorch_lightning(kind: type[Callback]) -> None:
+    """Make a callback a subclass of ``pytorch_lightning.Callback`` too, as that package requires.
+
+    Only if it is imported: so this is called at our import, and again for each callback that is made.
+    """
     other = sys.modules.get("pytorch_lightning")
     if other is not None and not issubclass(kind, other.Callback):
         kind.__bases__ = (*kind.__bases__, other.Callback)
 
 
-def needs_an_object(hook: _Hook) -> _Hook:
-    """Let a hook say what to write if a Trainer has the callback's class: ``callbacks=[LoRACallback]``."""
+def refuse_class(hook: _Hook) -> _Hook:
+    """Let a hook refuse a Trainer that has the callback's class, and no object: ``callbacks=[LoRACallback]``."""
     name = hook.__qualname__.partition(".")[0]
 
     @wraps(hook)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.storage.formats.test_diffusers import text_encoder
+from lightning_lora.cli.main import main
+from tests.storage.formats.test_diffusers import text_encoder, transformer
 from tests.support.cases import file_names
+from tests.support.compared import assert_same_tensors
 from tests.support.peft_export import check_equal, trained
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42", exc_type=ImportError)
@@ -96,6 +99,9 @@ PARTS: list[tuple[Callable[[], Any], dict[str, Any]]] = [
 ]
 
 
+# Out
+
+
 @pytest.mark.filterwarnings("ignore:kohya's own scripts skip")
 @pytest.mark.parametrize(("build", "config"), PARTS)
 def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str, Any], tmp_path: Path) -> None:
@@ -109,3 +115,265 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
     for name, found in outputs(other).items():
         assert (here[name] - base[name]).norm() > 1e-3 * base[name].norm()
         check_equal(found, here[name])
+
+
+def names_in_file(tensors: dict[str, Tensor]) -> set[str]:
+    """The names of layers in a file."""
+    return {name.partition(".")[0] for name in tensors}
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names of layers in the file in a folder."""
+    return names_in_file(load_file(folder / FILE))
+
+
+SD_NAMES = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    "lora_unet_up_blocks_0_upsamplers_0_conv",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1",
+}
+SDXL_NAMES = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+    "lora_unet_input_blocks_3_0_op",
+    "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
+    "lora_unet_output_blocks_2_2_conv",
+    "lora_unet_label_emb_0_2",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+}
+
+
+@pytest.mark.filterwarnings("ignore:kohya's own scripts skip 'add_embedding.linear_2' without")
+@pytest.mark.parametrize(("build", "expected"), [(Sd, SD_NAMES), (Sdxl, SDXL_NAMES)])
+def test_layers_have_the_names_that_all_readers_know(build: Any, expected: set[str], tmp_path: Path) -> None:
+    module = build()
+    targets = ["to_q", "conv", "fc1"]
+    if isinstance(module, Sdxl):
+        targets.append("add_embedding.linear_2")
+    module = trained(module, ll.LoRAConfig(r=2, target_modules=targets))
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    ll.export_peft(module, tmp_path / "model", format="kohya")
+    assert main(["export", str(tmp_path / "adapter.safetensors"), str(tmp_path / "file"), "--format", "kohya"]) == 0
+    assert expected <= names_in(tmp_path / "model")
+    assert_same_tensors(load_file(tmp_path / "file" / FILE), load_file(tmp_path / "model" / FILE))
+
+
+def test_attentions_of_text_encoders_are_whole(tmp_path: Path) -> None:
+    module = trained(
+        Sdxl(), ll.LoRAConfig(r=2, target_modules=["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"])
+    )
+    ll.export_peft(module, tmp_path, format="kohya")
+    tensors = load_file(tmp_path / FILE)
+    attention = "lora_te2_text_model_encoder_layers_0_self_attn"
+    assert names_in(tmp_path) == {f"{attention}_{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert tensors[f"{attention}_q_proj.lora_up.weight"].any()
+    assert not tensors[f"{attention}_k_proj.lora_up.weight"].any()
+
+
+# Flux
+
+
+def flux() -> Any:
+    torch.manual_seed(9)
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=0, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 2, 2),
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def output_of_flux(model: Any) -> Tensor:
+    torch.manual_seed(6)
+    inputs = {"hidden_states": torch.randn(1, 3, 4), "encoder_hidden_states": torch.randn(1, 2, 8)}
+    places = {"img_ids": torch.zeros(3, 3), "txt_ids": torch.zeros(2, 3)}
+    return model(**inputs, **places, pooled_projections=torch.randn(1, 8), timestep=torch.ones(1))[0]
+
+
+IN_BLOCKS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+IN_BLOCKS += ["proj", "net.2", "norm1.linear", "norm1_context.linear"]
+OF_FLUX: list[dict[str, Any]] = [
+    {"target_modules": IN_BLOCKS, "alpha": 5, "rank_pattern": {"to_k": 3}},
+    {"target_modules": ["to_q", "add_v_proj"], "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("config", OF_FLUX)
+def test_a_pipeline_of_flux_computes_the_same(config: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(flux(), ll.LoRAConfig(r=2, **config), scale=0.1)
+    ll.export_peft(model, tmp_path, format="kohya")
+    assert {name for name in names_in(tmp_path) if "qkv" in name} == {
+        f"lora_unet_double_blocks_{block}_{side}_attn_qkv" for block in (0, 1) for side in ("img", "txt")
+    }
+    other = flux()
+    base = output_of_flux(other)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusers.FluxPipeline(scheduler, *[None] * 5, other).load_lora_weights(tmp_path, weight_name=FILE)
+    here = output_of_flux(model)
+    assert (here - base).norm() > 1e-3 * base.norm()
+    check_equal(output_of_flux(other), here)
+
+
+class FluxTransformer2DModel(nn.Module):  # the layers of a single block, with as many outputs as diffusers reads
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.attn = nn.ModuleDict({name: nn.Linear(8, 3072) for name in ("to_q", "to_k", "to_v")})
+        block.proj_mlp = nn.Linear(8, 4 * 3072)
+        block.proj_out = nn.Linear(8, 8)
+        self.single_transformer_blocks = nn.ModuleList([block])
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_v", "proj_out"], ["proj_mlp"]])
+def test_single_blocks_of_flux_are_read_by_diffusers(targets: list[str], tmp_path: Path) -> None:
+    convert = diffusers.loaders.lora_conversion_utils._convert_kohya_flux_lora_to_diffusers
+    module: Any = nn.ModuleDict({"transformer": FluxTransformer2DModel()})
+    module = trained(module, ll.LoRAConfig(r=2, alpha=3, target_modules=targets))
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    for source, folder in ((module, "model"), (tmp_path / "adapter.safetensors", "file")):
+        ll.export_peft(source, tmp_path / folder, format="kohya")
+    assert_same_tensors(load_file(tmp_path / "file" / FILE), load_file(tmp_path / "model" / FILE))
+    found = convert(load_file(tmp_path / "file" / FILE))
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and f"{name}.lora_B.weight" in found:
+            update = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+            expected = 1.5 * layer.lora_B @ layer.lora_A if hasattr(layer, "lora_A") else torch.zeros_like(update)
+            assert torch.allclose(update, expected, atol=1e-6)
+
+
+# What is refused
+
+
+TO_Q = {"target_modules": ["to_q"]}
+REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
+    (sd_unet, {**TO_Q, "use_dora": True}, "DoRA.*A and B alone.*format='diffusers'"),
+    (sd_unet, {**TO_Q, "modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
+    (
+        sd_unet,
+        {**TO_Q, "bias": "lora_only", "target_modules": ["conv1"]},
+        "would refuse 'down_blocks.0.resnets.0.conv1",
+    ),
+    (transformer, TO_Q, "'transformer_blocks.0.attn.to_q' of 'transformer' have no name"),
+    (flux, {"target_modules": ["x_embedder"]}, "'x_embedder' of 'transformer' have no name"),
+    (second_text_encoder, {"target_modules": ["text_projection"]}, "'text_projection' of 'text_encoder' have no name"),
+    (
+        text_encoder,
+        {"target_modules": ["token_embedding"]},
+        "'embeddings.token_embedding' of 'text_encoder' have no name",
+    ),
+    (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_modules": ["0"]}, "format='kohya' is for .* Sequential is none"),
+]
+
+
+@pytest.mark.parametrize(("build", "config", "says"), REFUSED)
+def test_what_a_reader_would_drop(build: Any, config: dict[str, Any], says: str, tmp_path: Path) -> None:
+    model = trained(build(), ll.LoRAConfig(r=2, **config))
+    with pytest.raises(ll.ExportError, match=says):
+        ll.export_peft(model, tmp_path / "out", format="kohya")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_kohyas_scripts_skip_and_members_that_are_replaced_are_named(tmp_path: Path) -> None:
+    ll.export_peft(trained(Sd(), ll.LoRAConfig(r=2, target_modules=["to_q", "fc1"])), tmp_path, format="kohya")
+    model = trained(sd_unet(), ll.LoRAConfig(r=2, target_modules=["conv_in"]))
+    skips = pytest.warns(ll.LoRAWarning, match="skip 'conv_in' without")
+    with skips, pytest.warns(ll.LoRAWarning, match="held 'lora_te' too, which is replaced"):
+        ll.export_peft(model, tmp_path, format="kohya")
+
+
+# In
+
+
+@pytest.mark.filterwarnings("ignore:kohya's own scripts skip")
+@pytest.mark.parametrize(("build", "config"), PARTS)
+def test_the_file_is_read_again(build: Callable[[], Any], config: dict[str, Any], tmp_path: Path) -> None:
+    module = trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
+    ll.export_peft(module, tmp_path, format="kohya")
+    other = build()
+    ll.load_adapter(other, tmp_path)
+    here = outputs(module)
+    for name, found in outputs(other).items():
+        check_equal(found, here[name])
+
+
+def changed_file(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Write a file anew, with other tensors."""
+    tensors = load_file(folder / FILE)
+    save_file(change(tensors), folder / FILE)
+
+
+def with_other_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same updates, with another alpha for each layer, or none, which means the rank."""
+    changed = dict[str, Tensor]()
+    for number, name in enumerate(sorted(names_in_file(tensors))):
+        a = tensors[f"{name}.lora_down.weight"]
+        b = tensors[f"{name}.lora_up.weight"] * tensors[f"{name}.alpha"] / len(a)
+        alpha = torch.tensor(float(number))
+        if number:
+            b = b * len(a) / alpha
+            changed[f"{name}.alpha"] = alpha
+        changed |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    return changed
+
+
+def test_each_layer_has_its_own_alpha_or_its_rank(tmp_path: Path) -> None:
+    config = ll.LoRAConfig(r=2, alpha=5, target_modules=["to_q", "conv2", "fc2"], rank_pattern={"to_q": 3})
+    module = trained(Sd(), config, scale=0.1)
+    ll.export_peft(module, tmp_path, format="kohya")
+    changed_file(tmp_path, with_other_alphas)
+    other = Sd()
+    ll.load_adapter(other, tmp_path / FILE)
+    here = outputs(module)
+    for name, found in outputs(other).items():
+        check_equal(found, here[name], 1e-5)
+
+
+def test_the_names_of_diffusers_are_read_for_sdxl_too(tmp_path: Path) -> None:
+    module = trained(Sdxl(), ll.LoRAConfig(r=2, target_modules=["to_q"]), scale=0.1)
+    ll.export_peft(module, tmp_path, format="kohya")
+    original = "lora_unet_input_blocks_4_1"
+    named = "lora_unet_down_blocks_1_attentions_0"
+    changed_file(tmp_path, lambda tensors: {name.replace(original, named): value for name, value in tensors.items()})
+    assert named in str(names_in(tmp_path))
+    other = Sdxl()
+    ll.load_adapter(other, tmp_path / FILE)
+    check_equal(outputs(other)["unet"], outputs(module)["unet"])
+
+
+def test_a_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
+    module: Any = trained(Sd(), ll.LoRAConfig(r=2, target_modules=["to_q", "fc1"]), scale=0.1)
+    ll.export_peft(module, tmp_path, format="kohya")
+    other = Sd()
+    with pytest.warns(ll.LoRAWarning, match="also holds adapters of 'text_encoder'"):
+        ll.load_adapter(other.unet, tmp_path / FILE)
+    check_equal(outputs(other)["unet"], outputs(module)["unet"])
+
+
+def test_files_that_are_not_read_are_called_what_they_are(tmp_path: Path, capsys: Any) -> None:
+    ll.export_peft(trained(Sd(), ll.LoRAConfig(r=2, target_modules=["to_q", "fc1"])), tmp_path, format="kohya")
+    path = tmp_path / FILE
+    with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
+        ll.load_adapter(nn.Linear(4, 4), path)
+    assert main(["inspect", str(path)]) != 0
+    assert "kohya's sd-scripts, and only their model tells" in capsys.readouterr().err
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    flux = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(24, 2)}
+    save_file(flux, path)
+    with pytest.raises(ll.AdapterMismatchError, match=f"'{name}', and .*Let diffusers read it"):
+        ll.load_adapter(transformer(), path)
+    save_file({**flux, f"{name}.dora_scale": torch.ones(24)}, path)
+    with pytest.raises(ll.AdapterFileError, match="dora_scale', of another method than LoRA"):
+        ll.load_adapter(transformer(), path)
+    torch.save({"state_dict": flux}, tmp_path / "inside.ckpt")
+    with pytest.raises(ll.AdapterFileError, match=r"adapters of kohya's.*Let diffusers read it"):
+        ll.load_adapter(sd_unet(), tmp_path / "inside.ckpt")
+
+
+@pytest.mark.parametrize("missing", ["lora_up", "lora_down"])
+def test_a_file_that_lacks_a_factor(missing: str, tmp_path: Path) -> None:
+    ll.export_peft(trained(sd_unet(), ll.LoRAConfig(r=2, **TO_Q)), tmp_path, format="kohya")
+    tensors = load_file(tmp_path / FILE)
+    tensors.pop(f"{min(names_in_file(tensors))}.{missing}.weight")
+    save_file(tensors, tmp_path / FILE)
+    with pytest.raises(ll.AdapterFileError, match="only one of A and B of 'down_blocks"):
+        ll.load_adapter(sd_unet(), tmp_path / FILE)

@@ -16,8 +16,7 @@ from tests.support.models import as_trained
 ONE = torch.ones(2, 4)
 MODEL = "base_model.model.q_proj"
 NAMES: list[tuple[list[str], str]] = [
-    (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's.*diffusers"),
-    (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's"),
+    (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's.*diffusers"),
     (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "another tool.*merged model"),
     ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
     (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "another tool"),

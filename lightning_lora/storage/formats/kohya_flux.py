@@ -1,0 +1,91 @@
+"""Flux in the form of kohya: its original model has some layers in one, as q, k and v of an attention."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lora.functional.factors import Factors, with_rank
+from lightning_lora.tensors.named import joined
+
+CLASS = "FluxTransformer2DModel"
+
+_IN_DOUBLE_BLOCK = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+_IN_SINGLE_BLOCK = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+"""The original layers of a block, and those of diffusers in each."""
+
+_LAYER = re.compile(r"((single_)?transformer_blocks\.(\d+))\.(.+)")
+_SIZES = {"proj_mlp": 4}  # how many times the outputs of q a layer has, if it is not once
+
+
+class _Original(NamedTuple):
+    """A layer of the original model."""
+
+    name: str  # in a file
+    parts: tuple[str, ...]  # the layers of diffusers in it
+
+
+def name_in_flux(layer: str) -> str:
+    """Return the name in a file of the original layer around one of diffusers. Empty: there is none."""
+    return _original_around(layer).name
+
+
+def in_one(updates: Mapping[str, Factors]) -> Factors:
+    """Return the update of an original layer from those of its parts."""
+    first, *_ = updates
+    parts = _original_around(first).parts
+    if len(parts) < 2:
+        return updates[first]
+    return _stacked(parts, updates)
+
+
+def _original_around(layer: str) -> _Original:
+    """The original layer around one of diffusers."""
+    found = _LAYER.fullmatch(layer)
+    if found is None:
+        return _Original("", ())
+    block, is_single, number, leaf = found.groups()
+    kind, originals = ("single", _IN_SINGLE_BLOCK) if is_single else ("double", _IN_DOUBLE_BLOCK)
+    for original, leaves in originals.items():
+        if leaf in leaves:
+            name = f"lora_unet.{kind}_blocks.{number}.{original}".replace(".", "_")
+            return _Original(name, tuple(joined(block, leaves)))
+    return _Original("", ())
+
+
+def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
+    """All A below each other, with one rank, and all B along a diagonal. A part without update gets zeros."""
+    first, (a, b) = next(iter(updates.items()))
+    outputs_of_q = len(b) // _size(first)
+    rank = max(len(a) for a, _ in updates.values())
+    stacked_a = list[Tensor]()
+    stacked_b = list[Tensor]()
+    for part in parts:
+        zero = a.new_zeros(rank, a.shape[1]), b.new_zeros(outputs_of_q * _size(part), rank)
+        part_a, part_b = with_rank(updates.get(part, zero), rank)
+        stacked_a.append(part_a)
+        stacked_b.append(part_b)
+    return torch.cat(stacked_a), torch.block_diag(*stacked_b)
+
+
+def _size(layer: str) -> int:
+    """How many times the outputs of q a layer has."""
+    leaf = layer.rpartition(".")[2]
+    return _SIZES.get(leaf, 1)
