@@ -256,7 +256,7 @@ class LoRACallback(Callback):
         """Say and log how the adapters train. A checkpoint is loaded by then."""
         is_untrained = self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained  # that of a file is
         if is_untrained:
-            name, *beside = view_of(pl_module).record.adapters
+            name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.guards_everywhere.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)

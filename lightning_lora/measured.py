@@ -54,7 +54,7 @@ class Measured(NamedTuple):
         if not self.settings.use_dora:
             return a, b
         weight = precise(self.weight()).to(a.device)
-        magnitude = self._parameter(self.matrix.parameter(Role.MAGNITUDE))
+        magnitude = self._parameter(self.matrix.parameter_name(Role.MAGNITUDE))
         direction = weight + b @ a
         scale = magnitude_scale(magnitude, direction).unsqueeze(-1)
         return direction * scale - weight
@@ -107,7 +107,7 @@ def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
     bases = defaultdict[str, dict[str, Tensor]](dict)
-    for merged in view.merged:
+    for merged in view.merged_weights:
         bases[merged.layer][merged.weight] = merged.base
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():

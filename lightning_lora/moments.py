@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from lightning_lora.model.fresh import Fresh
+    from lightning_lora.model.untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
 
@@ -41,16 +41,16 @@ class Guard:
     def training_begins(self, view: "View") -> None:
         """The module's own ``on_fit_start`` has run."""
 
-    def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
+    def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
         """New adapters begin to train, so what is said can still be changed.
 
-        The module's own ``on_fit_start`` has run. ``fresh``: what looks untrained.
+        The module's own ``on_fit_start`` has run. ``untrained``: what looks so.
         """
 
     def adapters_ready(self, view: "View") -> None:
         """Adapters have the values with which they begin to train."""
 
-    def base_made_new(self, view: "View", fresh: "Fresh") -> None:
+    def base_made_new(self, view: "View", untrained: "Untrained") -> None:
         """The first batch comes, and hooks have changed weights since, of which these look untrained now."""
 
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
@@ -133,14 +133,14 @@ class Guards(Guard):
     def training_begins(self, view: "View") -> None:
         self._pass_on(Guard.training_begins, view)
 
-    def new_adapters_begin(self, view: "View", fresh: "Fresh") -> None:
-        self._pass_on(Guard.new_adapters_begin, view, fresh)
+    def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
+        self._pass_on(Guard.new_adapters_begin, view, untrained)
 
     def adapters_ready(self, view: "View") -> None:
         self._pass_on(Guard.adapters_ready, view)
 
-    def base_made_new(self, view: "View", fresh: "Fresh") -> None:
-        self._pass_on(Guard.base_made_new, view, fresh)
+    def base_made_new(self, view: "View", untrained: "Untrained") -> None:
+        self._pass_on(Guard.base_made_new, view, untrained)
 
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
         self._pass_on(Guard.first_step_begins, view, copies)

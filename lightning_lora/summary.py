@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.errors import counted, listed
-from lightning_lora.layers import LoRALayer, count
-from lightning_lora.model.fresh import random_weights
+from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.record import find_record
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import without_base
@@ -298,7 +298,7 @@ def _sums(layers: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     parameters = list(view.model.parameters())
-    parameters_of_adapters = set(view.adapters.values())
+    parameters_of_adapters = set(view.adapter_parameters.values())
     base = [p for p in parameters if p not in parameters_of_adapters]
     trained, frozen = _trained_and_frozen(parameters)
     return LoRASummary(
@@ -338,7 +338,7 @@ def _what_is_active(view: View) -> str:
     record = find_record(view.model)
     if record is None:
         return ""
-    if record.shown == "default" and not record.others:
+    if record.name_in_effect == "default" and not record.others:
         return ""
     states = [_age_of_adapter(view)]
     if record.others:
@@ -366,7 +366,7 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _count_values(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(count(p) for p in parameters)
+    return sum(number_of_values(p) for p in parameters)
 
 
 def _bytes(values: Iterable[Any]) -> int:
@@ -390,5 +390,5 @@ def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     total = 0
     for p in parameters:
         trains_as_it_is = type(p) in _USUAL and p.is_floating_point()
-        total += p.nbytes if trains_as_it_is else 4 * count(p)
+        total += p.nbytes if trains_as_it_is else 4 * number_of_values(p)
     return total

@@ -188,7 +188,7 @@ def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps(
     model = LitTiny()
     others = torch.optim.SGD(model.parameters(), lr=0.01)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    adapters = torch.optim.Adam(View(model).adapters.values())  # not stepped yet
+    adapters = torch.optim.Adam(View(model).adapter_parameters.values())  # not stepped yet
     others.step()
     adapters.step()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]), name="second")
@@ -219,7 +219,7 @@ def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(sav
 def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:
     model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    adapters = torch.optim.Adam(View(model).adapters.values())
+    adapters = torch.optim.Adam(View(model).adapter_parameters.values())
     others = torch.optim.Adam(base_parameters(model).values())  # which has the head
     adapters.step()
     others.step()

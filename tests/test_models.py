@@ -197,7 +197,7 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
     trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
     assert_same_tensors(base_of(state(model)), before)
-    assert_all_have_moved(model, View(model).adapters)
+    assert_all_have_moved(model, View(model).adapter_parameters)
     assert not torch.equal(run(model), output)
 
 

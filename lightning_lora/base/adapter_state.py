@@ -76,7 +76,7 @@ class AdapterState:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_adapters.values():
-            adapter.settings = replace(adapter.settings, follows=True)  # others decide its values
+            adapter.settings = replace(adapter.settings, trains=False)  # others decide its values
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 

@@ -1,12 +1,14 @@
 """Write a file of adapters in PEFT's format, or in that of diffusers or kohya.
 
 peft and transformers read the folder; with --uniform, vLLM and llama.cpp too.
-What PEFT has no counterpart for is refused by name.
+What PEFT has no counterpart for is refused by name. The folder gets a README.md,
+a model card: a checkpoint's shows the metrics that were logged last.
 
 examples::
 
   lightning-lora export adapter.safetensors peft_folder/
   lightning-lora export last.ckpt peft_folder/ --root model --uniform
+  lightning-lora export last.ckpt peft_folder/ --base-name owner/model
   lightning-lora export last.ckpt lora_folder/ --root unet --format diffusers
   lightning-lora export last.ckpt lora_folder/ --format kohya
 """

@@ -25,6 +25,7 @@ from lightning_lora.errors import counted
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.disk import opened
+from lightning_lora.storage.inner_model import UNKNOWN
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
@@ -64,12 +65,18 @@ def inspect(stored: StoredAdapters) -> Plain:
         "bytes": _size_of(stored.source),
         "format": FORMAT,
         "root": stored.root,
-        "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},
+        "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"], "name": _name_of_base(stored)},
         "config": stored.config.to_dict(),
         "layers": layers,
         "tokens": rows,
         "beside": _describe_others(stored),
+        "metrics": stored.metrics,
     }
+
+
+def _name_of_base(stored: StoredAdapters) -> str:
+    """The repository or folder that the one model inside came from. Empty: the file does not say it."""
+    return stored.modules.get(stored.root, UNKNOWN).pretrained
 
 
 def _size_of(source: str) -> int:
@@ -122,6 +129,9 @@ def _show(found: Plain) -> None:
         console.print(printable(line), soft_wrap=True, markup=False)
     console.print(printable(_line_of_base(found)), markup=False)
     console.print(_line_of_arguments(found["config"]), soft_wrap=True, markup=False)
+    if found["metrics"]:
+        line = _line_of_metrics(found["metrics"])
+        console.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _table(found: Plain) -> Table:
@@ -176,6 +186,8 @@ def _line_of_base(found: Plain) -> str:
     count = found["base"]["tensors"]
     dtypes = ", ".join(found["base"]["dtypes"])
     line = f"Base: {count} frozen tensors, {dtypes}."
+    if found["base"]["name"]:
+        line += f" They came from {found['base']['name']}."
     for name, rows in found["tokens"].items():
         line += f" Rows of {name} train: {len(rows)}."
     return line
@@ -190,3 +202,9 @@ def _line_of_arguments(config: Plain) -> str:
         if key in always_shown or value != usual[key]:
             given.append(f"{key}={value!r}")
     return f"Arguments: {', '.join(given)}"
+
+
+def _line_of_metrics(metrics: Plain) -> str:
+    """The metrics that the run logged last before it wrote the file."""
+    texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    return f"Logged last: {', '.join(texts)}"

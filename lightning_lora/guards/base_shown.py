@@ -10,9 +10,9 @@ class BaseShown(Guard):
 
     def backward_begins_without_adapters(self, view: View) -> None:
         """Name what trains in full."""
-        if view.trained:
+        if view.trainable:
             warn(
-                f"A backward pass in a block of disable_adapters: {listed(view.trained)} of {view.title} hold the "
+                f"A backward pass in a block of disable_adapters: {listed(view.trainable)} of {view.title} hold the "
                 "base's values there, and get no gradient. Call it after the block, in which only the base's outputs "
                 "are computed."
             )

@@ -2,7 +2,7 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.model.settle import layers_that_have_learned
+from lightning_lora.model.still.find_still import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.copies import pairs_of

@@ -15,7 +15,7 @@ class Diverged(Guard):
 
     def merge_begins(self, view: View) -> None:
         """Name them, with what makes them so."""
-        broken = where(view.adapters, _is_broken)
+        broken = where(view.adapter_parameters, _is_broken)
         if not broken:
             return
         remedy = "train with a lower learning rate"

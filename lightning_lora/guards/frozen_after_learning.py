@@ -3,7 +3,7 @@
 from collections.abc import Collection, Set
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.model.settle import layers_that_have_learned
+from lightning_lora.model.still.find_still import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import joined, without

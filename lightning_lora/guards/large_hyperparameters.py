@@ -16,7 +16,7 @@ class LargeHyperparameters(Guard):
 
     def training_begins(self, view: View) -> None:
         """Look at those of the module. A module among them is named by Lightning."""
-        size_of_adapters = sum(p.nbytes for p in view.adapters.values())
+        size_of_adapters = sum(p.nbytes for p in view.adapter_parameters.values())
         hyperparameters = _hyperparameters(view.model)
         large: dict[str, int] = {}
         for name, value in without(hyperparameters, of_type(hyperparameters, nn.Module)).items():

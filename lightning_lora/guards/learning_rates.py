@@ -87,7 +87,7 @@ def _is_low(rate: float) -> bool:
 
 def _in_layers(view: View, low: Mapping[str, float]) -> str:
     """In which layers the rate is low, if not in all."""
-    trained = where(view.layers, LoRALayer.lora_trained)
+    trained = where(view.layers, LoRALayer.lora_trainable)
     if trained.keys() == low.keys():
         return ""
     return f" in {listed(low)}"

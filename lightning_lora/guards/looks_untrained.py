@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.errors import FreshLayerWarning, listed
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.fresh import MOST_SHARE, Fresh, random_weights
+from lightning_lora.model.untrained import Untrained, random_weights
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import outside
@@ -19,39 +19,39 @@ from lightning_lora.tensors.names import owner_of
 class LooksUntrained(Guard):
     """Tells of a model that looks untrained, or names the layers that do.
 
-    Of ``fresh``, ``random`` are layers that surely do, and ``unsure`` those with too few weights to tell.
+    Of ``untrained``, ``modules`` are layers that surely do, and ``unsure`` those with too few weights to tell.
     """
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Look at the base as it is when training begins."""
-        if fresh.share > MOST_SHARE:
-            rank_zero_info(_about_model(view, fresh))
+        if untrained.is_whole_model:
+            rank_zero_info(_about_model(view, untrained))
             return
-        perhaps_new = _perhaps_new(view, fresh)
-        if fresh.random:
-            _name_untrained(view, fresh, perhaps_new)
+        perhaps_new = _perhaps_new(view, untrained)
+        if untrained.modules:
+            _name_untrained(view, untrained, perhaps_new)
         elif perhaps_new:
             warn_in_each_fit(_about_perhaps_new(view, perhaps_new), FreshLayerWarning)
 
-    def base_made_new(self, view: View, fresh: Fresh) -> None:
+    def base_made_new(self, view: View, untrained: Untrained) -> None:
         """Look again at what hooks have changed since."""
-        if fresh.random or fresh.unsure:
-            self.new_adapters_begin(view, fresh)
+        if untrained.modules or untrained.unsure:
+            self.new_adapters_begin(view, untrained)
 
 
-def _perhaps_new(view: View, fresh: Fresh) -> list[str]:
+def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
     """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
-    if math.isnan(fresh.share):
+    if math.isnan(untrained.share):
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
-    return outside(fresh.unsure, left_out)
+    return outside(untrained.unsure, left_out)
 
 
-def _name_untrained(view: View, fresh: Fresh, perhaps_new: list[str]) -> None:
+def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) -> None:
     """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
-    message = _about_untrained(view, fresh)
+    message = _about_untrained(view, untrained)
     if perhaps_new:
-        message += _about_perhaps_new_too(view, fresh, perhaps_new)
+        message += _about_perhaps_new_too(view, untrained, perhaps_new)
     if _are_excluded(view, random_weights(view)):
         rank_zero_info(message)
     else:
@@ -68,31 +68,31 @@ def _are_excluded(view: View, weights: Iterable[str]) -> bool:
 # What is said
 
 
-def _about_model(view: View, fresh: Fresh) -> str:
+def _about_model(view: View, untrained: Untrained) -> str:
     return (
-        f"{fresh.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
+        f"{untrained.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
         "learn little: load pretrained weights first, or train without LoRACallback."
-        + _about_convolutions(view, fresh.random)
+        + _about_convolutions(view, untrained.modules)
     )
 
 
-def _about_untrained(view: View, fresh: Fresh) -> str:
+def _about_untrained(view: View, untrained: Untrained) -> str:
     message = (
-        f"Layers of {view.title} that look untrained: {listed(fresh.random)}. Their frozen weights have the values of "
-        f"an initialisation. Train them in full: {to_save(view, fresh.random)}. (If they are random on purpose, or "
-        "the loss does not depend on them, ignore this: the files hold them as they are.)"
+        f"Layers of {view.title} that look untrained: {listed(untrained.modules)}. Their frozen weights have the "
+        f"values of an initialisation. Train them in full: {to_save(view, untrained.modules)}. (If they are random on "
+        "purpose, or the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
-    message += _about_convolutions(view, fresh.random)
-    if not outside(view.layers, fresh.random):
+    message += _about_convolutions(view, untrained.modules)
+    if not outside(view.layers, untrained.modules):
         message += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
     return message
 
 
-def _about_perhaps_new_too(view: View, fresh: Fresh, perhaps_new: list[str]) -> str:
+def _about_perhaps_new_too(view: View, untrained: Untrained, perhaps_new: list[str]) -> str:
     """What is said of layers beside these that may be new: one list names all."""
     return (
         f" Perhaps new too: {listed(perhaps_new)} (too few weights to tell). If so, name all: "
-        f"{to_save(view, [*fresh.random, *perhaps_new])}."
+        f"{to_save(view, [*untrained.modules, *perhaps_new])}."
     )
 
 

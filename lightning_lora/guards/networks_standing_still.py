@@ -3,7 +3,7 @@
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import warn
-from lightning_lora.model.settle import left_still
+from lightning_lora.model.still.find_still import about_networks_left_out
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.copies import pairs_of
@@ -16,13 +16,13 @@ class NetworksStandingStill(Guard):
         """Name those that stand still."""
         still = view.adapter.networks.beside_training
         if still:
-            warn(left_still(still, view.title))
+            warn(about_networks_left_out(still, view.title))
 
     def training_begins(self, view: View) -> None:
         """Name those that stand still, and copies."""
         networks = view.adapter.networks
         if networks.beside_training:
-            rank_zero_info(left_still(networks.beside_training, view.title))
+            rank_zero_info(about_networks_left_out(networks.beside_training, view.title))
         if networks.copies:
             rank_zero_info(_about_copies(view))
 

@@ -3,7 +3,7 @@
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import listed
-from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
@@ -17,7 +17,7 @@ from lightning_lora.tensors.names import submodule
 class RefusedExports(Guard):
     """Names layers that PEFT's format cannot hold."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name them with the reason."""
         root = root_of(view.model)
         inner = submodule(view.model, root)

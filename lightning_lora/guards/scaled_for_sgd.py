@@ -26,11 +26,16 @@ class ScaledForSGD(Guard):
         scalings = _scalings_under_sgd(view, optimizers)
         large = {name: scaling for name, scaling in scalings.items() if scaling >= _LARGE}
         if large:
-            rank_zero_info(
-                f"The updates of {listed(large)} are scaled by alpha / r, which is {max(large.values()):g} at most, "
-                "and the optimizer is SGD. Its steps grow with the square of that, so that a usual learning rate may "
-                "be too high. If the loss grows, lower the rate, or write LoRACallback(alpha=None): then alpha is r."
-            )
+            rank_zero_info(_about_large(large))
+
+
+def _about_large(large: dict[str, float]) -> str:
+    """What is said of layers with a large scaling."""
+    return (
+        f"The updates of {listed(large)} are scaled by alpha / r, which is {max(large.values()):g} at most, and the "
+        "optimizer is SGD. Its steps grow with the square of that, so that a usual learning rate may be too high. If "
+        "the loss grows, lower the rate, or write LoRACallback(alpha=None): then alpha is r."
+    )
 
 
 def _scalings_under_sgd(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.training.optimizers.groups import leading_layers
@@ -11,7 +11,7 @@ from lightning_lora.training.optimizers.groups import leading_layers
 class Tied(Guard):
     """Names layers that have one weight, and will differ."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name the first ones that share a weight."""
         for names in _layers_of_each_weight(view):
             if len(names) > 1:

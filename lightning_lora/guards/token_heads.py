@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.fingerprint import rows_of
@@ -17,7 +17,7 @@ from lightning_lora.tensors.names import owner_of
 class TokenHeads(Guard):
     """Names output heads whose new rows stay frozen."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name each, with the argument that trains its rows too."""
         weights_with_rows = rows_of(view).keys()
         embeddings = [owner for owner in map(owner_of, weights_with_rows) if owner in view.matrices]

@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import to_save, warn_in_each_fit
-from lightning_lora.model.fresh import Fresh
+from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import largest_free_of, modules_around, not_in, only, outside, where
@@ -12,9 +12,9 @@ from lightning_lora.tensors.names import owner_of
 class UnfrozenButNotTrained(Guard):
     """Names modules that the user left trainable in a mostly frozen model. They are frozen now."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name those that do not look untrained: another guard names these."""
-        unfrozen = not_in(modules_unfrozen_but_not_trained(view), fresh.random)
+        unfrozen = not_in(modules_unfrozen_but_not_trained(view), untrained.modules)
         if unfrozen:
             warn_in_each_fit(
                 f"You have frozen most of {view.title}, but not {listed(unfrozen)}. Now these are frozen too, "
@@ -27,7 +27,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base):
         return []
-    around_trained = modules_around([*view.adapted_weights, *view.trained])
+    around_trained = modules_around([*view.adapted_weights, *view.trainable])
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):

@@ -4,11 +4,11 @@ What all of them have is in ``base`` (how they run, move and load), above ``on_l
 ``weights`` (the weights with their updates).
 """
 
+from lightning_lora.layers.adapter import Adapter, Step
 from lightning_lora.layers.base import HAS_UPDATE, LoRALayer
-from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAParameters
-from lightning_lora.layers.init import new_adapter
+from lightning_lora.layers.initialise import new_adapter
 from lightning_lora.layers.inits import INITIALISATIONS
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, name_of_kind, register_adapter
 from lightning_lora.layers.layouts import why_merge_is_wrong
@@ -17,13 +17,13 @@ from lightning_lora.layers.matrices import (
     AdaptedMatrix,
     Role,
     Settings,
-    adapter_parameters,
     matrix_factors,
+    parameter_specs,
     weight_factors,
     weights_of,
 )
 from lightning_lora.layers.on_layer import attributes_of, is_resized, put_on
-from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
-from lightning_lora.layers.tokens import LoRATokens, tie_layers
+from lightning_lora.layers.packed import is_quantised, number_of_values, quantised_entries, repacks, unpack
+from lightning_lora.layers.tokens import LoRATokens, tie_layers, tied_to
 
 __all__ = ["LoRALayer", "register_adapter"]  # for users; the other names are for this package

@@ -45,7 +45,7 @@ class LoRALayer(AdapterOnLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with its update."""
-        if not isinstance(self, LoRALayer):  # other code has wrapped this method, and the adapter is gone since
+        if not isinstance(self, LoRALayer):  # a bound forward that other code has kept longer than the adapter
             return type(self).forward(self, *args, **kwargs)
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
@@ -78,7 +78,10 @@ class LoRALayer(AdapterOnLayer):
         return args, {**kwargs, self.lora_input: F.dropout(first, dropout)}
 
     def _lora_with_magnitude(self, output: Tensor, update: Tensor) -> Tensor:
-        """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""
+        """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled.
+
+        The change is added to the output, so that a scale of one changes no bit of it.
+        """
         dims_after_features = self.weight.dim() - 2  # type: ignore[operator]
         one_per_feature = (-1, *[1] * dims_after_features)
         with torch.autocast(output.device.type, enabled=False):
@@ -109,18 +112,18 @@ class LoRALayer(AdapterOnLayer):
 
     def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own forward on other weights."""
-        return functional_call(self, self.overlaid[1], weights, self.lora_from_weights, *args, **kwargs)
+        return functional_call(self, self.lora_plain_class, weights, self.lora_from_weights, *args, **kwargs)
 
     # Methods of nn.Module
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode. In a training step, it holds until the next one."""
+        """Set the mode. In a training step, dropout follows it until the next step begins."""
         self.lora_step.runs = False
         return super().train(mode)
 
     def reset_parameters(self) -> None:
         """Initialise the base's parameters and the adapter again. It is usually called after ``to_empty``."""
-        if hasattr(self.overlaid[1], "reset_parameters"):
+        if hasattr(self.lora_plain_class, "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # checked above
         self.lora_initialise()
 
@@ -133,14 +136,14 @@ class LoRALayer(AdapterOnLayer):
         if was_on_meta and not self._lora_is_on_meta():
             self.lora_initialise()  # to_empty leaves arbitrary values
         self._lora_undo_rounding(before)
-        self.lora_begin_anew()  # the base may have been converted
+        self.lora_initialise_if_base_changed()  # the base may have been converted
         return self
 
     def _lora_undo_rounding(self, before: Mapping[str, _Unconverted]) -> None:
         """Give parameters that were converted the dtype that they should have, with the values from before."""
-        for name, about in self.lora_roles().items():
+        for name, spec in self.lora_specs().items():
             p = own_parameter(self, name)
-            dtype = about.dtype(p.dtype, self.lora_settings)
+            dtype = spec.dtype(p.dtype, self.lora_settings)
             if p.dtype == dtype:
                 continue
             p.grad = None
@@ -165,7 +168,7 @@ class LoRALayer(AdapterOnLayer):
         error_msgs: list[str],
     ) -> None:
         """Load as nn.Module does, or the base alone. Merged weights begin anew: their update would count twice."""
-        adapter_keys = {prefix + name for name in self.lora_roles()}
+        adapter_keys = {prefix + name for name in self.lora_specs()}
         holds_adapter = not adapter_keys.isdisjoint(state_dict)
         is_merged = local_metadata.get(HAS_UPDATE)
         if not holds_adapter and not is_merged and self._lora_may_count_twice(state_dict, prefix):
@@ -178,7 +181,7 @@ class LoRALayer(AdapterOnLayer):
         got_values = self._lora_leave_meta()
         if got_values or is_merged:
             self.lora_initialise()
-        self.lora_begin_anew()
+        self.lora_initialise_if_base_changed()
         missing_keys[:] = [key for key in missing_keys if key not in adapter_keys]
 
     def _lora_leave_meta(self) -> bool:

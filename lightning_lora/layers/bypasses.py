@@ -9,13 +9,13 @@ from weakref import ref
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.quantized import repacks, unpack
+from lightning_lora.layers.packed import repacks, unpack
 
-_SWITCHED = "_lora_switched"  # the attribute of a module that stores the original value of its switch
+_VALUE_FOR_ON = "_lora_switched"  # the attribute of a module that keeps what its path had while it was on
 
 
-class _Saves:
-    """``save_pretrained`` of one model, an attribute of it. A copy or a pickle of the model gets its own."""
+class _SavePretrained:
+    """``save_pretrained`` of one model, which writes merged weights. A copy or a pickle of the model gets its own."""
 
     def __init__(self, model: Any) -> None:
         self.model = ref(model)  # no cycle: a model that nothing uses frees its memory at once
@@ -26,7 +26,7 @@ class _Saves:
         return files.save_pretrained(self.model(), *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return _Saves, (self.model(),)
+        return _SavePretrained, (self.model(),)
 
 
 class InferencePath(NamedTuple):
@@ -36,16 +36,16 @@ class InferencePath(NamedTuple):
     off: Any
 
 
-def switch_bypasses(modules: Mapping[str, nn.Module]) -> None:
+def update_bypasses(modules: Mapping[str, nn.Module]) -> None:
     """Turn off what would bypass adapted layers. Turn it on again if no layer is adapted any more."""
     any_adapted = _is_any_adapted(modules.values())
     for module in modules.values():
         if hasattr(type(module), "save_pretrained"):
-            _switch_saves(module)
+            _update_save_pretrained(module)
         path = inference_path(module)
         if path is not None:
             is_off = _is_any_adapted(module.modules()) or (any_adapted and repacks(module))
-            _switch_path(module, path, is_off=is_off)
+            _update_path(module, path, is_off=is_off)
 
 
 def _is_any_adapted(modules: Iterable[nn.Module]) -> bool:
@@ -53,24 +53,24 @@ def _is_any_adapted(modules: Iterable[nn.Module]) -> bool:
     return any(isinstance(module, LoRALayer) for module in modules)
 
 
-def _switch_saves(module: nn.Module) -> None:
-    """Let a model with adapters write what it computes."""
+def _update_save_pretrained(module: nn.Module) -> None:
+    """Let a model with adapters save the weights that it computes with. Without adapters, its own method is back."""
     attributes = vars(module)
     if _is_any_adapted(module.modules()):
-        attributes.setdefault("save_pretrained", _Saves(module))
-    elif isinstance(attributes.get("save_pretrained"), _Saves):
+        attributes.setdefault("save_pretrained", _SavePretrained(module))
+    elif isinstance(attributes.get("save_pretrained"), _SavePretrained):
         del attributes["save_pretrained"]
 
 
-def _switch_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> None:
+def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> None:
     """Turn an inference path off, or on again as it was."""
     attributes = vars(module)
     if is_off:
         unpack(module)
-        attributes.setdefault(_SWITCHED, getattr(module, path.switch))  # a second time, it is off already
+        attributes.setdefault(_VALUE_FOR_ON, getattr(module, path.switch))  # a second time, it is off already
         setattr(module, path.switch, path.off)
-    elif _SWITCHED in attributes:
-        setattr(module, path.switch, attributes.pop(_SWITCHED))
+    elif _VALUE_FOR_ON in attributes:
+        setattr(module, path.switch, attributes.pop(_VALUE_FOR_ON))
 
 
 def inference_path(module: nn.Module) -> InferencePath | None:

@@ -1,7 +1,6 @@
-"""What a kind of layer declares (types, matrices, update), and an adapter of that kind."""
+"""What a kind of layer declares: types, matrices, and how the update is computed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import TargetError
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters, weights_of
+from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import find_parameter, own_parameter
 
@@ -44,7 +43,8 @@ class LayerKind(InPlace, nn.Module):
     A subclass lists the layer types that it adapts (:attr:`lora_layer_types`) and may define which matrices of a layer
     are adapted (:meth:`lora_matrices_of`). By default an adapted layer runs on ``W + ΔW``. A subclass can also compute
     the update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``, because the
-    layer's own class may use any other name.
+    layer's own class may use any other name. What takes a ``layer`` is static, because it is asked of plain layers too,
+    before they have an adapter.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()
@@ -68,19 +68,36 @@ class LayerKind(InPlace, nn.Module):
     lora_zero: ClassVar[Role] = Role.B
     """The factor that is zero at first."""
     lora_options: ClassVar[tuple[str, ...]] = ()
-    """Attributes of the layer that decide, beside the weights, what the update computes. Files hold them."""
-    lora_from_weights: ClassVar[tuple[str, ...]] = ()
-    """Attributes that ``forward`` sets from the weights."""
+    """Attributes of the layer that decide, beside the weights, what the update computes. Files hold them.
 
+    Such as ``is_transposed`` of transformers' experts.
+    """
+    lora_from_weights: ClassVar[tuple[str, ...]] = ()
+    """Attributes that ``forward`` itself sets from the weights. After a call on other weights, they are not kept."""
+
+    # Noted when a layer gets an adapter
+
+    lora_kind: ClassVar[type["LayerKind"]]
+    """The adapter class of an adapted layer."""
+    lora_plain_class: ClassVar[Any]
+    """The class that the layer had before."""
     _lora_is_additive: ClassVar[bool]
+    """Whether the update is added to the output. Otherwise, the layer runs on ``W + ΔW``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Note how the layers of a combined class compute: it has an adapter class and the class of the layers."""
+        """Decide how layers of one class compute, when their first one gets an adapter.
+
+        Its class becomes a combined one (:func:`.overlay`), of an adapter class and the class of the layer. The update
+        is added to the output if the adapter class can compute it, and the layer's class computes as that expects.
+        """
         super().__init_subclass__(**kwargs)
         is_combined = "overlaid" in cls.__dict__
         if is_combined:
-            layer_class: Any = cls.overlaid[1]
+            kind: Any
+            kind, layer_class = cls.overlaid
             has_update = cls.lora_update is not LayerKind.lora_update
+            cls.lora_kind = kind
+            cls.lora_plain_class = layer_class
             cls.lora_input = _first_argument(layer_class)
             cls._lora_is_additive = has_update and not cls._lora_is_overridden_in(layer_class)
 
@@ -105,6 +122,11 @@ class LayerKind(InPlace, nn.Module):
     def lora_adapts(cls, layer_class: type) -> bool:
         """Whether ``layer_class`` is in :attr:`lora_layer_types`."""
         return layer_class in cls.lora_layer_types or full_name(layer_class) in cls.lora_layer_types
+
+    @classmethod
+    def lora_may_start_from_weight(cls) -> bool:
+        """Whether both factors may differ from zero at first. In an embedding, they would change tokens never seen."""
+        return cls.lora_drops_input
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
@@ -180,34 +202,3 @@ class TransposedKind(LayerKind):
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
         """Return a matrix (out, in) in the shape of ``weight``."""
         return matrix.T.reshape(weight.shape)
-
-
-class Step:
-    """Whether a Trainer's training step runs."""
-
-    runs = False  # while it does, dropout acts in any mode; a copy of the adapter is in no step
-
-    def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
-        return Step, ()
-
-
-@dataclass
-class Adapter:
-    """An adapter that is off its layer. :func:`.put_on` puts it there."""
-
-    kind: type[LayerKind]
-    settings: Settings
-    matrices: tuple[AdaptedMatrix, ...]
-    parameters: dict[str, nn.Parameter]  # by name in the layer
-    init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
-    step: Step = field(default_factory=Step)
-
-    @property
-    def roles(self) -> Roles:
-        """What each parameter is, by name in the layer."""
-        return adapter_parameters(self.matrices, self.settings)
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The names of the weights that have updates, in the layer."""
-        return weights_of(self.matrices)

@@ -30,13 +30,13 @@ class LoRALinear(LoRALayer):
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)
+        # most layers skip calls here, whose time counts with a few tokens: those without dropout, and those whose two
+        # parameters are A and B themselves. Slices, differences, DTensors and replicas go the general way
         dropout = settings.dropout and self.lora_dropout()
-        if self.lora_matrices[0].name or settings.is_difference:
+        if self.lora_matrices[0].name or settings.is_difference or type(self.lora_A) is not nn.Parameter:
             a, b = self.lora_factors("weight")
-        else:  # most layers: skips calls whose time counts with a few tokens
+        else:
             a, b = self.lora_A, self.lora_B
-            if type(a) is not nn.Parameter:
-                a, b = self.lora_factors("weight")
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Settings:
     init: str = "kaiming"
     use_dora: bool = False  # whether to train a magnitude for each row of W + ΔW
     autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
-    follows: bool = False  # whether it does not train, but is that of another layer's copy, or of a sum
+    trains: bool = True  # not while it is paused, follows that of another layer, or is a sum of others
 
     @property
     def initialisation(self) -> Initialisation:
@@ -76,7 +76,7 @@ class AdaptedMatrix:
     reads: int  # columns: input features
     writes: int  # rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int = 0  # the rows of the weight
+    rows: int = 0  # the rows of the weight. 0: it is the whole weight (files say it so)
     name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
     r: int | None = None  # its own rank and scaling, if they are not those of the layer's settings
@@ -86,9 +86,14 @@ class AdaptedMatrix:
     @property
     def has_all_rows(self) -> bool:
         """Whether it is not only some rows of the weight."""
-        return self.rows in (0, self.writes)
+        return self.rows_of_weight == self.writes
 
-    def parameter(self, role: Role) -> str:
+    @property
+    def rows_of_weight(self) -> int:
+        """How many rows the weight has."""
+        return self.rows or self.writes
+
+    def parameter_name(self, role: Role) -> str:
         """Return the name of one of its parameters in the layer."""
         if self.name and role is not Role.MAGNITUDE:
             return f"lora_{role.value}_{self.name}"
@@ -97,7 +102,7 @@ class AdaptedMatrix:
     def named(self, factors: Factors) -> dict[str, Tensor]:
         """Return A and B of its update by their names in the layer."""
         a, b = factors
-        return {self.parameter(Role.A): a, self.parameter(Role.B): b}
+        return {self.parameter_name(Role.A): a, self.parameter_name(Role.B): b}
 
     @property
     def largest_rank(self) -> int:
@@ -113,8 +118,8 @@ class AdaptedMatrix:
         return self.scaling or scaling
 
 
-class AdapterParameter(NamedTuple):
-    """A parameter's role, and the matrix that it updates."""
+class ParameterSpec(NamedTuple):
+    """What a parameter of an adapter is: its role, and the matrix that it updates."""
 
     role: Role
     matrix: AdaptedMatrix
@@ -145,7 +150,8 @@ class AdapterParameter(NamedTuple):
         return 0 if self.matrix.has_all_rows else None
 
 
-Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by name in the layer
+Specs = dict[str, ParameterSpec]
+"""What the parameters of an adapter are, by name in the layer."""
 
 
 def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
@@ -158,22 +164,22 @@ def rows_of_weight(matrices: Iterable[AdaptedMatrix], weight: str) -> list[Adapt
     return [matrix for matrix in matrices if matrix.weight == weight]
 
 
-def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
-    """Return an adapter's parameters by their names in the layer."""
-    parameters = {}
+def parameter_specs(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Specs:
+    """Return what the parameters of an adapter are."""
+    specs = {}
     for matrix in matrices:
         roles = (Role.ROWS,) if matrix.tokens else settings.roles
         for role in roles:
-            parameters[matrix.parameter(role)] = AdapterParameter(role, matrix)
-    return parameters
+            specs[matrix.parameter_name(role)] = ParameterSpec(role, matrix)
+    return specs
 
 
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
     """Return A and B of a matrix's update, from parameters by name. It may be the difference from initial values."""
-    factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
+    factors = tensor(matrix.parameter_name(Role.A)), tensor(matrix.parameter_name(Role.B))
     if not settings.is_difference:
         return factors
-    initial = tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))
+    initial = tensor(matrix.parameter_name(Role.A0)), tensor(matrix.parameter_name(Role.B0))
     return difference(factors, initial)
 
 
@@ -186,4 +192,4 @@ def weight_factors(
     if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]
-    return in_rows(updates, first_rows, its_matrices[0].rows)
+    return in_rows(updates, first_rows, its_matrices[0].rows_of_weight)

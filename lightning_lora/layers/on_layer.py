@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.contract import Adapter
-from lightning_lora.layers.init import initialise
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.initialise import initialise
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, Specs, parameter_specs
 from lightning_lora.layers.weights import UpdatedWeights
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
-from lightning_lora.tensors.named import only
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import to_local
 from lightning_lora.tensors.values import replace_values, set_requires_grad
@@ -23,26 +22,27 @@ from lightning_lora.tensors.values import replace_values, set_requires_grad
 class AdapterOnLayer(UpdatedWeights):
     """A layer with the parameters of an adapter."""
 
-    lora_init_digests: dict[str, int]
+    lora_base_digests: dict[str, int]
+    lora_start_digests: dict[str, int]
     lora_enabled: bool
 
     # The parameters
 
-    def lora_roles(self) -> Roles:
+    def lora_specs(self) -> Specs:
         """Return what each of the adapter's parameters is, by name in the layer."""
-        return adapter_parameters(self.lora_matrices, self.lora_settings)
+        return parameter_specs(self.lora_matrices, self.lora_settings)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
         held: dict[str, Any] = self._parameters  # each is there, and itself, not computed
-        return {name: held[name] for name in self.lora_roles()}
+        return {name: held[name] for name in self.lora_specs()}
 
-    def lora_trained(self) -> list[nn.Parameter]:
+    def lora_trainable(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
-        if self.lora_settings.follows:
+        if not self.lora_settings.trains:
             return []
         held: dict[str, Any] = self._parameters
-        return [held[name] for name, about in self.lora_roles().items() if about.role.trains]
+        return [held[name] for name, spec in self.lora_specs().items() if spec.role.trains]
 
     # Another layer's adapter
 
@@ -53,14 +53,14 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_pause(self) -> None:
         """Do not train from now on. What was learned stays."""
-        self._lora_set_follows(True)
+        self._lora_set_trains(False)
 
     def lora_train_again(self) -> None:
         """Train, after a pause or after following another layer."""
-        self._lora_set_follows(False)
+        self._lora_set_trains(True)
 
-    def _lora_set_follows(self, follows: bool) -> None:
-        self.lora_settings = replace(self.lora_settings, follows=follows)
+    def _lora_set_trains(self, trains: bool) -> None:
+        self.lora_settings = replace(self.lora_settings, trains=trains)
         self.lora_set_flags()
         for p in self.lora_parameters().values():
             p.grad = None
@@ -68,15 +68,15 @@ class AdapterOnLayer(UpdatedWeights):
     def lora_set_flags(self) -> None:
         """Let the adapter's parameters require a gradient if they train, and no others."""
         held: dict[str, Any] = self._parameters
-        for name, about in self.lora_roles().items():
-            set_requires_grad(held[name], about.role.trains and not self.lora_settings.follows)
+        for name, spec in self.lora_specs().items():
+            set_requires_grad(held[name], spec.role.trains and self.lora_settings.trains)
 
     def lora_begin_as(self, original: "AdapterOnLayer") -> None:
-        """Take the values of another layer's adapter, if both updates are zero."""
+        """Take the values of another layer's adapter, if neither has learned."""
         if not (self.lora_is_fresh() and original.lora_is_fresh()):
             return
-        for name, about in self.lora_roles().items():
-            if about.role in (Role.MAGNITUDE, Role.ROWS):  # these are values of its own weights
+        for name, spec in self.lora_specs().items():
+            if spec.role in (Role.MAGNITUDE, Role.ROWS):  # these are values of its own weights
                 continue
             p = own_parameter(self, name)
             values = own_parameter(original, name).data
@@ -88,7 +88,8 @@ class AdapterOnLayer(UpdatedWeights):
         """Initialise the adapter again, with an update of zero."""
         adapter = self.lora_adapter()
         initialise(self, adapter)
-        self.lora_init_digests = adapter.init_digests
+        self.lora_base_digests = adapter.base_digests
+        self.lora_start_digests = adapter.start_digests
 
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
@@ -97,20 +98,20 @@ class AdapterOnLayer(UpdatedWeights):
             has_factors = not matrix.tokens
             if has_factors and not _is_zero(matrix, self.lora_settings, values):
                 return False
-        of_adapter = only(self.lora_init_digests, values)  # of magnitudes and rows; the others are weights of the base
-        return of_adapter == {name: digest(values[name].float()) for name in of_adapter}
+        starts = self.lora_start_digests
+        return starts == {name: digest(values[name].float()) for name in starts}
 
-    def lora_begin_anew(self) -> None:
-        """Start an untrained adapter again if the weights that it starts from changed."""
+    def lora_initialise_if_base_changed(self) -> None:
+        """Initialise an untrained adapter again, if it starts from weights that have other values now."""
         first_weight = self.lora_matrices[0].weight
-        starts_from_weights = bool(self.lora_init_digests) and not self._lora_weight(first_weight).is_meta
+        starts_from_weights = bool(self.lora_base_digests) and not self._lora_weight(first_weight).is_meta
         if starts_from_weights and self.lora_is_fresh() and self._lora_base_has_changed():
             self.lora_initialise()
 
     def _lora_base_has_changed(self) -> bool:
         """Whether a weight that the adapter starts from has other values since. Collective if it is distributed."""
-        of_base = only(self.lora_init_digests, self.lora_weights())
-        return of_base != {name: digest(own_parameter(self, name)) for name in of_base}
+        known = self.lora_base_digests
+        return known != {name: digest(own_parameter(self, name)) for name in known}
 
     # Coming off
 
@@ -125,29 +126,30 @@ class AdapterOnLayer(UpdatedWeights):
     def lora_adapter(self) -> Adapter:
         """Return the adapter, which stays on the layer."""
         return Adapter(
-            kind=self.overlaid[0],
+            kind=self.lora_kind,
             settings=self.lora_settings,
             matrices=self.lora_matrices,
             parameters=self.lora_parameters(),
-            init_digests=self.lora_init_digests,
+            base_digests=self.lora_base_digests,
+            start_digests=self.lora_start_digests,
             step=self.lora_step,
         )
 
     def lora_is_resized(self) -> bool:
         """Whether a weight has another shape than at the injection. Packed weights never have."""
-        return is_resized(self, self.overlaid[0], self.lora_matrices)
+        return is_resized(self, self.lora_kind, self.lora_matrices)
 
 
 def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]) -> bool:
     """Whether the update of a matrix is zero. On the meta device, it counts as zero."""
-    a = values[matrix.parameter(Role.A)]
-    b = values[matrix.parameter(Role.B)]
+    a = values[matrix.parameter_name(Role.A)]
+    b = values[matrix.parameter_name(Role.B)]
     if a.is_meta:
         return True
     if not settings.is_difference:
         return not (a.any() and b.any())
-    a0 = values[matrix.parameter(Role.A0)]
-    b0 = values[matrix.parameter(Role.B0)]
+    a0 = values[matrix.parameter_name(Role.A0)]
+    b0 = values[matrix.parameter_name(Role.B0)]
     return torch.equal(a, a0) and torch.equal(b, b0)
 
 
@@ -165,7 +167,7 @@ def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -
     for matrix in matrices:
         weight: Tensor = attrgetter(matrix.weight)(layer)
         shape = kind.lora_as_matrix(weight).shape[-2:]
-        if shape != (matrix.rows or matrix.writes, matrix.reads):
+        if shape != (matrix.rows_of_weight, matrix.reads):
             return True
     return False
 
@@ -176,6 +178,7 @@ def attributes_of(adapter: Adapter) -> dict[str, Any]:
         "lora_settings": adapter.settings,
         "lora_matrices": adapter.matrices,
         "lora_enabled": True,
-        "lora_init_digests": adapter.init_digests,
+        "lora_base_digests": adapter.base_digests,
+        "lora_start_digests": adapter.start_digests,
         "lora_step": adapter.step,
     }

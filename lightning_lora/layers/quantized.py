@@ -3,16 +3,15 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes, dequantises, of_nearest_class
+from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
-from lightning_lora.tensors.names import find_parameter
 
-_LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
-_LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
+LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 
 
 class LoRALinear4bit(LoRALinear):
@@ -25,7 +24,7 @@ class LoRALinear4bit(LoRALinear):
         Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, equation 5.
     """
 
-    lora_layer_types: ClassVar[LayerTypes] = (_LINEAR_4BIT,)
+    lora_layer_types: ClassVar[LayerTypes] = (LINEAR_4BIT,)
     lora_forward = LoRALayer.lora_forward  # only the layer itself can read its weight
 
     @classmethod
@@ -68,7 +67,7 @@ class LoRALinear4bit(LoRALinear):
 class LoRALinear8bit(LoRALinear4bit):
     """An 8-bit linear layer of bitsandbytes (Dettmers et al. 2022, "LLM.int8()") with a low-rank update."""
 
-    lora_layer_types: ClassVar[LayerTypes] = (_LINEAR_8BIT,)
+    lora_layer_types: ClassVar[LayerTypes] = (LINEAR_8BIT,)
 
     @staticmethod
     def lora_dtype(layer: Any, weight: Any) -> torch.dtype:  # noqa: ARG004
@@ -90,61 +89,6 @@ class LoRALinear8bit(LoRALinear4bit):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         return int8_vectorwise_dequant(weight.data, _scales(layer))  # type: ignore[no-any-return]
-
-
-def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
-    """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
-    kind = _kind_of(module)
-    return {} if kind is None else kind.lora_entries(module)
-
-
-def is_quantised(module: nn.Module, name: str) -> bool:
-    """Whether a parameter that ``module`` itself holds is quantised."""
-    parameter = find_parameter(module, name)
-    if parameter is None:
-        return False
-    if name == "weight" and _kind_of(module) is not None:
-        return not parameter.is_floating_point()
-    return dequantises(parameter)
-
-
-def count(parameter: Any) -> int:
-    """Return the number of values that a parameter represents."""
-    quant_state = getattr(parameter, "quant_state", None)
-    if quant_state is None:
-        return parameter.numel()  # type: ignore[no-any-return]
-    return quant_state.shape.numel()  # type: ignore[no-any-return]
-
-
-def repacks(module: nn.Module) -> bool:
-    """Whether a 4-bit layer may repack its weight in eval mode, as on some CPUs: then it passes no gradient."""
-    return "support_avx512bf16_for_cpu" in vars(module) and _kind_of(module) is LoRALinear4bit
-
-
-def unpack(module: Any) -> None:
-    """Undo the repacking for inference, as bitsandbytes itself does when a state dict is made."""
-    if not (repacks(module) and _is_repacked(module)):
-        return
-    module.state_dict()
-    state = module.weight.quant_state
-    if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
-        state.absmax = state.absmax.T.reshape(-1).float()
-
-
-def _is_repacked(module: Any) -> bool:
-    is_packed: bool = getattr(module.weight.quant_state, "packing_format_for_cpu", False)
-    return is_packed
-
-
-_KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' classes
-    _LINEAR_4BIT: LoRALinear4bit,
-    _LINEAR_8BIT: LoRALinear8bit,
-}
-
-
-def _kind_of(module: nn.Module) -> type[LoRALinear4bit] | None:
-    """The adapter class of a layer of bitsandbytes, or None."""
-    return of_nearest_class(_KINDS, module)
 
 
 def _scales(layer: Any) -> Tensor:

@@ -25,6 +25,7 @@ class LoRARecurrent(LoRALayer):
     """
 
     lora_layer_types = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    lora_from_weights = RECURRENT_LISTS
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
@@ -36,8 +37,6 @@ class LoRARecurrent(LoRALayer):
                 writes, reads = own_parameter(layer, name).shape
                 matrices.append(AdaptedMatrix(name, reads, writes, name=name.removeprefix("weight_")))
         return tuple(matrices)
-
-    lora_from_weights = RECURRENT_LISTS  # forward sets them again if weights have changed
 
     def lora_weights_changed(self) -> None:
         """Put the weights into cuDNN's memory layout."""

@@ -12,7 +12,7 @@ from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
-from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.tensors.inplace import InPlace, original_class, overlay, uncover
 from lightning_lora.tensors.names import find_parameter, own_parameter
 
 
@@ -23,12 +23,12 @@ class LoRATokens(LoRAEmbedding):
         weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.
     """
 
-    lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)
+    lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)  # in no table: only token_rows chooses it
     weight: nn.Parameter
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer, and replace what it computes with the rows."""
-        if not _computes_as_torch(self.overlaid[1]):
+        if not _computes_as_torch(original_class(self)):
             return self.lora_forward_on_sum(*args, **kwargs)
         return _forward_with_rows(self, self, *args, **kwargs)
 
@@ -36,12 +36,12 @@ class LoRATokens(LoRAEmbedding):
         """Return the rows, in the dtype of the weight."""
         (matrix,) = self.lora_matrices
         read = self._lora_reader("weight")
-        rows = read(matrix.parameter(Role.ROWS))
+        rows = read(matrix.parameter_name(Role.ROWS))
         places = torch.tensor(matrix.tokens, device=device)
         return Rows(matrix.tokens, places, rows.to(device, self.weight.dtype))
 
     def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
-        """Given values of the weight with the trained rows."""
+        """Return these values of the weight with the trained rows."""
         rows = self.lora_rows_for(weight.device)
         return weight.index_copy(0, rows.places, rows.values.to(weight.dtype))
 
@@ -53,8 +53,8 @@ class LoRATokens(LoRAEmbedding):
 class Rows:
     """The rows that train, one for each token."""
 
-    tokens: tuple[int, ...]
-    places: Tensor  # the tokens again
+    indices: tuple[int, ...]
+    places: Tensor  # the indices, on the device of what is computed
     values: Tensor
 
 
@@ -66,16 +66,16 @@ class TiedLayer(InPlace, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the rows of the embedding."""
-        if not isinstance(self, TiedLayer):  # other code has wrapped this method, and the rows are gone since
+        if not isinstance(self, TiedLayer):  # a bound forward that other code has kept longer than the rows
             return type(self).forward(self, *args, **kwargs)
-        (tokens,) = self.lora_tied_to
-        has_rows = getattr(tokens, "lora_enabled", False)  # a merged one has no such attribute
+        (embedding,) = self.lora_tied_to
+        has_rows = getattr(embedding, "lora_enabled", False)  # a merged one has no such attribute
         if not has_rows:
             return super().forward(*args, **kwargs)
-        layer_class = self.overlaid[1]
+        layer_class = original_class(self)
         if _computes_as_torch(layer_class):
-            return _forward_with_rows(self, tokens, *args, **kwargs)
-        weights = {"weight": tokens.lora_effective_weight("weight")}
+            return _forward_with_rows(self, embedding, *args, **kwargs)
+        weights = {"weight": embedding.lora_effective_weight("weight")}
         return functional_call(self, layer_class, weights, (), *args, **kwargs)
 
 
@@ -95,16 +95,23 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
             vars(module)["lora_tied_to"] = (owner,)
 
 
+def tied_to(module: nn.Module) -> nn.Module:
+    """Return the embedding that a layer is tied to. A layer that is not tied is its own."""
+    (embedding,) = vars(module).get("lora_tied_to", (module,))
+    return embedding  # type: ignore[no-any-return]
+
+
 def _computes_as_torch(layer_class: type[nn.Module]) -> bool:
     """Whether a class has the forward of nn.Embedding or nn.Linear."""
     return layer_class.forward in (nn.Embedding.forward, nn.Linear.forward)
 
 
-def _forward_with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer of torch that has the weight of ``tokens``, with its rows. The others are not copied for that."""
-    output: Tensor = layer.overlaid[1].forward(layer, *args, **kwargs)
+def _forward_with_rows(layer: Any, embedding: LoRATokens, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute a layer of torch that has the weight of ``embedding``, with its rows. The others are not copied."""
+    layer_class: Any = original_class(layer)
+    output: Tensor = layer_class.forward(layer, *args, **kwargs)
     (x,) = *args, *kwargs.values()
-    rows = tokens.lora_rows_for(x.device)
+    rows = embedding.lora_rows_for(x.device)
     if isinstance(layer, nn.Linear):
         return _with_features(layer, output, x, rows)
     return _with_embeddings(layer, output, x, rows)
@@ -119,13 +126,13 @@ def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> T
 
 def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input."""
-    count = len(rows.tokens)
+    count = len(rows.indices)
     nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)
     is_trained = rows.places[nearest] == x
     found = nearest.where(is_trained, count)  # all other tokens find a row of zeros behind these
     padding = count  # it gets no gradient
-    if layer.padding_idx in rows.tokens:
-        padding = rows.tokens.index(layer.padding_idx)
+    if layer.padding_idx in rows.indices:
+        padding = rows.indices.index(layer.padding_idx)
     values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
     trained = F.embedding(found, values_and_zeros, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
     return trained.where(is_trained.unsqueeze(-1), output)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
-from lightning_lora.layers.contract import LayerKind, Step
+from lightning_lora.layers.adapter import Step
+from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, rows_of_weight, weight_factors, weights_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
@@ -30,7 +31,7 @@ class UpdatedWeights(LayerKind):
     def lora_dropout(self) -> float:
         """Return the probability of dropping an input of A now: zero in evaluation."""
         settings = self.lora_settings
-        is_in_step = self.lora_step.runs and not settings.follows
+        is_in_step = self.lora_step.runs and settings.trains
         if self.lora_drops_input and (self.training or is_in_step):
             return settings.dropout
         return 0.0
@@ -44,7 +45,7 @@ class UpdatedWeights(LayerKind):
         return self._lora_with_update(name, self._lora_weight(name))
 
     def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
-        """Given values of a weight with its update, in float32 or wider."""
+        """Return these values of a weight with its update, in float32 or wider."""
         weight = self.lora_values(self, weight)
         with torch.autocast(weight.device.type, enabled=False):
             effective = added(weight, self._lora_delta(name, weight, dropout))
@@ -95,15 +96,19 @@ class UpdatedWeights(LayerKind):
 
     def _lora_magnitude(self) -> Tensor:
         read = self._lora_reader("weight")
-        return read(self.lora_matrices[0].parameter(Role.MAGNITUDE))
+        return read(self.lora_matrices[0].parameter_name(Role.MAGNITUDE))
 
     def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
-        """How to read the adapter's parameters to compute with: beside a plain weight, without their DTensors."""
+        """Return the function that reads the adapter's parameters by name, to compute with.
+
+        Beside a plain weight, it reads them without their DTensors.
+        """
         if is_dtensor(self._lora_weight(weight)):
             return partial(getattr, self)
         return lambda name: without_dtensor(getattr(self, name))
 
     def _lora_scaling(self, name: str) -> float:
+        """The scaling of a weight. All matrices in one have the same: patterns mean layers, and whole parameters."""
         first, *_ = rows_of_weight(self.lora_matrices, name)
         return first.scale(self.lora_settings.scaling)
 

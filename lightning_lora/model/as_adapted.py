@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings, tied_to
 from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
@@ -43,8 +43,7 @@ def check_as_adapted(view: View) -> None:
         if name in resized:
             raise _changed_since(view, name, "resized")
         owner = owners.get(find_parameter(module, "weight"), module)
-        (owner_then,) = vars(module).get("lora_tied_to", (module,))
-        if owner is not owner_then:
+        if owner is not tied_to(module):
             raise _changed_since(view, name, "tied to an embedding whose rows train, or untied,")
 
 
@@ -65,7 +64,7 @@ def check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"Target it too, or {_instead(view)}."
             )
         if layer.lora_is_resized():
-            check_as_adapted(view)
+            raise _changed_since(view, name, "resized")
         _check_same_layer(view, name, choices[name])
     for prefix, record in records_in(view.modules).items():
         has_adapters = not record.is_merged and record.adapter.layers
@@ -100,8 +99,8 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    trained_there = set(joined(prefix, View(submodule(view.model, prefix)).trained))
-    trained_here = {name for name in view.trained if is_in(name, prefix)}
+    trained_there = set(joined(prefix, View(submodule(view.model, prefix)).trainable))
+    trained_here = {name for name in view.trainable if is_in(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(
             f"{view.title} is adapted already, and trains {_listed_or_nothing(trained_there)} beside its adapters, "
@@ -120,7 +119,7 @@ _USERS_WORDS = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtyp
 def _about(settings: Settings, matrices: Iterable[AdaptedMatrix]) -> dict[str, Any]:
     """An adapter's settings and matrices, in users' words."""
     compared = asdict(settings)
-    del compared["follows"]
+    del compared["trains"]
     if not settings.is_difference:
         del compared["init"]  # otherwise it makes no difference later
     about = renamed(compared, _in_users_words)

@@ -1,14 +1,14 @@
 """Attach adapters to a model and freeze its base, or detach them. If a change fails, restore the model."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, put_on, tie_layers
-from lightning_lora.layers.bypasses import switch_bypasses
+from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.early_optimizers import watch_optimizers
@@ -16,6 +16,7 @@ from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import of_type, only, without
 from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 
@@ -23,7 +24,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
     for name, adapter in adapters.items():
         put_on(view.modules[name], adapter)
-    _layers_have_changed(view)
+    layers_have_changed(view)
     watch_optimizers(view.model)
 
 
@@ -38,37 +39,37 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
     adapters = {}
     for name, layer in only(view.layers, names).items():
         adapters[name] = layer.lora_detach()
-    _layers_have_changed(view)
+    layers_have_changed(view)
     return adapters
 
 
-def _layers_have_changed(view: View) -> None:
-    """Tie layers, switch inference paths and look at the model again: layers have other adapters, or none."""
+def layers_have_changed(view: View) -> None:
+    """Bring all that depends on which layers are adapted up to date: ties, bypasses, and what the view has seen."""
     tie_layers(view.modules.values())
-    switch_bypasses(view.modules)
+    update_bypasses(view.modules)
     view.look_again()
 
 
-# A plain model does not move what is off it
+# Adapters that are off their layers: the model does not move and convert these with it
 
 
-def convert_to_layer(layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+def convert_to_layer(layer: nn.Module, adapter: Adapter, undo: Undo) -> None:
     """Move and convert an adapter that is off its layer to the layer's device and dtype."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     layer_dtype = adapter.kind.lora_dtype(layer, weight)
-    for name, about in adapter.roles.items():
-        dtype = about.dtype(layer_dtype, adapter.settings)
+    for name, spec in adapter.specs.items():
+        dtype = spec.dtype(layer_dtype, adapter.settings)
         _move_factor(adapter.parameters[name], weight.device, dtype, undo)
 
 
-def move_to_layer(layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+def move_to_layer(layer: nn.Module, adapter: Adapter, undo: Undo) -> None:
     """Move an adapter that is off its layer to the layer's device."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     for factor in adapter.parameters.values():
         _move_factor(factor, weight.device, factor.dtype, undo)
 
 
-def _move_factor(factor: nn.Parameter, device: torch.device, dtype: torch.dtype, undo: ExitStack) -> None:
+def _move_factor(factor: nn.Parameter, device: torch.device, dtype: torch.dtype, undo: Undo) -> None:
     undo.callback(replace_values, factor, factor.data)
     move_to(factor, device, dtype)
 
@@ -84,11 +85,11 @@ def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         tensor.grad = gradient.to(device, dtype)
 
 
-def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Move the adapters of layers that were replaced since to the new layers."""
+def reattach_to_replaced(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Take the adapters of these layers that were replaced since, and attach them to the new layers."""
     view = View(model)
     for name, layer in layers.items():
-        if isinstance(view.modules[name], LoRALayer):  # not replaced, or its adapter has already moved
+        if isinstance(view.modules[name], LoRALayer):  # not replaced, or it has its adapter already
             continue
         kind = _kind_of_replaced(view, name)
         adapter = layer.lora_detach()
@@ -122,7 +123,7 @@ def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
     view.record.base.note_required_grad(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
-        set_requires_grad(parameter, name in view.trained and _can_train(parameter))
+        set_requires_grad(parameter, name in view.trainable and _can_train(parameter))
     for layer in view.layers.values():
         layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
     freeze_norms(view.modules.values(), view.saved)
@@ -175,9 +176,9 @@ class _ModelBefore:
 
     def _restore_adapters(self, view: View) -> None:
         """Take off the adapters that are new, and attach those that were taken off."""
-        steps_before = {adapter.step for adapter in self.adapters.values()}
+        steps_before = {adapter.step for adapter in self.adapters.values()}  # by which an adapter is known
         for layer in view.layers.values():
             if layer.lora_step not in steps_before:
                 layer.lora_detach()
-        lost = without(self.adapters, of_type(view.modules, LoRALayer))
-        attach_adapters(view, lost)
+        taken_off = without(self.adapters, of_type(view.modules, LoRALayer))
+        attach_adapters(view, taken_off)

@@ -1,7 +1,7 @@
 """The base's values of everything in a model: as they are there, or kept while training changes them."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from io import BytesIO
 
 import torch
@@ -12,6 +12,7 @@ from lightning_lora.private import EXTRA_STATE
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import join
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, same_bits
 
 
@@ -25,8 +26,8 @@ def kept_tensors(view: View) -> dict[str, Tensor]:
 def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
-    for merged in view.merged:
-        bases[merged.shown] = merged.base.to(merged.shown.dtype)  # it may have been converted since
+    for merged in view.merged_weights:
+        bases[merged.parameter] = merged.base.to(merged.parameter.dtype)  # it may have been converted since
     return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
 
 
@@ -34,7 +35,7 @@ def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(kept_tensors(view), view.trained).items():
+    for name, tensor in without(kept_tensors(view), view.trainable).items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
@@ -63,7 +64,7 @@ def extra_digests(view: View) -> dict[str, int]:
 
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
-    changing = {**view.trained, **view.buffers}
+    changing = {**view.trainable, **view.buffers}
     changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 
@@ -74,7 +75,7 @@ def keep_frozen(view: View, names: Iterable[str]) -> None:
     view.adapter.set_base_values(only(view.base, set(names) - are_known))
 
 
-def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
+def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:
     """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
     present = kept_tensors(view)
     originals = view.adapter.originals
@@ -82,7 +83,7 @@ def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None
         _write_original(present[name], originals[name], undo)
 
 
-def _write_original(tensor: Tensor, original: Tensor, undo: ExitStack) -> None:
+def _write_original(tensor: Tensor, original: Tensor, undo: Undo) -> None:
     """Write one original value back, if there is one."""
     values = tensor.data
     if original.is_meta or same_bits(values, original):

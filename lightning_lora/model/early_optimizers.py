@@ -68,7 +68,7 @@ def _check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> 
     """Refuse float16 weights that train in full, if adapters are kept in float32."""
     if not view.is_on_layers or not view.config.autocast_adapter_dtype:
         return
-    halves = where(with_values(view.trained, held), _trains_in_float16)
+    halves = where(with_values(view.trainable, held), _trains_in_float16)
     if halves and _gives_nan_in_float16(optimizer) and not _steps_in_float32(view.model):
         raise OptimizerError(
             f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "
@@ -147,7 +147,7 @@ def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str
     """The names of those of these weights that have an adapter which trains, and their layers."""
     layers_by_weight = dict[str, str]()
     frozen_weights = with_values(view.base, frozen)
-    for name, layer in where(view.layers, LoRALayer.lora_trained).items():
+    for name, layer in where(view.layers, LoRALayer.lora_trainable).items():
         frozen_of_layer = only(frozen_weights, joined(name, layer.lora_weights()))
         layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))
     return layers_by_weight

@@ -1,7 +1,6 @@
 """Add adapters to a model in place, and remove them."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,8 @@ from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.as_adapted import check_same, check_weights
 from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
-from lightning_lora.model.settle import follow_originals, left_still, networks_of
+from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
+from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.switch import activate, adapters, check_known, set_adapter
 from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
@@ -25,11 +25,12 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import FABRIC_WRAPPED
+from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import AUTOMATIC
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
 from lightning_lora.tensors.names import first_names, named_modules, owner_of, parameters_of
+from lightning_lora.tensors.undo import Undo
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -93,15 +94,15 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. A file's ``config`` names the networks that stand still: none is found."""
     records.check_start(model, "inject_adapters")
-    if name not in adapters(model):  # in a block, an adapter at hand may be found to have all its layers
+    if name not in adapters(model):  # inside adapter_names(...), a call that finds nothing to add is allowed
         refuse_in_block(model, "inject_adapters")
     if records.state_of(model) is State.ADAPTED:
         with activate(model, name, config) as undo:
             layers = _adapt_layers(model, config, name, is_from_file=is_from_file)
-            undo.pop_all()
+            undo.keep()
         return layers
-    if len(adapters(model)) > 1:
-        records.check_start(model, SWITCH)  # refuses: on a new base, those that are not merged would be lost
+    if len(adapters(model)) > 1:  # on a new base, those that are not merged would be lost
+        raise records.refusal_to_start(model, SWITCH)
     return _adapt_layers(model, config, name, is_from_file=is_from_file)
 
 
@@ -119,7 +120,7 @@ def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_fi
     with attach.undone_on_error(view):
         if unwanted:
             attach.detach_from(view, unwanted)
-            view.look_again(config)
+            view.look_again(config)  # the new one counts, before it is in the record
         check_same(view, choices)
         new = _to_be_adapted(choices)  # also those of which an adapter was taken off
         if not is_from_file:
@@ -173,11 +174,11 @@ def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Still
     targeted = select(view.model, view.config)
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
-    networks = networks_of(view, kinds, frozen, is_from_file=is_from_file)
+    networks = find_still_networks(view, kinds, frozen, is_from_file=is_from_file)
     choices = only(targeted, outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
-            f"{left_still(networks.beside_training, view.title)} Nothing else is targeted by "
+            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
             f"{view.config.target_modules!r}: what trains has no layers of that kind."
         )
     return choices, networks
@@ -185,11 +186,20 @@ def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Still
 
 def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> list[str]:
     """Adapted layers whose adapters are taken off: those that no longer fit, or that nobody has asked for."""
+    return [*_resized_before_training(view), *_copied_or_left_out(view, choices, networks), *_tied_since(view, choices)]
+
+
+def _resized_before_training(view: View) -> dict[str, LoRALayer]:
+    """Layers of another size, whose adapters have learned nothing yet."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
+    return where(resized, LoRALayer.lora_is_fresh)
+
+
+def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
+    """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
     copied = without(view.layers, view.recorded)
-    left = inside(view.layers, networks.without_adapters)
-    not_chosen = {*copied, *left} - choices.keys()
-    return [*where(resized, LoRALayer.lora_is_fresh), *not_chosen, *_tied_since(view, choices)]
+    left_out = inside(view.layers, networks.without_adapters)
+    return {*copied, *left_out} - choices.keys()
 
 
 def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
@@ -278,7 +288,7 @@ def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
     if name == record.adapter.name:
         with activate(model, next(iter(record.others))) as undo:
             set_adapter(model, None)
-            undo.pop_all()
+            undo.keep()
     del record.others[name]
 
 
@@ -286,8 +296,8 @@ def _restore_base(model: nn.Module) -> None:
     """Take the adapters off, and give the base its values and what trained before."""
     view = View(model)
     check_weights(view)
-    with attach.undone_on_error(view), ExitStack() as undo:
+    with attach.undone_on_error(view), Undo() as undo:
         restore_originals(view, kept_tensors(view), undo)
         attach.unfreeze(view)
-        undo.pop_all()
+        undo.keep()
     attach.detach_adapters(view)

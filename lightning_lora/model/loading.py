@@ -21,7 +21,7 @@ def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, no
     view = View(model)
     by_plain_names = renamed(state, plain_name)
     given = beginning_with(plain_name(prefix), by_plain_names)
-    given_adapters = only(view.adapters, given)
+    given_adapters = only(view.adapter_parameters, given)
     if record.is_merged:
         _refuse_adapters(view, given_adapters)
         return
@@ -38,9 +38,9 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
     originals: dict[str, Tensor] = {}
-    for adapter in view.record.adapters.values():
+    for adapter in view.record.adapter_states.values():
         originals |= adapter.originals
-    view.record.base_was_loaded(given, _loaded(view, given, originals))
+    view.record.note_base_loaded(given, _loaded(view, given, originals))
 
 
 def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.merged import check_as_merged, is_as_merged
+from lightning_lora.model.as_merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import check_start, forget_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
@@ -22,6 +22,7 @@ from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
@@ -100,22 +101,22 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class Merged:
+class MergeReport:
     """What a merge has done."""
 
     lost: dict[str, float] = field(default_factory=dict)  # the largest share of an update that rounding lost, by layer
     untied: list[str] = field(default_factory=list)  # the layers whose weight was tied to another one's
 
 
-def merge(model: nn.Module) -> Merged:
+def merge(model: nn.Module) -> MergeReport:
     """Merge as :func:`merge_adapters` does, and let the caller say what was lost."""
     view = view_of(model, "merge_adapters")
     if view.is_merged:
-        return Merged()
+        return MergeReport()
     tied = _check_before(view)
-    done = Merged(untied=list(tied))
+    done = MergeReport(untied=list(tied))
     bases: dict[str, Tensor] = {}
-    with ExitStack() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
+    with Undo() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
         undo.callback(attach.freeze, view)
         undo.callback(view.look_again)
         for name, layer in view.layers.items():
@@ -129,19 +130,19 @@ def merge(model: nn.Module) -> Merged:
         attach.unfreeze(view)
         after_merge = _look_at_parameters(view, bases)
         adapters = attach.detach_adapters(view)
-        undo.pop_all()
-    view.record.was_merged(adapters, after_merge)
+        undo.keep()
+    view.record.note_merged(adapters, after_merge)
     return done
 
 
-def _merge_for_good(model: nn.Module) -> Merged:
+def _merge_for_good(model: nn.Module) -> MergeReport:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         forget_record(view.model)
-        return Merged()
+        return MergeReport()
     tied = _check_before(view)
-    done = Merged(untied=list(tied))
+    done = MergeReport(untied=list(tied))
     for name, layer in view.layers.items():
         merged, done.lost[name] = _merged_weights(layer)
         for weight, values in merged.items():
@@ -152,7 +153,7 @@ def _merge_for_good(model: nn.Module) -> Merged:
     torch.clear_autocast_cache()
     view.look_again()
     attach.unfreeze(view)
-    attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
+    attach.layers_have_changed(view)
     forget_record(view.model)
     return done
 
@@ -190,7 +191,7 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _keep_base_of(view: View, layer: str, weight: str, undo: ExitStack, *, is_tied: bool) -> Tensor:
+def _keep_base_of(view: View, layer: str, weight: str, undo: Undo, *, is_tied: bool) -> Tensor:
     """Return the base's values of a weight, before it is merged: of a tied one, the parameter itself."""
     parameter = own_parameter(view.layers[layer], weight)
     if is_tied:
@@ -313,21 +314,21 @@ def _unmerge(view: View) -> None:
         return
     check_as_merged(view)
     record = view.record
-    adapters = record.merged
-    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    adapters = record.merged_adapters
+    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 _write_base(view, layer, weight, base, undo)
-        record.was_unmerged(view.parameters)
+        record.note_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
         attach.weights_have_changed(view)
         attach.freeze(view)
         view.reinitialise_adapters()  # it may have been converted
-        undo.pop_all()
+        undo.keep()
 
 
-def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) -> None:
+def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: Undo) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
     is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
@@ -337,7 +338,7 @@ def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: ExitStack) ->
         attach.move_to_layer(view.modules[layer], adapter, undo)
 
 
-def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: ExitStack) -> None:
+def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:
     """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
     module = view.modules[layer]
     shown = own_parameter(module, weight)

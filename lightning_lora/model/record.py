@@ -35,8 +35,8 @@ class Record:
 
     state: State = State.ADAPTED
 
-    merged: dict[str, Adapter] = field(default_factory=dict)
-    """While they are merged: the adapters by their layers."""
+    merged_adapters: dict[str, Adapter] = field(default_factory=dict)
+    """While the active adapter is merged: what it has on each layer, by the layer's name."""
 
     @property
     def is_merged(self) -> bool:
@@ -49,13 +49,13 @@ class Record:
         return self.state.shows_base
 
     @property
-    def adapters(self) -> dict[str, AdapterState]:
+    def adapter_states(self) -> dict[str, AdapterState]:
         """All adapters by their names, the active one first."""
         return {self.adapter.name: self.adapter, **self.others}
 
     @property
-    def shown(self) -> str | None:
-        """The name of the adapter that has its effect, or None."""
+    def name_in_effect(self) -> str | None:
+        """The name of the adapter that has its effect. None: the base is shown."""
         return None if self.is_disabled else self.adapter.name
 
     def snapshot(self) -> "Record":
@@ -65,42 +65,42 @@ class Record:
             adapter=self.adapter.snapshot(),
             others=dict(self.others),
             base=self.base.snapshot(),
-            merged=dict(self.merged),
+            merged_adapters=dict(self.merged_adapters),
         )
 
-    # Its states
+    # Its states: the caller has changed the model, and notes it
 
     def _become(self, state: State) -> None:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
-    def was_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
-        """The updates are in the weights."""
+    def note_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
+        """Note that the updates are in the weights now."""
         self._become(State.MERGED)
-        self.merged = adapters
+        self.merged_adapters = adapters
         self.base.note_merged(after_merge)
 
-    def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The updates are out of the weights."""
+    def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note that the updates are out of the weights again."""
         self._become(State.ADAPTED)
-        self.merged = {}
+        self.merged_adapters = {}
         self.base.note_unmerged(parameters)
 
-    def base_is_shown(self) -> None:
-        """The active adapter, or the merged updates, have no effect any more."""
+    def note_base_shown(self) -> None:
+        """Note that the active adapter, or the merged updates, have no effect now."""
         self._become(State.MERGED_BASE_SHOWN if self.is_merged else State.BASE_SHOWN)
 
-    def adapter_is_shown(self) -> None:
-        """The active adapter, or the merged updates, have their effect again."""
+    def note_adapter_shown(self) -> None:
+        """Note that the active adapter, or the merged updates, have their effect again."""
         self._become(State.MERGED if self.is_merged else State.ADAPTED)
         self.base.forget_hidden()
 
     # Other events
 
-    def was_switched(
+    def note_switched(
         self, inactive_adapters: dict[str, Adapter], inactive_tensors: dict[str, Tensor], coming: AdapterState
     ) -> None:
-        """The active adapter was taken off, and keeps these tensors. Another one was put on."""
+        """Note that the active adapter was taken off, and keeps these tensors. Another one is active."""
         leaving = self.adapter
         leaving.inactive_adapters = inactive_adapters
         leaving.inactive_tensors = inactive_tensors
@@ -110,28 +110,33 @@ class Record:
         coming.inactive_adapters = {}
         coming.inactive_tensors = {}
 
-    def base_was_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
-        """Other code loads these tensors of a new base. ``values`` are those that adapters have copies of."""
+    def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
+        """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
         self.base.forget_changes(names)
-        for adapter in self.adapters.values():
+        for adapter in self.adapter_states.values():
             adapter.note_base_loaded(values)
 
-    def base_was_read(self, fingerprint: dict[str, Any]) -> None:
-        """The base has this fingerprint before it is trained. If it is another one, it is another base."""
+    def note_fingerprint(self, fingerprint: dict[str, Any]) -> None:
+        """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
+
+        What was known of changes to the earlier base is dropped then. The first fingerprint of a new adapter says no
+        such thing: other adapters may have left these changes.
+        """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:
             return
-        if fingerprints:  # a new adapter's fit begins on what others left
+        if fingerprints:
             self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
-    def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
-        """The adapter was loaded, with the values of changed weights."""
+    def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
+        """Note that the adapter was loaded, with the values of weights that a file says were changed."""
         self.base.note_loaded(base)
         self.adapter.is_trained = True
 
 
-# The record of a model
+# The record of a model: `find_record` and `record_of` look inside a wrapper such as DistributedDataParallel. The first
+# returns None for a plain model, the second raises an error. `record_on` asks one module, and `records_in` many.
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
@@ -236,16 +241,21 @@ def check_start(model: nn.Module, call: str) -> Record | None:
     if not rule.in_block:
         refuse_in_block(model, call)
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
+    if state_of(model) not in rule.states:
+        raise refusal_to_start(model, call)
+    return find_record(model)
+
+
+def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
+    """Return the error for a call that may not start in the state of ``model``."""
     record = find_record(model)
     state = state_of(model)
-    if state in rule.states:
-        return record
     title = type(plain_module(model)).__name__
     if record is not None:
-        raise AdapterStateError(refusal(call, state, title, record.adapter.name))
+        return AdapterStateError(refusal(call, state, title, record.adapter.name))
     for name in _inner_records(model):
-        raise AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
-    raise AdapterStateError(refusal(call, state, title, ""))
+        return AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
+    return AdapterStateError(refusal(call, state, title, ""))
 
 
 def record_of(model: nn.Module, call: str = USE) -> Record:

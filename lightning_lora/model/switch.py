@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +16,22 @@ from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.base_values import kept_tensors
-from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
 from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-def set_adapter(model: nn.Module, name: str | None) -> "Shown":
+def set_adapter(model: nn.Module, name: str | None) -> "Switched":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    shown = Shown(model, name, before=record.shown, active=record.adapter.name)
+    shown = Switched(model, name, before=record.name_in_effect, active=record.adapter.name)
     if name == shown.before:
         return shown
     if name is None:
@@ -45,8 +46,8 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
 
 
 @dataclass(repr=False)
-class Shown(AbstractContextManager[None]):
-    """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
+class Switched(AbstractContextManager[None]):
+    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call."""
 
     model: nn.Module
     name: str | None
@@ -60,7 +61,7 @@ class Shown(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
-        if self.before is None and self.active in record.others:
+        if self.before is None and self.active in record.others:  # the base was shown over this one
             set_adapter(self.model, self.active)
         set_adapter(self.model, self.before)
 
@@ -76,7 +77,7 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
         model: Any module. While it shows its base, the first one is on its layers without effect.
     """
     record = find_record(model)
-    return tuple(record.adapters) if record else ()
+    return tuple(record.adapter_states) if record else ()
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
@@ -117,16 +118,16 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in list(record.adapters):  # it may be of any type
+    if name is not None and name not in list(record.adapter_states):  # it may be of any type
         title = type(plain_module(model)).__name__
         raise AdapterStateError(
-            f"{title} has no adapter {name!r}. It has {listed(record.adapters)}.{_hint(name, record)}"
+            f"{title} has no adapter {name!r}. It has {listed(record.adapter_states)}.{_hint(name, record)}"
         )
 
 
 def _hint(name: object, record: Record) -> str:
     """What may have been meant by a name that no adapter has."""
-    near = difflib.get_close_matches(str(name), record.adapters)
+    near = difflib.get_close_matches(str(name), record.adapter_states)
     if near:
         return f" Did you mean {listed(near)}?"
     return " The base is None." if name == "__base__" else ""
@@ -145,19 +146,19 @@ def check_switchable(view: View) -> None:
         )
 
 
-def move_to_model(view: View, state: AdapterState) -> None:
-    """Give an inactive adapter the devices and dtypes of its layers. Refuse layers that are not as it left them."""
+def prepare_for_model(view: View, state: AdapterState) -> None:
+    """Fit an inactive adapter to its layers: kinds, devices and dtypes. Refuse layers that are not as it left them."""
     check_switchable(view)
     check_weights(view)
     _check_still_there(view, state)
     _update_kinds(view, state)
     _check_not_resized(view, state)
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for name, tensor in state.inactive_tensors.items():
             attach.move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
         for name, adapter in state.inactive_adapters.items():
             attach.convert_to_layer(view.modules[name], adapter, undo)
-        undo.pop_all()
+        undo.keep()
 
 
 def _check_still_there(view: View, state: AdapterState) -> None:
@@ -197,7 +198,7 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 @torch.no_grad()
 def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
-    move_to_model(view, coming)
+    prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     view.check_present()
     if view.record.is_disabled:
@@ -211,7 +212,7 @@ def exchange(view: View, coming: AdapterState) -> None:
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
     attach.weights_have_changed(view)
-    view.record.was_switched(inactive_adapters, inactive_tensors, coming)
+    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
@@ -221,7 +222,7 @@ def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
-    """The adapter's own tensors by name. Where only the active one has its own, the base's."""
+    """What replaces tensors of the model: the coming adapter's own, or the base's where only the active one has one."""
     put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
     made = dict[Tensor, Tensor]()  # a tied one has several names
@@ -240,10 +241,10 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
-def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
+def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
     """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
     names = adapters(model)
-    undo = ExitStack()
+    undo = Undo()
     if state_of(model).shows_base:
         undo.callback(set_adapter, model, None)
     if config is None or name in names:
@@ -270,7 +271,7 @@ def _show_base(view: View) -> None:
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
-    view.record.base_is_shown()
+    view.record.note_base_shown()
 
 
 def _values_to_show(view: View) -> dict[Tensor, Tensor]:
@@ -282,9 +283,9 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
-    for merged in view.merged:
+    for merged in view.merged_weights:
         base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
-        values[merged.shown] = base.detach().to(merged.shown)
+        values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 
 
@@ -307,7 +308,7 @@ def _show_adapter(view: View) -> None:
         replace_values(view.tensors[name], converted[name])
         set_requires_grad(view.tensors[name], hidden.required_grad)
     _enable(view, has_effect=True)
-    view.record.adapter_is_shown()
+    view.record.note_adapter_shown()
 
 
 def _enable(view: View, *, has_effect: bool) -> None:

@@ -45,7 +45,7 @@ def _has_trainable_parameters(layer: LoRALayer) -> bool:
 
 
 def _note_thawed(view: View) -> None:
-    """A weight of the base that requires a gradient was thawed."""
+    """Note as thawed: frozen weights of the base that require a gradient."""
     base = view.record.base
     trainable = where(view.frozen, _requires_grad)
     thawed = only(trainable, base.required_grad)
@@ -54,14 +54,17 @@ def _note_thawed(view: View) -> None:
 
 
 def _note_copied(view: View) -> None:
-    """Of a network that was copied with its adapters, all trained: its base was frozen by us."""
+    """Note as trained before: the weights of networks that other code copied with their adapters.
+
+    The adapters have frozen them, and nobody else: a copy looks as its original does.
+    """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
     weights = inside(view.base, copied.keys())
     view.record.base.correct_required_grad(weights, flag=True)
 
 
 def _note_frozen_since(view: View) -> None:
-    """An adapter that has learned, and trains no more, was frozen."""
+    """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
     if not view.adapter.is_trained:
         return
     trained_before = where(view.record.base.required_grad, bool)
@@ -71,7 +74,7 @@ def _note_frozen_since(view: View) -> None:
 
 
 def note_frozen(view: View) -> None:
-    """Note layers whose new adapters the user has frozen: their weights are meant."""
+    """Note as frozen before: the weights of layers whose new adapters the user has frozen. The weights are meant."""
     if view.adapter.is_trained:
         return
     frozen = _frozen_layers(view)
@@ -85,5 +88,5 @@ def _frozen_layers(view: View) -> dict[str, LoRALayer]:
 
 
 def _is_frozen(layer: LoRALayer) -> bool:
-    trained = layer.lora_trained()
-    return bool(trained) and not any(parameter.requires_grad for parameter in trained)
+    trainable = layer.lora_trainable()
+    return bool(trainable) and not any(parameter.requires_grad for parameter in trainable)

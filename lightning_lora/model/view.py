@@ -34,7 +34,7 @@ class MergedWeight(NamedTuple):
 
     layer: str
     weight: str  # its name in the layer
-    shown: nn.Parameter
+    parameter: nn.Parameter  # with the update
     base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
 
     @property
@@ -52,7 +52,14 @@ class View:
     """The layers, adapters, parameters and buffers of a model, by name. A shared one has several names.
 
     A call makes one view, and looks again after classes or parameters have changed. Where modules were replaced, a new
-    one is needed. ``config`` is that of the adapters, if it differs from the one in the record.
+    one is needed. ``config`` is that of the adapters, if it differs from the one in the record. In a merged model, the
+    names of tensors mean:
+
+    - ``parameters``, ``buffers``, ``tensors``: all that the model has now.
+    - ``base``, ``base_tensors``: those of them that are no adapter's. A merged weight has its update, but one that was
+      tied is the base's own. The parts of ``base`` are ``trainable`` and ``frozen``.
+    - ``adapter_parameters``: those of the adapters, on their layers or kept by the record.
+    - ``merged_weights``: the weights with an update, each with the values that the base has there.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -61,7 +68,10 @@ class View:
         self._config = config
 
     def look_again(self, config: LoRAConfig | None = None) -> None:
-        """Forget what was seen of the layers and the parameters. The modules are the same objects."""
+        """Forget what was seen of the layers and the parameters. The modules are the same objects.
+
+        Without ``config``, that of the record counts from now on.
+        """
         self._config = config
         for name, value in vars(View).items():
             if isinstance(value, cached_property):
@@ -81,7 +91,7 @@ class View:
 
     @property
     def adapter(self) -> AdapterState:
-        """What the record holds of the adapter."""
+        """What the record holds of the active adapter."""
         return self.record.adapter
 
     @property
@@ -129,12 +139,12 @@ class View:
     def active_adapters(self) -> dict[str, Adapter]:
         """The active adapter of each layer, merged or not. They share its parameters."""
         if self.is_merged:
-            return self.record.merged
+            return self.record.merged_adapters
         return {name: layer.lora_adapter() for name, layer in self.layers.items()}
 
     @cached_property
     def recorded(self) -> set[str]:
-        """The layers that a record knows of: not those that other code has copied with their adapters since."""
+        """The layers that a record knows of. Others were copied with their adapters by other code, or just came."""
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
             recorded.update(joined(prefix, record.adapter.layers))
@@ -145,7 +155,7 @@ class View:
         """The adapted matrices of each layer, merged or not."""
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
-            for name, adapter in self.record.merged.items():
+            for name, adapter in self.record.merged_adapters.items():
                 matrices[name] = adapter.matrices
         return matrices
 
@@ -181,7 +191,7 @@ class View:
         return parameters_of(self.modules)
 
     @cached_property
-    def adapters(self) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapters, merged or not."""
         adapters = dict[str, nn.Parameter]()
         for name, adapter in self.active_adapters.items():
@@ -189,13 +199,13 @@ class View:
         return adapters
 
     @cached_property
-    def merged(self) -> list[MergedWeight]:
+    def merged_weights(self) -> list[MergedWeight]:
         """The weights with an update merged into them."""
         if not self.is_merged:
             return []
         found = []
         record = self.record
-        for layer, adapter in record.merged.items():
+        for layer, adapter in record.merged_adapters.items():
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
@@ -204,8 +214,10 @@ class View:
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {merged.shown: merged.base for merged in self.merged if isinstance(merged.base, nn.Parameter)}
-        adapters = set(self.adapters.values())
+        tied = {
+            merged.parameter: merged.base for merged in self.merged_weights if isinstance(merged.base, nn.Parameter)
+        }
+        adapters = set(self.adapter_parameters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
             if parameter not in adapters:
@@ -245,8 +257,8 @@ class View:
     # What trains
 
     @cached_property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train: modules trained in full, and biases; none that stands still or follows."""
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The base's parameters that may train: modules trained in full, and biases. None that stands still."""
         config = self.config
         if not config.modules_to_save and config.bias == "none":
             return {}
@@ -279,7 +291,7 @@ class View:
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
         """The base's parameters that do not train."""
-        return without(self.base, self.trained)
+        return without(self.base, self.trainable)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
@@ -293,7 +305,7 @@ class View:
         return frozen if frozen != can_train.keys() else set()
 
     def _flags_before(self) -> dict[str, bool]:
-        """Whether parameters required a gradient before the adapters came, by the model's own record in doubt."""
+        """Whether parameters required a gradient before the adapters came. Where records differ, the model's counts."""
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
@@ -307,12 +319,12 @@ class View:
     def reinitialise_adapters(self) -> None:
         """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
         for layer in self.layers.values():
-            layer.lora_begin_anew()
+            layer.lora_initialise_if_base_changed()
 
     def check_present(self) -> None:
         """Refuse a model in which layers have lost their adapters."""
         record = self.record
-        adapted = {**self.layers_by_all_names, **record.merged}
+        adapted = {**self.layers_by_all_names, **record.merged_adapters}
         lost = [name for name in not_in(record.adapter.layers, adapted) if name in self.modules]
         if lost:
             raise AdapterStateError(

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import check_start, record_of
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.fingerprint import changes_between, find_one_form, fingerprint, note_changed, with_halves
@@ -36,8 +37,13 @@ Checkpoint = dict[str, Any]  # as a Trainer writes it
 # Write
 
 
-def adapter_only(model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False) -> Checkpoint:
-    """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
+def adapter_only(
+    model: nn.Module, checkpoint: Checkpoint, metrics: dict[str, float], *, written_later: bool = False
+) -> Checkpoint:
+    """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description.
+
+    That also has the ``metrics`` that the run has logged.
+    """
     view = view_of(model)
     fingerprints = note_changed(view, anew=False)
     small = _with_small_states(view, checkpoint)
@@ -46,7 +52,7 @@ def adapter_only(model: nn.Module, checkpoint: Checkpoint, *, written_later: boo
     if written_later:
         small = _copy(small)
     stored = StoredAdapters.from_view(view, small["state_dict"], with_halves(view, fingerprints))
-    description = stored.description()
+    description = replace(stored, metrics=metrics).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **small["state_dict"]})
     note_adapters(state, description)
     return {**small, "state_dict": state, KEY: description}

@@ -117,7 +117,9 @@ def export_peft(
         model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
             with ``LoRACallback`` wrote.
         directory: The directory for PEFT's two files, for ``pytorch_lora_weights.safetensors`` of diffusers, or for
-            ``kohya_lora.safetensors``. It is made if only the last folder is missing. Other files in it stay.
+            ``kohya_lora.safetensors``. It is made if only the last folder is missing. Other files in it stay. The
+            first two get a ``README.md``, a model card, unless there is one that this package did not write, or that
+            was changed since. That of a Trainer's checkpoint shows the metrics that were logged last before it.
         root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
             ``""`` is the whole module. By default it is the one model inside, if there is one.
         uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
@@ -140,8 +142,8 @@ def export_peft(
 
     Warns:
         LoRAWarning: a PeftModel, or its merge, would compute otherwise (an nn.TransformerEncoder in eval mode, a tied
-            weight); or frozen layers look untrained, which the format cannot hold; or vLLM or llama.cpp would scale a
-            language model otherwise.
+            weight); or frozen layers look untrained, which the format cannot hold; or servers of language models would
+            scale the adapters otherwise, or drop modules that train whole; or a changed ``README.md`` stays.
 
     Example:
         >>> import json, tempfile

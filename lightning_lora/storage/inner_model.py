@@ -5,14 +5,14 @@ those of layers. So a file is exported as its model is.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.tensors.inplace import class_names, original_class
 from lightning_lora.tensors.named import grouped, modules_around, only, where
-from lightning_lora.tensors.names import named_modules, plain_module, starts_of
+from lightning_lora.tensors.names import find_parameter, named_modules, plain_module, starts_of
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
@@ -62,6 +62,8 @@ class StoredModule:
 
     classes: tuple[str, ...] = ()  # the full names of its class, and of those that this inherits from
     pretrained: str = ""  # the folder or the repository that its weights came from
+    has_bias: bool = False
+    says_tied: bool = False  # whether its configuration says that embeddings are tied to other layers
 
     @property
     def class_name(self) -> str:
@@ -86,10 +88,11 @@ UNKNOWN = StoredModule()
 
 
 def modules_to_store(
-    modules: Mapping[str, nn.Module], layers: Collection[str], saved: Iterable[str]
+    modules: Mapping[str, nn.Module], layers: Collection[str], others: Iterable[str]
 ) -> dict[str, StoredModule]:
-    """Describe adapted layers, all modules around them, and those with a name like that of a layer or a saved one."""
-    names = {"", *modules_around(layers), *_named_alike(modules, [*layers, *saved])}
+    """Describe adapted layers, all modules around them, others of interest, and those with names like all these."""
+    named = [*layers, *others]
+    names = {"", *modules_around(layers), *_named_alike(modules, named)}
     return {name: _described(module) for name, module in only(modules, names).items()}
 
 
@@ -111,20 +114,26 @@ def _described(module: nn.Module) -> StoredModule:
         if ancestor is nn.Module:
             break
         classes.append(full_name(ancestor))
-    return StoredModule(tuple(classes), _pretrained(module))
+    config = _configuration(module)
+    pretrained = getattr(config, "_name_or_path", "")
+    return StoredModule(
+        classes=tuple(classes),
+        pretrained=pretrained if isinstance(pretrained, str) else "",
+        has_bias=find_parameter(module, "bias") is not None,
+        says_tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _configuration(module: nn.Module) -> Any:
+    """The configuration of a module, as models of transformers and diffusers have one. None: it has none."""
+    if is_model_of_other_library(module):
+        return getattr(module, "config", None)
+    return vars(module).get("config")  # no code of the user's runs
 
 
 def full_name(kind: type) -> str:
     """Return the name of a class, after that of its Python module."""
     return f"{kind.__module__}.{kind.__name__}"
-
-
-def _pretrained(module: nn.Module) -> str:
-    """Where the weights of a model of transformers or diffusers came from. Empty: from no folder or repository."""
-    if not is_model_of_other_library(module):
-        return ""
-    config = getattr(module, "config", None)
-    return str(getattr(config, "_name_or_path", ""))
 
 
 # In plain types. Modules of one class are one entry: a model has many of some
@@ -134,15 +143,17 @@ def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
     """Return modules in plain types, which every file format can hold."""
     entries = list[dict[str, Any]]()
     for module, names in grouped(modules, modules.__getitem__).items():
-        entries.append({"classes": list(module.classes), "pretrained": module.pretrained, "names": names})
+        entries.append({**vars(module), "classes": list(module.classes), "names": names})
     return entries
 
 
 def modules_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredModule]:
-    """Return by name what :func:`plain_modules` has made plain."""
+    """Return by name what :func:`plain_modules` has made plain. A later version may say more."""
+    known = {field.name for field in fields(StoredModule)}
     modules = dict[str, StoredModule]()
     for entry in entries:
-        module = StoredModule(tuple(entry["classes"]), entry["pretrained"])
+        about = only(entry, known)
+        module = StoredModule(**{**about, "classes": tuple(entry["classes"])})
         for name in entry["names"]:
             modules[name] = module
     return modules

@@ -94,7 +94,7 @@ def _merged(view: View, changed: StateDict) -> dict[str, Any]:
 
 def _untied(view: View) -> list[str]:
     """The layers whose weight is no longer tied to another layer's."""
-    untied = [weight.layer for weight in view.merged if weight.was_tied]
+    untied = [weight.layer for weight in view.merged_weights if weight.was_tied]
     return [*untied, *tied_weights(view)]
 
 
@@ -212,7 +212,7 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
     is_inside_another_save = "state_dict" in vars(model)
-    if is_inside_another_save or _is_plain_state(given, view.adapters):
+    if is_inside_another_save or _is_plain_state(given, view.adapter_parameters):
         return save(model, *args, **kwargs)
     # Of a shown base, no layer is merged. The view keeps all adapters, as it has named them above: none is written.
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}

@@ -12,8 +12,8 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
 from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.merge import check_mergeable
-from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import adapters_in
@@ -60,7 +60,7 @@ def _refuse_spread_weights(view: View, changed: StateDict) -> None:
 
 def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) -> Any:
     """The model's state dict without adapters, with other values."""
-    new_values = without({**changed, **merged}, view.adapters)
+    new_values = without({**changed, **merged}, view.adapter_parameters)
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
     for name in adapters_in(view, state):
@@ -102,7 +102,7 @@ def _replaced_values(view: View, values: StateDict) -> Iterator[None]:
 
 def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, undo: ExitStack) -> None:
     """Give one adapter and its weights other values, where these are. All go to the device of the first weight."""
-    leaves = (*layer.lora_weights(), *layer.lora_roles())
+    leaves = (*layer.lora_weights(), *layer.lora_specs())
     first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))
     for leaf in leaves:
         parameter = own_parameter(layer, leaf)
@@ -145,7 +145,7 @@ def _owner_of_rows(module: nn.Module) -> nn.Module:
 
 def take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
     """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
-    adapters = only(changed, view.adapters)
+    adapters = only(changed, view.adapter_parameters)
     if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
         return False
     with _replaced_values(view, adapters), torch.no_grad():
@@ -166,7 +166,7 @@ def _take_update_out(layer: LoRALayer) -> None:
 
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
     """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
-    have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapters)
+    have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
     return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
 
 

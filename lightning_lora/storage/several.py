@@ -79,17 +79,17 @@ def _weights_of_sum(record: Record, name: object) -> Mapping[str, float] | None:
 
 def _sums_in(record: Record) -> dict[str, dict[str, float]]:
     """The sums among a model's adapters: the weights of the adapters in each."""
-    return {name: state.sum_of for name, state in record.adapters.items() if state.sum_of}
+    return {name: state.sum_of for name, state in record.adapter_states.items() if state.sum_of}
 
 
 def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
     """Make the sum of several adapters, and switch to it."""
     record = record_of(model, "A sum of adapters")
-    before = record.shown
+    before = record.name_in_effect
     active = record.adapter.name
     stored = _sum(model, weights, None)
     title = _title(weights)
-    if title in record.adapters and title not in _sums_in(record):
+    if title in record.adapter_states and title not in _sums_in(record):
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
@@ -152,7 +152,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
     """
     record = record_of(model, "combine_adapters")
     AdapterState(record.adapter.config, name)  # checks the name
-    if name in record.adapters:
+    if name in record.adapter_states:
         raise AdapterStateError(
             f"{type(plain_module(model)).__name__} has an adapter {name!r} already. Give another name, or call "
             f"remove_adapters(model, {name!r}) first."

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.base_values import extra_digests, frozen_values
-from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.named import joined, of_type, only, renamed, with_values, without
@@ -83,7 +83,7 @@ def without_base(view: View, state: StateDict, random: Collection[str] = ()) -> 
     look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
     noted = {*view.record.base.changes, *random}
-    originals = without(view.adapter.originals, {*view.trained, *noted})
+    originals = without(view.adapter.originals, {*view.trainable, *noted})
     values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
     left_out = _names_of_base_values(values, originals) | _names_merged_over(view)
     return {**_without_graphs(required(view)), **without(values, left_out)}
@@ -98,7 +98,7 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Ten
 
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    other_names = adapters_in(view, view.parameters).keys() - view.adapters.keys()
+    other_names = adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
     return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
 
 
@@ -120,7 +120,7 @@ def _is_original(value: object, original: Tensor) -> bool:
 
 def _names_merged_over(view: View) -> set[str]:
     """The tied weights that train in their other use, while a state has merged values under these names."""
-    return {name for name, parameter in view.trained.items() if parameter is not view.parameters[name]}
+    return {name for name, parameter in view.trainable.items() if parameter is not view.parameters[name]}
 
 
 def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
     """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
-    return with_values(of_type(state, Tensor), set(view.adapters.values()))
+    return with_values(of_type(state, Tensor), set(view.adapter_parameters.values()))
 
 
 def check_not_diverged(view: View) -> None:
@@ -150,10 +150,10 @@ def check_not_diverged(view: View) -> None:
 
 def diverged(view: View, values: StateDict) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
-    names = [*view.adapters]
+    names = [*view.adapter_parameters]
     originals = dict[str, Tensor]()
     if view.is_adapted:  # otherwise a part of an adapted module is saved by itself
-        names += [*view.trained, *_statistics(view)]
+        names += [*view.trainable, *_statistics(view)]
         originals = view.adapter.originals
     broken = list[str]()
     for name in names:
@@ -185,4 +185,4 @@ def _is_sound(value: Tensor, original: Tensor | None) -> bool:
 
 def required(view: View) -> dict[str, Tensor]:
     """Return everything that trains, by name."""
-    return {**view.adapters, **view.trained}
+    return {**view.adapter_parameters, **view.trainable}

@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
 from lightning_lora.storage.renaming import Renaming
@@ -52,6 +52,7 @@ class StoredAdapters:
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
     root: str = ""  # the path of the one model inside
     modules: dict[str, StoredModule] = field(default_factory=dict)  # by name; empty if the file does not say
+    metrics: dict[str, float] = field(default_factory=dict)  # that a run logged last before it wrote the file
     source: str = ""  # for messages: a file, or the class of a model
     renaming: Renaming = field(default_factory=Renaming)  # how names of the base become those in the state
 
@@ -73,7 +74,7 @@ class StoredAdapters:
             random=list(random_weights(view)),
             saved=saved,
             root=root_of(view.model),
-            modules=modules_to_store(view.modules, layers, saved),
+            modules=modules_to_store(view.modules, layers, [*saved, *_tied_to_rows(layers.values())]),
             source=view.title,
         )
 
@@ -84,9 +85,11 @@ class StoredAdapters:
         for about in description["layers"]:
             layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
-        modules = modules_of(_beside(description).get("modules", ()))
+        beside = _beside(description)
+        modules = modules_of(beside.get("modules", ()))
+        metrics = beside.get("metrics", {})
         as_they_are = only(description, _AS_THEY_ARE)
-        return cls(config, state, layers, modules=modules, source=str(source), **as_they_are)
+        return cls(config, state, layers, modules=modules, metrics=metrics, source=str(source), **as_they_are)
 
     def description(self) -> Description:
         """Return all but the state in plain types, with a checksum of both."""
@@ -95,7 +98,7 @@ class StoredAdapters:
         about["config"] = self.config.to_stored()
         about["entries"] = len(self.state)
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
-        about[_BESIDE] = [{"modules": plain_modules(self.modules)}]
+        about[_BESIDE] = [{"modules": plain_modules(self.modules), "metrics": self.metrics}]
         about["checksum"] = checksum(self.state, about)
         return about
 
@@ -126,6 +129,15 @@ def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
     return {module: inside(names, [module]) for module in outermost}
+
+
+def _tied_to_rows(layers: Iterable[StoredLayer]) -> list[str]:
+    """The modules with a weight of which single rows train in another one."""
+    names = list[str]()
+    for layer in layers:
+        if layer.tokens:
+            names += layer.others_with_its_weights()
+    return names
 
 
 def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:

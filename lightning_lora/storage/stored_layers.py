@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -17,13 +18,13 @@ from lightning_lora.layers import (
     LoRAParameters,
     LoRATokens,
     Settings,
-    adapter_parameters,
+    parameter_specs,
     weights_of,
 )
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.named import names_by, not_in, only, with_values, without
-from lightning_lora.tensors.names import join, own_parameter
+from lightning_lora.tensors.names import join, own_parameter, owner_of
 
 Kind = type[LoRALayer]
 Matrices = tuple[AdaptedMatrix, ...]
@@ -61,13 +62,18 @@ class StoredLayer:
                 return cls
         return None
 
+    def others_with_its_weights(self) -> list[str]:
+        """Return the names of other layers that have a weight of it: not its own other names."""
+        names = map(owner_of, chain.from_iterable(self.tied.values()))
+        return not_in(dict.fromkeys(names), self.options.get(ALSO, ()))
+
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
         return Settings(self.r, self.scaling, init=config.init, use_dora=config.use_dora)
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
         """Return its adapter's names of parameters in the file, by those in the layer."""
-        names_in_layer = adapter_parameters(self.matrices, self.settings(config))
+        names_in_layer = parameter_specs(self.matrices, self.settings(config))
         return {name: join(self.name, name) for name in names_in_layer}
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -
 def layers_of(view: View) -> dict[str, StoredLayer]:
     """Describe the adapted layers of a model, merged or not, by name."""
     adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
-    adapters.update(view.record.merged)
+    adapters.update(view.record.merged_adapters)
     names_by_weight = names_by(view.base)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():
@@ -164,7 +170,7 @@ def _other_names(
 def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1, scaling: float = 1.0) -> StoredLayer:
     """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
     layer = view.modules[name]
-    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
+    layer_class = layer.lora_plain_class if isinstance(layer, LoRALayer) else type(layer)
     return StoredLayer(
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",

@@ -31,7 +31,7 @@ def why_not(modules: Modules, name: str, layer: nn.Module) -> str:
 def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
-        return "only its parameters can be adapted, and some are"
+        return "only its parameters can be adapted, and some are"  # as LoRAParameters does already
     modules_inside = prefixed(name, without(named_modules(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
@@ -77,7 +77,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from others. A parametrization holds these for another layer."""
+    """Whether a weight of a layer is computed from others, or the module holds these others, as a parametrization."""
     kind = adapter_for(layer)
     if kind is None:
         return isinstance(layer, ParametrizationList)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
-from lightning_lora.targets.near_misses import ending_in
+from lightning_lora.targets.matching import ending_in
 from lightning_lora.tensors.named import only, with_values
 from lightning_lora.tensors.names import find_parameter, is_in, owner_of, with_all_inside
 
@@ -44,7 +44,7 @@ def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
 def _heads_that_models_name(names: Names) -> list[object]:
     """What models say that their output heads are, as those of transformers do. It may be None."""
     heads = []
-    for model in names.with_model.values():
+    for model in names.all_modules.values():
         ask = getattr(model, "get_output_embeddings", None)
         if callable(ask):
             heads.append(ask())

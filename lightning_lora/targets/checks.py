@@ -14,8 +14,9 @@ from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, 
 from lightning_lora.layers.matrices import weights_of
 from lightning_lora.patterns import fits
 from lightning_lora.targets.adaptable import own_matrices, supported_types
+from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC, SEE_ALL, unmatched
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import AUTOMATIC, SEE_ALL, Names
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import inside, joined, names_by, where, where_not, with_values, without
 from lightning_lora.tensors.names import Modules, join, starts_of
 
@@ -28,7 +29,7 @@ _SHOWN = 5  # the number of layers that an error names
 def check_not_lazy(names: Names) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = list(where(names.parameters, _is_lazy))
-    for prefix, module in names.with_model.items():
+    for prefix, module in names.all_modules.items():
         for name, buffer in module._buffers.items():
             if _is_lazy(buffer):
                 lazy.append(join(prefix, name))
@@ -84,15 +85,16 @@ def _as_given(config: LoRAConfig) -> object:
 
 
 def no_layer_selected(
-    names: Names, config: LoRAConfig, untouched: Collection[nn.Module], taken: Collection[str]
+    names: Names, config: LoRAConfig, excluded_modules: Collection[nn.Module], lost_targets: Collection[str]
 ) -> TargetError:
     """Return the error for a selection of no layer.
 
-    Other arguments take the ``taken`` ones out of it, and leave the ``untouched`` ones and all in them alone.
+    ``excluded_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. Those of them
+    that ``target_modules`` names are ``lost_targets``.
     """
-    if taken and config.target_modules not in AUTOMATIC:
-        return TargetError(_about_taken_layers(names, config, taken))
-    others = names.first_names(set(names.modules.values()).difference(untouched))
+    if lost_targets and config.target_modules not in AUTOMATIC:
+        return TargetError(_about_lost_targets(names, config, lost_targets))
+    others = names.first_names(set(names.modules.values()).difference(excluded_modules))
     by_class = _adaptable_by_class(names, others)
     if by_class and config.target_modules == "all-linear":
         hint = _hint_of_all(by_class)
@@ -104,13 +106,13 @@ def no_layer_selected(
     )
 
 
-def _about_taken_layers(names: Names, config: LoRAConfig, taken: Collection[str]) -> str:
+def _about_lost_targets(names: Names, config: LoRAConfig, lost_targets: Collection[str]) -> str:
     """What a selection is of which each layer is in another argument too."""
-    saved = [name for name in taken if _is_in_saved_module(config, name)]
+    saved = [name for name in lost_targets if _is_in_saved_module(config, name)]
     if saved:
         layers, argument, why = saved, "modules_to_save", "trains in full, and so without an adapter"
     else:
-        layers, argument, why = list(taken), "exclude_modules", "gets none"
+        layers, argument, why = list(lost_targets), "exclude_modules", "gets none"
     return (
         f"target_modules and {argument} both mean {listed(layers)} of {names.title}, and nothing else is "
         f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
@@ -154,7 +156,7 @@ def _hint_of_what_there_is(names: Names, layers: Modules) -> str:
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers: dict[str, str] = {}  # what patterns mean, with the name of the module that has it
+    layers: dict[str, str] = {}  # what a key may mean, with its module: a layer is its own
     parameters: dict[str, str] = {}
     for name, choice in choices.items():
         if choice.kind is LoRAParameters:
@@ -172,11 +174,11 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted
     if keys is None:
         return
     matched = {key: _matched_by(key, adapted) for key in keys}
-    unmatched = list(where_not(matched, bool))
-    if unmatched:
-        _check_not_of_others(names, argument, unmatched, names.modules, "layers", "target_modules")
-        _check_not_of_others(names, argument, unmatched, names.parameters, "parameters", "target_parameters")
-        raise names.unmatched(argument, unmatched, [*adapted, *adapted.values()])
+    without_match = list(where_not(matched, bool))
+    if without_match:
+        _refuse_keys_of_unadapted(names, argument, without_match, names.modules, "layers", "target_modules")
+        _refuse_keys_of_unadapted(names, argument, without_match, names.parameters, "parameters", "target_parameters")
+        raise unmatched(names, ARGUMENTS[argument], without_match, [*adapted, *adapted.values()])
     _check_order(names, argument, matched)
 
 
@@ -186,11 +188,11 @@ def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
     return {*_matching(key, adapted), *with_values(adapted, modules)}
 
 
-def _check_not_of_others(
-    names: Names, argument: str, keys: Sequence[str], others: Iterable[str], what: str, other_argument: str
+def _refuse_keys_of_unadapted(
+    names: Names, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
 ) -> None:
-    """Refuse keys that match what is not adapted."""
-    idle = [key for key in keys if _matching(key, others)]
+    """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
+    idle = [key for key in keys if _matching(key, candidates)]
     if idle:
         raise TargetError(
             f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {other_argument} too, "
@@ -247,9 +249,9 @@ def _fits_dora(choice: Choice) -> bool:
 
 
 def _can_start_from_weight(choice: Choice) -> bool:
-    """Whether it is no embedding. Rows that train by themselves start as they are, whatever ``init`` says."""
+    """Whether ``init`` may take the factors from the weight. Rows that train by themselves start as they are."""
     trains_rows = bool(choice.matrices[0].tokens)
-    return trains_rows or choice.kind.lora_drops_input
+    return trains_rows or choice.kind.lora_may_start_from_weight()
 
 
 def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:

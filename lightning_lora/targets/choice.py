@@ -22,7 +22,10 @@ class Choice:
 def choose(
     config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
 ) -> Choice:
-    """Return the adapter for these matrices. Patterns may give each parameter its own rank and scaling."""
+    """Return the adapter for these matrices. Patterns may give each parameter its own rank and scaling.
+
+    The settings hold the largest rank and the first scaling. A matrix with others holds its own.
+    """
     ranks = []
     scalings = []
     for matrix in matrices:

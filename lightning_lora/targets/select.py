@@ -9,9 +9,10 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, adapter_for
 from lightning_lora.targets import checks
 from lightning_lora.targets.adaptable import has_forward, has_matrices
+from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.choice import Choice, choose
-from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
 from lightning_lora.tensors.named import only, where
@@ -28,8 +29,8 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     checks.check_supported(names, config, selection.layers, selection.targets)
     choices = selection.choices()
     if not choices:
-        taken = names.first_names(selection.named & selection.untouched)
-        raise checks.no_layer_selected(names, config, selection.untouched, taken)
+        lost_targets = names.first_names(selection.named_targets & selection.excluded_modules)
+        raise checks.no_layer_selected(names, config, selection.excluded_modules, lost_targets)
     checks.check_patterns(names, config, choices)
     checks.check_factor_names(choices)
     checks.check_methods(config, choices)
@@ -38,24 +39,31 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
 
 
 class _Selection:
-    """What the arguments mean in one model."""
+    """What the arguments mean in one model.
+
+    - ``excluded_modules``: ``exclude_modules`` or ``modules_to_save`` means them. The next two are without these.
+    - ``parameters``: those of ``target_parameters``, by the module that reads them.
+    - ``targets``: ``target_modules`` means them. A layer that holds one of ``parameters`` is none.
+    - ``token_rows``: embeddings in ``trainable_token_indices``, and the heads that are tied to them. They get no other
+      adapter.
+    """
 
     def __init__(self, names: Names, config: LoRAConfig) -> None:
         self.names = names
         self.config = config
         saved = names.find("modules_to_save", config.modules_to_save)
         excluded = names.find("exclude_modules", config.exclude_modules)
-        self.left_out = {*saved, *excluded}  # names of modules and parameters
-        self.untouched = _modules_of(names, self.left_out)
-        self.parameters = _parameters_by_reader(names, config, self.untouched)  # those in ``target_parameters``
-        self.layers_of_parameters = _layers_of(self.parameters)
-        self.named = _named_by_target_modules(names, config)
-        self.targets = self.named - self.untouched - self.layers_of_parameters
-        self.token_rows = token_rows(names, config, self._without_token_rows(saved))
-        self.layers = names.first_names(self._adapted())
+        self.excluded_names = {*saved, *excluded}  # of modules and parameters, as they are given
+        self.excluded_modules = _modules_of(names, self.excluded_names)  # with all inside them
+        self.parameters = _parameters_by_reader(names, config, self.excluded_modules)
+        self.layers_of_parameters = _layers_of(self.parameters)  # that hold them: a reader may be around these
+        self.named_targets = _named_by_target_modules(names, config)  # before any is excluded
+        self.targets = self.named_targets - self.excluded_modules - self.layers_of_parameters
+        self.token_rows = token_rows(names, config, self._named_elsewhere(saved))
+        self.layers = names.first_names(self._adapted())  # all that get an adapter
 
-    def _without_token_rows(self, saved: Collection[str]) -> set[nn.Module]:
-        """The modules in which no single rows may train, as another argument means them."""
+    def _named_elsewhere(self, saved: Collection[str]) -> set[nn.Module]:
+        """The modules that another argument names: no single rows of them may train."""
         modules = self.layers_of_parameters | _modules_of(self.names, saved)
         if self.config.target_modules in AUTOMATIC:  # the words leave embeddings to their rows
             return modules
@@ -95,11 +103,14 @@ class _Selection:
         """Whether a matrix of a layer has numbers, and neither it nor a module around it in the layer is left out."""
         around = starts_of(f"{name}.{matrix.weight}")
         inside_layer = around[len(starts_of(name)) :]
-        return matrix.largest_rank > 0 and self.left_out.isdisjoint(inside_layer)
+        return matrix.largest_rank > 0 and self.excluded_names.isdisjoint(inside_layer)
 
 
 def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
-    """The named modules, or the layers of named weights, and all modules inside them."""
+    """The named modules, or the layers of named weights, and all modules inside them.
+
+    Of a layer with several weights, one that is named takes out its own matrix alone (:meth:`_Selection._is_adapted`).
+    """
     modules = {name.removesuffix(".weight") for name in named}
     return with_all_inside(only(names.modules, modules).values())
 
@@ -112,20 +123,22 @@ def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]
     targets = config.target_modules
     if targets in AUTOMATIC:
         found = automatic_targets(names, str(targets))
-        fitting = where(found, has_matrices)
+        fitting = where(found, has_matrices)  # a word does not mean weights that are computed or empty
     else:
         found = only(names.modules, set(names.find("target_modules", targets)))
-        fitting = where(found, adapter_for)
-    # a word leaves out computed and empty weights, an expression containers and norms: unless there is nothing else
-    if fitting and isinstance(targets, str):
-        found = fitting
-    return set(found.values())
+        fitting = where(found, adapter_for)  # an expression does not mean containers and norms
+    is_list = not isinstance(targets, str)  # a list means each of its names
+    if is_list or not fitting:  # an error says why what is found does not fit
+        return set(found.values())
+    return set(fitting.values())
 
 
 # target_parameters
 
 
-def _parameters_by_reader(names: Names, config: LoRAConfig, untouched: Set[nn.Module]) -> dict[nn.Module, list[str]]:
+def _parameters_by_reader(
+    names: Names, config: LoRAConfig, excluded_modules: Set[nn.Module]
+) -> dict[nn.Module, list[str]]:
     """The ``target_parameters`` by the module that reads them, with their names in it."""
     by_reader: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
@@ -135,7 +148,7 @@ def _parameters_by_reader(names: Names, config: LoRAConfig, untouched: Set[nn.Mo
             given = config.to_dict()["target_parameters"]
             raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
         module = names.modules[reader]
-        if module not in untouched:
+        if module not in excluded_modules:
             by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))
     return by_reader
 
@@ -150,9 +163,13 @@ def _layers_of(parameters: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
 
 
 def _reader_of(names: Names, parameter: str) -> str:
-    """The module that reads a parameter: the one that holds it, or the one around a layer. The model has no name."""
+    """The module that reads a parameter: the one that holds it, or the one around a layer. The model has no name.
+
+    A parameter of a layer is meant where the module around it reads it, as a router its ``self.gate.weight``:
+    ``target_modules`` would adapt the layer itself.
+    """
     owner = owner_of(parameter)
-    module = names.with_model[owner]
+    module = names.all_modules[owner]
     reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
     return owner if reads_its_own else owner_of(owner)
 

@@ -45,38 +45,39 @@ def _named_matrices(name: str, matrices: Matrices, slices: Slices) -> Parts:
     return parts
 
 
-def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], weight: AdaptedMatrix, slices: Slices) -> Parts:
+def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, slices: Slices) -> Parts:
     """Ranges of rows of a layer with one weight, by name."""
     if not kind.lora_writes_rows:
         title = type(names.modules[name]).__name__
         raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
-    rows = slices if isinstance(slices, dict) else _known_rows(names, name, weight, slices)
-    beyond = [part for part, (_, end) in rows.items() if end > weight.writes]
+    rows = slices if isinstance(slices, dict) else _known_rows(names, name, matrix, slices)
+    # `writes` is how many rows a matrix has, one for each output
+    beyond = [part for part, (_, end) in rows.items() if end > matrix.writes]
     if beyond:
-        raise TargetError(f"target_slices of {name!r} end beyond its {weight.writes} rows: {listed(beyond)}.")
+        raise TargetError(f"target_slices of {name!r} end beyond its {matrix.writes} rows: {listed(beyond)}.")
     parts = {}
     for part, (first, end) in rows.items():
         parts[part] = AdaptedMatrix(
-            weight.weight, reads=weight.reads, writes=end - first, first=first, rows=weight.writes, name=part
+            matrix.weight, reads=matrix.reads, writes=end - first, first=first, rows=matrix.writes, name=part
         )
     return parts
 
 
-def _about_unknown_rows(name: str, weight: AdaptedMatrix, slices: Slices) -> str:
+def _about_unknown_rows(name: str, matrix: AdaptedMatrix, slices: Slices) -> str:
     """What to do if only the user knows where the parts are."""
     first_part = next(iter(slices))
     example = f"target_slices={{{name!r}: {{{first_part!r}: [first, end]}}}}"
     return (
-        f"The rows of {listed(slices)} in {name!r}, which has {weight.writes}, are not known. If each is one range "
+        f"The rows of {listed(slices)} in {name!r}, which has {matrix.writes}, are not known. If each is one range "
         f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
     )
 
 
-def _known_rows(names: Names, name: str, weight: AdaptedMatrix, slices: Slices) -> Rows:
+def _known_rows(names: Names, name: str, matrix: AdaptedMatrix, slices: Slices) -> Rows:
     """The rows of each part of a fused projection, one part after the other."""
-    sizes = _known_sizes(names, name, weight)
-    if sum(sizes.values()) != weight.writes:
-        raise TargetError(_about_unknown_rows(name, weight, slices))
+    sizes = _known_sizes(names, name, matrix)
+    if sum(sizes.values()) != matrix.writes:
+        raise TargetError(_about_unknown_rows(name, matrix, slices))
     rows: Rows = {}
     first = 0
     for part, size in sizes.items():
@@ -85,11 +86,11 @@ def _known_rows(names: Names, name: str, weight: AdaptedMatrix, slices: Slices) 
     return rows
 
 
-def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, int]:
+def _known_sizes(names: Names, name: str, matrix: AdaptedMatrix) -> dict[str, int]:
     """How many rows each part of a fused projection has, as far as its name and the configuration around it tell."""
     leaf = name.rpartition(".")[2]
     if leaf == "gate_up_proj":
-        return dict.fromkeys(("gate", "up"), weight.writes // 2)
+        return dict.fromkeys(("gate", "up"), matrix.writes // 2)
     if leaf not in _ATTENTION:
         return {}
     modules_around = _modules_around(names, name)
@@ -98,14 +99,14 @@ def _known_sizes(names: Names, name: str, weight: AdaptedMatrix) -> dict[str, in
     for module in modules_around:
         config = getattr(module, "config", None)
         if hasattr(config, "num_attention_heads"):  # the nearest one counts: a model may have several encoders
-            return _sizes_by_heads(config, weight.reads)
-    return dict.fromkeys("qkv", weight.reads)
+            return _sizes_by_heads(config, matrix.reads)
+    return dict.fromkeys("qkv", matrix.reads)
 
 
 def _modules_around(names: Names, name: str) -> list[nn.Module]:
     """The modules around a layer, the innermost first and the model last."""
     outer_names = ["", *starts_of(name)[:-1]]
-    return [names.with_model[outer] for outer in reversed(outer_names)]
+    return [names.all_modules[outer] for outer in reversed(outer_names)]
 
 
 def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:

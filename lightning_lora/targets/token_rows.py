@@ -12,7 +12,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
 from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.lookup import Names
-from lightning_lora.targets.near_misses import ending_in
+from lightning_lora.targets.matching import ending_in
 from lightning_lora.tensors.names import find_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -72,7 +72,7 @@ class TokenRows:
         if layer not in self._rows:
             self.matrices[layer] = _matrix_of_rows(layer, rows)
             for owner in owners:
-                self._rows[self._names.with_model[owner]] = rows
+                self._rows[self._names.all_modules[owner]] = rows
         elif self._rows[layer] != rows:
             raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
 
@@ -83,7 +83,7 @@ class TokenRows:
 
     def _why_not(self, name: str, rows: Iterable[int]) -> str:
         """Why rows of a module's weight cannot train, or nothing."""
-        layer: Any = self._names.with_model[name]
+        layer: Any = self._names.all_modules[name]
         if layer in self._named_elsewhere:
             return "target_modules, target_parameters or modules_to_save name it too"
         if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
@@ -117,7 +117,7 @@ def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
 def _embeddings_that_models_name(names: Names) -> list[str]:
     """The input embedding of each outermost model that says which it is, as those of transformers do."""
     found: dict[str, str] = {}  # by the name of the model
-    for name, model in names.with_model.items():
+    for name, model in names.all_modules.items():
         ask = getattr(model, "get_input_embeddings", None)
         is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
         if callable(ask) and is_outermost:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lora.model.fresh import Fresh, find_fresh, note_random_weights
+from lightning_lora.model.untrained import Untrained, find_untrained, note_random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.named import modules_around
@@ -16,10 +16,10 @@ def advise(view: View, guards: Guard) -> None:
     guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
         return
-    fresh = find_fresh(view)
+    untrained = find_untrained(view)
     if view.adapter.random is None:
-        note_random_weights(view, fresh)
-    guards.new_adapters_begin(view, fresh)
+        note_random_weights(view, untrained)
+    guards.new_adapters_begin(view, untrained)
 
 
 def advise_again(model: nn.Module, guards: Guard, changed: Collection[str]) -> None:
@@ -27,15 +27,17 @@ def advise_again(model: nn.Module, guards: Guard, changed: Collection[str]) -> N
     view = view_of(model)
     if not view.is_fresh():
         return
-    fresh = find_fresh(view)
-    note_random_weights(view, fresh)
-    guards.base_made_new(view, _those_around(fresh, changed))
+    untrained = find_untrained(view)
+    note_random_weights(view, untrained)
+    guards.base_made_new(view, _those_around(untrained, changed))
 
 
-def _those_around(fresh: Fresh, weights: Collection[str]) -> Fresh:
+def _those_around(untrained: Untrained, weights: Collection[str]) -> Untrained:
     """What looks untrained, and holds one of these weights."""
     around = modules_around(weights)
-    return replace(fresh, random=_those_among(around, fresh.random), unsure=_those_among(around, fresh.unsure))
+    return replace(
+        untrained, modules=_those_among(around, untrained.modules), unsure=_those_among(around, untrained.unsure)
+    )
 
 
 def _those_among(modules: Collection[str], names: Collection[str]) -> tuple[str, ...]:

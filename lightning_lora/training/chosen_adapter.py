@@ -32,14 +32,14 @@ class ChosenAdapter:
     def is_shown_by(self, pl_module: LightningModule) -> bool:
         """Whether the module computes with this adapter. One without adapters shows no other."""
         record = find_record(pl_module)
-        return record is None or record.shown == self.name_in(record)
+        return record is None or record.name_in_effect == self.name_in(record)
 
     def refuse_sum(self, pl_module: LightningModule) -> None:
         """Refuse to train a sum of adapters."""
         record = find_record(pl_module)
         if record is None:
             return
-        adapter = record.adapters.get(self.name_in(record))
+        adapter = record.adapter_states.get(self.name_in(record))
         if adapter is not None and adapter.sum_of:
             raise AdapterStateError(
                 f"{type(pl_module).__name__} shows a sum of adapters, {adapter.name!r}, which is not trained. "

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, StrategyError, listed
 from lightning_lora.layers import INITIALISATIONS, LoRALayer
-from lightning_lora.layers.init import keep_start
+from lightning_lora.layers.initialise import keep_start
 from lightning_lora.layers.inits.table import FromData, Initialisation
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
-from lightning_lora.model.settle import follow_originals
+from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
 from lightning_lora.tensors.named import not_in, where
@@ -55,7 +55,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     start = _Start(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
     start.run()
-    for parameter in view.adapters.values():  # the first process has seen its own data
+    for parameter in view.adapter_parameters.values():  # the first process has seen its own data
         values = trainer.strategy.broadcast(parameter.detach().cpu())
         parameter.detach().copy_(values)
     follow_originals(view)
@@ -201,8 +201,8 @@ def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora
     """Write both factors of a matrix. Return the values of all parameters of the layer's adapter."""
     values = {name: parameter.detach() for name, parameter in layer.lora_parameters().items()}
     # data with fewer directions than the rank give A fewer rows: the others stay as drawn
-    values[matrix.parameter(Role.A)][..., : lora_A.shape[-2], :].copy_(lora_A)
-    values[matrix.parameter(Role.B)].copy_(lora_B)
+    values[matrix.parameter_name(Role.A)][..., : lora_A.shape[-2], :].copy_(lora_A)
+    values[matrix.parameter_name(Role.B)].copy_(lora_B)
     return values
 
 

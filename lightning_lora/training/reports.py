@@ -1,4 +1,4 @@
-"""How the adapters train, shown and logged: their learning rates, and the arguments as hyperparameters."""
+"""How the adapters train, shown and logged: their learning rates, the arguments as hyperparameters, the metrics."""
 
 import hashlib
 import json
@@ -140,3 +140,14 @@ def _write_beside_csv(logger: Any, report: _Report) -> None:
     values.update(report.values)
     with fsspec.open(path, "w") as file:  # makes its folder
         json.dump(values, file, indent=2)
+
+
+# Metrics
+
+
+def logged_metrics(model: LightningModule) -> dict[str, float]:
+    """Return what the run of a module has logged last, as numbers: a checkpoint holds them."""
+    metrics = dict[str, float]()
+    for name, value in model.trainer.callback_metrics.items():
+        metrics[name] = float(value)
+    return metrics

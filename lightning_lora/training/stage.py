@@ -10,10 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.base.states import State
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.as_merged import check_own
 from lightning_lora.model.base_values import kept_tensors
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge_or_forget
-from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record, keep_record, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards

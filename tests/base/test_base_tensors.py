@@ -1,6 +1,7 @@
 """What is known of a base's tensors is true of their values."""
 
 import torch
+from torch import nn
 
 from lightning_lora.base.base_tensors import Base, Change
 from lightning_lora.tensors.digests import digest
@@ -32,3 +33,11 @@ def test_changes_in_a_module_are_the_models_unless_it_was_merged_into_a_base_of_
     of_merged.absorb("part", part, is_merged=True)
     assert of_adapted.changes == {"part.weight": Change(digest_now=1, digest_before=2)}
     assert of_merged.changes == {}
+
+
+def test_what_the_user_froze_in_a_merged_model_was_frozen_since_it_learned() -> None:
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    base = Base(required_grad={"weight": True, "bias": False})
+    base.was_unmerged({"weight": frozen, "bias": frozen})
+    assert base.frozen_since == {"weight"}
+    assert base.required_grad == {"weight": False, "bias": False}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.layers import count
-from lightning_lora.model.fresh import FEWEST, _layers, _looks_fresh
+from lightning_lora.layers import number_of_values
+from lightning_lora.model.untrained import FEWEST, _layers, _looks_untrained
 from lightning_lora.model.view import View
 
 STEPS = (10, 30, 100, 300)
@@ -67,8 +67,8 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     view = View(adapted)
     judged = []
     for name, weights in _layers(view):
-        if min(map(count, weights.values())) >= FEWEST:
-            judged.append(_looks_fresh(view, name, weights))
+        if min(map(number_of_values, weights.values())) >= FEWEST:
+            judged.append(_looks_untrained(view, name, weights))
     return sum(judged), len(judged)
 
 

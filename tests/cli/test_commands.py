@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +22,7 @@ from lightning_lora.cli.main import main
 from tests.support.compared import assert_same_tensors
 from tests.support.faults import adapted
 from tests.support.messages import assert_in_text
-from tests.support.models import LitTiny
+from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import rewrite, saved
 
 
@@ -151,6 +152,19 @@ def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path
     assert main(["inspect", str(path)]) == 0
     rows = ["0,2-3.query (×3)", "1.query ", "*.value (×4)", "alpha=None"]
     assert_in_text(rows, capsys.readouterr().out)
+
+
+def test_inspect_shows_what_the_run_knew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = LitTiny()
+    base.config = SimpleNamespace(_name_or_path="me/tiny")  # as models of transformers have one
+    fit = trainer(tmp_path, [lora(merge=False)])
+    fit.fit(base, data(), data())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    loss = float(fit.callback_metrics["val_loss"])
+    assert main(["inspect", str(tmp_path / "a.ckpt")]) == 0
+    assert_in_text(["They came from me/tiny.", f"Logged last: val_loss {loss:.4g}"], capsys.readouterr().out)
+    assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"val_loss": loss}
 
 
 def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def test_every_kind_of_layer_takes_a_rank_above_its_sides(kind: str, alpha: floa
     ll.inject_adapters(model, config(model, r=64, alpha=alpha, use_rslora=use_rslora))
     layer: Any = model[0]
     for part in layer.lora_matrices:
-        factor = layer.get_parameter(part.parameter(Role.A))
+        factor = layer.get_parameter(part.parameter_name(Role.A))
         assert factor.shape[-2] == min(part.reads, part.writes)
     randomise(model)
     output = model(x)

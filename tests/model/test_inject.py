@@ -244,3 +244,11 @@ def test_what_was_frozen_since_it_learned_and_then_thawed_counts_as_never_frozen
     model[0].requires_grad_(True)
     ll.inject_adapters(model, config)
     assert known.frozen_since == set()
+
+
+def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    model[0].lora_A.requires_grad_(False)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    assert model[0].lora_A.requires_grad

@@ -378,3 +378,11 @@ def test_a_tensor_that_is_moved_off_its_model_keeps_its_gradient() -> None:
     p.grad = torch.full((2,), 3.0)
     move_to(p, p.device, torch.float64)
     assert torch.equal(p.grad, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+def test_what_was_trained_beside_the_updates_gets_no_gradient_while_the_base_is_shown() -> None:
+    model, _ = several()
+    switched(model, "de", None)
+    assert not model[3].weight.requires_grad
+    switched(model, "de")
+    assert model[3].weight.requires_grad

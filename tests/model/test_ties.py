@@ -46,3 +46,12 @@ def test_a_merge_is_not_undone_onto_an_embedding_that_was_changed_since() -> Non
     model.embed.weight.data.mul_(2)  # the base of the head
     with pytest.raises(ll.AdapterStateError, match="were changed since its adapters were merged"):
         ll.unmerge_adapters(model)
+
+
+def test_a_tied_weight_that_one_adapter_trains_stays_one_where_another_is_active() -> None:
+    model = TinyLM()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed"]), name="one")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]), name="other")
+    assert model.lm_head.weight is model.embed.weight
+    ll.set_adapter(model, "one")
+    assert model.lm_head.weight is model.embed.weight

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_lora as ll
+from lightning_lora.storage.checkpoint import adapter_only
 from tests.support.cases import At, StopError, files_hold_adapters_alone, stop
 from tests.support.compared import assert_holds
-from tests.support.models import LitTiny, X, best, data, lora, trainer
-from tests.support.parameters import chosen
+from tests.support.models import LitTiny, X, as_trained, best, data, lora, trainer
+from tests.support.parameters import add_to, chosen
 from tests.support.storage import fitted
 from tests.training.test_compiled import Compiled
 
@@ -105,3 +106,11 @@ def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path / "full.ckpt", LitTiny(width=6), plain=True)
     with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight has another shape'"):
         trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
+
+
+def test_what_is_written_later_is_what_was_there_at_the_save() -> None:
+    model = as_trained(LitTiny(), **lora().config.to_dict())
+    head = model.head.weight.detach().clone()
+    checkpoint = adapter_only(model, {"state_dict": ll.adapter_state_dict(model)}, written_later=True)
+    add_to(model.head.weight, 1)
+    assert torch.equal(checkpoint["state_dict"]["head.weight"], head)

@@ -15,7 +15,7 @@ from torch import nn
 import lightning_lora as ll
 from tests.support.cases import file_names, held
 from tests.support.fits import fit
-from tests.support.models import TRAINED, LitTiny, X, as_trained, is_plain, lora
+from tests.support.models import TRAINED, LitTiny, X, as_merged, as_trained, is_plain, lora
 from tests.support.parameters import flags_of
 from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained
 
@@ -207,3 +207,13 @@ def test_load_from_checkpoint_merges_for_good_if_asked(tmp_path: Path) -> None:
         ll.unmerge_adapters(merged)
     with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
         ll.remove_adapters(merged)
+
+
+def test_a_file_that_is_refused_leaves_a_merged_model_with_other_weights_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    ll.save_adapter(as_trained(LitTiny(width=6)), file)
+    model = as_merged(LitTiny())
+    nn.init.zeros_(model.q_proj.weight)
+    with pytest.warns(ll.LoRAWarning, match="were replaced"), pytest.raises(ll.LoRAError):
+        ll.load_adapter(model, file)
+    assert ll.adapters(model) == ("default",)

@@ -133,7 +133,7 @@ def is_plain(model: nn.Module) -> bool:
 def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
     """Set every adapter of ``model`` to random values, so its update is not zero."""
     generator = torch.Generator().manual_seed(seed)
-    for p in View(model).adapters.values():
+    for p in View(model).adapter_parameters.values():
         p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
 
 

@@ -25,10 +25,10 @@ def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Modul
     inject_adapters(model, config)
     randomise(model, scale=scale)
     view = View(model)
-    for name, p in view.adapters.items():
+    for name, p in view.adapter_parameters.items():
         if name.endswith("lora_magnitude"):
             p.abs_().add_(0.5)
-    move_randomly(view.trained.values(), scale)
+    move_randomly(view.trainable.values(), scale)
     for module in view.saved:
         for buffer in module.buffers():
             buffer.add_(1)

@@ -48,7 +48,7 @@ def about(model: LitTiny) -> tuple[Any, ...]:
     shown = None
     record = find_record(model)
     if record is not None:
-        shown = (record.shown, record.is_merged)
+        shown = (record.name_in_effect, record.is_merged)
     return ll.adapters(model), shown, is_plain(model), trainable_names(model)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
+from lightning_lora.training.stage import Stage
 from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import adam, by_hand, fit, loaded, outcome
@@ -594,3 +595,15 @@ def test_what_a_hook_loads_with_trained_adapters_is_no_base(tmp_path: Path) -> N
     fit(tmp_path, lora(merge=False), model=model, max_epochs=1)
     with ll.disable_adapters(model):
         assert torch.equal(model.head.weight, LitTiny().head.weight)
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_after_an_error_a_module_is_merged_again_only_where_no_other_process_is_needed(
+    tmp_path: Path, is_alone: bool
+) -> None:
+    model, _ = fit(tmp_path, lora(), max_epochs=1)
+    stage = Stage(lora().config)
+    stage.begin(model)
+    assert not is_plain(model)
+    stage.give_back_after_error(model, is_alone=is_alone)
+    assert is_plain(model) is not is_alone

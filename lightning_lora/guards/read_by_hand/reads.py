@@ -112,7 +112,7 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
 
 def _trains(layer: LoRALayer) -> bool:
     """Whether an adapter trains."""
-    return any(p.requires_grad for p in layer.lora_trained())
+    return any(p.requires_grad for p in layer.lora_trainable())
 
 
 def _can_be_watched(weight: nn.Parameter) -> bool:

@@ -11,11 +11,12 @@ from lightning_lora.errors import listed, shortened
 from lightning_lora.guards.untargeted.computed_weights import about_computed, computed_layers
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.fresh import MOST_SHARE, Fresh
+from lightning_lora.model.untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
-from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import grouped, only, outside, with_values, without
 from lightning_lora.tensors.names import owner_of, owner_or_itself
 
@@ -25,7 +26,7 @@ _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are
 class Untargeted(Guard):
     """Names what ``"all"`` or ``"all-linear"`` leaves out."""
 
-    def new_adapters_begin(self, view: View, fresh: Fresh) -> None:
+    def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name layers with most of the weights, and layers whose weight is computed."""
         word = view.config.target_modules
         if word not in AUTOMATIC:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers.inits.table import FromData, Initialisation
+from lightning_lora.layers.inits.table import FromData, Initialisation, register
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 
@@ -44,7 +44,7 @@ class Inputs:
         count = self.count + len(x)
         mean = x.mean(0)
         rows = x - mean
-        if self.count:
+        if self.count:  # n and m values with two means: the shift is (mean_n - mean_m) sqrt(n m / (n + m))
             shift = (self.mean - mean) * (self.count * len(x) / count) ** 0.5
             earlier = self.sizes.unsqueeze(1) * self.directions
             rows = torch.cat([earlier, rows, shift.unsqueeze(0)])
@@ -58,8 +58,8 @@ class Inputs:
 
     def factors(self, matrix: Any, r: int) -> Factors | None:
         """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
-        exist = self.sizes > self.sizes[:1] * 1e-6
-        directions = int(exist.sum())  # none if there were no inputs, or NaN
+        is_direction = self.sizes > self.sizes[:1] * 1e-6  # and not rounding
+        directions = int(is_direction.sum())  # none if there were no inputs, or NaN
         if not directions:
             return None
         zeros = self.mean.new_zeros(matrix.writes, r)
@@ -123,10 +123,10 @@ def from_inputs(layer: Any, undo: ExitStack) -> FromData | None:
 
 def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
-    if layer.lora_drops_input and not layer.lora_matrices[0].tokens:
+    if layer.lora_may_start_from_weight() and not layer.lora_matrices[0].tokens:
         return Gradients(layer, undo).factors
     return None
 
 
-Initialisation("eva", observe=from_inputs)
-Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True)
+register(Initialisation("eva", observe=from_inputs))
+register(Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True))

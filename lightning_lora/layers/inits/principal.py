@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers.inits.table import Initialisation, kaiming
+from lightning_lora.layers.inits.table import Initialisation, kaiming, register
 
 
 def pissa(matrix: Tensor, r: int, scaling: float) -> Factors:
@@ -47,5 +47,5 @@ def olora(matrix: Tensor, r: int, scaling: float) -> Factors:  # noqa: ARG001  #
     return upper[..., :r, :], q[..., :r]
 
 
-Initialisation("pissa", from_weight=pissa, is_difference=True)
-Initialisation("olora", from_weight=olora, is_difference=True)
+register(Initialisation("pissa", from_weight=pissa, is_difference=True))
+register(Initialisation("olora", from_weight=olora, is_difference=True))

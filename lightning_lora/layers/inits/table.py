@@ -38,7 +38,7 @@ def gaussian(random: Tensor, zero: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Initialisation:
-    """How adapters start. It registers itself under its name.
+    """How adapters start.
 
     ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the update ``is_difference``, the
     layer keeps the values that its factors start from, and computes with the difference from these. ``observe`` looks
@@ -53,12 +53,15 @@ class Initialisation:
     observe: Callable[[Any, ExitStack], FromData | None] | None = None
     needs_gradients: bool = False
 
-    def __post_init__(self) -> None:
-        INITIALISATIONS[self.name] = self
-
 
 INITIALISATIONS: dict[str, Initialisation] = {}
 """All initialisations, by name: the values of ``init``."""
 
-Initialisation("kaiming")
-Initialisation("gaussian", draw=gaussian)
+
+def register(initialisation: Initialisation) -> None:
+    """Add an initialisation to the table."""
+    INITIALISATIONS[initialisation.name] = initialisation
+
+
+register(Initialisation("kaiming"))
+register(Initialisation("gaussian", draw=gaussian))

@@ -12,6 +12,7 @@ from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
+from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
@@ -32,6 +33,7 @@ from lightning_lora.storage.formats.pipeline import (
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import owner_of
@@ -52,8 +54,18 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
         header |= in_pipeline.with_names_here(config)
     file = DIFFUSERS_WEIGHTS[0]
     warn_of_replaced(directory / file, tensors, _start)
-    contents = save(tensors, {METADATA: json.dumps(header)})
-    write_files(directory, {file: contents})
+    card = ModelCard(source, "diffusers", _loading(source.inner_described))
+    contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
+    write_files(directory, contents)
+
+
+def _loading(model: StoredModule) -> str:
+    """The lines of Python that load the folder."""
+    pipeline = repository_of(model) or "the pipeline of the training"
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{pipeline}")
+pipeline.load_lora_weights("{FOLDER}")"""
 
 
 def _start(name: str) -> str:

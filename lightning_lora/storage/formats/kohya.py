@@ -119,10 +119,20 @@ def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[
             "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
             "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
+    _warn_of_skipped(part, member, names)
+    return names
+
+
+def _warn_of_skipped(part: Source, member: str, names: Mapping[str, str]) -> None:
+    """Warn of layers that some reader skips, or may skip."""
     outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
-    return names
+    if member == "text_encoder" and part.stored.root == "":
+        warn(
+            "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
+            "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
+        )
 
 
 def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
@@ -146,10 +156,13 @@ def _by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[st
 def _beginning_of(member: str, modules: Iterable[str]) -> str:
     """The beginning of a member's names. Empty: it has none."""
     last_components = {name.rpartition(".")[2] for name in modules}
-    has_two_text_encoders = not last_components.isdisjoint(("text_encoder_2", "add_embedding"))
-    if member == "text_encoder" and has_two_text_encoders:
+    if member == "text_encoder" and not last_components.isdisjoint(_WITH_TWO_TEXT_ENCODERS):
         return "lora_te1"
     return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
+
+
+_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
+"""The names of modules that only SDXL and Flux have."""
 
 
 def _known_modules(source: Source) -> set[str]:

@@ -31,7 +31,13 @@ _IN_SINGLE_BLOCK = {
 }
 """The original layers of a block, and those of diffusers in each."""
 
-_LAYER = re.compile(r"((single_)?transformer_blocks\.(\d+))\.(.+)")
+_BLOCKS = {
+    "transformer_blocks": ("double_blocks", _IN_DOUBLE_BLOCK),
+    "single_transformer_blocks": ("single_blocks", _IN_SINGLE_BLOCK),
+}
+"""The blocks of diffusers, the original ones, and what is in them."""
+
+_LAYER = re.compile(rf"(({'|'.join(_BLOCKS)})\.(\d+))\.(.+)")
 _SIZES = {"proj_mlp": 4}  # how many times the outputs of q a layer has, if it is not once
 
 
@@ -61,11 +67,11 @@ def _original_around(layer: str) -> _Original:
     found = _LAYER.fullmatch(layer)
     if found is None:
         return _Original("", ())
-    block, is_single, number, leaf = found.groups()
-    kind, originals = ("single", _IN_SINGLE_BLOCK) if is_single else ("double", _IN_DOUBLE_BLOCK)
+    block, kind, number, leaf = found.groups()
+    blocks, originals = _BLOCKS[kind]
     for original, leaves in originals.items():
         if leaf in leaves:
-            name = f"lora_unet.{kind}_blocks.{number}.{original}".replace(".", "_")
+            name = f"lora_unet.{blocks}.{number}.{original}".replace(".", "_")
             return _Original(name, tuple(joined(block, leaves)))
     return _Original("", ())
 

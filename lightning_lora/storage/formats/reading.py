@@ -48,7 +48,7 @@ class Update:
             a, b = with_rank(factors, r)
             named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:
-            name = self.layer.matrices[0].parameter(Role.MAGNITUDE)
+            name = self.layer.matrices[0].parameter_name(Role.MAGNITUDE)
             named[name] = self.magnitude.flatten().contiguous()
         return named
 
@@ -70,7 +70,7 @@ class RowsUpdate(Update):
 
     def _tensors_in_layer(self) -> dict[str, Tensor]:
         """The rows, by name in the layer."""
-        name = self.layer.matrices[0].parameter(Role.ROWS)
+        name = self.layer.matrices[0].parameter_name(Role.ROWS)
         return {name: self.rows.contiguous()}
 
 

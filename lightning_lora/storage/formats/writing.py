@@ -195,7 +195,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
         factors=factors,
         alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
         scaling=first.scale(layer.scaling),
-        magnitude=tensor(first.parameter(Role.MAGNITUDE)) if settings.use_dora else None,
+        magnitude=tensor(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None,
     )
 
 

@@ -10,7 +10,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import kept_tensors
-from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_check import check_base
 from lightning_lora.storage.state import diverged, required, without_base
@@ -52,7 +52,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         settings = layer.lora_settings
         is_same_start = _is_same_start(settings, config)
         for matrix in layer.lora_matrices:
-            wanted = wanted_of(config, name, matrix, layer.overlaid[0].__name__)
+            wanted = wanted_of(config, name, matrix, layer.lora_kind.__name__)
             if not is_same_start or not wanted.is_met(matrix, settings.r, settings.scaling):
                 raise AdapterMismatchError(_other_settings(view, config, wanted, matrix, layer))
 
@@ -153,7 +153,7 @@ def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) 
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
     present = {**view.base, **view.buffers, **required(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
-        is_adapter = name in view.adapters
+        is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)
         dtype = present[name].dtype
         is_rounded_base = is_converted and not is_adapter and _is_rounded_by(value, dtype)

@@ -7,7 +7,7 @@ Trainer's checkpoint (``checkpoint.py``), and state dicts that torch loads (``fr
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, of_type, only
 from lightning_lora.tensors.names import is_bias, join, own_parameter
 from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
 
 Reader = Callable[[View], StoredAdapters]
@@ -51,7 +52,7 @@ def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, re
     active = record.adapter
     with unmerged(model), activate(model, name, active.config) as undo:
         _adapt_and_put(model, read, name, refuses_base=refuses_base)
-        undo.pop_all()
+        undo.keep()
         set_adapter(model, active.name)
 
 
@@ -143,12 +144,12 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
     if stored.base:
         return stored
     added = dict[str, Any]()
-    for name in view.trained:
+    for name in view.trainable:
         if is_new or is_bias(name):
             added[name] = base_value(view, name)
     for layer_name, layer in view.layers.items():
-        for parameter, about in layer.lora_roles().items():
-            if not about.role.trains:
+        for parameter, spec in layer.lora_specs().items():
+            if not spec.role.trains:
                 added[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
     return replace(stored, state={**added, **stored.state})
 
@@ -169,13 +170,13 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
 def _write_state(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
     keep_frozen(view, only(view.frozen, state))
-    with ExitStack() as undo:
+    with Undo() as undo:
         undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[WRITTEN])
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[WRITTEN])
-        view.record.values_were_loaded(base_values(view))
-        undo.pop_all()
+        view.record.note_values_loaded(base_values(view))
+        undo.keep()
 
 
 def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
     return copies_of(only(present, {*state, *view.adapter.originals}))
 
 
-def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None:
+def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
     """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
     for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
@@ -197,4 +198,4 @@ def _write_filled_buffers(view: View, state: StateDict, undo: ExitStack) -> None
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
     """What has other values than the base, does not train, and is not in a state: it gets the base's."""
-    return not_in(view.adapter.originals, {*state, *view.trained})
+    return not_in(view.adapter.originals, {*state, *view.trainable})

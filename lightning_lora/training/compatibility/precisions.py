@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.plugins import Precision
 
-from lightning_lora.model.attach import move_adapters
+from lightning_lora.model.attach import reattach_to_replaced
 from lightning_lora.model.view import View
 
 
@@ -18,7 +18,7 @@ def keeping_adapters(precision: Precision) -> Iterator[None]:
     def convert_module(module: Any) -> Any:
         before = View(module).layers
         converted = convert(module)
-        move_adapters(converted, before)
+        reattach_to_replaced(converted, before)
         return converted
 
     precision.convert_module = convert_module  # type: ignore[method-assign]

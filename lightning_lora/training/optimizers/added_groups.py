@@ -50,7 +50,7 @@ def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
     """Take out what the optimizer holds already, and weights that stay frozen below or beside that."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    held_already = with_values({**view.adapters, **view.trained}, held & added)
+    held_already = with_values({**view.adapter_parameters, **view.trainable}, held & added)
     layers = dict.fromkeys(map(owner_of, held_already))
     layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
     if not layers:  # frozen weights alone are refused in the optimizer's next step

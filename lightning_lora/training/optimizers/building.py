@@ -37,7 +37,7 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         return build()
     except Exception as error:
         view = View(strategy.lightning_module)
-        if not _names_any(error, view.adapters):
+        if not _names_any(error, view.adapter_parameters):
             raise
         first_error = error
     with _plain(view), suppress(Exception):

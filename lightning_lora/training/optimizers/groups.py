@@ -72,7 +72,7 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
     """Return the layers of whose training adapters some are held."""
-    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trained())}
+    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trainable())}
 
 
 def leading_layers(view: View) -> dict[str, LoRALayer]:
@@ -81,7 +81,7 @@ def leading_layers(view: View) -> dict[str, LoRALayer]:
 
 
 def _leads(layer: LoRALayer) -> bool:
-    return not layer.lora_settings.follows
+    return layer.lora_settings.trains
 
 
 def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:

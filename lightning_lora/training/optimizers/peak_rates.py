@@ -12,7 +12,7 @@ from lightning_lora.training.optimizers.groups import groups_of
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
     """Return the highest rates of groups with adapters, and those of other groups. Empty ones are others."""
-    adapters = set(view.adapters.values())
+    adapters = set(view.adapter_parameters.values())
     of_adapters = set[float]()
     of_others = set[float]()
     for group in groups_of(optimizers):
@@ -28,7 +28,7 @@ def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, flo
     rates = _rates_by_parameter(optimizers)
     highest: dict[str, float] = {}
     for name, layer in view.layers.items():
-        held = rates.keys() & set(layer.lora_trained())
+        held = rates.keys() & set(layer.lora_trainable())
         if held:
             highest[name] = max(map(rates.__getitem__, held))
     return highest

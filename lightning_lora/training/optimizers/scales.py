@@ -49,9 +49,9 @@ def scales_in(view: View, lr_scale: Scale) -> Scales:
     by_role = _scales_by_role(scales)
     found: Scales = {}
     for layer in view.layers.values():
-        for name, about in layer.lora_roles().items():
-            if about.role in by_role:
-                found[own_parameter(layer, name)] = by_role[about.role]
+        for name, spec in layer.lora_specs().items():
+            if spec.role in by_role:
+                found[own_parameter(layer, name)] = by_role[spec.role]
     return found
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
-from lightning_lora.model.settle import settle
+from lightning_lora.model.still.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
@@ -85,7 +85,7 @@ def _replacements(view: View) -> dict[nn.Parameter, Params]:
     """The adapters' parameters that take the place of each weight in the optimizers."""
     replacements = defaultdict[nn.Parameter, Params](list)
     for layer in leading_layers(view).values():
-        for name, about in layer.lora_roles().items():
+        for name, about in layer.lora_specs().items():
             if about.role.trains:
                 weight = own_parameter(layer, about.matrix.weight)
                 replacements[weight].append(own_parameter(layer, name))

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import StrategyError, listed
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.settle import leave_alone, left_still
+from lightning_lora.model.still.find_still import about_networks_left_out
+from lightning_lora.model.still.settle import leave_alone
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
@@ -51,7 +52,7 @@ class Feeding:
 
     def _watch_layer(self, network: str, layer: LoRALayer) -> None:
         """Note when a layer of a network runs."""
-        self.unjudged[network].update(map(id, layer.lora_trained()))
+        self.unjudged[network].update(map(id, layer.lora_trainable()))
         self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
 
     def _note_network(self, network: str, *_: Any) -> None:
@@ -99,7 +100,7 @@ class Feeding:
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
     """What trains beside these networks: adapted layers, and modules in full."""
     beside = only(view.layers, outside(view.layers, networks))
-    training: set[nn.Module] = set(where(beside, LoRALayer.lora_trained).values())
+    training: set[nn.Module] = set(where(beside, LoRALayer.lora_trainable).values())
     for module in view.saved:
         training.update(module.modules())
     return training
@@ -144,7 +145,7 @@ def remove_unfed(
         _tell_of_fed(view, fed, unfed)
     if not unfed:
         return False
-    said = left_still(unfed, view_of(model).title)
+    said = about_networks_left_out(unfed, view_of(model).title)
     if copied:
         raise StrategyError(
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
@@ -169,8 +170,8 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse networks that feed what trains, if no optimizer holds their adapters."""
-    placed = with_values(view.adapters, held_by(optimizers))
-    unplaced = inside(without(view.adapters, placed), fed)
+    placed = with_values(view.adapter_parameters, held_by(optimizers))
+    unplaced = inside(without(view.adapter_parameters, placed), fed)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
 

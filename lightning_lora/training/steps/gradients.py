@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.settle import begin_alike, copies_among
+from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.copies import pairs_of
 from lightning_lora.tensors.named import outside, with_values
@@ -104,9 +104,10 @@ class Gradients:
         In a new fit, they get the originals' adapters. In one that goes on, they have their own from the file.
         """
         idle = _layers_without_gradient(view, layers)
+        copies = copies_among(view, idle)
         if self.copied or not self.is_new_fit:
-            return copies_among(view, idle)
-        copies = begin_alike(view, idle)
+            return copies
+        begin_as_originals(view, copies, idle)
         if copies:
             rank_zero_info(
                 f"Copies in {view.title} that have received no gradient yet: {pairs_of(copies)}. They begin with the "
@@ -123,13 +124,13 @@ class Gradients:
 def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
     here = list(map(_has_gradient, layers.values()))
-    in_any_process = agreed(here, list(view.adapters.values()))
+    in_any_process = agreed(here, list(view.adapter_parameters.values()))
     return set(layers).difference(compress(layers, in_any_process))
 
 
 def _has_gradient(layer: LoRALayer) -> bool:
     """Whether a layer's adapter has a gradient other than zero in this process."""
-    return any(map(_is_moved_by_gradient, layer.lora_trained()))
+    return any(map(_is_moved_by_gradient, layer.lora_trainable()))
 
 
 def _is_moved_by_gradient(p: nn.Parameter) -> bool:

@@ -112,7 +112,7 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     if any(map(is_dtensor, view.base.values())):  # each process would judge by its shard
         return {}
     adapted = modules_around(view.layers)
-    busy = adapted | modules_around(map(owner_of, view.trained))
+    busy = adapted | modules_around(map(owner_of, view.trainable))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
     owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
     found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from lightning_lora.model.as_merged import is_as_merged
 from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.merge import unmerge_or_forget
-from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
@@ -13,6 +13,7 @@ from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.named import inside
 from lightning_lora.training import compatibility
+from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.stage import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
@@ -48,7 +49,8 @@ class SaveMethods(SetUpMethods):
         if find_record(module) is None:
             return checkpoint
         stage = self.stage
-        checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=written_later)
+        metrics = logged_metrics(module)
+        checkpoint = checkpoints.adapter_only(module, checkpoint, metrics, written_later=written_later)
         if stage.phase is Phase.TRAINING:
             stage.guards_on_first.base_compared(View(module))
         if stage.save == "adapters":

@@ -89,7 +89,7 @@ class SetUpMethods(OverlaidMethods):
         Without ``anew``, a weight is read again only if a quick look shows a change.
         """
         view = view_of(self.module)
-        view.record.base_was_read(fingerprint(view, anew=anew))
+        view.record.note_fingerprint(fingerprint(view, anew=anew))
         self._convert_to_float64()
 
     def _convert_to_float64(self) -> None:

@@ -119,7 +119,7 @@ class ShardedMethods(LateRestoreMethods):
 
     def _refuse_sharded_adapters(self, view: View) -> None:
         """Refuse adapters that were there before ``configure_model`` sharded the module."""
-        sharded = where(view.adapters, shards.is_sharded_over_data)
+        sharded = where(view.adapter_parameters, shards.is_sharded_over_data)
         if sharded:
             raise StrategyError(
                 f"{listed(sharded)} of {type(self.module).__name__} were sharded with the base. Do not call "
@@ -248,7 +248,7 @@ def _local_gradient(p: nn.Parameter) -> Tensor:
 
 def _distribute_beside_others(view: View) -> None:
     """Make all adapters DTensors where some are: optimizers take no mixture."""
-    parameters: dict[str, Any] = {**view.adapters, **view.trained}
+    parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable}
     distributed = where(parameters, shards.is_dtensor)
     if not distributed:
         return
@@ -271,7 +271,7 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
 
 def _broadcast_adapters(view: View) -> None:
     """Give every process the first one's adapters, or its own shards of them."""
-    for p in view.adapters.values():
+    for p in view.adapter_parameters.values():
         values = shards.full_tensor(p.detach())
         _broadcast_from_first([values])
         replace_values(p, shards.distributed_as(values, p))

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -111,7 +112,7 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
     here = run(model)
     assert (here - run(build())).norm() > 1e-3 * here.norm()
     ll.export_peft(model, tmp_path, uniform=build is transformer, format="diffusers")
-    assert file_names(tmp_path) == [WEIGHTS]
+    assert file_names(tmp_path) == ["README.md", WEIGHTS]
     check_equal(loaded(build(), tmp_path), here)
     part = build()
     part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
@@ -120,6 +121,20 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
         part = build()
         pipeline(part).load_lora_weights(folder)
         check_equal(run(part), here)
+
+
+def test_a_card_says_how_a_pipeline_reads_the_folder(tmp_path: Path) -> None:
+    model = trained(unet(), ll.LoRAConfig(r=2, target_modules=["to_q"]))
+    ll.export_peft(model, tmp_path, format="diffusers", base_name="me/tiny")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.tags == ["base_model:adapter:me/tiny", "lora"]
+    assert 'DiffusionPipeline.from_pretrained("me/tiny")\n' in card.text
+    (loading,) = [line for line in card.text.splitlines() if "load_lora_weights" in line]
+    part = unet()
+    names = {"pipeline": pipeline(part)}
+    exec(loading.replace("path/of/this/folder", str(tmp_path)), names)
+    check_equal(run(part), run(model))
 
 
 TARGETS = {"target_modules": ["to_q"]}

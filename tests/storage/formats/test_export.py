@@ -182,7 +182,7 @@ def test_a_slice_that_is_named_after_a_bias_is_no_bias(tmp_path: Path) -> None:
 
 
 def test_names_are_exact(tmp_path: Path) -> None:
-    """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
+    """A list is shorter, but "q" would also mean "inner.q"."""
     inner = nn.ModuleDict({"q": nn.Linear(4, 4)})
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": inner})
     model = trained(base, LoRAConfig(r=2, target_modules="q"))

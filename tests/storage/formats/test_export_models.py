@@ -109,6 +109,7 @@ def test_readers_that_would_scale_otherwise_are_named(config: Any, says: str, tm
         export_peft(model, tmp_path / "peft")
 
 
+@pytest.mark.filterwarnings("ignore:The folder holds 'model.lm_head' whole:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("uniform", [False, True])
 @torch.no_grad()
 def test_a_tied_weight_that_trains_whole(tmp_path: Path, uniform: bool) -> None:

@@ -21,7 +21,7 @@ from tests.support.models import Around, TinyLM, as_trained
 from tests.support.parameters import base_keys, chosen
 from tests.support.peft_export import read
 from tests.support.peft_reading import built, gap, write_peft
-from tests.support.storage import refused
+from tests.support.storage import refused, rewrite
 
 INDEX = torch.arange(12).view(2, 6)
 TOKENS = [18, 5]
@@ -87,8 +87,20 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
         ll.load_adapter(make(), tmp_path / "there")
     model = make()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": [1, 2]}))
-    with pytest.raises(ll.ExportError, match=match):
-        ll.export_peft(model, tmp_path / "here")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for source in (model, tmp_path / "a.safetensors"):
+        with pytest.raises(ll.ExportError, match=match):
+            ll.export_peft(source, tmp_path / "here")
+
+
+def test_a_file_of_0_2_0_does_not_say_what_peft_knows_of_a_tied_weight(tmp_path: Path) -> None:
+    model = tied()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1]}))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.export_peft(tmp_path / "a.safetensors", tmp_path / "here")
+    rewrite(tmp_path / "a.safetensors", lambda about, _: about.pop("copies"))
+    with pytest.raises(ll.ExportError, match=r"'embed', 'lm_head' have one weight\. Load the file onto its model"):
+        ll.export_peft(tmp_path / "a.safetensors", tmp_path / "other")
 
 
 def rows(*numbers: int) -> dict[str, Any]:

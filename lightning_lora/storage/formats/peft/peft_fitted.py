@@ -48,7 +48,7 @@ def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
     if layer.tokens:
         return False
     for matrix in layer.matrices:
-        b = state[join(layer.name, matrix.parameter(Role.B))]
+        b = state[join(layer.name, matrix.parameter_name(Role.B))]
         if b.any():
             return False
     return True

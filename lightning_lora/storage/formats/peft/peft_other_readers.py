@@ -81,9 +81,9 @@ def warn_of_whole_modules(source: Source) -> None:
     whole = list(source.stored.saved)
     if whole and _is_served(source.inner_described, whole):
         warn(
-            f"{listed(whole)} are in the folder as whole modules (modules_to_save). PEFT and transformers read them, "
-            "vLLM only a head called 'score'. llama.cpp ignores a norm, SGLang ignores all, without a word: merge for "
-            "these, with save_merged(model, path)."
+            f"The folder holds {listed(whole)} whole (modules_to_save). PEFT and transformers read them, vLLM only a "
+            "head called 'score'. llama.cpp ignores a norm, SGLang ignores all, without a word: merge for these, with "
+            "save_merged(model, path)."
         )
 
 

@@ -8,7 +8,7 @@ from lightning_lora.layers.kinds import LoRALinear
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not
 from lightning_lora.storage.formats.peft.peft_loading import loading_of
-from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows
+from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows, why_not_rows_of_file
 from lightning_lora.storage.formats.peft.peft_wrappers import stand_ins_of, trained_biases
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.renaming import entries_inside
@@ -66,7 +66,7 @@ def _why_refused(layer: StoredLayer, source: Source) -> str:
 
 def _why_not_of_its_kind(layer: StoredLayer, source: Source) -> str:
     """Why PEFT has no counterpart for such a layer, or one that computes something else."""
-    magnitude = layer.matrices[0].parameter(Role.MAGNITUDE)
+    magnitude = layer.matrices[0].parameter_name(Role.MAGNITUDE)
     return why_not(layer, source.stored.state.get(join(layer.name, magnitude)))
 
 
@@ -90,10 +90,12 @@ def _adapted_around(name: str, stored: StoredAdapters) -> list[str]:
 
 
 def _why_not_with_its_rows(layer: StoredLayer, source: Source) -> str:
-    """Why PEFT computes something else with single rows that train. Only the model can say so."""
-    if layer.tokens and source.modules:
+    """Why PEFT computes something else with single rows that train."""
+    if not layer.tokens:
+        return ""
+    if source.modules:
         return why_not_rows(source.modules, source.name_there(layer.name))
-    return ""
+    return why_not_rows_of_file(layer, source)
 
 
 _RULES: tuple[Callable[[StoredLayer, Source], str], ...] = (

@@ -63,7 +63,7 @@ def _adapted_as(file: PeftFile, there: str, wrapped: Mapping[str, Tensors]) -> "
 
 def _is_adapted_by_parameters(module: nn.Module) -> bool:
     """Whether a module is adapted here already, by its parameters."""
-    return isinstance(module, LoRALayer) and module.overlaid[0] is LoRAParameters
+    return isinstance(module, LoRALayer) and module.lora_kind is LoRAParameters
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _Parameters(_AdaptedModule):
 
     def _named_parameters(self) -> list[str]:
         """The parameters of a module that ``target_parameters`` names, without our adapter's."""
-        of_adapter = self.module.lora_roles() if isinstance(self.module, LoRALayer) else {}
+        of_adapter = self.module.lora_specs() if isinstance(self.module, LoRALayer) else {}
         parameters = without(self.module._parameters, of_adapter)
         return [name for name in parameters if self.file.peft.names_parameter(f"{self.there}.{name}")]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
+from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
 from lightning_lora.storage.formats.peft.peft_layers import peft_layer
@@ -40,7 +41,7 @@ Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without
 
 
 def write(source: Source, directory: Path, uniform: bool) -> None:
-    """Write PEFT's two files."""
+    """Write PEFT's two files, and a model card."""
     tensors, config = _exported(source, uniform)
     names = _names_in_file(source, tensors)
     warn_of_whole_modules(source)
@@ -49,9 +50,11 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     in_file = renamed(tensors, names.__getitem__)
     if in_file.keys() != tensors.keys():
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
+    card = ModelCard(source, "peft", _loading(source.inner_described))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
         PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
+        **card.files(directory),
     }
     write_files(directory, contents)
 
@@ -188,3 +191,16 @@ def _pretrained(model: StoredModule) -> dict[str, Any]:
     if model.pretrained and model.classes:
         config["auto_mapping"] = {"base_model_class": model.class_name, "parent_library": model.library}
     return config
+
+
+def _loading(model: StoredModule) -> str:
+    """The lines of Python that load the folder: PEFT builds a model of transformers whose name and class are there."""
+    if model.pretrained and model.library.startswith("transformers."):
+        return f"""from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("{FOLDER}")"""
+    name = model.class_name or "the model"
+    return f"""from peft import PeftModel
+
+base = ...    # {name}, with the weights from before the training
+model = PeftModel.from_pretrained(base, "{FOLDER}")"""

@@ -39,7 +39,7 @@ def is_as_merged(view: View) -> bool:
 def check_own(view: View) -> None:
     """Refuse merged layers that another model shares, and whose adapters are on them."""
     adapted = of_type(view.modules, LoRALayer)
-    taken = only(adapted, view.record.merged)
+    taken = only(adapted, view.record.merged_adapters)
     if taken:
         raise AdapterStateError(
             f"{listed(taken)} of {view.title} have the adapters of another model that shares them, and "
@@ -52,7 +52,7 @@ def _is_as_merged_here(view: View) -> bool:
     for name, seen in view.record.base.after_merge.seen_without_update.items():
         if name not in view.parameters or not seen.may_have_same_values(view.parameters[name]):
             return False
-    return all(_is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged.items())
+    return all(_is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged_adapters.items())
 
 
 def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:

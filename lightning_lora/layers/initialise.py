@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms
-from lightning_lora.layers.contract import Adapter, LayerKind
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.inits.table import FromWeight
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
@@ -22,11 +23,11 @@ def new_adapter(
 ) -> Adapter:
     """Create an adapter with an update of zero, on the device of the layer's weights."""
     adapter = Adapter(kind, settings, matrices, {})
-    for name, about in adapter.roles.items():
-        weight = own_parameter(layer, about.matrix.weight)
-        dtype = about.dtype(kind.lora_dtype(layer, weight), settings)
-        values = torch.empty(about.shape(settings.r), dtype=dtype, device=weight.device)
-        adapter.parameters[name] = nn.Parameter(values, requires_grad=about.role.trains)
+    for name, spec in adapter.specs.items():
+        weight = own_parameter(layer, spec.matrix.weight)
+        dtype = spec.dtype(kind.lora_dtype(layer, weight), settings)
+        values = torch.empty(spec.shape(settings.r), dtype=dtype, device=weight.device)
+        adapter.parameters[name] = nn.Parameter(values, requires_grad=spec.role.trains)
     initialise(layer, adapter)
     _split_as_weights(layer, adapter)
     return adapter
@@ -34,16 +35,17 @@ def new_adapter(
 
 def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
     """Split the parameters as tensor parallelism has split the weights."""
-    for name, about in adapter.roles.items():
+    for name, spec in adapter.specs.items():
         p = adapter.parameters[name]
-        weight = own_parameter(layer, about.matrix.weight)
-        values = sharded_as(p.detach(), weight, about.split_dim)
+        weight = own_parameter(layer, spec.matrix.weight)
+        values = sharded_as(p.detach(), weight, spec.split_dim)
         adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
 
 
 def initialise(layer: nn.Module, adapter: Adapter) -> None:
     """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
-    adapter.init_digests = {}
+    adapter.base_digests = {}
+    adapter.start_digests = {}
     full_values = _full_values(adapter)
     start = _Start(layer, adapter, {**adapter.parameters, **full_values})
     for matrix in adapter.matrices:
@@ -91,8 +93,8 @@ class _Start:
 
     def draw(self, matrix: AdaptedMatrix) -> None:
         """Draw one factor. The other is zero."""
-        a = self.values[matrix.parameter(Role.A)]
-        b = self.values[matrix.parameter(Role.B)]
+        a = self.values[matrix.parameter_name(Role.A)]
+        b = self.values[matrix.parameter_name(Role.B)]
         if a.is_meta:
             return
         draw = self.adapter.settings.initialisation.draw
@@ -119,22 +121,22 @@ class _Start:
         weight = own_parameter(self.layer, matrix.weight)
         values = kind.lora_values(self.layer, full_tensor(weight))
         if not weight.is_meta:
-            self.adapter.init_digests[matrix.weight] = digest(weight)
+            self.adapter.base_digests[matrix.weight] = digest(weight)
         return kind.lora_as_matrix(values.detach())
 
     @torch.no_grad()
     def note(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
         """Set a parameter that starts as a value of the weight, and note its digest, which tells if it trains."""
-        name = matrix.parameter(role)
+        name = matrix.parameter_name(role)
         self.values[name].copy_(value)
         if not value.is_meta:
-            self.adapter.init_digests[name] = digest(self.values[name].float())
+            self.adapter.start_digests[name] = digest(self.values[name].float())
 
 
 @torch.no_grad()
 def keep_start(matrix: AdaptedMatrix, values: Mapping[str, Tensor]) -> None:
     """Keep A and B of a matrix as A0 and B0. The update is the difference from them."""
-    a = values[matrix.parameter(Role.A)]
-    b = values[matrix.parameter(Role.B)]
-    values[matrix.parameter(Role.A0)].copy_(a)
-    values[matrix.parameter(Role.B0)].copy_(b)
+    a = values[matrix.parameter_name(Role.A)]
+    b = values[matrix.parameter_name(Role.B)]
+    values[matrix.parameter_name(Role.A0)].copy_(a)
+    values[matrix.parameter_name(Role.B0)].copy_(b)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
+from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
 from lightning_lora.guards.unfrozen_but_not_trained import modules_unfrozen_but_not_trained
 from lightning_lora.guards.untargeted.untargeted_weights import untargeted_matrices
-from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
+from lightning_lora.model.untrained import Untrained, find_untrained
 from lightning_lora.model.view import View
 from tests.support.layers import Linear
 from tests.support.models import TinyLM, aged
@@ -24,9 +25,9 @@ models = pytest.importorskip("torchvision.models")
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
-def fresh(model: nn.Module, **options: Any) -> Fresh:
+def untrained(model: nn.Module, **options: Any) -> Untrained:
     inject_adapters(model, LoRAConfig(r=2, **options))
-    return find_fresh(View(model))
+    return find_untrained(View(model))
 
 
 def bert(labels: int = 10) -> nn.Module:
@@ -47,7 +48,7 @@ def resnet() -> nn.Module:
 
 def is_classifier_found(model: nn.Module, **options: Any) -> bool:
     """Whether the classifier looks new, and nothing else does."""
-    found = fresh(model, **options).random
+    found = untrained(model, **options).modules
     assert found in ((), ("classifier",))
     return found == ("classifier",)
 
@@ -92,14 +93,14 @@ class Wrapped(nn.Module):
 
 
 def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
-    found = fresh(Wrapped(), target_modules=["body.0"]).random
+    found = untrained(Wrapped(), target_modules=["body.0"]).modules
     assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}  # and no norm in the body
-    assert set(fresh(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).random) > {"head.3", "lstm"}
+    assert set(untrained(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).modules) > {"head.3", "lstm"}
 
 
 def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
     model = nn.ModuleDict({"backbone": resnet(), "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))})
-    assert set(fresh(model).random) == {"backbone.fc", "head"}
+    assert set(untrained(model).modules) == {"backbone.fc", "head"}
 
 
 def test_a_model_that_holds_a_blank_parameter_itself_is_no_new_norm() -> None:
@@ -107,13 +108,13 @@ def test_a_model_that_holds_a_blank_parameter_itself_is_no_new_norm() -> None:
     nn.init.eye_(body.weight)
     model = nn.ModuleDict({"body": body, "head": nn.Linear(64, 10)})
     model.gamma = nn.Parameter(torch.ones(64))
-    assert fresh(model, target_modules=["body"]).random == ("head",)
+    assert untrained(model, target_modules=["body"]).modules == ("head",)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all", ["conv1", "conv2"]])
 def test_new_head_of_convolutions_is_found(targets: Any) -> None:
     almost_nothing = pytest.approx(0, abs=0.01)
-    assert fresh(resnet(), target_modules=targets) == Fresh(("fc",), share=almost_nothing)
+    assert untrained(resnet(), target_modules=targets) == Untrained(("fc",), share=almost_nothing)
 
 
 def test_equal_sizes_of_all_values_are_no_error() -> None:
@@ -152,9 +153,9 @@ def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[
     nn.init.zeros_(head.bias)
     initialise(head)
     model = nn.Sequential(body, head)
-    assert fresh(copy.deepcopy(model), target_modules=["0"]).random == ("1",)
+    assert untrained(copy.deepcopy(model), target_modules=["0"]).modules == ("1",)
     train(head, steps=10)
-    assert fresh(copy.deepcopy(model), target_modules=["0"]).random == ()
+    assert untrained(copy.deepcopy(model), target_modules=["0"]).modules == ()
 
 
 def test_deviation_is_that_of_the_nearest_config() -> None:
@@ -176,7 +177,7 @@ def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_n
     model.extend([nn.Linear(64, 3), nn.Linear(64, 64, device="meta")])
     aged(model[0])
     aged(model[1].out_proj)
-    assert fresh(model, target_modules=["0"]).random == ("1",)
+    assert untrained(model, target_modules=["0"]).modules == ("1",)
 
 
 def test_a_model_that_is_frozen_as_a_whole_says_nothing_about_one_layer() -> None:
@@ -210,7 +211,7 @@ def minilm(dtype: torch.dtype) -> Any:
 )
 def test_no_layer_of_a_pretrained_model_of_images_looks_new(targets: Any, dtype: torch.dtype) -> None:
     model = efficientnet().to(dtype)
-    assert fresh(model, target_modules=targets).random == ()
+    assert untrained(model, target_modules=targets).modules == ()
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,6 +1,6 @@
 """Layers that look untrained, as a new head: their values look drawn from one uniform or normal distribution.
 
-Not every initialisation is known: a layer counts as untrained only if that is clear.
+Not every initialisation is known: a layer counts as untrained only if that is clear. One with few values is unsure.
 """
 
 import math
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.layers import adapter_for, count
+from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
+from lightning_lora.layers import adapter_for, number_of_values
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import (
     by_owner,
@@ -37,44 +37,59 @@ FEWEST = 256  # with fewer values than this, a trained weight may look drawn by 
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """The layers of a model that look untrained and do not train."""
+class Untrained:
+    """What of a model looks untrained and does not train."""
 
-    random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
-    share: float  # their share of the weights of all layers that were looked at; NaN if there are none
-    unsure: tuple[str, ...] = ()  # linear layers that look the same, with too few values to tell
+    modules: tuple[str, ...]
+    """The modules that would stay random, as ``modules_to_save`` would name them."""
+
+    share: float
+    """The share of the values that look untrained, of all layers that were judged. NaN if there are none."""
+
+    unsure: tuple[str, ...] = ()
+    """Linear layers that look untrained, with too few values to tell."""
 
     @property
-    def new(self) -> tuple[str, ...]:
-        """The modules that look untrained, unless most of the model does."""
-        return () if self.share > MOST_SHARE else self.random
+    def is_whole_model(self) -> bool:
+        """Whether most of the model looks untrained, as one that is trained from its start."""
+        return self.share > MOST_SHARE
+
+    @property
+    def new_modules(self) -> tuple[str, ...]:
+        """The modules that look new in a trained model: none, if most of it looks untrained."""
+        return () if self.is_whole_model else self.modules
 
 
-def find_fresh(view: View) -> Fresh:
-    """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
-    layers = _layers(view, besides=view.trained.values())
-    small = where(layers, _has_few_values)
-    large = without(layers, small)
-    fresh = _those_that_look_fresh(view, large)
-    values = _number_of_values(large) + _number_of_values(_pretrained_that_train(view))
-    share = _number_of_values(fresh) / values if values else math.nan
+def find_untrained(view: View) -> Untrained:
+    """Find what looks untrained and does not train."""
+    frozen_layers = _layers(view, besides=view.trainable.values())
+    small = where(frozen_layers, _has_few_values)
+    judged = without(frozen_layers, small)
+    untrained = _those_that_look_untrained(view, judged)
 
-    embeddings = where(only(view.modules, fresh), _is_embedding)  # they change slowly in training
-    to_be_named = _not_frozen_by_user(view, without(fresh, embeddings))
-    random = _as_modules(view, to_be_named)
+    embeddings = where(
+        only(view.modules, untrained), _is_embedding
+    )  # trained ones may look untrained: they change slowly
+    modules = _as_modules(view, _not_frozen_by_user(view, without(untrained, embeddings)))
     small_linear = only(small, of_type(view.modules, nn.Linear))
-    unsure = _those_that_look_fresh(view, _not_frozen_by_user(view, small_linear))
-    return Fresh(tuple(random), share, tuple(outside(unsure, random)))
+    unsure = _those_that_look_untrained(view, _not_frozen_by_user(view, small_linear))
+    return Untrained(tuple(modules), _share(view, untrained, judged), tuple(outside(unsure, modules)))
+
+
+def _share(view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]) -> float:
+    """The share of the values that look untrained. Layers that train count only if they look trained."""
+    values = _number_of_values(judged) + _number_of_values(_pretrained_that_train(view))
+    return _number_of_values(untrained) / values if values else math.nan
 
 
 def _pretrained_that_train(view: View) -> dict[str, Weights]:
     """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
     layers = where_not(_layers(view, besides=view.frozen.values()), _has_few_values)
-    return without(layers, _those_that_look_fresh(view, layers))
+    return without(layers, _those_that_look_untrained(view, layers))
 
 
-def _those_that_look_fresh(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
-    return {name: weights for name, weights in layers.items() if _looks_fresh(view, name, weights)}
+def _those_that_look_untrained(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+    return {name: weights for name, weights in layers.items() if _looks_untrained(view, name, weights)}
 
 
 def _not_frozen_by_user(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
@@ -93,7 +108,7 @@ def _number_of_values(layers: Mapping[str, Weights]) -> int:
 
 def _has_few_values(weights: Weights) -> bool:
     """Whether one of the weights has too few values to be judged."""
-    return min(map(count, weights.values())) < FEWEST
+    return min(map(number_of_values, weights.values())) < FEWEST
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -101,20 +116,24 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def random_weights(view: View) -> tuple[str, ...]:
-    """Return frozen weights that may be new, unless most look untrained, and filled buffers. Collective."""
+    """Return what files hold because it is not pretrained: frozen weights that may be new, and filled buffers.
+
+    They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
+    """
     noted = view.adapter.random
     if noted is None:
-        noted = note_random_weights(view, find_fresh(view))
+        noted = note_random_weights(view, find_untrained(view))
     return tuple(dict.fromkeys((*noted, *sorted(view.record.base.filled))))
 
 
-def note_random_weights(view: View, found: Fresh) -> tuple[str, ...]:
-    """Note the frozen weights that may be new, for files. Return them. Collective.
+def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
+    """Note the frozen weights that may be new, for files. Return them.
 
-    Processes that hold other shards may find others: all count.
+    Collective: processes that hold other shards may find others, and all count. If most of a model looks untrained,
+    none is noted: its base is not random by accident.
     """
-    modules = set(found.new)
-    if found.share <= MOST_SHARE:
+    modules = set(found.new_modules)
+    if found.share <= MOST_SHARE:  # not for NaN, where nothing was judged
         linear_layers = of_type(view.modules, nn.Linear)
         modules.update(only(linear_layers, _small(view)))
     in_modules = set(inside(view.frozen, modules))
@@ -126,7 +145,7 @@ def note_random_weights(view: View, found: Fresh) -> tuple[str, ...]:
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    seen = {*view.adapters.values(), *besides}
+    seen = {*view.adapter_parameters.values(), *besides}
     layers: dict[str, Weights] = {}
     for name, module in without(view.modules, [""]).items():
         weights = _matrices_besides(module, seen)
@@ -159,7 +178,7 @@ def _has_enough_values(weight: nn.Parameter) -> bool:
     return to_local(weight).numel() >= needed
 
 
-def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
+def _looks_untrained(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
     has_bias = _has_bias(view.modules[name])
     return all(_looks_initialised(view, name, weight, has_bias=has_bias) for weight in weights.values())
@@ -176,7 +195,7 @@ def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias:
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
-    if block.numel() < min(FEWEST, count(weight)):  # the others are zero
+    if block.numel() < min(FEWEST, number_of_values(weight)):  # the others are zero
         return isinstance(layer, nn.Linear) and not has_bias and not values.any()
     if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
         return True
@@ -196,8 +215,8 @@ def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
 
 def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
     """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
-    modules_around = ["", *starts_of(name)[:-1]]
-    for outer in reversed(modules_around):
+    outer_names = ["", *starts_of(name)[:-1]]
+    for outer in reversed(outer_names):
         config = vars(view.modules[outer]).get("config")
         deviation = getattr(config, "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
@@ -218,26 +237,31 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 # The modules to be named
 
 
-def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The largest modules of these, small layers and blank norms. A small layer may look trained by chance."""
-    if not fresh:
+def _as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
+    """The largest modules in which nothing looks trained: ``head``, in place of ``head.0`` and ``head.2``.
+
+    Blank norms and small layers say nothing, so they may lie in such a module. A blank norm beside an untrained layer
+    is named with it.
+    """
+    if not untrained:
         return []
     parameters = by_owner(view.base)
     norms = _blank_norms(view, parameters)
-    others = parameters.keys() - fresh.keys() - norms.keys() - _small(view)  # these look trained
-    around_others = modules_around(others)
+    say_nothing = norms.keys() | _small(view)
+    look_trained = parameters.keys() - untrained.keys() - say_nothing
+    around_trained = modules_around(look_trained)
     norms_beside = grouped(sorted(norms), owner_of)
     modules = list[str]()
-    for name in fresh:
+    for name in untrained:
         named_together = (name, *norms_beside.get(owner_of(name), ()))
-        modules += [largest_free_of(around_others, each) for each in named_together]
+        modules += [largest_free_of(around_trained, each) for each in named_together]
     return list(dict.fromkeys(modules))
 
 
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
-    untrained = where(without(parameters, [""]), set(view.trained.values()).isdisjoint)
-    return where(untrained, _are_blank)
+    frozen = where(without(parameters, [""]), set(view.trainable.values()).isdisjoint)
+    return where(frozen, _are_blank)
 
 
 def _small(view: View) -> set[str]:
@@ -247,7 +271,7 @@ def _small(view: View) -> set[str]:
 
 
 def _are_small(parameters: Iterable[nn.Parameter]) -> bool:
-    return max(map(count, parameters)) < FEWEST
+    return max(map(number_of_values, parameters)) < FEWEST
 
 
 def _are_blank(parameters: Iterable[nn.Parameter]) -> bool:
@@ -261,71 +285,3 @@ def _is_blank(parameter: nn.Parameter) -> bool:
         return False
     first = values[0]
     return first.item() in (0, 1) and bool((values == first).all())
-
-
-# Initial values
-
-_TESTED = 10_000  # values that are tested in a large weight
-_ROUNDING = 0.004  # the relative error of bfloat16
-_SPREAD = 4.0  # how many standard errors a moment may be away from its expected value
-
-_UNIFORM = ((1, 0, 1 / 3), (2, 1 / 3, 4 / 45), (3, 0, 1 / 7), (4, 1 / 5, 16 / 225))
-_NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
-"""Powers of a value drawn from [-1, 1], or normally with deviation 1: the mean of each power, and its variance."""
-
-
-def block_of(weight: Tensor) -> Tensor:
-    """Return evenly spaced rows and columns of a weight, without zero rows (padding). These are about 10,000 values."""
-    rows, columns = weight.shape[0], weight[0].numel()
-    most_rows = min(rows, max(100, _TESTED // columns))
-    columns_taken = min(columns, _TESTED // most_rows)
-    some = weight.detach()[_spaced(rows, most_rows, weight.device)].flatten(1)
-    block = some[:, _spaced(columns, columns_taken, weight.device)].float().cpu()
-    return block[block.any(1)]
-
-
-def _spaced(length: int, count: int, device: torch.device) -> Tensor:
-    """Evenly spaced places in a dimension."""
-    return torch.arange(count, device=device) * length // count
-
-
-def is_uniform(block: Tensor, bound: float) -> bool:
-    """Whether the values look drawn uniformly from [-bound, bound]."""
-    largest = block.abs().max().item() / bound
-    expected = 1 - 10 / block.numel()  # or more: the largest of so many values is hardly ever below
-    reaches_bound = expected - _ROUNDING <= largest <= 1 + _ROUNDING
-    return reaches_bound and _has_moments(block / bound, _UNIFORM)
-
-
-def is_normal(block: Tensor, deviation: float) -> bool:
-    """Whether the values look drawn normally, around zero."""
-    return _has_moments(block / deviation, _NORMAL) and _is_even(block)
-
-
-def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) -> bool:
-    """Whether the means of the values' powers are as near to the expected ones as chance allows."""
-    for power, expected, variance in moments:
-        mean = scaled.pow(power).mean().item()
-        standard_error = math.sqrt(variance / scaled.numel())
-        is_near = abs(mean - expected) <= _SPREAD * standard_error  # never for NaN
-        if not is_near:
-            return False
-    return True
-
-
-def _is_even(block: Tensor) -> bool:
-    """Whether no row and no column is larger or smaller than chance makes it."""
-    squares = block.square()
-    return _are_even(squares, dim=1) and _are_even(squares, dim=0)
-
-
-def _are_even(squares: Tensor, dim: int) -> bool:
-    """Whether the sums over one dimension differ no more than by chance."""
-    sums = squares.sum(dim)
-    if len(sums) <= 1:
-        return True
-    expected = squares.shape[dim] * squares.var()
-    ratio = (sums.var() / expected).item()  # NaN if all are equal
-    variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
-    largest = (1 - variance + _SPREAD * math.sqrt(variance)) ** 3
-    return not ratio > largest  # NaN is even

@@ -1,0 +1,71 @@
+"""Whether values look drawn at random, as an initialisation draws them: from one uniform or normal distribution."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_TESTED = 10_000  # values that are tested in a large weight
+_ROUNDING = 0.004  # the relative error of bfloat16
+_SPREAD = 4.0  # how many standard errors a moment may be away from its expected value
+
+_UNIFORM = ((1, 0, 1 / 3), (2, 1 / 3, 4 / 45), (3, 0, 1 / 7), (4, 1 / 5, 16 / 225))
+_NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
+"""Powers of a value drawn from [-1, 1], or normally with deviation 1: the mean of each power, and its variance."""
+
+
+def block_of(weight: Tensor) -> Tensor:
+    """Return evenly spaced rows and columns of a weight, without zero rows (padding). These are about 10,000 values."""
+    rows, columns = weight.shape[0], weight[0].numel()
+    most_rows = min(rows, max(100, _TESTED // columns))
+    columns_taken = min(columns, _TESTED // most_rows)
+    some = weight.detach()[_spaced(rows, most_rows, weight.device)].flatten(1)
+    block = some[:, _spaced(columns, columns_taken, weight.device)].float().cpu()
+    return block[block.any(1)]
+
+
+def _spaced(length: int, count: int, device: torch.device) -> Tensor:
+    """Evenly spaced places in a dimension."""
+    return torch.arange(count, device=device) * length // count
+
+
+def is_uniform(block: Tensor, bound: float) -> bool:
+    """Whether the values look drawn uniformly from [-bound, bound]."""
+    largest = block.abs().max().item() / bound
+    expected = 1 - 10 / block.numel()  # or more: the largest of so many values is hardly ever below
+    reaches_bound = expected - _ROUNDING <= largest <= 1 + _ROUNDING
+    return reaches_bound and _has_moments(block / bound, _UNIFORM)
+
+
+def is_normal(block: Tensor, deviation: float) -> bool:
+    """Whether the values look drawn normally, around zero."""
+    return _has_moments(block / deviation, _NORMAL) and _is_even(block)
+
+
+def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) -> bool:
+    """Whether the means of the values' powers are as near to the expected ones as chance allows."""
+    for power, expected, variance in moments:
+        mean = scaled.pow(power).mean().item()
+        standard_error = math.sqrt(variance / scaled.numel())
+        is_near = abs(mean - expected) <= _SPREAD * standard_error  # never for NaN
+        if not is_near:
+            return False
+    return True
+
+
+def _is_even(block: Tensor) -> bool:
+    """Whether no row and no column is larger or smaller than chance makes it."""
+    squares = block.square()
+    return _are_even(squares, dim=1) and _are_even(squares, dim=0)
+
+
+def _are_even(squares: Tensor, dim: int) -> bool:
+    """Whether the sums over one dimension differ no more than by chance."""
+    sums = squares.sum(dim)
+    if len(sums) <= 1:
+        return True
+    expected = squares.shape[dim] * squares.var()
+    ratio = (sums.var() / expected).item()  # NaN if all are equal
+    variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
+    largest = (1 - variance + _SPREAD * math.sqrt(variance)) ** 3
+    return not ratio > largest  # NaN is even

@@ -1,0 +1,213 @@
+"""A module in a block of ``adapter_names``: the rows of each name run with its adapter, and come back in place."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.functional.batch_rows import add_to_rows, stacked
+from lightning_lora.functional.factors import Factors
+from lightning_lora.functional.some_rows import NoRowsError, put_together, take_rows
+from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, Step, attributes_of
+from lightning_lora.layers.functional_call import functional_call
+from lightning_lora.layers.matrices import weight_factors
+from lightning_lora.layers.norms import has_running_statistics
+from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.model.view import View
+from lightning_lora.private import version_of
+from lightning_lora.tensors.inplace import combined
+from lightning_lora.tensors.named import grouped
+
+Name = str | None
+"""An adapter's name. None: the base."""
+
+Values = dict[Name, dict[str, Any]]
+"""What a module has with each name, in the place of its own tensors."""
+
+
+class _Runs:
+    """Runs a module with the adapter of one name, or as the base. The modules inside it do so too.
+
+    ``running`` is the block's: the names whose rows run now, the innermost last.
+    """
+
+    def __init__(self, module: Any, adapters: Mapping[Name, Adapter], values: Values, running: list[Name]) -> None:
+        self.module = module
+        self.adapters = adapters
+        self.values = values
+        self.running = running
+        self.plain: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
+        self.step = vars(module).get("lora_step", Step())
+        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
+
+    def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
+        """Run the module with the adapter of this name."""
+        cls = self.plain
+        attributes = self.values.get(name, {})
+        adapter = self.adapters.get(name)
+        if adapter is not None:
+            cls = self._adapted_class(adapter)
+            attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
+        self.running.append(name)
+        derived = LoRARecurrent.lora_from_weights  # of any module: no other kind has some, or attributes of these names
+        try:
+            return functional_call(self.module, cls, attributes, derived, *args, **kwargs)
+        finally:
+            self.running.pop()
+
+    def _adapted_class(self, adapter: Adapter) -> Any:
+        return combined(adapter.kind, self.plain)
+
+    def is_sum(self) -> bool:
+        """Whether all names run the base and add an update to its output: then one product adds those of all rows."""
+        if self.values or not self.adapters:
+            return False
+        return all(self._adds_to_output(adapter) for adapter in self.adapters.values())
+
+    def _adds_to_output(self, adapter: Adapter) -> bool:
+        cls = self._adapted_class(adapter)
+        return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
+
+    def drops(self) -> bool:
+        """Whether dropout acts now: then each name has masks of its own."""
+        return self.has_dropout and (self.module.training or self.step.runs)
+
+
+class MixedModule:
+    """A module that differs between adapters: the rows of each name run apart.
+
+    ``names`` are those of the rows, and ``values`` what else the module has with each name.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        module_name: str,
+        names: Sequence[Name],
+        running: list[Name],
+        adapters: Mapping[Name, Adapter],
+        values: Values,
+    ) -> None:
+        self.module_name = module_name
+        self.module: Any = view.modules[module_name]
+        self.record = view.record
+        self.running = running
+        used = {name: adapters[name] for name in names if name in adapters}
+        self.runs = _Runs(self.module, used, values, running)
+        self.names = list(names)
+        if not values and not self.module._modules:  # so that it runs as the base, wherever it has no adapter
+            self.names = [name if name in used else None for name in names]
+        rows = grouped(range(len(self.names)), self.names.__getitem__)
+        self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
+        self.is_sum = self.runs.is_sum()
+        self.factors = _FactorsOfRows(used, self.names)
+        weight_differs = "weight" in values.get(
+            None, ()
+        )  # what differs has a value with each name: an adapter trains it
+        self.trains_statistics = has_running_statistics(self.module) and weight_differs
+
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
+        if module is not self.module or self.record.is_disabled:
+            return type(module).forward(module, *args, **kwargs)
+        if self.trains_statistics and module.training:
+            raise ConfigError(
+                f"{self.module_name!r} trains in an adapter, and in train mode it takes statistics over all rows of a "
+                "batch. Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
+            )
+        if self.running:  # a module around it runs the rows of one name
+            return self.runs.run_as(self.running[-1], args, kwargs)
+        x = self._input(args, kwargs)
+        if len(self.rows) < 2:
+            only_name = next(iter(self.rows), None)  # None: the batch is empty
+            return self.runs.run_as(only_name, args, kwargs)
+        if self.is_sum and not self.runs.drops():
+            output = self.runs.plain.forward(module, *args, **kwargs)
+            return add_to_rows(output, x, *self.factors.now())
+        return self._run_each(args, kwargs)
+
+    def _run_each(self, args: Any, kwargs: Any) -> Any:
+        """Run the rows of each name by themselves, and put the outputs together."""
+        n = len(self.names)
+        states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
+        mask = self._shared_mask(args, kwargs)
+        outputs = []
+        for name, rows in self.rows.items():
+            if name is None:  # on all rows, as the base: with fewer, the bits may differ
+                output = self.runs.run_as(None, args, kwargs)
+                outputs.append(take_rows(output, rows, n, states_dim))
+            else:
+                some_args, some_kwargs = take_rows((args, kwargs), rows, n, states_dim, mask)
+                outputs.append(self.runs.run_as(name, some_args, some_kwargs))
+        try:
+            return put_together(outputs, list(self.rows.values()), states_dim)
+        except NoRowsError as error:
+            about = f"{self.module_name!r} returns a {error} without a row for each name"
+            raise ConfigError(
+                f"{about}, so that those of several adapters cannot be put together. Use set_adapter."
+            ) from None
+
+    def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
+        """The mask of an attention, which all rows share."""
+        if not isinstance(self.module, nn.MultiheadAttention):
+            return None
+        mask: Tensor | None = args[5] if len(args) > 5 else kwargs.get("attn_mask")
+        return mask
+
+    def _input(self, args: Any, kwargs: Any) -> Tensor:
+        """The first argument, a tensor with a row for each name."""
+        x = next(iter((*args, *kwargs.values())), None)
+        if isinstance(x, Tensor) and self._has_row_for_each_name(x):
+            return x
+        shape = tuple(getattr(x, "shape", ()))
+        raise ConfigError(
+            f"{self.module_name!r} reads a {type(x).__name__} of shape {shape}. adapter_names got {len(self.names)} "
+            "names, and needs one for each row (or beam). Otherwise, use set_adapter."
+        )
+
+    def _has_row_for_each_name(self, x: Tensor) -> bool:
+        is_bag = isinstance(self.module, nn.EmbeddingBag)  # of indices in one dimension
+        row_dims = int(is_bag or x.is_floating_point())  # one for features, none for an index
+        return x.dim() > row_dims and len(x) == len(self.names)
+
+
+class _FactorsOfRows:
+    """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
+
+    def __init__(self, adapters: Mapping[Name, Adapter], names: Sequence[Name]) -> None:
+        self.adapters = adapters
+        self.names = names
+        self.parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in adapters.values()))
+        self.stacked_from: list[Any] = []
+        self.stacked = (torch.empty(0), torch.empty(0))
+
+    def now(self) -> Factors:
+        """Return them as the adapters are now."""
+        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
+        if needs_gradients or torch.compiler.is_compiling():
+            return self._stack()
+        # what is stacked in inference mode cannot be used in another one
+        stacked_from = [torch.is_inference_mode_enabled(), *map(_version_of_values, self.parameters)]
+        if self.stacked_from != stacked_from:
+            self.stacked = self._stack()
+            self.stacked_from = stacked_from
+        return self.stacked
+
+    def _stack(self) -> Factors:
+        """Stack them, with no rows and columns where there is no adapter."""
+        updates: dict[Name, Factors] = {}
+        for name, adapter in self.adapters.items():
+            a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
+            updates[name] = a, b * adapter.settings.scaling  # a linear layer has one scaling for all of its matrices
+        a, b = next(iter(updates.values()))
+        no_update = a[:0], b[:, :0]  # of rank zero
+        return stacked([updates.get(name, no_update) for name in self.names])
+
+
+def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:
+    """What differs when a parameter has other values."""
+    version = 1 if parameter.is_inference() else version_of(parameter)
+    return parameter.data_ptr(), version

@@ -1,0 +1,116 @@
+"""Which networks of a model stand still, and so get no adapters, or follow others."""
+
+from collections.abc import Collection, Mapping, Set
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_lora.errors import listed
+from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
+from lightning_lora.model.untrained import find_untrained
+from lightning_lora.model.view import View
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.find import find_networks
+from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.lookup import Names
+from lightning_lora.tensors.named import modules_around, not_in, only, outside, where, where_not, with_values
+
+
+def about_networks_left_out(networks: Collection[str], title: str) -> str:
+    """Return what is said of networks that get no adapters."""
+    return (
+        f"No adapter for {listed(networks)} of {title}: it is frozen, or in no optimizer, and other networks train "
+        "beside it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
+    )
+
+
+def find_still_networks(
+    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, is_from_file: bool = False
+) -> StillNetworks:
+    """Return which networks get no adapter, and which follow another one.
+
+    Layers that the user names always get an adapter, and one that has learned is kept. So networks are looked for only
+    where a word such as ``"all-linear"`` has chosen the layers.
+
+    Args:
+        view: The model, adapted or not.
+        kinds: The adapter class of each layer that is targeted.
+        still: Parameters of the base that stand still: frozen, or in no optimizer.
+        is_from_file: Whether the configuration is a file's, which names the networks that stand still.
+    """
+    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC and not is_from_file
+    before = view.adapter.networks if view.is_on_layers else StillNetworks()
+    copies = _copies_as_before(view, before)  # if none of them trains now
+    may_lack = layers_are_chosen_by_us  # a layer that the user names follows only in an exact copy
+    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=may_lack)
+    known = StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
+    if still and layers_are_chosen_by_us:
+        known = _with_networks_found(view, known, kinds, still)
+    return known.with_bare_layers(kinds.keys())
+
+
+def _with_networks_found(
+    view: View, known: StillNetworks, kinds: Mapping[str, type], still: Set[nn.Parameter]
+) -> StillNetworks:
+    """The known networks, and those that are found in the layers outside them."""
+
+    def find_new_modules() -> tuple[str, ...]:
+        return find_untrained(view).new_modules
+
+    layers = outside(_whole_layers(kinds), known.beside_training)
+    found = find_networks(
+        view.modules,
+        view.base,
+        set(layers),
+        still - _weights_that_have_learned(view),
+        named=_named_by_user(view),
+        copies=known.copies,
+        untrained=find_new_modules,
+    )
+    return replace(found, beside_training=(*known.beside_training, *found.beside_training))
+
+
+def _copies_as_before(view: View, before: StillNetworks) -> dict[str, str]:
+    """The earlier copies that are still in the model, with their originals."""
+    present_copies = only(before.copies, view.modules)
+    return with_values(present_copies, view.modules)
+
+
+def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
+    """Networks that stood still, and in which the user has thawed nothing since."""
+    if not before.beside_training:
+        return ()
+    requires_grad = view.record.base.required_grad
+    thawed = [name for name in view.base if requires_grad.get(name, True)]
+    return tuple(not_in(before.beside_training, modules_around(thawed)))
+
+
+def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
+    """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
+    return list(where(kinds, _adapts_whole_layers))
+
+
+def _adapts_whole_layers(kind: type) -> bool:
+    return not issubclass(kind, LoRAParameters | LoRATokens)
+
+
+def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
+    """The weights below adapters that have learned."""
+    weights: set[nn.Parameter] = set()
+    for name in layers_that_have_learned(view):
+        weights |= view.weights_of(name)
+    return weights
+
+
+def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose updates are not zero."""
+    return where_not(view.layers, LoRALayer.lora_is_fresh)
+
+
+def _named_by_user(view: View) -> list[str]:
+    """What the user has left out, or trains in full."""
+    names = Names(view.model)
+    left_out = names.find("exclude_modules", view.config.exclude_modules)
+    saved = names.find("modules_to_save", view.config.modules_to_save)
+    return [*left_out, *saved]

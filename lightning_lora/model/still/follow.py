@@ -1,0 +1,65 @@
+"""Copies of networks, which other code moves after their originals: their adapters follow those of the originals.
+
+A momentum network is one: its weights are an average of the original's. There are three moments:
+
+- Adapters come, or the optimizers become known: the copies that are noted follow (:func:`follow_originals`).
+- A training begins: other code may have copied a network with its adapters since (:func:`follow_new_copies`).
+- A first step is over: a network without a gradient may be such a copy, or may train later, as an expert. This cannot
+  be known, so it does not follow, but begins with the same adapter (:func:`begin_as_originals`).
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import replace
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.view import View
+from lightning_lora.networks.copies import find_copies
+from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.tensors.named import modules_around, only, with_values, without
+from lightning_lora.tensors.names import owner_of
+
+
+def follow_originals(view: View) -> None:
+    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
+    originals = _original_layers(view, view.adapter.networks)
+    for name, original in originals.items():
+        view.layers[name].lora_follow(original)
+    if view.adapter.is_trained:
+        return
+    for layer in without(view.layers, originals).values():
+        if not layer.lora_settings.trains and layer.lora_is_fresh():  # one that has learned may be paused
+            layer.lora_train_again()
+
+
+def follow_new_copies(view: View, new_layers: Set[str]) -> None:
+    """Note the networks of new layers that copy others, and let them follow."""
+    before = view.adapter.networks
+    copies = {**before.copies, **copies_among(view, new_layers)}
+    view.adapter.networks = replace(before, copies=copies)
+    follow_originals(view)
+
+
+def begin_as_originals(view: View, copies: Mapping[str, str], layers: Set[str]) -> None:
+    """Give these layers of copies the values of their originals' adapters, while neither has learned.
+
+    Then other code moves a copy's adapter with its weights, and a copy that trains later may.
+    """
+    originals = _original_layers(view, StillNetworks(copies=copies))
+    for name, layer in only(view.layers, layers & originals.keys()).items():
+        layer.lora_begin_as(originals[name])
+
+
+def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
+    """Return the networks of idle layers that copy one of other layers."""
+    if not idle:
+        return {}
+    busy = modules_around(without(view.layers, idle))
+    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in busy}
+    return find_copies(view.modules, view.base, view.layers.keys(), still)
+
+
+def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:
+    """The adapted layers that layers of copies follow, by the names of these."""
+    originals = networks.originals_of(view.layers)
+    adapted = with_values(originals, view.layers)
+    return {name: view.layers[original] for name, original in adapted.items()}

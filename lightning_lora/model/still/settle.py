@@ -1,0 +1,108 @@
+"""Once the optimizers are known: networks that stand still lose their adapters, and layers are paused or resumed."""
+
+from collections.abc import Collection, Mapping, Set
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_lora.errors import TargetError
+from lightning_lora.model import attach
+from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
+from lightning_lora.model.still.follow import follow_originals
+from lightning_lora.model.view import View
+from lightning_lora.moments import Guards
+from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.tensors.named import inside, modules_around, not_in, only, outside, without
+
+
+def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
+    """Remove the adapters of networks that stand still.
+
+    These are frozen, or in no optimizer (``unheld``). An adapter there that has learned is paused, and stays. Return
+    the layers of those that are paused.
+    """
+    frozen_by_user = set(only(view.base, view.frozen_by_user).values())
+    still = unheld | frozen_by_user
+    found = find_still_networks(view, _kinds_that_train(view), still)
+    copies = _copies_that_stand_still(view, found, still)
+
+    # what has learned is kept, in whatever network it is
+    paused = _pause_layers(view, unheld, copies)
+    _resume_layers(view, paused, copies)
+    _tell_guards(view, paused)
+
+    # all networks are noted before flags are set by them
+    _note_networks(view, found.under_head, copies)
+    leave_alone(view, found.beside_training)
+    view.look_again()
+    attach.freeze(view)  # what trains in full does not in a copy
+    follow_originals(view)
+    return paused
+
+
+def _kinds_that_train(view: View) -> dict[str, type]:
+    """The adapter classes of the layers that train by themselves: not of copies, nor of what is paused."""
+    kinds: dict[str, type] = {}
+    for name, layer in view.layers.items():
+        if layer.lora_settings.trains:
+            kinds[name] = layer.lora_kind
+    return kinds
+
+
+def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
+    """The copies in which nothing trains by itself."""
+    required_grad = view.record.base.required_grad
+    training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
+    return without(found.copies, modules_around(training))
+
+
+def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
+    """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
+    may_be_unheld = {*view.adapter.networks.under_head, *copies}
+    paused = []
+    for name in outside(view.layers, may_be_unheld):
+        layer = view.layers[name]
+        if view.weights_of(name) <= unheld and not layer.lora_is_fresh():
+            layer.lora_pause()
+            paused.append(name)
+    return paused
+
+
+def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
+    """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
+    standing_still = {*paused, *inside(view.layers, copies)}
+    for layer in without(view.layers, standing_still).values():
+        if not layer.lora_settings.trains:
+            layer.lora_train_again()
+
+
+def _tell_guards(view: View, paused: list[str]) -> None:
+    """Let guards say what is paused, and once, what the user has frozen since."""
+    base = view.record.base
+    Guards().networks_settled(view, paused, base.frozen_since)
+    base.forget_frozen_since()
+
+
+def _note_networks(view: View, under_head: Collection[str], copies: Mapping[str, str]) -> None:
+    """Note the networks that keep adapters. All copies were looked for again; networks under a head are added."""
+    before = view.adapter.networks
+    all_under_head = dict.fromkeys((*before.under_head, *under_head))
+    view.adapter.networks = replace(before, under_head=tuple(all_under_head), copies=copies)
+
+
+def leave_alone(view: View, networks: Collection[str]) -> None:
+    """Remove the adapters of networks. Files say that they are left out."""
+    before = view.adapter.networks
+    under_head = tuple(not_in(before.under_head, networks))
+    now = replace(before, beside_training=(*before.beside_training, *networks), under_head=under_head)
+    now = now.with_bare_layers(view.layers.keys())
+    to_strip = inside(view.layers, now.without_adapters)
+    if not to_strip:
+        return
+    if len(to_strip) == len(view.layers):
+        about = about_networks_left_out(networks, view.title)
+        raise TargetError(f"{about} No other layer has an adapter.")
+    attach.detach_from(view, to_strip)
+    view.adapter.layers = tuple(view.layers)
+    view.adapter.networks = now
+    attach.freeze(view)

@@ -1,0 +1,116 @@
+"""What an entry that matches nothing was perhaps meant to be: several names, an expression, or a similar name."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from lightning_lora.targets.matching import ends_of, last_component, last_two, matched_whole
+
+_BETWEEN_COMMAS = re.compile(r"[^,\s](?:[^,]*[^,\s])?")
+"""A text between commas, without the spaces around it."""
+
+_BESIDE_NAME = re.compile(r" +[\[(].*$")
+"""What a table says behind a name: its parts, and how many layers are like it."""
+
+_RANGES = re.compile(r"(?!\d+$)\d+(-\d+)?(,\d+(-\d+)?)*")
+"""Numbers of blocks, as a table groups them: ``0,2-5``. A single number is none."""
+
+_MOST_SIMILAR = 5
+
+
+# Several names in one entry
+
+
+def names_between_commas(entries: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Return the names that entries hold between commas, as one string for several of them."""
+    ends = set(ends_of(names))
+    found: list[str] = []
+    for entry in entries:
+        parts = _BETWEEN_COMMAS.findall(entry)
+        if len(parts) > 1 and ends.issuperset(parts):
+            found += parts
+    return found
+
+
+# Similar names
+
+
+def similar_names(entries: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return a few names, or their ends, that are similar to these entries, each once."""
+    names_by_end = _names_by_end(names)
+    similar: list[str] = []
+    shown: set[str] = set()
+    for entry in entries:
+        for end in difflib.get_close_matches(entry, names_by_end, n=3, cutoff=0.5):
+            names_with_end = names_by_end[end]
+            if not shown.issuperset(names_with_end):
+                shown.update(names_with_end)
+                similar.append(_end_of_some(end, names_with_end))
+    return similar[:_MOST_SIMILAR]
+
+
+def _end_of_some(end: str, names: list[str]) -> str:
+    """A name, or the end of several."""
+    first_name = names[0]
+    if len(names) == 1:
+        return repr(first_name)
+    return f"{end!r} ({len(names)} of them, such as {first_name!r})"
+
+
+def _names_by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names by what one may write for them: all of it, or the last component or two."""
+    by_end: dict[str, list[str]] = {}
+    for name in names:
+        for end in {name, last_two(name), last_component(name)}:
+            by_end.setdefault(end, []).append(name)
+    return by_end
+
+
+# An expression, a name with ``*``, or a row of a table
+
+
+def expressions_meant(entries: Iterable[str], names: Sequence[str], wildcard: str) -> dict[str, str]:
+    """Return the expressions that entries may have been meant as, by entry: those that match a name."""
+    meant = {}
+    for entry in entries:
+        expression = _as_expression(entry, wildcard)
+        if matched_whole(expression, names):
+            meant[entry] = expression
+        elif matched_whole(as_end(expression), names):
+            meant[entry] = as_end(expression)
+    return meant
+
+
+def _as_expression(entry: str, wildcard: str) -> str:
+    """An entry of a list as the expression that it may have been meant as."""
+    if "\\" in entry or "|" in entry:  # it is one already
+        return entry
+    name = _BESIDE_NAME.sub("", entry)
+    components = [_component_as_expression(component, wildcard) for component in name.split(".")]
+    return r"\.".join(components)
+
+
+def _component_as_expression(component: str, wildcard: str) -> str:
+    """A component of a name as an expression: alternatives for a range, and wildcards for stars."""
+    if _RANGES.fullmatch(component):
+        return f"({'|'.join(map(str, _numbers(component)))})"
+    return escaped(component).replace(r"\*", wildcard)
+
+
+def as_end(expression: str) -> str:
+    """Return the expression for names that end as this one says."""
+    return rf"(.*\.)?{expression}"
+
+
+def escaped(name: str) -> str:
+    """Return the expression that matches this name alone."""
+    return re.escape(name).replace(r"\-", "-")
+
+
+def _numbers(ranges: str) -> list[int]:
+    """The numbers in ranges such as ``0,2-5``."""
+    numbers: list[int] = []
+    for run in ranges.split(","):
+        ends = run.split("-")  # of a single number, both are the same
+        numbers += range(int(ends[0]), int(ends[-1]) + 1)
+    return numbers
